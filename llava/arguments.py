@@ -1,0 +1,244 @@
+"""Flags of the training entry points (spec/train.md §7), checked before anything is loaded.
+
+Three groups, as published: model, data, training (the last on top of transformers' own). Every problem of a command
+line is reported at once, by flag name; `parse_arguments` is the one way from `argv` to the three objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+import transformers
+
+from llava.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+SELECT_FEATURES = ("patch", "cls_patch")
+LORA_BIASES = ("none", "all", "lora_only")
+REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+class FlagProblems(ConfigError):
+    """All that is wrong with one group of flags; `problems` holds the sentences."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__(" ".join(self.problems))
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise FlagProblems(problems)
+
+
+@dataclass
+class ModelArguments:
+    """Which models are joined, and how."""
+
+    model_name_or_path: str = _flag("facebook/opt-125m", "base language model, or a checkpoint to go on from")
+    version: str = _flag("v0", "conversation template (spec/train.md §8.1): plain, v1, ...")
+    freeze_backbone: bool = _flag(False, "freeze the language model's layers; its head stays trainable")
+    tune_mm_mlp_adapter: bool = _flag(False, "stage 1: train and save the projector only")
+    tune_vit_pos_embedding: bool = _flag(False, "also train the tower's position embedding")
+    vision_tower: str | None = _flag(None, "vision tower directory or hub name; none trains a plain language model")
+    mm_vision_select_layer: int = _flag(-1, "layer of the tower whose output is used; negative counts from the end")
+    mm_vision_image_size: int | None = _flag(None, "side of the tower's input in pixels; default from the tower's name")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin of stage 1 to start from")
+    mm_projector_type: str = _flag("linear", "linear, mlp{N}x_gelu, mlp{N}x_gelu_ln or identity")
+    mm_use_im_start_end: bool = _flag(False, "wrap every image in <im_start> and <im_end>")
+    mm_use_im_patch_token: bool = _flag(True, "add <im_patch> to the vocabulary")
+    mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the class token")
+    attn_implementation: str = _flag("auto", "auto, sdpa, eager or flash_attention_2, for the language model")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.mm_vision_select_feature not in SELECT_FEATURES:
+            problems.append(f"--mm_vision_select_feature is {self.mm_vision_select_feature!r}; use patch or cls_patch.")
+        if self.mm_vision_image_size is not None and self.mm_vision_image_size <= 0:
+            problems.append(f"--mm_vision_image_size is {self.mm_vision_image_size}; give a positive number of pixels.")
+        needing_tower = {
+            "--tune_mm_mlp_adapter": self.tune_mm_mlp_adapter,
+            "--tune_vit_pos_embedding": self.tune_vit_pos_embedding,
+            "--pretrain_mm_mlp_adapter": self.pretrain_mm_mlp_adapter,
+            "--mm_use_im_start_end": self.mm_use_im_start_end,
+        }
+        given = [name for name, value in needing_tower.items() if value]
+        if self.vision_tower is None and given:
+            problems.append(f"{', '.join(given)} needs --vision_tower, which is missing.")
+        _raise(problems)
+
+
+@dataclass
+class DataArguments:
+    """What is trained on."""
+
+    data_path: str | None = _flag(None, "annotation file (spec/train.md §3.1)")
+    meta_path: str | None = _flag(None, "mixture file (spec/train.md §3.2), instead of --data_path")
+    lazy_preprocess: bool = _flag(False, "accepted for compatibility; loading is always lazy")
+    is_multimodal: bool = _flag(False, "set by --vision_tower")
+    image_folder: str | None = _flag(None, "prefix of every record's image path")
+    image_aspect_ratio: str = _flag("square", "pad keeps the whole image; anything else resizes and crops")
+    image_grid_pinpoints: str | None = _flag(None, "accepted for compatibility; stored, never read")
+    on_bad_sample: str = _flag("error", "error stops at a bad record; skip replaces it deterministically and counts")
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.on_bad_sample not in ("error", "skip"):
+            problems.append(f"--on_bad_sample is {self.on_bad_sample!r}; use error or skip.")
+        if self.data_path and self.meta_path:
+            problems.append("--data_path and --meta_path are both given; keep one of them.")
+        _raise(problems)
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained; everything transformers 4.36.2 knows, and the flags below."""
+
+    cache_dir: str | None = _flag(None, "download cache")
+    optim: str = _flag("adamw_torch", "optimizer")
+    remove_unused_columns: bool = _flag(False, "must stay false: the data set yields what the model takes")
+    freeze_mm_mlp_adapter: bool = _flag(False, "freeze the projector")
+    freeze_llm: bool = _flag(False, "freeze all but the projector, yet save the full model")
+    mpt_attn_impl: str = _flag("triton", "accepted for compatibility; MPT bases only")
+    model_max_length: int = _flag(512, "longest sequence in tokens, images unexpanded; longer ones are cut")
+    double_quant: bool = _flag(True, "4-bit: quantise the scales too")
+    quant_type: str = _flag("nf4", "4-bit: nf4 or fp4")
+    bits: int = _flag(16, "16, or 8 / 4 to quantise the frozen base")
+    lora_enable: bool = _flag(False, "train low-rank adapters instead of the language model")
+    lora_r: int = _flag(64, "rank of the adapters")
+    lora_alpha: int = _flag(16, "scale of the adapters")
+    lora_dropout: float = _flag(0.05, "dropout before the adapters")
+    lora_weight_path: str = _flag("", "accepted for compatibility; never read")
+    lora_bias: str = _flag("none", "none, all or lora_only")
+    group_by_modality_length: bool = _flag(False, "batch samples of one modality and similar length")
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "none, tensorboard, wandb; log.jsonl is always written"},
+    )
+    plot_loss: bool = _flag(True, "write loss.png at every save and at the end (needs matplotlib)")
+
+    def __post_init__(self) -> None:
+        _raise(self._problems())
+        self.report_to = _usable_reporters(self.report_to)
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise FlagProblems([f"transformers refuses these flags: {error}"]) from error
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self.bits not in (4, 8, 16):
+            problems.append(f"--bits is {self.bits}; use 4, 8 or 16.")
+        if self.quant_type not in ("nf4", "fp4"):
+            problems.append(f"--quant_type is {self.quant_type!r}; use nf4 or fp4.")
+        if self.lora_bias not in LORA_BIASES:
+            problems.append(f"--lora_bias is {self.lora_bias!r}; use {', '.join(LORA_BIASES)}.")
+        if self.lora_enable and (self.lora_r <= 0 or not 0 <= self.lora_dropout < 1):
+            problems.append("--lora_r must be positive and --lora_dropout in [0, 1).")
+        if self.lora_enable and self.freeze_llm:
+            problems.append("--freeze_llm with --lora_enable would freeze the adapters too; drop one of them.")
+        if self.model_max_length <= 0:
+            problems.append(f"--model_max_length is {self.model_max_length}; give a positive number of tokens.")
+        if self.deepspeed and (self.use_cpu or self.no_cuda):
+            problems.append(
+                "--use_cpu with --deepspeed makes the library train without DeepSpeed; leave --use_cpu out."
+            )
+        if self.remove_unused_columns:
+            problems.append("--remove_unused_columns True would drop the images; leave it out.")
+        if str(getattr(self.evaluation_strategy, "value", self.evaluation_strategy)) != "no" or self.do_eval:
+            problems.append("--evaluation_strategy needs a validation set, which this version does not take; use no.")
+        if self.label_smoothing_factor:
+            problems.append("--label_smoothing_factor needs logits at all positions, which training does not compute.")
+        if self.fsdp:
+            problems.append("--fsdp is not supported; use --deepspeed scripts/zero3.json.")
+        return problems + _number_problems(self)
+
+
+def _number_problems(args: TrainingArguments) -> list[str]:
+    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
+    problems = [
+        f"--{name} is {getattr(args, name)}; it must be positive." for name in positive if getattr(args, name) <= 0
+    ]
+    if args.learning_rate < 0:
+        problems.append(f"--learning_rate is {args.learning_rate}; it must not be negative.")
+    if args.num_train_epochs <= 0 and args.max_steps <= 0:
+        problems.append("--num_train_epochs and --max_steps are both not positive; nothing would be trained.")
+    return problems
+
+
+def _usable_reporters(names: Sequence[str] | str | None) -> list[str]:
+    """Keep the reporters whose package is here; losing a dashboard must not lose a run (LOG-1)."""
+    wanted = [names] if isinstance(names, str) else list(names or ["none"])
+    if wanted == ["all"]:
+        wanted = list(REPORTERS)
+    usable = []
+    for name in wanted:
+        package = REPORTERS.get(name, name)
+        if name == "none":
+            continue
+        if importlib.util.find_spec(package) is None:
+            logger.warning(
+                "--report_to %s: the package %s is not installed; log.jsonl is written anyway.", name, package
+            )
+        else:
+            usable.append(name)
+    return usable or ["none"]
+
+
+class _Parser(transformers.HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}. See --help.")
+
+
+def together(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> list[str]:
+    """Problems that only show when the three groups are seen together."""
+    problems = []
+    if model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter:
+        problems.append("--tune_mm_mlp_adapter with --freeze_mm_mlp_adapter leaves nothing to train; drop one of them.")
+    if training.freeze_llm and training.freeze_mm_mlp_adapter:
+        problems.append("--freeze_llm with --freeze_mm_mlp_adapter leaves nothing to train; drop one of them.")
+    for name in ("freeze_mm_mlp_adapter", "freeze_llm"):
+        if getattr(training, name) and model.vision_tower is None:
+            problems.append(f"--{name} needs --vision_tower, which is missing.")
+    if model.tune_mm_mlp_adapter and training.lora_enable:
+        problems.append("--lora_enable with --tune_mm_mlp_adapter would train no adapter; drop one of them.")
+    if not data.data_path and not data.meta_path:
+        problems.append("--data_path is missing: give the annotation file (or --meta_path, a mixture).")
+    return problems
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all entry points; unique prefixes of flags are accepted, as in the published scripts."""
+    return _Parser((ModelArguments, DataArguments, TrainingArguments), prog="llava train")
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Parse and check; raises one `ConfigError` that names every faulty flag."""
+    namespace = vars(make_parser().parse_args(list(argv)))
+    built: list[Any] = []
+    problems: list[str] = []
+    for kind in (ModelArguments, DataArguments, TrainingArguments):
+        try:
+            built.append(kind(**{f.name: namespace[f.name] for f in fields(kind) if f.init}))
+        except FlagProblems as error:
+            problems += error.problems
+    if len(built) == 3:
+        problems += together(*built)
+    _raise(problems)
+    model, data, training = built
+    for name, used in (
+        ("--lora_weight_path", training.lora_weight_path),
+        ("--image_grid_pinpoints", data.image_grid_pinpoints),
+    ):
+        if used:
+            logger.warning("%s is accepted for compatibility and has no effect.", name)
+    return model, data, training

@@ -1,0 +1,417 @@
+"""Conversation templates and the one renderer that training, evaluation, chat and serving share (spec/train.md §2).
+
+`render()` yields the pieces of a prompt and marks those the model has to produce; `get_prompt()` is their
+concatenation. Everything an open assistant turn lacks compared with a closed one is "what the model produces":
+``ASSISTANT:`` is given, `` A cat.</s>`` is supervised. Training labels follow from this alone (`llava.data.labels`).
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import html
+import io
+import logging
+import re
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.errors import TemplateError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+_PAD_COLOR: Final = (122, 116, 104)  # mean of the CLIP processor, whatever the tower (spec/train.md §2.4)
+
+
+class SeparatorStyle(Enum):
+    """How turns are joined; one row of the table in spec/train.md §2.3 each."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+    CHATINTERN = auto()
+    INTERNVL_ZH = auto()
+
+
+class Span(NamedTuple):
+    """A piece of a prompt; `supervised` marks what the model itself has to write."""
+
+    text: str
+    supervised: bool
+
+
+class _Turn(NamedTuple):
+    """A rendered turn: `before` is there while the turn is open, `answer` closes it, `after` belongs to nobody."""
+
+    before: str
+    answer: str
+    after: str = ""
+
+
+@dataclass
+class Conversation:
+    """A template and the messages said so far. Templates are shared: `copy()` before appending.
+
+    A message is `[role, content]`; content is a string, `None` for the turn to be generated, or for user turns a
+    tuple `(text, PIL image, process mode)`. `offset` counts leading few-shot messages, hidden from display.
+    """
+
+    system: str
+    roles: tuple[str, str]
+    messages: Any = field(default_factory=list)
+    offset: int = 0
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
+    sep2: str | None = None
+    version: str = "Unknown"
+    stop_str: str | None = None
+    stop_token_ids: list[int] | None = None
+    skip_next: bool = False
+    name: str = ""
+
+    def append_message(self, role: str, content: Any) -> None:
+        """Add a turn at the end."""
+        self.messages.append([role, content])
+
+    def copy(self) -> Conversation:
+        """A new object with its own messages; `skip_next` starts afresh."""
+        return replace(self, messages=[[role, content] for role, content in self.messages], skip_next=False)
+
+    def dict(self) -> dict[str, Any]:
+        """What the request log stores: image tuples are reduced to their text."""
+        return {
+            "system": self.system,
+            "roles": self.roles,
+            "messages": [[role, _text(content)] for role, content in self.messages],
+            "offset": self.offset,
+            "sep": self.sep,
+            "sep2": self.sep2,
+        }
+
+    def set_system(self, text: str) -> None:
+        """Replace the system text, keeping the role header that MPT-style templates store in front of it."""
+        header = self.system.split("\n", 1)[0] + "\n" if self.sep_style is SeparatorStyle.MPT else ""
+        self.system = header + text
+
+    def get_prompt(self) -> str:
+        """The whole prompt, byte for byte as spec/train.md §2.3."""
+        return "".join(span.text for span in self.render())
+
+    def render(self) -> list[Span]:
+        """The prompt in pieces; their concatenation is `get_prompt()`.
+
+        Raises `TemplateError` when a LLAMA_2 conversation does not open with a non-empty user turn.
+        """
+        turns = self._plain_turns()
+        if self.sep_style is SeparatorStyle.LLAMA_2 and turns and not (turns[0][1] and turns[0][0] == self.roles[0]):
+            raise TemplateError(
+                f"Template {self.name or 'llama_2'!r} puts its system text into the first user turn, which is missing "
+                "or empty; begin with a user message."
+            )
+        spans = [Span(self._opening(), False)]
+        for index, (role, text) in enumerate(turns):
+            is_open = text is None or (text == "" and index == len(turns) - 1)
+            turn = self._turn(index, role, text or "")
+            by_model = role == self.roles[1] if self.roles[0] != self.roles[1] else index % 2 == 1
+            if turn.before:
+                spans.append(Span(turn.before, False))
+            if not is_open:
+                # An empty answer teaches nothing, so its separator is not supervised either.
+                spans.append(Span(turn.answer, by_model and text != ""))
+                spans.append(Span(turn.after, False))
+        return [span for span in spans if span.text]
+
+    def _opening(self) -> str:
+        if self.sep_style is SeparatorStyle.LLAMA_2:
+            return ""
+        has_sep = self.sep_style not in (SeparatorStyle.PLAIN, SeparatorStyle.CHATINTERN)
+        return self.system + (self.sep if has_sep else "")
+
+    def _turn(self, index: int, role: str, text: str) -> _Turn:
+        by_user = index % 2 == 0
+        sep = self.sep if by_user or self.sep2 is None else self.sep2
+        match self.sep_style:
+            case SeparatorStyle.SINGLE:
+                return _Turn(f"{role}:", f" {text}{self.sep}")
+            case SeparatorStyle.TWO | SeparatorStyle.INTERNVL_ZH:
+                return _Turn(f"{role}:", f" {text}{sep}")
+            case SeparatorStyle.MPT:
+                return _Turn(role, text + self.sep)
+            case SeparatorStyle.PLAIN:
+                return _Turn("", text + sep)
+            case SeparatorStyle.CHATINTERN:
+                return _Turn(("<s>" if by_user else "") + f"{role}:", text + sep, "\n")
+            case SeparatorStyle.LLAMA_2:
+                if not by_user:
+                    return _Turn("", f" {text} {sep}")
+                # The tokenizer adds the first <s> itself.
+                system, bos = (f"<<SYS>>\n{self.system}\n<</SYS>>\n\n", "") if index == 0 else ("", self.sep)
+                return _Turn("", f"{bos}[INST] {system}{text} [/INST]")
+
+    def _plain_turns(self) -> list[tuple[str, str | None]]:
+        """Messages with image tuples reduced to text; a leading one gets its placeholder in the template's place."""
+        turns = [(role, _text(content)) for role, content in self.messages]
+        if not turns or not isinstance(self.messages[0][1], tuple):
+            return turns
+        role, text = turns[0]
+        text = (text or "").replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        if "mmtag" in self.version:
+            turns[:1] = [(self.roles[0], image_placeholder(self)), (self.roles[1], "Received."), (role, text)]
+        else:
+            turns[0] = (role, f"{DEFAULT_IMAGE_TOKEN}\n{text}")
+        return turns
+
+    def get_images(self, return_pil: bool = False, return_org: bool = False) -> list[Any]:
+        """Images of the user turns after `offset`, in order.
+
+        Processed by their mode (`Pad`, `Default`, `Crop`, `Resize`), or as uploaded with `return_org`; as PIL images
+        with `return_pil`, else as base64 text (PNG when processed, JPEG when not). Raises `TemplateError` for
+        another mode.
+        """
+        images = []
+        for _, content in self.messages[self.offset :: 2]:
+            if isinstance(content, tuple):
+                _, image, mode = content
+                image = image if return_org else _process(image, mode)
+                images.append(image if return_pil else _base64(image, "JPEG" if return_org else "PNG"))
+        return images
+
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """`[user, assistant]` pairs after `offset`; an image turn shows a thumbnail above its escaped text."""
+        pairs: list[list[str | None]] = []
+        for index, (_, content) in enumerate(self.messages[self.offset :]):
+            if index % 2:
+                pairs[-1][1] = content
+            elif isinstance(content, tuple):
+                shown = html.escape(content[0].replace(DEFAULT_IMAGE_TOKEN, "").strip(), quote=False)
+                source = "data:image/jpeg;base64," + _base64(_thumbnail(content[1]), "JPEG")
+                pairs.append([f'<img src="{source}" alt="user upload image" />{shown}', None])
+            else:
+                pairs.append([content, None])
+        return pairs
+
+
+def _text(content: Any) -> str | None:
+    text: str | None = content[0] if isinstance(content, tuple) else content
+    return text
+
+
+def _process(image: Image.Image, mode: str) -> Image.Image:
+    from llava.data.images import expand2square, to_rgb
+
+    if mode == "Pad":
+        return expand2square(to_rgb(image), _PAD_COLOR)
+    if mode == "Resize":
+        return image.resize((336, 336))
+    if mode in ("Default", "Crop"):
+        return image
+    raise TemplateError(f"Unknown image process mode {mode!r}; choose Pad, Default, Crop or Resize.")
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """Short side at most 400, long side at most about 800, aspect ratio kept, never enlarged."""
+    short, long = sorted(image.size)
+    aspect = long / short
+    short = max(1, int(min(800 / aspect, 400, short)))
+    long = max(1, int(short * aspect))
+    return image.resize((long, short) if image.width > image.height else (short, long))
+
+
+def _base64(image: Image.Image, kind: Literal["JPEG", "PNG"]) -> str:
+    from llava.data.images import to_rgb
+
+    buffer = io.BytesIO()
+    (to_rgb(image) if kind == "JPEG" else image).save(buffer, format=kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def image_placeholder(template: Conversation, use_im_start_end: bool = False) -> str:
+    """The text that stands for one image: `<image>` with the tags of the template and of the checkpoint (§4.1)."""
+    token = DEFAULT_IMAGE_TOKEN
+    if use_im_start_end:
+        token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+    return f"<Image>{token}</Image>" if "mmtag" in template.version else token
+
+
+def with_image_token(question: str, template: Conversation, config: object, count: int = 1) -> str:
+    """A user turn as training wrote it: placeholders kept where they are, else `count` of them in front.
+
+    `config` is a checkpoint's configuration; `mm_use_im_start_end` in it adds the start and end tokens.
+    """
+    placeholder = image_placeholder(template, bool(getattr(config, "mm_use_im_start_end", False)))
+    if DEFAULT_IMAGE_TOKEN in question:
+        return question.replace(DEFAULT_IMAGE_TOKEN, placeholder)
+    return f"{placeholder}\n" * count + question
+
+
+def stop_strings(template: Conversation) -> tuple[str, ...]:
+    """The strings that end an answer (spec/serve.md §10.3): the separator that closes an assistant turn."""
+    return (template.sep2 or template.sep,)
+
+
+def get_template(name: str) -> Conversation:
+    """A fresh copy of a registered template; `TemplateError` names the nearest and lists all on a miss."""
+    if name not in conv_templates:
+        nearest = difflib.get_close_matches(name, conv_templates, n=1, cutoff=0.0)
+        hint = f"the nearest is {nearest[0]!r}, all are" if nearest else "choose one of"
+        raise TemplateError(f"Unknown conversation template {name!r}; {hint} {', '.join(conv_templates)}.")
+    return conv_templates[name].copy()
+
+
+# Published families by exact word, first match wins; only for checkpoints that do not name their template.
+_FAMILIES: Final = (
+    (r"llama-2", "llava_llama_2"),
+    (r"mini-internvl-chat-4b-v1-5|phi-?3", "phi3-chat"),
+    (r"internvl-chat(-chinese)?-v1-1", "internvl_zh"),
+    (r"internvl-chat(-chinese)?-v1-2(-plus)?|hermes-?2", "Hermes-2"),
+    (r"(mini-)?internvl-chat(-2b)?-v1-5|internlm2?", "internlm2-chat"),
+    (r"internvl-chat-vit-6b.*|internvit-?6b.*vicuna.*", "vicuna_v1"),
+    (r"llava-v0.*mmtag", "v0_mmtag"),
+    (r"llava-v1.*mmtag", "v1_mmtag"),
+    (r"llava-v0|v0", "llava_v0"),
+    (r"llava-v1(\.[0-9]+)?", "llava_v1"),
+    (r"mpt", "mpt"),
+)
+
+
+def template_for(config: object, model_name: str, override: str | None = None) -> str:
+    """Name of the template to talk to a checkpoint with: `override`, else `config.conv_template`, else by name.
+
+    The name is a fallback for checkpoints from before `conv_template` was saved, and says so once per call;
+    names of no known family get `vicuna_v1`, which InternVL-Chat 1.0 was trained with (spec/serve.md §10).
+    """
+    stored: str | None = getattr(config, "conv_template", None)
+    chosen = stored if override is None else override
+    if chosen is not None:
+        if get_template(chosen) != get_template(stored or chosen):
+            logger.warning("The checkpoint was trained with template %r; using %r as asked.", stored, chosen)
+        return chosen
+    words = model_name.lower().replace("_", "-")
+    matches = (name for pattern, name in _FAMILIES if re.search(rf"(^|[-/]){pattern}($|[-/])", words))
+    guess = next(matches, "vicuna_v1")
+    logger.warning(
+        "The checkpoint does not name its template; %r is a guess from the name %r, pass --conv-mode to choose.",
+        guess,
+        model_name,
+    )
+    return guess
+
+
+_HUMAN_ASSISTANT: Final = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions."
+)
+_USER_ASSISTANT: Final = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
+_MMTAG: Final = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand "
+    "the visual content that the user provides, and assist the user with a variety of tasks using natural "
+    "language.The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAMA_2: Final = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+    "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
+    "content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+_LLAVA_LLAMA_2: Final = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
+)
+_FEW_SHOT: Final = (
+    ("Human", "What are the key differences between renewable and non-renewable energy sources?"),
+    (
+        "Assistant",
+        "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
+        "such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
+        "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences "
+        "between renewable and non-renewable energy sources:\n"
+        "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources "
+        "are finite and will eventually run out.\n"
+        "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+        "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+        "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+        "operational costs than non-renewable sources.\n"
+        "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
+        "than non-renewable sources.\n"
+        "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations "
+        "and needs, while non-renewable sources are more rigid and inflexible.\n"
+        "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
+        "sources are not, and their depletion can lead to economic and social instability.\n",
+    ),
+)
+
+
+_SINGLE, _TWO, _MPT = SeparatorStyle.SINGLE, SeparatorStyle.TWO, SeparatorStyle.MPT
+_HUMAN, _USER = ("Human", "Assistant"), ("USER", "ASSISTANT")
+_CHATML: Final = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+
+vicuna_v0 = Conversation(_HUMAN_ASSISTANT, _HUMAN, _FEW_SHOT, 2, name="v0")
+vicuna_v1 = Conversation(_USER_ASSISTANT, _USER, (), 0, _TWO, " ", "</s>", "v1", name="v1")
+llama_2 = Conversation(_LLAMA_2, _USER, (), 0, SeparatorStyle.LLAMA_2, "<s>", "</s>", "llama_v2", name="llama_2")
+llava_plain = Conversation("", ("", ""), (), 0, SeparatorStyle.PLAIN, "\n", name="plain")
+llava_v0 = Conversation(_HUMAN_ASSISTANT, _HUMAN, (), name="llava_v0")
+llava_v0_mmtag = Conversation(_MMTAG, _HUMAN, (), version="v0_mmtag", name="v0_mmtag")
+llava_v1 = Conversation(_HUMAN_ASSISTANT, _USER, (), 0, _TWO, " ", "</s>", "v1", name="llava_v1")
+llava_v1_mmtag = Conversation(_MMTAG, _USER, (), 0, _TWO, " ", "</s>", "v1_mmtag", name="v1_mmtag")
+llava_llama_2 = replace(llama_2, system=_LLAVA_LLAMA_2, name="llava_llama_2")
+mpt = Conversation(
+    "<|im_start|>system\n"
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
+    *(_CHATML, (), 0, _MPT, "<|im_end|>", None, "mpt"),
+    name="mpt",
+)
+internlm = Conversation(
+    "A chat between a curious <|User|> and an <|Bot|>. The <|Bot|> gives helpful, detailed, and polite answers "
+    "to the <|User|>'s questions.\n\n",
+    ("<|User|>", "<|Bot|>"),
+    *((), 0, SeparatorStyle.CHATINTERN, "<eoh>", "<eoa>", "internlm", "<|User|>", [1, 103028]),
+    name="internlm",
+)
+internvl_zh = Conversation("", ("<human>", "<bot>"), (), 0, SeparatorStyle.INTERNVL_ZH, " ", "</s>", name="internvl_zh")
+hermes2 = replace(mpt, system="<|im_start|>system\nAnswer the questions.", name="Hermes-2")
+internlm2_chat = replace(
+    mpt,
+    system="<|im_start|>system\nYou are an AI assistant whose name is InternLM (书生·浦语).",
+    name="internlm2-chat",
+)
+phi3_chat = replace(
+    mpt,
+    system="<|system|>\nYou are an AI assistant whose name is Phi-3.",
+    roles=("<|user|>\n", "<|assistant|>\n"),
+    sep="<|end|>",
+    name="phi3-chat",
+)
+
+conv_templates: Final[dict[str, Conversation]] = {
+    "default": vicuna_v0,
+    "v0": vicuna_v0,
+    "v1": vicuna_v1,
+    "vicuna_v1": vicuna_v1,
+    "llama_2": llama_2,
+    "plain": llava_plain,
+    "v0_plain": llava_plain,
+    "llava_v0": llava_v0,
+    "v0_mmtag": llava_v0_mmtag,
+    "llava_v1": llava_v1,
+    "v1_mmtag": llava_v1_mmtag,
+    "llava_llama_2": llava_llama_2,
+    "mpt": mpt,
+    "internlm": internlm,
+    "internvl_zh": internvl_zh,
+    "Hermes-2": hermes2,
+    "internlm2-chat": internlm2_chat,
+    "phi3-chat": phi3_chat,
+}
+
+default_conversation = vicuna_v0  # kept for callers that set a template for the whole process

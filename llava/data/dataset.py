@@ -1,0 +1,191 @@
+"""The supervised dataset: records opened when asked for, and nothing replaced in silence (spec/train.md §5, T1)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.utils.data import Dataset
+
+from llava import conversation
+from llava.constants import IGNORE_INDEX
+from llava.conversation import Conversation, get_template, image_placeholder
+from llava.data.collate import DataCollatorForSupervisedDataset
+from llava.data.images import open_image, preprocess_image
+from llava.data.labels import Example, build_example, place_images, truncate
+from llava.data.records import Record, Turn, image_paths, parse_record, read_records
+from llava.data.template_check import check_template
+from llava.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+_FAULTS: Final = ("bad", "truncated", "unsupervised")
+_KNOWN_KEYS: Final = frozenset({"id", "image", "conversations"})
+_MAX_BAD: Final = 0.05  # of the records; more than this, and more than _FREE, is a wrong folder and not bad luck
+_FREE: Final = 10
+
+
+class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
+    """Items `input_ids` (T,), `labels` (T,) and, in a multimodal run, `image`: (3, S, S), or (k, 3, S, S) for a list.
+
+    Text-only records of a multimodal run carry zeros. Records are checked when the dataset is made; images when
+    they are opened. A bad record raises `DataError` naming file, index and remedy, or with `on_bad_sample == "skip"`
+    gives way to the next good one of its modality, until too many are bad.
+    """
+
+    def __init__(
+        self, data_path: str, tokenizer: Any, data_args: Any, template: Conversation | str | None = None
+    ) -> None:
+        self.data_path = data_path
+        self.tokenizer = tokenizer
+        self.data_args = data_args
+        template = get_template(template) if isinstance(template, str) else template
+        self.template = template or conversation.default_conversation
+        self.records = read_records(data_path)
+        self.skip_bad = getattr(data_args, "on_bad_sample", "error") == "skip"
+        # One flag a record and fault, shared with the loader's workers; setting one twice changes nothing.
+        self._flags = torch.zeros(len(_FAULTS), len(self.records), dtype=torch.uint8).share_memory_()
+        self._check_records()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Words of a record, plus 128 with an image."""
+        return [self._words(record) + (128 if image_paths(record) else 0) for record in self.records]
+
+    @cached_property
+    def modality_lengths(self) -> list[int]:
+        """Words of a record, negative without an image."""
+        return [self._words(record) * (1 if image_paths(record) else -1) for record in self.records]
+
+    @staticmethod
+    def _words(record: dict[str, Any]) -> int:
+        return sum(len(turn["value"].split()) for turn in record["conversations"])
+
+    def report(self) -> dict[str, int]:
+        """How many records of this process and its workers were bad, truncated, or without a supervised token."""
+        return dict(zip(_FAULTS, self._flags.sum(1).tolist()))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not self.skip_bad:
+            return self._load(index)
+        for candidate in self._candidates(index % len(self)):
+            try:
+                return self._load(candidate)
+            except DataError as error:
+                self._skip(candidate, error)
+        raise DataError(f"{self.data_path} holds no record to stand in for record {index}; repair the data.")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The record itself, then those that follow it, of its modality and not known to be bad."""
+        has_image = bool(image_paths(self.records[index]))
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if not self._flags[0, candidate] and bool(image_paths(self.records[candidate])) == has_image:
+                yield candidate
+
+    def _skip(self, index: int, error: DataError) -> None:
+        self._flags[0, index] = 1
+        bad, limit = int(self._flags[0].sum()), max(_FREE, int(_MAX_BAD * len(self)))
+        if bad <= _FREE:
+            logger.warning("Skipped: %s", error)
+        if bad > limit:
+            raise ConfigError(
+                f"{bad} of {len(self)} records of {self.data_path} are bad, more than the {limit} that may be skipped; "
+                f"the last: {error.args[0]}"
+            ) from error
+
+    def _check_records(self) -> None:
+        unknown = sorted({key for record in self.records if isinstance(record, dict) for key in record} - _KNOWN_KEYS)
+        if unknown:
+            logger.warning("%s: keys %s are not used.", self.data_path, ", ".join(map(repr, unknown)))
+        for index in range(len(self)):
+            try:
+                self._record(index)
+            except DataError as error:
+                if not self.skip_bad:
+                    raise
+                self._skip(index, error)
+        if bool(self._flags[0].all()):
+            raise DataError(f"{self.data_path} holds no usable record; the reasons are logged above.")
+
+    def _record(self, index: int) -> Record:
+        try:
+            record = parse_record(self.records[index])
+            if record.image and not self.data_args.is_multimodal:
+                raise DataError("it has an image, but the run has no --vision_tower")
+        except DataError as error:
+            raise self._located(error, index) from error
+        return record
+
+    def _load(self, index: int) -> dict[str, torch.Tensor]:
+        record = self._record(index)
+        try:
+            example = self.example(record)
+            item = truncate(example, self.tokenizer.model_max_length)._asdict()
+            if self.data_args.is_multimodal:
+                item["image"] = self._pixels(record)
+        except DataError as error:
+            raise self._located(error, index) from error
+        self._flags[1, index] |= len(item["input_ids"]) < len(example.input_ids)
+        self._flags[2, index] |= not bool((item["labels"] != IGNORE_INDEX).any())
+        return item
+
+    def example(self, record: Record) -> Example:
+        """Ids and labels of a record before truncation; its images are not opened."""
+        placeholder = image_placeholder(self.template, getattr(self.data_args, "mm_use_im_start_end", False))
+        turns = [Turn(role, place_images(text, placeholder, len(record.image))) for role, text in record.turns]
+        return build_example(turns, self.tokenizer, self.template, has_image=bool(record.image))
+
+    def _pixels(self, record: Record) -> torch.Tensor:
+        processor = self.data_args.image_processor
+        if not record.image:
+            return torch.zeros(3, processor.crop_size["height"], processor.crop_size["width"])
+        folder = Path(self.data_args.image_folder or "")
+        images = [
+            preprocess_image(open_image(folder / path), processor, self.data_args.image_aspect_ratio)
+            for path in record.image
+        ]
+        return images[0] if len(images) == 1 else torch.stack(images)  # (3, S, S) or (k, 3, S, S)
+
+    def _located(self, error: DataError, index: int) -> DataError:
+        return type(error)(
+            f"{self.data_path}, record {index}: {str(error.args[0]).rstrip('.')}; "
+            "repair it, check --image_folder, or pass --on_bad_sample skip."
+        )
+
+
+def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None:
+    """Raise `DataError` if more than 1 % of the first records would teach nothing (users.md TOK-2)."""
+    count = min(first, len(dataset))
+    empty = []
+    for index in range(count):
+        try:
+            example = dataset.example(parse_record(dataset.records[index]))
+            labels = truncate(example, dataset.tokenizer.model_max_length).labels
+        except DataError:
+            continue  # counted and reported when it is drawn
+        if not bool((labels != IGNORE_INDEX).any()):
+            empty.append(index)
+    if len(empty) > max(1, count // 100):
+        raise DataError(
+            f"{len(empty)} of the first {count} records of {dataset.data_path} have no supervised token, the first is "
+            f"{empty[0]}; their answers are empty or lie beyond --model_max_length {dataset.tokenizer.model_max_length}."
+        )
+
+
+def make_supervised_data_module(
+    tokenizer: Any, data_args: Any, template: Conversation | str | None = None
+) -> dict[str, Any]:
+    """Dataset and collator for the Trainer, after checking template against tokenizer and labels of the first records."""
+    dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, template)
+    check_template(tokenizer, dataset.template)
+    check_supervision(dataset)
+    collator = DataCollatorForSupervisedDataset(tokenizer)
+    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

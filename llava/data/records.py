@@ -1,0 +1,153 @@
+"""Annotation files: read them, and say exactly what is wrong with a record (spec/train.md §3.1).
+
+A record is `{"image": path or list of paths (optional), "conversations": [{"from": "human"|"gpt", "value": text}, …]}`;
+a leading `system` turn replaces the template's system text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import DataError
+
+ROLES: Final = ("human", "gpt", "system")
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A valid record: image paths in the order of their placeholders, and the turns."""
+
+    image: list[str]
+    turns: list[Turn]
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a JSON array, or of a file named `*.jsonl` with one object a line; blank lines are skipped.
+
+    Raises `DataError` for a missing file, invalid JSON (with its place) or a file without records.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            records = [_loads(line, f" line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        else:
+            records = _loads(text, "")
+    except OSError as error:
+        raise DataError(f"Cannot read annotation file {path}: {error.strerror}; check --data_path.") from error
+    except ValueError as error:
+        raise DataError(f"Annotation file {path} is not valid JSON:{error}.") from error
+    if not isinstance(records, list) or not records:
+        raise DataError(f"Annotation file {path} holds {type(records).__name__} without records; expected an array.")
+    return records
+
+
+def _loads(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{place} nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from error
+
+
+def parse_record(raw: object) -> Record:
+    """The record in its normal form; raises `DataError` with the first problem."""
+    for problem in _problems(raw):
+        raise DataError(problem)
+    assert isinstance(raw, Mapping)
+    return Record(image_paths(raw), parse_turns(raw["conversations"]))
+
+
+def validate_record(record: object, index: int, image_folder: str | Path | None = None) -> list[str]:
+    """Every problem of a record as `index: what is wrong`; with `image_folder`, missing image files too."""
+    problems = list(_problems(record))
+    if not problems and image_folder is not None and isinstance(record, Mapping):
+        missing = [path for path in image_paths(record) if not (Path(image_folder) / path).is_file()]
+        problems = [f"image {path!r} is not in {image_folder}" for path in missing]
+    return [f"{index}: {problem}" for problem in problems]
+
+
+def image_paths(record: Mapping[str, Any]) -> list[str]:
+    """The images a record declares; none when the key is absent or null."""
+    image = record.get("image")
+    return [image] if isinstance(image, str) else list(image or ())
+
+
+def parse_turns(conversations: Sequence[Mapping[str, str]]) -> list[Turn]:
+    """Turns of a `conversations` list; raises `DataError` for an unknown role or a value that is not text."""
+    for turn in conversations:
+        for problem in _turn_problems(turn):
+            raise DataError(problem)
+    return [Turn(turn["from"].lower(), turn["value"]) for turn in conversations]
+
+
+def drop_greeting(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Turns from the first human one on, when only a single one precedes it (spec/train.md §4.2)."""
+    return turns[1:] if turns and turns[0].role != "human" else turns
+
+
+def _turn_problems(turn: object) -> Iterator[str]:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("from"), str):
+        yield f"a turn is {str(turn)[:60]!r}, expected an object with from and value"
+    elif turn["from"].lower() not in ROLES:
+        yield f"a turn is from {turn['from']!r}, expected {', '.join(ROLES)}"
+    elif not isinstance(turn.get("value"), str):
+        yield f"a turn from {turn['from']} has the value {str(turn.get('value'))[:40]!r}, expected text"
+    elif any("\ud800" <= char <= "\udfff" for char in turn["value"]) if not turn["value"].isascii() else False:
+        yield f"a turn from {turn['from']} is not valid Unicode"
+
+
+def _problems(record: object) -> Iterator[str]:
+    if not isinstance(record, Mapping):
+        yield f"the record is {type(record).__name__}, expected an object"
+        return
+    image, turns = record.get("image"), record.get("conversations")
+    paths = [image] if isinstance(image, str) else image or []
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        yield f"image is {str(image)[:60]!r}, expected a path or a list of paths"
+        return
+    if not isinstance(turns, list) or not turns:
+        yield "conversations is missing or empty, expected a list of turns"
+        return
+    faults = [problem for turn in turns for problem in _turn_problems(turn)]
+    yield from faults
+    if not faults:
+        parsed = [Turn(turn["from"].lower(), turn["value"]) for turn in turns]
+        yield from _order_problems(parsed)
+        yield from _placeholder_problems(parsed, len(paths))
+
+
+def _order_problems(turns: list[Turn]) -> Iterator[str]:
+    turns = turns[1:] if turns[0].role == "system" else turns
+    for index, (role, _) in enumerate(drop_greeting(turns)):
+        if role != ("human", "gpt")[index % 2]:
+            yield f"turn {index + 1} is from {role}, but human and gpt turns must alternate"
+            return
+    if not any(role == "gpt" for role, _ in turns):
+        yield "there is no gpt turn to learn from"
+
+
+def _placeholder_problems(turns: list[Turn], images: int) -> Iterator[str]:
+    counts = [text.count(DEFAULT_IMAGE_TOKEN) for role, text in turns if role == "human"]
+    total = sum(counts)
+    if any(DEFAULT_IMAGE_TOKEN in text for role, text in turns if role != "human"):
+        yield f"{DEFAULT_IMAGE_TOKEN} stands in a turn that is not human"
+    elif images == 1 and total >= 1:
+        # One image named several times in one turn counts once (spec/train.md §4.1).
+        if sum(map(bool, counts)) > 1:
+            yield f"1 image is declared, but {sum(map(bool, counts))} turns hold {DEFAULT_IMAGE_TOKEN}"
+    elif images != total:
+        yield f"{images} images are declared, but the turns hold {total} {DEFAULT_IMAGE_TOKEN}"

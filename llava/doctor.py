@@ -1,0 +1,211 @@
+"""Which versions and devices are here, and what they allow: `llava doctor`, exit status 1 on a mix known to fail."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Final, NamedTuple
+
+from packaging.specifiers import SpecifierSet
+
+from llava import __version__
+from llava.errors import DependencyError
+from llava.utils import guarded
+
+
+class Rule(NamedTuple):
+    """The versions of a package that work here, and what goes wrong with the others."""
+
+    package: str
+    works: str
+    reason: str
+
+
+class Feature(NamedTuple):
+    """Something one may want to do: the packages it needs and the extra that brings them."""
+
+    name: str
+    packages: tuple[str, ...]
+    extra: str = ""
+
+
+RULES: Final = (
+    Rule("python", ">=3.10", "the code uses its syntax"),
+    Rule("torch", ">=2.1", "older releases lack scaled_dot_product_attention as it is used here"),
+    Rule("transformers", "==4.36.2", "the models and the Trainer are written against exactly this release"),
+    Rule("tokenizers", ">=0.14,<0.19", "transformers 4.36.2 refuses others"),
+    Rule("huggingface_hub", ">=0.19.3,<1.0", "transformers 4.36.2 refuses 1.0 and newer"),
+    Rule("accelerate", ">=0.26,<1.0", "the Trainer of transformers 4.36.2 passes arguments that 1.0 removed"),
+    Rule("peft", ">=0.10,<0.14", "0.14 imports EncoderDecoderCache, which transformers 4.36.2 lacks"),
+    Rule("deepspeed", ">=0.14", "older releases do not support this torch"),
+    Rule("bitsandbytes", ">=0.43", "older releases do not load without CUDA"),
+    Rule("gradio", ">=4.0", "the web page is written for its current interface"),
+)
+
+FEATURES: Final = (
+    Feature("inference", ("torch", "torchvision", "transformers", "tokenizers", "sentencepiece", "pillow")),
+    Feature("training", ("torch", "transformers", "accelerate", "peft", "matplotlib"), "train"),
+    Feature("DeepSpeed", ("deepspeed", "ninja"), "train"),
+    Feature("quantisation", ("bitsandbytes",), "quant"),
+    Feature("flash attention", ("flash-attn",), "flash"),
+    Feature("serving", ("fastapi", "uvicorn", "gradio"), "serve"),
+)
+
+PACKAGES: Final = tuple(
+    dict.fromkeys([r.package for r in RULES if r.package != "python"] + [p for f in FEATURES for p in f.packages])
+)
+
+
+class Device(NamedTuple):
+    """An accelerator: its name, its memory in GiB (0 if unknown) and its CUDA compute capability, if it has one."""
+
+    name: str
+    memory: float
+    capability: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found on this machine. `versions` lacks the packages that are not installed."""
+
+    versions: Mapping[str, str]
+    devices: tuple[Device, ...] = ()
+    cuda: str | None = None
+    driver: str | None = None
+    compiler: str | None = None
+    broken: Mapping[str, str] = field(default_factory=dict)  # package -> why it cannot be imported
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions by package name, read from metadata: nothing is imported."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def gather() -> Facts:
+    """Look at this machine. Imports torch, and flash-attn if it is installed (it often is, and does not load)."""
+    versions = installed_versions()
+    broken = {}
+    for package in {"torch", "flash-attn"} & versions.keys():
+        try:
+            importlib.import_module(package.replace("-", "_"))
+        except Exception as error:  # whatever a broken extension raises is the finding
+            broken[package] = f"{type(error).__name__}: {error}"
+    devices: tuple[Device, ...] = ()
+    cuda = None
+    if "torch" in versions.keys() - broken.keys():
+        devices, cuda = _devices()
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return Facts(versions, devices, cuda, _driver(), compiler, broken)
+
+
+def _devices() -> tuple[tuple[Device, ...], str | None]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        found.append(Device(card.name, card.total_memory / 2**30, (card.major, card.minor)))
+    if torch.backends.mps.is_available():
+        found.append(Device("Apple mps", 0, None))
+    return tuple(found), torch.version.cuda
+
+
+def _driver() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    lines = answer.stdout.split()
+    return lines[0] if answer.returncode == 0 and lines else None
+
+
+def known_bad(versions: Mapping[str, str]) -> list[str]:
+    """One sentence for every installed version that is known not to work."""
+    problems = []
+    for package, works, reason in RULES:
+        version = versions.get(package)
+        if version is not None and not SpecifierSet(works).contains(version, prereleases=True):
+            remedy = f"pip install '{package}{works}'" if package != "python" else f"use Python {works}"
+            problems.append(f"{package} {version} does not work ({reason}): {remedy}")
+    return problems
+
+
+def check_versions() -> None:
+    """Raise `DependencyError` on the first package whose version is known not to work. Fast: reads metadata only."""
+    problems = known_bad(installed_versions())
+    if problems:
+        raise DependencyError(f"{problems[0]} (llava doctor lists everything).")
+
+
+def verdict(feature: Feature, facts: Facts) -> tuple[bool, str]:
+    """Whether a feature can be used, and what it will run on or what is missing."""
+    missing = [package for package in feature.packages if package not in facts.versions]
+    if missing:
+        target = f"llava[{feature.extra}]" if feature.extra else "llava"
+        return False, f"needs {', '.join(missing)}: pip install '{target}'"
+    for package in feature.packages:
+        if package in facts.broken:
+            return False, f"{package} cannot be imported: {facts.broken[package]}"
+        bad = known_bad({package: facts.versions[package]})
+        if bad:
+            return False, bad[0]
+    capabilities = [device.capability for device in facts.devices if device.capability is not None]
+    if feature.name == "DeepSpeed" and facts.compiler is None:
+        return False, "needs a C++ compiler to build its operators: install g++ or clang"
+    if feature.name == "flash attention" and (not capabilities or min(capabilities) < (8, 0)):
+        return False, "needs NVIDIA cards of compute capability 8.0 (Ampere) or newer; sdpa is used instead"
+    if feature.name == "quantisation" and not capabilities:
+        return True, "on the CPU: it works, slowly"
+    if feature.name in ("inference", "training"):
+        return True, f"on {', '.join(device.name for device in facts.devices) or 'the CPU'}"
+    return True, "available"
+
+
+def report(facts: Facts) -> str:
+    """The page that `llava doctor` prints."""
+    names = ["python", *PACKAGES]
+    width = max(map(len, names)) + 2
+    lines = [f"llava {__version__} on {platform.platform()}", "", "versions"]
+    lines += [f"  {name:<{width}}{facts.versions.get(name, '-')}" for name in names]
+    lines += [
+        f"  {'CUDA (of torch)':<{width}}{facts.cuda or '-'}",
+        f"  {'NVIDIA driver':<{width}}{facts.driver or '-'}",
+    ]
+    lines += [f"  {'C++ compiler':<{width}}{facts.compiler or '-'}", "", "devices"]
+    for device in facts.devices:
+        memory = f", {device.memory:.0f} GiB" if device.memory else ""
+        capability = ", compute capability {}.{}".format(*device.capability) if device.capability else ""
+        lines.append(f"  {device.name}{memory}{capability}")
+    lines += ["  CPU", "", "features"]
+    for feature in FEATURES:
+        usable, why = verdict(feature, facts)
+        lines.append(f"  {'yes' if usable else 'no':<5}{feature.name:<17}{why}")
+    problems = known_bad(facts.versions)
+    lines += ["", *[f"problem: {problem}" for problem in problems]] if problems else []
+    return "\n".join(lines)
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    facts = gather()
+    print(report(facts))
+    return 1 if known_bad(facts.versions) or "torch" in facts.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

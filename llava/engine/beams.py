@@ -1,0 +1,36 @@
+"""Beam search for one request through the library's `generate`; it runs alone, outside the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from llava.engine.engine import Job
+    from llava.engine.prefill import LanguageModel, Prefiller
+
+
+def run(lm: LanguageModel, prefiller: Prefiller, job: Job) -> None:
+    """Answer `job` with its `num_beams` and finish it. The pictures are spliced first, so any number of them works."""
+    params = job.params
+    sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
+    embeds = prefiller.embed(job.prompt)  # (L, D)
+    with torch.random.fork_rng(enabled=params.temperature > 0):
+        if params.seed is not None:
+            torch.manual_seed(params.seed)
+        output = lm.model.generate(
+            inputs_embeds=embeds.unsqueeze(0),
+            attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=embeds.device),
+            num_beams=params.num_beams,
+            max_new_tokens=job.max_new_tokens,
+            eos_token_id=sorted(job.end_ids),
+            pad_token_id=lm.model.generation_config.pad_token_id or 0,
+            **(sampling if params.temperature > 0 else {"do_sample": False}),
+        )
+    for token in output[0].tolist():
+        reason = job.accept(token)
+        if reason is not None:
+            job.finish(reason)
+            return
+    job.finish("stop")

@@ -1,0 +1,155 @@
+"""Storage of keys and values: rows of a batch that come and go, and prefixes that several requests share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+_SLACK = 64
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Sizes of one model's keys and values."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, rows: int, columns: int) -> Tensor:
+        """(layers, 2, rows, kv_heads, columns, head_dim), zero: what masks hide must still be finite."""
+        shape = (self.layers, 2, rows, self.kv_heads, columns, self.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
+class RowCache(Cache):  # type: ignore[misc]
+    """Keys and values of the running rows in one buffer, aligned on a common last column.
+
+    Row r of length n occupies columns `end - n … end - 1`; what lies to its left is masked. A decode step writes one
+    column in place; a row joins by one copy and leaves by moving the last row into its place. The buffer grows
+    geometrically and is never copied in an ordinary step. During prefill the same class serves as a plain rectangle
+    starting at column 0. The model reads it through `update`; `advance` commits a step after the last layer.
+    """
+
+    def __init__(self, spec: CacheSpec, rows: int = 0, columns: int = 0) -> None:
+        self.spec = spec
+        self.data = spec.empty(rows, columns)
+        self.lengths: list[int] = []
+        self.start = self.end = 0
+
+    @classmethod
+    def for_prefill(cls, spec: CacheSpec, rows: int, prefix: int, columns: int) -> RowCache:
+        """A rectangle of `rows` whose first `prefix` columns the caller fills; `columns` counts all of them."""
+        cache = cls(spec, rows, columns)
+        cache.lengths = [prefix] * rows
+        cache.end = prefix
+        return cache
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        return self.end - self.start
+
+    def get_max_length(self) -> int | None:
+        return None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Write new columns (B, kv_heads, T, head_dim) of a layer and return all its keys and values so far."""
+        stop = self.end + key_states.shape[-2]
+        layer = self.data[layer_idx, :, : len(self.lengths)]  # (2, B, H, columns, D)
+        layer[0, :, :, self.end : stop] = key_states
+        layer[1, :, :, self.end : stop] = value_states
+        return layer[0, :, :, self.start : stop], layer[1, :, :, self.start : stop]
+
+    def advance(self) -> None:
+        """Commit one decode step."""
+        self.end += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def mask(self) -> Tensor | None:
+        """(B, width + 1) int64 for a decode step, its new column included; None when no row is padded."""
+        width = self.end - self.start
+        if all(length == width for length in self.lengths):
+            return None
+        lengths = torch.tensor(self.lengths).unsqueeze(1)  # (B, 1)
+        mask = torch.arange(width + 1) >= width - lengths
+        return mask.long().to(self.data.device)
+
+    def join(self, source: Tensor, lengths: Sequence[int]) -> None:
+        """Add rows from (layers, 2, n, kv_heads, T, head_dim), each left-aligned with its own length."""
+        first = len(self.lengths)
+        self._reserve(first + len(lengths), max(lengths))
+        for index, length in enumerate(lengths):
+            self.data[:, :, first + index, :, self.end - length : self.end] = source[:, :, index, :, :length]
+        self.lengths.extend(lengths)
+        self._trim()
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last row takes its number."""
+        last = len(self.lengths) - 1
+        if row != last:
+            self.data[:, :, row, :, self.start : self.end] = self.data[:, :, last, :, self.start : self.end]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        self._trim()
+
+    def make_room(self) -> None:
+        """Guarantee a free column for the next step."""
+        self._reserve(len(self.lengths), 0)
+
+    def _trim(self) -> None:
+        self.start = self.end - max(self.lengths, default=0)
+
+    def _reserve(self, rows: int, length: int) -> None:
+        """Capacity for `rows` rows, for a row of `length` ending at `end`, and for one column more."""
+        capacity, columns = self.data.shape[2], self.data.shape[4]
+        width = max(length, self.end - self.start)
+        if not self.lengths and rows <= capacity and width < columns:
+            self.start = self.end = width
+            return
+        if rows <= capacity and width <= self.end < columns:
+            return
+        rows_now, live = len(self.lengths), self.end - self.start
+        if rows > capacity:
+            capacity = max(rows, 2 * capacity)
+        grown = self.spec.empty(capacity, width + max(_SLACK, width // 2))
+        grown[:, :, :rows_now, :, width - live : width] = self.data[:, :, :rows_now, :, self.start : self.end]
+        self.data, self.start, self.end = grown, width - live, width
+
+
+class BoundedStore:
+    """Tensors by key, least recently used out first, within a budget of bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.bytes = 0
+        self._items: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        if key in self._items:
+            self._items.move_to_end(key)
+        return self._items.get(key)
+
+    def put(self, key: Hashable, value: Tensor) -> None:
+        """Keep `value`, evicting older ones; one larger than the whole budget is not kept."""
+        size = value.nbytes
+        if key in self._items or size > self.budget:
+            return
+        while self.bytes + size > self.budget:
+            self.bytes -= self._items.popitem(last=False)[1].nbytes
+        self._items[key] = value
+        self.bytes += size

@@ -1,0 +1,225 @@
+"""The inference engine: many requests in one batch, joining and leaving at any step, text streamed as it comes.
+
+    engine = load_engine("path/to/checkpoint")
+    answers = engine.generate([Request(prompt, [image], SamplingParams(max_new_tokens=64))])
+
+There is no thread inside: whoever holds the engine calls `step()` (iterating a handle does so too). Greedy float32
+outputs equal one-at-a-time `model.generate`, token for token, whatever shares the batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.engine import beams
+from llava.engine.cache import RowCache
+from llava.engine.features import FeatureEncoder, identify
+from llava.engine.prefill import LanguageModel, Prefiller, Prompt
+from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams
+from llava.engine.sampling import choose, make_generator
+from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
+from llava.errors import RequestError
+from llava.mm_utils import tokenizer_image_token
+
+_MIB = 2**20
+
+
+@dataclass(eq=False)
+class Job:
+    """A request inside the engine: its prompt, what it has produced, and where it stands."""
+
+    prompt: Prompt
+    params: SamplingParams
+    handle: Handle
+    max_new_tokens: int
+    end_ids: frozenset[int]
+    generator: torch.Generator | None
+    detokenizer: Detokenizer
+    stream: TextStream
+    tokens: list[int] = field(default_factory=list)
+
+    def accept(self, token: int) -> FinishReason | None:
+        """Take the next token; the reason if it was the last."""
+        self.tokens.append(token)
+        reason: FinishReason | None = None
+        if token in self.end_ids:
+            reason = "stop"
+        else:
+            self.handle.push(self.stream.push(self.detokenizer.push(token)))
+            if self.stream.stopped:
+                reason = "stop"
+            elif len(self.tokens) >= self.max_new_tokens:
+                reason = "length"
+        return reason
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        """Hand over the rest of the text and the completion."""
+        self.handle.push(self.stream.push(self.detokenizer.flush(), final=True))
+        self.handle.completion = Completion(
+            self.stream.text, tuple(self.tokens), reason, self.handle.prompt_tokens, error
+        )
+
+
+class Engine:
+    """Continuous batching over one model; `model` is put in evaluation mode.
+
+    `image_aspect_ratio` defaults to the model's own setting. `cache_bytes` bounds, each, the store of image features
+    and the store of shared prompt beginnings. One thread drives the engine; `submit` and `cancel` are safe from others.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_processor: Any = None,
+        *,
+        max_batch_size: int = 16,
+        max_prefill_tokens: int = 8192,
+        image_aspect_ratio: str | None = None,
+        cache_bytes: int = 512 * _MIB,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.max_batch_size = max_batch_size
+        self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
+        self.lm = LanguageModel(model)
+        self.special = SpecialTokens(tokenizer, model.generation_config)
+        self.features = FeatureEncoder(model, image_processor, aspect_ratio=self.image_aspect_ratio, budget=cache_bytes)
+        self.prefiller = Prefiller(self.lm, self.features, max_tokens=max_prefill_tokens, prefix_budget=cache_bytes)
+        self.generated_tokens = 0
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._cache = RowCache(self.lm.spec)
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request. Raises `RequestError` when it cannot be served: image count, length, parameters."""
+        prompt = self._prepare(request)
+        images = len(prompt.pictures)
+        feature_tokens = images * (self.features.tokens_per_image if images else 0)
+        length, context = len(prompt.ids) - images + feature_tokens, self.lm.context_length
+        if length >= context:
+            raise RequestError(
+                f"The prompt is {length} tokens long ({len(prompt.ids) - images} of text, {feature_tokens} of {images} "
+                f"image(s)), and the model's context holds {context} with the answer; shorten the conversation."
+            )
+        params = request.params
+        handle = Handle(self.step, length)
+        job = Job(
+            prompt=prompt,
+            params=params,
+            handle=handle,
+            max_new_tokens=min(params.max_new_tokens, context - length),
+            end_ids=self.special.end_ids(params.stop),
+            generator=make_generator(params),
+            detokenizer=Detokenizer(self.tokenizer, self.special.ids),
+            stream=TextStream(params.stop),
+        )
+        self._waiting.append(job)
+        return handle
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Drop cancelled requests, admit waiting ones, advance every running row by a token. False when idle."""
+        self._drop_cancelled()
+        self._admit()
+        if self._running:
+            self._decode()
+        return bool(self._running or self._waiting)
+
+    def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
+        """Answer all requests, in order. `progress` is called with the number newly finished after each step."""
+        handles = [self.submit(request) for request in requests]
+        finished = 0
+        while finished < len(handles):
+            self.step()
+            now = sum(handle.done for handle in handles)
+            if progress is not None and now > finished:
+                progress(now - finished)
+            finished = now
+        return [handle.result() for handle in handles]
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """Text of one answer as it comes; the pieces join to the completion's text."""
+        return iter(self.submit(request))
+
+    def _prepare(self, request: Request) -> Prompt:
+        if isinstance(request.prompt, str):
+            ids = tuple(tokenizer_image_token(request.prompt, self.tokenizer))
+        else:
+            ids = tuple(request.prompt)
+        tags = ids.count(IMAGE_TOKEN_INDEX)
+        if tags != len(request.images):
+            raise RequestError(
+                f"The prompt has {tags} {DEFAULT_IMAGE_TOKEN} placeholder(s) but {len(request.images)} image(s) were "
+                "given; send one image per placeholder."
+            )
+        if not ids:
+            raise RequestError("The prompt is empty; send at least one token.")
+        return Prompt(ids, tuple(identify(image) for image in request.images))
+
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in self._waiting if job.handle.cancelled]:
+            self._waiting.remove(job)
+            job.finish("cancelled")
+        for row in reversed(range(len(self._running))):
+            if self._running[row].handle.cancelled:
+                self._release(row, "cancelled")
+
+    def _admit(self) -> None:
+        """Prefill waiting requests. Under a backlog, wait for a quarter of the batch to be free: prefill in batches."""
+        free = self.max_batch_size - len(self._running)
+        count = min(free, len(self._waiting))
+        if not count or (self._running and count < min(len(self._waiting), self.max_batch_size // 4)):
+            return
+        jobs = [self._waiting.popleft() for _ in range(count)]
+        expected = {job.prompt.key for job in list(self._waiting)[: 2 * self.max_batch_size]}
+        batch = [job for job in jobs if job.params.num_beams == 1]
+        try:
+            for job in jobs:
+                if job.params.num_beams > 1:
+                    beams.run(self.lm, self.prefiller, job)
+            for part in self.prefiller.run([job.prompt for job in batch], expected):
+                self._cache.join(part.data, part.lengths)
+                self._running.extend(batch[index] for index in part.indices)
+                self._accept(len(self._running) - len(part.indices), part.logits)
+        except Exception as error:
+            for job in jobs:
+                if not job.handle.done and job not in self._running:
+                    job.finish("error", f"{type(error).__name__}: {error}")
+            raise
+
+    def _decode(self) -> None:
+        """One token for every running row."""
+        self._cache.make_room()
+        last = [job.tokens[-1] for job in self._running]
+        positions = torch.tensor(self._cache.lengths, device=self.lm.spec.device).unsqueeze(1)  # (B, 1)
+        embeds = self.lm.embed(last).unsqueeze(1)  # (B, 1, D)
+        states = self.lm.forward(embeds, self._cache, positions, self._cache.mask())
+        self._cache.advance()
+        self._accept(0, self.lm.logits(states[:, -1]))
+
+    def _accept(self, first: int, logits: torch.Tensor) -> None:
+        """Choose the next token of rows `first` onwards from logits (n, V), and release rows that are done."""
+        jobs = self._running[first:]
+        tokens = choose(logits, [job.params for job in jobs], [job.generator for job in jobs])
+        self.generated_tokens += len(tokens)
+        reasons = [job.accept(token) for job, token in zip(jobs, tokens, strict=True)]
+        for offset in reversed(range(len(jobs))):
+            reason = reasons[offset]
+            if reason is not None:
+                self._release(first + offset, reason)
+
+    def _release(self, row: int, reason: FinishReason) -> None:
+        """Free a row; the last row takes its number, in the cache and here."""
+        job = self._running[row]
+        self._cache.drop(row)
+        self._running[row] = self._running[-1]
+        self._running.pop()
+        job.finish(reason)

@@ -1,0 +1,125 @@
+"""What goes into the engine and what comes out: sampling parameters, requests, completions and the handle between."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from llava.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+ImageInput = Image.Image | torch.Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one answer is decoded.
+
+    `temperature` 0 is greedy. `seed` makes a sampled answer reproducible whatever else shares the batch.
+    `num_beams` above 1 runs alone, through the library's beam search, and streams only its final text.
+    Raises `RequestError` for a value that cannot be honoured.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        stop: object = self.stop
+        if isinstance(stop, str):
+            raise RequestError(f"stop is the string {stop!r}; give a tuple of strings.")
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
+            raise RequestError(f"temperature is {self.temperature}; it must lie in [0, 100] (0 decodes greedily).")
+        if not 0.0 < self.top_p <= 1.0:  # also refuses NaN
+            raise RequestError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed is {self.seed}; it must lie in [0, 2^63).")
+        if self.num_beams < 1:
+            raise RequestError(f"num_beams is {self.num_beams}; it must be at least 1.")
+
+
+GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A rendered prompt with one `<image>` per picture (or its token ids with -200), and how to decode.
+
+    A picture is a PIL image, preprocessed by the engine, or a ready float tensor (3, S, S).
+    """
+
+    prompt: str | Sequence[int]
+    images: Sequence[ImageInput] = ()
+    params: SamplingParams = GREEDY
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. `text` is cleaned (spec/eval.md §1.5): no special tokens, cut at the first stop string, stripped.
+
+    `token_ids` are the new tokens as generated, the end token included; `prompt_tokens` counts image tokens.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Handle:
+    """A submitted request: iterate it for text as it comes, or ask for `result()`; both drive the engine meanwhile."""
+
+    drive: Callable[[], bool]
+    prompt_tokens: int
+    completion: Completion | None = None
+    cancelled: bool = False
+    _pieces: deque[str] = field(default_factory=deque)
+
+    @property
+    def done(self) -> bool:
+        return self.completion is not None
+
+    def cancel(self) -> None:
+        """Stop this request at the engine's next step; what was generated so far is kept."""
+        self.cancelled = True
+
+    def push(self, text: str) -> None:
+        """Engine side: hand over new text."""
+        if text:
+            self._pieces.append(text)
+
+    def take(self) -> str:
+        """The text that came since the last call, without waiting (for callers that drive the engine themselves)."""
+        pieces = []
+        while self._pieces:
+            pieces.append(self._pieces.popleft())
+        return "".join(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            piece = self.take()
+            if piece:
+                yield piece
+            elif self.done:
+                return
+            else:
+                self.drive()
+
+    def result(self) -> Completion:
+        """The finished answer, driving the engine until it is there."""
+        while self.completion is None:
+            self.drive()
+        return self.completion

@@ -1,0 +1,140 @@
+"""The answers file: JSON Lines in question order, appended and flushed as answers come, resumable at any byte.
+
+A question that could not be answered has an empty `text` and its reason under `metadata.error`; no scorer accepts it,
+and the next run asks it again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from llava.errors import DataError
+from llava.eval.questions import Question
+
+Row = dict[str, Any]
+MakeRow = Callable[[Question, str, str | None], Row]
+
+
+def answer_id(*parts: Any) -> str:
+    """22 characters that depend on the content only, so that a rerun is identical byte for byte (defect R21)."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def answer_row(model_id: str) -> MakeRow:
+    """Builder of the published record (spec/eval.md §1.2); arguments: question, answer, error or None."""
+
+    def make(question: Question, text: str, error: str | None) -> Row:
+        return {
+            "question_id": question.question_id,
+            "prompt": question.prompt,
+            "text": text,
+            "answer_id": answer_id(model_id, question.question_id, question.prompt, text),
+            "model_id": model_id,
+            "metadata": {} if error is None else {"error": error},
+        }
+
+    return make
+
+
+def failure(row: Row) -> str | None:
+    """Why this row has no answer, None if it has one."""
+    error = (row.get("metadata") or {}).get("error")
+    return None if error is None else str(error)
+
+
+def read_answers(path: Path, questions: Sequence[Question]) -> list[Row]:
+    """The rows written so far, checked by position against the questions; a torn last line is left out.
+
+    Raises `DataError` when the file belongs to other questions.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off by a kill
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            found = (row["question_id"], row["prompt"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} line {number} is not an answer record; repair it or use --overwrite.") from error
+        if number > len(questions):
+            raise DataError(
+                f"{path} has more rows than the {len(questions)} questions; use --overwrite or another file."
+            )
+        question = questions[number - 1]
+        if found != (question.question_id, question.prompt):
+            raise DataError(
+                f"{path} line {number} answers question {found[0]!r}, but question {question.question_id!r} stands at "
+                "this place; the question file changed: use --overwrite or another answers file."
+            )
+        rows.append(row)
+    return rows
+
+
+def complete_answers(path: Path, questions: Sequence[Question]) -> list[Row]:
+    """All rows, for a scorer; `DataError` when one is missing or failed (EVAL-4)."""
+    rows = read_answers(path, questions)
+    failed = [row for row in rows if failure(row) is not None]
+    if len(rows) < len(questions) or failed:
+        raise DataError(
+            f"{path} has {len(rows)} of {len(questions)} answers, {len(failed)} of them failed; not scored. "
+            "Run the same command again to answer what is missing."
+        )
+    return rows
+
+
+class AnswersWriter:
+    """Writes rows in question order however they come; `open` continues an existing file.
+
+    `finished` are the positions that need no asking. When failed rows are to be asked again the file is rewritten
+    beside the old one, which stays until the new one is complete.
+    """
+
+    def __init__(self, path: Path, questions: Sequence[Question]) -> None:
+        rows = read_answers(path, questions)
+        self.path = path
+        self._retry = any(failure(row) is not None for row in rows)
+        self._held = {at: row for at, row in enumerate(rows) if failure(row) is None} if self._retry else {}
+        self.finished = frozenset(self._held if self._retry else range(len(rows)))
+        self._next = 0 if self._retry else len(rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._open(rows)
+        self._flush()
+
+    def _open(self, rows: Sequence[Row]) -> TextIO:
+        if self._retry:
+            return self._temporary.open("w", encoding="utf-8", newline="\n")
+        if self.path.is_file():
+            whole = self.path.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.path, whole)
+        return self.path.open("a", encoding="utf-8", newline="\n")
+
+    @property
+    def _temporary(self) -> Path:
+        return self.path.with_name(self.path.name + ".retry")
+
+    def put(self, position: int, row: Row) -> None:
+        """Accept the row of a position; it is written once all before it are."""
+        self._held[position] = row
+        self._flush()
+
+    def _flush(self) -> None:
+        start = self._next
+        while self._next in self._held:
+            self._file.write(json.dumps(self._held.pop(self._next)) + "\n")
+            self._next += 1
+        if self._next > start:
+            self._file.flush()
+
+    def close(self, *, complete: bool) -> None:
+        """Close; with `complete`, a rewritten file replaces the old one."""
+        self._file.close()
+        if self._retry and complete:
+            self._temporary.replace(self.path)

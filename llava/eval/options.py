@@ -1,0 +1,83 @@
+"""Flags shared by the evaluation programs (spec/eval.md §2.1), and the engine and settings they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava.engine import Engine, SamplingParams, load_engine
+from llava.eval.runner import RunSettings
+from llava.mm_utils import get_model_name_from_path
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What to load and where to run it."""
+    parser.add_argument("--model-path", required=True, help="checkpoint directory")
+    parser.add_argument("--model-base", help="language model under a projector or LoRA checkpoint")
+    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32 on CPU, else 16 bit)")
+    parser.add_argument("--load-8bit", action="store_true")
+    parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument("--conv-mode", help="template name (default: the one the checkpoint was trained with)")
+    parser.add_argument(
+        "--image-aspect-ratio",
+        choices=("config", "pad", "crop"),
+        default="config",
+        help="pad to a square, or crop the centre (default: as the checkpoint was trained)",
+    )
+
+
+def add_decoding_flags(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
+    """How to decode; 0 is greedy."""
+    parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default %(default)s)")
+    parser.add_argument("--top_p", "--top-p", type=float, default=None, help="nucleus sampling (default: off)")
+    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--seed", type=int, default=0, help="of sampled answers (default %(default)s)")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """How to go through the questions."""
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num-workers", type=int, default=4, help="threads that open pictures ahead of the model")
+    parser.add_argument("--limit", type=int, help="ask only this many questions")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="continue an answers file even without its manifest")
+    group.add_argument("--overwrite", action="store_true", help="start the answers file afresh")
+
+
+def build_engine(args: argparse.Namespace) -> Engine:
+    aspect = {"config": None, "pad": "pad", "crop": "crop"}[args.image_aspect_ratio]
+    return load_engine(
+        args.model_path,
+        args.model_base,
+        device=args.device,
+        dtype=args.dtype,
+        load_8bit=args.load_8bit,
+        load_4bit=args.load_4bit,
+        max_batch_size=args.batch_size,
+        image_aspect_ratio=aspect,
+    )
+
+
+def sampling(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=1.0 if args.top_p is None else args.top_p,
+        seed=args.seed,
+        num_beams=args.num_beams,
+    )
+
+
+def settings_from(args: argparse.Namespace, template: str, image_folder: Path) -> RunSettings:
+    return RunSettings(
+        model_path=args.model_path,
+        model_id=get_model_name_from_path(args.model_path),
+        template=template,
+        params=sampling(args),
+        image_folder=image_folder,
+        num_workers=args.num_workers,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )

@@ -1,0 +1,71 @@
+"""easy-VQA: 9,673 test questions about 1,000 drawings of one coloured shape, 13 answers, scored by exact match.
+
+The data is in the PyPI package `easy-vqa` (MIT). Questions are asked as they are, without a suffix.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava.errors import DataError
+from llava.eval.answers import complete_answers
+from llava.eval.questions import Question, spread
+from llava.eval.scorers import easy_vqa as scorer
+from llava.eval.tasks.base import Task
+
+INSTALL = "pip install easy-vqa==1.0"
+
+
+def package_data() -> Path:
+    """The data folder of the installed package, which is never imported; `DataError` when it is absent."""
+    spec = importlib.util.find_spec("easy_vqa")
+    locations = spec.submodule_search_locations if spec is not None else None
+    if not locations:
+        raise DataError(f"The easy-VQA data is not installed; run: {INSTALL}, or give --data-root.")
+    return Path(locations[0]) / "data"
+
+
+class EasyVQA(Task):
+    """`data_root` holds `{train,test}/questions.json` and `{train,test}/images/N.png`; default: the package's."""
+
+    name: ClassVar[str] = "easy_vqa"
+    splits: ClassVar[tuple[str, ...]] = ("test", "train")
+    max_new_tokens: ClassVar[int] = 16
+
+    @property
+    def root(self) -> Path:
+        return self.data_root if self.data_root is not None else package_data()
+
+    @property
+    def image_folder(self) -> Path:
+        return self.root / self.split / "images"
+
+    def questions(self, limit: int | None = None) -> Sequence[Question]:
+        rows = spread(self._read(self.split), limit)
+        return [Question(index, question, (f"{image}.png",)) for index, (question, _, image) in rows]
+
+    def score(self, answers: Path, limit: int | None = None) -> dict[str, Any]:
+        rows = spread(self._read(self.split), limit)
+        given = complete_answers(answers, self.questions(limit))
+        items = [scorer.Item(question, truth, answer["text"]) for (_, (question, truth, _)), answer in zip(rows, given)]
+        training = [(question, truth) for _, (question, truth, _) in self._read("train")]
+        return {"task": self.name, "split": self.split, **scorer.score(items, training)}
+
+    def table(self, score: dict[str, Any]) -> str:
+        return scorer.table(score)
+
+    def _read(self, split: str) -> list[tuple[int, tuple[str, str, int]]]:
+        """Question numbers with (question, answer, image number), in official order."""
+        path = self.root / split / "questions.json"
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            return [
+                (index, (str(question), str(answer), int(image)))
+                for index, (question, answer, image) in enumerate(rows)
+            ]
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"Cannot read {path} ({error}); reinstall the data: {INSTALL}.") from error

@@ -1,0 +1,216 @@
+"""Loading a chat model from whatever its directory holds (spec/model.md §11): `load_pretrained_model`.
+
+The files decide (`checkpoint.inspect`), weights go once, straight into place, and are verified; tower weights inside
+the checkpoint win over the stock tower.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.errors import CheckpointError, ConfigError
+from llava.model import checkpoint as ckpt
+from llava.model.checkpoint import Checkpoint, Kind
+from llava.model.hub import snapshot
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.llava_arch import grow_embeddings
+from llava.model.lora import apply_adapter, load_non_lora
+from llava.model.tokenizer import load_tokenizer
+from llava.model.weights import empty_weights, fill
+from llava.placement import resolve_attention, resolve_device, resolve_dtype
+
+logger = logging.getLogger(__name__)
+IGNORED_WEIGHTS = ("rotary_emb.inv_freq", ckpt.TOWER_PREFIX)
+
+REMEDIES = {
+    Kind.LANGUAGE_MODEL: "it sees no images; pass a chat checkpoint, and this one as --model-base of a projector",
+    Kind.TOWER: "pass a chat checkpoint; a tower is given with --vision-tower",
+    Kind.HF_LLAVA: "load it with transformers' LlavaForConditionalGeneration, or use liuhaotian/llava-v1.5-7b here",
+    Kind.INTERNVL_CHAT: "load it with the InternVL repository; this project reads OpenGVLab/InternVL-Chat-ViT-6B-*",
+    Kind.OTHER: "pass a directory whose config.json has mm_vision_tower and a llava_llama, llava or llama model_type",
+    Kind.EMPTY: "a chat checkpoint has config.json and model.safetensors, pytorch_model.bin or mm_projector.bin",
+}
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: str = "auto",
+    device: str | torch.device | None = "cuda",
+    *,
+    dtype: str | torch.dtype | None = None,
+    vision_tower: str | None = None,
+    attn_implementation: str = "auto",
+) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
+    """Load `(tokenizer, model, image_processor, context_len)`, the model in eval mode with its tower.
+
+    `model_path` is a full, a projector-only or a LoRA checkpoint (the last two need `model_base`; an adapter names its
+    own). `model_name` is accepted for compatibility and decides nothing. `device_map="cpu"` is the same as
+    `device="cpu"`; "auto" means `device`. `dtype`: float32 on CPU, 16 bit on GPUs unless given; the one dtype holds
+    for language model, projector and tower. `vision_tower` overrides the tower the checkpoint names.
+
+    Raises `CheckpointError` before any weights are read when the directory is something else.
+    """
+    if load_8bit or load_4bit:
+        raise ConfigError("8-bit and 4-bit loading are not part of this version; load in 16 bit (leave the flag out).")
+    if device_map not in ("auto", None):
+        device = device_map
+    target = resolve_device(device)
+    found = ckpt.inspect(local_directory(model_path))
+    base = _base_of(found, model_base)
+    config = _model_config(found, vision_tower)
+    stored = getattr(torch, str(found.config.get("torch_dtype")), None)
+    chosen = resolve_dtype(target, dtype, stored)
+    config._attn_implementation = resolve_attention(target, chosen, attn_implementation)
+
+    tokenizer = load_tokenizer(base.path if base else found.path)
+    model = _language_model(found, base, config, chosen, target)
+    _add_image_tokens(model, tokenizer, config)
+    if found.kind is Kind.PROJECTOR:
+        model.get_model().load_projector(found.path / ckpt.PROJECTOR_FILE)
+    elif found.kind is Kind.LORA:
+        load_non_lora(model, found.path)
+        model = apply_adapter(model, found.path)
+    tower = model.get_vision_tower()
+    assert tower is not None  # _model_config saw to it
+    tower.load_model(dtype=chosen, device=target, from_checkpoint=vision_tower is None)
+    if found.kind is not Kind.FULL and (found.path / ckpt.PROJECTOR_FILE).is_file():
+        model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
+    return tokenizer, model.eval(), tower.image_processor, context_length(config)
+
+
+def local_directory(path: str | Path) -> Path:
+    """`path` itself when it is a directory; otherwise the hub's snapshot of that name (cache first, offline heeded)."""
+    if Path(path).is_dir():
+        return Path(path)
+    name = str(path)
+    found: Path | None = None
+    asked: list[str] = []
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        found, asked = snapshot(name)
+    if found is None:
+        raise CheckpointError(
+            f"There is no directory {name!r}{', nor did ' + ' or '.join(asked) + ' have it' if asked else ''}; "
+            "check the path, or download the checkpoint first."
+        )
+    return found
+
+
+def _base_of(found: Checkpoint, model_base: str | Path | None) -> Checkpoint | None:
+    """The base checkpoint of an adapter or projector, checked; anything that cannot be loaded is refused here."""
+    if found.kind in REMEDIES:
+        raise CheckpointError(
+            f"{found.path} holds {found.kind.value}"
+            f"{f' (model_type {found.model_type!r})' if found.model_type else ''}, not a chat checkpoint: "
+            f"{REMEDIES[found.kind]}."
+        )
+    if found.kind is Kind.FULL:
+        if model_base is not None:
+            logger.warning(
+                "%s is a full checkpoint; --model-base %s is not needed and not read", found.path, model_base
+            )
+        return None
+    if model_base is None and found.kind is Kind.LORA:
+        model_base = ckpt.read_json(found.path / ckpt.ADAPTER_CONFIG).get("base_model_name_or_path")
+    if model_base is None:
+        raise CheckpointError(
+            f"{found.path} holds {found.kind.value}, without a language model; pass --model-base, for example "
+            "--model-base lmsys/vicuna-7b-v1.5."
+        )
+    base = ckpt.inspect(local_directory(model_base))
+    if base.kind not in (Kind.LANGUAGE_MODEL, Kind.FULL) or not ckpt.has_weights(base.path):
+        raise CheckpointError(
+            f"The --model-base {base.path} holds {base.kind.value}; pass a LLaMA or Vicuna directory."
+        )
+    if not found.config:
+        raise CheckpointError(
+            f"{found.path} lacks config.json, which names tower and projector; copy it from the same training run."
+        )
+    _compare_base(found, base)
+    return base
+
+
+def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if key in found.config and found.config[key] != base.config.get(key):
+            raise CheckpointError(
+                f"{found.path} was trained on a language model with {key}={found.config[key]}, but --model-base "
+                f"{base.path} has {key}={base.config.get(key)}; pass the base it was trained on."
+            )
+
+
+def _model_config(found: Checkpoint, vision_tower: str | None) -> LlavaConfig:
+    config = LlavaConfig.from_pretrained(found.path)
+    config.name_or_path = str(found.path)
+    if not getattr(config, "mm_vision_tower", None):
+        raise CheckpointError(f"{found.path}/config.json names no mm_vision_tower; this is not a chat checkpoint.")
+    if vision_tower is not None:
+        config.mm_vision_tower, config.mm_vision_tower_config = vision_tower, None
+    return config
+
+
+def _language_model(
+    found: Checkpoint, base: Checkpoint | None, config: LlavaConfig, dtype: torch.dtype, device: torch.device
+) -> LlavaLlamaForCausalLM:
+    """The model with weights in place; with a base, the projector comes later and starts as zeros."""
+    source = base.path if base else found.path
+    config = copy.copy(config)
+    if base:
+        config.vocab_size = int(base.config["vocab_size"])  # M19: the base's own rows first, new tokens after
+    with empty_weights():
+        model = LlavaLlamaForCausalLM(config)
+    tensors = ckpt.iter_tensors(source, lambda name: not name.startswith(ckpt.TOWER_PREFIX))
+    fill(
+        model,
+        _present(tensors),
+        dtype=dtype,
+        device=device,
+        source=str(source),
+        optional=(ckpt.PROJECTOR_PREFIX,) if base else (),
+        ignored=IGNORED_WEIGHTS,
+    )
+    _refresh_rotary(model, dtype, device)
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in tensors if tensor is not None)
+
+
+def _refresh_rotary(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Rotary tables were made in the default dtype on the CPU; make them where and how the model runs."""
+    for module in model.modules():
+        if hasattr(module, "max_seq_len_cached"):
+            rotary: Any = module
+            rotary._set_cos_sin_cache(seq_len=rotary.max_seq_len_cached, device=device, dtype=dtype)
+
+
+def _add_image_tokens(model: Any, tokenizer: Any, config: LlavaConfig) -> None:
+    """Add the image tokens the configuration asks for, and grow the embeddings to hold them (never shrink, M20)."""
+    rows = model.model.embed_tokens.weight.shape[0]
+    patch = getattr(config, "mm_use_im_patch_token", None)
+    if patch or (patch is None and rows > len(tokenizer)):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    if len(tokenizer) > rows:
+        grow_embeddings(model, len(tokenizer), new_rows=0)
+
+
+def context_length(config: Any) -> int:
+    """Tokens the model can attend to: `max_sequence_length`, else `max_position_embeddings`, else 2048 (M22)."""
+    return int(getattr(config, "max_sequence_length", None) or getattr(config, "max_position_embeddings", None) or 2048)

@@ -1,0 +1,195 @@
+"""What a directory of weights is, and reading it safely: files decide, never the folder's name (spec/model.md §11.2).
+
+Weights are read tensor by tensor, safetensors first; `.bin` files are opened with `weights_only=True`, so a pickle
+that carries code is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llava.errors import CheckpointError
+
+PROJECTOR_FILE = "mm_projector.bin"
+NON_LORA_FILE = "non_lora_trainables.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+PROJECTOR_PREFIX = "model.mm_projector."
+
+
+class Kind(str, Enum):
+    """What a directory holds; the value is the phrase used in messages."""
+
+    FULL = "a full chat checkpoint"
+    PROJECTOR = "a projector-only checkpoint"
+    LORA = "a LoRA adapter"
+    LANGUAGE_MODEL = "a text-only language model"
+    TOWER = "a vision tower"
+    HF_LLAVA = "a LLaVA checkpoint in the Hugging Face layout (LlavaForConditionalGeneration)"
+    INTERNVL_CHAT = "an InternVL 1.1 or newer checkpoint (internvl_chat)"
+    OTHER = "a model of another architecture"
+    EMPTY = "no checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory, what it is, and its parsed `config.json` (empty when there is none)."""
+
+    path: Path
+    kind: Kind
+    config: dict[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; `CheckpointError` names the file when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(value).__name__}.")
+    return value
+
+
+def inspect(path: str | Path) -> Checkpoint:
+    """Tell what a local directory is, by its files alone. A path that does not exist is a `CheckpointError`."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"There is no directory {str(path)!r}; check the path, or download the checkpoint first.")
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    return Checkpoint(path, _kind(path, config), config)
+
+
+def _kind(path: Path, config: dict[str, Any]) -> Kind:
+    model_type = config.get("model_type", "")
+    if (path / ADAPTER_CONFIG).is_file():
+        return Kind.LORA
+    if model_type == "internvl_chat":
+        return Kind.INTERNVL_CHAT
+    if model_type == "llava" and "mm_vision_tower" not in config:
+        return Kind.HF_LLAVA
+    if model_type in ("intern_vit_6b", "clip", "clip_vision_model", "internvl"):
+        return Kind.TOWER
+    multimodal = "mm_vision_tower" in config
+    if multimodal and model_type in ("llava_llama", "llava", "llama"):
+        return Kind.FULL if has_weights(path) else Kind.PROJECTOR if (path / PROJECTOR_FILE).is_file() else Kind.EMPTY
+    if model_type in ("llama", "llava_llama"):
+        return Kind.LANGUAGE_MODEL
+    return Kind.OTHER if model_type else Kind.EMPTY
+
+
+def has_weights(path: Path) -> bool:
+    return any((path / name).is_file() for name in (*INDEX_FILES, *SINGLE_FILES))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the model's weights, safetensors first; a shard that an index names must exist."""
+    for name, single in zip(INDEX_FILES, SINGLE_FILES):
+        if (path / name).is_file():
+            shards = sorted(set(read_json(path / name).get("weight_map", {}).values()))
+            missing = [shard for shard in shards if not (path / shard).is_file()]
+            if missing or not shards:
+                raise CheckpointError(
+                    f"{path / name} lists {', '.join(missing) or 'no shards'}, which {path} does not hold; "
+                    "the download is incomplete, run it again."
+                )
+            return [path / shard for shard in shards]
+        if (path / single).is_file():
+            return [path / single]
+    raise CheckpointError(f"{path} holds no weights (none of {', '.join(INDEX_FILES + SINGLE_FILES)}).")
+
+
+def load_bin(path: Path) -> dict[str, Tensor]:
+    """A dictionary of tensors from a PyTorch file, memory-mapped where its format allows; code in it is refused."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors (a pickle that would run code) and is refused; "
+            "get the weights as safetensors, or from a source you trust."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as PyTorch weights ({error}); download it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} should hold a dictionary of tensors, and does not.")
+    return state
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
+    """`(name, tensor)` of every weight in a directory, one shard at a time; unwanted ones come as `None`, unread."""
+    for file in weight_files(path):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in shard.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+                        yield name, shard.get_tensor(name) if wanted(name) else None
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} is damaged ({error}); download it again.") from error
+        else:
+            for name, tensor in load_bin(file).items():
+                yield name, tensor if wanted(name) else None
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight in a directory, without reading the weights."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(path):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    names = list(shard.keys())
+                    shapes.update({name: tuple(shard.get_slice(name).get_shape()) for name in names})
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} is damaged ({error}); download it again.") from error
+        else:
+            shapes.update({name: tuple(tensor.shape) for name, tensor in load_bin(file).items()})
+    return shapes
+
+
+def projector_state(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The part of a projector file below `mm_projector.`; a file without any is a `CheckpointError` (§9)."""
+    found = {name.split("mm_projector.", 1)[1]: value for name, value in state.items() if "mm_projector." in name}
+    if not found:
+        raise CheckpointError(f"{source} holds no 'mm_projector.' weights, but {', '.join(sorted(state)[:3])}.")
+    return found
+
+
+def compare_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], source: Path) -> None:
+    """Refuse projector weights that do not fit, with both sides in the message."""
+    if found != wanted:
+        raise CheckpointError(
+            f"{source} does not fit the configured projector: the file has {_describe(found)}, "
+            f"the configuration asks for {_describe(wanted)}; check mm_projector_type, the tower and the base model."
+        )
+
+
+def _describe(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(shapes.items()))
+
+
+def layer_index(name: str, prefix: str) -> int | None:
+    """The `i` of a key `{prefix}{i}.…`, or `None`."""
+    match = re.match(re.escape(prefix) + r"(\d+)\.", name)
+    return int(match.group(1)) if match else None

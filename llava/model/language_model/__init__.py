@@ -1,0 +1,1 @@
+"""Language models that take image features among their words."""

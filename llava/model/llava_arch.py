@@ -1,0 +1,279 @@
+"""What makes a causal language model multimodal: tower, projector, and the splice of features into the text.
+
+Two mixins: `LlavaMetaModel` for the core (owns `vision_tower` and `mm_projector`, spec/model.md §9), and
+`LlavaMetaForCausalLM` for the model with the head (§8, §10).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.errors import CheckpointError, RequestError
+from llava.model.checkpoint import compare_shapes, load_bin, projector_state
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import Images, encode_slots, splice_batch, splice_row
+from llava.model.zero import gathered
+
+if TYPE_CHECKING:
+    from llava.model.multimodal_encoder.tower import VisionTower
+
+logger = logging.getLogger(__name__)
+
+
+class LlavaMetaModel(nn.Module):
+    """Mixin of the language model's core. With `mm_vision_tower` in the config it makes a delayed tower and a
+    projector; nothing is looked up on disk before the tower is loaded."""
+
+    config: Any
+    vision_tower: VisionTower
+    mm_projector: nn.Module
+
+    def init_vision(self, config: Any) -> None:
+        """To be called once at the end of the core's construction."""
+        if getattr(config, "mm_vision_tower", None):
+            directory = Path(config.name_or_path) if getattr(config, "name_or_path", "") else None
+            self.vision_tower = cast("VisionTower", build_vision_tower(config, directory))
+            self.mm_projector = build_vision_projector(config)
+
+    def get_vision_tower(self) -> VisionTower | None:
+        return getattr(self, "vision_tower", None)
+
+    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
+        """Find and load the tower, write the `mm_*` keys of the config, and make or keep the projector (§9).
+
+        A projector that is already there and fits is kept (M14). `model_args` carries `vision_tower`,
+        `mm_vision_select_layer`, `mm_vision_select_feature`, `mm_projector_type`, `pretrain_mm_mlp_adapter` and
+        optionally `mm_vision_image_size`. `fsdp` is accepted for compatibility.
+        """
+        config = self.config
+        same_tower = model_args.vision_tower == getattr(config, "mm_vision_tower", None)
+        directory = Path(config.name_or_path) if getattr(config, "name_or_path", "") else None
+        if not same_tower:
+            config.mm_vision_tower_config = None
+        config.mm_vision_tower = model_args.vision_tower
+        config.use_mm_proj = True
+        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+        config.mm_vision_select_layer = model_args.mm_vision_select_layer
+        config.mm_vision_select_feature = model_args.mm_vision_select_feature
+        if getattr(model_args, "mm_vision_image_size", None):
+            config.mm_vision_image_size = model_args.mm_vision_image_size
+        existing = self.get_vision_tower()
+        if existing is None or not existing.is_loaded:
+            tower = cast("VisionTower", build_vision_tower(config, directory))
+            tower.load_model(from_checkpoint=same_tower)
+            self.vision_tower = tower
+        config.mm_hidden_size = self.vision_tower.hidden_size
+        config.mm_vision_tower_config = self.vision_tower.settings
+        self._initialize_projector(getattr(model_args, "pretrain_mm_mlp_adapter", None))
+
+    def _initialize_projector(self, adapter: str | None) -> None:
+        projector = build_vision_projector(self.config)
+        current = getattr(self, "mm_projector", None)
+        if current is None or type(current) is not type(projector) or parameter_shapes(current) != parameter_shapes(
+            projector
+        ):  # fmt: skip
+            self.mm_projector = projector
+        for parameter in self.mm_projector.parameters():
+            parameter.requires_grad_(True)
+        if adapter:
+            self.load_projector(Path(adapter))
+            self.load_tuned_positions(Path(adapter))
+
+    def load_projector(self, file: Path) -> None:
+        """Load an `mm_projector.bin`, strictly (§9 step 4)."""
+        if not file.is_file():
+            raise CheckpointError(
+                f"There is no projector file {str(file)!r}; run the pretraining stage first, or correct "
+                "--pretrain_mm_mlp_adapter."
+            )
+        state = load_bin(file)
+        found = projector_state(state, file)
+        compare_shapes(
+            {name: tuple(value.shape) for name, value in found.items()}, parameter_shapes(self.mm_projector), file
+        )
+        copy_into(self.mm_projector, found)
+
+    def load_tuned_positions(self, file: Path) -> None:
+        """Load the tower positions a projector file holds after training with `tune_vit_pos_embedding` (§9 step 4)."""
+        state = load_bin(file)
+        marker = "vision_tower.vision_tower.embeddings."
+        tuned = {name.split(marker, 1)[1]: value for name, value in state.items() if marker in name}
+        if any("position_embedding" in name for name in tuned):
+            copy_into(cast("nn.Module", self.vision_tower.vision_tower.embeddings), tuned)
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Full shapes by name, also of parameters that ZeRO-3 has partitioned (`ds_shape`)."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+
+
+def copy_into(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy tensors into a module's parameters by name, gathering ZeRO-3 partitions first (PROJ-1)."""
+    parameters = {name: parameter for name, parameter in module.named_parameters() if name in state}
+    with gathered(list(parameters.values())), torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name].to(parameter.dtype))
+
+
+class LlavaMetaForCausalLM(nn.Module):
+    """Mixin of the model with the head; the core is `get_model()`."""
+
+    config: Any
+
+    def get_model(self) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must define get_model()")  # pragma: no cover
+
+    def get_vision_tower(self) -> VisionTower | None:
+        tower: VisionTower | None = self.get_model().get_vision_tower()
+        return tower
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images `(K, 3, S, S)` to word-space features `(K, n, D)`."""
+        features = self.get_model().vision_tower(images)
+        projector = self.get_model().mm_projector
+        parameter = next(projector.parameters(), None)
+        if parameter is not None and isinstance(features, Tensor):
+            features = features.to(parameter.device, parameter.dtype)
+        projected: Tensor = projector(features)
+        return projected
+
+    def embed_prompt(self, input_ids: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Embed one row `(T,)` of ids, its placeholders replaced by `features` (each `(n_i, D)`): `(L, D)`."""
+        image_at = input_ids == IMAGE_TOKEN_INDEX
+        if int(image_at.sum()) != len(features):
+            raise RequestError(
+                f"The prompt has {int(image_at.sum())} <image> placeholders, but {len(features)} images were given."
+            )
+        embeds = self.get_model().get_input_embeddings()(input_ids.masked_fill(image_at, 0))
+        return splice_row(embeds, image_at, features)[0]
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Images | None,
+        padding_side: str = "right",
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
+        """Splice features into a batch (§8.3). Arguments and result: `(input_ids, position_ids, attention_mask,
+        past_key_values, inputs_embeds, labels)`; `input_ids` comes back `None` when embeddings replace it.
+
+        Ids without a placeholder pass through unchanged when there is no image or the step continues a past.
+        """
+        past = past_length_of(past_key_values)
+        has_placeholder = bool((input_ids == IMAGE_TOKEN_INDEX).any())
+        if images is None or self.get_vision_tower() is None or (past and not has_placeholder):
+            if has_placeholder:
+                raise RequestError("The prompt holds <image>, but no image was given; pass one image per <image>.")
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        slots = encode_slots(images, self.encode_images)
+        spliced = splice_batch(
+            input_ids,
+            self._embed_text(input_ids),
+            slots,
+            attention_mask=attention_mask,
+            labels=labels,
+            past_length=past,
+            padding_side=padding_side,
+        )
+        mask = spliced.attention_mask
+        keep_mask = attention_mask is not None or not bool(mask.all())
+        return (
+            None,
+            spliced.position_ids if keep_mask or past else None,
+            mask if keep_mask else None,
+            past_key_values,
+            spliced.inputs_embeds,
+            spliced.labels,
+        )
+
+    def _embed_text(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings `(B, T, D)`, zero id at placeholders; with start and end tokens under projector tuning only
+        the neighbours of a placeholder get gradient (§8.4)."""
+        image_at = input_ids == IMAGE_TOKEN_INDEX
+        embeds: Tensor = self.get_model().get_input_embeddings()(input_ids.masked_fill(image_at, 0))
+        config = self.config
+        if getattr(config, "tune_mm_mlp_adapter", False) and getattr(config, "mm_use_im_start_end", False):
+            learns = torch.zeros_like(image_at)
+            learns[:, :-1] |= image_at[:, 1:]
+            learns[:, 1:] |= image_at[:, :-1]
+            embeds = torch.where(learns.unsqueeze(-1), embeds, embeds.detach())
+        return embeds
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
+        """Add the image tokens to tokenizer and embeddings and set what learns (§10)."""
+        model = cast("Any", self)
+        if model_args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+            grow_embeddings(model, len(tokenizer), new_rows=0)
+        tune_adapter = getattr(model_args, "tune_mm_mlp_adapter", False)
+        if model_args.mm_use_im_start_end:
+            added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+            grow_embeddings(model, len(tokenizer), new_rows=added)
+            if tune_adapter:
+                model.get_input_embeddings().requires_grad_(True)
+                model.get_output_embeddings().requires_grad_(False)
+            adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+            if adapter:
+                load_token_rows(model, Path(adapter))
+        elif model_args.mm_use_im_patch_token and tune_adapter:
+            model.get_input_embeddings().requires_grad_(False)
+            model.get_output_embeddings().requires_grad_(False)
+
+
+def past_length_of(past_key_values: Any) -> int:
+    """Cached positions of a legacy tuple or a `Cache`; 0 without one (§8.5)."""
+    if past_key_values is None:
+        return 0
+    if hasattr(past_key_values, "get_seq_length"):
+        return int(past_key_values.get_seq_length())
+    return int(past_key_values[-1][-1].shape[-2])
+
+
+def grow_embeddings(model: Any, size: int, *, new_rows: int) -> None:
+    """Resize both embeddings to at least `size` rows, never shrinking (M20); the last `new_rows` become the mean of
+    the older ones."""
+    if size > parameter_shapes(model.get_input_embeddings())["weight"][0]:
+        model.resize_token_embeddings(size)
+    if not new_rows:
+        return
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        with gathered([embedding.weight]), torch.no_grad():
+            weight = embedding.weight
+            weight[size - new_rows : size] = weight[: size - new_rows].mean(dim=0, keepdim=True)
+
+
+def load_token_rows(model: Any, file: Path) -> None:
+    """Take the two rows of `<im_start>` and `<im_end>` from a projector file (§10 step 4)."""
+    state = load_bin(file)
+    key = "model.embed_tokens.weight"
+    if key not in state:
+        raise CheckpointError(
+            f"{file} lacks {key!r}: it was trained without --mm_use_im_start_end; use the same setting in both stages."
+        )
+    rows = state[key]
+    weight = model.get_input_embeddings().weight
+    with gathered([weight]), torch.no_grad():
+        if rows.shape == weight.shape:
+            weight[-2:] = rows[-2:].to(weight.dtype)
+        elif rows.shape == (2, weight.shape[1]):
+            weight[-2:] = rows.to(weight.dtype)
+        else:
+            raise CheckpointError(
+                f"{file} holds {tuple(rows.shape)} word embeddings, but the model has {tuple(weight.shape)}."
+            )

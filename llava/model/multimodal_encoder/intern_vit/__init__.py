@@ -1,0 +1,1 @@
+"""InternViT: configuration, modules, and its entry in the tower registry."""

@@ -1,0 +1,69 @@
+"""Building a model without allocating it, and putting checkpoint tensors straight into place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import no_init_weights
+
+from llava.errors import CheckpointError
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Inside, parameters of new modules take no memory (meta device); buffers are real, initialisation is skipped."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        yield
+
+
+def fill(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    source: str,
+    optional: tuple[str, ...] = (),
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """Put `tensors` into a model built under `empty_weights`, each once, converted to `dtype` on `device`.
+
+    Strict: a tensor the model lacks (unless its name contains one of `ignored`), one of another shape, or a parameter
+    left without weights (unless its name starts with one of `optional`, then it is zeroed) is a `CheckpointError`.
+    """
+    wanted = dict(model.named_parameters())
+    unexpected, wrong = [], []
+    for name, tensor in tensors:
+        target = wanted.get(name)
+        if target is None:
+            if not any(part in name for part in ignored):
+                unexpected.append(name)
+        elif target.shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(target.shape)}")
+        else:
+            set_module_tensor_to_device(model, name, device, value=tensor, dtype=dtype)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
+    missing = []
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            if name.startswith(optional):
+                set_module_tensor_to_device(model, name, device, value=torch.zeros(parameter.shape), dtype=dtype)
+            else:
+                missing.append(name)
+    problems = [
+        f"{len(names)} {label} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"The weights in {source} do not fit the configuration: {'; '.join(problems)}.")
+    for buffer_name, buffer in model.named_buffers():
+        if buffer.device != torch.device(device):
+            set_module_tensor_to_device(model, buffer_name, device, value=buffer)

@@ -1,0 +1,105 @@
+"""What a run needs before its first step: the base model, its tokenizer, the template and the vision modules."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.conversation import Conversation, get_template
+from llava.errors import CheckpointError, ConfigError
+from llava.model.builder import local_directory
+from llava.model.checkpoint import Kind, has_weights, inspect
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.llava_arch import grow_embeddings
+from llava.model.tokenizer import load_tokenizer
+from llava.placement import resolve_attention
+
+logger = logging.getLogger(__name__)
+VICUNA_V0 = {"v0": "v0", "v0.5": "v0"}
+
+
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+
+
+def load_base(model_args: ModelArguments, args: TrainingArguments) -> LlavaLlamaForCausalLM:
+    """The language model (or chat checkpoint) to train, weights checked, on the CPU or, under ZeRO-3, partitioned.
+
+    Raises `CheckpointError` for anything that is neither, before weights are read.
+    """
+    found = inspect(local_directory(model_args.model_name_or_path))
+    if found.kind not in (Kind.LANGUAGE_MODEL, Kind.FULL) or not has_weights(found.path):
+        raise CheckpointError(
+            f"--model_name_or_path {found.path} holds {found.kind.value}; training starts from a LLaMA-architecture "
+            "language model such as lmsys/vicuna-7b-v1.5, or goes on from a full chat checkpoint."
+        )
+    config = LlavaConfig.from_pretrained(found.path)
+    if model_args.vision_tower is None and getattr(config, "mm_vision_tower", None):
+        raise ConfigError(f"{found.path} is a chat checkpoint; give its --vision_tower to train it further.")
+    dtype = compute_dtype(args)
+    masters = not (args.deepspeed or model_args.tune_mm_mlp_adapter or args.freeze_llm)
+    attention = resolve_attention(args.device, dtype, model_args.attn_implementation)
+    logger.info("Attention of the language model: %s.", attention)
+    loaded: tuple[LlavaLlamaForCausalLM, dict[str, Any]] = LlavaLlamaForCausalLM.from_pretrained(
+        found.path,
+        config=config,
+        torch_dtype=torch.float32 if masters else dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    model, loading = loaded
+    wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    if wrong:
+        raise CheckpointError(f"The weights of {found.path} do not fit its config.json: {', '.join(wrong[:4])}.")
+    model.config.use_cache = False
+    return model
+
+
+def load_training_tokenizer(model_args: ModelArguments, args: TrainingArguments) -> Any:
+    """The base's tokenizer, padding on the right, cut at `--model_max_length`."""
+    directory = local_directory(model_args.model_name_or_path)
+    return load_tokenizer(Path(directory), model_max_length=args.model_max_length, padding_side="right")
+
+
+def choose_template(version: str) -> tuple[str, Conversation]:
+    """`--version` to the registered name and template (spec/train.md §8.1); an unknown one is a `TemplateError`."""
+    name = VICUNA_V0.get(version, version)
+    return name, get_template(name)
+
+
+def set_pad_token(model: Any, tokenizer: Any, version: str) -> None:
+    """Pad = `[PAD]` (new, embedded as the mean) for v0, else the unknown token (spec/train.md §8.1).
+
+    A tokenizer without an unknown token keeps its own pad token, or pads with its end token; masks come from lengths.
+    """
+    if version == "v0":
+        if tokenizer.pad_token is None:
+            added = tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+            grow_embeddings(model, len(tokenizer), new_rows=added)
+    elif tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def add_vision(model: Any, tokenizer: Any, model_args: ModelArguments, data_args: DataArguments) -> Any:
+    """Load tower and projector, and write into config and data arguments what data and checkpoints need of them."""
+    if model_args.mm_vision_image_size:
+        model.config.mm_vision_image_size = model_args.mm_vision_image_size
+    model.get_model().initialize_vision_modules(model_args=model_args)
+    data_args.image_processor = model.get_vision_tower().image_processor  # type: ignore[attr-defined]
+    data_args.is_multimodal = True
+    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end  # type: ignore[attr-defined]
+    config = model.config
+    config.image_aspect_ratio = data_args.image_aspect_ratio
+    config.image_grid_pinpoints = data_args.image_grid_pinpoints
+    config.mm_use_im_start_end = model_args.mm_use_im_start_end
+    config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
+    config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    config.tune_vit_pos_embedding = model_args.tune_vit_pos_embedding
+    return model.get_vision_tower()

@@ -1,0 +1,97 @@
+"""What a run leaves beside its weights: `run.json` (how it was made), `log.jsonl` (every log line) and `loss.png`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import platform
+import subprocess
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from llava.train.loss_plot import plot_loss
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides the numbers, and of Python."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit(directory: Path) -> str | None:
+    """The commit checked out at `directory`, with `-dirty` if files differ from it; None outside a repository."""
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def plain(arguments: Any) -> dict[str, Any]:
+    """A dataclass of arguments as JSON values; secrets of transformers' arguments are masked by its own `to_dict`."""
+    values = arguments.to_dict() if hasattr(arguments, "to_dict") else dict(vars(arguments))
+    out = {}
+    for field in dataclasses.fields(arguments):
+        value = values.get(field.name)
+        value = value.value if isinstance(value, Enum) else value
+        out[field.name] = value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+    return out
+
+
+class RunRecord:
+    """`run.json`: rewritten whole at the start and at the end of a run, by one process."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path = path
+        self.facts = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "commit": git_commit(Path(__file__).resolve().parent),
+            "versions": versions(),
+            **facts,
+        }
+
+    def write(self, **more: Any) -> None:
+        self.facts.update(more)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        part.replace(self.path)
+
+
+class RunFiles(transformers.TrainerCallback):
+    """Append every log line to `log.jsonl`, and draw `loss.png` at each save and at the end."""
+
+    def __init__(self, output_dir: Path, *, plot: bool):
+        self.output_dir = output_dir
+        self.plot = plot
+        if plot and importlib.util.find_spec("matplotlib") is None:
+            logger.warning("matplotlib is not installed, so no loss.png is drawn: pip install 'llava[train]'")
+            self.plot = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            line = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
+            with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.plot and state.is_world_process_zero:
+            title = f"{self.output_dir.name}, step {state.global_step} of {state.max_steps}"
+            plot_loss(state.log_history, self.output_dir / "loss.png", title)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_save(args, state, control)

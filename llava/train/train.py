@@ -1,0 +1,182 @@
+"""Train a chat model: stage 1 (projector), stage 2 (all), by the flags of `llava.arguments` (spec/train.md §8).
+
+    python llava/train/train.py --model_name_or_path DIR --vision_tower DIR --data_path FILE --output_dir DIR ...
+    torchrun --nproc_per_node 8 llava/train/train.py ... --deepspeed scripts/zero2.json
+
+Started again with the same command, a stopped run goes on from its newest complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import set_seed
+
+from llava import conversation
+from llava.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.data.collate import DataCollatorForSupervisedDataset
+from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
+from llava.data.labels import preprocess, preprocess_multimodal
+from llava.errors import ConfigError
+from llava.train import assemble, checkpointing, trainable, zero
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.record import RunFiles, RunRecord, plain
+from llava.utils import guarded
+
+__all__ = [
+    "DataArguments",
+    "DataCollatorForSupervisedDataset",
+    "LazySupervisedDataset",
+    "ModelArguments",
+    "TrainingArguments",
+    "main",
+    "make_supervised_data_module",
+    "preprocess",
+    "preprocess_multimodal",
+    "train",
+]
+logger = logging.getLogger(__name__)
+BYTES_OF_ADAM = 8
+
+
+def prepare(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> tuple[Any, Any, str]:
+    """Model and tokenizer as the first step finds them, and the name of the template (spec/train.md §8, 2 to 9)."""
+    set_seed(args.seed)  # every rank draws the same projector
+    name, template = assemble.choose_template(model_args.version)
+    conversation.default_conversation = template
+    model: Any = assemble.load_base(model_args, args)
+    tokenizer = assemble.load_training_tokenizer(model_args, args)
+    assemble.set_pad_token(model, tokenizer, model_args.version)
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if model_args.vision_tower is not None:
+        assemble.add_vision(model, tokenizer, model_args, data_args)
+        model.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
+    trainable.set_trainable(model, model_args, args)
+    if model_args.vision_tower is not None:
+        model.initialize_vision_tokenizer(model_args, tokenizer)
+    trainable.set_precision(model, assemble.compute_dtype(args), engine=bool(args.deepspeed))
+    model.config.conv_template = name
+    checkpointing.sanitise_generation_config(model)
+    return model, tokenizer, name
+
+
+def _check_saving(model: Any, tokenizer: Any, model_args: ModelArguments, args: TrainingArguments) -> None:
+    if not args.should_save:
+        return
+    output_dir = Path(args.output_dir)
+    learning, total = trainable.count(model)
+    width = assemble.compute_dtype(args).itemsize
+    final = (learning if model_args.tune_mm_mlp_adapter else total) * width
+    checkpoint = 0 if args.save_strategy == "no" else final + learning * (BYTES_OF_ADAM + 4)
+    checkpointing.dry_run(output_dir, model, tokenizer)
+    checkpointing.check_room(output_dir, final, checkpoint, args.save_total_limit)
+
+
+def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -> RunRecord:
+    """Say in the log, and keep in run.json, what is about to happen."""
+    args = trainer.args
+    learning, total = trainable.count(trainer.model)
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    samples = len(trainer.train_dataset)
+    logger.info(
+        "Global batch %d = %d a device x %d accumulated x %d processes; %d samples; %.3g of %.3g parameters learn.",
+        global_batch, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size,
+        samples, learning, total,
+    )  # fmt: skip
+    config = zero.read_config(args.deepspeed) if args.deepspeed else None
+    logger.info(zero.describe(config, args.max_grad_norm, args.lr_scheduler_type.value))
+    record = RunRecord(
+        Path(args.output_dir) / "run.json",
+        {
+            "arguments": {name: plain(group) for name, group in groups.items()},
+            "deepspeed": config,
+            "device": str(args.device),
+            "global_batch": global_batch,
+            "parameters": {"trainable": learning, "all": total},
+            "samples": samples,
+            "seed": args.seed,
+            "world_size": args.world_size,
+            **facts,
+        },
+    )
+    if args.should_save:
+        record.write()
+    return record
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> LLaVATrainer:
+    """The whole run; everything it leaves is under `--output_dir`."""
+    refuse_unsupported(args)
+    model, tokenizer, template = prepare(model_args, data_args, args)
+    data = make_supervised_data_module(tokenizer=tokenizer, data_args=data_args)
+    if args.deepspeed:
+        zero.use_integers(args.hf_deepspeed_config.config, model.config.hidden_size)
+    trainer = LLaVATrainer(
+        model=model,
+        tokenizer=tokenizer,
+        args=args,
+        saves="projector" if model_args.tune_mm_mlp_adapter else "full",
+        callbacks=[RunFiles(Path(args.output_dir), plot=args.plot_loss)],
+        **data,
+    )
+    _check_saving(model, tokenizer, model_args, args)
+    checkpoint = checkpointing.resume_from(Path(args.output_dir), args.resume_from_checkpoint)
+    if checkpoint:
+        logger.info("Going on from %s.", checkpoint)
+    groups = {"model": model_args, "data": data_args, "training": args}
+    record = _start_record(trainer, groups, template=template, resumed_from=checkpoint and str(checkpoint))
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finish(trainer, assemble.compute_dtype(args))
+    if args.should_save:
+        record.write(steps=result.global_step, train_loss=result.training_loss, seconds=result.metrics["train_runtime"])
+    return trainer
+
+
+def finish(trainer: LLaVATrainer, dtype: torch.dtype) -> None:
+    """Write trainer state and final weights to the output directory."""
+    trainer.save_state()
+    trainer.model.config.use_cache = True
+    if not trainer.is_deepspeed_enabled and trainer.saves == "full":
+        trainable.as_saved(trainer.model, dtype)
+    trainer.save_model()
+    logger.info("Saved to %s.", trainer.args.output_dir)
+
+
+def refuse_unsupported(args: TrainingArguments) -> None:
+    """Flags that parse, but that this version would not honour."""
+    if args.lora_enable or args.bits != 16:
+        raise ConfigError(
+            "--lora_enable and --bits 4 or 8 are not in this version; train in full or the projector only."
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"One process sees {args.n_gpu} GPUs; start one process a GPU (torchrun --nproc_per_node {args.n_gpu}) or "
+            "set CUDA_VISIBLE_DEVICES to one of them."
+        )
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Parse `argv` (default: the command line) and run; errors are raised, for callers in Python."""
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("llava").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
+    run(model_args, data_args, args)
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console entry: `train`, with a one-line error and exit status 2 if it cannot be done."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    transformers.logging.set_verbosity_error()
+    train(argv)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

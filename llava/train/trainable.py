@@ -1,0 +1,57 @@
+"""Which parameters learn, and in what precision each is kept (spec/train.md §8.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llava.arguments import ModelArguments, TrainingArguments
+from llava.errors import ConfigError, TrainingError
+from llava.model.zero import is_partitioned
+from llava.train.zero import full_shape
+
+
+def set_trainable(model: Any, model_args: ModelArguments, training_args: TrainingArguments) -> None:
+    """Set `requires_grad` by the table of §8.2; of the tower, only the positions can be asked to learn."""
+    core = model.get_model()
+    model.requires_grad_(not (model_args.tune_mm_mlp_adapter or training_args.freeze_llm))
+    if model_args.freeze_backbone:
+        core.requires_grad_(False)
+    tower = model.get_vision_tower()
+    if tower is None:
+        return
+    core.mm_projector.requires_grad_(not training_args.freeze_mm_mlp_adapter)
+    tower.requires_grad_(False)
+    if model_args.tune_vit_pos_embedding:
+        table = getattr(tower.vision_tower.embeddings, "position_embedding", None)
+        if not isinstance(table, torch.nn.Parameter):
+            raise ConfigError(f"--tune_vit_pos_embedding needs an InternViT tower; {model_args.vision_tower} is none.")
+        table.requires_grad_(True)
+
+
+def set_precision(model: torch.nn.Module, compute_dtype: torch.dtype, *, engine: bool) -> None:
+    """float32 masters for what learns, `compute_dtype` for what is frozen; under DeepSpeed all in `compute_dtype`.
+
+    DeepSpeed keeps its own float32 masters; elsewhere autocast makes the 16-bit products.
+    """
+    for parameter in model.parameters():
+        if not is_partitioned(parameter) and parameter.is_floating_point():
+            master = parameter.requires_grad and not engine
+            parameter.data = parameter.data.to(torch.float32 if master else compute_dtype)
+
+
+def as_saved(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
+    """After training: everything in the dtype the published checkpoints have, half the size of the masters."""
+    for parameter in model.parameters():
+        if not is_partitioned(parameter) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute_dtype)
+
+
+def count(model: torch.nn.Module) -> tuple[int, int]:
+    """Numbers in trainable parameters, and in all; `TrainingError` if nothing would learn."""
+    sizes = [(parameter.requires_grad, torch.Size(full_shape(parameter)).numel()) for parameter in model.parameters()]
+    trainable = sum(size for learns, size in sizes if learns)
+    if not trainable:
+        raise TrainingError("These flags freeze every parameter, so nothing would be trained; drop a --freeze_* flag.")
+    return trainable, sum(size for _, size in sizes)

@@ -1,0 +1,116 @@
+"""Write the easy-VQA benchmark as LLaVA-format files under `playground/data/easy_vqa`.
+
+    python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 10]
+
+| file | content |
+|---|---|
+| `train/*.png`, `test/*.png` | the 4,000 and 1,000 pictures, copied from the package `easy-vqa` (MIT) |
+| `labels.json` | shape and colour of each training picture, as far as its questions tell |
+| `pretrain.json` | stage 1: one caption a training picture, made from `labels.json` |
+| `finetune.json` | stage 2: the training questions of a picture as one conversation of at most `--turns` rounds |
+
+Nothing here reads the test questions; `llava eval --tasks easy_vqa` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import DataError
+from llava.utils import guarded
+from playground.assets import EASY_VQA, package_directory, staged
+
+INSTALL = "pip install easy-vqa==1.0"
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+VALUES = {"shape": SHAPES, "color": COLORS}
+Question = tuple[str, str, int]
+Labels = dict[str, str]
+
+
+def facts(question: str, answer: str) -> Labels:
+    """What a question and its answer say for certain about the picture: `{"shape": …}`, `{"color": …}`, both or neither.
+
+    "what color is the circle?" / "red" tells both; "is there not a red shape?" / "no" tells the colour.
+    """
+    words = question.rstrip("?").split()
+    negated = "not" in words or "no" in words
+    affirmed = answer not in ("yes", "no") or (answer == "yes") != negated
+    stated = [*words, answer] if affirmed else []
+    return {kind: word for kind, values in VALUES.items() for word in stated if word in values}
+
+
+def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
+    """Collect the facts of every picture; two questions that contradict each other are an error."""
+    labels: dict[int, Labels] = defaultdict(dict)
+    for question, answer, image in questions:
+        for kind, value in facts(question, answer).items():
+            if labels[image].setdefault(kind, value) != value:
+                raise DataError(f"Picture {image} is called {labels[image][kind]} and {value}; reinstall: {INSTALL}")
+    return dict(labels)
+
+
+def caption(labels: Labels) -> str:
+    """`a red circle`, or as much of it as is known."""
+    return " ".join(["a", *filter(None, [labels.get("color")]), labels.get("shape", "shape")])
+
+
+def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """One training example; the first human turn carries the picture."""
+    turns: list[dict[str, str]] = []
+    for question, answer in rounds:
+        prefix = "" if turns else "<image>\n"
+        turns += [{"from": "human", "value": prefix + question}, {"from": "gpt", "value": answer}]
+    return {"id": image, "image": f"train/{image}.png", "conversations": turns}
+
+
+def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> list[dict[str, Any]]:
+    """All questions of a picture in a random order, cut into conversations of at most `limit` rounds."""
+    by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for question, answer, image in questions:
+        by_image[image].append((question, answer))
+    shuffle = random.Random(seed).shuffle
+    records = []
+    for image, rounds in sorted(by_image.items()):
+        shuffle(rounds)
+        records += [record(image, rounds[start : start + limit]) for start in range(0, len(rounds), limit)]
+    return records
+
+
+def prepare(source: Path, output: Path, turns: int) -> str:
+    """Write every file of the table above and return a one-line summary."""
+    questions = [tuple(row) for row in json.loads((source / "train/questions.json").read_text(encoding="utf-8"))]
+    labels = label_images(questions)
+    files = {
+        "labels.json": {str(image): found for image, found in labels.items()},
+        "pretrain.json": [record(image, [("", caption(found))]) for image, found in sorted(labels.items())],
+        "finetune.json": conversations(questions, turns),
+    }
+    with staged(output) as stage:
+        for split in ("train", "test"):
+            shutil.copytree(source / split / "images", stage / split, ignore=shutil.ignore_patterns(".*"))
+        for name, content in files.items():
+            (stage / name).write_text(json.dumps(content, indent=0), encoding="utf-8")
+    complete = sum(len(found) == len(VALUES) for found in labels.values())
+    return f"{len(questions)} questions on {len(labels)} pictures, {complete} of them fully described"
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=EASY_VQA)
+    parser.add_argument("--turns", type=int, default=10, help="questions in one stage-2 conversation, at most")
+    args = parser.parse_args(argv)
+    print(prepare(package_directory("easy_vqa", INSTALL) / "data", args.output, args.turns))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,21 @@
+#!/bin/sh
+# Style and types: ruff, mypy --strict, shellcheck, dash -n; `--fix` mends what ruff can mend.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/_env.sh
+
+llava_venv train dev
+if [ "${1:-}" = --fix ]; then
+    ruff check --fix .
+    ruff format .
+fi
+ruff check .
+ruff format --check .
+mypy
+python scripts/readme_tree.py --check
+find . -name '.?*' ! -name .ci -prune -o \( -name '*.sh' -o -path ./.ci/run \) -type f -print | while read -r script; do
+    shellcheck --external-sources "$script"
+    if command -v dash >/dev/null; then
+        dash -n "$script"
+    fi
+done

@@ -1,0 +1,20 @@
+#!/bin/sh
+# All checks, as CI runs them: style, types, every test, coverage; `--fast` leaves out slow tests and coverage.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/_env.sh
+
+case ${1:-} in
+'' | --fast) ;;
+*) llava_fail "Unknown argument $1; usage: sh scripts/test.sh [--fast]" ;;
+esac
+llava_need_compiler
+llava_venv train playground dev
+sh scripts/lint.sh
+if [ "${1:-}" = --fast ]; then
+    exec python -m pytest -q -m 'not slow and not golden'
+fi
+rm -f .coverage .coverage.*
+python -m coverage run -m pytest --durations=15
+python -m coverage combine -q
+python -m coverage report

@@ -1,0 +1,207 @@
+# shellcheck shell=sh
+# What the recipes of this folder share; each sources it from the project's root, sets its batch and calls one stage:
+#
+#   use_batch PER_GPU GLOBAL   samples a GPU takes at once, and samples of one optimizer step over all GPUs
+#   use_zero STAGE             scripts/zeroSTAGE.json
+#   pretrain FLAG...           stage 1: the projector
+#   finetune FLAG...           stage 2: the language model and the projector
+#   finetune_with_slurm FLAG...  stage 2 on a mixture of data sets, started by srun
+#
+# Environment: GPUS (per node; 0 trains on the CPU), NNODES, NODE_RANK, MASTER_ADDR, PORT, BATCH (samples per GPU),
+# OUTPUT_DIR, PYTHON; for srun PARTITION, GPUS (in all), GPUS_PER_NODE, CPUS_PER_TASK, QUOTA_TYPE, SRUN_ARGS.
+# Fewer or more GPUs keep the global batch: the accumulation steps follow. Flags of the command line go last and win.
+# --dry-run, or LLAVA_DRY_RUN=1, prints the command instead of running it.
+set -eu
+
+RECIPE=$(basename "$0" .sh)
+OUTPUT_DIR=${OUTPUT_DIR:-work_dirs/$RECIPE}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+PORT=${PORT:-29500}
+PYTHON=${PYTHON:-python}
+PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# GPUS, else as many as CUDA_VISIBLE_DEVICES names, else the 8 of a published run.
+gpus() {
+    if [ -n "${GPUS:-}" ]; then
+        echo "$GPUS"
+    elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        echo "$CUDA_VISIBLE_DEVICES" | awk -F, '{ print NF }'
+    else
+        echo 8
+    fi
+}
+
+use_batch() {
+    per_gpu=${BATCH:-$1}
+    global=$2
+    total=$(($(gpus) * NNODES))
+    [ "$total" -gt 0 ] || total=1
+    set_accumulation
+}
+
+set_accumulation() {
+    if [ $((per_gpu * total)) -gt "$global" ]; then
+        per_gpu=$((global / total))
+    fi
+    if [ "$per_gpu" -eq 0 ] || [ $((global % (per_gpu * total))) -ne 0 ]; then
+        fail "$total GPUs cannot share the global batch of $global in equal parts of BATCH=${BATCH:-$per_gpu}; change GPUS, NNODES or BATCH."
+    fi
+    accumulation=$((global / (per_gpu * total)))
+}
+
+use_zero() {
+    zero_config=./scripts/zero$1.json
+}
+
+# The flags that every recipe has; what follows them wins.
+train() {
+    launch \
+        --mm_projector_type mlp2x_gelu \
+        --mm_use_im_start_end False \
+        --mm_use_im_patch_token False \
+        --bf16 True \
+        --output_dir "$OUTPUT_DIR" \
+        --num_train_epochs 1 \
+        --per_device_train_batch_size "$per_gpu" \
+        --per_device_eval_batch_size 4 \
+        --gradient_accumulation_steps "$accumulation" \
+        --evaluation_strategy no \
+        --save_strategy steps \
+        --save_steps 1000 \
+        --save_total_limit 3 \
+        --weight_decay 0. \
+        --warmup_ratio 0.03 \
+        --lr_scheduler_type cosine \
+        --logging_steps 1 \
+        --model_max_length 2048 \
+        --gradient_checkpointing True \
+        --dataloader_num_workers 4 \
+        --lazy_preprocess True \
+        --report_to tensorboard \
+        "$@"
+}
+
+pretrain() {
+    launcher=${launcher:-torch_launcher}
+    train \
+        --version plain \
+        --tune_mm_mlp_adapter True \
+        --learning_rate 1e-3 \
+        --data_path ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json \
+        --image_folder ./playground/data/LLaVA-Pretrain/images \
+        "$@"
+}
+
+# Both forms of stage 2; the projector comes from the stage-1 recipe of the same name.
+finetune_any() {
+    train \
+        --version v1 \
+        --image_aspect_ratio pad \
+        --learning_rate 2e-5 \
+        --pretrain_mm_mlp_adapter "./work_dirs/pretrain_${RECIPE#finetune_}/mm_projector.bin" \
+        "$@"
+}
+
+finetune() {
+    launcher=${launcher:-torch_launcher}
+    finetune_any \
+        --group_by_modality_length True \
+        --data_path ./playground/llava_v1_5_mix665k.json \
+        --image_folder ./playground/data \
+        "$@"
+}
+
+finetune_with_slurm() {
+    launcher=slurm_launcher
+    finetune_any \
+        --group_by_modality_length False \
+        --meta_path ./scripts_internvl/meta/custom_data.json \
+        "$@"
+}
+
+# Takes --dry-run out of the flags, then starts the program.
+launch() {
+    dry_run=${LLAVA_DRY_RUN:-}
+    count=$#
+    while [ "$count" -gt 0 ]; do
+        flag=$1
+        shift
+        count=$((count - 1))
+        if [ "$flag" = --dry-run ]; then
+            dry_run=1
+        else
+            set -- "$@" "$flag"
+        fi
+    done
+    "$launcher" "$@"
+}
+
+torch_launcher() {
+    count=$(gpus)
+    if [ "$count" -eq 0 ]; then
+        run "$PYTHON" llava/train/train.py --use_cpu True "$@"
+        return
+    fi
+    if [ "$NNODES" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+        fail "NNODES=$NNODES needs MASTER_ADDR, the address of the node with NODE_RANK=0."
+    fi
+    [ -z "${zero_config:-}" ] || set -- --deepspeed "$zero_config" "$@"
+    run torchrun \
+        --nnodes="$NNODES" \
+        --node_rank="$NODE_RANK" \
+        --master_addr="${MASTER_ADDR:-127.0.0.1}" \
+        --master_port="$PORT" \
+        --nproc_per_node="$count" \
+        llava/train/train_mem.py --tf32 True "$@"
+}
+
+slurm_launcher() {
+    nodes=$((GPUS / GPUS_PER_NODE))
+    [ $((nodes * GPUS_PER_NODE)) -eq "$GPUS" ] || fail "GPUS=$GPUS is not a multiple of GPUS_PER_NODE=$GPUS_PER_NODE."
+    set -- "$PYTHON" -u llava/train/train_mem_custom.py --tf32 True --deepspeed "$zero_config" "$@"
+    # shellcheck disable=SC2086 # SRUN_ARGS is a list of arguments
+    run srun \
+        --partition="$PARTITION" \
+        --gres=gpu:"$GPUS_PER_NODE" \
+        --nodes="$nodes" \
+        --ntasks="$GPUS" \
+        --ntasks-per-node="$GPUS_PER_NODE" \
+        --cpus-per-task="$CPUS_PER_TASK" \
+        --kill-on-bad-exit=1 \
+        ${QUOTA_TYPE:+--quotatype="$QUOTA_TYPE"} \
+        ${SRUN_ARGS:-} \
+        "$@"
+}
+
+# Runs a command with its output on the screen and at the end of train.log; the exit status is the command's.
+run() {
+    if [ -n "$dry_run" ]; then
+        print_command "$@"
+        return
+    fi
+    command -v "$1" >/dev/null || fail "$1 was not found on PATH; activate the environment in which llava is installed."
+    mkdir -p "$OUTPUT_DIR"
+    exec 4>&1
+    status=$({ { "$@" 2>&1 && echo 0 >&3 || echo $? >&3; } | tee -a "$OUTPUT_DIR/train.log" >&4; } 3>&1)
+    exec 4>&-
+    [ "$status" -eq 0 ] || printf 'error: %s ended with status %s; its output is in %s/train.log\n' "$RECIPE" "$status" "$OUTPUT_DIR" >&2
+    return "$status"
+}
+
+# One line that a shell understands.
+print_command() {
+    for word in "$@"; do
+        case $word in
+        '' | *[!A-Za-z0-9_./=:,@%+-]*) word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
+        esac
+        printf '%s ' "$word"
+    done
+    echo
+}

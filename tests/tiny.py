@@ -1,0 +1,145 @@
+"""Make the tiny checkpoints the tests run on, in the published layouts, seeded: `python -m tests.tiny OUT_DIR`.
+
+Nothing is stored in git: a tower, a base language model with its tokenizer, and chat models made of both take under
+a second and a megabyte. Weights are random, so a test compares numbers, never answers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
+from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+
+TOWER = "intern_vit_6b_tiny_224px"
+BASE = "vicuna-tiny"
+CHAT = "internvl-chat-tiny"
+CORPUS = """A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful,
+detailed, and polite answers to the user's questions. USER: What color is the shape? ASSISTANT: The shape is red.
+Is there a blue circle in the picture? yes no. Answer the question using a single word or phrase. Human Assistant
+What shape is present in the image? rectangle triangle circle brown gray green teal yellow black
+Describe the image concisely. A small picture of a cat on a mat, two dogs and 37 birds. Why? Because it is so."""
+
+
+def make_tokenizer(directory: Path) -> LlamaTokenizer:
+    """A SentencePiece model with LLaMA's special pieces and byte fallback, 384 entries, trained on `CORPUS`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines() * 4),
+        model_writer=model,
+        vocab_size=384,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        add_dummy_prefix=True,
+        split_digits=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    tokenizer = LlamaTokenizer(str(path), legacy=False, padding_side="right", model_max_length=2048)
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def make_tower(directory: Path, *, image_size: int = 224, layers: int = 6, seed: int = 0, **overrides: Any) -> Path:
+    """An InternViT directory: width 32, 2 heads, patch 14 (so 576 tokens at 336 px unless `patch_size` is given)."""
+    torch.manual_seed(seed)
+    config = InternVisionConfig(
+        **{
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "image_size": image_size,
+            **overrides,
+        }
+    )
+    model = InternVisionModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
+def llama_settings(**overrides: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 384,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 0,
+        **overrides,
+    }
+
+
+def make_base(directory: Path, *, seed: int = 1, **overrides: Any) -> Path:
+    """A plain LLaMA directory with its tokenizer."""
+    tokenizer = make_tokenizer(directory)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**llama_settings(vocab_size=len(tokenizer), **overrides)))
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_chat(directory: Path, tower: Path, *, seed: int = 2, embed_tower: bool = False, **overrides: Any) -> Path:
+    """A full chat checkpoint: language model, projector and, with `embed_tower`, the tower's weights too.
+
+    Images are 56x56 (16 tokens with patch 14), set by `mm_vision_image_size`, so that tests are quick.
+    """
+    tokenizer = make_tokenizer(directory)
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        **llama_settings(
+            **{
+                "vocab_size": len(tokenizer),
+                "mm_vision_tower": str(tower),
+                "mm_hidden_size": 32,
+                "mm_projector_type": "mlp2x_gelu",
+                "mm_vision_select_layer": -4,
+                "mm_vision_select_feature": "patch",
+                "mm_vision_image_size": 56,
+                "mm_use_im_start_end": False,
+                "mm_use_im_patch_token": False,
+                "image_aspect_ratio": "pad",
+                "conv_template": "v1",
+                "use_mm_proj": True,
+                **overrides,
+            }
+        )
+    )
+    model = LlavaLlamaForCausalLM(config)
+    if embed_tower:
+        model.get_vision_tower().load_model()
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_all(root: Path) -> dict[str, Path]:
+    """Every directory above under `root`, by name; the chat model refers to the tower by an absolute path."""
+    tower = make_tower(root / TOWER)
+    return {
+        "tower": tower,
+        "base": make_base(root / BASE),
+        "chat": make_chat(root / CHAT, tower),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: str(path) for name, path in make_all(Path(sys.argv[1])).items()}, indent=2))

@@ -1,0 +1,137 @@
+"""The flags: their frozen set and defaults, and that every faulty one is named, all at once."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import transformers
+
+from llava.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.errors import ConfigError
+
+MODEL = {
+    "model_name_or_path": "facebook/opt-125m",
+    "version": "v0",
+    "freeze_backbone": False,
+    "tune_mm_mlp_adapter": False,
+    "tune_vit_pos_embedding": False,
+    "vision_tower": None,
+    "mm_vision_select_layer": -1,
+    "pretrain_mm_mlp_adapter": None,
+    "mm_projector_type": "linear",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": True,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_image_size": None,
+    "attn_implementation": "auto",
+}
+DATA = {
+    "data_path": None,
+    "meta_path": None,
+    "lazy_preprocess": False,
+    "is_multimodal": False,
+    "image_folder": None,
+    "image_aspect_ratio": "square",
+    "image_grid_pinpoints": None,
+    "on_bad_sample": "error",
+}
+TRAINING = {
+    "cache_dir": None,
+    "optim": "adamw_torch",
+    "remove_unused_columns": False,
+    "freeze_mm_mlp_adapter": False,
+    "freeze_llm": False,
+    "mpt_attn_impl": "triton",
+    "model_max_length": 512,
+    "double_quant": True,
+    "quant_type": "nf4",
+    "bits": 16,
+    "lora_enable": False,
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_weight_path": "",
+    "lora_bias": "none",
+    "group_by_modality_length": False,
+    "plot_loss": True,
+}
+
+
+def given(tmp_path: Path, *more: str) -> list[str]:
+    return ["--output_dir", str(tmp_path), "--use_cpu", "True", "--data_path", "data.json", *more]
+
+
+def test_the_published_flags_and_defaults_are_frozen(tmp_path: Path) -> None:
+    model, data, training = parse_arguments(given(tmp_path))
+    assert {f.name: getattr(model, f.name) for f in fields(ModelArguments)} == MODEL
+    assert {f.name: getattr(data, f.name) for f in fields(DataArguments)} == {**DATA, "data_path": "data.json"}
+    inherited = {f.name for f in fields(transformers.TrainingArguments)}
+    assert {f.name for f in fields(TrainingArguments)} - inherited == set(TRAINING) - {"optim", "remove_unused_columns"}
+    assert {name: getattr(training, name) for name in TRAINING} == TRAINING
+    assert training.report_to == []
+
+
+def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(
+            given(
+                tmp_path,
+                *("--mm_vision_select_feature", "cls", "--on_bad_sample", "maybe", "--bits", "3"),
+                *("--lora_bias", "some", "--model_max_length", "0", "--tune_mm_mlp_adapter", "True"),
+            )
+        )
+    for flag in ("mm_vision_select_feature", "on_bad_sample", "bits", "lora_bias", "model_max_length", "vision_tower"):
+        assert f"--{flag}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lora_enable", "True", "--freeze_llm", "True"], ["--freeze_llm", "--lora_enable"]),
+        (
+            ["--vision_tower", "t", "--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"],
+            ["--tune_mm_mlp_adapter", "--freeze_mm_mlp_adapter"],
+        ),
+        (
+            ["--vision_tower", "t", "--freeze_llm", "True", "--freeze_mm_mlp_adapter", "True"],
+            ["--freeze_llm", "--freeze_mm_mlp_adapter"],
+        ),
+        (["--freeze_llm", "True"], ["--freeze_llm", "--vision_tower"]),
+        (["--pretrain_mm_mlp_adapter", "x.bin"], ["--pretrain_mm_mlp_adapter", "--vision_tower"]),
+        (["--deepspeed", "scripts/zero2.json"], ["--use_cpu", "--deepspeed"]),
+        (["--evaluation_strategy", "steps"], ["--evaluation_strategy"]),
+        (["--remove_unused_columns", "True"], ["--remove_unused_columns"]),
+        (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
+        (["--meta_path", "mix.json"], ["--data_path", "--meta_path"]),
+        (["--fsdp", "full_shard"], ["--fsdp"]),
+        (["--tf32", "True"], ["--tf32"]),
+        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size"]),
+        (["--learning_rate", "-1"], ["--learning_rate"]),
+        (["--no_such_flag", "1"], ["--no_such_flag"]),
+        (["--bits", "four"], ["--bits"]),
+    ],
+)
+def test_a_faulty_flag_is_named(tmp_path: Path, flags: list[str], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(given(tmp_path, *flags))
+    assert all(name in str(caught.value) for name in named)
+
+
+def test_missing_data_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--data_path is missing"):
+        parse_arguments(["--output_dir", str(tmp_path), "--use_cpu", "True"])
+
+
+def test_a_reporter_that_is_not_installed_costs_a_warning_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    training = parse_arguments(given(tmp_path, "--report_to", "wandb"))[2]
+    assert training.report_to == []
+    assert "wandb is not installed" in caplog.text
+
+
+def test_unique_prefixes_are_accepted_as_in_published_scripts(tmp_path: Path) -> None:
+    assert parse_arguments(given(tmp_path, "--group_by_mod", "True"))[2].group_by_modality_length

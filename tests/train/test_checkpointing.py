@@ -1,0 +1,177 @@
+"""Which checkpoint is resumed, saves that are checked, room on the disk, random state, and the projector file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llava.errors import CheckpointError, TrainingError
+from llava.model.checkpoint import load_bin
+from llava.train import checkpointing, weights
+
+
+def make_checkpoint(output_dir: Path, step: int) -> Path:
+    directory = output_dir / f"checkpoint-{step}"
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    torch.save({"model.mm_projector.0.weight": torch.ones(2, 3)}, directory / "mm_projector.bin")
+    torch.save({}, directory / "optimizer.pt")
+    torch.save(checkpointing.random_state(), directory / "rng_state.pth")
+    return directory
+
+
+def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        make_checkpoint(tmp_path, step)
+    assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert checkpointing.latest_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config.json", "config.json is missing"),
+        ("trainer_state.json", "trainer_state.json is missing"),
+        ("optimizer.pt", "no optimizer state"),
+        ("rng_state.pth", "no random state"),
+        ("mm_projector.bin", "weights"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_passed_over_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, said: str
+) -> None:
+    make_checkpoint(tmp_path, 1)
+    newest = make_checkpoint(tmp_path, 2)
+    (newest / name).unlink()
+    assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert str(newest) in caplog.text and said in caplog.text
+    (newest / name).touch()
+    caplog.clear()
+    assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert f"{name} is empty" in caplog.text
+
+
+def test_a_checkpoint_half_written_is_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_checkpoint(tmp_path, 1)
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "tmp-checkpoint-2")
+    assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert "tmp-checkpoint-2" in caplog.text
+
+
+def test_a_deepspeed_checkpoint_needs_its_folder(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, 3)
+    (directory / "optimizer.pt").unlink()
+    (directory / "latest").write_text("global_step3")
+    assert "DeepSpeed folder" in str(checkpointing.incomplete(directory))
+    (directory / "global_step3").mkdir()
+    assert checkpointing.incomplete(directory) is None
+
+
+def test_a_requested_checkpoint_is_checked(tmp_path: Path) -> None:
+    good = make_checkpoint(tmp_path, 1)
+    assert checkpointing.resume_from(tmp_path, str(good)) == good
+    assert checkpointing.resume_from(tmp_path, None) == good
+    assert checkpointing.resume_from(tmp_path, "False") is None
+    (good / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match="optimizer"):
+        checkpointing.resume_from(tmp_path, str(good))
+    with pytest.raises(CheckpointError, match="not a directory"):
+        checkpointing.resume_from(tmp_path, str(tmp_path / "checkpoint-7"))
+
+
+def test_random_state_is_restored_from_a_file_without_pickled_objects(tmp_path: Path) -> None:
+    torch.save(checkpointing.random_state(), tmp_path / "rng.pth")
+    drawn = (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
+    checkpointing.set_random_state(torch.load(tmp_path / "rng.pth", weights_only=True))
+    assert (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()) == drawn
+
+
+def test_a_save_is_verified(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected = {"a": (2, 3), "b": (4,)}
+    weights.verify(tmp_path, expected)
+    for wrong in ({**expected, "c": (1,)}, {**expected, "b": (5,)}):
+        with pytest.raises(CheckpointError, match="not those of the model"):
+            weights.verify(tmp_path, wrong)
+    save_file({**tensors, "a": torch.ones(0)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="empty"):
+        weights.verify(tmp_path, {"b": (4,)})
+
+
+def test_a_projector_file_must_fit_by_name_and_shape() -> None:
+    model = torch.nn.ModuleDict({"mm_projector": torch.nn.Linear(3, 2)})
+    weights.load_projector(model, {"mm_projector.weight": torch.full((2, 3), 7.0)})
+    assert float(model["mm_projector"].weight.detach().sum()) == 42
+    with pytest.raises(CheckpointError, match="lacks"):
+        weights.load_projector(model, {"mm_projector.scale": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"\(3, 2\)"):
+        weights.load_projector(model, {"mm_projector.weight": torch.ones(3, 2)})
+
+
+def test_the_last_projector_of_a_checkpoint_folder_goes_beside_it(tmp_path: Path) -> None:
+    assert weights.projector_file(tmp_path / "run", final=True) == tmp_path / "run" / "mm_projector.bin"
+    folder = tmp_path / "checkpoint-5"
+    assert weights.projector_file(folder, final=False) == folder / "mm_projector.bin"
+    assert weights.projector_file(folder, final=True) == tmp_path / "mm_projector" / "checkpoint-5.bin"
+
+
+def test_code_in_a_projector_file_is_refused(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "owned",))
+
+    path = tmp_path / "mm_projector.bin"
+    path.write_bytes(pickle.dumps({"model.mm_projector.0.weight": Attack()}))
+    with pytest.raises(CheckpointError):
+        load_bin(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_disk_too_small_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
+    checkpointing.check_room(tmp_path, 2**30, 2**30, None)
+    with pytest.raises(TrainingError, match=r"10\.0 GiB free"):
+        checkpointing.check_room(tmp_path, 6 * 2**30, 5 * 2**30, 1)
+
+
+def test_a_disk_that_fills_later_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
+    checkpointing.check_room(tmp_path, 2**30, 4 * 2**30, 3)
+    assert "10.0 GiB free" in caplog.text
+
+
+def test_a_model_that_cannot_be_saved_stops_the_run_at_its_start(tmp_path: Path) -> None:
+    class Config:
+        def save_pretrained(self, directory: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    model = SimpleNamespace(config=Config())
+    with pytest.raises(TrainingError, match="No space left"):
+        checkpointing.dry_run(tmp_path, model, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sampling_parameters_of_a_greedy_configuration_are_dropped() -> None:
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(do_sample=False)
+    greedy.temperature, greedy.top_p = 0.9, 0.6
+    checkpointing.sanitise_generation_config(SimpleNamespace(generation_config=greedy))
+    assert (greedy.temperature, greedy.top_p) == (1.0, 1.0)
+    sampled = GenerationConfig(do_sample=True, temperature=0.9)
+    checkpointing.sanitise_generation_config(SimpleNamespace(generation_config=sampled))
+    assert sampled.temperature == 0.9

@@ -1,0 +1,82 @@
+"""The shipped ZeRO files against spec/train.md §11 and the installed DeepSpeed, and what is said about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.errors import ConfigError
+from llava.train import zero
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+NAMES = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+def load(name: str) -> dict[str, Any]:
+    return zero.read_config(str(SCRIPTS / f"{name}.json"))
+
+
+def numbers(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in numbers(v)]
+    if isinstance(value, list):
+        return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def test_all_shipped_files_are_known() -> None:
+    assert sorted(path.stem for path in SCRIPTS.glob("zero*.json")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_file_holds_the_published_values_as_integers(name: str) -> None:
+    config = load(name)
+    assert config["zero_optimization"]["stage"] == int(name[4])
+    for key in ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"):
+        assert config[key] == "auto"
+    assert config["bf16"] == {"enabled": "auto"}
+    assert config["fp16"]["initial_scale_power"] == 16 and config["fp16"]["enabled"] == "auto"
+    assert not any(isinstance(number, float) for number in numbers(config))
+    assert ("gradient_clipping" in config) == (name == "zero3_offload")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deepspeed_accepts_a_shipped_file(name: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    section = {k: v for k, v in load(name)["zero_optimization"].items() if v != "auto"}
+    parsed = DeepSpeedZeroConfig(**section)
+    assert int(parsed.stage) == int(name[4])
+    if name.startswith("zero3"):
+        assert parsed.gather_16bit_weights_on_model_save
+
+
+def test_the_automatic_prefetch_size_becomes_an_integer() -> None:
+    config = {"zero_optimization": {"stage3_prefetch_bucket_size": "auto", "reduce_bucket_size": "auto"}}
+    zero.use_integers(config, 48)
+    assert config["zero_optimization"] == {"stage3_prefetch_bucket_size": 2073, "reduce_bucket_size": "auto"}
+
+
+def test_what_becomes_of_gradients_and_schedule_is_said() -> None:
+    assert "clipped at norm 1.0" in zero.describe(None, 1.0, "cosine")
+    assert "not clipped" in zero.describe(load("zero2"), 1.0, "cosine")
+    offload = zero.describe(load("zero3_offload"), 1.0, "cosine")
+    assert "clipped at norm 1.0 by DeepSpeed" in offload and "WarmupLR" in offload
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "does not exist"), ("{", "not JSON"), ("[]", "no JSON object")])
+def test_a_faulty_file_is_named(tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "zero.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        zero.read_config(str(path))
+
+
+def test_files_stay_formatted() -> None:
+    for name in NAMES:
+        text = (SCRIPTS / f"{name}.json").read_text()
+        assert text == json.dumps(json.loads(text), indent=2) + "\n"
