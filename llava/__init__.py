@@ -7,6 +7,7 @@ error in that module reaches the caller as it is.
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +31,9 @@ __all__ = [
     "load_engine",
     "load_pretrained_model",
 ]
+
+# transformers 4.36.2 calls a function that torch has renamed since: harmless, and three lines on every start.
+warnings.filterwarnings("ignore", message=r".*_register_pytree_node", category=FutureWarning)
 
 _HOME: Final = MappingProxyType(
     {

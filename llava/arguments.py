@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
@@ -129,6 +130,10 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         _raise(self._problems())
         self.report_to = _usable_reporters(self.report_to)
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": True}  # as published; ZeRO-3 needs it
+        # the flags decide: the library takes over what an earlier run in this process, or a launcher, left here
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:

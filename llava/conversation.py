@@ -216,11 +216,11 @@ def _process(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:
-    """Short side at most 400, long side at most about 800, aspect ratio kept, never enlarged."""
+    """Short side at most 400, long side at most 800, aspect ratio kept, never enlarged."""
     short, long = sorted(image.size)
     aspect = long / short
     short = max(1, int(min(800 / aspect, 400, short)))
-    long = max(1, int(short * aspect))
+    long = min(800, int(short * aspect))
     return image.resize((long, short) if image.width > image.height else (short, long))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -26,9 +25,10 @@ __all__ = [
 def load_image_from_base64(image: str) -> Any:
     """The RGB PIL image in base64 text; raises `ImageError` when it is not one."""
     try:
-        return open_image(base64.b64decode(image, validate=True))
-    except binascii.Error as error:
+        data = base64.b64decode("".join(image.split()), validate=True)
+    except ValueError as error:
         raise ImageError("The image is not valid base64; send the encoded file without a data: prefix.") from error
+    return open_image(data)
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:

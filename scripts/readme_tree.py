@@ -32,10 +32,16 @@ FOLDED = ("images/", "tests/")
 GLOSSES = {
     ".ci/run": "what CI runs: scripts/test.sh",
     ".gitignore": "weights, data and caches stay out of git",
+    "CHANGELOG.md": "what changes for users",
+    "CONTRIBUTING.md": "the commands and the rules of the house",
     "LICENSE": "Apache-2.0",
+    "SECURITY.md": "what is guarded, and how to report a hole",
     "benchmarks/": "speed and memory, as ratios within one run",
+    "benchmarks/README.md": "what is measured, and the last table",
     "constraints.txt": "the versions that are tested together",
     "docs/": "longer answers",
+    "docs/INSTALLATION.md": "CUDA, FlashAttention, CPU, macOS, tested versions, where data go",
+    "docs/Troubleshooting.md": "the error codes, one by one",
     "images/": "pictures of the pages",
     "llava/": "the package",
     "llava/data/": "from annotation files and images to batches",
@@ -52,7 +58,11 @@ GLOSSES = {
     "llava/serve/": "talking with a model",
     "llava/train/": "both stages of training",
     "playground/": "data, and how the quickstart makes its own",
+    "playground/README.md": "what the quickstart's parts do",
+    "playground/data/": "annotations and pictures",
+    "playground/data/README.md": "what belongs here",
     "pretrained/": "weights you download",
+    "pretrained/README.md": "what belongs here",
     "pyproject.toml": "dependencies, extras, and the settings of ruff, mypy, pytest and coverage",
     "scripts/": "checks and DeepSpeed settings",
     "scripts/zero1.json": "DeepSpeed: optimizer states are shared out",
@@ -60,6 +70,8 @@ GLOSSES = {
     "scripts/zero3.json": "DeepSpeed: parameters too (stage 2 of training)",
     "scripts/zero3_offload.json": "DeepSpeed: and kept in main memory",
     "scripts_internvl/": "training and evaluation recipes, as published",
+    "scripts_internvl/meta/": "mixtures of data sets",
+    "scripts_internvl/meta/custom_data.json": "an example to replace by your own",
     "tests/": "mirrors llava/; tiny models, golden numbers, attacks",
 }
 
@@ -79,7 +91,7 @@ def tracked() -> list[str]:
 def sentence(text: str) -> str:
     """The first sentence, without references and full stop; cut at a clause, else at a word, if it is long."""
     line = re.split(r"(?<=[^.].)\.(?=\s|$)", " ".join(text.split("\n\n")[0].split()), maxsplit=1)[0]
-    line = re.sub(r" \((spec/|paper|arXiv)[^)]*\)?", "", line)
+    line = re.sub(r" \((spec/|users|paper|arXiv)[^)]*\)?", "", line)
     while len(line) > WIDTH and (clause := re.match(r"(.{20,})(?:[;:]| \(| —) ", line)):
         line = clause[1]
     return line.rstrip(".") if len(line) <= WIDTH else line[: line.rindex(" ", 0, WIDTH - 2)].rstrip(",;") + " …"
@@ -117,10 +129,12 @@ def room(names: Sequence[str], folder: str, depth: int = 0) -> Iterator[tuple[st
 def tree() -> str:
     """The tree as README.md shows it."""
     names = tracked()
-    rows = [row for top in TOP if any(name.startswith(top) for name in names) for row in room(names, top)]
-    rows += [(name, gloss(name)) for name in names if ("/" not in name and name != "README.md") or name == ".ci/run"]
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(("```", *[f"{name:<{width}}{text}" for name, text in rows], "```"))
+    rooms = [list(room(names, top)) for top in TOP if any(name.startswith(top) for name in names)]
+    rooms.append(
+        [(name, gloss(name)) for name in names if ("/" not in name and name != "README.md") or name == ".ci/run"]
+    )
+    lines = [f"{name:<{max(len(row[0]) for row in rows) + 2}}{text}" for rows in rooms for name, text in rows]
+    return "\n".join(("```", *lines, "```"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

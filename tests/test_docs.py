@@ -19,7 +19,11 @@ from llava import cli, errors
 from tests.test_package import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += [
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "pretrained" / "README.md",
+    ROOT / "playground" / "data" / "README.md",
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:llava|sh|python|python -m) [a-z_][^`]*)`")
 PLAIN = {".", "apt-get", "cd", "git", "huggingface-cli", "python3", "xcode-select"}
@@ -107,11 +111,24 @@ def test_recipes_named_in_the_readme_exist() -> None:
     assert {name for name in named if not (ROOT / "scripts_internvl" / name).is_file()} == set()
 
 
+def test_recipes_find_the_weights_where_the_readme_puts_them() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    downloaded = set(re.findall(r"--local-dir (pretrained/\S+)", page))
+    recipes = set(re.findall(r"`((?:pretrain|finetune)_\w+\.sh)`", page))
+    wanted = {
+        name
+        for recipe in recipes
+        for name in re.findall(r"pretrained/[\w.-]+", (ROOT / "scripts_internvl" / recipe).read_text(encoding="utf-8"))
+    }
+    assert len(wanted) == 4
+    assert wanted - downloaded == set()
+
+
 def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
         if target.startswith("https://"):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from llava import doctor
 from llava.errors import DependencyError
+from tests.test_package import ROOT
 
 GOOD = {
     "python": "3.11.7",
@@ -71,7 +75,7 @@ def test_known_bad_versions_are_named_with_the_remedy(package: str, version: str
     assert f"problem: {problem}" in page
 
 
-@pytest.mark.parametrize("version", ["2.14.1+cpu", "2.1.0", "2.13.0+cu130"])
+@pytest.mark.parametrize("version", ["2.14.1+cpu", "2.1.0", "2.13.0+cu130", "2.15.0a0+git1234567"])
 def test_local_builds_of_torch_are_fine(version: str) -> None:
     assert doctor.known_bad({"torch": version}) == []
 
@@ -176,3 +180,24 @@ def test_the_driver_is_asked(body: str, expected: str | None, tmp_path: Path, mo
 def test_it_runs_as_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "llava.doctor", "--help"], capture_output=True, text=True, check=True)
     assert "known to fail" in " ".join(done.stdout.split())
+
+
+def test_the_three_tables_of_versions_agree() -> None:
+    """pyproject.toml's ranges, constraints.txt's pins and the doctor's rules are one piece of knowledge."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = [Requirement(entry) for entry in re.findall(r'"([a-z][\w.-]*(?:\[\w+\])?[=<>][^"]*)"', text)]
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            name, _, version = line.partition(";")[0].partition("==")
+            pins[canonicalize_name(name)] = version.strip()
+    tested = {rule.package: pins.get(canonicalize_name(rule.package), "3.11") for rule in doctor.RULES}
+    assert doctor.known_bad(tested) == []
+    ranges = {canonicalize_name(requirement.name): requirement.specifier for requirement in declared}
+    assert len(ranges) > 25
+    assert [name for name in ranges if name in pins and pins[name] not in ranges[name]] == []
+    assert {name for name in ranges if name not in pins} <= {"setuptools", "flash-attn"}
+    for rule in doctor.RULES:
+        for bound in re.findall(r"[<=]=?[\d.]+", rule.works.replace(">=", "~")):
+            if rule.package != "python":
+                assert bound in str(ranges[canonicalize_name(rule.package)]), rule

@@ -76,7 +76,12 @@ def test_script_says_what_it_does_and_stops_at_the_first_failure(name: str) -> N
     assert lines[0] == "#!/bin/sh"
     assert lines[1].startswith("# ")
     assert "set -eu" in lines
-    assert os.access(ROOT / name, os.X_OK)
+
+
+def test_ci_run_can_be_executed_and_hides_nothing() -> None:
+    path = ROOT / ".ci" / "run"
+    assert os.access(path, os.X_OK)
+    assert path.read_text(encoding="utf-8").splitlines()[-1] == "exec sh scripts/test.sh"
 
 
 @dataclass
@@ -237,9 +242,9 @@ def test_no_install_takes_the_environment_as_it_is(machine: Machine) -> None:
 def checked(machine: Machine) -> Machine:
     """A machine whose environment holds fakes of every tool; each notes its name and arguments."""
     for tool in ("python", "ruff", "mypy", "shellcheck"):
-        machine.put(f".venv/bin/{tool}", f'echo "{tool} $*" >>"$CALLS"; [ "$FAILS" != {tool} ] || exit 3')
+        machine.put(f".venv/bin/{tool}", f'echo "{tool} $*" >>"$CALLS"; case "{tool} $*" in $FAILS*) exit 3 ;; esac')
     machine.put("bin/c++", "exit 0")
-    machine.environment |= {"LLAVA_NO_INSTALL": "1", "FAILS": ""}
+    machine.environment |= {"LLAVA_NO_INSTALL": "1", "FAILS": "none"}
     return machine
 
 
@@ -275,6 +280,9 @@ def test_the_fast_test_command_leaves_out_slow_tests(checked: Machine) -> None:
     assert "coverage" not in calls
 
 
-def test_the_test_command_fails_with_its_tests(checked: Machine) -> None:
-    assert checked.start(["sh", "scripts/test.sh"], FAILS="python").returncode != 0
+@pytest.mark.parametrize(
+    "step", ["mypy", "python -m coverage run", "python -m coverage combine", "python -m coverage rep"]
+)
+def test_the_test_command_fails_with_each_of_its_steps(checked: Machine, step: str) -> None:
+    assert checked.start(["sh", "scripts/test.sh"], FAILS=step.replace(" ", "?")).returncode != 0
     refused(checked.start(["sh", "scripts/test.sh", "--wrong"]), "Unknown argument --wrong")

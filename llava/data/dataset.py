@@ -19,7 +19,7 @@ from llava.data.images import open_image, preprocess_image
 from llava.data.labels import Example, build_example, place_images, truncate
 from llava.data.records import Record, Turn, image_paths, parse_record, read_records
 from llava.data.template_check import check_template
-from llava.errors import ConfigError, DataError
+from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         self.records = read_records(data_path)
         self.skip_bad = getattr(data_args, "on_bad_sample", "error") == "skip"
         # One flag a record and fault, shared with the loader's workers; setting one twice changes nothing.
-        self._flags = torch.zeros(len(_FAULTS), len(self.records), dtype=torch.uint8).share_memory_()
+        self._flags = torch.zeros(len(_FAULTS), len(self.records), dtype=torch.uint8)
+        self._flags.share_memory_()  # type: ignore[no-untyped-call]
         self._check_records()
 
     def __len__(self) -> int:
@@ -131,7 +132,7 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
             item = truncate(example, self.tokenizer.model_max_length)._asdict()
             if self.data_args.is_multimodal:
                 item["image"] = self._pixels(record)
-        except DataError as error:
+        except (DataError, TemplateError) as error:
             raise self._located(error, index) from error
         self._flags[1, index] |= len(item["input_ids"]) < len(example.input_ids)
         self._flags[2, index] |= not bool((item["labels"] != IGNORE_INDEX).any())
@@ -154,8 +155,9 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         ]
         return images[0] if len(images) == 1 else torch.stack(images)  # (3, S, S) or (k, 3, S, S)
 
-    def _located(self, error: DataError, index: int) -> DataError:
-        return type(error)(
+    def _located(self, error: LlavaError, index: int) -> DataError:
+        kind = ImageError if isinstance(error, ImageError) else DataError
+        return kind(
             f"{self.data_path}, record {index}: {str(error.args[0]).rstrip('.')}; "
             "repair it, check --image_folder, or pass --on_bad_sample skip."
         )
@@ -169,21 +171,21 @@ def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None
         try:
             example = dataset.example(parse_record(dataset.records[index]))
             labels = truncate(example, dataset.tokenizer.model_max_length).labels
-        except DataError:
+        except (DataError, TemplateError):
             continue  # counted and reported when it is drawn
         if not bool((labels != IGNORE_INDEX).any()):
             empty.append(index)
     if len(empty) > max(1, count // 100):
         raise DataError(
-            f"{len(empty)} of the first {count} records of {dataset.data_path} have no supervised token, the first is "
-            f"{empty[0]}; their answers are empty or lie beyond --model_max_length {dataset.tokenizer.model_max_length}."
+            f"{len(empty)} of the first {count} records of {dataset.data_path} have no supervised token, the first "
+            f"is {empty[0]}; their answers are empty or beyond --model_max_length {dataset.tokenizer.model_max_length}."
         )
 
 
 def make_supervised_data_module(
     tokenizer: Any, data_args: Any, template: Conversation | str | None = None
 ) -> dict[str, Any]:
-    """Dataset and collator for the Trainer, after checking template against tokenizer and labels of the first records."""
+    """Dataset and collator for the Trainer, after checking the template and the labels of the first records."""
     dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, template)
     check_template(tokenizer, dataset.template)
     check_supervision(dataset)

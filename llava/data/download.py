@@ -72,7 +72,7 @@ def _get(url: str, max_bytes: int, deadline: float, unsafe_local: bool) -> tuple
             timer.cancel()
         if len(body) > max_bytes:
             raise ImageError(f"Cannot fetch {url}: it has more than {max_bytes} bytes.")
-        if response.length:
+        if response.status == 200 and response.length:
             raise ImageError(f"Cannot fetch {url}: the connection broke off.")
         return response.status, response.getheader("Location"), body
 

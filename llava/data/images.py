@@ -30,8 +30,8 @@ class ImageLimits:
 
 
 DEFAULT: Final = ImageLimits()
-_FORMATS: Final = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it runs Ghostscript
-_MAX_CANVAS: Final = 2**26  # pixels of `expand2square`
+_FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it runs Ghostscript
+_MAX_CANVAS: Final = 2**26  # pixels of a padded image that may be touched
 _MAX_ASPECT: Final = 32  # beyond it, the middle is cut out before the short side is enlarged
 _ROWS: Final = 64  # rows of a padded image that exist at a time
 
@@ -167,9 +167,13 @@ def _pad_and_resize(image: Image.Image, color: tuple[int, ...], side: int, resam
     """`expand2square` then a resize to `side`, bit for bit, holding only `_ROWS` rows of the canvas at a time.
 
     Pillow resizes horizontally, rounds to bytes, then vertically. Rows of the first pass do not see each other, and
-    rows of pure padding stay as they are.
+    rows of pure padding stay as they are. A very tall image goes through lying down: else every one of its rows
+    would be as wide as it is tall (the order of rounding may then change a grey level).
     """
     width, height = image.size
+    if height > width and height**2 > _MAX_CANVAS:
+        turned = _pad_and_resize(image.transpose(Image.Transpose.TRANSPOSE), color, side, resample)
+        return turned.transpose(Image.Transpose.TRANSPOSE)
     long = max(width, height)
     left, top = (long - width) // 2, (long - height) // 2
     strip = Image.new("RGB", (side, long), color)

@@ -95,7 +95,7 @@ def parse_turns(conversations: Sequence[Mapping[str, str]]) -> list[Turn]:
 
 
 def drop_greeting(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """Turns from the first human one on, when only a single one precedes it (spec/train.md §4.2)."""
+    """Turns without a leading one that is not human; a second one breaks the alternation (spec/train.md §4.2)."""
     return turns[1:] if turns and turns[0].role != "human" else turns
 
 

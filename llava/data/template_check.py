@@ -35,7 +35,8 @@ def _problem(tokenizer: Any, template: Conversation) -> str | None:
     if template.sep_style not in _TEXT_STOPS:
         stop_id = tokenizer.convert_tokens_to_ids(stop)
         ids = tokenizer(f"a{stop}", add_special_tokens=False).input_ids
-        if stop_id in (None, tokenizer.unk_token_id) or ids.count(stop_id) != 1:
+        known = stop_id is not None and tokenizer.convert_ids_to_tokens(stop_id) == stop  # else it is the unknown token
+        if not known or ids.count(stop_id) != 1:
             return f"{stop!r}, which ends an answer, is not one of its tokens"
     try:
         example = build_example(_PROBE, tokenizer, template, has_image=True)

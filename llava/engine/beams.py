@@ -24,11 +24,12 @@ def run(lm: LanguageModel, prefiller: Prefiller, job: Job) -> None:
             attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=embeds.device),
             num_beams=params.num_beams,
             max_new_tokens=job.max_new_tokens,
+            bos_token_id=0,  # without ids to continue, the library starts its output with this one
             eos_token_id=sorted(job.end_ids),
             pad_token_id=lm.model.generation_config.pad_token_id or 0,
             **(sampling if params.temperature > 0 else {"do_sample": False}),
         )
-    for token in output[0].tolist():
+    for token in output[0, 1:].tolist():
         reason = job.accept(token)
         if reason is not None:
             job.finish(reason)

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", help="of the data (default: the official test split)")
     parser.add_argument("--data-root", type=Path, help="folder of the benchmark's data (default: as the task says)")
     parser.add_argument("--output-dir", type=Path, help="default: eval/MODEL_NAME")
-    options.add_decoding_flags(parser, temperature=0.0, max_new_tokens=0)
+    options.add_decoding_flags(parser, temperature=0.0, max_new_tokens=None)
     options.add_run_flags(parser)
     return parser
 
@@ -48,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     for task in tasks:
         answers = output_dir / task.name / "answers.jsonl"
-        args_of_task = argparse.Namespace(
-            **{**vars(args), "max_new_tokens": args.max_new_tokens or task.max_new_tokens}
-        )
-        settings = options.settings_from(args_of_task, template, task.image_folder)
+        settings = options.settings_from(args, template, task.image_folder, max_new_tokens=task.max_new_tokens)
         questions = asked[task.name]
         outcome = run(engine, questions, answers, settings)
         failed = report(outcome, answers, lambda line: print(line, file=sys.stderr))

@@ -27,12 +27,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_decoding_flags(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
-    """How to decode; 0 is greedy."""
+def add_decoding_flags(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int | None) -> None:
+    """How to decode."""
     parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default %(default)s)")
     parser.add_argument("--top_p", "--top-p", type=float, default=None, help="nucleus sampling (default: off)")
     parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=max_new_tokens)
+    parser.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=int, default=max_new_tokens, help="limit of an answer"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampled answers (default %(default)s)")
 
 
@@ -60,9 +62,10 @@ def build_engine(args: argparse.Namespace) -> Engine:
     )
 
 
-def sampling(args: argparse.Namespace) -> SamplingParams:
+def sampling(args: argparse.Namespace, max_new_tokens: int) -> SamplingParams:
+    """Decoding as the flags say; `max_new_tokens` when they do not."""
     return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature,
         top_p=1.0 if args.top_p is None else args.top_p,
         seed=args.seed,
@@ -70,12 +73,14 @@ def sampling(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def settings_from(args: argparse.Namespace, template: str, image_folder: Path) -> RunSettings:
+def settings_from(
+    args: argparse.Namespace, template: str, image_folder: Path, max_new_tokens: int = 128
+) -> RunSettings:
     return RunSettings(
         model_path=args.model_path,
         model_id=get_model_name_from_path(args.model_path),
         template=template,
-        params=sampling(args),
+        params=sampling(args, max_new_tokens),
         image_folder=image_folder,
         num_workers=args.num_workers,
         resume=args.resume,

@@ -76,6 +76,8 @@ class LlavaMetaModel(nn.Module):
             tower.load_model(from_checkpoint=same_tower)
             self.vision_tower = tower
         config.mm_hidden_size = self.vision_tower.hidden_size
+        if self.vision_tower.image_hidden_size != config.mm_hidden_size:
+            config.mm_image_hidden_size = self.vision_tower.image_hidden_size
         config.mm_vision_tower_config = self.vision_tower.settings
         self._initialize_projector(getattr(model_args, "pretrain_mm_mlp_adapter", None))
 
@@ -145,8 +147,9 @@ class LlavaMetaForCausalLM(nn.Module):
         features = self.get_model().vision_tower(images)
         projector = self.get_model().mm_projector
         parameter = next(projector.parameters(), None)
-        if parameter is not None and isinstance(features, Tensor):
-            features = features.to(parameter.device, parameter.dtype)
+        if parameter is not None:
+            to = {"device": parameter.device, "dtype": parameter.dtype}
+            features = features.to(**to) if isinstance(features, Tensor) else tuple(part.to(**to) for part in features)
         projected: Tensor = projector(features)
         return projected
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.conversation import Conversation, get_template
+from llava.conversation import get_template
 from llava.errors import CheckpointError, ConfigError
 from llava.model.builder import local_directory
 from llava.model.checkpoint import Kind, has_weights, inspect
@@ -65,10 +65,11 @@ def load_training_tokenizer(model_args: ModelArguments, args: TrainingArguments)
     return load_tokenizer(Path(directory), model_max_length=args.model_max_length, padding_side="right")
 
 
-def choose_template(version: str) -> tuple[str, Conversation]:
-    """`--version` to the registered name and template (spec/train.md §8.1); an unknown one is a `TemplateError`."""
+def template_name(version: str) -> str:
+    """`--version` to a registered template (spec/train.md §8.1); an unknown one is a `TemplateError` (T9)."""
     name = VICUNA_V0.get(version, version)
-    return name, get_template(name)
+    get_template(name)
+    return name
 
 
 def set_pad_token(model: Any, tokenizer: Any, version: str) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -160,14 +161,17 @@ class LLaVATrainer(transformers.Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1}, rank {self.args.process_index}, "
+                f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}, rank {self.args.process_index}, "
                 f"samples {self.current_samples()} of the data set; nothing was learned from it. Look at these, "
                 "lower --learning_rate, or train with --bf16 instead of --fp16."
             )
         return (loss, outputs) if return_outputs else loss
 
     def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
+        with warnings.catch_warnings():
+            # the pinned library still passes arguments that accelerate has renamed
+            warnings.filterwarnings("ignore", "Passing the following arguments to `Accelerator`", FutureWarning)
+            super().create_accelerator_and_postprocess()
         clip = self.accelerator.clip_grad_norm_
 
         def clip_and_check(*args: Any, **kwargs: Any) -> Any:

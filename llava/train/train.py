@@ -18,11 +18,12 @@ import torch
 import transformers
 from transformers import set_seed
 
-from llava import conversation
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.conversation import get_template
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
 from llava.data.labels import preprocess, preprocess_multimodal
+from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError
 from llava.train import assemble, checkpointing, trainable, zero
 from llava.train.llava_trainer import LLaVATrainer
@@ -41,15 +42,14 @@ __all__ = [
     "preprocess_multimodal",
     "train",
 ]
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llava.train")  # also when this file is run as a program
 BYTES_OF_ADAM = 8
 
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> tuple[Any, Any, str]:
     """Model and tokenizer as the first step finds them, and the name of the template (spec/train.md §8, 2 to 9)."""
     set_seed(args.seed)  # every rank draws the same projector
-    name, template = assemble.choose_template(model_args.version)
-    conversation.default_conversation = template
+    template = assemble.template_name(model_args.version)
     model: Any = assemble.load_base(model_args, args)
     tokenizer = assemble.load_training_tokenizer(model_args, args)
     assemble.set_pad_token(model, tokenizer, model_args.version)
@@ -62,9 +62,9 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Training
     if model_args.vision_tower is not None:
         model.initialize_vision_tokenizer(model_args, tokenizer)
     trainable.set_precision(model, assemble.compute_dtype(args), engine=bool(args.deepspeed))
-    model.config.conv_template = name
+    model.config.conv_template = template
     checkpointing.sanitise_generation_config(model)
-    return model, tokenizer, name
+    return model, tokenizer, template
 
 
 def _check_saving(model: Any, tokenizer: Any, model_args: ModelArguments, args: TrainingArguments) -> None:
@@ -115,7 +115,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     """The whole run; everything it leaves is under `--output_dir`."""
     refuse_unsupported(args)
     model, tokenizer, template = prepare(model_args, data_args, args)
-    data = make_supervised_data_module(tokenizer=tokenizer, data_args=data_args)
+    make_data = make_mixture_module if data_args.meta_path else make_supervised_data_module
+    data = make_data(tokenizer, data_args, get_template(template))
     if args.deepspeed:
         zero.use_integers(args.hf_deepspeed_config.config, model.config.hidden_size)
     trainer = LLaVATrainer(
@@ -135,7 +136,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finish(trainer, assemble.compute_dtype(args))
     if args.should_save:
-        record.write(steps=result.global_step, train_loss=result.training_loss, seconds=result.metrics["train_runtime"])
+        record.write(
+            steps=result.global_step,
+            train_loss=result.training_loss,
+            seconds=result.metrics["train_runtime"],
+            data=trainer.train_dataset.report(),
+        )
     return trainer
 
 

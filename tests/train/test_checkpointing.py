@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import os
 import random
 import shutil
 from pathlib import Path
@@ -130,10 +130,10 @@ def test_the_last_projector_of_a_checkpoint_folder_goes_beside_it(tmp_path: Path
 def test_code_in_a_projector_file_is_refused(tmp_path: Path) -> None:
     class Attack:
         def __reduce__(self) -> tuple[Any, ...]:
-            return (Path.touch, (tmp_path / "owned",))
+            return (os.mkdir, (str(tmp_path / "owned"),))
 
     path = tmp_path / "mm_projector.bin"
-    path.write_bytes(pickle.dumps({"model.mm_projector.0.weight": Attack()}))
+    torch.save({"model.mm_projector.0.weight": Attack()}, path)
     with pytest.raises(CheckpointError):
         load_bin(path)
     assert not (tmp_path / "owned").exists()

@@ -22,6 +22,7 @@ TOWERS = {
     "intern_vit_6b": "llava.model.multimodal_encoder.intern_vit.tower",
     "clip_vision_model": "llava.model.multimodal_encoder.clip_encoder",
     "clip": "llava.model.multimodal_encoder.clip_encoder",
+    "internvl": "llava.model.multimodal_encoder.internvl_14b.tower",
 }
 ENVIRONMENT = "LLAVA_VISION_TOWER"
 
@@ -30,18 +31,22 @@ ENVIRONMENT = "LLAVA_VISION_TOWER"
 class TowerSpec:
     """What the wrapper needs to know of one kind of tower.
 
-    `config(settings)` parses the tower's `config.json`; `build(config)` makes the module, whose forward takes
-    `(B, 3, H, W)` pixels and returns an object with `last_hidden_state` `(B, 1 + N, C)`; `processor(directory, size)`
-    makes the image processor; keys starting with `layers` + index are encoder layers; keys starting with one of
-    `unused` never reach the features.
+    `config(settings)` parses the tower's `config.json`; `build(config, depth)` makes the module, whose forward takes
+    `(B, 3, H, W)` pixels and returns an object with `last_hidden_state` `(B, 1 + N, C)` after `depth` layers (and
+    `query_features`, where the tower has `queries`); `processor(directory, size)` makes the image processor;
+    `vision(config)` is the part of the configuration that describes the vision transformer. Keys that start with
+    `layers` and an index are its layers (`None`: all are needed); keys that start with one of `unused` never reach
+    the features; `positions` is the key of the position table.
     """
 
     config: Callable[[dict[str, Any]], Any]
-    build: Callable[[Any], nn.Module]
+    build: Callable[[Any, int], nn.Module]
     processor: Callable[[Path | None, int | None], Any]
-    layers: str
+    layers: str | None
     positions: str
     unused: tuple[str, ...] = ()
+    vision: Callable[[Any], Any] = lambda config: config
+    queries: Callable[[Any], int] = lambda config: 0
 
 
 def tower_spec(settings: dict[str, Any], source: str) -> TowerSpec:

@@ -1,18 +1,37 @@
-"""The CLIP tower: the library's `CLIPVisionModel`, run up to the selected layer (spec/model.md §3)."""
+"""CLIP and EVA-CLIP in the tower registry; both call themselves `clip`, so their settings tell them apart."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPVisionConfig
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.multimodal_encoder.builder import TowerSpec
+from llava.model.multimodal_encoder.clip_vit import ClipVisionModel, Variant
+
+EVA_SETTINGS = ("q_bias", "k_bias", "v_bias", "post_layernorm")
+
+
+def is_eva(settings: dict[str, Any]) -> bool:
+    """Whether a `clip` configuration is EVA-CLIP's: it has switches that CLIP's lacks (§4)."""
+    return any(key in settings for key in EVA_SETTINGS)
 
 
 def _config(settings: dict[str, Any]) -> CLIPVisionConfig:
-    return CLIPVisionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
+    defaults = {"hidden_act": "gelu", "layer_norm_eps": 1e-5} if is_eva(settings) else {}
+    return CLIPVisionConfig(**{**defaults, **{key: v for key, v in settings.items() if key != "model_type"}})
+
+
+def _build(config: CLIPVisionConfig, depth: int) -> ClipVisionModel:
+    variant = Variant()
+    if is_eva(config.to_dict()):
+        biases = {name: bool(getattr(config, name, True)) for name in EVA_SETTINGS[:3]}
+        after = bool(getattr(config, "post_layernorm", False))
+        variant = Variant(patch_bias=True, pre_norm=False, norm_after=after, **biases)
+    config.num_hidden_layers = depth
+    return ClipVisionModel(config, variant)
 
 
 def _processor(directory: Path | None, size: int | None) -> CLIPImageProcessor:
@@ -27,7 +46,7 @@ def _processor(directory: Path | None, size: int | None) -> CLIPImageProcessor:
 
 TOWER = TowerSpec(
     config=_config,
-    build=CLIPVisionModel,
+    build=_build,
     processor=_processor,
     layers="vision_model.encoder.layers.",
     positions="vision_model.embeddings.position_embedding.weight",

@@ -79,7 +79,7 @@ class VisionTower(nn.Module):
     @cached_property
     def depth(self) -> int:
         """How many layers lie before the selected features: the index into the L + 1 hidden states (§1.7)."""
-        layers = int(self.config.num_hidden_layers)
+        layers = int(self.spec.vision(self.config).num_hidden_layers)
         depth = self.select_layer + (layers + 1 if self.select_layer < 0 else 0)
         if not 0 <= depth <= layers:
             raise ConfigError(
@@ -101,15 +101,20 @@ class VisionTower(nn.Module):
         return int(self.config.hidden_size)
 
     @property
+    def image_hidden_size(self) -> int:
+        """Width of the patch features; differs from `hidden_size` where the tower has queries of their own width."""
+        return int(self.spec.vision(self.config).hidden_size)
+
+    @property
     def num_patches(self) -> int:
         """Patches of one image at the resolution actually used (M26)."""
-        crop = self.image_processor.crop_size
-        return int((crop["height"] // self.config.patch_size) * (crop["width"] // self.config.patch_size))
+        crop, patch = self.image_processor.crop_size, self.spec.vision(self.config).patch_size
+        return int((crop["height"] // patch) * (crop["width"] // patch))
 
     @property
     def num_features(self) -> int:
         """Tokens one image takes in the language model."""
-        return self.num_patches + (self.select_feature == "cls_patch")
+        return self.num_patches + (self.select_feature == "cls_patch") + self.spec.queries(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,13 +146,12 @@ class VisionTower(nn.Module):
             return
         source, prefix, table = self._source(from_checkpoint)
         config = copy.deepcopy(self.config)
-        config.num_hidden_layers = self.depth
-        grid = math.isqrt(table - 1)
-        if grid != config.image_size // config.patch_size:
-            logger.info("tower positions: the stored table has a %dx%d grid, not %d px", grid, grid, config.image_size)
-            config.image_size = grid * config.patch_size
+        vision, grid = self.spec.vision(config), math.isqrt(table - 1)
+        if grid != vision.image_size // vision.patch_size:
+            logger.info("tower positions: the stored table has a %dx%d grid, not %d px", grid, grid, vision.image_size)
+            vision.image_size = grid * vision.patch_size
         with empty_weights():
-            model = self.spec.build(config)
+            model = self.spec.build(config, self.depth)
         tensors = (
             (name.removeprefix(prefix), tensor)
             for name, tensor in iter_tensors(
@@ -159,21 +163,20 @@ class VisionTower(nn.Module):
              optional=self.spec.unused)  # fmt: skip
         self.vision_tower = model.requires_grad_(False).eval()
         self.rest_of = (source, prefix)
-        logger.info("vision tower %s: %d of %d layers from %s", self.name, self.depth, self.config.num_hidden_layers,
-                    source)  # fmt: skip
+        logger.info("vision tower %s: features after layer %d, from %s", self.name, self.depth, source)
 
     def _needed(self, name: str, prefix: str) -> bool:
         name = name.removeprefix(prefix)
-        index = layer_index(name, self.spec.layers)
+        index = layer_index(name, self.spec.layers) if self.spec.layers else None
         return not name.startswith(self.spec.unused) and (index is None or index < self.depth)
 
     def _source(self, from_checkpoint: bool) -> tuple[Path, str, int]:
         """The directory to read, the prefix of the tower's keys in it, and the rows of its position table."""
         if from_checkpoint and self.checkpoint_dir is not None and has_weights(self.checkpoint_dir):
             shapes = weight_shapes(self.checkpoint_dir)
-            layers = {layer_index(name, TOWER_PREFIX + self.spec.layers) for name in shapes}
+            layers = {layer_index(name, TOWER_PREFIX + (self.spec.layers or "")) for name in shapes}
             positions = TOWER_PREFIX + self.spec.positions
-            if positions in shapes and layers >= set(range(self.depth)):
+            if positions in shapes and (self.spec.layers is None or layers >= set(range(self.depth))):
                 return self.checkpoint_dir, TOWER_PREFIX, shapes[positions][-2]
         if self.directory is None:
             find_tower(self.name, self.checkpoint_dir)  # raises with the places tried
@@ -202,8 +205,10 @@ class VisionTower(nn.Module):
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         return super().train(mode and trainable)
 
-    def forward(self, images: Tensor | Iterable[Tensor]) -> Tensor | list[Tensor]:
+    def forward(self, images: Tensor | Iterable[Tensor]) -> Any:
         """Features `(K, n, C)` of `(K, 3, H, W)` images, in the images' dtype; a list is encoded one by one.
+
+        A tower with queries gives a pair: patch features and query features `(K, q, hidden_size)`.
 
         Gradients flow only when some parameter of the tower is trainable.
         """
@@ -211,13 +216,15 @@ class VisionTower(nn.Module):
             return [self._encode(image.unsqueeze(0)) for image in images]
         return self._encode(images)
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def _encode(self, images: Tensor) -> Any:
         if not self.is_loaded:
             raise CheckpointError(f"The vision tower {self.name!r} is not loaded; call load_model() first.")
         trainable = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with nullcontext() if trainable else torch.no_grad():
-            tokens = self.vision_tower(images.to(self.device, self.dtype)).last_hidden_state  # (K, 1 + N, C)
-            return self.feature_select(tokens).to(images.dtype)
+            output = self.vision_tower(images.to(self.device, self.dtype))
+            features = self.feature_select(output.last_hidden_state).to(images.dtype)  # (K, n, C)
+            queries = getattr(output, "query_features", None)
+            return features if queries is None else (features, queries.to(images.dtype))
 
     def feature_select(self, tokens: Tensor) -> Tensor:
         """Drop the class token for `patch`, keep it for `cls_patch`."""

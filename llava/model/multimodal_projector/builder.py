@@ -51,7 +51,8 @@ def build_vision_projector(config: Any) -> nn.Module:
     if kind == "identity":
         return IdentityProjector()
     if kind == "two_mlp":
-        return TwoMLPProjector(getattr(config, "mm_image_hidden_size", 3200), width, hidden_size)
+        image_width = getattr(config, "mm_image_hidden_size", None) or 3200
+        return TwoMLPProjector(image_width, width, hidden_size)
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu(_ln)?", kind)
     if match is None:
         raise ConfigError(f"Unknown mm_projector_type {kind!r}; use one of {TYPES}.")

@@ -19,6 +19,11 @@ def _config(settings: dict[str, Any]) -> InternVisionConfig:
     return InternVisionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
 
 
+def _build(config: InternVisionConfig, depth: int) -> InternVisionModel:
+    config.num_hidden_layers = depth
+    return InternVisionModel(config)
+
+
 def intern_vit_processor(size: int) -> CLIPImageProcessor:
     """Resize the short edge to `size` (bicubic), crop the centre, ImageNet statistics; float32 `(3, size, size)`."""
     return CLIPImageProcessor(size=size, crop_size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
@@ -31,7 +36,7 @@ def _processor(directory: Path | None, size: int | None) -> CLIPImageProcessor:
 
 TOWER = TowerSpec(
     config=_config,
-    build=InternVisionModel,
+    build=_build,
     processor=_processor,
     layers="encoder.layers.",
     positions="embeddings.position_embedding",

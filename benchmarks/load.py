@@ -1,0 +1,40 @@
+"""Loading a checkpoint for inference in 16 bit: time and peak resident memory, against plain `from_pretrained`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import peak_mib, resident_mib, settings
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.model.tokenizer import load_tokenizer
+
+
+def plain(chat: Path) -> Any:
+    """`from_pretrained` of the language model, then of the whole tower in float32, then the cast."""
+    load_tokenizer(chat)
+    config = LlavaConfig.from_pretrained(chat)
+    model = LlavaLlamaForCausalLM.from_pretrained(
+        chat, config=config, torch_dtype=torch.float16, low_cpu_mem_usage=True
+    )
+    tower = InternVisionModel.from_pretrained(config.mm_vision_tower)
+    return model, tower.to(torch.float16)
+
+
+def run(chat: str, reference: bool) -> dict[str, float]:
+    before = resident_mib()
+    start = time.perf_counter()
+    model = plain(Path(chat)) if reference else load_pretrained_model(chat, device="cpu", dtype="float16")
+    seconds = time.perf_counter() - start
+    del model
+    return {"seconds": seconds, "peak_mib": peak_mib(), "load_mib": peak_mib() - before}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(**settings())))

@@ -1,0 +1,41 @@
+"""Run one measurement in a process of its own, so that its peak memory is its own: `measure("module", **settings)`."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def measure(module: str, **settings: Any) -> dict[str, float]:
+    """Run `python -m module '{settings}'`, which must print one JSON object as its last line."""
+    command = [sys.executable, "-W", "ignore", "-m", module, json.dumps(settings)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment, timeout=1800
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def settings() -> dict[str, Any]:
+    """In the measured process: the settings given on the command line."""
+    values: dict[str, Any] = json.loads(sys.argv[1])
+    return values
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now, in MiB."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -1,0 +1,106 @@
+"""Measure everything and print the table: `python -m benchmarks.run [--write] [--quick] [train|load|questions …]`.
+
+Each line is one run of the reference's way and one of ours, in processes of their own, on the same weights. `--write`
+puts the table into benchmarks/README.md. `--quick` uses a small model (to see that all works, not for figures).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import measure
+from benchmarks.synthetic import Size, make_checkpoint
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+Row = tuple[str, str, str, str]
+
+
+def pair(module: str, chat: Path, **settings: object) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of the reference's way and of ours, one after the other."""
+    theirs, ours = (measure(module, chat=str(chat), reference=reference, **settings) for reference in (True, False))
+    return theirs, ours
+
+
+def row(what: str, theirs: float, ours: float, unit: str) -> Row:
+    return what, f"{theirs:.4g} {unit}", f"{ours:.4g} {unit}", f"{ours / theirs:.2f}"
+
+
+def train(root: Path, quick: bool) -> list[Row]:
+    size = Size(tower_width=128, tower_layers=4, width=128, layers=2) if quick else Size(256, 12, 512, 8)
+    theirs, ours = pair("benchmarks.train_step", make_checkpoint(root, size), rows=2 if quick else 4)
+    if abs(theirs["first_loss"] - ours["first_loss"]) > 1e-3:
+        raise RuntimeError(f"the two ways give different losses: {theirs['first_loss']} and {ours['first_loss']}")
+    return [
+        row("stage-2 step, steps per second", 1 / theirs["seconds"], 1 / ours["seconds"], "/s"),
+        row("stage-2 step, peak memory", theirs["peak_mib"], ours["peak_mib"], "MiB"),
+        row("stage-2 step, peak beyond weights, gradients and optimizer", theirs["activations_mib"],
+            ours["activations_mib"], "MiB"),
+    ]  # fmt: skip
+
+
+def load(root: Path, quick: bool) -> list[Row]:
+    size = Size(tower_width=128, tower_layers=4, width=128, layers=2) if quick else Size(1024, 24, 1536, 10)
+    chat = make_checkpoint(root, size, torch.float16)
+    theirs, ours = pair("benchmarks.load", chat)
+    weights = sum(file.stat().st_size for file in root.glob("*/model*.safetensors")) / 2**20
+    return [
+        row(f"load {weights:.0f} MiB in 16 bit, time", theirs["seconds"], ours["seconds"], "s"),
+        row(f"load {weights:.0f} MiB in 16 bit, memory", theirs["load_mib"], ours["load_mib"], "MiB"),
+    ]
+
+
+def questions(root: Path, quick: bool) -> list[Row]:
+    size = Size(tower_width=128, tower_layers=4, width=128, layers=2) if quick else Size()
+    chat = make_checkpoint(root, size)
+    rows = []
+    for each in (18, 3):
+        theirs, ours = pair("benchmarks.questions", chat, pictures=2 if quick else 54 // each, each=each)
+        same = "same answers" if theirs["answers"] == ours["answers"] else "OTHER ANSWERS"
+        label = f"{each} short questions a picture ({same}), questions per second"
+        rows.append(row(label, theirs["questions_per_second"], ours["questions_per_second"], "/s"))
+    return rows
+
+
+PARTS: dict[str, Callable[[Path, bool], list[Row]]] = {"train": train, "load": load, "questions": questions}
+
+
+def table(rows: Sequence[Row]) -> str:
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, float32 unless said"
+    lines = [
+        f"Measured on: {machine}.",
+        "",
+        "| what | reference's way | ours | ours / reference's |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to measure (default: all)")
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--quick", action="store_true", help="a small model: checks the benchmark, measures nothing")
+    arguments = parser.parse_args(argv)
+    rows: list[Row] = []
+    for name in arguments.parts or PARTS:
+        print(f"measuring: {name}", flush=True)
+        with tempfile.TemporaryDirectory() as directory:
+            rows += PARTS[name](Path(directory), arguments.quick)
+    text = table(rows)
+    print(text)
+    if arguments.write:
+        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,178 @@
+"""Pretrain a nano InternViT (1.1 M parameters) to name the shape and colour of the easy-VQA training pictures.
+
+    python -m playground.pretrain_nano_vit [--output pretrained/nano-internvit] [--epochs 35]
+
+Labels come from the training questions alone (`labels.json` of `playground.prepare_easy_vqa`); no test picture is read.
+The result has the layout of a published InternViT directory: `config.json` and `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from llava.errors import DataError
+from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
+from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.model.multimodal_encoder.intern_vit.tower import IMAGENET_MEAN, IMAGENET_STD
+from llava.utils import guarded
+from playground.assets import EASY_VQA, PRETRAINED, staged
+from playground.prepare_easy_vqa import VALUES
+
+SIZE = 64
+HELD_OUT = 200
+UNKNOWN = -100  # ignored by cross entropy
+CLASSES = [len(values) for values in VALUES.values()]
+
+
+def make_config() -> InternVisionConfig:
+    """64 px and patch 16: 16 image tokens, few enough for a CPU."""
+    return InternVisionConfig(
+        image_size=SIZE,
+        patch_size=16,
+        hidden_size=128,
+        num_attention_heads=2,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        qkv_bias=True,
+        initializer_factor=1.0,
+        use_flash_attn=False,
+    )
+
+
+def load_pictures(folder: Path) -> tuple[Tensor, Tensor]:
+    """Training pictures (K, 3, 64, 64), normalised as the tower's image processor does, and labels (K, 2)."""
+    try:
+        labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"Cannot read {folder}/labels.json; make it: python -m playground.prepare_easy_vqa") from error
+    pixels = []
+    for name in labels:
+        with Image.open(folder / "train" / f"{name}.png") as picture:
+            pixels.append(np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255  # (K, 3, S, S)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    targets = [
+        [values.index(found[kind]) if kind in found else UNKNOWN for kind, values in VALUES.items()]
+        for found in labels.values()
+    ]
+    return (images - mean) / std, torch.tensor(targets)
+
+
+def augment(images: Tensor) -> Tensor:
+    """Mirror, scale by up to 1.35 either way and shift by up to a quarter; the border goes on outwards."""
+    count = len(images)
+    scale = torch.exp((torch.rand(count) * 2 - 1) * 0.3)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = scale * torch.randint(2, (count,)).mul(2).sub(1)
+    theta[:, 1, 1] = scale
+    theta[:, :, 2] = (torch.rand(count, 2) - 0.5) * 0.5
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+class NanoClassifier(nn.Module):
+    """The tower with one linear head on the mean of its last patch tokens, so that these carry both properties."""
+
+    def __init__(self, config: InternVisionConfig) -> None:
+        super().__init__()
+        self.tower = InternVisionModel(config)
+        self.head = nn.Linear(config.hidden_size, sum(CLASSES))
+        with torch.no_grad():
+            self.tower.embeddings.position_embedding.mul_(0.2)
+            self.tower.embeddings.class_embedding.mul_(0.02)
+
+    def forward(self, images: Tensor) -> Sequence[Tensor]:
+        """Logits of shape and colour, (B, 3) and (B, 8), in float32."""
+        tokens = self.tower(images).last_hidden_state[:, 1:]  # (B, N, C)
+        return self.head(tokens.mean(1)).float().split(CLASSES, dim=-1)
+
+
+def batches(images: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows in torch.randperm(len(images)).split(size):
+        if len(rows) == size:
+            yield augment(images[rows]), targets[rows]
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        groups[parameter.dim() > 1].append(parameter)
+    decay = {"params": groups[True], "weight_decay": 0.05}
+    return torch.optim.AdamW([decay, {"params": groups[False], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98), fused=True)
+
+
+def train(model: NanoClassifier, images: Tensor, targets: Tensor, epochs: int, batch_size: int, lr: float) -> None:
+    """AdamW with a one-cycle rate, bfloat16 products; the last `HELD_OUT` pictures only measure."""
+    optimizer = make_optimizer(model, lr)
+    learn, check = slice(0, -HELD_OUT), slice(-HELD_OUT, None)
+    steps = epochs * (len(images[learn]) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps), pct_start=0.1)
+    for epoch in range(1, epochs + 1):
+        losses = []
+        for inputs, wanted in batches(images[learn], targets[learn], batch_size):
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = model(inputs)
+            loss = sum((F.cross_entropy(logits, wanted[:, k]) for k, logits in enumerate(outputs)), torch.zeros(()))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        if epoch % 5 == 0 or epoch == epochs:
+            found = ", ".join(f"{kind} {value:.1%}" for kind, value in accuracy(model, images[check], targets[check]).items())
+            print(f"  epoch {epoch:2}: loss {torch.stack(losses).mean():.3f}, held-out pictures: {found}", flush=True)
+
+
+@torch.no_grad()
+def accuracy(model: NanoClassifier, images: Tensor, targets: Tensor) -> dict[str, float]:
+    """Share of pictures with a known label that are named right, by kind of label."""
+    right = [logits.argmax(-1) == targets[:, k] for k, logits in enumerate(model(images))]
+    known = targets != UNKNOWN
+    return {kind: right[k][known[:, k]].float().mean().item() for k, kind in enumerate(VALUES)}
+
+
+@torch.no_grad()
+def set_feature_scale(tower: InternVisionModel, images: Tensor) -> None:
+    """Rescale the residual stream so that the features have standard deviation 1, the range a projector starts well from.
+
+    Every branch reads the stream through RMSNorm, so scaling what is added to it scales the output and nothing else.
+    """
+    scale = 1.0 / tower(images).last_hidden_state[:, 1:].std()
+    added = [*tower.embeddings.parameters()]
+    added += [gain for layer in tower.encoder.layers for gain in (layer.ls1, layer.ls2)]
+    for parameter in added:
+        parameter.mul_(scale)
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=EASY_VQA)
+    parser.add_argument("--output", type=Path, default=PRETRAINED / "nano-internvit")
+    parser.add_argument("--epochs", type=int, default=35)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+    images, targets = load_pictures(args.data)
+    model = NanoClassifier(make_config())
+    train(model, images, targets, args.epochs, args.batch_size, args.learning_rate)
+    set_feature_scale(model.tower, images[:256])
+    with staged(args.output) as stage:
+        model.tower.save_pretrained(stage)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

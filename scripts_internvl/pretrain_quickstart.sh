@@ -1,0 +1,23 @@
+#!/bin/sh
+# Stage 1 of the quickstart: nano InternViT and SmolLM2-135M on the CPU; projector only, captions of easy-VQA.
+set -eu
+cd "$(dirname "$0")/.."
+GPUS=${GPUS:-0}
+. scripts_internvl/_common.sh
+
+use_zero 2
+use_batch 32 32
+pretrain \
+    --model_name_or_path ./pretrained/smollm2-135m-instruct \
+    --vision_tower ./pretrained/nano-internvit \
+    --mm_vision_image_size 64 \
+    --mm_vision_select_layer -1 \
+    --data_path ./playground/data/easy_vqa/pretrain.json \
+    --image_folder ./playground/data/easy_vqa \
+    --max_steps 50 \
+    --save_steps 25 \
+    --model_max_length 512 \
+    --gradient_checkpointing False \
+    --dataloader_num_workers 0 \
+    --report_to none \
+    "$@"

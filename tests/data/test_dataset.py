@@ -1,0 +1,265 @@
+"""Dataset and collator: the published batches, images in row order, and no bad record hidden."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import LlamaTokenizer
+
+from llava import conversation
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.data.collate import DataCollatorForSupervisedDataset
+from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
+from llava.errors import ConfigError, DataError, ImageError, TemplateError
+from tests.data import zoo
+from tests.data.test_images import processor
+
+Make = Callable[..., LazySupervisedDataset]
+
+
+def record(question: str, answer: str = "yes", image: Any = None) -> dict[str, Any]:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns} | ({} if image is None else {"image": image})
+
+
+def arguments(data_path: Path, **changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{
+            "data_path": str(data_path),
+            "image_folder": str(data_path.parent),
+            "image_aspect_ratio": "pad",
+            "is_multimodal": True,
+            "image_processor": processor(28),
+            "mm_use_im_start_end": False,
+            "on_bad_sample": "error",
+            **changes,
+        }
+    )
+
+
+def tokenizer(limit: int = 2048) -> Any:
+    made = LlamaTokenizer(zoo.sentencepiece_file(), legacy=False, model_max_length=limit)
+    made.pad_token = made.unk_token
+    return made
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A dataset of the given records; red.png, green.png and blue.png exist."""
+    for name in ("red", "green", "blue"):
+        Image.new("RGB", (9, 5), name).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
+
+    def build(records: list[Any], limit: int = 2048, template: Any = "v1", **changes: Any) -> LazySupervisedDataset:
+        path = tmp_path / "data.json"
+        path.write_text(json.dumps(records))
+        return LazySupervisedDataset(str(path), tokenizer(limit), arguments(path, **changes), template)
+
+    return build
+
+
+def collate(dataset: LazySupervisedDataset, *indices: int) -> dict[str, Any]:
+    return DataCollatorForSupervisedDataset(dataset.tokenizer)([dataset[index] for index in indices])
+
+
+def colour(image: torch.Tensor) -> str:
+    """Which of red, green and blue fills the middle of a (3, S, S) image; "none" for zeros."""
+    middle = image[:, 14, 14]
+    return "none" if not image.any() else ("red", "green", "blue")[int(middle.argmax())]
+
+
+@pytest.mark.golden
+def test_golden_batches(golden_dir: Path, vicuna_tokenizer_file: Path) -> None:
+    folder = golden_dir / "train"
+    for case in json.loads((folder / "dataset.json").read_text())["cases"]:
+        conversation.default_conversation = conv_templates[case["version"]]
+        made = LlamaTokenizer(
+            str(vicuna_tokenizer_file), legacy=case["legacy"], model_max_length=case["model_max_length"]
+        )
+        made.pad_token = made.unk_token
+        args = arguments(
+            folder / case["data"],
+            image_folder=str(folder / "images"),
+            image_aspect_ratio=case["image_aspect_ratio"],
+            image_processor=processor(case["size"]),
+        )
+        dataset = LazySupervisedDataset(args.data_path, made, args)
+        assert (len(dataset), dataset.lengths) == (case["len"], case["lengths"])
+        assert dataset.modality_lengths == case["modality_lengths"]
+        batch = collate(dataset, *case["indices"])
+        for key in ("input_ids", "labels"):
+            assert batch[key].tolist() == case[key], case["id"]
+        assert batch["attention_mask"].long().tolist() == case["attention_mask"]
+        assert list(batch["images"].shape) == case["images"]["shape"]
+        difference = batch["images"].flatten()[torch.tensor(case["images"]["index"])]
+        assert ((difference - torch.tensor(case["images"]["value"])).abs() > 0.02).sum() <= 2
+
+
+def test_slots_follow_the_rows(make: Make) -> None:
+    """Every row brings a slot for each of its images, and one of zeros when it has none."""
+    dataset = make(
+        [
+            record("hi"),
+            record("<image>\nwhat?", image="red.png"),
+            record("<image> or <image>?", image=["green.png", "blue.png"]),
+            record("twice <image> the same <image>", image=["red.png"]),
+        ]
+    )
+    batch = collate(dataset, 2, 0, 1, 3)
+    assert batch["images"].shape == (5, 3, 28, 28)
+    assert [colour(image) for image in batch["images"]] == ["green", "blue", "none", "red", "red"]
+    assert (batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(1).tolist() == [2, 0, 1, 1]
+    assert [tuple(dataset[index]["image"].shape[:-2]) for index in range(3)] == [(3,), (3,), (2, 3)]
+    assert dataset.lengths == [2, 3 + 128, 4 + 128, 6 + 128]
+    assert dataset.modality_lengths == [-2, 3, 4, 6]
+
+
+def test_text_run_has_no_images(make: Make) -> None:
+    batch = collate(make([record("hi"), record("what?")], is_multimodal=False), 0, 1)
+    assert "images" not in batch
+    with pytest.raises(DataError, match="record 0: it has an image, but the run has no --vision_tower"):
+        make([record("<image>", image="red.png")], is_multimodal=False)
+
+
+def test_mask_comes_from_lengths(make: Make) -> None:
+    """A genuine <unk> has the id of the padding, and is neither masked out nor left unsupervised."""
+    batch = collate(make([record("hi", "is <unk> ok"), record("a longer question than that", "b")]), 0, 1)
+    lengths = batch["attention_mask"].sum(1)
+    row = batch["input_ids"][0]
+    unknown = (row[: lengths[0]] == 0).nonzero().flatten()
+    assert len(unknown) == 1
+    assert batch["attention_mask"][0, unknown].all()
+    assert batch["labels"][0, unknown] == 0
+    assert (batch["labels"][~batch["attention_mask"]] == IGNORE_INDEX).all()
+
+
+def test_collator_wants_images_in_all_rows_or_none() -> None:
+    ids = torch.tensor([1, 2])
+    rows = [{"input_ids": ids, "labels": ids, "image": torch.zeros(3, 4, 4)}, {"input_ids": ids, "labels": ids}]
+    for batch in (rows, rows[::-1]):
+        with pytest.raises(DataError, match="1 of 2 rows"):
+            DataCollatorForSupervisedDataset(tokenizer())(batch)
+    rows[1]["image"] = torch.zeros(3, 5, 5)
+    assert isinstance(DataCollatorForSupervisedDataset(tokenizer())(rows)["images"], list)
+
+
+def test_truncation_keeps_the_image_and_is_counted(make: Make) -> None:
+    dataset = make([record("word " * 50 + "<image> <image>", image=["red.png", "blue.png"]), record("a")], limit=60)
+    dataset.data_args.mm_use_im_start_end = True
+    item = dataset[0]
+    assert len(item["input_ids"]) == 60
+    assert (item["input_ids"] == IMAGE_TOKEN_INDEX).sum() == 2
+    assert item["image"].shape[0] == 2
+    assert dataset.report() == {"bad": 0, "truncated": 1, "unsupervised": 1}
+    assert torch.equal(collate(dataset, 0)["input_ids"][0], item["input_ids"])
+
+
+# ------------------------------------------------------------------ bad records
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "why"),
+    [
+        (record("<image>", image="missing.png"), ImageError, "missing.png: there is no such file"),
+        (record("<image>", image="broken.png"), ImageError, "broken.png: the file is damaged"),
+        (record("<image>", image=["red.png", "data.json"]), DataError, "2 images are declared, but the turns hold 1"),
+        (record("no placeholder", image="red.png"), DataError, "1 images are declared, but the turns hold 0"),
+        (record("<image>"), DataError, "0 images are declared"),
+        ({"conversations": [{"from": "user", "value": "x"}]}, DataError, "from 'user'"),
+        ("text", DataError, "the record is str"),
+    ],
+)
+def test_a_bad_record_is_named(make: Make, tmp_path: Path, bad: Any, kind: type, why: str) -> None:
+    with pytest.raises(kind, match=why) as error:
+        make([record("hi"), bad])[1]
+    text = str(error.value)
+    assert text.startswith(f"{tmp_path}/data.json, record 1: ")
+    assert "--on_bad_sample skip" in text and "\n" not in text
+
+
+def test_skip_takes_the_next_of_the_same_modality(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    records = [
+        record("<image>", image="missing.png"),
+        record("text"),
+        record("<image>", image="broken.png"),
+        record("<image>", image="blue.png"),
+        record("<image> without a file"),
+    ]
+    with caplog.at_level(logging.WARNING):
+        dataset = make(records, on_bad_sample="skip")
+        assert dataset.report()["bad"] == 1  # the last, known without opening anything
+        for _ in range(3):
+            assert colour(dataset[0]["image"]) == colour(dataset[2]["image"]) == "blue"
+            assert torch.equal(dataset[4]["input_ids"], dataset[1]["input_ids"])
+    assert dataset.report()["bad"] == 3
+    assert [text.startswith("Skipped: ") for text in caplog.messages] == [True] * 3
+
+
+def test_skip_counts_across_workers(make: Make) -> None:
+    records = [record("<image>", image="red.png" if index % 4 else "missing.png") for index in range(32)]
+    dataset = make(records, on_bad_sample="skip")
+    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=DataCollatorForSupervisedDataset(tokenizer()))
+    assert sum(len(batch["input_ids"]) for batch in loader) == 32
+    assert dataset.report()["bad"] == 8
+
+
+def test_skip_gives_up_on_a_wrong_folder(make: Make, tmp_path: Path) -> None:
+    records = [record("<image>", image="red.png") for _ in range(40)]
+    dataset = make(records, on_bad_sample="skip", image_folder=str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match=r"11 of 40 records .* more than the 10 that may be skipped"):
+        dataset[5]
+
+
+def test_nothing_left_to_stand_in(make: Make) -> None:
+    dataset = make([record("<image>", image="missing.png"), record("text")], on_bad_sample="skip")
+    with pytest.raises(DataError, match="no record to stand in for record 0"):
+        dataset[0]
+    with pytest.raises(DataError, match="no usable record"):
+        make([record("<image>")], on_bad_sample="skip")
+
+
+def test_unknown_keys_are_mentioned_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    make([record("a") | {"images": "x", "model": ""}, record("b") | {"model": ""}])
+    assert [message.split(": ")[1] for message in caplog.messages] == ["keys 'images', 'model' are not used."]
+
+
+# ------------------------------------------------------------------ the module for the trainer
+
+
+def test_data_module(make: Make, tmp_path: Path) -> None:
+    make([record("hi"), record("<image>", image="red.png")])
+    args = arguments(tmp_path / "data.json")
+    module = make_supervised_data_module(tokenizer(), args, "vicuna_v1")
+    assert len(module["train_dataset"]) == 2
+    assert module["eval_dataset"] is None
+    assert isinstance(module["data_collator"], DataCollatorForSupervisedDataset)
+    with pytest.raises(TemplateError, match=r"'mpt' does not fit .* templates that fit: default"):
+        make_supervised_data_module(tokenizer(), args, "mpt")
+    with pytest.raises(TemplateError, match="the nearest is 'v1'"):
+        make_supervised_data_module(tokenizer(), args, "v1x")
+    with pytest.raises(DataError, match="no supervised token, the first is 0"):
+        make_supervised_data_module(tokenizer(10), args, "v1")
+
+
+def test_the_default_template_is_taken_when_made(make: Make) -> None:
+    conversation.default_conversation = conv_templates["llava_v0"]
+    dataset = make([record("hi")], template=None)
+    conversation.default_conversation = conv_templates["v1"]
+    assert "###Human: hi" in dataset.tokenizer.decode(dataset[0]["input_ids"])
+
+
+def test_every_item_of_a_plain_run_is_a_caption(make: Make) -> None:
+    dataset = make([record("Describe <image> please", "a cat", "red.png"), record("text only")], template="plain")
+    assert dataset[0]["input_ids"][:2].tolist() == [1, IMAGE_TOKEN_INDEX]
+    with pytest.raises(DataError, match="record 1: .* use it for captions only"):
+        dataset[1]

@@ -1,0 +1,139 @@
+"""Annotation files: both formats, and one sentence for every way to be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.data.records import Record, Turn, parse_record, read_records, validate_record
+from llava.errors import DataError
+
+GOOD: dict[str, Any] = {
+    "id": 7,
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}],
+}
+
+
+def with_turns(*turns: tuple[Any, Any], image: Any = None) -> dict[str, Any]:
+    record: dict[str, Any] = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    return record if image is None else {"image": image, **record}
+
+
+def test_both_formats(tmp_path: Path) -> None:
+    array, lines = tmp_path / "a.json", tmp_path / "a.jsonl"
+    array.write_text(json.dumps([GOOD, GOOD]), encoding="utf-8-sig")
+    lines.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "id": "\u2028"}, ensure_ascii=False) + "\n")
+    assert read_records(array) == [GOOD, GOOD]
+    assert [record["id"] for record in read_records(lines)] == [7, "\u2028"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("missing.json", None, "check --data_path"),
+        ("a.json", b"[{", "is not valid JSON"),
+        ("a.jsonl", b"{}\n{]\n", "line 2"),
+        ("a.json", b"\xff\xfe", "is not valid JSON"),
+        ("a.json", b"{}", "expected an array"),
+        ("a.json", b"[]", "without records"),
+        ("a.jsonl", b"", "without records"),
+        ("a.json", b"[" * 200_000, "nested too deeply"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: bytes | None, why: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=why) as error:
+        read_records(tmp_path / name)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "image", "roles"),
+    [
+        (GOOD, ["a.png"], ["human", "gpt"]),
+        ({**GOOD, "image": ["a.png"]}, ["a.png"], ["human", "gpt"]),
+        (with_turns(("human", "q"), ("gpt", "a")), [], ["human", "gpt"]),
+        ({**with_turns(("human", "q"), ("gpt", "a")), "image": None}, [], ["human", "gpt"]),
+        (with_turns(("gpt", "hello"), ("Human", "q"), ("GPT", "a")), [], ["gpt", "human", "gpt"]),
+        (with_turns(("system", "s"), ("human", "q"), ("gpt", "")), [], ["system", "human", "gpt"]),
+        (with_turns(("human", "<image> is <image>"), ("gpt", "a"), image="a"), ["a"], ["human", "gpt"]),
+        (with_turns(("human", "<image><image>"), ("gpt", "a"), image=["a", "b"]), ["a", "b"], ["human", "gpt"]),
+        (with_turns(("human", "q"), ("gpt", "a"), ("human", "bye")), [], ["human", "gpt", "human"]),
+    ],
+)
+def test_good_records(record: dict[str, Any], image: list[str], roles: list[str]) -> None:
+    assert validate_record(record, 0) == []
+    parsed = parse_record(record)
+    assert (parsed.image, [turn.role for turn in parsed.turns]) == (image, roles)
+
+
+def test_normal_form() -> None:
+    assert parse_record(GOOD) == Record(["a.png"], [Turn("human", "<image>\nq"), Turn("gpt", "a")])
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ([], "is list, expected an object"),
+        ({}, "conversations is missing"),
+        ({"conversations": []}, "conversations is missing or empty"),
+        ({"conversations": "text"}, "expected a list of turns"),
+        ({"conversations": ["text"]}, "expected an object with from and value"),
+        (with_turns(("user", "q"), ("gpt", "a")), "from 'user', expected human, gpt, system"),
+        (with_turns((None, "q"), ("gpt", "a")), "expected an object with from and value"),
+        (with_turns(("human", None), ("gpt", "a")), "expected text"),
+        (with_turns(("human", "\ud83d"), ("gpt", "a")), "not valid Unicode"),
+        (with_turns(("human", "a"), ("human", "b")), "turn 2 is from human"),
+        (with_turns(("gpt", "a"), ("gpt", "b"), ("human", "q")), "must alternate"),
+        (with_turns(("human", "a")), "no gpt turn"),
+        (with_turns(("human", "<image>"), ("gpt", "a")), "0 images are declared, but the turns hold 1"),
+        (with_turns(("human", "q"), ("gpt", "a"), image="a"), "1 images are declared, but the turns hold 0"),
+        (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", "b"]), "2 images are declared, .* hold 1"),
+        (
+            with_turns(("human", "<image>"), ("gpt", "a"), ("human", "<image>"), ("gpt", "b"), image="a"),
+            "1 image is declared, but 2 turns",
+        ),
+        (with_turns(("human", "<image>"), ("gpt", "<image>"), image=["a", "b"]), "in a turn that is not human"),
+        (with_turns(("human", "<image>"), ("gpt", "a"), image=3), "expected a path or a list of paths"),
+        (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", ""]), "expected a path or a list of paths"),
+    ],
+)
+def test_bad_records(record: Any, why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        parse_record(record)
+    problems = validate_record(record, 42)
+    assert problems and all(problem.startswith("42: ") for problem in problems)
+
+
+def test_missing_files_are_problems_too(tmp_path: Path) -> None:
+    assert validate_record(GOOD, 1, tmp_path) == [f"1: image 'a.png' is not in {tmp_path}"]
+    (tmp_path / "a.png").touch()
+    assert validate_record(GOOD, 1, tmp_path) == []
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.sampled_from(["human", "gpt", "<image>"])
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["image", "conversations", "from", "value"]), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@given(JSON)
+def test_any_json_is_parsed_or_refused(record: Any) -> None:
+    if validate_record(record, 0):
+        with pytest.raises(DataError):
+            parse_record(record)
+    else:
+        assert isinstance(parse_record(record), Record)

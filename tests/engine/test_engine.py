@@ -1,0 +1,265 @@
+"""The engine gives what one-at-a-time `generate` gives, whatever shares its batch, and refuses what it cannot serve."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava.engine import Engine, Request, SamplingParams, load_engine
+from llava.errors import RequestError
+from tests.engine.conftest import Solo
+
+PICTURES = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+TOKENS = st.integers(3, 383)
+MakeEngine = Callable[..., Engine]
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    """A prompt of 0 to 3 pictures; half of them begin alike, so that prefixes are shared."""
+    count = draw(st.integers(0, 3))
+    begin = [1, 300, 301, 302] if draw(st.booleans()) else [1, *draw(st.lists(TOKENS, max_size=6))]
+    ids = list(begin)
+    for _ in range(count):
+        ids += [-200, *draw(st.lists(TOKENS, max_size=5))]
+    ids += draw(st.lists(TOKENS, min_size=1, max_size=30))
+    images = [PICTURES[draw(st.integers(0, 3))] for _ in range(count)]
+    return Request(ids, images, SamplingParams(max_new_tokens=draw(st.integers(1, 20))))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_schedule_equals_one_at_a_time(make_engine: MakeEngine, solo: Solo, data: st.DataObject) -> None:
+    engine = make_engine(
+        max_batch_size=data.draw(st.integers(1, 6)),
+        max_prefill_tokens=data.draw(st.sampled_from([1, 100, 8192])),
+        cache_bytes=data.draw(st.sampled_from([0, 20_000, 2**29])),
+    )
+    waiting = data.draw(st.lists(requests(), min_size=1, max_size=8))
+    submitted = []
+    while waiting or any(not handle.done for _, handle in submitted):
+        for _ in range(data.draw(st.integers(0, 3))):
+            if waiting:
+                request = waiting.pop()
+                submitted.append((request, engine.submit(request)))
+        if submitted and data.draw(st.integers(0, 9)) == 0:
+            submitted[data.draw(st.integers(0, len(submitted) - 1))][1].cancel()
+        engine.step()
+    for request, handle in submitted:
+        expected = solo(request.prompt, request.images, request.params.max_new_tokens)
+        answer = handle.result()
+        if answer.finish_reason == "cancelled":
+            assert answer.token_ids == expected[: len(answer.token_ids)]
+        else:
+            assert answer.token_ids == expected
+            assert answer.finish_reason == ("stop" if expected[-1] == 2 else "length")
+    assert not engine.step() and engine._cache.lengths == []
+    for store in (engine.features.store, engine.prefiller.prefixes):
+        assert store.bytes <= store.budget
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("folder", ["internvl-chat-tiny-224to336", "internvl-chat-tiny-448"])
+def test_golden_generations(golden_dir: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(golden_dir / "models")  # the checkpoints name their towers relative to it
+    engine = load_engine(folder, device="cpu")
+    stored = json.loads((golden_dir / "models" / "cases.json").read_text())["cases"]
+    cases = [case for case in stored if case["kind"] == "generate" and case["checkpoint"] == folder]
+    assert cases
+    answers = engine.generate(
+        [
+            Request(
+                case["input_ids"][0],
+                [golden_pixels(*image) for image in case["images"] or ()],
+                SamplingParams(max_new_tokens=case["max_new_tokens"]),
+            )
+            for case in cases
+        ]
+    )
+    for case, answer in zip(cases, answers):
+        assert list(answer.token_ids) == case["new_ids"], case["id"]
+
+
+def golden_pixels(height: int, width: int, seed: int) -> torch.Tensor:
+    y, x = np.arange(height)[:, None], np.arange(width)[None, :]
+    channels = [
+        (((7 + seed) * y + (3 + 2 * seed) * x + 11 * c * (seed + 1) + (x * y) // (5 + seed)) % 256) / 127.5 - 1
+        for c in range(3)
+    ]
+    return torch.from_numpy(np.stack(channels).astype(np.float32))
+
+
+def test_pictures_are_encoded_once_and_together(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(max_batch_size=8)
+    sizes: list[int] = []
+    encode = engine.model.encode_images
+    monkeypatch.setattr(engine.model, "encode_images", lambda images: (sizes.append(len(images)), encode(images))[1])
+    red, blue = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (40, 30), "blue")
+    ask = [Request(f"<image>\nquestion {n}", [(red, blue)[n % 2].copy()], SamplingParams(4)) for n in range(8)]
+    first = engine.generate(ask)
+    assert sizes == [2]
+    assert engine.generate(ask) == first and sizes == [2]
+    assert first[0].text != first[1].text or first[0].token_ids != first[1].token_ids
+
+
+def test_shared_beginnings_are_computed_once(make_engine: MakeEngine, solo: Solo) -> None:
+    engine = make_engine(max_batch_size=8)
+    prompts = [[1, 300, 310, -200, 320, 330 + n] for n in range(6)]
+    answers = engine.generate([Request(ids, [PICTURES[0]], SamplingParams(5)) for ids in prompts])
+    assert [answer.token_ids for answer in answers] == [solo(ids, [PICTURES[0]], 5) for ids in prompts]
+    assert engine.prefiller.computed_tokens == (3 + 16) + 6 * 2
+    assert engine.prefiller.shared_tokens == 6 * (3 + 16)
+
+
+def test_streamed_pieces_join_to_the_text(make_engine: MakeEngine) -> None:
+    engine, request = make_engine(), Request("What color is the shape?", params=SamplingParams(40))
+    text = engine.generate([request])[0].text
+    pieces = list(engine.stream(request))
+    assert len(pieces) > 3 and "".join(pieces) == text == text.strip()
+
+
+def test_stop_strings_cut_the_text_and_free_the_row(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    whole = engine.generate([Request("What color?", params=SamplingParams(40))])[0]
+    stop = whole.text[5:8]
+    answer = engine.generate([Request("What color?", params=SamplingParams(40, stop=("never", stop)))])[0]
+    assert answer.finish_reason == "stop" and answer.text == whole.text[: whole.text.find(stop)].strip()
+    assert len(answer.token_ids) < len(whole.token_ids)
+
+
+def test_a_special_token_named_as_stop_ends_the_answer(make_engine: MakeEngine, solo: Solo) -> None:
+    engine = make_engine()
+    tokens = solo([1, 300], [], 30)
+    engine.special._by_text["<|end|>"] = tokens[4]
+    answer = engine.generate([Request([1, 300], params=SamplingParams(30, stop=("<|end|>",)))])[0]
+    assert answer.token_ids == tokens[: tokens.index(tokens[4]) + 1] and answer.finish_reason == "stop"
+
+
+def test_a_seed_fixes_the_answer_whatever_the_neighbours(make_engine: MakeEngine) -> None:
+    params = SamplingParams(20, temperature=1.5, top_p=0.9, seed=11)
+    alone = make_engine().generate([Request("Describe", params=params)])[0]
+    others = [Request(f"Why {n}?", params=SamplingParams(3 + n, temperature=1.0, seed=n)) for n in range(5)]
+    crowd = make_engine().generate([*others, Request("Describe", params=params)])[-1]
+    assert crowd.token_ids == alone.token_ids
+    other_seed = make_engine().generate([Request("Describe", params=SamplingParams(20, 1.5, 0.9, 12))])[0]
+    assert other_seed.token_ids != alone.token_ids
+
+
+def test_cancelling_takes_effect_at_the_next_step(engine: Engine) -> None:
+    running, other = (engine.submit(Request([1, 300 + n], params=SamplingParams(1000))) for n in range(2))
+    waiting = [engine.submit(Request([1, 310], params=SamplingParams(1000))) for _ in range(4)]
+    for _ in range(3):
+        engine.step()
+    running.cancel(), waiting[-1].cancel()
+    engine.step()
+    assert running.result().finish_reason == waiting[-1].result().finish_reason == "cancelled"
+    assert len(running.result().token_ids) == 4 and waiting[-1].result().token_ids == ()
+    assert not other.done
+    for handle in (other, *waiting):
+        handle.cancel()
+    assert not engine.step() and engine._cache.lengths == []
+
+
+def test_beam_search_equals_the_library(make_engine: MakeEngine, parts: tuple[Any, Any, Any]) -> None:
+    model, ids = parts[0], [1, 300, -200, 310, 320]
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([ids]),
+            images=PICTURES[0][None],
+            num_beams=3,
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=2,
+        )[0, len(ids) :].tolist()
+    answer = make_engine().generate([Request(ids, [PICTURES[0]], SamplingParams(8, num_beams=3))])[0]
+    assert list(answer.token_ids) == expected[: expected.index(2) + 1 if 2 in expected else None]
+    two = make_engine().generate([Request([1, -200, -200, 5], PICTURES[:2], SamplingParams(3, num_beams=2))])[0]
+    assert len(two.token_ids) <= 3 and two.finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(("tags", "images"), [(2, 1), (0, 1), (1, 0), (1, 3)])
+def test_image_counts_must_agree(engine: Engine, tags: int, images: int) -> None:
+    with pytest.raises(RequestError, match=rf"{tags} <image> placeholder.*{images} image"):
+        engine.submit(Request("<image>" * tags + " what?", PICTURES[:images]))
+
+
+def test_length_limits_count_image_tokens(engine: Engine) -> None:
+    context = engine.lm.context_length
+    fits = [1] * (context - 16 - 1) + [-200]
+    handle = engine.submit(Request(fits, PICTURES[:1], SamplingParams(100)))
+    assert handle.result().finish_reason == "length" and len(handle.result().token_ids) == 1
+    assert handle.result().prompt_tokens == context - 1
+    with pytest.raises(
+        RequestError, match=rf"{context} tokens long \({context - 16} of text, 16 of 1 image.*{context}"
+    ):
+        engine.submit(Request([1, *fits], PICTURES[:1]))
+
+
+def test_empty_prompts_and_missing_towers_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        engine.submit(Request([]))
+    monkeypatch.setattr(engine.model, "get_vision_tower", lambda: None)
+    with pytest.raises(RequestError, match="no vision tower"):
+        engine.submit(Request("<image>", PICTURES[:1]))
+
+
+def test_a_failing_prefill_fails_its_requests_only(engine: Engine, solo: Solo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    healthy = engine.submit(Request([1, 300], params=SamplingParams(6)))
+    engine.step()
+    broken = engine.submit(Request([1, -200, 3], PICTURES[:1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "encode_images", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+    assert broken.result().finish_reason == "error" and "out of memory" in str(broken.result().error)
+    assert healthy.result().token_ids == solo([1, 300], [], 6)
+
+
+def test_aspect_ratio_is_the_checkpoints_unless_given(make_engine: MakeEngine) -> None:
+    wide = Image.new("RGB", (60, 20), "red")
+    pad, crop = make_engine(), make_engine(image_aspect_ratio="crop")
+    assert (pad.image_aspect_ratio, crop.image_aspect_ratio) == ("pad", "crop")
+    assert pad.features._pixels(wide).std() > crop.features._pixels(wide).std()  # bars above and below
+
+
+def test_progress_counts_every_request(engine: Engine) -> None:
+    seen: list[int] = []
+    engine.generate([Request([1, 300 + n], params=SamplingParams(1 + n)) for n in range(9)], seen.append)
+    assert sum(seen) == 9 and len(seen) > 1
+
+
+def test_finished_requests_are_forgotten(engine: Engine) -> None:
+    handle = engine.submit(Request([1, 300], params=SamplingParams(3)))
+    handle.result()
+    reference = weakref.ref(handle)
+    del handle
+    gc.collect()
+    assert reference() is None
+
+
+def test_bfloat16_runs(tiny_dirs: dict[str, Path]) -> None:
+    engine = load_engine(tiny_dirs["chat"], device="cpu", dtype="bfloat16")
+    answers = engine.generate([Request([1, -200, 300 + n], PICTURES[n : n + 1], SamplingParams(4)) for n in range(3)])
+    assert engine.lm.spec.dtype is torch.bfloat16 and all(len(answer.token_ids) >= 1 for answer in answers)
+
+
+def test_eager_attention_agrees(tiny_dirs: dict[str, Path], make_engine: MakeEngine) -> None:
+    from llava.model.builder import load_pretrained_model
+
+    tokenizer, model, processor, _ = load_pretrained_model(tiny_dirs["chat"], device="cpu", attn_implementation="eager")
+    ask = [Request([1, -200, *range(300, 301 + n)], PICTURES[:1], SamplingParams(8)) for n in range(5)]
+    assert Engine(model, tokenizer, processor).generate(ask) == make_engine().generate(ask)

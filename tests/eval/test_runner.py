@@ -1,0 +1,199 @@
+"""Running a benchmark: the model's own answers, in order; failures kept apart; wrong resumes refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.conversation import get_template, stop_strings
+from llava.data.images import open_image
+from llava.engine import Engine, Request, SamplingParams, load_engine
+from llava.engine.prompt import render_question
+from llava.errors import ConfigError
+from llava.eval.manifest import checkpoint_fingerprint, manifest_path
+from llava.eval.questions import Question, get_chunk, read_questions
+from llava.eval.runner import RunSettings, ask, prefetch, question_seed, report, run, work_order
+from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> list[Question]:
+    return read_questions(write_jsonl(tmp_path / "questions.jsonl", question_rows(21)))
+
+
+@pytest.fixture
+def settings(tiny_dirs: dict[str, Path], pictures: Path) -> RunSettings:
+    return RunSettings(str(tiny_dirs["chat"]), "tiny", "v1", SamplingParams(6), pictures, num_workers=2)
+
+
+def test_answers_are_those_of_single_requests(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    outcome = run(engine, questions, tmp_path / "a.jsonl", settings)
+    rows = read_jsonl(tmp_path / "a.jsonl")
+    assert outcome.asked == 21 and not outcome.failures
+    assert [(row["question_id"], row["prompt"]) for row in rows] == [(q.question_id, q.prompt) for q in questions]
+    template = get_template("v1")
+    for question, row in list(zip(questions, rows))[:6]:
+        prompt = render_question(template, question.prompt, len(question.images), engine.model.config)
+        assert prompt.count("<image>\n") == len(question.images)
+        images = [open_image(settings.image_folder / name) for name in question.images]
+        request = Request(prompt, images, SamplingParams(6, stop=stop_strings(template)))
+        assert row["text"] == engine.generate([request])[0].text
+
+
+def test_a_run_is_resumed_without_asking_twice(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    run(engine, questions, path, settings)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    outcome = run(engine, questions, path, settings)
+    assert 0 < outcome.asked < 21 and outcome.asked + outcome.found == 21
+    assert path.read_bytes() == whole
+    monkeypatch.setattr(engine, "submit", lambda request: pytest.fail("asked again"))
+    assert run(engine, questions, path, settings).asked == 0
+
+
+def test_failures_are_recorded_and_healed(
+    engine: Engine, settings: RunSettings, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = tmp_path / "images" / "torn.png"
+    torn.parent.mkdir()
+    torn.write_bytes((pictures / "red.png").read_bytes()[:40])
+    questions = [
+        Question(0, "fine", (str(pictures / "red.png"),)),
+        Question(1, "torn", (str(torn),)),
+        Question(2, "gone", ("nowhere.png",)),
+        Question(3, "two tags <image> <image>", (str(pictures / "red.png"),)),
+        Question(4, "too long " * 3000),
+        Question(5, "fine too"),
+    ]
+    path = tmp_path / "a.jsonl"
+    outcome = run(engine, questions, path, settings)
+    rows = read_jsonl(path)
+    assert {question_id for question_id, _ in outcome.failures} == {1, 2, 3, 4}
+    reasons = [row["metadata"].get("error", "") for row in rows]
+    for at, text in ((0, ""), (1, "torn.png"), (2, "nowhere.png"), (3, "2 <image>"), (4, "tokens long"), (5, "")):
+        assert text in reasons[at] and bool(text) == bool(reasons[at])
+    assert json.loads(manifest_path(path).read_text())["status"] == "failed"
+    lines: list[str] = []
+    assert report(outcome, path, lines.append) == 1 and "4 question(s) failed" in lines[-1]
+    torn.write_bytes((pictures / "red.png").read_bytes())
+    assert {question_id for question_id, _ in run(engine, questions, path, settings).failures} == {2, 3, 4}
+    assert read_jsonl(path)[1]["text"]
+
+
+def test_sampled_answers_depend_on_neither_batch_nor_shard(
+    tiny_dirs: dict[str, Path], questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    hot = dataclasses.replace(settings, params=SamplingParams(6, temperature=1.5, seed=5))
+    one, many = (load_engine(tiny_dirs["chat"], device="cpu", max_batch_size=size) for size in (1, 8))
+    run(many, questions, tmp_path / "whole.jsonl", hot)
+    parts = b""
+    for k in range(3):
+        run(one, get_chunk(questions, 3, k), tmp_path / f"{k}.jsonl", dataclasses.replace(hot, chunk=(k, 3)))
+        parts += (tmp_path / f"{k}.jsonl").read_bytes()
+    assert parts == (tmp_path / "whole.jsonl").read_bytes()
+    assert question_seed(settings, questions[0]) is None
+    assert question_seed(hot, questions[0]) != question_seed(hot, questions[1])
+
+
+def test_another_models_answers_are_not_continued(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    run(engine, questions, path, settings)
+    before = path.read_bytes()
+    for changed, name in (
+        (dataclasses.replace(settings, params=SamplingParams(7)), "decoding"),
+        (dataclasses.replace(settings, template="llava_v1"), "template"),
+        (dataclasses.replace(settings, model_path=str(tmp_path)), "checkpoint"),
+        (dataclasses.replace(settings, chunk=(0, 2)), "chunk"),
+    ):
+        with pytest.raises(ConfigError, match=f"was made with {name}"):
+            run(engine, questions, path, changed)
+    with pytest.raises(ConfigError, match="was made with questions"):
+        run(engine, questions[:-1], path, settings)
+    assert path.read_bytes() == before
+    run(engine, questions, path, dataclasses.replace(settings, params=SamplingParams(1), overwrite=True))
+    assert path.read_bytes() != before
+
+
+def test_answers_of_unknown_origin_need_a_word(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    run(engine, questions, path, settings)
+    manifest_path(path).unlink()
+    with pytest.raises(ConfigError, match="--overwrite to start afresh or --resume"):
+        run(engine, questions, path, settings)
+    assert run(engine, questions, path, dataclasses.replace(settings, resume=True)).asked == 0
+
+
+def test_manifest_says_what_produced_the_answers(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    run(engine, questions, path, settings)
+    manifest = json.loads(manifest_path(path).read_text())
+    assert manifest["status"] == "complete" and manifest["questions"] == 21 and manifest["batch_size"] == 4
+    identity = manifest["identity"]
+    assert identity["template"]["text"].endswith("USER: <image>\n{question} ASSISTANT:")
+    assert identity["decoding"]["max_new_tokens"] == 6 and identity["dtype"] == "float32"
+    assert manifest["environment"]["packages"]["transformers"] == "4.36.2"
+
+
+def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    first = checkpoint_fingerprint(tmp_path)
+    (tmp_path / "notes.txt").write_text("not part of it")
+    assert checkpoint_fingerprint(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(b"12345")
+    second = checkpoint_fingerprint(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert len({first, second, checkpoint_fingerprint(tmp_path)}) == 3
+    assert checkpoint_fingerprint("org/name") == "org/name"
+
+
+def test_questions_of_a_picture_become_neighbours() -> None:
+    questions = [Question(n, str(n), (f"{n % 3}.png",)) for n in range(9)]
+    assert list(work_order(questions, range(9))) == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    assert list(work_order(questions, range(9), window=5)) == [0, 3, 1, 4, 2, 5, 8, 6, 7]
+
+
+def test_pictures_are_opened_once_for_neighbours_and_not_all_ahead(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+    real = open_image
+    monkeypatch.setattr("llava.eval.runner.open_image", lambda path: (opened.append(path.name), real(path))[1])
+    questions = [Question(n, str(n), (f"{('red', 'green', 'blue', 'gray')[n // 5 % 4]}.png",)) for n in range(40)]
+    stream = prefetch(questions, range(40), settings, ahead=5)
+    next(stream)
+    assert len(opened) <= 2
+    assert [position for position, _ in stream] == list(range(1, 40)) and len(opened) == 8
+
+
+def test_memory_holds_two_batches_of_requests(
+    engine: Engine, questions: list[Question], settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, most = 0, 0
+    submit = engine.submit
+
+    def counting(request: Request) -> Any:
+        nonlocal live, most
+        live += 1
+        most = max(most, live)
+        return submit(request)
+
+    monkeypatch.setattr(engine, "submit", counting)
+    for _ in ask(engine, questions, range(len(questions)), settings):
+        live -= 1
+    assert live == 0 and most <= 2 * engine.max_batch_size

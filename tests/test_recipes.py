@@ -1,0 +1,218 @@
+"""Every recipe of scripts_internvl, as the command it would run: bound by the trainer's own parser, with published values."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.arguments import make_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "scripts_internvl"
+RECIPES = sorted(path.stem for stage in ("pretrain", "finetune") for path in FOLDER.glob(f"{stage}_*.sh"))
+PUBLISHED = [name for name in RECIPES if "quickstart" not in name]
+SCALING = ("GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "PORT", "BATCH", "OUTPUT_DIR", "CUDA_VISIBLE_DEVICES", "SRUN_ARGS",
+           "PARTITION", "GPUS_PER_NODE", "CPUS_PER_TASK", "QUOTA_TYPE", "PYTHON", "LLAVA_DRY_RUN")  # fmt: skip
+
+
+def start(name: str, *flags: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in SCALING} | variables
+    command = ["sh", str(FOLDER / f"{name}.sh"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False, timeout=60)
+
+
+def command_of(name: str, *flags: str, **variables: str) -> list[str]:
+    done = start(name, *flags, LLAVA_DRY_RUN="1", **variables)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+def bind(command: list[str]) -> Namespace:
+    script = next(index for index, word in enumerate(command) if word.startswith("llava/train/"))
+    assert (ROOT / command[script]).is_file()
+    return make_parser().parse_args(command[script + 1 :])
+
+
+def test_no_recipe_is_missing() -> None:
+    assert len(PUBLISHED) == 13
+    assert len(RECIPES) == 15
+
+
+COMMON: dict[str, Any] = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "bf16": True,
+    "tf32": True,
+    "num_train_epochs": 1.0,
+    "per_device_eval_batch_size": 4,
+    "save_total_limit": 3,
+    "weight_decay": 0.0,
+    "warmup_ratio": 0.03,
+    "logging_steps": 1,
+    "model_max_length": 2048,
+    "gradient_checkpointing": True,
+    "lazy_preprocess": True,
+    "report_to": ["tensorboard"],
+}
+STAGE: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        "version": "plain",
+        "tune_mm_mlp_adapter": True,
+        "learning_rate": 1e-3,
+        "image_aspect_ratio": "square",
+        "group_by_modality_length": False,
+        "data_path": "./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+        "image_folder": "./playground/data/LLaVA-Pretrain/images",
+        "pretrain_mm_mlp_adapter": None,
+    },
+    "finetune": {
+        "version": "v1",
+        "tune_mm_mlp_adapter": False,
+        "learning_rate": 2e-5,
+        "image_aspect_ratio": "pad",
+        "group_by_modality_length": True,
+        "data_path": "./playground/llava_v1_5_mix665k.json",
+        "image_folder": "./playground/data",
+    },
+}
+# per GPU, accumulation, ZeRO stage, save_steps, workers: spec/train.md §12.1
+SIZES = {
+    "pretrain": (32, 1, 2, 1000, 4),
+    "finetune": (16, 1, 3, 1000, 4),
+    "pretrain v1": (16, 2, 1, 1000, 32),
+    "finetune v1": (16, 1, 3, 100, 32),
+    "custom": (2, 2, 1, 1000, 2),
+}
+
+
+def expected(name: str) -> dict[str, Any]:
+    stage, rest = name.split("_", 1)
+    values = COMMON | STAGE[stage]
+    size = "7b" if "vicuna7b" in name else "13b"
+    tower = "InternViT-6B-224px" if "224to336" in name else "InternViT-6B-448px"
+    layer, key = -4, stage
+    for version in ("2", "5"):
+        if f"_v1_{version}_" in name:
+            tower, layer, key = f"{tower}-V1-{version}", -1, f"{stage} v1"
+    if stage == "finetune":
+        values["pretrain_mm_mlp_adapter"] = f"./work_dirs/pretrain_{rest.removesuffix('_custom_data')}/mm_projector.bin"
+    if name.endswith("_custom_data"):
+        key = "custom"
+        values |= {
+            "group_by_modality_length": False,
+            "data_path": None,
+            "image_folder": None,
+            "meta_path": "./scripts_internvl/meta/custom_data.json",
+        }
+    batch, accumulation, zero, save, workers = SIZES[key]
+    return values | {
+        "model_name_or_path": f"./pretrained/vicuna-{size}-v1.5",
+        "vision_tower": f"./pretrained/{tower}",
+        "mm_vision_select_layer": layer,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "deepspeed": f"./scripts/zero{zero}.json",
+        "save_steps": save,
+        "dataloader_num_workers": workers,
+        "output_dir": f"work_dirs/{name}",
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_hyperparameters(name: str) -> None:
+    flags = bind(command_of(name))
+    wanted = expected(name)
+    assert {key: getattr(flags, key) for key in wanted} == wanted
+    assert (ROOT / flags.deepspeed).is_file()
+    assert str(getattr(flags.lr_scheduler_type, "value", flags.lr_scheduler_type)) == "cosine"
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "quickstart" in name])
+def test_the_quickstart_uses_the_same_machinery(name: str) -> None:
+    command = command_of(name)
+    flags = bind(command)
+    assert command[:2] == ["python", "llava/train/train.py"]
+    assert flags.use_cpu
+    assert flags.deepspeed is None
+    assert (flags.mm_projector_type, flags.mm_vision_image_size) == ("mlp2x_gelu", 64)
+    two_gpus = command_of(name, GPUS="2")
+    assert two_gpus[0] == "torchrun"
+    assert bind(two_gpus).deepspeed
+
+
+@pytest.mark.parametrize(
+    ("variables", "batch", "accumulation"),
+    [
+        ({"GPUS": "1"}, 32, 8),
+        ({"GPUS": "4"}, 32, 2),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 32, 2),
+        ({"GPUS": "8", "NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, 16, 1),
+        ({"GPUS": "2", "BATCH": "8"}, 8, 16),
+        ({"GPUS": "0"}, 32, 8),
+    ],
+)
+def test_the_global_batch_stays(variables: dict[str, str], batch: int, accumulation: int) -> None:
+    command = command_of("pretrain_internvit6b_448_vicuna7b", **variables)
+    flags = bind(command)
+    assert (flags.per_device_train_batch_size, flags.gradient_accumulation_steps) == (batch, accumulation)
+    if "MASTER_ADDR" in variables:
+        assert {"--nnodes=2", "--node_rank=0", "--master_addr=10.0.0.1", "--nproc_per_node=8"} <= set(command)
+
+
+def test_a_global_batch_that_cannot_stay_is_refused() -> None:
+    done = start("pretrain_internvit6b_448_vicuna7b", "--dry-run", GPUS="3")
+    assert done.returncode == 2
+    assert "3 GPUs cannot share the global batch of 256" in done.stderr
+
+
+def test_several_nodes_need_an_address() -> None:
+    done = start("pretrain_internvit6b_448_vicuna7b", "--dry-run", NNODES="2")
+    assert done.returncode == 2
+    assert "MASTER_ADDR" in done.stderr
+
+
+def test_flags_of_the_command_line_win_and_keep_their_spaces() -> None:
+    flags = bind(command_of("finetune_internvit6b_448_vicuna13b", "--learning_rate", "1e-5", "--data_path", "my 'own' data.json"))
+    assert flags.learning_rate == 1e-5
+    assert flags.data_path == "my 'own' data.json"
+
+
+def test_slurm() -> None:
+    name = "finetune_internvit6b_224to336_vicuna13b_custom_data"
+    command = command_of(name, PARTITION="gpu", QUOTA_TYPE="", SRUN_ARGS="--mem=0 --exclusive")
+    assert command[0] == "srun"
+    assert {"--partition=gpu", "--nodes=16", "--ntasks=128", "--cpus-per-task=10", "--mem=0", "--exclusive"} <= set(command)
+    assert not [word for word in command if word.startswith("--quotatype")]
+    assert "--quotatype=reserved" in command_of(name)
+    assert bind(command_of(name, GPUS="64")).gradient_accumulation_steps == 4
+    assert start(name, "--dry-run", GPUS="12").returncode == 2
+
+
+@pytest.mark.parametrize(("body", "status"), [("print('trained'); sys.exit(0)", 0), ("print('no memory'); sys.exit(7)", 7)])
+def test_output_is_logged_and_the_exit_status_is_the_programs(tmp_path: Path, body: str, status: int) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\nimport sys\n{body}\n")
+    program.chmod(0o755)
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "train.log").write_text("earlier\n")
+    done = start("pretrain_quickstart", PYTHON=str(program), OUTPUT_DIR=str(output))
+    assert done.returncode == status
+    assert body.split("'")[1] in done.stdout
+    assert (output / "train.log").read_text() == f"earlier\n{body.split(chr(39))[1]}\n"
+    assert ("ended with status 7" in done.stderr) == (status == 7)
+
+
+def test_a_missing_launcher_is_one_sentence() -> None:
+    done = start("pretrain_internvit6b_448_vicuna7b", GPUS="0", PYTHON="no-such-python")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no-such-python was not found on PATH" in done.stderr

@@ -1,0 +1,160 @@
+"""Small runs of both stages on the tiny models: data, flags, and ways to start (and kill) them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("red", "blue", "green", "teal", "gray", "brown", "black", "yellow")
+DEADLINE = 240.0
+
+
+def make_data(root: Path, *, samples: int = 32, text_rows: Sequence[int] = ()) -> Path:
+    """`root/{pretrain,finetune}.json` and `root/images`; rows in `text_rows` of the second have no image.
+
+    Every answer has as many tokens as every other, so that a mean over ranks equals the mean over their samples.
+    """
+    (root / "images").mkdir(parents=True)
+    pretrain: list[dict[str, Any]] = []
+    finetune: list[dict[str, Any]] = []
+    for index in range(samples):
+        word = WORDS[index % len(WORDS)]
+        color = tuple((37 * index * k + 90) % 256 for k in (1, 2, 3))
+        Image.new("RGB", (48 + index % 3 * 20, 56), color).save(root / "images" / f"{index}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat color is it?"}, {"from": "gpt", "value": f"it is {word}"}]
+        pretrain.append({"id": index, "image": f"{index}.png", "conversations": turns})
+        if index in text_rows:
+            turns = [{"from": "human", "value": "Name a color."}, turns[1]]
+            finetune.append({"id": index, "conversations": turns})
+        else:
+            finetune.append(pretrain[-1])
+    (root / "pretrain.json").write_text(json.dumps(pretrain))
+    (root / "finetune.json").write_text(json.dumps(finetune))
+    return root
+
+
+def flags(dirs: Mapping[str, Path], data: Path, output_dir: Path, stage: int, **more: Any) -> list[str]:
+    """The command line of a stage-1 or stage-2 run of 8 steps; `more` overrides, `None` removes a flag."""
+    values: dict[str, Any] = {
+        "model_name_or_path": dirs["base"],
+        "vision_tower": dirs["tower"],
+        "mm_vision_image_size": 56,
+        "mm_vision_select_layer": -4,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "image_folder": data / "images",
+        "output_dir": output_dir,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "model_max_length": 256,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "plot_loss": False,
+    }
+    if stage == 1:
+        values |= {"version": "plain", "tune_mm_mlp_adapter": True, "data_path": data / "pretrain.json"}
+    else:
+        values |= {"version": "v1", "image_aspect_ratio": "pad", "data_path": data / "finetune.json"}
+    values |= more
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def command(argv: Sequence[str], ranks: int = 1) -> list[str]:
+    """One process, or `ranks` processes under torchrun on a free port."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "llava.train.train", *argv]
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def start(argv: Sequence[str], log: Path, ranks: int = 1) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command(argv, ranks), stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment(),
+            cwd=log.parent, start_new_session=True,
+        )  # fmt: skip
+
+
+def finish(argv: Sequence[str], log: Path, ranks: int = 1) -> None:
+    """Run to the end; the log's tail is the message if it fails."""
+    process = start(argv, log, ranks)
+    try:
+        code = process.wait(DEADLINE)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0, log.read_text(errors="replace")[-3000:]
+
+
+def steps_logged(output_dir: Path) -> list[int]:
+    path = output_dir / "log.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}") and '"loss"' in line]
+
+
+def kill_at(argv: Sequence[str], output_dir: Path, step: int, log: Path, ranks: int = 1) -> None:
+    """Start, and send SIGKILL to all of its processes as soon as `step` is logged."""
+    process = start(argv, log, ranks)
+    limit = time.monotonic() + DEADLINE
+    try:
+        while max(steps_logged(output_dir), default=0) < step:
+            assert process.poll() is None, "ended too early: " + log.read_text(errors="replace")[-3000:]
+            assert time.monotonic() < limit, "did not get there in time: " + log.read_text(errors="replace")[-3000:]
+            time.sleep(0.005)
+    finally:
+        alive = process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(DEADLINE)
+    assert alive, "the run was over before it could be killed"
+
+
+def history(output_dir: Path) -> list[dict[str, Any]]:
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [entry["loss"] for entry in history(output_dir)]
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights a run saved, whichever form they have."""
+    if (directory / "mm_projector.bin").is_file():
+        state: dict[str, torch.Tensor] = torch.load(directory / "mm_projector.bin", weights_only=True)
+        return state
+    return load_file(directory / "model.safetensors")
+
+
+def assert_equal_weights(one: Path, other: Path, atol: float = 0.0) -> None:
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        far = float((left[name].float() - right[name].float()).abs().max())
+        assert far <= atol, f"{name} differs by {far}"

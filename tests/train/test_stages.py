@@ -1,0 +1,359 @@
+"""Both stages in one process: what learns, what is saved, what is recorded, and how faults end a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.arguments import ModelArguments, TrainingArguments
+from llava.errors import ConfigError, DataError, LlavaError, TemplateError, TrainingError
+from llava.model.builder import load_pretrained_model
+from llava.train import assemble, trainable
+from llava.train.train import main, train
+from tests.train import runs
+
+Dirs = dict[str, Path]
+
+
+def chatty(dirs: Dirs, tmp_path: Path, **given: Any) -> tuple[Any, ModelArguments, TrainingArguments]:
+    """A tiny model with vision modules, as `prepare` has it before anything is frozen."""
+    model_args = ModelArguments(
+        model_name_or_path=str(dirs["base"]),
+        vision_tower=str(dirs["tower"]),
+        mm_vision_image_size=56,
+        mm_vision_select_layer=-4,
+        mm_projector_type="mlp2x_gelu",
+        **{k: v for k, v in given.items() if hasattr(ModelArguments, k)},
+    )
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, **{k: v for k, v in given.items() if not hasattr(ModelArguments, k)}
+    )
+    model = assemble.load_base(model_args, args)
+    model.get_model().initialize_vision_modules(model_args)
+    return model, model_args, args
+
+
+def parts_that_learn(model: torch.nn.Module) -> set[str]:
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tower = {name for name in names if "vision_tower" in name}
+    if tower:
+        assert tower == {"model.vision_tower.vision_tower.embeddings.position_embedding"}
+    return {
+        "tower" if "vision_tower" in n else "projector" if "mm_projector" in n else "head" if "lm_head" in n else "core"
+        for n in names
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "learns"),
+    [
+        ({}, {"core", "head", "projector"}),
+        ({"tune_mm_mlp_adapter": True}, {"projector"}),
+        ({"freeze_llm": True}, {"projector"}),
+        ({"freeze_mm_mlp_adapter": True}, {"core", "head"}),
+        ({"freeze_backbone": True}, {"head", "projector"}),
+        ({"freeze_backbone": True, "freeze_mm_mlp_adapter": True}, {"head"}),
+        ({"tune_vit_pos_embedding": True}, {"core", "head", "projector", "tower"}),
+        ({"tune_vit_pos_embedding": True, "tune_mm_mlp_adapter": True}, {"projector", "tower"}),
+    ],
+)
+def test_the_table_of_what_is_trained(
+    tiny_dirs: Dirs, tmp_path: Path, given: dict[str, bool], learns: set[str]
+) -> None:
+    model, model_args, args = chatty(tiny_dirs, tmp_path, **given)
+    trainable.set_trainable(model, model_args, args)
+    assert parts_that_learn(model) == learns
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="nothing would be trained"):
+        trainable.count(torch.nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_masters_are_float32_and_frozen_weights_16_bit(tiny_dirs: Dirs, tmp_path: Path) -> None:
+    model, model_args, args = chatty(tiny_dirs, tmp_path, tune_mm_mlp_adapter=True, bf16=True)
+    trainable.set_trainable(model, model_args, args)
+    trainable.set_precision(model, torch.bfloat16, engine=False)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype is (torch.float32 if "mm_projector" in name else torch.bfloat16), name
+
+
+def test_stage_one_then_stage_two_then_load(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(runs.flags(tiny_dirs, small_data, first, 1, plot_loss=True))
+    files = {path.name for path in first.iterdir()}
+    assert files == {"config.json", "mm_projector.bin", "trainer_state.json", "run.json", "log.jsonl", "loss.png"}
+    assert set(runs.tensors(first)) == {f"model.mm_projector.{i}.{w}" for i in (0, 2) for w in ("weight", "bias")}
+
+    adapter = first / "mm_projector.bin"
+    train(runs.flags(tiny_dirs, small_data, second, 2, pretrain_mm_mlp_adapter=adapter, group_by_modality_length=True))
+    files = {path.name for path in second.iterdir()}
+    standard = {"config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json"}
+    standard |= {"tokenizer.model", "tokenizer_config.json", "trainer_state.json", "training_args.bin"}
+    assert files == standard | {"run.json", "log.jsonl"}
+    assert runs.losses(second)[-1] < runs.losses(first)[0]
+    for directory, version in ((first, "plain"), (second, "v1")):
+        config = json.loads((directory / "config.json").read_text())
+        assert config["conv_template"] == version and config["use_cache"] is True
+        assert config["mm_vision_image_size"] == 56
+
+    _, model, processor, _ = load_pretrained_model(second, device="cpu")
+    assert processor.crop_size["height"] == 56
+    saved = runs.tensors(second)
+    assert torch.equal(model.state_dict()["model.mm_projector.2.weight"], saved["model.mm_projector.2.weight"])
+    _, base_model, _, _ = load_pretrained_model(first, tiny_dirs["base"], device="cpu")
+    assert torch.equal(base_model.get_model().mm_projector[0].bias, runs.tensors(first)["model.mm_projector.0.bias"])
+
+
+def test_the_run_is_recorded(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    train(runs.flags(tiny_dirs, small_data, out, 2, gradient_accumulation_steps=2, seed=7, max_steps=3))
+    record = json.loads((out / "run.json").read_text())
+    assert record["global_batch"] == 8 and record["seed"] == 7 and record["world_size"] == 1 and record["steps"] == 3
+    assert record["samples"] == 32 and record["template"] == "v1" and record["resumed_from"] is None
+    assert record["arguments"]["training"]["gradient_accumulation_steps"] == 2
+    assert record["arguments"]["model"]["vision_tower"] == str(tiny_dirs["tower"])
+    assert record["versions"]["transformers"] == "4.36.2"
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert all(line["supervised_tokens"] > 8 and line["tokens_per_second"] > 0 for line in lines if "loss" in line)
+    assert "Global batch 8" in caplog.text and "clipped at norm 1.0" in caplog.text
+
+
+def test_freeze_llm_saves_everything_and_changes_the_projector_only(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(runs.flags(tiny_dirs, small_data, out, 2, freeze_llm=True, max_steps=2))
+    after, before = runs.tensors(out), runs.tensors(tiny_dirs["base"])
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert any("vision_tower" in name for name in after) and any("mm_projector" in name for name in after)
+
+
+def test_tuned_positions_learn_and_are_saved(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(runs.flags(tiny_dirs, small_data, out, 1, tune_vit_pos_embedding=True, max_steps=2))
+    table = runs.tensors(out)["model.vision_tower.vision_tower.embeddings.position_embedding"]
+    assert not torch.equal(table, runs.tensors(tiny_dirs["tower"])["embeddings.position_embedding"])
+
+
+def test_start_and_end_tokens_learn_with_the_projector(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(runs.flags(tiny_dirs, small_data, out, 1, version="v1", mm_use_im_start_end=True, max_steps=2))
+    rows = runs.tensors(out)["model.embed_tokens.weight"]
+    before = runs.tensors(tiny_dirs["base"])["model.embed_tokens.weight"]
+    assert len(rows) == len(before) + 2
+    assert torch.equal(rows[:-2], before) and not torch.equal(rows[-1], rows[-2])
+
+
+def test_bfloat16_on_the_cpu_follows_float32_and_is_saved_in_16_bit(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    seen: set[torch.dtype] = set()
+    linear = torch.nn.functional.linear
+
+    def watch(*args: Any) -> torch.Tensor:
+        out: torch.Tensor = linear(*args)
+        seen.add(out.dtype)
+        return out
+
+    torch.nn.functional.linear = watch
+    try:
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "bf16", 2, bf16=True))
+    finally:
+        torch.nn.functional.linear = linear
+    assert seen == {torch.bfloat16}
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "fp32", 2))
+    assert runs.losses(tmp_path / "bf16") == pytest.approx(runs.losses(tmp_path / "fp32"), abs=0.03)
+    assert {t.dtype for t in runs.tensors(tmp_path / "bf16").values()} == {torch.bfloat16}
+    assert {t.dtype for t in runs.tensors(tmp_path / "fp32").values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    for stage in (1, 2):
+        plain, saving = tmp_path / f"plain{stage}", tmp_path / f"saving{stage}"
+        train(runs.flags(tiny_dirs, small_data, plain, stage, max_steps=3))
+        train(runs.flags(tiny_dirs, small_data, saving, stage, max_steps=3, gradient_checkpointing=True))
+        assert runs.losses(saving) == runs.losses(plain)
+        runs.assert_equal_weights(saving, plain, atol=1e-6)
+
+
+def test_a_projector_checkpoint_holds_no_language_model_and_old_ones_go(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(runs.flags(tiny_dirs, small_data, out, 1, save_strategy="steps", save_steps=2, save_total_limit=2))
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    newest = out / "checkpoint-8"
+    names = {path.name for path in newest.iterdir()}
+    assert names == {
+        *("config.json", "mm_projector.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    }
+    runs.assert_equal_weights(newest, out)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    argv = runs.flags(tiny_dirs, small_data, out, 2, save_strategy="steps", save_steps=3)
+    train(argv)
+    (out / "checkpoint-6" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    before = runs.tensors(out)
+    train(argv)
+    assert "checkpoint-6: its weights cannot be read" in caplog.text
+    assert f"Going on from {out / 'checkpoint-3'}" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
+
+
+def test_with_accumulation_a_resume_is_exact_over_an_epoch_with_a_rest(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    """11 batches an epoch, two a step: the eleventh must not leak into the next epoch's first step."""
+    out = tmp_path / "run"
+    more = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    argv = runs.flags(tiny_dirs, small_data, out, 2, save_strategy="steps", save_steps=7, **more)
+    train(argv)
+    before, losses = runs.tensors(out), runs.losses(out)
+    assert len(losses) == 10
+    train(argv)
+    assert runs.losses(out) == losses
+    assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
+
+
+def test_equal_seeds_make_equal_runs_and_others_do_not(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(runs.flags(tiny_dirs, small_data, tmp_path / name, 1, seed=seed, max_steps=2))
+    runs.assert_equal_weights(tmp_path / "a", tmp_path / "b")
+    assert runs.losses(tmp_path / "a") != runs.losses(tmp_path / "c")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava.data.dataset import LazySupervisedDataset
+
+    load = LazySupervisedDataset.__getitem__
+
+    def poisoned(self: LazySupervisedDataset, index: int) -> dict[str, torch.Tensor]:
+        item = load(self, index)
+        return {**item, "image": item["image"] * float("nan")} if index == 13 else item
+
+    monkeypatch.setattr(LazySupervisedDataset, "__getitem__", poisoned)
+    with pytest.raises(TrainingError, match=r"loss is nan at step \d+, rank 0, samples \[.*\b13\b.*\]") as caught:
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 1))
+    named = str(caught.value).split("samples [")[1].split("]")[0].split(",")
+    assert len(named) == 4
+    assert not (tmp_path / "run" / "mm_projector.bin").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(float("inf")))
+    with pytest.raises(TrainingError, match="gradient norm is inf at step 1"):
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 1))
+
+
+def test_batches_without_supervision_are_counted_and_give_no_nan(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava.data.dataset import LazySupervisedDataset
+
+    load = LazySupervisedDataset.__getitem__
+
+    def masked(self: LazySupervisedDataset, index: int) -> dict[str, torch.Tensor]:
+        item = load(self, index)
+        return {**item, "labels": torch.full_like(item["labels"], -100)}
+
+    monkeypatch.setattr(LazySupervisedDataset, "__getitem__", masked)
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 1, max_steps=2))
+    assert [(e["loss"], e["supervised_tokens"], e["unsupervised_batches"]) for e in runs.history(tmp_path / "run")] == [
+        (0.0, 0, 1),
+        (0.0, 0, 1),
+    ]
+
+
+def broken(data: Path, root: Path, fault: str) -> Path:
+    """A copy of the stage-1 data with one fault in record 5."""
+    records = json.loads((data / "pretrain.json").read_text())
+    if fault == "missing image":
+        records[5]["image"] = "nowhere.png"
+    elif fault == "two placeholders":
+        records[5]["image"] = ["0.png", "1.png"]
+    elif fault == "no placeholder":
+        records[5]["conversations"][0]["value"] = "no image here"
+    elif fault == "unknown role":
+        records[5]["conversations"][0]["from"] = "robot"
+    elif fault == "truncated image":
+        path = root / "short.png"
+        Image.effect_noise((64, 64), 50).save(path)
+        path.write_bytes(path.read_bytes()[:900])
+        records[5]["image"] = str(path)
+    (root / "data.json").write_text(json.dumps(records))
+    return root / "data.json"
+
+
+@pytest.mark.parametrize(
+    "fault", ["missing image", "two placeholders", "no placeholder", "unknown role", "truncated image"]
+)
+def test_a_bad_record_ends_the_run_by_name_or_is_skipped_and_counted(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, fault: str
+) -> None:
+    path = broken(small_data, tmp_path, fault)
+    with pytest.raises(DataError, match="record 5"):
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "strict", 1, data_path=path))
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "skip", 1, data_path=path, on_bad_sample="skip"))
+    assert json.loads((tmp_path / "skip" / "run.json").read_text())["data"]["bad"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "said"),
+    [
+        ({"version": "vicuna"}, TemplateError, "vicuna_v1"),
+        ({"version": "Hermes-2"}, TemplateError, "templates that fit: "),
+        ({"lora_enable": True}, ConfigError, "--lora_enable"),
+        ({"model_name_or_path": "tower"}, LlavaError, "a vision tower"),
+        ({"vision_tower": "nowhere"}, LlavaError, "nowhere"),
+        ({"pretrain_mm_mlp_adapter": "nowhere.bin"}, LlavaError, "nowhere.bin"),
+        ({"resume_from_checkpoint": "nowhere"}, LlavaError, "--resume_from_checkpoint"),
+        ({"attn_implementation": "flash_attention_2"}, ConfigError, "flash"),
+        ({"data_path": "nowhere.json"}, DataError, "nowhere.json"),
+    ],
+)
+def test_faults_end_a_run_before_its_first_step_in_one_sentence(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, more: dict[str, Any], error: type[LlavaError], said: str
+) -> None:
+    more = {key: tiny_dirs.get(value, value) if key == "model_name_or_path" else value for key, value in more.items()}
+    with pytest.raises(error, match=said) as caught:
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, **more))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_code_in_the_pretrained_projector_is_refused(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (print, ("owned",))
+
+    torch.save({"model.mm_projector.0.weight": Attack()}, tmp_path / "mm_projector.bin")
+    with pytest.raises(LlavaError, match="run code"):
+        train(
+            runs.flags(
+                tiny_dirs, small_data, tmp_path / "run", 2, pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin"
+            )
+        )
+
+
+def test_the_console_entry_says_one_line_and_fails(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, bits=3)) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: --bits is 3")
