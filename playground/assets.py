@@ -1,4 +1,4 @@
-"""What the asset scripts share: finding files inside installed packages, and outputs that appear whole or not at all."""
+"""What the asset scripts share: folders of installed packages, and outputs that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def package_directory(package: str, install: str) -> Path:
     """The folder of an installed package, found without importing it; `install` is the command that brings it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DependencyError(f"The package {package} is not installed; it carries an asset of the quickstart: {install}")
+        raise DependencyError(f"The package {package}, an asset of the quickstart, is not installed: {install}")
     return Path(spec.submodule_search_locations[0])
 
 

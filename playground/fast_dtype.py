@@ -1,6 +1,6 @@
 """Print `bfloat16` if this CPU multiplies matrices faster in it than in float32, else `float32`.
 
-    python -m playground.fast_dtype
+python -m playground.fast_dtype
 """
 
 from __future__ import annotations

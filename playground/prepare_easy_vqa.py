@@ -6,8 +6,8 @@
 |---|---|
 | `train/*.png`, `test/*.png` | the 4,000 and 1,000 pictures, copied from the package `easy-vqa` (MIT) |
 | `labels.json` | shape and colour of each training picture, as far as its questions tell |
-| `pretrain.json` | stage 1: one caption a training picture, made from `labels.json` |
-| `finetune.json` | stage 2: the training questions of a picture as one conversation of at most `--turns` rounds |
+| `pretrain.json` | stage 1: a caption of each picture whose shape and colour are both known |
+| `finetune.json` | stage 2: the training questions of a picture as conversations of at most `--turns` rounds |
 
 Nothing here reads the test questions; `llava eval --tasks easy_vqa` does.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 from collections import defaultdict
@@ -36,7 +37,7 @@ Labels = dict[str, str]
 
 
 def facts(question: str, answer: str) -> Labels:
-    """What a question and its answer say for certain about the picture: `{"shape": …}`, `{"color": …}`, both or neither.
+    """What a question and its answer say for certain: `{"shape": …}`, `{"color": …}`, both or neither.
 
     "what color is the circle?" / "red" tells both; "is there not a red shape?" / "no" tells the colour.
     """
@@ -57,11 +58,6 @@ def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
     return dict(labels)
 
 
-def caption(labels: Labels) -> str:
-    """`a red circle`, or as much of it as is known."""
-    return " ".join(["a", *filter(None, [labels.get("color")]), labels.get("shape", "shape")])
-
-
 def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """One training example; the first human turn carries the picture."""
     turns: list[dict[str, str]] = []
@@ -72,7 +68,7 @@ def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> list[dict[str, Any]]:
-    """All questions of a picture in a random order, cut into conversations of at most `limit` rounds."""
+    """All questions of a picture in a random order, cut evenly into conversations of at most `limit` rounds."""
     by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
         by_image[image].append((question, answer))
@@ -80,7 +76,8 @@ def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> l
     records = []
     for image, rounds in sorted(by_image.items()):
         shuffle(rounds)
-        records += [record(image, rounds[start : start + limit]) for start in range(0, len(rounds), limit)]
+        parts = math.ceil(len(rounds) / limit)
+        records += [record(image, rounds[part::parts]) for part in range(parts)]
     return records
 
 
@@ -88,9 +85,11 @@ def prepare(source: Path, output: Path, turns: int) -> str:
     """Write every file of the table above and return a one-line summary."""
     questions = [tuple(row) for row in json.loads((source / "train/questions.json").read_text(encoding="utf-8"))]
     labels = label_images(questions)
+    complete = {image: found for image, found in labels.items() if len(found) == len(VALUES)}
+    captions = [(image, f"a {found['color']} {found['shape']}") for image, found in sorted(complete.items())]
     files = {
         "labels.json": {str(image): found for image, found in labels.items()},
-        "pretrain.json": [record(image, [("", caption(found))]) for image, found in sorted(labels.items())],
+        "pretrain.json": [record(image, [("", text)]) for image, text in captions],
         "finetune.json": conversations(questions, turns),
     }
     with staged(output) as stage:
@@ -98,8 +97,7 @@ def prepare(source: Path, output: Path, turns: int) -> str:
             shutil.copytree(source / split / "images", stage / split, ignore=shutil.ignore_patterns(".*"))
         for name, content in files.items():
             (stage / name).write_text(json.dumps(content, indent=0), encoding="utf-8")
-    complete = sum(len(found) == len(VALUES) for found in labels.values())
-    return f"{len(questions)} questions on {len(labels)} pictures, {complete} of them fully described"
+    return f"{len(questions)} questions on {len(labels)} pictures, {len(complete)} of them with a caption"
 
 
 @guarded

@@ -106,8 +106,8 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in model.parameters():
         groups[parameter.dim() > 1].append(parameter)
-    decay = {"params": groups[True], "weight_decay": 0.05}
-    return torch.optim.AdamW([decay, {"params": groups[False], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98), fused=True)
+    weights = [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}]
+    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
 def train(model: NanoClassifier, images: Tensor, targets: Tensor, epochs: int, batch_size: int, lr: float) -> None:
@@ -129,7 +129,8 @@ def train(model: NanoClassifier, images: Tensor, targets: Tensor, epochs: int, b
             schedule.step()
             losses.append(loss.detach())
         if epoch % 5 == 0 or epoch == epochs:
-            found = ", ".join(f"{kind} {value:.1%}" for kind, value in accuracy(model, images[check], targets[check]).items())
+            shares = accuracy(model, images[check], targets[check])
+            found = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
             print(f"  epoch {epoch:2}: loss {torch.stack(losses).mean():.3f}, held-out pictures: {found}", flush=True)
 
 
@@ -143,7 +144,7 @@ def accuracy(model: NanoClassifier, images: Tensor, targets: Tensor) -> dict[str
 
 @torch.no_grad()
 def set_feature_scale(tower: InternVisionModel, images: Tensor) -> None:
-    """Rescale the residual stream so that the features have standard deviation 1, the range a projector starts well from.
+    """Rescale the residual stream so that the features have standard deviation 1, where a projector starts well.
 
     Every branch reads the stream through RMSNorm, so scaling what is added to it scales the output and nothing else.
     """

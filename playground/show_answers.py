@@ -2,8 +2,8 @@
 
     python -m playground.show_answers work_dirs/finetune_quickstart/eval [--output work_dirs/quickstart/answers.png]
 
-The answers are read from the evaluation that `llava eval --tasks easy_vqa` left in that folder. The pictures are the ones
-at one sixth, three sixths and five sixths of it, whatever was answered.
+The answers are those that `llava eval --tasks easy_vqa` left in that folder. The pictures stand at one sixth, three
+sixths and five sixths of it, whatever was answered.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -80,6 +81,17 @@ def test_golden_prompts(golden_dir: Path) -> None:
         assert template.get_prompt() == case["prompt"], case["id"]
         checked += 1
     assert checked > 150
+
+
+def test_templates_are_frozen() -> None:
+    """One digest over every field of every template, taken where `test_golden_prompts` passed."""
+    fields = [
+        [getattr(t, key) for key in ("system", "roles", "messages", "offset", "sep", "sep2")]
+        + [name, t.sep_style.name, t.version, t.stop_str, t.stop_token_ids]
+        for name, t in conv_templates.items()
+    ]
+    digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    assert digest == "9b9927d684b0c1ba844ab39869b7859ec4768412b5d86e70e0a1f56bc51f0b79"
 
 
 @pytest.mark.parametrize("name", RENDERED)

@@ -46,7 +46,8 @@ def project(tmp_path: Path) -> Path:
 
 
 def quickstart(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("GPUS", "OUTPUT_DIR", "LLAVA_VENV", "LLAVA_PYTHON")}
+    dropped = ("GPUS", "OUTPUT_DIR", "LLAVA_VENV", "LLAVA_PYTHON")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return subprocess.run(
         ["sh", str(project / "scripts_internvl/quickstart.sh")],
         capture_output=True,

@@ -118,7 +118,7 @@ class Engine:
             max_new_tokens=min(params.max_new_tokens, context - length),
             end_ids=self.special.end_ids(params.stop),
             generator=make_generator(params),
-            detokenizer=Detokenizer(self.tokenizer, self.special.ids),
+            detokenizer=Detokenizer(self.tokenizer, self.special),
             stream=TextStream(params.stop),
         )
         self._waiting.append(job)

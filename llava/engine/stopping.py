@@ -18,6 +18,7 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: Any, generation_config: Any) -> None:
         self.ids = frozenset(tokenizer.all_special_ids)
+        self.vocabulary = len(tokenizer)  # slow to ask for; a model may have more rows than this
         self._by_text = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
         self._by_text.update(tokenizer.get_added_vocab())
         configured = getattr(generation_config, "eos_token_id", None)
@@ -39,9 +40,9 @@ class Detokenizer:
     bytes are spread over tokens is held back until complete (CONC-4).
     """
 
-    def __init__(self, tokenizer: Any, special_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, special: SpecialTokens) -> None:
         self._tokenizer = tokenizer
-        self._special = special_ids
+        self._special = special
         self._ids: list[int] = []
         self._read = 0  # ids before this one have been given out as text
 
@@ -49,8 +50,8 @@ class Detokenizer:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def push(self, token: int) -> str:
-        """Text completed by this token; empty while a character is unfinished."""
-        if token in self._special:
+        """Text completed by this token; empty while a character is unfinished, and for tokens without text."""
+        if token in self._special.ids or token >= self._special.vocabulary:
             return ""
         self._ids.append(token)
         return self._advance(final=False)

@@ -24,6 +24,7 @@ from llava.model.hub import snapshot
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.llava_arch import grow_embeddings
 from llava.model.lora import apply_adapter, load_non_lora
+from llava.model.quantization import Quantizer
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import empty_weights, fill
 from llava.placement import resolve_attention, resolve_device, resolve_dtype
@@ -57,14 +58,15 @@ def load_pretrained_model(
     """Load `(tokenizer, model, image_processor, context_len)`, the model in eval mode with its tower.
 
     `model_path` is a full, a projector-only or a LoRA checkpoint (the last two need `model_base`; an adapter names its
-    own). `model_name` is accepted for compatibility and decides nothing. `device_map="cpu"` is the same as
-    `device="cpu"`; "auto" means `device`. `dtype`: float32 on CPU, 16 bit on GPUs unless given; the one dtype holds
-    for language model, projector and tower. `vision_tower` overrides the tower the checkpoint names.
+    own). `load_8bit` and `load_4bit` quantise the decoder's linear layers. `model_name` is accepted for compatibility
+    and decides nothing. `device_map="cpu"` is the same as `device="cpu"`; "auto" means `device`. `dtype`: float32 on
+    CPU, 16 bit on GPUs unless given; the one dtype holds for language model, projector and tower. `vision_tower`
+    overrides the tower the checkpoint names.
 
     Raises `CheckpointError` before any weights are read when the directory is something else.
     """
-    if load_8bit or load_4bit:
-        raise ConfigError("8-bit and 4-bit loading are not part of this version; load in 16 bit (leave the flag out).")
+    if load_8bit and load_4bit:
+        raise ConfigError("--load-8bit and --load-4bit exclude each other; give one of them.")
     if device_map not in ("auto", None):
         device = device_map
     target = resolve_device(device)
@@ -76,13 +78,18 @@ def load_pretrained_model(
     config._attn_implementation = resolve_attention(target, chosen, attn_implementation)
 
     tokenizer = load_tokenizer(base.path if base else found.path)
-    model = _language_model(found, base, config, chosen, target)
+    bits = 8 if load_8bit else 4 if load_4bit else 0
+    quantizer = Quantizer(bits, chosen, target) if bits else None
+    merges = found.kind is Kind.LORA
+    model = _language_model(found, base, config, chosen, target, None if merges else quantizer)
     _add_image_tokens(model, tokenizer, config)
     if found.kind is Kind.PROJECTOR:
         model.get_model().load_projector(found.path / ckpt.PROJECTOR_FILE)
-    elif found.kind is Kind.LORA:
+    elif merges:
         load_non_lora(model, found.path)
         model = apply_adapter(model, found.path)
+        if quantizer is not None:
+            quantizer.quantize(model)
     tower = model.get_vision_tower()
     assert tower is not None  # _model_config saw to it
     tower.load_model(dtype=chosen, device=target, from_checkpoint=vision_tower is None)
@@ -162,7 +169,12 @@ def _model_config(found: Checkpoint, vision_tower: str | None) -> LlavaConfig:
 
 
 def _language_model(
-    found: Checkpoint, base: Checkpoint | None, config: LlavaConfig, dtype: torch.dtype, device: torch.device
+    found: Checkpoint,
+    base: Checkpoint | None,
+    config: LlavaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantizer: Quantizer | None,
 ) -> LlavaLlamaForCausalLM:
     """The model with weights in place; with a base, the projector comes later and starts as zeros."""
     source = base.path if base else found.path
@@ -180,6 +192,7 @@ def _language_model(
         source=str(source),
         optional=(ckpt.PROJECTOR_PREFIX,) if base else (),
         ignored=IGNORED_WEIGHTS,
+        place=quantizer.place if quantizer else None,
     )
     _refresh_rotary(model, dtype, device)
     if (source / "generation_config.json").is_file():

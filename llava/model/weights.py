@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,11 +31,13 @@ def fill(
     source: str,
     optional: tuple[str, ...] = (),
     ignored: tuple[str, ...] = (),
+    place: Callable[[nn.Module, str, Tensor], bool] | None = None,
 ) -> None:
     """Put `tensors` into a model built under `empty_weights`, each once, converted to `dtype` on `device`.
 
     Strict: a tensor the model lacks (unless its name contains one of `ignored`), one of another shape, or a parameter
     left without weights (unless its name starts with one of `optional`, then it is zeroed) is a `CheckpointError`.
+    `place` may put a tensor in its own way (quantised) and then returns true.
     """
     wanted = dict(model.named_parameters())
     unexpected, wrong = [], []
@@ -46,7 +48,7 @@ def fill(
                 unexpected.append(name)
         elif target.shape != tensor.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(target.shape)}")
-        else:
+        elif place is None or not place(model, name, tensor):
             set_module_tensor_to_device(model, name, device, value=tensor, dtype=dtype)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()

@@ -22,7 +22,7 @@ from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
 from llava.errors import ConfigError, DataError, ImageError, TemplateError
 from tests.data import zoo
-from tests.data.test_images import processor
+from tests.data.test_images import encoded, noise, processor
 
 Make = Callable[..., LazySupervisedDataset]
 
@@ -58,7 +58,7 @@ def make(tmp_path: Path) -> Make:
     """A dataset of the given records; red.png, green.png and blue.png exist."""
     for name in ("red", "green", "blue"):
         Image.new("RGB", (9, 5), name).save(tmp_path / f"{name}.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
+    (tmp_path / "broken.png").write_bytes(encoded(noise(40, 40))[:500])
 
     def build(records: list[Any], limit: int = 2048, template: Any = "v1", **changes: Any) -> LazySupervisedDataset:
         path = tmp_path / "data.json"

@@ -33,7 +33,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def pieces_of(tokenizer: Any, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, frozenset(tokenizer.all_special_ids))
+    detokenizer = Detokenizer(tokenizer, SpecialTokens(tokenizer, None))
     return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
 
 
@@ -98,6 +98,11 @@ def test_text_before_a_possible_stop_is_shown_at_once() -> None:
 
 def test_empty_stop_strings_are_ignored() -> None:
     assert clean_text(" text ", [""]) == "text"
+
+
+def test_rows_beyond_the_vocabulary_have_no_text(byte_level: PreTrainedTokenizerFast) -> None:
+    ids = byte_level("red").input_ids
+    assert "".join(pieces_of(byte_level, [len(byte_level) + 20, *ids, 10**6])) == "red"
 
 
 def test_end_ids(byte_level: PreTrainedTokenizerFast) -> None:

@@ -330,8 +330,8 @@ def test_context_length_and_extra_base(chat: Path, tiny_dirs: dict[str, Path], c
     edit_config(chat, max_sequence_length=777)
     assert load_pretrained_model(chat, tiny_dirs["base"], device_map="cpu")[3] == 777
     assert "not needed" in caplog.text
-    with pytest.raises(ConfigError, match="8-bit and 4-bit"):
-        load(chat, load_4bit=True)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        load(chat, load_4bit=True, load_8bit=True)
     (chat / "tokenizer.model").unlink()
     for name in ("tokenizer_config.json", "tokenizer.json"):
         (chat / name).unlink(missing_ok=True)

@@ -158,3 +158,11 @@ def assert_equal_weights(one: Path, other: Path, atol: float = 0.0) -> None:
         assert left[name].dtype == right[name].dtype
         far = float((left[name].float() - right[name].float()).abs().max())
         assert far <= atol, f"{name} differs by {far}"
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """The same losses, learning rates, counts and final weights, to the last bit."""
+    assert losses(one) == losses(other)
+    for key in ("learning_rate", "supervised_tokens"):
+        assert [entry[key] for entry in history(one)] == [entry[key] for entry in history(other)]
+    assert_equal_weights(one, other)

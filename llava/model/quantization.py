@@ -1,0 +1,79 @@
+"""8-bit and 4-bit linear layers of the language model, through bitsandbytes (arXiv:2208.07339, arXiv:2305.14314).
+
+Only the decoder's linear layers are quantised; tower, projector, embeddings and head stay in 16 or 32 bit (users.md
+QUANT-1). Each weight is quantised as it is read, so the 16-bit model is never in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import ConfigError
+from llava.utils import require
+
+PREFIX = "model.layers."
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """`bits` 8 (LLM.int8, threshold 6) or 4 (NF4 with double quantisation); products are computed in `dtype`."""
+
+    bits: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ConfigError(f"Weights can be quantised to 4 or 8 bits, not {self.bits}.")
+        if self.device.type not in ("cuda", "cpu"):
+            raise ConfigError(
+                f"bitsandbytes runs on CUDA and CPU, not on {self.device.type}; leave out --load-{self.bits}bit."
+            )
+        require("bitsandbytes", "quant")
+
+    def place(self, model: nn.Module, name: str, tensor: Tensor) -> bool:
+        """Put a decoder weight into a quantised layer in its module's place; false for what stays as it is."""
+        path, _, kind = name.rpartition(".")
+        if not name.startswith(PREFIX) or kind != "weight":
+            return False
+        parent, _, attribute = path.rpartition(".")
+        linear = model.get_submodule(path)
+        if not isinstance(linear, nn.Linear) or not self.packs(tensor):
+            return False
+        setattr(model.get_submodule(parent), attribute, self.layer(tensor, linear.bias))
+        return True
+
+    def packs(self, weight: Tensor) -> bool:
+        """On a CPU the 4-bit kernel takes blocks of 32x64 weights; a layer of another shape stays in full precision."""
+        blocks = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0
+        return self.bits == 8 or self.device.type != "cpu" or blocks
+
+    def layer(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A quantised linear layer with `weight` `(out, in)`."""
+        bnb = require("bitsandbytes", "quant")
+        width_out, width_in = weight.shape
+        layer: Any
+        if self.bits == 4:
+            layer = bnb.nn.Linear4bit(width_in, width_out, bias=False, compute_dtype=self.dtype, quant_type="nf4",
+                                      device="meta")  # fmt: skip
+            layer.weight = bnb.nn.Params4bit(
+                weight.to(self.dtype), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+            ).to(self.device)
+        else:
+            layer = bnb.nn.Linear8bitLt(width_in, width_out, bias=False, has_fp16_weights=False, threshold=6.0,
+                                        device="meta")  # fmt: skip
+            layer.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False).to(
+                self.device
+            )
+        layer.bias = bias
+        module: nn.Module = layer
+        return module
+
+    def quantize(self, model: nn.Module) -> None:
+        """Quantise a model that is in memory, layer by layer (an adapter is merged in 16 bit first)."""
+        for name, parameter in list(model.named_parameters()):
+            self.place(model, name, parameter.data)
