@@ -130,8 +130,9 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         _raise(self._problems())
         self.report_to = _usable_reporters(self.report_to)
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": True}  # as published; ZeRO-3 needs it
+        if self.gradient_checkpointing:  # reentrant as published, and as ZeRO-3 needs it
+            given: dict[str, Any] | None = getattr(self, "gradient_checkpointing_kwargs", None)
+            self.gradient_checkpointing_kwargs = given or {"use_reentrant": True}
         # the flags decide: the library takes over what an earlier run in this process, or a launcher, left here
         os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         try:

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "train": Command("llava.train.train", "train a projector (stage 1) or the whole model (stage 2)"),
     "eval": Command("llava.eval.main", "answer a benchmark's questions and score the answers"),
     "chat": Command("llava.serve.cli", "talk with a model about an image, in the terminal"),
+    "check": Command("llava.model.check", "say what a directory of weights is, whether it is whole, and what it needs"),
     "doctor": Command("llava.doctor", "say which versions and devices are here and what they allow"),
 }
 

@@ -80,7 +80,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 class NanoClassifier(nn.Module):
-    """The tower with one linear head on the mean of its last patch tokens, so that these carry both properties."""
+    """The tower with one linear head on each of its last patch tokens, so that every token names both properties."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -91,9 +91,9 @@ class NanoClassifier(nn.Module):
             self.tower.embeddings.class_embedding.mul_(0.02)
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
-        """Logits of shape and colour, (B, 3) and (B, 8), in float32."""
+        """Logits of shape and colour by each token, (B, 3, N) and (B, 8, N), in float32."""
         tokens = self.tower(images).last_hidden_state[:, 1:]  # (B, N, C)
-        return self.head(tokens.mean(1)).float().split(CLASSES, dim=-1)
+        return self.head(tokens).float().transpose(1, 2).split(CLASSES, dim=1)
 
 
 def batches(images: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,6 +110,11 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
+def token_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Cross entropy of `logits` (B, classes, N) with `wanted` (B), which every token is to name."""
+    return F.cross_entropy(logits, wanted[:, None].expand(-1, logits.shape[-1]))
+
+
 def train(model: NanoClassifier, images: Tensor, targets: Tensor, epochs: int, batch_size: int, lr: float) -> None:
     """AdamW with a one-cycle rate, bfloat16 products; the last `HELD_OUT` pictures only measure."""
     optimizer = make_optimizer(model, lr)
@@ -121,7 +126,7 @@ def train(model: NanoClassifier, images: Tensor, targets: Tensor, epochs: int, b
         for inputs, wanted in batches(images[learn], targets[learn], batch_size):
             with torch.autocast("cpu", torch.bfloat16):
                 outputs = model(inputs)
-            loss = sum((F.cross_entropy(logits, wanted[:, k]) for k, logits in enumerate(outputs)), torch.zeros(()))
+            loss = torch.stack([token_loss(logits, wanted[:, k]) for k, logits in enumerate(outputs)]).sum()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -136,8 +141,8 @@ def train(model: NanoClassifier, images: Tensor, targets: Tensor, epochs: int, b
 
 @torch.no_grad()
 def accuracy(model: NanoClassifier, images: Tensor, targets: Tensor) -> dict[str, float]:
-    """Share of pictures with a known label that are named right, by kind of label."""
-    right = [logits.argmax(-1) == targets[:, k] for k, logits in enumerate(model(images))]
+    """Share of pictures with a known label that their tokens together name right, by kind of label."""
+    right = [logits.mean(-1).argmax(-1) == targets[:, k] for k, logits in enumerate(model(images))]
     known = targets != UNKNOWN
     return {kind: right[k][known[:, k]].float().mean().item() for k, kind in enumerate(VALUES)}
 

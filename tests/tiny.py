@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from safetensors.torch import load_file
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+)
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
@@ -42,6 +51,8 @@ def make_tokenizer(directory: Path) -> LlamaTokenizer:
         character_coverage=1.0,
         add_dummy_prefix=True,
         split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
     )
@@ -128,6 +139,54 @@ def make_chat(directory: Path, tower: Path, *, seed: int = 2, embed_tower: bool 
         model.get_vision_tower().load_model()
     model.generation_config.pad_token_id = 0
     model.save_pretrained(directory)
+    return directory
+
+
+def make_clip_tower(directory: Path, *, seed: int = 3, **overrides: Any) -> Path:
+    """A CLIP directory with its image processor: width 32, 4 layers, 56x56 images in patches of 14 (16 tokens)."""
+    torch.manual_seed(seed)
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        **overrides,
+    }
+    CLIPVisionModel(CLIPVisionConfig(**settings)).save_pretrained(directory)
+    size = settings["image_size"]
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size).save_pretrained(directory)
+    return directory
+
+
+def make_projector_only(directory: Path, chat: Path) -> Path:
+    """What stage 1 leaves: the configuration and projector of a chat checkpoint (one safetensors file)."""
+    directory.mkdir(parents=True)
+    shutil.copy(chat / "config.json", directory)
+    state = load_file(chat / "model.safetensors")
+    torch.save({name: value for name, value in state.items() if "mm_projector" in name}, directory / "mm_projector.bin")
+    return directory
+
+
+def make_lora(directory: Path, chat: Path, base: Path, *, seed: int = 4, name_base: bool = True) -> Path:
+    """What a LoRA run leaves: adapter on a base's q and v projections, the chat checkpoint's projector, config.json."""
+    import peft
+
+    torch.manual_seed(seed)
+    config = LlavaConfig.from_pretrained(chat)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(LlavaLlamaForCausalLM(config), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.3)
+    model.peft_config["default"].base_model_name_or_path = str(base) if name_base else None
+    model.save_pretrained(directory, save_embedding_layers=False)
+    config.save_pretrained(directory)
+    state = load_file(chat / "model.safetensors")
+    projector = {f"base_model.model.{name}": value for name, value in state.items() if "mm_projector" in name}
+    torch.save(projector, directory / "non_lora_trainables.bin")
     return directory
 
 

@@ -119,8 +119,4 @@ def _is_loopback(address: str) -> bool:
 
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        if any(ip in tunnel for tunnel in _TUNNELS):
-            return False
-        ip = ip.ipv4_mapped or ip
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in tunnel for tunnel in _TUNNELS)

@@ -48,7 +48,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"Cannot read annotation file {path}: {error.strerror}; check --data_path.") from error
     except ValueError as error:
-        raise DataError(f"Annotation file {path} is not valid JSON:{error}.") from error
+        raise DataError(f"Annotation file {path} is not valid JSON: {str(error).strip()}.") from error
     if not isinstance(records, list) or not records:
         raise DataError(f"Annotation file {path} holds {type(records).__name__} without records; expected an array.")
     return records

@@ -165,7 +165,7 @@ class Engine:
         return Prompt(ids, tuple(identify(image) for image in request.images))
 
     def _drop_cancelled(self) -> None:
-        for job in [job for job in self._waiting if job.handle.cancelled]:
+        for job in [job for job in list(self._waiting) if job.handle.cancelled]:
             self._waiting.remove(job)
             job.finish("cancelled")
         for row in reversed(range(len(self._running))):

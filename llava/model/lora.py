@@ -1,19 +1,27 @@
-"""Adapters on a base model: `non_lora_trainables.bin` and the merge of a PEFT adapter (spec/model.md §11.1)."""
+"""Adapters on a base model: `non_lora_trainables.bin` and PEFT adapters, strictly (spec/model.md §11.1, users.md LORA).
+
+PEFT leaves out what it does not recognise; here every tensor of an adapter must find its place, or loading fails.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint import NON_LORA_FILE, load_bin
+from llava.model.checkpoint import NON_LORA_FILE, load_bin, read_json
 from llava.utils import require
 
 logger = logging.getLogger(__name__)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_PREFIX = "base_model.model."
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def normalise_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -24,33 +32,116 @@ def normalise_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def load_non_lora(model: nn.Module, directory: Path) -> None:
-    """Overlay the fully trained weights of a LoRA run (projector, new token rows); each must exist and fit."""
+def read_non_lora(directory: Path) -> dict[str, Tensor]:
+    """The fully trained weights of a LoRA run (projector, new token rows), by the model's own names."""
     file = directory / NON_LORA_FILE
     if not file.is_file():
         raise CheckpointError(
             f"{directory} lacks {NON_LORA_FILE}, which holds the trained projector; copy it from the same step of the "
             "training run (another step's projector gives wrong answers)."
         )
-    parameters = dict(model.named_parameters())
     state = normalise_names(load_bin(file))
-    for name, value in state.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            found = tuple(parameters[name].shape) if name in parameters else "no such weight"
-            raise CheckpointError(f"{file}: {name} is {tuple(value.shape)}, but the model has {found}.")
-        with torch.no_grad():
-            parameters[name].copy_(value)
     if not any("mm_projector." in name for name in state):
         raise CheckpointError(f"{file} holds no projector weights ('mm_projector.').")
+    return state
+
+
+def check_non_lora(state: Mapping[str, Tensor], wanted: Shapes, directory: Path) -> None:
+    """Each weight of `non_lora_trainables.bin` must exist in the model, in the same shape."""
+    for name, value in state.items():
+        if wanted.get(name) != tuple(value.shape):
+            found = wanted.get(name, "no such weight")
+            raise CheckpointError(
+                f"{directory / NON_LORA_FILE}: {name} is {tuple(value.shape)}, but the model has {found}."
+            )
+
+
+def check_vocabulary(directory: Path, rows: int) -> None:
+    """Refuse a base whose vocabulary, image tokens included, is not the one the adapter was trained with (LORA-2)."""
+    trained = read_json(directory / "config.json").get("vocab_size") if (directory / "config.json").is_file() else None
+    if trained not in (None, rows):
+        raise CheckpointError(
+            f"{directory} was trained with a vocabulary of {trained}, but this base has {rows}; pass the --model-base "
+            "it was trained on."
+        )
+
+
+def load_non_lora(model: nn.Module, directory: Path) -> None:
+    """Overlay the fully trained weights of a LoRA run; each must exist and fit."""
+    state = read_non_lora(directory)
+    parameters = dict(model.named_parameters())
+    if "model.embed_tokens.weight" in parameters:
+        check_vocabulary(directory, parameters["model.embed_tokens.weight"].shape[0])
+    check_non_lora(state, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, directory)
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def adapter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of an adapter, safetensors first; code in a `.bin` is refused."""
+    for file in (directory / name for name in ADAPTER_FILES):
+        if file.is_file() and file.suffix == ".bin":
+            return {name: tuple(value.shape) for name, value in load_bin(file).items()}
+        if file.is_file():
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    return {name: tuple(handle.get_slice(name).get_shape()) for name in list(handle.keys())}
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} is damaged ({error}); copy it again.") from error
+    raise CheckpointError(f"{directory} has adapter_config.json but no {' or '.join(ADAPTER_FILES)}.")
+
+
+def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
+    """Each tensor of an adapter must belong to a weight of the model and fit it: A `(r, in)`, B `(out, r)`."""
+
+    def refuse(name: str, target: str) -> None:
+        raise CheckpointError(
+            f"{directory}: {name} is {found[name]}, but the base has {target} {wanted.get(target, '(no such weight)')};"
+            " pass the --model-base the adapter was trained on."
+        )
+
+    if not any(".lora_" in name for name in found):
+        raise CheckpointError(f"{directory} holds an adapter without LoRA weights ({', '.join(sorted(found)[:3])}).")
+    for name, shape in found.items():
+        module, marker, rest = name.removeprefix(ADAPTER_PREFIX).partition(".lora_")
+        target = f"{module}.weight" if marker else module
+        if target not in wanted or (not marker and wanted[target] != shape):
+            refuse(name, target)
+        for side, axis, own in (("A", 1, 1), ("B", 0, 0)):
+            if rest.startswith(f"{side}.") and shape[own] != wanted[target][axis]:
+                refuse(name, target)
+        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if other not in found:
+            raise CheckpointError(f"{directory}: {name} has no counterpart {other}; the adapter is incomplete.")
+
+
+def attach_adapter(model: nn.Module, directory: Path) -> Any:
+    """Put the PEFT adapter of `directory` onto the model, unmerged; every tensor of the file is used, or it fails."""
+    peft = require("peft", "train")
+    found = adapter_shapes(directory)
+    check_adapter(found, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, directory)
+    adapted = peft.PeftModel.from_pretrained(model, str(directory))
+    used = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if used != set(found):
+        name = min(used ^ set(found))
+        raise CheckpointError(
+            f"{directory}: adapter_config.json and the adapter's weights disagree about {name}; both must come from "
+            "the same step of the same run."
+        )
+    return adapted
+
+
+def merge_adapter(adapted: Any, directory: Path) -> Any:
+    """Add the adapter's products, computed in float32, to the weights, and return the plain model."""
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise CheckpointError(f"The adapter of {directory} cannot be merged: {error}") from error
+    logger.info("merged the adapter of %s", directory)
+    return merged
 
 
 def apply_adapter(model: Any, directory: Path) -> Any:
-    """Merge the PEFT adapter of `directory` into the model, in float32 products, and return the plain model."""
-    peft = require("peft", "train")
-    if not any((directory / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise CheckpointError(f"{directory} has adapter_config.json but no adapter_model.safetensors or .bin.")
-    if (directory / "adapter_model.bin").is_file():
-        load_bin(directory / "adapter_model.bin")
-    merged = peft.PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
-    logger.info("merged the adapter of %s", directory)
-    return merged
+    """Merge the PEFT adapter of `directory` into the model and return the plain model."""
+    return merge_adapter(attach_adapter(model, directory), directory)

@@ -161,8 +161,9 @@ class LLaVATrainer(transformers.Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}, rank {self.args.process_index}, "
-                f"samples {self.current_samples()} of the data set; nothing was learned from it. Look at these, "
+                f"The loss is {loss.detach().item()} at step {self.state.global_step + 1}, "
+                f"rank {self.args.process_index}, samples {self.current_samples()} of the data set; "
+                "nothing was learned from it. Look at these samples, "
                 "lower --learning_rate, or train with --bf16 instead of --fp16."
             )
         return (loss, outputs) if return_outputs else loss

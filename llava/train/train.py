@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     make_data = make_mixture_module if data_args.meta_path else make_supervised_data_module
     data = make_data(tokenizer, data_args, get_template(template))
     if args.deepspeed:
-        zero.use_integers(args.hf_deepspeed_config.config, model.config.hidden_size)
+        zero.settle(args.hf_deepspeed_config.config, model.config.hidden_size)
     trainer = LLaVATrainer(
         model=model,
         tokenizer=tokenizer,
@@ -180,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Console entry: `train`, with a one-line error and exit status 2 if it cannot be done."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other; tests see them all
     train(argv)
     return 0
 

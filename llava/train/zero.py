@@ -34,8 +34,13 @@ def read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def use_integers(config: dict[str, Any], hidden_size: int) -> None:
-    """Replace, in place, the "auto" that transformers 4.36.2 fills with a float, which DeepSpeed refuses."""
+def settle(config: dict[str, Any], hidden_size: int) -> None:
+    """Say in `config`, in place, what libraries would fill in differently from version to version.
+
+    transformers 4.36.2 fills one "auto" with a float, which DeepSpeed refuses; a file without `gradient_clipping` means
+    no clipping, as in the published recipes, while DeepSpeed clips at 1.0 from 0.19 on.
+    """
+    config.setdefault("gradient_clipping", 0.0)
     zero = config.get("zero_optimization", {})
     if zero.get("stage3_prefetch_bucket_size") == "auto":
         zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)

@@ -103,6 +103,8 @@ def test_tokens_cover_the_text_in_order(name: str, text: str) -> None:
     assert all(0 <= token.start <= token.end <= len(text) for token in tokens)
     covered = {index for token in tokens for index in range(token.start, token.end)}
     assert all(text[index].isspace() for index in set(range(len(text))) - covered)
+    if name == "chatml-byte-bpe":  # its library leaves blanks out of the offsets
+        assert len(covered) == len(text)
     # Sharing happens only inside a character.
     assert all(right.start >= left.end - 1 for left, right in pairwise(tokens))
 

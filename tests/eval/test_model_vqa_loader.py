@@ -110,11 +110,12 @@ def test_a_pad_or_crop_flag_is_recorded(flags: list[str], tmp_path: Path) -> Non
         assert f'"image_aspect_ratio": "{mode}"' in manifest_path(path).read_text()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(flags: list[str], tmp_path: Path) -> None:
-    rows = question_rows(120)
+    rows = question_rows(60)
     questions = write_jsonl(tmp_path / "many.jsonl", rows)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    more = ["--question-file", str(questions), "--temperature", "0", "--batch-size", "2", "--max-new-tokens", "30"]
+    more = ["--question-file", str(questions), "--temperature", "0", "--batch-size", "2", "--max-new-tokens", "20"]
     assert model_vqa_loader.main([*flags, *more, "--answers-file", str(whole)]) == 0
     command = [sys.executable, "-m", "llava.eval.model_vqa_loader", *flags, *more, "--answers-file", str(killed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}

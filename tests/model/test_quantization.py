@@ -12,7 +12,6 @@ from llava.model.builder import load_pretrained_model
 from llava.model.quantization import Quantizer
 from tests.tiny import make_chat
 
-pytest.importorskip("bitsandbytes")
 PIXELS = torch.linspace(-1, 1, 3 * 56 * 56).reshape(1, 3, 56, 56)
 IDS = torch.tensor([[1, 5, -200, 9, 11]])
 

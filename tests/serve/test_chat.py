@@ -331,6 +331,7 @@ def terminal(chat_command: list[str], child_environment: dict[str, str]) -> Iter
     os.close(chat.descriptor)
 
 
+@pytest.mark.slow
 def test_interrupt_in_a_terminal(terminal: Terminal) -> None:
     terminal.expect("USER: ")
     terminal.type("Describe everything\n")

@@ -56,8 +56,15 @@ def test_deepspeed_accepts_a_shipped_file(name: str) -> None:
 
 def test_the_automatic_prefetch_size_becomes_an_integer() -> None:
     config = {"zero_optimization": {"stage3_prefetch_bucket_size": "auto", "reduce_bucket_size": "auto"}}
-    zero.use_integers(config, 48)
+    zero.settle(config, 48)
     assert config["zero_optimization"] == {"stage3_prefetch_bucket_size": 2073, "reduce_bucket_size": "auto"}
+
+
+def test_no_entry_means_no_clipping_whatever_deepspeed_defaults_to() -> None:
+    config, own = load("zero2"), {"gradient_clipping": "auto"}
+    zero.settle(config, 48)
+    zero.settle(own, 48)
+    assert config["gradient_clipping"] == 0.0 and own["gradient_clipping"] == "auto"
 
 
 def test_what_becomes_of_gradients_and_schedule_is_said() -> None:

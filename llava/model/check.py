@@ -1,0 +1,249 @@
+"""What a directory of weights is, and whether it is whole: `llava check DIR [--model-base BASE]`.
+
+Names and shapes are verified by the very code that loads them, with tensors that take no memory in place of the
+weights, so a 13B model takes seconds. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from llava.conversation import get_template, template_for
+from llava.mm_utils import get_model_name_from_path
+from llava.model import builder, lora
+from llava.model import checkpoint as ckpt
+from llava.model.checkpoint import Checkpoint, Kind
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.llava_arch import parameter_shapes
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.quantization import PREFIX as PACKED_PREFIX
+from llava.model.tokenizer import load_tokenizer
+from llava.model.weights import empty_weights, fill
+from llava.utils import guarded
+
+Shapes = Mapping[str, tuple[int, ...]]
+DTYPES: Final = ("fp32", "bf16", "int8", "nf4")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model: its name, what it is and where from, and the shapes of the weights it keeps in memory."""
+
+    name: str
+    detail: str
+    shapes: Shapes
+
+    def bytes(self, dtype: str) -> int:
+        return sum(weight_bytes(name, shape, dtype) for name, shape in self.shapes.items())
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `examine` found: the directory, the parts verified, and further facts as (label, text)."""
+
+    found: Checkpoint
+    parts: list[Part]
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+
+def weight_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
+    """Memory of one weight. Quantised loads pack the decoder's matrices only; the rest stays in 16 bit.
+
+    int8 keeps a float32 scale a row (arXiv:2208.07339); nf4 half a byte a weight, one byte for each 64 weights and a
+    float32 for each 256 of those (arXiv:2305.14314).
+    """
+    count = math.prod(shape)
+    if dtype == "fp32":
+        return 4 * count
+    if dtype == "bf16" or not name.startswith(PACKED_PREFIX) or len(shape) < 2:
+        return 2 * count
+    if dtype == "int8":
+        return count + 4 * shape[0]
+    blocks = math.ceil(count / 64)
+    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256)
+
+
+def weightless(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of these shapes that share one number."""
+    zero = torch.zeros(())
+    return ((name, zero.expand(shape)) for name, shape in shapes.items())
+
+
+def verify(model: nn.Module, shapes: Shapes, source: Path, **rules: Any) -> dict[str, tuple[int, ...]]:
+    """Load weightless tensors as `weights.fill` loads real ones; the shapes of the model's parameters."""
+    fill(model, weightless(shapes), dtype=torch.float32, device="cpu", source=str(source), **rules)
+    return parameter_shapes(model)
+
+
+def empty_model(found: Checkpoint, base: Checkpoint | None, config: LlavaConfig) -> LlavaLlamaForCausalLM:
+    """The chat model without memory for its weights, with the base's vocabulary."""
+    config = copy.copy(config)
+    if base is not None:
+        config.vocab_size = int(base.config["vocab_size"])
+    with empty_weights():
+        return LlavaLlamaForCausalLM(config)
+
+
+def language_parts(found: Checkpoint, base: Checkpoint | None, config: LlavaConfig) -> list[Part]:
+    """Language model and projector, verified against the headers of the weight files."""
+    source = base.path if base else found.path
+    model = empty_model(found, base, config)
+    stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(ckpt.TOWER_PREFIX)}
+    optional = (ckpt.PROJECTOR_PREFIX,) if base else ()
+    shapes = verify(model, stored, source, optional=optional, ignored=builder.IGNORED_WEIGHTS)
+    mine = {name: shape for name, shape in shapes.items() if not name.startswith(ckpt.PROJECTOR_PREFIX)}
+    projector = {name: shape for name, shape in shapes.items() if name.startswith(ckpt.PROJECTOR_PREFIX)}
+    text = f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {model.config.vocab_size}"
+    parts = [Part("language model", f"{text}; {len(mine)} weights verified in {source}", mine)]
+    if not getattr(config, "mm_vision_tower", None):
+        return parts
+    where = adapted(found, config, shapes)
+    kind = getattr(config, "mm_projector_type", None) or "linear"
+    width = f"{config.mm_hidden_size} to {config.hidden_size}"
+    return [*parts, Part("projector", f"{kind}, {width}; {len(projector)} weights verified in {where}", projector)]
+
+
+def adapted(found: Checkpoint, config: LlavaConfig, shapes: Shapes) -> Path:
+    """Verify what a projector or an adapter adds to a model of these `shapes`; where the projector lies."""
+    if found.kind is Kind.PROJECTOR:
+        file = found.path / ckpt.PROJECTOR_FILE
+        state = ckpt.projector_state(ckpt.load_bin(file), file)
+        wanted = {k.removeprefix(ckpt.PROJECTOR_PREFIX): v for k, v in shapes.items() if ckpt.PROJECTOR_PREFIX in k}
+        ckpt.compare_shapes({name: tuple(value.shape) for name, value in state.items()}, wanted, file)
+        return file
+    if found.kind is Kind.LORA:
+        rows = (config.vocab_size, config.hidden_size)  # with the image tokens that loading adds
+        shapes = {**shapes, "model.embed_tokens.weight": rows, "lm_head.weight": rows}
+        lora.check_non_lora(lora.read_non_lora(found.path), shapes, found.path)
+        lora.check_adapter(lora.adapter_shapes(found.path), shapes, found.path)
+        return found.path / ckpt.NON_LORA_FILE
+    return found.path
+
+
+def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tuple[Part, VisionTower]:
+    """The vision tower that loading would take, verified up to the layer whose features are used."""
+    tower: Any = build_vision_tower(args, directory)
+    source, prefix, table = tower._source(from_checkpoint)
+    config = copy.deepcopy(tower.config)
+    vision = tower.spec.vision(config)
+    layers, vision.image_size = vision.num_hidden_layers, math.isqrt(table - 1) * vision.patch_size
+    with empty_weights():
+        model = tower.spec.build(config, tower.depth)
+    stored = {
+        name.removeprefix(prefix): shape
+        for name, shape in ckpt.weight_shapes(source).items()
+        if name.startswith(prefix) and tower._needed(name, prefix)
+    }
+    shapes = verify(model, stored, source, optional=tower.spec.unused)
+    kind = f"{tower.settings['model_type']}, {tower.depth} of {layers} layers, width {tower.hidden_size}"
+    return Part("vision tower", f"{kind}; {len(stored)} weights verified in {source}", shapes), tower
+
+
+def examine(
+    path: str | Path,
+    model_base: str | Path | None = None,
+    *,
+    vision_tower: str | None = None,
+    template: str | None = None,
+) -> Findings:
+    """Verify a directory without reading its weights. Raises the error that loading it would raise.
+
+    A text-only language model and a vision tower are verified too; they are what bases and towers are made of.
+    """
+    found = ckpt.inspect(path)
+    if found.kind is Kind.TOWER:
+        whole = SimpleNamespace(mm_vision_tower=str(found.path), mm_vision_select_layer=-1)
+        return Findings(found, [tower_part(whole, None, False)[0]])
+    if found.kind is Kind.LANGUAGE_MODEL:
+        parts = language_parts(found, None, LlavaConfig.from_pretrained(found.path))
+        return Findings(found, parts, [tokenizer_fact(found.path), ("use it as", "--model-base, or to train on")])
+    base = builder._base_of(found, model_base)
+    config = builder._model_config(found, vision_tower)
+    name = get_model_name_from_path(str(path))
+    chosen = template_for(config, name, template)
+    get_template(chosen)
+    parts = language_parts(found, base, config)
+    part, tower = tower_part(config, found.path, vision_tower is None)
+    origin = "stored in the checkpoint" if getattr(config, "conv_template", None) == chosen else "not stored"
+    facts = [
+        tokenizer_fact(base.path if base else found.path),
+        ("image", f"{tower.image_processor.crop_size['height']} px, {tower.num_features} tokens"),
+        ("template", f"{chosen} ({'--conv-mode' if template else origin})"),
+        ("context", f"{builder.context_length(config)} tokens, {gib(cache_bytes(config))} of cache in 16 bit when full"),
+    ]
+    if base is not None:
+        facts.insert(0, ("base", f"{base.path} ({base.kind.value})"))
+    return Findings(found, [*parts, part], facts)
+
+
+def tokenizer_fact(directory: Path) -> tuple[str, str]:
+    return "tokenizer", f"{len(load_tokenizer(directory))} entries, in {directory}"
+
+
+def cache_bytes(config: Any) -> int:
+    """Keys and values of one full context in 16 bit."""
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    return int(2 * 2 * config.num_hidden_layers * width * builder.context_length(config))
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
+
+
+def report(findings: Findings) -> str:
+    """The page that `llava check` prints."""
+    found, parts = findings.found, findings.parts
+    kind = f" (model_type {found.model_type})" if found.model_type else ""
+    rows = [*((part.name, part.detail) for part in parts), *findings.facts]
+    lines = [f"{found.path} holds {found.kind.value}{kind}", *(f"  {label:<16}{text}" for label, text in rows), ""]
+    lines.append(f"  {'memory':<16}" + "".join(f"{dtype:>14}" for dtype in DTYPES))
+    total = Part("together", "", {name: shape for part in parts for name, shape in part.shapes.items()})
+    for part in [*parts, total] if len(parts) > 1 else parts:
+        lines.append(f"  {part.name:<16}" + "".join(f"{gib(part.bytes(dtype)):>14}" for dtype in DTYPES))
+    return "\n".join(lines)
+
+
+@contextmanager
+def without_network() -> Iterator[None]:
+    """Look for bases and towers on this machine only, whatever the user's own settings are."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", metavar="DIR", help="a checkpoint, adapter, language model or vision tower")
+    parser.add_argument("--model-base", help="the language model of a projector or adapter (adapters name their own)")
+    parser.add_argument("--vision-tower", help="the tower to use instead of the one the checkpoint names")
+    parser.add_argument("--conv-mode", help="the conversation template to use instead of the stored one")
+    args = parser.parse_args(argv)
+    with without_network():
+        findings = examine(args.directory, args.model_base, vision_tower=args.vision_tower, template=args.conv_mode)
+    print(report(findings))  # noqa: T201 (a program)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
