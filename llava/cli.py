@@ -25,6 +25,8 @@ COMMANDS: Final = {
     "eval": Command("llava.eval.main", "answer a benchmark's questions and score the answers"),
     "chat": Command("llava.serve.cli", "talk with a model about an image, in the terminal"),
     "check": Command("llava.model.check", "say what a directory of weights is, whether it is whole, and what it needs"),
+    "export": Command("llava.model.export", "write a checkpoint in the layout of another program"),
+    "extract-projector": Command("llava.model.extract_projector", "take the projector out of a trained model"),
     "doctor": Command("llava.doctor", "say which versions and devices are here and what they allow"),
 }
 

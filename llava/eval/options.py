@@ -35,7 +35,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser, *, temperature: float, m
     parser.add_argument(
         "--max-new-tokens", "--max_new_tokens", type=int, default=max_new_tokens, help="limit of an answer"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampled answers (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="makes sampled answers reproducible (default %(default)s)")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def build_engine(args: argparse.Namespace) -> Engine:
     )
 
 
-def sampling(args: argparse.Namespace, max_new_tokens: int) -> SamplingParams:
+def sampling(args: argparse.Namespace, max_new_tokens: int = 128) -> SamplingParams:
     """Decoding as the flags say; `max_new_tokens` when they do not."""
     return SamplingParams(
         max_new_tokens=max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,

@@ -183,7 +183,10 @@ def examine(
         tokenizer_fact(base.path if base else found.path),
         ("image", f"{tower.image_processor.crop_size['height']} px, {tower.num_features} tokens"),
         ("template", f"{chosen} ({'--conv-mode' if template else origin})"),
-        ("context", f"{builder.context_length(config)} tokens, {gib(cache_bytes(config))} of cache in 16 bit when full"),
+        (
+            "context",
+            f"{builder.context_length(config)} tokens, {gib(cache_bytes(config))} of cache in 16 bit when full",
+        ),
     ]
     if base is not None:
         facts.insert(0, ("base", f"{base.path} ({base.kind.value})"))

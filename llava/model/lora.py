@@ -108,8 +108,8 @@ def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
         target = f"{module}.weight" if marker else module
         if target not in wanted or (not marker and wanted[target] != shape):
             refuse(name, target)
-        for side, axis, own in (("A", 1, 1), ("B", 0, 0)):
-            if rest.startswith(f"{side}.") and shape[own] != wanted[target][axis]:
+        for side, axis in (("A", 1), ("B", 0)):
+            if rest.startswith(f"{side}.") and shape[axis] != wanted[target][axis]:
                 refuse(name, target)
         other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if other not in found:

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.conversation import template_for
-from llava.engine import Engine, SamplingParams, load_engine
+from llava.engine import Engine
 from llava.errors import ConfigError
+from llava.eval import options
 from llava.eval.runner import RunSettings, report
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.chat_batch import run_batch
@@ -27,21 +28,11 @@ from llava.utils import guarded
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model-path", required=True, help="checkpoint directory")
-    add("--model-base", help="language model under a projector or LoRA checkpoint")
+    options.add_model_flags(parser)
+    options.add_decoding_flags(parser, temperature=0.2, max_new_tokens=512)
+    parser.set_defaults(seed=None)  # a conversation is not the same every time unless asked to be
     add("--image-file", "--image", action="append", default=[], help="path or https address; repeatable")
-    add("--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
-    add("--dtype", help="float32, float16 or bfloat16 (default: float32 on CPU, else 16 bit)")
-    add("--load-8bit", action="store_true")
-    add("--load-4bit", action="store_true")
-    add("--conv-mode", help="template name (default: the one the checkpoint was trained with)")
     add("--system", help="replaces the template's system message")
-    add("--image-aspect-ratio", choices=("pad", "crop"), help="default: as the checkpoint was trained")
-    add("--temperature", type=float, default=0.2, help="0 is greedy (default %(default)s)")
-    add("--top-p", "--top_p", type=float, default=1.0)
-    add("--num-beams", "--num_beams", type=int, default=1)
-    add("--max-new-tokens", "--max_new_tokens", type=int, default=512)
-    add("--seed", type=int, help="makes sampled answers reproducible")
     add("--prompt", help="answer this one message and leave")
     add("--json", action="store_true", help="with --prompt: print one JSON object")
     add("--input", type=Path, help='JSON Lines of {"prompt": …, "image": …} to answer')
@@ -60,16 +51,6 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--input brings its own prompts and images; leave --prompt, --image-file and --system out.")
     if args.json and args.prompt is None:
         raise ConfigError("--json prints the answer to --prompt; give a --prompt.")
-
-
-def chat_params(args: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        num_beams=args.num_beams,
-    )
 
 
 def answer_once(session: ChatSession, prompt: str, as_json: bool, debug: bool) -> int:
@@ -97,7 +78,7 @@ def answer_file(engine: Engine, args: argparse.Namespace, template: str, name: s
         model_path=args.model_path,
         model_id=name,
         template=template,
-        params=chat_params(args),
+        params=options.sampling(args),
         overwrite=args.overwrite,
     )
     outcome = run_batch(engine, args.input, args.output, settings)
@@ -108,18 +89,9 @@ def answer_file(engine: Engine, args: argparse.Namespace, template: str, name: s
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check(args)
-    params = chat_params(args)
+    params = options.sampling(args)
     print(f"Loading {args.model_path} …", file=sys.stderr)
-    engine = load_engine(
-        args.model_path,
-        args.model_base,
-        device=args.device,
-        dtype=args.dtype,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        max_batch_size=args.batch_size,
-        image_aspect_ratio=args.image_aspect_ratio,
-    )
+    engine = options.build_engine(args)
     config = engine.model.config
     name = get_model_name_from_path(args.model_path)
     template = template_for(config, name, args.conv_mode)

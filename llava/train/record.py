@@ -19,6 +19,7 @@ import transformers
 from llava.train.loss_plot import plot_loss
 
 logger = logging.getLogger(__name__)
+DECISIVE = ("global_batch", "samples", "seed", "world_size", "template")
 PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "safetensors")
 
 
@@ -58,12 +59,23 @@ class RunRecord:
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path = path
+        if facts.get("resumed_from") and path.is_file():
+            self._compare(json.loads(path.read_text(encoding="utf-8")), facts)
         self.facts = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "commit": git_commit(Path(__file__).resolve().parent),
             "versions": versions(),
             **facts,
         }
+
+    @staticmethod
+    def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:
+        for key in DECISIVE:
+            if before.get(key) != now.get(key):
+                logger.warning(
+                    "Resuming with %s %s, but it was %s: the rest of the run is not what it would have been.",
+                    *(key, now.get(key), before.get(key)),
+                )
 
     def write(self, **more: Any) -> None:
         self.facts.update(more)

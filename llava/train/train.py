@@ -183,6 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other; tests see them all
     train(argv)
+    if torch.distributed.is_initialized():
+        # leaving while another rank still saves, or with the group's threads running, ends in an abort
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return 0
 
 

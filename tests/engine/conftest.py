@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,22 @@ from torch import Tensor
 
 from llava.engine import Engine
 from llava.model.builder import load_pretrained_model
+from tests.threads import one_thread
+from tests.tiny import make_chat
+
+__all__ = ["one_thread"]  # a fixture for every test below
 
 Solo = Callable[[Sequence[int], Sequence[Tensor], int], tuple[int, ...]]
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small run many times faster on one thread when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
-def parts(tiny_dirs: dict[str, Path]) -> tuple[Any, Any, Any]:
-    """(model, tokenizer, image_processor) in float32 on the CPU."""
-    tokenizer, model, processor, _ = load_pretrained_model(tiny_dirs["chat"], device="cpu")
+def parts(tiny_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, image_processor) in float32 on the CPU.
+
+    The weights are large, so that every position and picture changes the tokens; with usual ones errors would not show.
+    """
+    directory = make_chat(tmp_path_factory.mktemp("lively") / "chat", tiny_dirs["tower"], initializer_range=0.25)
+    tokenizer, model, processor, _ = load_pretrained_model(directory, device="cpu")
     return model, tokenizer, processor
 
 

@@ -76,10 +76,10 @@ def flags(dirs: Mapping[str, Path], data: Path, output_dir: Path, stage: int, **
     return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
-def command(argv: Sequence[str], ranks: int = 1) -> list[str]:
+def command(argv: Sequence[str], ranks: int = 1, program: Sequence[str] = ("-m", "llava.train.train")) -> list[str]:
     """One process, or `ranks` processes under torchrun on a free port."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, "-m", "llava.train.train", *argv]
+    return [sys.executable, *launcher, *program, *argv]
 
 
 def environment() -> dict[str, str]:
@@ -93,17 +93,17 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(argv: Sequence[str], log: Path, ranks: int = 1) -> subprocess.Popen[bytes]:
+def start(argv: Sequence[str], log: Path, ranks: int = 1, **how: Any) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
         return subprocess.Popen(
-            command(argv, ranks), stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment(),
+            command(argv, ranks, **how), stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment(),
             cwd=log.parent, start_new_session=True,
         )  # fmt: skip
 
 
-def finish(argv: Sequence[str], log: Path, ranks: int = 1) -> None:
+def finish(argv: Sequence[str], log: Path, ranks: int = 1, **how: Any) -> None:
     """Run to the end; the log's tail is the message if it fails."""
-    process = start(argv, log, ranks)
+    process = start(argv, log, ranks, **how)
     try:
         code = process.wait(DEADLINE)
     finally:

@@ -100,3 +100,37 @@ def test_a_killed_run_resumes_exactly(
         frozen = sum(t.numel() for t in runs.tensors(tiny_dirs["base"]).values())
         engine = sum(file.stat().st_size for file in (newest / f"global_step{STEPS}").iterdir())
         assert engine < 4 * frozen, "the engine's checkpoint holds the frozen language model"
+
+
+@pytest.mark.slow
+def test_bfloat16_checkpointing_and_what_else_learns_under_zero3(
+    tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path
+) -> None:
+    """Start and end tokens, positions of the tower, reentrant checkpointing: all that gathers partitions."""
+    more = {
+        "mm_use_im_start_end": True,
+        "tune_vit_pos_embedding": True,
+        "gradient_checkpointing": True,
+        "version": "v1",
+    }
+    argv = runs.flags(tiny_dirs, small_data, tmp_path / "run", 1, **{**options("zero3"), **more, "max_steps": 4})
+    runs.finish([*argv, "--bf16", "True"], tmp_path / "log", ranks=2)
+    saved, base = runs.tensors(tmp_path / "run"), runs.tensors(tiny_dirs["base"])
+    position = "model.vision_tower.vision_tower.embeddings.position_embedding"
+    projector = {f"model.mm_projector.{i}.{w}" for i in (0, 2) for w in ("weight", "bias")}
+    assert set(saved) == {"model.embed_tokens.weight", position, *projector}
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    rows = saved["model.embed_tokens.weight"]
+    assert torch.equal(rows[:-2], base["model.embed_tokens.weight"].bfloat16())
+    assert not torch.equal(rows[-1], rows[-2])
+
+
+@pytest.mark.slow
+def test_plain_data_parallel_ranks_by_path(tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path) -> None:
+    """DDP through the slurm entry point started by file path, with loader workers."""
+    more = {"per_device_train_batch_size": 2, "dataloader_num_workers": 1, "group_by_modality_length": True}
+    argv = runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, **more)
+    script = runs.ROOT / "llava" / "train" / "train_mem_custom.py"
+    runs.finish(argv, tmp_path / "log", ranks=2, program=[str(script)])
+    assert len(runs.losses(tmp_path / "run")) == 8
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2

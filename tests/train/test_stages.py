@@ -127,6 +127,33 @@ def test_the_run_is_recorded(
     assert "Global batch 8" in caplog.text and "clipped at norm 1.0" in caplog.text
 
 
+def test_a_chat_checkpoint_is_trained_further_with_its_own_projector(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(runs.flags(tiny_dirs, small_data, out, 2, model_name_or_path=tiny_dirs["chat"], learning_rate=0, max_steps=1))
+    after, before = runs.tensors(out), runs.tensors(tiny_dirs["chat"])
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    more = {"vision_tower": None, "model_name_or_path": tiny_dirs["chat"]}
+    with pytest.raises(ConfigError, match="--vision_tower"):
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "blind", 2, **more))
+
+
+def test_a_language_model_alone_is_trained_on_text_with_a_pad_token_of_its_own(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    texts = [r for r in json.loads((small_data / "finetune.json").read_text()) if "image" not in r]
+    (tmp_path / "text.json").write_text(json.dumps(texts))
+    more = {"vision_tower": None, "version": "v0", "data_path": tmp_path / "text.json"}
+    train(runs.flags(tiny_dirs, small_data, out, 2, **more))
+    config = json.loads((out / "config.json").read_text())
+    rows = runs.tensors(out)["model.embed_tokens.weight"]
+    assert config["conv_template"] == "v0" and config["pad_token_id"] == len(rows) - 1
+    assert len(rows) == len(runs.tensors(tiny_dirs["base"])["model.embed_tokens.weight"]) + 1
+    assert not any("mm_projector" in name for name in runs.tensors(out))
+
+
 def test_freeze_llm_saves_everything_and_changes_the_projector_only(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path
 ) -> None:
@@ -186,10 +213,11 @@ def test_gradient_checkpointing_changes_nothing(tiny_dirs: Dirs, small_data: Pat
 
 
 def test_a_projector_checkpoint_holds_no_language_model_and_old_ones_go(
-    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
-    train(runs.flags(tiny_dirs, small_data, out, 1, save_strategy="steps", save_steps=2, save_total_limit=2))
+    argv = runs.flags(tiny_dirs, small_data, out, 1, save_strategy="steps", save_steps=2, save_total_limit=2)
+    train(argv)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     newest = out / "checkpoint-8"
     names = {path.name for path in newest.iterdir()}
@@ -197,6 +225,10 @@ def test_a_projector_checkpoint_holds_no_language_model_and_old_ones_go(
         *("config.json", "mm_projector.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
     }
     runs.assert_equal_weights(newest, out)
+    before = runs.tensors(out)
+    train([*argv, "--seed", "43"])
+    assert "Resuming with seed 43, but it was 42" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(

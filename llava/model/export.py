@@ -1,0 +1,160 @@
+"""A checkpoint for other programs: `llava export --format hf-llava --model-path DIR --output OUT`.
+
+The layout of transformers' own `LlavaForConditionalGeneration` (CLIP tower, `mlp2x_gelu`, LLaMA), which other engines
+read. The written directory is loaded with that class and must give the logits of the source on a fixed probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.errors import ConfigError
+from llava.model.builder import load_pretrained_model, local_directory
+from llava.model.checkpoint import PROJECTOR_PREFIX, TOWER_PREFIX, Checkpoint, inspect
+from llava.model.language_model.llava_llama import LlavaConfig
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import is_eva
+from llava.model.probe import compare, probe, probe_inputs
+from llava.model.saving import cast_parameters, new_directory, write_weights
+from llava.utils import guarded
+
+if TYPE_CHECKING:
+    from llava.model.multimodal_encoder.tower import VisionTower
+
+FORMATS: Final = ("hf-llava",)
+RENAMED: Final = (
+    (TOWER_PREFIX, "vision_tower."),
+    (f"{PROJECTOR_PREFIX}0.", "multi_modal_projector.linear_1."),
+    (f"{PROJECTOR_PREFIX}2.", "multi_modal_projector.linear_2."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+STRATEGY: Final = {"patch": "default", "cls_patch": "full"}
+OURS: Final = ("mm_", "tune_", "freeze_", "image_", "use_mm_proj", "conv_template", "architectures", "_name_or_path")
+
+
+def check_exportable(found: Checkpoint) -> None:
+    """`ConfigError`, before weights are read, for what the stock class does not have: another tower or projector, or
+    tokens around images. A directory that holds no chat model is left for the loader to refuse."""
+    if "mm_vision_tower" not in found.config:
+        return
+    config = LlavaConfig.from_pretrained(found.path)
+    tower = cast("VisionTower", build_vision_tower(config, found.path))
+    kind = "EVA-CLIP" if is_eva(tower.settings) else str(tower.settings.get("model_type"))
+    projector = getattr(config, "mm_projector_type", None) or "linear"
+    reason = None
+    if kind not in ("clip", "clip_vision_model"):
+        reason = f"its vision tower is {kind}"
+    elif projector != "mlp2x_gelu":
+        reason = f"its projector is {projector}, not mlp2x_gelu"
+    elif getattr(config, "mm_use_im_start_end", False):
+        reason = "it wraps images in <im_start> and <im_end>"
+    if reason:
+        raise ConfigError(
+            f"{found.path} cannot be exported as hf-llava, because {reason}; LlavaForConditionalGeneration has CLIP "
+            "towers and two-layer projectors only. Serve it with this package instead."
+        )
+
+
+def new_name(name: str) -> str:
+    """The stock class's name of one of our weights."""
+    old, new = next(pair for pair in RENAMED if name.startswith(pair[0]))
+    return new + name.removeprefix(old)
+
+
+def with_row(table: Tensor) -> Tensor:
+    """A table `(V, D)` with the mean as one row more: as a head's row, it is never the largest logit."""
+    return torch.cat([table, table.float().mean(dim=0, keepdim=True).to(table.dtype)])
+
+
+def renamed(model: Any, dtype: torch.dtype, image_token: int) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its new name; both embeddings reach at least to `image_token`."""
+    rest = {f"model.vision_tower.{name}": tensor for name, tensor in model.get_vision_tower().unused_tensors().items()}
+    for name, tensor in {**model.state_dict(), **rest}.items():
+        if name.endswith("position_ids") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            continue
+        if name in ("model.embed_tokens.weight", "lm_head.weight") and tensor.shape[0] <= image_token:
+            tensor = with_row(tensor)
+        yield new_name(name), tensor.to(dtype)
+
+
+def stock_config(model: Any, dtype: torch.dtype, image_token: int, pad_token: int) -> transformers.LlavaConfig:
+    tower, config = model.get_vision_tower(), model.config
+    text = {key: value for key, value in config.to_dict().items() if not key.startswith(OURS) and key != "model_type"}
+    text["vocab_size"] = max(config.vocab_size, image_token + 1)
+    vision = {key: value for key, value in tower.settings.items() if key != "model_type"}
+    return transformers.LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**text),
+        image_token_index=image_token,
+        pad_token_id=pad_token,
+        vocab_size=text["vocab_size"],
+        vision_feature_layer=tower.select_layer,
+        vision_feature_select_strategy=STRATEGY[tower.select_feature],
+        architectures=[LlavaForConditionalGeneration.__name__],
+        torch_dtype=dtype,
+    )
+
+
+@torch.no_grad()
+def stock_probe(directory: Path, tokenizer: Any, processor: Any, image_token: int) -> Tensor:
+    """Logits `(L, V)` of the written directory, as the stock class computes them."""
+    model: nn.Module = LlavaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32).eval()
+    ids, pixels = probe_inputs(tokenizer, processor)
+    ids = ids.masked_fill(ids == IMAGE_TOKEN_INDEX, image_token)
+    logits: Tensor = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
+    return logits[0].float()
+
+
+def export(model_path: str | Path, output: str | Path, model_base: str | Path | None = None) -> float:
+    """Write the stock layout to the new directory `output`; the largest difference of logits on the probe."""
+    source = local_directory(model_path)
+    check_exportable(inspect(source))
+    with new_directory(output) as directory:
+        tokenizer, model, processor, _ = load_pretrained_model(
+            source, model_base, device="cpu", dtype=torch.float32, attn_implementation="eager"
+        )
+        dtype = getattr(torch, str(model.config.torch_dtype).removeprefix("torch."), torch.float32)
+        cast_parameters(model, dtype)
+        cast_parameters(model, torch.float32)
+        expected = probe(model, tokenizer, processor)
+        tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
+        image_token = int(tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))
+        pad_token = next(i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, 0) if i is not None)
+        stock_config(model, dtype, image_token, pad_token).save_pretrained(directory)
+        write_weights(directory, renamed(model, dtype, image_token))
+        tokenizer.save_pretrained(directory)
+        processor.save_pretrained(directory)
+        del model
+        found = stock_probe(directory, tokenizer, processor, image_token)
+        return compare(found[:, : expected.shape[1]], expected, "The export and its source")
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--format", required=True, choices=FORMATS, help="the layout to write")
+    parser.add_argument("--model-path", required=True, help="directory of the checkpoint")
+    parser.add_argument("--model-base", help="the language model of a projector or adapter")
+    parser.add_argument("--output", required=True, help="directory to make")
+    args = parser.parse_args(argv)
+    error = export(args.model_path, args.output, args.model_base)
+    print(  # noqa: T201 (a program)
+        f"{args.output}: LlavaForConditionalGeneration gives the same logits to within {error:.1e}. Its processor "
+        "crops pictures; pad them to squares first where image_aspect_ratio was pad."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Writing checkpoint directories that are whole or not there at all: shards streamed, then one rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llava.errors import CheckpointError, ConfigError
+from llava.model.checkpoint import INDEX_FILES, SINGLE_FILES
+
+SHARD_BYTES: Final = 5 * 10**9
+SIDE_FILES: Final = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+)
+
+
+@contextmanager
+def new_directory(target: str | Path) -> Iterator[Path]:
+    """A directory to write into, beside `target`; it becomes `target` if the block ends well, else it is removed.
+
+    A `target` that holds anything already is a `ConfigError`, raised before the work.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not empty; choose another output directory, or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    part.mkdir()
+    try:
+        yield part
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a stream of named tensors as safetensors, holding one shard at a time; an index when there are several."""
+    shards: list[tuple[Path, list[str]]] = []
+    held: dict[str, Tensor] = {}
+    size, total = 0, 0
+
+    def flush() -> None:
+        path = directory / f"shard-{len(shards)}"
+        save_file(held, path, metadata={"format": "pt"})
+        shards.append((path, sorted(held)))
+        held.clear()
+
+    for name, tensor in tensors:
+        count = tensor.numel() * tensor.element_size()
+        if held and size + count > shard_bytes:
+            flush()
+            size = 0
+        held[name] = tensor.contiguous()
+        size, total = size + count, total + count
+    if not held and not shards:
+        raise CheckpointError(f"No weights were left to write into {directory}.")
+    flush()
+    if len(shards) == 1:
+        shards[0][0].rename(directory / SINGLE_FILES[0])
+        return
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        file = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(file)
+        weight_map.update(dict.fromkeys(names, file.name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_FILES[0]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters, and not the buffers: rotary tables, which no checkpoint holds, keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def write_config(directory: Path, settings: dict[str, object]) -> None:
+    (directory / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, directory: Path) -> None:
+    """Copy what belongs to a model besides its weights: configuration, tokenizer, processor."""
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
