@@ -1,6 +1,6 @@
 """Pretrain a nano InternViT (1.1 M parameters) to name the shape and colour of the easy-VQA training pictures.
 
-    python -m playground.pretrain_nano_vit [--output pretrained/nano-internvit] [--epochs 35]
+    python -m playground.pretrain_nano_vit [--output pretrained/nano-internvit] [--epochs 30]
 
 Labels come from the training questions alone (`labels.json` of `playground.prepare_easy_vqa`); no test picture is read.
 The result has the layout of a published InternViT directory: `config.json` and `model.safetensors`.
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=EASY_VQA)
     parser.add_argument("--output", type=Path, default=PRETRAINED / "nano-internvit")
-    parser.add_argument("--epochs", type=int, default=35)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

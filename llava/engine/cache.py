@@ -30,7 +30,7 @@ class CacheSpec:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
-class RowCache(Cache):  # type: ignore[misc]
+class RowCache(Cache):
     """Keys and values of the running rows in one buffer, aligned on a common last column.
 
     Row r of length n occupies columns `end - n … end - 1`; what lies to its left is masked. A decode step writes one

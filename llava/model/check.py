@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from llava.conversation import get_template, template_for
+from llava.errors import CheckpointError
 from llava.mm_utils import get_model_name_from_path
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.llava_arch import parameter_shapes
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.quantization import PREFIX as PACKED_PREFIX
 from llava.model.tokenizer import load_tokenizer
@@ -36,6 +37,7 @@ from llava.model.weights import empty_weights, fill
 from llava.utils import guarded
 
 Shapes = Mapping[str, tuple[int, ...]]
+NEEDED: Final = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
 DTYPES: Final = ("fp32", "bf16", "int8", "nf4")
 
 
@@ -111,13 +113,13 @@ def language_parts(found: Checkpoint, base: Checkpoint | None, config: LlavaConf
     parts = [Part("language model", f"{text}; {len(mine)} weights verified in {source}", mine)]
     if not getattr(config, "mm_vision_tower", None):
         return parts
-    where = adapted(found, config, shapes)
+    where = adapted(found, base, config, shapes)
     kind = getattr(config, "mm_projector_type", None) or "linear"
     width = f"{config.mm_hidden_size} to {config.hidden_size}"
     return [*parts, Part("projector", f"{kind}, {width}; {len(projector)} weights verified in {where}", projector)]
 
 
-def adapted(found: Checkpoint, config: LlavaConfig, shapes: Shapes) -> Path:
+def adapted(found: Checkpoint, base: Checkpoint | None, config: LlavaConfig, shapes: Shapes) -> Path:
     """Verify what a projector or an adapter adds to a model of these `shapes`; where the projector lies."""
     if found.kind is Kind.PROJECTOR:
         file = found.path / ckpt.PROJECTOR_FILE
@@ -125,9 +127,13 @@ def adapted(found: Checkpoint, config: LlavaConfig, shapes: Shapes) -> Path:
         wanted = {k.removeprefix(ckpt.PROJECTOR_PREFIX): v for k, v in shapes.items() if ckpt.PROJECTOR_PREFIX in k}
         ckpt.compare_shapes({name: tuple(value.shape) for name, value in state.items()}, wanted, file)
         return file
-    if found.kind is Kind.LORA:
-        rows = (config.vocab_size, config.hidden_size)  # with the image tokens that loading adds
-        shapes = {**shapes, "model.embed_tokens.weight": rows, "lm_head.weight": rows}
+    if found.kind is Kind.LORA and base is not None:
+        flags = (("mm_use_im_patch_token", 1), ("mm_use_im_start_end", 2))
+        entries = len(load_tokenizer(base.path)) + sum(count for flag, count in flags if getattr(config, flag, False))
+        rows = max(shapes["model.embed_tokens.weight"][0], entries)  # with the image tokens that loading adds
+        lora.check_vocabulary(found.path, rows)
+        table = (rows, config.hidden_size)
+        shapes = {**shapes, "model.embed_tokens.weight": table, "lm_head.weight": table}
         lora.check_non_lora(lora.read_non_lora(found.path), shapes, found.path)
         lora.check_adapter(lora.adapter_shapes(found.path), shapes, found.path)
         return found.path / ckpt.NON_LORA_FILE
@@ -165,13 +171,19 @@ def examine(
     A text-only language model and a vision tower are verified too; they are what bases and towers are made of.
     """
     found = ckpt.inspect(path)
-    if found.kind is Kind.TOWER:
+    if found.kind is Kind.TOWER or found.model_type in TOWERS:
+        found = replace(found, kind=Kind.TOWER)  # also one that a user has registered
         whole = SimpleNamespace(mm_vision_tower=str(found.path), mm_vision_select_layer=-1)
         return Findings(found, [tower_part(whole, None, False)[0]])
     if found.kind is Kind.LANGUAGE_MODEL:
         parts = language_parts(found, None, LlavaConfig.from_pretrained(found.path))
         return Findings(found, parts, [tokenizer_fact(found.path), ("use it as", "--model-base, or to train on")])
     base = builder._base_of(found, model_base)
+    lacking = [key for key in NEEDED if key not in found.config]
+    if lacking:
+        raise CheckpointError(
+            f"{found.path}/config.json lacks {' and '.join(lacking)}; copy it from the same training run."
+        )
     config = builder._model_config(found, vision_tower)
     name = get_model_name_from_path(str(path))
     chosen = template_for(config, name, template)

@@ -40,7 +40,10 @@ RENAMED: Final = (
     ("lm_head.", "language_model.lm_head."),
 )
 STRATEGY: Final = {"patch": "default", "cls_patch": "full"}
-OURS: Final = ("mm_", "tune_", "freeze_", "image_", "use_mm_proj", "conv_template", "architectures", "_name_or_path")
+OURS: Final = (
+    *("mm_", "tune_", "freeze_", "image_", "use_mm_proj", "conv_template"),
+    *("architectures", "_name_or_path", "quantization_config"),
+)
 
 
 def check_exportable(found: Checkpoint) -> None:

@@ -51,12 +51,13 @@ class LlavaMetaModel(nn.Module):
     def get_vision_tower(self) -> VisionTower | None:
         return getattr(self, "vision_tower", None)
 
-    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
+    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None, dtype: torch.dtype | None = None) -> None:
         """Find and load the tower, write the `mm_*` keys of the config, and make or keep the projector (§9).
 
         A projector that is already there and fits is kept (M14). `model_args` carries `vision_tower`,
         `mm_vision_select_layer`, `mm_vision_select_feature`, `mm_projector_type`, `pretrain_mm_mlp_adapter` and
-        optionally `mm_vision_image_size`. `fsdp` is accepted for compatibility.
+        optionally `mm_vision_image_size`. The tower is loaded in `dtype` (default float32). `fsdp` is accepted for
+        compatibility.
         """
         config = self.config
         same_tower = model_args.vision_tower == getattr(config, "mm_vision_tower", None)
@@ -73,7 +74,7 @@ class LlavaMetaModel(nn.Module):
         existing = self.get_vision_tower()
         if existing is None or not existing.is_loaded:
             tower = cast("VisionTower", build_vision_tower(config, directory))
-            tower.load_model(from_checkpoint=same_tower)
+            tower.load_model(dtype=dtype, from_checkpoint=same_tower)
             self.vision_tower = tower
         config.mm_hidden_size = self.vision_tower.hidden_size
         if self.vision_tower.image_hidden_size != config.mm_hidden_size:

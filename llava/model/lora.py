@@ -5,6 +5,7 @@ PEFT leaves out what it does not recognise; here every tensor of an adapter must
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint import NON_LORA_FILE, load_bin, read_json
+from llava.model.checkpoint import ADAPTER_CONFIG, NON_LORA_FILE, load_bin, read_json
 from llava.utils import require
 
 logger = logging.getLogger(__name__)
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_PREFIX = "base_model.model."
+HARMLESS = ("peft_version", "qalora_group_size")  # newer PEFT writes them even where they mean nothing
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -85,7 +87,7 @@ def adapter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(value.shape) for name, value in load_bin(file).items()}
         if file.is_file():
             try:
-                with safe_open(file, framework="pt") as handle:
+                with safe_open(file, framework="np") as handle:
                     return {name: tuple(handle.get_slice(name).get_shape()) for name in list(handle.keys())}
             except SafetensorError as error:
                 raise CheckpointError(f"{file} is damaged ({error}); copy it again.") from error
@@ -116,12 +118,32 @@ def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
             raise CheckpointError(f"{directory}: {name} has no counterpart {other}; the adapter is incomplete.")
 
 
+def adapter_settings(directory: Path) -> Any:
+    """The `LoraConfig` of an adapter. What a newer PEFT wrote is left out where it is off, and refused where not."""
+    peft = require("peft", "train")
+    settings = read_json(directory / ADAPTER_CONFIG)
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise CheckpointError(f"{directory} holds an adapter of type {kind}; only LORA can be loaded.")
+    known = {item.name for item in dataclasses.fields(peft.LoraConfig) if item.init}
+    strange = sorted(key for key, value in settings.items() if key not in known | set(HARMLESS) and value)
+    if strange:
+        raise CheckpointError(
+            f"{directory / ADAPTER_CONFIG} sets {', '.join(strange)}, which peft {peft.__version__} does not have; "
+            "merge the adapter with the release of peft that wrote it."
+        )
+    return peft.LoraConfig(**{key: value for key, value in settings.items() if key in known})
+
+
 def attach_adapter(model: nn.Module, directory: Path) -> Any:
     """Put the PEFT adapter of `directory` onto the model, unmerged; every tensor of the file is used, or it fails."""
     peft = require("peft", "train")
     found = adapter_shapes(directory)
     check_adapter(found, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, directory)
-    adapted = peft.PeftModel.from_pretrained(model, str(directory))
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(directory), config=adapter_settings(directory))
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The adapter of {directory} cannot be put onto this model: {error}") from error
     used = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if used != set(found):
         name = min(used ^ set(found))

@@ -113,8 +113,9 @@ def merge(model_path: str | Path, model_base: str | Path | None, save_model_path
 
 
 def save(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write the model with its tower, as a full checkpoint that names no place of this machine but the tower's."""
+    """Write the model with its tower and the tower's settings, as a full checkpoint."""
     model.config._name_or_path = ""
+    model.config.mm_vision_tower_config = model.get_vision_tower().settings
     generation = model.generation_config
     if not generation.do_sample and (generation.temperature != 1.0 or generation.top_p != 1.0):
         generation.do_sample = True  # published Vicunas have sampling settings without it, and could not be saved

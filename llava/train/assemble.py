@@ -88,11 +88,11 @@ def set_pad_token(model: Any, tokenizer: Any, version: str) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def add_vision(model: Any, tokenizer: Any, model_args: ModelArguments, data_args: DataArguments) -> Any:
-    """Load tower and projector, and write into config and data arguments what data and checkpoints need of them."""
+def add_vision(model: Any, model_args: ModelArguments, data_args: DataArguments, dtype: torch.dtype) -> Any:
+    """Load the tower (in `dtype`) and the projector; write what data and checkpoints need into config and arguments."""
     if model_args.mm_vision_image_size:
         model.config.mm_vision_image_size = model_args.mm_vision_image_size
-    model.get_model().initialize_vision_modules(model_args=model_args)
+    model.get_model().initialize_vision_modules(model_args=model_args, dtype=dtype)
     data_args.image_processor = model.get_vision_tower().image_processor  # type: ignore[attr-defined]
     data_args.is_multimodal = True
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end  # type: ignore[attr-defined]

@@ -57,7 +57,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Training
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     if model_args.vision_tower is not None:
-        assemble.add_vision(model, tokenizer, model_args, data_args)
+        assemble.add_vision(model, model_args, data_args, assemble.compute_dtype(args))
         model.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
     trainable.set_trainable(model, model_args, args)
     if model_args.vision_tower is not None:

@@ -104,6 +104,13 @@ def test_damage_is_found(made: dict[str, Path], tmp_path: Path) -> None:
         examine(chat, vision_tower="/nowhere")
 
 
+@pytest.mark.parametrize("key", ["mm_hidden_size", "mm_vision_select_layer"])
+def test_a_configuration_without_its_keys(made: dict[str, Path], key: str) -> None:
+    edit_config(made["chat"], **{key: None})
+    with pytest.raises(CheckpointError, match=f"config.json lacks {key}; copy it"):
+        examine(made["chat"])
+
+
 def test_the_template(made: dict[str, Path]) -> None:
     assert ("template", "llava_v0 (--conv-mode)") in examine(made["chat"], template="llava_v0").facts
     with pytest.raises(TemplateError):

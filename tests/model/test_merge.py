@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from llava.errors import CheckpointError, ConfigError
 from llava.model import lora, merge
 from llava.model.builder import load_pretrained_model
+from llava.model.check import examine
 from llava.model.checkpoint import Kind, inspect
 from tests import tiny
 from tests.model.test_builder import edit_config, load, logits
@@ -65,8 +66,25 @@ def test_the_base_is_asked_for_and_checked(tiny_dirs: dict[str, Path], adapter: 
     with pytest.raises(CheckpointError, match="hidden_size=48.*hidden_size=32"):
         load(adapter, tiny.make_base(tmp_path / "narrow", hidden_size=32))
     edit_config(adapter, vocab_size=32000)
-    with pytest.raises(CheckpointError, match="vocabulary of 32000, but this base has 384"):
-        load(adapter)
+    for refuse in (load, examine):
+        with pytest.raises(CheckpointError, match="vocabulary of 32000, but this base has 384"):
+            refuse(adapter)
+
+
+def test_a_run_with_image_tokens(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
+    """The base has 384 rows; the run added two, trained in full, and its adapter loads, checks and merges."""
+    flags = {"mm_use_im_start_end": True, "vocab_size": 386}
+    chat = tiny.make_chat(tmp_path / "chat", tiny_dirs["tower"], **flags)
+    run = tiny.make_lora(tmp_path / "run", chat, tiny_dirs["base"])
+    rows = torch.randn(386, 48)
+    state = torch.load(run / "non_lora_trainables.bin", weights_only=True)
+    torch.save({**state, "base_model.model.model.embed_tokens.weight": rows}, run / "non_lora_trainables.bin")
+    assert examine(run).found.kind is Kind.LORA
+    assert torch.equal(load(run).model.embed_tokens.weight, rows)
+    merge.merge(run, None, tmp_path / "merged")
+    tokenizer, merged, _, _ = load_pretrained_model(tmp_path / "merged", device="cpu")
+    assert len(tokenizer) == 386
+    assert torch.equal(merged.model.embed_tokens.weight, rows)
 
 
 def test_an_adapter_is_used_whole_or_refused(adapter: Path, tiny_dirs: dict[str, Path]) -> None:
@@ -88,6 +106,23 @@ def test_an_adapter_is_used_whole_or_refused(adapter: Path, tiny_dirs: dict[str,
         load(adapter)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no adapter_model.safetensors or adapter_model.bin"):
+        load(adapter)
+
+
+def test_settings_of_another_peft(adapter: Path) -> None:
+    expected = logits(load(adapter))
+    edit = adapter / "adapter_config.json"
+    settings = json.loads(edit.read_text())
+    edit.write_text(json.dumps({**settings, "eva_config": None, "lora_bias": False, "peft_version": "0.99"}))
+    assert torch.equal(logits(load(adapter)), expected)
+    edit.write_text(json.dumps({**settings, "lora_bias_of_tomorrow": True}))
+    with pytest.raises(CheckpointError, match=r"sets lora_bias_of_tomorrow, which peft .* does not have"):
+        load(adapter)
+    edit.write_text(json.dumps({**settings, "peft_type": "PREFIX_TUNING"}))
+    with pytest.raises(CheckpointError, match="type PREFIX_TUNING; only LORA"):
+        load(adapter)
+    edit.write_text(json.dumps({**settings, "target_modules": ["nothing_of_this_name"]}))
+    with pytest.raises(CheckpointError, match="cannot be put onto this model: Target modules"):
         load(adapter)
 
 
@@ -125,6 +160,9 @@ def test_merge_and_load(adapter: Path, tiny_dirs: dict[str, Path], tmp_path: Pat
     torch.testing.assert_close(logits(model), logits(load(adapter, tiny_dirs["base"])), atol=1e-5, rtol=1e-5)
     tower = load_file(out / "model.safetensors")
     assert "model.vision_tower.vision_tower.encoder.layers.5.ls1" in tower  # whole, also what no feature needs
+    before = logits(model)
+    edit_config(out, mm_vision_tower="/no/longer/there")
+    assert torch.equal(logits(load(out)), before)
     assert list(tmp_path.glob(".*")) == []
     assert merge.main(["--model-path", str(adapter), "--save-model-path", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The page docs/Customize_Component.md is true: its tower, with the one line, loads, checks and computes (EXT-1)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
+
+from llava.errors import CheckpointError
+from llava.model.builder import load_pretrained_model
+from llava.model.check import examine
+from llava.model.multimodal_encoder import builder
+from tests import tiny
+from tests.test_package import ROOT
+
+PAGE = (ROOT / "docs" / "Customize_Component.md").read_text(encoding="utf-8")
+LINE = re.compile(r'^    "(\w+)": "llava\.model\.multimodal_encoder\.(\w+)",$', re.MULTILINE)
+
+
+@pytest.fixture
+def dinov2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The page's file and line in place, and a tiny DINOv2."""
+    (example,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 30
+    [(key, name)] = LINE.findall(PAGE)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / f"custom_{name}.py").write_text(example, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.setitem(builder.TOWERS, key, f"custom_{name}")
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    yield tmp_path / "dinov2"
+    sys.modules.pop(f"custom_{name}", None)
+
+
+@torch.no_grad()
+def test_the_example_of_the_page(dinov2: Path, tmp_path: Path) -> None:
+    chat = tiny.make_chat(tmp_path / "chat", dinov2, mm_vision_select_layer=-2)
+    assert "dinov2, 4 of 4 layers, width 32" in examine(dinov2).parts[0].detail
+    assert "dinov2, 3 of 4 layers, width 32" in examine(chat).parts[2].detail
+    _, model, processor, _ = load_pretrained_model(chat, device="cpu")
+    assert processor.crop_size == {"height": 56, "width": 56}
+    pixels = torch.randn(2, 3, 56, 56)
+    features = model.get_vision_tower()(pixels)  # type: ignore[misc]
+    stock = Dinov2Model.from_pretrained(dinov2).eval()
+    expected = stock(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(features, expected)
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert "model.vision_tower.vision_tower.encoder.layer.3.norm1.weight" in saved  # whole, like any other tower
+
+
+def test_without_the_line_it_is_unknown(dinov2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(builder.TOWERS, "dinov2")
+    with pytest.raises(CheckpointError, match="'dinov2', which is not one of clip"):
+        builder.build_vision_tower(
+            SimpleNamespace(vision_tower=str(dinov2), mm_vision_select_layer=-2), delay_load=False
+        )
