@@ -152,6 +152,10 @@ class TrainingArguments(transformers.TrainingArguments):
             problems.append("--lora_r must be positive and --lora_dropout in [0, 1).")
         if self.lora_enable and self.freeze_llm:
             problems.append("--freeze_llm with --lora_enable would freeze the adapters too; drop one of them.")
+        if self.bits in (4, 8) and not self.lora_enable:
+            problems.append(f"--bits {self.bits} packs the weights, which then cannot learn; add --lora_enable True.")
+        if self.bits in (4, 8) and self.lora_bias != "none":
+            problems.append("--lora_bias all or lora_only cannot train the biases of packed layers; use none.")
         if self.model_max_length <= 0:
             problems.append(f"--model_max_length is {self.model_max_length}; give a positive number of tokens.")
         if self.deepspeed and (self.use_cpu or self.no_cuda):
@@ -217,6 +221,10 @@ def together(model: ModelArguments, data: DataArguments, training: TrainingArgum
             problems.append(f"--{name} needs --vision_tower, which is missing.")
     if model.tune_mm_mlp_adapter and training.lora_enable:
         problems.append("--lora_enable with --tune_mm_mlp_adapter would train no adapter; drop one of them.")
+    if training.lora_enable and model.vision_tower is None:
+        problems.append("--lora_enable needs --vision_tower, which is missing.")
+    if training.lora_enable and model.tune_vit_pos_embedding:
+        problems.append("--tune_vit_pos_embedding cannot be saved with --lora_enable; drop one of them.")
     if not data.data_path and not data.meta_path:
         problems.append("--data_path is missing: give the annotation file (or --meta_path, a mixture).")
     return problems

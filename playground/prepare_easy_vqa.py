@@ -7,7 +7,7 @@
 | `train/*.png`, `test/*.png` | the 4,000 and 1,000 pictures, copied from the package `easy-vqa` (MIT) |
 | `labels.json` | shape and colour of each training picture, as far as its questions tell |
 | `pretrain.json` | stage 1: a caption of each picture whose shape and colour are both known |
-| `finetune.json` | stage 2: the training questions of a picture as conversations of at most `--turns` rounds |
+| `finetune.json` | stage 2: balanced training questions of a picture as conversations of at most `--turns` rounds |
 
 Nothing here reads the test questions; `llava eval --tasks easy_vqa` does.
 """
@@ -19,7 +19,7 @@ import json
 import math
 import random
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,24 @@ def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
     return dict(labels)
 
 
+def balance(questions: Iterable[Question], seed: int = 0) -> list[Question]:
+    """As many "yes" as "no" for every question text, and all other questions, in random order.
+
+    Four in five yes/no questions can be guessed from their wording; what is left can only be answered by looking.
+    """
+    pool = list(questions)
+    random.Random(seed).shuffle(pool)
+    counts = Counter((question, answer) for question, answer, _ in pool)
+    kept = []
+    for question, answer, image in pool:
+        opposite = {"yes": "no", "no": "yes"}.get(answer)
+        if opposite is None or counts[question, answer] <= counts[question, opposite]:
+            kept.append((question, answer, image))
+        else:
+            counts[question, answer] -= 1
+    return kept
+
+
 def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """One training example; the first human turn carries the picture."""
     turns: list[dict[str, str]] = []
@@ -67,15 +85,13 @@ def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return {"id": image, "image": f"train/{image}.png", "conversations": turns}
 
 
-def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> list[dict[str, Any]]:
-    """All questions of a picture in a random order, cut evenly into conversations of at most `limit` rounds."""
+def conversations(questions: Iterable[Question], limit: int) -> list[dict[str, Any]]:
+    """The questions of each picture in the given order, cut evenly into conversations of at most `limit` rounds."""
     by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
         by_image[image].append((question, answer))
-    shuffle = random.Random(seed).shuffle
     records = []
     for image, rounds in sorted(by_image.items()):
-        shuffle(rounds)
         parts = math.ceil(len(rounds) / limit)
         records += [record(image, rounds[part::parts]) for part in range(parts)]
     return records
@@ -86,18 +102,19 @@ def prepare(source: Path, output: Path, turns: int) -> str:
     questions = [tuple(row) for row in json.loads((source / "train/questions.json").read_text(encoding="utf-8"))]
     labels = label_images(questions)
     complete = {image: found for image, found in labels.items() if len(found) == len(VALUES)}
+    balanced = balance(questions)
     captions = [(image, f"a {found['color']} {found['shape']}") for image, found in sorted(complete.items())]
     files = {
         "labels.json": {str(image): found for image, found in labels.items()},
         "pretrain.json": [record(image, [("", text)]) for image, text in captions],
-        "finetune.json": conversations(questions, turns),
+        "finetune.json": conversations(balanced, turns),
     }
     with staged(output) as stage:
         for split in ("train", "test"):
             shutil.copytree(source / split / "images", stage / split, ignore=shutil.ignore_patterns(".*"))
         for name, content in files.items():
             (stage / name).write_text(json.dumps(content, indent=0), encoding="utf-8")
-    return f"{len(questions)} questions on {len(labels)} pictures, {len(complete)} of them with a caption"
+    return f"{len(captions)} captions, and {len(balanced)} of {len(questions)} questions on {len(labels)} pictures"
 
 
 @guarded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from llava.errors import DataError, DependencyError
 from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
 from playground import convert_smollm2, pretrain_nano_vit, show_answers
 from playground.assets import package_directory, staged
-from playground.prepare_easy_vqa import COLORS, SHAPES, conversations, facts, label_images, prepare
+from playground.prepare_easy_vqa import COLORS, SHAPES, balance, conversations, facts, label_images, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,6 +73,14 @@ def test_contradicting_questions_are_refused() -> None:
         label_images([("is there a red shape?", "yes", 7), ("is there a blue shape?", "yes", 7)])
 
 
+def test_wording_alone_answers_no_balanced_question() -> None:
+    skewed = [("is it red?", "no", k) for k in range(9)] + [("is it red?", "yes", k) for k in range(2)]
+    kept = balance([*skewed, ("what color is it?", "red", 0), ("is it odd?", "yes", 1)])
+    counts = Counter((question, answer) for question, answer, _ in kept)
+    assert counts == {("is it red?", "no"): 2, ("is it red?", "yes"): 2, ("what color is it?", "red"): 1}
+    assert set(kept) <= {*skewed, ("what color is it?", "red", 0)}
+
+
 def test_conversations_hold_every_question_once() -> None:
     questions = [(f"question {k}?", "yes", k % 2) for k in range(13)]
     records = conversations(questions, 5)
@@ -84,7 +93,6 @@ def test_conversations_hold_every_question_once() -> None:
         assert texts[0].startswith("<image>\n")
         assert "<image>" not in "".join(texts[1:])
         assert len(texts) <= 10
-    assert records == conversations(questions, 5)
 
 
 def test_the_prepared_files_agree_with_the_package(easy_vqa: Path) -> None:
@@ -97,7 +105,10 @@ def test_the_prepared_files_agree_with_the_package(easy_vqa: Path) -> None:
     for record in captions:
         known = labels[str(record["id"])]
         assert record["conversations"][1]["value"] == f"a {known['color']} {known['shape']}"
-    assert sum(len(record["conversations"]) for record in talks) == 2 * 38575
+    turns = [turn["value"].removeprefix("<image>\n") for record in talks for turn in record["conversations"]]
+    rounds = Counter(zip(turns[::2], turns[1::2]))
+    assert sum(rounds.values()) > 20000
+    assert all(rounds[question, "no"] == count for (question, text), count in rounds.items() if text == "yes")
     assert all(record["image"].startswith("train/") for record in captions + talks)
     assert len(list((easy_vqa / "train").glob("*.png"))) == 4000
 

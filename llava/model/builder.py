@@ -22,7 +22,7 @@ from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.hub import snapshot
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.llava_arch import grow_embeddings
+from llava.model.llava_arch import grow_embeddings, load_token_rows
 from llava.model.lora import apply_adapter, load_non_lora
 from llava.model.quantization import Quantizer
 from llava.model.tokenizer import load_tokenizer
@@ -30,6 +30,7 @@ from llava.model.weights import empty_weights, fill
 from llava.placement import resolve_attention, resolve_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
+NEEDED_SETTINGS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq", ckpt.TOWER_PREFIX)
 
 REMEDIES = {
@@ -71,8 +72,8 @@ def load_pretrained_model(
         device = device_map
     target = resolve_device(device)
     found = ckpt.inspect(local_directory(model_path))
-    base = _base_of(found, model_base)
-    config = _model_config(found, vision_tower)
+    base = base_of(found, model_base)
+    config = model_config(found, vision_tower)
     stored = getattr(torch, str(found.config.get("torch_dtype")), None)
     chosen = resolve_dtype(target, dtype, stored)
     config._attn_implementation = resolve_attention(target, chosen, attn_implementation)
@@ -81,17 +82,19 @@ def load_pretrained_model(
     bits = 8 if load_8bit else 4 if load_4bit else 0
     quantizer = Quantizer(bits, chosen, target) if bits else None
     merges = found.kind is Kind.LORA
-    model = _language_model(found, base, config, chosen, target, None if merges else quantizer)
-    _add_image_tokens(model, tokenizer, config)
+    model = language_model(found, base, config, chosen, target, None if merges else quantizer)
+    add_image_tokens(model, tokenizer, config)
     if found.kind is Kind.PROJECTOR:
         model.get_model().load_projector(found.path / ckpt.PROJECTOR_FILE)
+        if getattr(config, "mm_use_im_start_end", False):
+            load_token_rows(model, found.path / ckpt.PROJECTOR_FILE)
     elif merges:
         load_non_lora(model, found.path)
         model = apply_adapter(model, found.path)
         if quantizer is not None:
             quantizer.quantize(model)
     tower = model.get_vision_tower()
-    assert tower is not None  # _model_config saw to it
+    assert tower is not None  # model_config saw to it
     tower.load_model(dtype=chosen, device=target, from_checkpoint=vision_tower is None)
     if found.kind is not Kind.FULL and (found.path / ckpt.PROJECTOR_FILE).is_file():
         model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
@@ -115,7 +118,7 @@ def local_directory(path: str | Path) -> Path:
     return found
 
 
-def _base_of(found: Checkpoint, model_base: str | Path | None) -> Checkpoint | None:
+def base_of(found: Checkpoint, model_base: str | Path | None) -> Checkpoint | None:
     """The base checkpoint of an adapter or projector, checked; anything that cannot be loaded is refused here."""
     if found.kind in REMEDIES:
         raise CheckpointError(
@@ -158,17 +161,20 @@ def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def _model_config(found: Checkpoint, vision_tower: str | None) -> LlavaConfig:
+def model_config(found: Checkpoint, vision_tower: str | None) -> LlavaConfig:
     config = LlavaConfig.from_pretrained(found.path)
     config.name_or_path = str(found.path)
-    if not getattr(config, "mm_vision_tower", None):
-        raise CheckpointError(f"{found.path}/config.json names no mm_vision_tower; this is not a chat checkpoint.")
+    lacking = [key for key in NEEDED_SETTINGS if getattr(config, key, None) is None]
+    if lacking:
+        raise CheckpointError(
+            f"{found.path}/config.json lacks {' and '.join(lacking)}; copy it from the same training run."
+        )
     if vision_tower is not None:
         config.mm_vision_tower, config.mm_vision_tower_config = vision_tower, None
     return config
 
 
-def _language_model(
+def language_model(
     found: Checkpoint,
     base: Checkpoint | None,
     config: LlavaConfig,
@@ -212,7 +218,7 @@ def _refresh_rotary(model: nn.Module, dtype: torch.dtype, device: torch.device) 
             rotary._set_cos_sin_cache(seq_len=rotary.max_seq_len_cached, device=device, dtype=dtype)
 
 
-def _add_image_tokens(model: Any, tokenizer: Any, config: LlavaConfig) -> None:
+def add_image_tokens(model: Any, tokenizer: Any, config: LlavaConfig) -> None:
     """Add the image tokens the configuration asks for, and grow the embeddings to hold them (never shrink, M20)."""
     rows = model.model.embed_tokens.weight.shape[0]
     patch = getattr(config, "mm_use_im_patch_token", None)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from llava.conversation import get_template, template_for
-from llava.errors import CheckpointError
 from llava.mm_utils import get_model_name_from_path
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
@@ -37,7 +36,6 @@ from llava.model.weights import empty_weights, fill
 from llava.utils import guarded
 
 Shapes = Mapping[str, tuple[int, ...]]
-NEEDED: Final = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
 DTYPES: Final = ("fp32", "bf16", "int8", "nf4")
 
 
@@ -143,7 +141,7 @@ def adapted(found: Checkpoint, base: Checkpoint | None, config: LlavaConfig, sha
 def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tuple[Part, VisionTower]:
     """The vision tower that loading would take, verified up to the layer whose features are used."""
     tower: Any = build_vision_tower(args, directory)
-    source, prefix, table = tower._source(from_checkpoint)
+    source, prefix, table = tower.source(from_checkpoint)
     config = copy.deepcopy(tower.config)
     vision = tower.spec.vision(config)
     layers, vision.image_size = vision.num_hidden_layers, math.isqrt(table - 1) * vision.patch_size
@@ -152,7 +150,7 @@ def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tupl
     stored = {
         name.removeprefix(prefix): shape
         for name, shape in ckpt.weight_shapes(source).items()
-        if name.startswith(prefix) and tower._needed(name, prefix)
+        if name.startswith(prefix) and tower.needs(name, prefix)
     }
     shapes = verify(model, stored, source, optional=tower.spec.unused)
     kind = f"{tower.settings['model_type']}, {tower.depth} of {layers} layers, width {tower.hidden_size}"
@@ -178,13 +176,8 @@ def examine(
     if found.kind is Kind.LANGUAGE_MODEL:
         parts = language_parts(found, None, LlavaConfig.from_pretrained(found.path))
         return Findings(found, parts, [tokenizer_fact(found.path), ("use it as", "--model-base, or to train on")])
-    base = builder._base_of(found, model_base)
-    lacking = [key for key in NEEDED if key not in found.config]
-    if lacking:
-        raise CheckpointError(
-            f"{found.path}/config.json lacks {' and '.join(lacking)}; copy it from the same training run."
-        )
-    config = builder._model_config(found, vision_tower)
+    base = builder.base_of(found, model_base)
+    config = builder.model_config(found, vision_tower)
     name = get_model_name_from_path(str(path))
     chosen = template_for(config, name, template)
     get_template(chosen)

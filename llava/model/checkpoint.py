@@ -85,7 +85,9 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
         return Kind.INTERNVL_CHAT
     if model_type == "llava" and "mm_vision_tower" not in config:
         return Kind.HF_LLAVA
-    if model_type in ("intern_vit_6b", "clip", "clip_vision_model", "internvl"):
+    from llava.model.multimodal_encoder.builder import TOWERS  # imports this module
+
+    if model_type in TOWERS:
         return Kind.TOWER
     multimodal = "mm_vision_tower" in config
     if multimodal and model_type in ("llava_llama", "llava", "llama"):
@@ -145,8 +147,8 @@ def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
                 with safe_open(file, framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                         yield name, shard.get_tensor(name) if wanted(name) else None
-            except SafetensorError as error:
-                raise CheckpointError(f"{file} is damaged ({error}); download it again.") from error
+            except (SafetensorError, RuntimeError) as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
         else:
             for name, tensor in load_bin(file).items():
                 yield name, tensor if wanted(name) else None
@@ -158,7 +160,7 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     for file in weight_files(path):
         if file.suffix == ".safetensors":
             try:
-                with safe_open(file, framework="pt") as shard:
+                with safe_open(file, framework="np") as shard:  # numpy's does not map the whole file
                     names = list(shard.keys())
                     shapes.update({name: tuple(shard.get_slice(name).get_shape()) for name in names})
             except SafetensorError as error:

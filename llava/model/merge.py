@@ -44,13 +44,13 @@ class Merged:
 
 def unmerged(found: Checkpoint, base: Checkpoint) -> tuple[Any, Any]:
     """Tokenizer, and the base in float32 with the run's fully trained weights and its tower, without the adapter."""
-    config = builder._model_config(found, None)
+    config = builder.model_config(found, None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # of a QLoRA run: the merged weights are not packed (LORA-4)
     config._attn_implementation = "sdpa"
     tokenizer = load_tokenizer(base.path)
-    model = builder._language_model(found, base, config, torch.float32, CPU, None)
-    builder._add_image_tokens(model, tokenizer, config)
+    model = builder.language_model(found, base, config, torch.float32, CPU, None)
+    builder.add_image_tokens(model, tokenizer, config)
     lora.load_non_lora(model, found.path)
     model.get_model().vision_tower.load_model(dtype=torch.float32, device=CPU)
     return tokenizer, model.eval()
@@ -82,7 +82,7 @@ def merge(model_path: str | Path, model_base: str | Path | None, save_model_path
     found = ckpt.inspect(builder.local_directory(model_path))
     if found.kind is not Kind.LORA:
         raise CheckpointError(f"{found.path} holds {found.kind.value}; only a LoRA adapter can be merged.")
-    base = builder._base_of(found, model_base)
+    base = builder.base_of(found, model_base)
     assert base is not None  # an adapter has one
     with new_directory(save_model_path) as directory:
         tokenizer, model = unmerged(found, base)

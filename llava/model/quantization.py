@@ -20,18 +20,23 @@ PREFIX = "model.layers."
 
 @dataclass(frozen=True)
 class Quantizer:
-    """`bits` 8 (LLM.int8, threshold 6) or 4 (NF4 with double quantisation); products are computed in `dtype`."""
+    """`bits` 8 (LLM.int8, threshold 6) or 4; products are computed in `dtype`.
+
+    4 bits: `quant_type` "nf4" or "fp4"; `double_quant` quantises the scales of the blocks as well.
+    """
 
     bits: int
     dtype: torch.dtype
     device: torch.device
+    quant_type: str = "nf4"
+    double_quant: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"Weights can be quantised to 4 or 8 bits, not {self.bits}.")
         if self.device.type not in ("cuda", "cpu"):
             raise ConfigError(
-                f"bitsandbytes runs on CUDA and CPU, not on {self.device.type}; leave out --load-{self.bits}bit."
+                f"bitsandbytes runs on CUDA and CPU, not on {self.device.type}; leave out --load-{self.bits}bit or --bits {self.bits}."
             )
         require("bitsandbytes", "quant")
 
@@ -58,11 +63,12 @@ class Quantizer:
         width_out, width_in = weight.shape
         layer: Any
         if self.bits == 4:
-            layer = bnb.nn.Linear4bit(width_in, width_out, bias=False, compute_dtype=self.dtype, quant_type="nf4",
-                                      device="meta")  # fmt: skip
-            layer.weight = bnb.nn.Params4bit(
-                weight.to(self.dtype), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
-            ).to(self.device)
+            scheme = {"quant_type": self.quant_type, "compress_statistics": self.double_quant}
+            layer = bnb.nn.Linear4bit(width_in, width_out, bias=False, compute_dtype=self.dtype, device="meta",
+                                      **scheme)  # fmt: skip
+            layer.weight = bnb.nn.Params4bit(weight.to(self.dtype), requires_grad=False, module=layer, **scheme).to(
+                self.device
+            )
         else:
             layer = bnb.nn.Linear8bitLt(width_in, width_out, bias=False, has_fp16_weights=False, threshold=6.0,
                                         device="meta")  # fmt: skip

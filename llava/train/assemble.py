@@ -11,10 +11,12 @@ import torch
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.conversation import get_template
 from llava.errors import CheckpointError, ConfigError
+from llava.model import builder
 from llava.model.builder import local_directory
-from llava.model.checkpoint import Kind, has_weights, inspect
+from llava.model.checkpoint import Checkpoint, Kind, has_weights, inspect
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.llava_arch import grow_embeddings
+from llava.model.quantization import Quantizer
 from llava.model.tokenizer import load_tokenizer
 from llava.placement import resolve_attention
 
@@ -41,9 +43,11 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> LlavaLlama
     if model_args.vision_tower is None and getattr(config, "mm_vision_tower", None):
         raise ConfigError(f"{found.path} is a chat checkpoint; give its --vision_tower to train it further.")
     dtype = compute_dtype(args)
-    masters = not (args.deepspeed or model_args.tune_mm_mlp_adapter or args.freeze_llm)
+    masters = not (args.deepspeed or model_args.tune_mm_mlp_adapter or args.freeze_llm or args.lora_enable)
     attention = resolve_attention(args.device, dtype, model_args.attn_implementation)
     logger.info("Attention of the language model: %s.", attention)
+    if args.bits != 16:
+        return _packed_base(found, config, args, attention)
     loaded: tuple[LlavaLlamaForCausalLM, dict[str, Any]] = LlavaLlamaForCausalLM.from_pretrained(
         found.path,
         config=config,
@@ -59,6 +63,17 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> LlavaLlama
     return model
 
 
+def _packed_base(
+    found: Checkpoint, config: LlavaConfig, args: TrainingArguments, attention: str
+) -> LlavaLlamaForCausalLM:
+    """The base with its decoder in 8 or 4 bits, packed as it is read (spec/train.md §9.2); never all there in 16 bits."""
+    dtype = compute_dtype(args)
+    quantizer = Quantizer(args.bits, dtype, args.device, args.quant_type, args.double_quant)
+    config.name_or_path, config.torch_dtype, config.use_cache = str(found.path), dtype, False
+    config._attn_implementation = attention
+    return builder.language_model(found, None, config, dtype, args.device, quantizer)
+
+
 def load_training_tokenizer(model_args: ModelArguments, args: TrainingArguments) -> Any:
     """The base's tokenizer, padding on the right, cut at `--model_max_length`."""
     directory = local_directory(model_args.model_name_or_path)
@@ -72,12 +87,14 @@ def template_name(version: str) -> str:
     return name
 
 
-def set_pad_token(model: Any, tokenizer: Any, version: str) -> None:
+def set_pad_token(model: Any, tokenizer: Any, version: str, *, may_grow: bool = True) -> None:
     """Pad = `[PAD]` (new, embedded as the mean) for v0, else the unknown token (spec/train.md §8.1).
 
     A tokenizer without an unknown token keeps its own pad token, or pads with its end token; masks come from lengths.
     """
     if version == "v0":
+        if tokenizer.pad_token is None and not may_grow:
+            raise ConfigError("--version v0 adds [PAD] to this base, which an adapter cannot carry; use v0.5 or v1.")
         if tokenizer.pad_token is None:
             added = tokenizer.add_special_tokens({"pad_token": "[PAD]"})
             grow_embeddings(model, len(tokenizer), new_rows=added)

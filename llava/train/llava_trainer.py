@@ -28,7 +28,7 @@ from llava.data.sampler import (
 )
 from llava.errors import CheckpointError, TrainingError
 from llava.model.checkpoint import PROJECTOR_FILE, load_bin
-from llava.train import checkpointing, weights, zero
+from llava.train import adapters, checkpointing, weights, zero
 
 __all__ = [
     "LLaVATrainer",
@@ -40,7 +40,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 EPOCH_STRIDE = 1_000_003
 COUNTS = ("tokens", "supervised_tokens", "samples", "unsupervised_batches")
-Saves = Literal["full", "projector"]
+Saves = Literal["full", "projector", "lora"]
 
 
 class WholeSteps(BatchSampler):
@@ -78,7 +78,7 @@ class _EpochOrder(transformers.TrainerCallback):
 
 
 class LLaVATrainer(transformers.Trainer):
-    """`saves` says what a checkpoint holds of the model: all of it, or the projector alone."""
+    """`saves` says what a checkpoint holds of the model: all of it, the projector alone, or adapters and what goes with them."""
 
     def __init__(self, *args: Any, saves: Saves = "full", **kwargs: Any):
         self.saves = saves
@@ -244,7 +244,9 @@ class LLaVATrainer(transformers.Trainer):
             state = zero.collect(weights.projector_parameters(self.model, self.model.config), keep=keep)
             if keep:
                 self.model.config.save_pretrained(directory)
-                weights.write_projector(weights.projector_file(directory, final=not _internal_call), state)
+                weights.write_bin(weights.projector_file(directory, final=not _internal_call), state)
+        elif self.saves == "lora":
+            adapters.save(self.model, self.tokenizer, directory, keep=keep)
         elif self.is_deepspeed_enabled:
             state = weights.all_tensors(self.model, keep=keep)
             if keep:
@@ -256,6 +258,8 @@ class LLaVATrainer(transformers.Trainer):
         """Names and shapes that a save of this run must hold."""
         if self.saves == "projector":
             return weights.shapes(weights.projector_parameters(self.model, self.model.config))
+        if self.saves == "lora":
+            return adapters.shapes(self.model)
         return weights.shapes(list(self.model.named_parameters()))
 
     def _save_checkpoint(self, model: Any, trial: Any, metrics: Any = None) -> None:
@@ -281,7 +285,10 @@ class LLaVATrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.saves == "projector":
-            weights.load_projector(model or self.model, load_bin(Path(resume_from_checkpoint) / PROJECTOR_FILE))
+            state = load_bin(Path(resume_from_checkpoint) / PROJECTOR_FILE)
+            weights.copy_named(dict((model or self.model).named_parameters()), state)
+        elif self.saves == "lora":
+            adapters.load(model or self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -1,4 +1,4 @@
-"""Train a chat model: stage 1 (projector), stage 2 (all), by the flags of `llava.arguments` (spec/train.md §8).
+"""Train a chat model: stage 1 (projector), stage 2 (all, or LoRA), by the flags of `llava.arguments` (spec/train.md §8).
 
     python llava/train/train.py --model_name_or_path DIR --vision_tower DIR --data_path FILE --output_dir DIR ...
     torchrun --nproc_per_node 8 llava/train/train.py ... --deepspeed scripts/zero2.json
@@ -26,7 +26,7 @@ from llava.data.dataset import LazySupervisedDataset, make_supervised_data_modul
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError
-from llava.train import assemble, checkpointing, trainable, zero
+from llava.train import adapters, assemble, checkpointing, trainable, zero
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.record import RunFiles, RunRecord, plain
 from llava.utils import guarded
@@ -52,20 +52,21 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Training
     set_seed(args.seed)  # every rank draws the same projector
     template = assemble.template_name(model_args.version)
     model: Any = assemble.load_base(model_args, args)
+    adapted = adapters.wrap(model, model_args, args) if args.lora_enable else model
     tokenizer = assemble.load_training_tokenizer(model_args, args)
-    assemble.set_pad_token(model, tokenizer, model_args.version)
+    assemble.set_pad_token(model, tokenizer, model_args.version, may_grow=not args.lora_enable)
+    dtype = assemble.compute_dtype(args)
+    if model_args.vision_tower is not None:
+        assemble.add_vision(model, model_args, data_args, dtype)
+        model.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
+        model.initialize_vision_tokenizer(model_args, tokenizer)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    if model_args.vision_tower is not None:
-        assemble.add_vision(model, model_args, data_args, assemble.compute_dtype(args))
-        model.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
     trainable.set_trainable(model, model_args, args)
-    if model_args.vision_tower is not None:
-        model.initialize_vision_tokenizer(model_args, tokenizer)
-    trainable.set_precision(model, assemble.compute_dtype(args), engine=bool(args.deepspeed))
+    trainable.set_precision(model, dtype, engine=bool(args.deepspeed), packed=args.bits != 16)
     model.config.conv_template = template
     checkpointing.sanitise_generation_config(model)
-    return model, tokenizer, template
+    return adapted, tokenizer, template
 
 
 def _check_saving(model: Any, tokenizer: Any, model_args: ModelArguments, args: TrainingArguments) -> None:
@@ -74,7 +75,7 @@ def _check_saving(model: Any, tokenizer: Any, model_args: ModelArguments, args: 
     output_dir = Path(args.output_dir)
     learning, total = trainable.count(model)
     width = assemble.compute_dtype(args).itemsize
-    final = (learning if model_args.tune_mm_mlp_adapter else total) * width
+    final = (learning if model_args.tune_mm_mlp_adapter or args.lora_enable else total) * width
     checkpoint = 0 if args.save_strategy == "no" else final + learning * (BYTES_OF_ADAM + 4)
     checkpointing.dry_run(output_dir, model, tokenizer)
     checkpointing.check_room(output_dir, final, checkpoint, args.save_total_limit)
@@ -124,7 +125,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         model=model,
         tokenizer=tokenizer,
         args=args,
-        saves="projector" if model_args.tune_mm_mlp_adapter else "full",
+        saves="projector" if model_args.tune_mm_mlp_adapter else "lora" if args.lora_enable else "full",
         callbacks=[RunFiles(Path(args.output_dir), plot=args.plot_loss)],
         **data,
     )
@@ -158,9 +159,9 @@ def finish(trainer: LLaVATrainer, dtype: torch.dtype) -> None:
 
 def refuse_unsupported(args: TrainingArguments) -> None:
     """Flags that parse, but that this version would not honour."""
-    if args.lora_enable or args.bits != 16:
+    if args.bits != 16 and args.deepspeed and args.hf_deepspeed_config.is_zero3():
         raise ConfigError(
-            "--lora_enable and --bits 4 or 8 are not in this version; train in full or the projector only."
+            f"--bits {args.bits} cannot be shared out by ZeRO stage 3; use --deepspeed scripts/zero2.json, or --bits 16."
         )
     if args.n_gpu > 1:
         raise ConfigError(

@@ -9,15 +9,22 @@ import torch
 from llava.arguments import ModelArguments, TrainingArguments
 from llava.errors import ConfigError, TrainingError
 from llava.model.zero import is_partitioned
+from llava.train import adapters
 from llava.train.zero import full_shape
 
 
 def set_trainable(model: Any, model_args: ModelArguments, training_args: TrainingArguments) -> None:
     """Set `requires_grad` by the table of §8.2; of the tower, only the positions can be asked to learn."""
     core = model.get_model()
-    model.requires_grad_(not (model_args.tune_mm_mlp_adapter or training_args.freeze_llm))
+    adapted = training_args.lora_enable
+    model.requires_grad_(not (model_args.tune_mm_mlp_adapter or training_args.freeze_llm or adapted))
     if model_args.freeze_backbone:
         core.requires_grad_(False)
+    if adapted:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(adapters.learns(name, training_args.lora_bias))
+    if model_args.tune_mm_mlp_adapter and model_args.mm_use_im_start_end:
+        model.get_input_embeddings().requires_grad_(True)
     tower = model.get_vision_tower()
     if tower is None:
         return
@@ -30,14 +37,16 @@ def set_trainable(model: Any, model_args: ModelArguments, training_args: Trainin
         table.requires_grad_(True)
 
 
-def set_precision(model: torch.nn.Module, compute_dtype: torch.dtype, *, engine: bool) -> None:
+def set_precision(model: torch.nn.Module, compute_dtype: torch.dtype, *, engine: bool, packed: bool = False) -> None:
     """float32 masters for what learns, `compute_dtype` for what is frozen; under DeepSpeed all in `compute_dtype`.
 
-    DeepSpeed keeps its own float32 masters; elsewhere autocast makes the 16-bit products.
+    DeepSpeed keeps its own float32 masters; elsewhere autocast makes the 16-bit products. In a language model with
+    `packed` weights the norms are float32 as well; those of the tower are not (T19).
     """
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not is_partitioned(parameter) and parameter.is_floating_point():
-            master = parameter.requires_grad and not engine
+            norm = packed and "norm" in name and not any(part in name for part in adapters.OUTSIDE)
+            master = (parameter.requires_grad or norm) and not engine
             parameter.data = parameter.data.to(torch.float32 if master else compute_dtype)
 
 

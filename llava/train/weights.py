@@ -1,4 +1,7 @@
-"""What each training mode writes: all weights, or the projector alone; and reading it back (spec/train.md §10)."""
+"""What training writes, checked: all weights, or the projector alone; and reading it back (spec/train.md §10).
+
+What a LoRA run writes is in `llava.train.adapters`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 import torch
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint import PROJECTOR_FILE, has_weights, load_bin, weight_shapes
+from llava.model.checkpoint import ADAPTER_CONFIG, PROJECTOR_FILE, has_weights, load_bin, weight_shapes
+from llava.model.lora import ADAPTER_PREFIX, adapter_shapes, read_non_lora
 from llava.train import zero
 
 POSITION_EMBEDDING = "vision_tower.embeddings.position_embedding"
@@ -46,29 +50,34 @@ def projector_file(output_dir: Path, *, final: bool) -> Path:
     return output_dir / PROJECTOR_FILE
 
 
-def write_projector(path: Path, state: dict[str, torch.Tensor]) -> None:
+def write_bin(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """A file of tensors that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     torch.save(state, part)
     part.replace(path)
 
 
-def load_projector(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Copy a projector file's tensors into the parameters of the same full names (not partitioned ones)."""
-    parameters = dict(model.named_parameters())
+def copy_named(
+    parameters: Mapping[str, torch.nn.Parameter], state: Mapping[str, torch.Tensor], source: str = "The projector file"
+) -> None:
+    """Copy a file's tensors into the parameters of the same names (not partitioned ones); all must be there and fit."""
     unknown = sorted(set(state) - set(parameters))
     if unknown:
-        raise CheckpointError(f"The projector file has tensors this model lacks: {', '.join(unknown[:4])}.")
+        raise CheckpointError(f"{source} has tensors this model lacks: {', '.join(unknown[:4])}.")
     with torch.no_grad():
         for name, value in state.items():
             if parameters[name].shape != value.shape:
                 found, wanted = tuple(value.shape), tuple(parameters[name].shape)
-                raise CheckpointError(f"{name} of the projector file is {found}, but this model needs {wanted}.")
+                raise CheckpointError(f"{source}: {name} is {found}, but this model needs {wanted}.")
             parameters[name].copy_(value)
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a directory: all of a model's, or those of its projector file."""
+    """Names and shapes of the weights in a directory: all of a model's, or those of its projector file or adapter."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        beside = {ADAPTER_PREFIX + name: tuple(value.shape) for name, value in read_non_lora(directory).items()}
+        return adapter_shapes(directory) | beside
     if not has_weights(directory) and (directory / PROJECTOR_FILE).is_file():
         return {name: tuple(value.shape) for name, value in load_bin(directory / PROJECTOR_FILE).items()}
     return weight_shapes(directory)

@@ -112,12 +112,13 @@ def test_a_save_is_verified(tmp_path: Path) -> None:
 
 def test_a_projector_file_must_fit_by_name_and_shape() -> None:
     model = torch.nn.ModuleDict({"mm_projector": torch.nn.Linear(3, 2)})
-    weights.load_projector(model, {"mm_projector.weight": torch.full((2, 3), 7.0)})
+    parameters = dict(model.named_parameters())
+    weights.copy_named(parameters, {"mm_projector.weight": torch.full((2, 3), 7.0)})
     assert float(model["mm_projector"].weight.detach().sum()) == 42
     with pytest.raises(CheckpointError, match="lacks"):
-        weights.load_projector(model, {"mm_projector.scale": torch.ones(1)})
+        weights.copy_named(parameters, {"mm_projector.scale": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"\(3, 2\)"):
-        weights.load_projector(model, {"mm_projector.weight": torch.ones(3, 2)})
+        weights.copy_named(parameters, {"mm_projector.weight": torch.ones(3, 2)})
 
 
 def test_the_last_projector_of_a_checkpoint_folder_goes_beside_it(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ class VisionTower(nn.Module):
         """
         if self.is_loaded:
             return
-        source, prefix, table = self._source(from_checkpoint)
+        source, prefix, table = self.source(from_checkpoint)
         config = copy.deepcopy(self.config)
         vision, grid = self.spec.vision(config), math.isqrt(table - 1)
         if grid != vision.image_size // vision.patch_size:
@@ -154,9 +154,7 @@ class VisionTower(nn.Module):
             model = self.spec.build(config, self.depth)
         tensors = (
             (name.removeprefix(prefix), tensor)
-            for name, tensor in iter_tensors(
-                source, lambda name: name.startswith(prefix) and self._needed(name, prefix)
-            )
+            for name, tensor in iter_tensors(source, lambda name: name.startswith(prefix) and self.needs(name, prefix))
             if tensor is not None
         )
         fill(model, tensors, dtype=dtype or torch.float32, device=device or "cpu", source=str(source),
@@ -165,12 +163,12 @@ class VisionTower(nn.Module):
         self.rest_of = (source, prefix)
         logger.info("vision tower %s: features after layer %d, from %s", self.name, self.depth, source)
 
-    def _needed(self, name: str, prefix: str) -> bool:
+    def needs(self, name: str, prefix: str) -> bool:
         name = name.removeprefix(prefix)
         index = layer_index(name, self.spec.layers) if self.spec.layers else None
         return not name.startswith(self.spec.unused) and (index is None or index < self.depth)
 
-    def _source(self, from_checkpoint: bool) -> tuple[Path, str, int]:
+    def source(self, from_checkpoint: bool) -> tuple[Path, str, int]:
         """The directory to read, the prefix of the tower's keys in it, and the rows of its position table."""
         if from_checkpoint and self.checkpoint_dir is not None and has_weights(self.checkpoint_dir):
             shapes = weight_shapes(self.checkpoint_dir)
@@ -194,7 +192,7 @@ class VisionTower(nn.Module):
             return {}
         source, prefix = self.rest_of
         parts = {name for name, _ in self.vision_tower.named_children()}
-        wanted = iter_tensors(source, lambda name: name.startswith(prefix) and not self._needed(name, prefix))
+        wanted = iter_tensors(source, lambda name: name.startswith(prefix) and not self.needs(name, prefix))
         rest = ((name.removeprefix(prefix), tensor) for name, tensor in wanted if tensor is not None)
         return {f"vision_tower.{name}": tensor.to(self.dtype) for name, tensor in rest if name.split(".")[0] in parts}
 

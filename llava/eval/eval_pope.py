@@ -1,0 +1,12 @@
+"""Score POPE answers: `python llava/eval/eval_pope.py --annotation-dir … --question-file … --result-file …`."""
+
+import sys
+
+from llava.eval.program import file_flag, program
+from llava.eval.scorers import pope
+
+_FLAGS = map(file_flag, ("--annotation-dir", "--question-file", "--result-file"))
+main = program(__doc__, pope.evaluate, *_FLAGS)
+
+if __name__ == "__main__":
+    sys.exit(main())
