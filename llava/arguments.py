@@ -133,6 +133,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.gradient_checkpointing:  # reentrant as published, and as ZeRO-3 needs it
             given: dict[str, Any] | None = getattr(self, "gradient_checkpointing_kwargs", None)
             self.gradient_checkpointing_kwargs = given or {"use_reentrant": True}
+        if self.lora_enable and getattr(self, "ddp_find_unused_parameters", None) is None:
+            self.ddp_find_unused_parameters = False  # all that learns is used in every step; looking costs, and fails
         # the flags decide: the library takes over what an earlier run in this process, or a launcher, left here
         os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         try:

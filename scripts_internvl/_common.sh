@@ -56,6 +56,17 @@ set_accumulation() {
     accumulation=$((global / (per_gpu * total)))
 }
 
+# The first of these names that is there under pretrained/, else the first: the folder may keep the hub's name.
+tower() {
+    for name in "$@"; do
+        if [ -d "pretrained/$name" ]; then
+            echo "./pretrained/$name"
+            return
+        fi
+    done
+    echo "./pretrained/$1"
+}
+
 use_zero() {
     zero_config=./scripts/zero$1.json
 }

@@ -8,6 +8,6 @@ use_zero 3
 use_batch 16 128
 finetune \
     --model_name_or_path ./pretrained/vicuna-13b-v1.5 \
-    --vision_tower ./pretrained/InternViT-6B-224px \
+    --vision_tower "$(tower intern_vit_6b_224px InternViT-6B-224px)" \
     --mm_vision_select_layer -4 \
     "$@"

@@ -13,7 +13,7 @@ use_zero 1
 use_batch 2 512
 finetune_with_slurm \
     --model_name_or_path ./pretrained/vicuna-13b-v1.5 \
-    --vision_tower ./pretrained/InternViT-6B-224px \
+    --vision_tower "$(tower intern_vit_6b_224px InternViT-6B-224px)" \
     --mm_vision_select_layer -4 \
     --pretrain_mm_mlp_adapter ./work_dirs/pretrain_internvit6b_224to336_vicuna13b/mm_projector.bin \
     --dataloader_num_workers 2 \

@@ -8,6 +8,6 @@ use_zero 2
 use_batch 32 256
 pretrain \
     --model_name_or_path ./pretrained/vicuna-7b-v1.5 \
-    --vision_tower ./pretrained/InternViT-6B-448px \
+    --vision_tower "$(tower intern_vit_6b_448px InternViT-6B-448px)" \
     --mm_vision_select_layer -4 \
     "$@"

@@ -21,6 +21,7 @@ pretrain \
     --logging_steps 10 \
     --model_max_length 512 \
     --gradient_checkpointing False \
+    --attn_implementation eager \
     --dataloader_num_workers 0 \
     --report_to none \
     "$@"

@@ -1,4 +1,4 @@
-"""Every recipe of scripts_internvl as the command it would run, bound by the trainer's own parser; published values."""
+"""Every recipe as the command it would run, bound by the trainer's own parser; published values."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "scripts_internvl"
 RECIPES = sorted(path.stem for stage in ("pretrain", "finetune") for path in FOLDER.glob(f"{stage}_*.sh"))
 PUBLISHED = [name for name in RECIPES if "quickstart" not in name]
+LLAVA = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix()
+    for stage in ("pretrain", "finetune")
+    for path in (ROOT / "scripts").rglob(f"{stage}*.sh")
+)
 SCALING = (
     *("GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "PORT", "BATCH", "OUTPUT_DIR", "CUDA_VISIBLE_DEVICES"),
+    *("MODEL_VERSION", "PROMPT_VERSION"),
     *("PARTITION", "GPUS_PER_NODE", "CPUS_PER_TASK", "QUOTA_TYPE", "SRUN_ARGS", "PYTHON", "LLAVA_DRY_RUN"),
 )
 
 
 def start(name: str, *flags: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in SCALING} | variables
-    command = ["sh", str(FOLDER / f"{name}.sh"), *flags]
+    command = ["sh", str((ROOT if "/" in name else FOLDER) / f"{name}.sh"), *flags]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False, timeout=60)
 
 
@@ -45,6 +51,7 @@ def bind(command: list[str]) -> Namespace:
 def test_no_recipe_is_missing() -> None:
     assert len(PUBLISHED) == 13
     assert len(RECIPES) == 15
+    assert len(LLAVA) == 8
 
 
 COMMON: dict[str, Any] = {
@@ -99,11 +106,11 @@ def expected(name: str) -> dict[str, Any]:
     stage, rest = name.split("_", 1)
     values = COMMON | STAGE[stage]
     size = "7b" if "vicuna7b" in name else "13b"
-    tower = "InternViT-6B-224px" if "224to336" in name else "InternViT-6B-448px"
+    tower = "intern_vit_6b_224px" if "224to336" in name else "intern_vit_6b_448px"
     layer, key = -4, stage
     for version in ("2", "5"):
         if f"_v1_{version}_" in name:
-            tower, layer, key = f"{tower}-V1-{version}", -1, f"{stage} v1"
+            tower, layer, key = f"InternViT-6B-448px-V1-{version}", -1, f"{stage} v1"
     if stage == "finetune":
         values["pretrain_mm_mlp_adapter"] = f"./work_dirs/pretrain_{rest.removesuffix('_custom_data')}/mm_projector.bin"
     if name.endswith("_custom_data"):
@@ -135,6 +142,60 @@ def test_published_hyperparameters(name: str) -> None:
     assert {key: getattr(flags, key) for key in wanted} == wanted
     assert (ROOT / flags.deepspeed).is_file()
     assert str(getattr(flags.lr_scheduler_type, "value", flags.lr_scheduler_type)) == "cosine"
+
+
+CLIP_L = "openai/clip-vit-large-patch14"
+# version, language model, tower, projector, per GPU, learning rate, epochs, ZeRO stage, save_steps: spec/train.md §12.2
+ORIGINAL: dict[str, tuple[Any, ...]] = {
+    "scripts/pretrain": ("plain", "./checkpoints/lm", CLIP_L, "linear", 16, 2e-3, 1, 2, 24000),
+    "scripts/finetune": ("v0", "./checkpoints/lm", CLIP_L, "linear", 16, 2e-5, 1, 2, 50000),
+    "scripts/finetune_full_schedule": ("v0", "./checkpoints/lm", CLIP_L, "linear", 16, 2e-5, 3, 2, 50000),
+    "scripts/finetune_lora": ("v0", "./checkpoints/lm", CLIP_L, "linear", 16, 2e-5, 1, 2, 50000),
+    "scripts/finetune_qlora": ("v0", "./checkpoints/lm", CLIP_L, "linear", 16, 2e-5, 1, 2, 50000),
+    "scripts/finetune_sqa": ("v0", "lmsys/vicuna-13b-v1.3", CLIP_L, "linear", 16, 2e-5, 12, 2, 50000),
+    "scripts/v1_5/pretrain": ("plain", "lmsys/vicuna-13b-v1.5", f"{CLIP_L}-336", "mlp2x_gelu", 32, 1e-3, 1, 2, 24000),
+    "scripts/v1_5/finetune": ("v1", "lmsys/vicuna-13b-v1.5", f"{CLIP_L}-336", "mlp2x_gelu", 16, 2e-5, 1, 3, 50000),
+}
+
+
+@pytest.mark.parametrize("name", LLAVA)
+def test_published_hyperparameters_of_the_original(name: str) -> None:
+    flags = bind(command_of(name, MODEL_VERSION="lm", PROMPT_VERSION="v0"))
+    version, base, tower, projector, batch, rate, epochs, zero, save = ORIGINAL[name]
+    pretrains, newer = name.endswith("pretrain"), "v1_5" in name
+    stage_1 = f"./work_dirs/llava_{'v1_5_' if newer else ''}pretrain"
+    wanted = COMMON | {
+        "version": version,
+        "model_name_or_path": base,
+        "vision_tower": tower,
+        "mm_vision_select_layer": -2,
+        "mm_projector_type": projector,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": rate,
+        "num_train_epochs": epochs,
+        "deepspeed": f"./scripts/zero{zero}.json",
+        "save_steps": save,
+        "save_total_limit": 1,
+        "report_to": ["wandb"],
+        "tune_mm_mlp_adapter": pretrains,
+        "pretrain_mm_mlp_adapter": None if pretrains else f"{stage_1}/mm_projector.bin",
+        "image_aspect_ratio": "pad" if name == "scripts/v1_5/finetune" else "square",
+        "group_by_modality_length": name == "scripts/v1_5/finetune",
+        "lora_enable": name.endswith("lora"),
+        "bits": 4 if name.endswith("qlora") else 16,
+        "output_dir": f"work_dirs/llava_{name.removeprefix('scripts/').replace('/', '_')}",
+    }
+    assert {key: getattr(flags, key) for key in wanted} == wanted
+    assert flags.output_dir == stage_1.removeprefix("./") or not pretrains
+
+
+@pytest.mark.parametrize("given", ["MODEL_VERSION", "PROMPT_VERSION"])
+def test_what_a_run_of_the_original_must_name_is_asked_for(given: str) -> None:
+    done = start("scripts/finetune_lora", "--dry-run", **{given: "x"})
+    missing = "PROMPT_VERSION" if given == "MODEL_VERSION" else "MODEL_VERSION"
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {missing} is not set") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "quickstart" in name])

@@ -55,7 +55,7 @@ def by_key(rows: Iterable[Mapping[str, Any]], path: Path, *keys: str) -> dict[An
 
 def require_same(answered: Iterable[K], asked: Iterable[K], path: Path) -> None:
     """`DataError` unless the answers of `path` are to exactly the questions asked, each as often as it was asked."""
-    given, wanted = Counter(answered), Counter(asked)
+    given, wanted = Counter(list(answered)), Counter(list(asked))
     for some, label in ((wanted - given, "missing (unanswered)"), (given - wanted, "to none of the questions")):
         if some:
             raise DataError(

@@ -13,6 +13,8 @@ from llava.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
+LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."
+
 
 @dataclass(frozen=True)
 class Question:
@@ -81,4 +83,24 @@ def read_questions(path: Path) -> list[Question]:
         image = row.get("image")
         images = tuple(image) if isinstance(image, list) else (image,) if image else ()
         questions.append(Question(row["question_id"], row["text"], images))
+    return questions
+
+
+def read_science_questions(path: Path, single_pred_prompt: bool = False) -> list[Question]:
+    """ScienceQA's question file (spec/eval.md §2.3, §3.2): a JSON list of conversations, asked by their first turn.
+
+    The record's prompt shows `<image>` where there is one; `single_pred_prompt` adds the line that asks for a letter.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        asked = [(row["id"], row.get("image"), str(row["conversations"][0]["value"])) for row in rows]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a list of ScienceQA conversations ({type(error).__name__}: {error})."
+        ) from error
+    questions = []
+    for question_id, image, value in asked:
+        text = value.replace("<image>", "").strip() + (f"\n{LETTER_SUFFIX}" if single_pred_prompt else "")
+        prompt = f"<image>\n{text}" if image else text
+        questions.append(Question(question_id, prompt, (image,) if image else (), text))
     return questions

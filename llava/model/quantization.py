@@ -36,7 +36,8 @@ class Quantizer:
             raise ConfigError(f"Weights can be quantised to 4 or 8 bits, not {self.bits}.")
         if self.device.type not in ("cuda", "cpu"):
             raise ConfigError(
-                f"bitsandbytes runs on CUDA and CPU, not on {self.device.type}; leave out --load-{self.bits}bit or --bits {self.bits}."
+                f"bitsandbytes runs on CUDA and CPU, not on {self.device.type}; leave out --load-{self.bits}bit "
+                f"or --bits {self.bits}."
             )
         require("bitsandbytes", "quant")
 

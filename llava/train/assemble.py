@@ -66,7 +66,7 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> LlavaLlama
 def _packed_base(
     found: Checkpoint, config: LlavaConfig, args: TrainingArguments, attention: str
 ) -> LlavaLlamaForCausalLM:
-    """The base with its decoder in 8 or 4 bits, packed as it is read (spec/train.md §9.2); never all there in 16 bits."""
+    """The base with its decoder in 8 or 4 bits, packed as it is read (spec/train.md §9.2)."""
     dtype = compute_dtype(args)
     quantizer = Quantizer(args.bits, dtype, args.device, args.quant_type, args.double_quant)
     config.name_or_path, config.torch_dtype, config.use_cache = str(found.path), dtype, False

@@ -78,7 +78,7 @@ class _EpochOrder(transformers.TrainerCallback):
 
 
 class LLaVATrainer(transformers.Trainer):
-    """`saves` says what a checkpoint holds of the model: all of it, the projector alone, or adapters and what goes with them."""
+    """`saves` says what a checkpoint holds: the model, its projector, or adapters and what goes with them."""
 
     def __init__(self, *args: Any, saves: Saves = "full", **kwargs: Any):
         self.saves = saves

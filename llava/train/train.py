@@ -1,4 +1,4 @@
-"""Train a chat model: stage 1 (projector), stage 2 (all, or LoRA), by the flags of `llava.arguments` (spec/train.md §8).
+"""Train a chat model: stage 1 (projector), stage 2 (all, or LoRA), by the flags (spec/train.md §8).
 
     python llava/train/train.py --model_name_or_path DIR --vision_tower DIR --data_path FILE --output_dir DIR ...
     torchrun --nproc_per_node 8 llava/train/train.py ... --deepspeed scripts/zero2.json
@@ -161,7 +161,7 @@ def refuse_unsupported(args: TrainingArguments) -> None:
     """Flags that parse, but that this version would not honour."""
     if args.bits != 16 and args.deepspeed and args.hf_deepspeed_config.is_zero3():
         raise ConfigError(
-            f"--bits {args.bits} cannot be shared out by ZeRO stage 3; use --deepspeed scripts/zero2.json, or --bits 16."
+            f"--bits {args.bits} cannot be shared out by ZeRO stage 3; use scripts/zero2.json, or --bits 16."
         )
     if args.n_gpu > 1:
         raise ConfigError(

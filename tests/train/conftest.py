@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.threads import one_thread
 from tests.train import runs
+
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,9 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     if (directory / "mm_projector.bin").is_file():
         state: dict[str, torch.Tensor] = torch.load(directory / "mm_projector.bin", weights_only=True)
         return state
+    if (directory / "adapter_model.safetensors").is_file():
+        beside: dict[str, torch.Tensor] = torch.load(directory / "non_lora_trainables.bin", weights_only=True)
+        return load_file(directory / "adapter_model.safetensors") | beside
     return load_file(directory / "model.safetensors")
 
 

@@ -98,6 +98,13 @@ def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
             ["--vision_tower", "t", "--freeze_llm", "True", "--freeze_mm_mlp_adapter", "True"],
             ["--freeze_llm", "--freeze_mm_mlp_adapter"],
         ),
+        (["--bits", "4"], ["--bits", "--lora_enable"]),
+        (["--bits", "8", "--lora_enable", "True", "--lora_bias", "all"], ["--lora_bias"]),
+        (["--lora_enable", "True"], ["--lora_enable", "--vision_tower"]),
+        (
+            ["--lora_enable", "True", "--vision_tower", "t", "--tune_vit_pos_embedding", "True"],
+            ["--tune_vit_pos_embedding", "--lora_enable"],
+        ),
         (["--freeze_llm", "True"], ["--freeze_llm", "--vision_tower"]),
         (["--pretrain_mm_mlp_adapter", "x.bin"], ["--pretrain_mm_mlp_adapter", "--vision_tower"]),
         (["--deepspeed", "scripts/zero2.json"], ["--use_cpu", "--deepspeed"]),

@@ -351,7 +351,7 @@ def test_a_bad_record_ends_the_run_by_name_or_is_skipped_and_counted(
     [
         ({"version": "vicuna"}, TemplateError, "vicuna_v1"),
         ({"version": "Hermes-2"}, TemplateError, "templates that fit: "),
-        ({"lora_enable": True}, ConfigError, "--lora_enable"),
+        ({"bits": 4}, ConfigError, "--lora_enable"),
         ({"model_name_or_path": "tower"}, LlavaError, "a vision tower"),
         ({"vision_tower": "nowhere"}, LlavaError, "nowhere"),
         ({"pretrain_mm_mlp_adapter": "nowhere.bin"}, LlavaError, "nowhere.bin"),

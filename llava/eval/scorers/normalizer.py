@@ -18,25 +18,26 @@ DIGIT_COMMA: Final = re.compile(r"\d,\d")
 PERIOD: Final = re.compile(r"\.(?!\d)")
 MOST_PERIODS: Final = 32  # the challenge's code passes a flag where the count belongs; 32 is that flag's value
 ARTICLES: Final = frozenset(("a", "an", "the"))
-_DIGITS: Final = "zero one two three four five six seven eight nine ten".split()
-NUMBERS: Final = MappingProxyType({"none": "0", **{word: str(value) for value, word in enumerate(_DIGITS)}})
+_DIGITS: Final = "zero one two three four five six seven eight nine ten"
+NUMBERS: Final = MappingProxyType({"none": "0", **{word: str(n) for n, word in enumerate(_DIGITS.split())}})
 
 _ONE_APOSTROPHE: Final = """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've
-    isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
-    somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's
-    they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
-    where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
-""".split()
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm
+    I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+    shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
+    there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're
+    you've
+"""
 _TWO_APOSTROPHES: Final = """
-    couldn't've hadn't've mightn't've shouldn't've wouldn't've he'd've I'd've it'd've she'd've somebody'd've someone'd've
-    something'd've there'd've they'd've we'd've who'd've you'd've y'all'll
-""".split()
+    couldn't've hadn't've mightn't've shouldn't've wouldn't've he'd've I'd've it'd've she'd've somebody'd've
+    someone'd've something'd've there'd've they'd've we'd've who'd've you'd've y'all'll
+"""
 
 
 def _contractions() -> Mapping[str, str]:
-    table = {word.replace("'", ""): word for word in _ONE_APOSTROPHE}
-    for word in _TWO_APOSTROPHES:
+    table = {word.replace("'", ""): word for word in _ONE_APOSTROPHE.split()}
+    for word in _TWO_APOSTROPHES.split():
         start, middle, end = word.split("'")
         table |= {f"{start}{middle}'{end}": word, f"{start}'{middle}{end}": word}
     table |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}

@@ -15,6 +15,7 @@ from llava.eval.files import by_key, read_results, read_rows, require_same
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
 YES, NO, OTHER = "yes", "no", "other"
+QUESTION_KEYS = ("question_id", "image", "text", "category")
 
 
 def parse(text: str) -> str:
@@ -90,7 +91,7 @@ def read_labels(folder: Path) -> dict[str, dict[tuple[str, str], str]]:
 def score(folder: Path, question_file: Path, result_file: Path) -> dict[str, Any]:
     """Figures of each category and the mean F1 in percent; `DataError` unless answers, questions and labels match."""
     labels = read_labels(folder)
-    questions = read_rows(question_file, "question_id", "image", "text", "category")
+    questions = read_rows(question_file, *QUESTION_KEYS)
     answers = by_key(read_results(result_file), result_file, "question_id")
     require_same(answers, by_key(questions, question_file, "question_id"), result_file)
     asked: dict[str, list[Mapping[str, Any]]] = {}
@@ -103,12 +104,20 @@ def score(folder: Path, question_file: Path, result_file: Path) -> dict[str, Any
         )
     for category, rows in asked.items():
         _require_labels([label_key(row) for row in rows], labels[category], folder / f"{PREFIX}{category}{SUFFIX}")
-    categories = {
-        category: count(
-            [(answers[row["question_id"]]["text"], labels[category][label_key(row)]) for row in asked[category]]
-        ).metrics()
-        for category in labels
-    }
+    return score_answers(labels, questions, {key: row["text"] for key, row in answers.items()})
+
+
+def score_answers(
+    labels: Mapping[str, Mapping[tuple[str, str], str]],
+    questions: Sequence[Mapping[str, Any]],
+    answers: Mapping[Any, str],
+) -> dict[str, Any]:
+    """The same for `questions` only, which have labels; `answers` are texts by `question_id`."""
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for row in questions:
+        label = labels[row["category"]][label_key(row)]
+        pairs.setdefault(row["category"], []).append((answers[row["question_id"]], label))
+    categories = {category: count(pairs[category]).metrics() for category in sorted(pairs)}
     mean = 100 * sum(result["f1"] for result in categories.values()) / len(categories)
     return {"mean_f1": mean, "categories": categories}
 

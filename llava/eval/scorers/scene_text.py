@@ -5,6 +5,7 @@ Each takes `[{"pred_answer": str, "gt_answers": [str, …]}, …]` and returns t
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,12 +77,12 @@ class TextCapsBleu4Evaluator:
 
     def __init__(self) -> None:
         try:
-            from pycocoevalcap.bleu.bleu import Bleu
-            from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+            bleu = importlib.import_module("pycocoevalcap.bleu.bleu")
+            tokenizer = importlib.import_module("pycocoevalcap.tokenizer.ptbtokenizer")
         except ImportError as error:
             raise DependencyError("BLEU-4 needs pycocoevalcap and Java: pip install pycocoevalcap") from error
-        self._tokenize = PTBTokenizer().tokenize
-        self._bleu = Bleu(4)
+        self._tokenize = tokenizer.PTBTokenizer().tokenize
+        self._bleu = bleu.Bleu(4)
 
     def eval_pred_list(self, pred_list: Sequence[Pair]) -> float:
         references = {n: [{"caption": text} for text in pair["gt_answers"]] for n, pair in enumerate(pred_list)}

@@ -28,7 +28,9 @@ def question_of(prompt: str) -> str:
         if body.startswith(OCR):
             body = body.partition("\n")[2]
         return body.partition(f"\n{OCR} ")[0].lower()
-    raise DataError(f"No TextVQA question can be told from the prompt {prompt[:80]!r}; expected a question and a suffix.")
+    raise DataError(
+        f"No TextVQA question can be told from the prompt {prompt[:80]!r}; expected a question and a suffix."
+    )
 
 
 def score(annotations: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Any]:

@@ -8,8 +8,12 @@ from typing import Final
 from llava.errors import ConfigError
 from llava.eval.tasks.base import Task
 from llava.eval.tasks.easy_vqa import EasyVQA
+from llava.eval.tasks.mme import Mme
+from llava.eval.tasks.pope import Pope
+from llava.eval.tasks.science_qa import ScienceQA
+from llava.eval.tasks.textvqa import TextVQA
 
-TASKS: Final[dict[str, type[Task]]] = {task.name: task for task in (EasyVQA,)}
+TASKS: Final[dict[str, type[Task]]] = {task.name: task for task in (EasyVQA, Mme, Pope, ScienceQA, TextVQA)}
 
 
 def make_task(name: str, data_root: Path | None = None, split: str | None = None) -> Task:

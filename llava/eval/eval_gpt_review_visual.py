@@ -1,0 +1,10 @@
+"""Have a judge compare two answers about pictures known by captions and boxes (COCO): see `llava/eval/reviews.py`."""
+
+import sys
+
+from llava.eval.reviews import box_context, review_program
+
+main = review_program(__doc__, box_context, "gpt-4-0314")
+
+if __name__ == "__main__":
+    sys.exit(main())

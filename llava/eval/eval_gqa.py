@@ -1,0 +1,11 @@
+"""Score GQA answers against `testdev_balanced_questions.json`, here without the official tool."""
+
+import sys
+
+from llava.eval.program import file_flag, program
+from llava.eval.scorers import gqa
+
+main = program(__doc__, gqa.evaluate, file_flag("--question-file"), file_flag("--result-file"))
+
+if __name__ == "__main__":
+    sys.exit(main())

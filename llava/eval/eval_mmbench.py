@@ -1,0 +1,11 @@
+"""Score MMBench answers against a table that has the answers: vanilla and circular accuracy."""
+
+import sys
+
+from llava.eval.program import file_flag, program
+from llava.eval.scorers import mmbench
+
+main = program(__doc__, mmbench.evaluate, file_flag("--annotation-file"), file_flag("--result-file"))
+
+if __name__ == "__main__":
+    sys.exit(main())

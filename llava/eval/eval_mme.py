@@ -1,0 +1,12 @@
+"""Score MME: official task files (`--results-dir`), or a model's answers (`--annotation-dir` and `--result-file`)."""
+
+import sys
+
+from llava.eval.program import file_flag, program
+from llava.eval.scorers import mme
+
+_NAMES = ("--results-dir", "--annotation-dir", "--result-file", "--output-dir")
+main = program(__doc__, mme.evaluate, *(file_flag(name, required=False) for name in _NAMES))
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""Score ScienceQA answers: `--base-dir` holds pid_splits.json and problems.json (spec/eval.md §4.4)."""
+
+import sys
+
+from llava.eval.program import file_flag, flag, program
+from llava.eval.scorers.science_qa import OPTIONS, evaluate, letters
+
+_OUTPUTS = (file_flag("--output-file", required=False), file_flag("--output-result", required=False))
+_CHOICE = (flag("--split", default="test"), flag("--options", type=letters, default=OPTIONS))
+main = program(__doc__, evaluate, file_flag("--base-dir"), file_flag("--result-file"), *_OUTPUTS, *_CHOICE)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""Score a model and GPT-4 together on ScienceQA (spec/eval.md §4.5)."""
+
+import sys
+
+from llava.eval.program import file_flag, flag, program
+from llava.eval.scorers.science_qa import OPTIONS, letters
+from llava.eval.scorers.science_qa_ensemble import ensemble
+
+_CHOICE = (flag("--split", default="test"), flag("--options", type=letters, default=OPTIONS))
+main = program(__doc__, ensemble, *map(file_flag, ("--base-dir", "--gpt4-result", "--our-result")), *_CHOICE)
+
+if __name__ == "__main__":
+    sys.exit(main())

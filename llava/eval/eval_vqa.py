@@ -1,0 +1,11 @@
+"""Score VQAv2 or VizWiz answers of a split whose labels are public, by the official soft accuracy."""
+
+import sys
+
+from llava.eval.program import file_flag, program
+from llava.eval.scorers import vqa
+
+main = program(__doc__, vqa.evaluate, file_flag("--annotation-file"), file_flag("--result-file"))
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Asking a judge: any server with OpenAI's `/chat/completions`. Replies are cached on disk, passing failures retried.
+
+The address is `--base-url`, else `OPENAI_BASE_URL`, else OpenAI's; the key `OPENAI_API_KEY`. Nothing else is contacted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import requests
+
+from llava.errors import ConfigError, RequestError
+from llava.eval.files import read_rows
+
+logger = logging.getLogger(__name__)
+
+OPENAI: Final = "https://api.openai.com/v1"
+PASSING: Final = (408, 409, 429)  # client errors that a later try may not meet; those from 500 on as well
+
+
+def base_url(given: str | None) -> str:
+    """Address of the judge's API, without a slash at the end."""
+    found = given or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_BASE") or OPENAI
+    return found.rstrip("/")
+
+
+@dataclass
+class Judge:
+    """A model behind an address. `cache` is a file of JSON Lines, created at need; None keeps nothing."""
+
+    model: str
+    url: str
+    max_tokens: int = 1024
+    temperature: float = 0.2
+    cache: Path | None = None
+    tries: int = 6
+    timeout: float = 120.0
+    sleep: Callable[[float], None] = time.sleep
+    _known: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.url == OPENAI and not os.environ.get("OPENAI_API_KEY"):
+            raise ConfigError("OPENAI_API_KEY is not set; set it, or name another judge by OPENAI_BASE_URL.")
+        if self.cache is not None and self.cache.is_file():
+            self._known = {row["key"]: row["reply"] for row in read_rows(self.cache, "key", "reply")}
+
+    def record(self) -> dict[str, Any]:
+        """What decides the replies, to be kept beside the scores."""
+        return {
+            "model": self.model, "url": self.url, "temperature": self.temperature, "max_tokens": self.max_tokens,
+        }  # fmt: skip
+
+    def ask(self, user: str, system: str | None = None, *, afresh: bool = False) -> str:
+        """The reply to a message; `afresh` does not accept a cached one. `RequestError` when the judge gives none."""
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        body = {
+            "model": self.model, "messages": [*messages, {"role": "user", "content": user}],
+            "temperature": self.temperature, "max_tokens": self.max_tokens,
+        }  # fmt: skip
+        key = hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()
+        if afresh or key not in self._known:
+            self._known[key] = self._post(body)
+            if self.cache is not None:
+                with self.cache.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "reply": self._known[key]}) + "\n")
+        return self._known[key]
+
+    def _post(self, body: dict[str, Any]) -> str:
+        """Try `tries` times, waiting 1, 2, 4 … seconds; a refusal that will not pass is final (defect M16)."""
+        reason = ""
+        for attempt in range(self.tries):
+            if attempt:
+                logger.warning("The judge failed (%s); trying again.", reason)
+                self.sleep(min(2.0 ** (attempt - 1), 60.0))
+            try:
+                reply = requests.post(
+                    f"{self.url}/chat/completions", json=body, headers=self._headers(), timeout=self.timeout
+                )
+                if reply.ok:
+                    return str(reply.json()["choices"][0]["message"]["content"] or "")
+                reason = f"HTTP {reply.status_code}: {reply.text[:200]}"
+                if reply.status_code < 500 and reply.status_code not in PASSING:
+                    break
+            except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+        raise RequestError(f"The judge {self.model} at {self.url} gave no reply ({reason}).")
+
+    def _headers(self) -> dict[str, str]:
+        key = os.environ.get("OPENAI_API_KEY")
+        return {"Authorization": f"Bearer {key}"} if key else {}

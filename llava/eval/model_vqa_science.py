@@ -1,0 +1,27 @@
+"""Answer ScienceQA's question file (spec/eval.md §2.3).
+
+    python -m llava.eval.model_vqa_science --model-path CHECKPOINT --image-folder images/test \\
+        --question-file llava_test_CQM-A.json --answers-file answers/NAME.jsonl --single-pred-prompt --temperature 0
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+
+from llava.eval.model_vqa_loader import answer_file, build_parser
+from llava.eval.questions import read_science_questions
+from llava.utils import guarded
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser(__doc__, "tables/question.json", max_new_tokens=1024)
+    parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter only")
+    args = parser.parse_args(argv)
+    return answer_file(args, functools.partial(read_science_questions, single_pred_prompt=args.single_pred_prompt))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

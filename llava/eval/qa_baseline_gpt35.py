@@ -1,0 +1,56 @@
+"""Answer text questions by a judge's model, for a baseline beside one's own: `-q QUESTIONS -o ANSWERS` (§2.2).
+
+A question that gets no reply has the text `#ERROR#`; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llava.errors import RequestError
+from llava.eval.answers import Row, answer_id
+from llava.eval.files import read_rows, write_text
+from llava.eval.judge import Judge, base_url
+from llava.utils import guarded
+
+logger = logging.getLogger(__name__)
+
+MODEL = "gpt-3.5-turbo"
+MODEL_ID = "gpt-3.5-turbo:20230327"
+FAILED = "#ERROR#"
+
+
+def answer(judge: Judge, question: Row) -> Row:
+    """The published record of one question."""
+    try:
+        text = judge.ask(question["text"])
+    except RequestError as error:
+        logger.warning("Question %s: %s", question["question_id"], error)
+        text = FAILED
+    found = answer_id(MODEL_ID, question["question_id"], question["text"], text)
+    return {"answer_id": found, "question_id": question["question_id"], "model_id": MODEL_ID, "text": text}
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-q", "--question", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    args = parser.parse_args(argv)
+    judge = Judge(MODEL, base_url(None), args.max_tokens, tries=3)
+    questions = read_rows(args.question, "question_id", "text")
+    with ThreadPoolExecutor(32) as pool:
+        rows = sorted(pool.map(lambda row: answer(judge, row), questions), key=lambda row: row["question_id"])
+    write_text(args.output, "\n".join(map(json.dumps, rows)))
+    return 1 if any(row["text"] == FAILED for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

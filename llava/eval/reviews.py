@@ -1,0 +1,169 @@
+"""Having a judge compare two answers to each question (spec/eval.md §5): appended as they come, resumable, recorded.
+
+    OPENAI_BASE_URL=http://127.0.0.1:8000/v1 python llava/eval/eval_gpt_review_bench.py --question Q.jsonl \\
+        --context C.jsonl --answer-list REFERENCE.jsonl MODEL.jsonl --output reviews/MODEL.jsonl
+
+Published numbers need the original rule file and judge; beside the reviews, `OUTPUT.judge.json` says which ones were
+used. Replies are kept in `OUTPUT.cache`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from llava.errors import DataError
+from llava.eval.files import by_key, read_json, read_results, read_rows, require_same, write_json
+from llava.eval.judge import Judge, base_url
+from llava.eval.program import file_flag, flag, program
+from llava.eval.scorers.review import FAILED, parse_scores
+
+logger = logging.getLogger(__name__)
+
+SYSTEM: Final = "You are a helpful and precise assistant for checking the quality of the answer."
+RULES: Final = Path(__file__).parent / "table" / "rule.json"
+
+Row = Mapping[str, Any]
+
+
+def no_context(row: Row | None) -> str:
+    return ""
+
+
+def caption_context(row: Row | None) -> str:
+    """`caption`, a text or a list of them."""
+    assert row is not None
+    caption = row["caption"]
+    return "\n".join(caption) if isinstance(caption, list) else str(caption)
+
+
+def box_context(row: Row | None) -> str:
+    """`captions`, a blank line, and a `category: bbox` line for each of `instances`."""
+    assert row is not None
+    boxes = "\n".join(f"{each['category']}: {each['bbox']}" for each in row["instances"])
+    return "\n".join(row["captions"]) + "\n\n" + boxes
+
+
+def message(question: str, answers: Sequence[str], rule: Row, context: str | None) -> str:
+    """What the judge reads."""
+    role = rule["role"]
+    parts = [] if context is None else [f"[Context]\n{context}"]
+    parts.append(f"[Question]\n{question}")
+    for number, answer in enumerate(answers, 1):
+        parts += [f"[{role} {number}]\n{answer}", f"[End of {role} {number}]"]
+    return "".join(f"{part}\n\n" for part in (*parts, f"[System]\n{rule['prompt']}"))
+
+
+def category_of(question: Row, rules: Mapping[str, Row], prefix: str, *, fallback: bool) -> str:
+    """The rule of a question; `DataError` when there is none."""
+    name = f"{prefix}{question.get('category', 'default')}"
+    if name not in rules and fallback:
+        return "default"
+    if name not in rules:
+        raise DataError(f"The rule file has no category {name!r} (question {question['question_id']!r}).")
+    return name
+
+
+def read_finished(path: Path, items: Sequence[Row]) -> int:
+    """How many reviews `path` holds, checked against what is to be reviewed; a torn last line is cut off."""
+    if not path.is_file():
+        return 0
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    rows = read_rows(path, "question_id")
+    for number, row in enumerate(rows):
+        wanted = items[number] if number < len(items) else {}
+        keys = ("question_id", "answer1_id", "answer2_id")
+        if any(key in row and row[key] != wanted.get(key) for key in keys):
+            raise DataError(f"{path} line {number + 1} reviews another question or answer; use another --output.")
+    return len(rows)
+
+
+def judge_one(judge: Judge, text: str) -> tuple[str, tuple[float, float]]:
+    """The judge's reply and its two scores; it is asked once more when there are none."""
+    reply = judge.ask(text, SYSTEM)
+    if parse_scores(reply) == FAILED:
+        second = judge.ask(text, SYSTEM, afresh=True)
+        reply = reply if parse_scores(second) == FAILED else second
+    return reply, parse_scores(reply)
+
+
+def collect(
+    question: Path, answer_list: Sequence[Path], rules: Mapping[str, Row], contexts: Mapping[str, Row],
+    describe: Callable[[Row | None], str], prefix: str, *, fallback: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """For each question the head of its record and, under `message`, what to ask."""
+    if len(answer_list) != 2:
+        raise DataError(f"--answer-list has {len(answer_list)} files; expected the reference's and the model's.")
+    questions = by_key(read_rows(question, "question_id", "text"), question, "question_id")
+    answers = [by_key(read_results(path), path, "question_id") for path in answer_list]
+    for path, rows in zip(answer_list, answers, strict=True):
+        require_same(rows, questions, path)
+    items = []
+    for number, (key, row) in enumerate(questions.items(), 1):
+        category = category_of(row, rules, prefix, fallback=fallback)
+        context = None
+        if describe is not no_context:
+            if row.get("image") not in contexts:
+                raise DataError(f"The context file has no row for image {row.get('image')!r} (question {key!r}).")
+            context = describe(contexts[row["image"]])
+        texts = [rows[key]["text"] for rows in answers]
+        head = {
+            "id": number, "question_id": key, "answer1_id": answers[0][key].get("answer_id"),
+            "answer2_id": answers[1][key].get("answer_id"), "category": category,
+            "message": message(row["text"], texts, rules[category], context),
+        }  # fmt: skip
+        items.append(head)
+    return items
+
+
+def review_program(
+    doc: str | None, describe: Callable[[Row | None], str], model: str, prefix: str = "", *, fallback: bool = False
+) -> Callable[..., int]:
+    """`main(argv)` of one kind of review: how the picture is described, the published judge, how rules are chosen."""
+
+    def review(
+        question: Path, answer_list: Sequence[Path], rule: Path, output: Path, max_tokens: int, judge: str,
+        base: str | None, context: Path | None = None,
+    ) -> str:  # fmt: skip
+        rules = read_json(rule)
+        contexts = {} if context is None else by_key(read_rows(context, "image"), context, "image")
+        items = collect(question, answer_list, rules, contexts, describe, prefix, fallback=fallback)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        asked = Judge(judge, base_url(base), max_tokens, cache=output.with_name(output.name + ".cache"))
+        digest = hashlib.sha256(rule.read_bytes()).hexdigest()
+        finished = read_finished(output, items)
+        write_json(output.with_name(output.name + ".judge.json"), {**asked.record(), "rule_sha256": digest}, indent=2)
+        return append_reviews(asked, items[finished:], output)
+
+    files = [file_flag("-q", "--question"), file_flag("-a", "--answer-list", nargs="+"), file_flag("-o", "--output")]
+    if describe is not no_context:
+        files.append(file_flag("-c", "--context"))
+    return program(
+        doc,
+        review,
+        *files,
+        file_flag("-r", "--rule", default=RULES),
+        flag("--max-tokens", type=int, default=1024),
+        flag("--judge", default=model, help="the judge's model (default %(default)s)"),
+        flag("--base-url", dest="base", help="its address (default: OPENAI_BASE_URL)"),
+    )
+
+
+def append_reviews(judge: Judge, items: Sequence[dict[str, Any]], output: Path) -> str:
+    """Judge each item and append its record; says how many judgements have no scores."""
+    failed = 0
+    with output.open("a", encoding="utf-8") as file:
+        for item in items:
+            reply, scores = judge_one(judge, item["message"])
+            failed += scores == FAILED
+            record = {key: value for key, value in item.items() if key != "message"}
+            file.write(json.dumps({**record, "content": reply, "tuple": scores}) + "\n")
+            file.flush()
+    if failed:
+        logger.warning("%d of %d judgements have no scores and will be left out of the means.", failed, len(items))
+    return f"{output}"

@@ -1,0 +1,67 @@
+"""VQAv2 and VizWiz: submissions to their servers, and the same soft accuracy where labels are public (§4.1, §6)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.errors import DataError
+from llava.eval.files import by_key, read_json, read_results, read_rows, require_same, write_json
+from llava.eval.scorers.normalizer import normalize, soft_accuracy
+
+logger = logging.getLogger(__name__)
+
+JOIN_LIST = "llava_vqav2_mscoco_test2015.jsonl"
+
+
+def _texts(path: Path) -> dict[Any, str]:
+    return {key: row["text"] for key, row in by_key(read_results(path), path, "question_id").items()}
+
+
+def submit_vqav2(dir: Path, ckpt: str, split: str) -> str:
+    """Write `answers_upload/SPLIT/CKPT.json`: normalised answers for all of test2015, empty where SPLIT has none."""
+    source = dir / "answers" / split / ckpt / "merge.jsonl"
+    answers = _texts(source)
+    asked = [row["question_id"] for row in read_rows(dir / JOIN_LIST, "question_id")]
+    strange = answers.keys() - set(asked)
+    if strange:
+        raise DataError(f"{source} answers {len(strange)} question(s) that {JOIN_LIST} does not have; nothing written.")
+    target = dir / "answers_upload" / split / f"{ckpt}.json"
+    write_json(target, [{"question_id": each, "answer": normalize(answers.get(each, ""))} for each in asked])
+    logger.warning("%d of %d questions have an answer, the others an empty one.", len(answers), len(asked))
+    return f"{target}"
+
+
+def submit_vizwiz(annotation_file: Path, result_file: Path, result_upload_file: Path) -> str:
+    """Write `[{"image", "answer"}]`; `DataError`, and no file, unless every question has its answer."""
+    questions = read_rows(annotation_file, "question_id", "image")
+    answers = _texts(result_file)
+    require_same(answers, [row["question_id"] for row in questions], result_file)
+    upload = [{"image": row["image"], "answer": normalize(answers[row["question_id"]])} for row in questions]
+    write_json(result_upload_file, upload)
+    return f"{result_upload_file}"
+
+
+def score(people: Mapping[Any, Sequence[str]], answers: Mapping[Any, str]) -> dict[str, Any]:
+    """Mean soft accuracy in percent of answers by id, against the answers of people by the same ids."""
+    total = sum(soft_accuracy(answers[key], given) for key, given in people.items())
+    return {"n": len(people), "accuracy": 100 * total / len(people)}
+
+
+def read_people(path: Path) -> dict[Any, list[str]]:
+    """People's answers: VQAv2's by `question_id`, VizWiz's by running number, as its question file counts them."""
+    content = read_json(path)
+    rows = content["annotations"] if isinstance(content, dict) and "annotations" in content else content
+    if not isinstance(rows, list) or not rows or not all("answers" in row for row in rows):
+        raise DataError(f"{path} has no 'answers'; expected the annotations of a split whose labels are public (val).")
+    return {row.get("question_id", n): [each["answer"] for each in row["answers"]] for n, row in enumerate(rows)}
+
+
+def evaluate(annotation_file: Path, result_file: Path) -> str:
+    """Score an answers file of a labelled split; `DataError` unless it answers exactly its questions."""
+    people, answers = read_people(annotation_file), _texts(result_file)
+    require_same(answers, people, result_file)
+    result = score(people, answers)
+    return f"Samples: {result['n']}\nAccuracy: {result['accuracy']:.2f}%"

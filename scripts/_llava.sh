@@ -1,0 +1,59 @@
+# shellcheck shell=sh
+# What the recipes of the original LLaVA share, over scripts_internvl/_common.sh; each sources it from the project's root.
+#
+#   original_pretrain FLAG...  stage 1 of the first LLaVA: a linear projector on ./checkpoints/$MODEL_VERSION
+#   original_finetune FLAG...  stage 2 of it: pictures of COCO, template $PROMPT_VERSION
+#   llava STAGE FLAG...        what the runs of every version have in common
+#
+# Environment as in scripts_internvl/_common.sh, and MODEL_VERSION and PROMPT_VERSION, which a run must name.
+OUTPUT_DIR=${OUTPUT_DIR:-work_dirs/llava_$(basename "$0" .sh)}
+. scripts_internvl/_common.sh
+
+llava() {
+    stage=$1
+    shift
+    "$stage" \
+        --mm_vision_select_layer -2 \
+        --save_steps 50000 \
+        --save_total_limit 1 \
+        --report_to wandb \
+        "$@"
+}
+
+stage_2() {
+    launcher=${launcher:-torch_launcher}
+    train --learning_rate 2e-5 "$@"
+}
+
+original() {
+    stage=$1
+    shift
+    llava "$stage" \
+        --model_name_or_path "./checkpoints/${MODEL_VERSION:-}" \
+        --vision_tower openai/clip-vit-large-patch14 \
+        --mm_projector_type linear \
+        "$@"
+}
+
+need_model() {
+    [ -n "${MODEL_VERSION:-}" ] || fail "MODEL_VERSION is not set; name a language model under ./checkpoints, for example MODEL_VERSION=vicuna-7b-v1.3."
+}
+
+original_pretrain() {
+    need_model
+    original pretrain \
+        --learning_rate 2e-3 \
+        --data_path ./playground/data/LLaVA-CC3M-Pretrain-595K/chat.json \
+        --image_folder ./playground/data/LLaVA-CC3M-Pretrain-595K/images \
+        --save_steps 24000 \
+        "$@"
+}
+
+original_finetune() {
+    [ -n "${PROMPT_VERSION:-}" ] || fail "PROMPT_VERSION is not set; name the template, for example PROMPT_VERSION=v1."
+    original stage_2 \
+        --version "$PROMPT_VERSION" \
+        --image_folder ./playground/data/coco/train2017 \
+        --pretrain_mm_mlp_adapter ./work_dirs/llava_pretrain/mm_projector.bin \
+        "$@"
+}

@@ -1,0 +1,16 @@
+"""Write GQA answers as the official predictions file: see `llava/eval/scorers/gqa.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llava.eval.program import file_flag, program
+from llava.eval.scorers.gqa import convert
+
+main = program(__doc__, convert, file_flag("--src"), file_flag("--dst"))
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Write MMBench answers as the table its server takes: see `llava/eval/scorers/mmbench.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llava.eval.program import file_flag, flag, program
+from llava.eval.scorers.mmbench import convert
+
+FLAGS = map(file_flag, ("--annotation-file", "--result-dir", "--upload-dir"))
+main = program(__doc__, convert, *FLAGS, flag("--experiment", required=True))
+
+if __name__ == "__main__":
+    sys.exit(main())

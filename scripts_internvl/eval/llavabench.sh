@@ -1,0 +1,18 @@
+#!/bin/sh
+# LLaVA-Bench in the wild, 60 questions, compared by a judge: sh scripts_internvl/eval/llavabench.sh CHECKPOINT
+# The judge is OpenAI's (OPENAI_API_KEY), or any server with its API that OPENAI_BASE_URL names.
+set -eu
+cd "$(dirname "$0")/../.."
+. scripts_internvl/eval/_common.sh
+
+D=$EVAL_DATA/llava-bench-in-the-wild
+need "$D/questions.jsonl" "$D/images" "$D/context.jsonl" "$D/answers_gpt4.jsonl"
+[ -n "${OPENAI_API_KEY:-}${OPENAI_BASE_URL:-}${LLAVA_DRY_RUN:-}" ] || fail "no judge: set OPENAI_API_KEY, or OPENAI_BASE_URL for another server."
+answer model_vqa "$D/questions.jsonl" "$D/images" "$D/answers/$NAME.jsonl" "$@"
+step "$PYTHON" llava/eval/eval_gpt_review_bench.py \
+    --question "$D/questions.jsonl" \
+    --context "$D/context.jsonl" \
+    --rule llava/eval/table/rule.json \
+    --answer-list "$D/answers_gpt4.jsonl" "$D/answers/$NAME.jsonl" \
+    --output "$D/reviews/$NAME.jsonl"
+step "$PYTHON" llava/eval/summarize_gpt_review.py -f "$D/reviews/$NAME.jsonl"
