@@ -1,13 +1,13 @@
 """Write the easy-VQA benchmark as LLaVA-format files under `playground/data/easy_vqa`.
 
-    python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 10]
+    python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 8]
 
 | file | content |
 |---|---|
 | `train/*.png`, `test/*.png` | the 4,000 and 1,000 pictures, copied from the package `easy-vqa` (MIT) |
 | `labels.json` | shape and colour of each training picture, as far as its questions tell |
 | `pretrain.json` | stage 1: a caption of each picture whose shape and colour are both known |
-| `finetune.json` | stage 2: balanced training questions of a picture as conversations of at most `--turns` rounds |
+| `finetune.json` | stage 2: balanced training questions of a picture as conversations of about `--turns` rounds |
 
 Nothing here reads the test questions; `llava eval --tasks easy_vqa` does.
 """
@@ -32,6 +32,8 @@ INSTALL = "pip install easy-vqa==1.0"
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 VALUES = {"shape": SHAPES, "color": COLORS}
+SKEW = 2
+YES_NO = {"yes": "no", "no": "yes"}
 Question = tuple[str, str, int]
 Labels = dict[str, str]
 
@@ -43,7 +45,7 @@ def facts(question: str, answer: str) -> Labels:
     """
     words = question.rstrip("?").split()
     negated = "not" in words or "no" in words
-    affirmed = answer not in ("yes", "no") or (answer == "yes") != negated
+    affirmed = answer not in YES_NO or (answer == "yes") != negated
     stated = [*words, answer] if affirmed else []
     return {kind: word for kind, values in VALUES.items() for word in stated if word in values}
 
@@ -59,17 +61,23 @@ def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
 
 
 def balance(questions: Iterable[Question], seed: int = 0) -> list[Question]:
-    """As many "yes" as "no" for every question text, and all other questions, in random order.
+    """At most `SKEW` times as many "yes" as "no" for every question text or the reverse; every other open question.
 
-    Four in five yes/no questions can be guessed from their wording; what is left can only be answered by looking.
+    Four in five yes/no questions can be guessed from their wording; what is left is worth a look at the picture. Open
+    questions are learned sooner. The result is in random order.
     """
     pool = list(questions)
     random.Random(seed).shuffle(pool)
+    opened = 0
     counts = Counter((question, answer) for question, answer, _ in pool)
     kept = []
     for question, answer, image in pool:
-        opposite = {"yes": "no", "no": "yes"}.get(answer)
-        if opposite is None or counts[question, answer] <= counts[question, opposite]:
+        opposite = YES_NO.get(answer)
+        if opposite is None:
+            opened += 1
+            if opened % 2:
+                kept.append((question, answer, image))
+        elif counts[question, answer] <= SKEW * counts[question, opposite]:
             kept.append((question, answer, image))
         else:
             counts[question, answer] -= 1
@@ -85,16 +93,25 @@ def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return {"id": image, "image": f"train/{image}.png", "conversations": turns}
 
 
-def conversations(questions: Iterable[Question], limit: int) -> list[dict[str, Any]]:
-    """The questions of each picture in the given order, cut evenly into conversations of at most `limit` rounds."""
+def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The questions of each picture, cut evenly into conversations of `limit` rounds or somewhat fewer.
+
+    In every other conversation the open questions come first, so that their answers help with yes and no; in the rest
+    they come last, so that the picture must. Conversations of nearly equal length leave little padding in a batch.
+    """
     by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
         by_image[image].append((question, answer))
-    records = []
+    cuts = []
     for image, rounds in sorted(by_image.items()):
         parts = math.ceil(len(rounds) / limit)
-        records += [record(image, rounds[part::parts]) for part in range(parts)]
-    return records
+        cuts += [(image, rounds[part::parts]) for part in range(parts)]
+    even = [cut for cut in cuts if len(cut[1]) >= limit * 2 // 3]
+    random.Random(seed).shuffle(even)
+    return [
+        record(image, sorted(rounds, key=lambda turn: (turn[1] in YES_NO) != bool(number % 2)))
+        for number, (image, rounds) in enumerate(even)
+    ]
 
 
 def prepare(source: Path, output: Path, turns: int) -> str:
@@ -121,7 +138,7 @@ def prepare(source: Path, output: Path, turns: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EASY_VQA)
-    parser.add_argument("--turns", type=int, default=10, help="questions in one stage-2 conversation, at most")
+    parser.add_argument("--turns", type=int, default=8, help="questions in a stage-2 conversation")
     args = parser.parse_args(argv)
     print(prepare(package_directory("easy_vqa", INSTALL) / "data", args.output, args.turns))
     return 0

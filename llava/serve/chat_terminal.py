@@ -69,6 +69,8 @@ def answer(session: ChatSession, text: str, out: TextIO | None) -> Completion:
 def converse(session: ChatSession, *, debug: bool = False) -> int:
     """Read messages from standard input until it ends; answers go to standard output."""
     if sys.stdin.isatty():
+        # a program started in the background ignores Ctrl-C until told otherwise
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with suppress(ImportError):  # line editing, where the platform has it
             import readline  # noqa: F401
     say("Type a message, /help for the commands, an empty line to leave.\n")

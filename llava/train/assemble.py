@@ -46,13 +46,13 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> LlavaLlama
     masters = not (args.deepspeed or model_args.tune_mm_mlp_adapter or args.freeze_llm or args.lora_enable)
     attention = resolve_attention(args.device, dtype, model_args.attn_implementation)
     logger.info("Attention of the language model: %s.", attention)
+    config._attn_implementation = attention  # the keyword of from_pretrained drops "eager" when a config is given
     if args.bits != 16:
         return _packed_base(found, config, args, attention)
     loaded: tuple[LlavaLlamaForCausalLM, dict[str, Any]] = LlavaLlamaForCausalLM.from_pretrained(
         found.path,
         config=config,
         torch_dtype=torch.float32 if masters else dtype,
-        attn_implementation=attention,
         output_loading_info=True,
     )
     model, loading = loaded

@@ -73,7 +73,7 @@ def test_every_mode_becomes_rgb(mode: str, size: tuple[int, int]) -> None:
     wanted = 255 if mode == "1" else 200
     base = Image.new("L", size, wanted)
     image = Image.new("I;16", size, 200 * 256 + 7) if mode == "I;16" else base.convert(mode)
-    kind = "TIFF" if mode in ("CMYK", "YCbCr", "I", "F") else "PNG"
+    kind = {"CMYK": "TIFF", "I": "TIFF", "F": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG")
     result = to_rgb(image) if mode == "PA" else open_image(encoded(image, kind))  # no file format holds PA
     assert (result.mode, result.size) == ("RGB", size)
     assert max(abs(value - wanted) for value in np.asarray(result).flatten().tolist()) <= 2
