@@ -32,7 +32,6 @@ INSTALL = "pip install easy-vqa==1.0"
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 VALUES = {"shape": SHAPES, "color": COLORS}
-SKEW = 2
 YES_NO = {"yes": "no", "no": "yes"}
 Question = tuple[str, str, int]
 Labels = dict[str, str]
@@ -61,26 +60,21 @@ def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
 
 
 def balance(questions: Iterable[Question], seed: int = 0) -> list[Question]:
-    """At most `SKEW` times as many "yes" as "no" for every question text or the reverse; every other open question.
+    """As many "yes" as "no" for every question text; open questions stay. The result is in random order.
 
-    Four in five yes/no questions can be guessed from their wording; what is left is worth a look at the picture. Open
-    questions are learned sooner. The result is in random order.
+    Four in five yes/no questions can be guessed from their wording; what is left is worth a look at the picture.
     """
     pool = list(questions)
     random.Random(seed).shuffle(pool)
-    opened = 0
     counts = Counter((question, answer) for question, answer, _ in pool)
     kept = []
     for question, answer, image in pool:
         opposite = YES_NO.get(answer)
-        if opposite is None:
-            opened += 1
-            if opened % 2:
-                kept.append((question, answer, image))
-        elif counts[question, answer] <= SKEW * counts[question, opposite]:
+        if opposite is None or counts[question, answer] <= counts[question, opposite]:
             kept.append((question, answer, image))
         else:
             counts[question, answer] -= 1
+    random.Random(seed).shuffle(kept)  # what was left out stood early: without this, "no" would come late
     return kept
 
 
@@ -96,8 +90,8 @@ def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
 def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> list[dict[str, Any]]:
     """The questions of each picture, cut evenly into conversations of `limit` rounds or somewhat fewer.
 
-    In every other conversation the open questions come first, so that their answers help with yes and no; in the rest
-    they come last, so that the picture must. Conversations of nearly equal length leave little padding in a batch.
+    Open questions come first: their answers help with yes and no. Conversations of nearly equal length leave little
+    padding in a batch.
     """
     by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
@@ -108,10 +102,7 @@ def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> l
         cuts += [(image, rounds[part::parts]) for part in range(parts)]
     even = [cut for cut in cuts if len(cut[1]) >= limit * 2 // 3]
     random.Random(seed).shuffle(even)
-    return [
-        record(image, sorted(rounds, key=lambda turn: (turn[1] in YES_NO) != bool(number % 2)))
-        for number, (image, rounds) in enumerate(even)
-    ]
+    return [record(image, sorted(rounds, key=lambda turn: turn[1] in YES_NO)) for image, rounds in even]
 
 
 def prepare(source: Path, output: Path, turns: int) -> str:

@@ -15,7 +15,7 @@ finetune \
     --mm_vision_select_layer -1 \
     --data_path ./playground/data/easy_vqa/finetune.json \
     --image_folder ./playground/data/easy_vqa \
-    --max_steps 320 \
+    --max_steps 240 \
     --save_steps 80 \
     --save_total_limit 1 \
     --learning_rate 4e-4 \
