@@ -1,0 +1,136 @@
+"""What every chat model does the same, whatever language model is inside: forward, loss, generation, saving (§8)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.constants import IGNORE_INDEX
+from llava.model.llava_arch import LlavaMetaForCausalLM, past_length_of
+from llava.model.splice import Images
+
+
+@dataclass
+class LlavaOutput(CausalLMOutputWithPast):
+    """Adds the attention mask after the splice, which the next step of a cached generation continues (M7)."""
+
+    attention_mask: Tensor | None = None
+
+
+class ChatModel(LlavaMetaForCausalLM):
+    """Mixin before the library's causal language model; `images` come in any layout of `splice.encode_slots`."""
+
+    base_model_prefix: str
+    lm_head: nn.Module
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Images | None = None,
+        return_dict: bool | None = None,
+        padding_side: str = "right",
+        cache_position: Tensor | None = None,
+    ) -> LlavaOutput | tuple[Any, ...]:
+        """Splice, run the core, and project to the vocabulary (§8.2).
+
+        `input_ids`, `labels`, `attention_mask`: `(B, T)`, -200 at images, -100 at unsupervised labels. The loss is the
+        mean float32 cross-entropy of the next token, 0 when nothing is supervised. In training mode with labels only
+        the supervised positions are projected and `logits` is `None`; otherwise logits are `(B, T', V)` over the
+        expanded length T'. `cache_position` of newer libraries is accepted and not needed.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("input_ids or inputs_embeds must be given.")
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, padding_side
+                )
+            )
+        outputs = self.get_model()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state  # (B, T', D)
+        logits, loss = None, None
+        if labels is None or not self.training:
+            logits = self.lm_head(hidden)
+        if labels is not None:
+            loss = supervised_loss(hidden, labels, self.lm_head, logits)
+        result = LlavaOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            attention_mask=attention_mask if inputs_embeds is not None else None,
+        )
+        if return_dict is False:
+            result.attention_mask = None
+            values: tuple[Any, ...] = result.to_tuple()
+            return values
+        return result
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """LLaMA's inputs plus `images`; rows are padded left, whatever side the prompts came padded on."""
+        images = kwargs.pop("images", None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if images is not None:
+            inputs.update(images=images, padding_side="left")
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: LlavaOutput, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        if outputs.attention_mask is not None and past_length_of(outputs.past_key_values):
+            model_kwargs["attention_mask"] = outputs.attention_mask.long()
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        return updated
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Save in the published layout: a loaded tower is saved whole, with the layers no feature needs (§11.3)."""
+        tower = self.get_vision_tower()
+        if tower is not None and tower.is_loaded and kwargs.get("is_main_process", True):
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+            prefix = f"{self.base_model_prefix}.vision_tower."
+            rest = {prefix + name: tensor for name, tensor in tower.unused_tensors().items()}
+            if any(name.startswith(prefix) for name in state_dict):
+                state_dict.update(rest)
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+def supervised_loss(hidden: Tensor, labels: Tensor, head: nn.Module, logits: Tensor | None = None) -> Tensor:
+    """Mean next-token cross-entropy in float32 over labels that are not -100 (0 when there are none, T12).
+
+    `hidden` `(B, T, D)`, `labels` `(B, T)`. Without `logits` only supervised positions are projected.
+    """
+    targets = labels[:, 1:].to(hidden.device)
+    supervised = targets != IGNORE_INDEX
+    picked = head(hidden[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]  # (S, V)
+    total = F.cross_entropy(picked.float(), targets[supervised], reduction="sum")
+    return total / supervised.sum().clamp(min=1)
