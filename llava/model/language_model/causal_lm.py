@@ -93,9 +93,10 @@ class ChatModel(LlavaMetaForCausalLM):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """LLaMA's inputs plus `images`; rows are padded left, whatever side the prompts came padded on."""
+        """The library's inputs plus `images`; rows are padded left, whatever side the prompts came padded on."""
         images = kwargs.pop("images", None)
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+        library: Any = super()
+        inputs: dict[str, Any] = library.prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         if images is not None:
@@ -107,7 +108,8 @@ class ChatModel(LlavaMetaForCausalLM):
     ) -> dict[str, Any]:
         if outputs.attention_mask is not None and past_length_of(outputs.past_key_values):
             model_kwargs["attention_mask"] = outputs.attention_mask.long()
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        library: Any = super()
+        updated: dict[str, Any] = library._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         return updated
 
     def save_pretrained(
@@ -121,7 +123,8 @@ class ChatModel(LlavaMetaForCausalLM):
             rest = {prefix + name: tensor for name, tensor in tower.unused_tensors().items()}
             if any(name.startswith(prefix) for name in state_dict):
                 state_dict.update(rest)
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        library: Any = super()
+        library.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
 def supervised_loss(hidden: Tensor, labels: Tensor, head: nn.Module, logits: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llava.errors import ConfigError
+from llava.model.language_model.builder import LanguageModelSpec
 from llava.model.language_model.causal_lm import ChatModel
 from llava.model.llava_arch import LlavaMetaModel
 
@@ -65,3 +66,4 @@ class LlavaLlamaForCausalLM(ChatModel, LlamaForCausalLM):
 
 AutoConfig.register(LlavaConfig.model_type, LlavaConfig, exist_ok=True)
 AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM, exist_ok=True)
+LANGUAGE_MODEL = LanguageModelSpec(LlavaConfig, LlavaLlamaForCausalLM)
