@@ -59,6 +59,20 @@ class RequestError(LlavaError, ValueError):
     code = "REQUEST"
 
 
+class ContextLengthError(RequestError):
+    """A prompt that leaves no room for an answer: `prompt_tokens`, of them `image_tokens`, in `context_length`."""
+
+    def __init__(self, message: str, *, prompt_tokens: int, image_tokens: int, context_length: int) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.image_tokens = image_tokens
+        self.context_length = context_length
+
+
+class ImageCountError(RequestError):
+    """A prompt with more or fewer image placeholders than images."""
+
+
 class DependencyError(LlavaError, ImportError):
     """An optional package is missing; the message names the extra that brings it."""
 

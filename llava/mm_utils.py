@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.data.images import expand2square, open_image, process_images
+from llava.data.images import DEFAULT, ImageLimits, expand2square, open_image, process_images
 from llava.errors import ImageError
 
 __all__ = [
@@ -22,13 +22,15 @@ __all__ = [
 ]
 
 
-def load_image_from_base64(image: str) -> Any:
-    """The RGB PIL image in base64 text; raises `ImageError` when it is not one."""
+def load_image_from_base64(image: str, limits: ImageLimits = DEFAULT) -> Any:
+    """The RGB PIL image in base64 text; raises `ImageError` when it is not one within `limits`."""
+    if len(image) > 1.5 * limits.max_bytes + 1024:  # base64 takes 4 characters for 3 bytes, and line ends
+        raise ImageError(f"The image has more than {limits.max_bytes} bytes; send a smaller one.")
     try:
         data = base64.b64decode("".join(image.split()), validate=True)
     except ValueError as error:
         raise ImageError("The image is not valid base64; send the encoded file without a data: prefix.") from error
-    return open_image(data)
+    return open_image(data, limits=limits)
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:

@@ -6,6 +6,7 @@ Whatever enters as a file, as bytes or from a URL passes `open_image`; whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,17 +21,21 @@ from llava.data.download import download
 from llava.errors import ImageError
 
 
+_FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it runs Ghostscript
+
+
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may cost before it is refused: bytes of the file, pixels and longer side of the decoded image."""
+    """What an image may be and cost before it is refused: file bytes, decoded pixels, longer side, long : short side."""
 
     max_bytes: int = 64 * 2**20
     max_pixels: int = 64 * 2**20
     max_side: int = 65_535
+    max_aspect: float = math.inf
+    formats: tuple[str, ...] = _FORMATS
 
 
 DEFAULT: Final = ImageLimits()
-_FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it runs Ghostscript
 _MAX_CANVAS: Final = 2**26  # pixels of a padded image that may be touched
 _MAX_ASPECT: Final = 32  # beyond it, the middle is cut out before the short side is enlarged
 _ROWS: Final = 64  # rows of a padded image that exist at a time
@@ -45,7 +50,7 @@ def open_image(source: str | Path | bytes | BinaryIO, *, limits: ImageLimits = D
     name = f"image {source}" if isinstance(source, str | Path) else "the given image"
     data = _read(source, name, limits.max_bytes)
     try:
-        with Image.open(BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(BytesIO(data), formats=limits.formats) as image:
             _check_size(image, name, limits)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
@@ -53,7 +58,7 @@ def open_image(source: str | Path | bytes | BinaryIO, *, limits: ImageLimits = D
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"Cannot read {name}: its content is not {', '.join(_FORMATS)}.") from error
+        raise ImageError(f"Cannot read {name}: its content is not {', '.join(limits.formats)}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"Cannot read {name}: it decodes to more than {limits.max_pixels} pixels.") from error
     except Exception as error:  # decoders raise every kind of exception on damaged input; this is its only guard
@@ -84,6 +89,10 @@ def _check_size(image: Image.Image, name: str, limits: ImageLimits) -> None:
         raise ImageError(
             f"Cannot read {name}: it is {image.width}x{image.height}, "
             f"beyond {limits.max_pixels} pixels or a side of {limits.max_side}."
+        )
+    if max(image.size) > limits.max_aspect * min(image.size):
+        raise ImageError(
+            f"Cannot read {name}: it is {image.width}x{image.height}, beyond a ratio of {limits.max_aspect:g} to 1."
         )
 
 

@@ -24,7 +24,7 @@ from llava.engine.prefill import LanguageModel, Prefiller, Prompt
 from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams
 from llava.engine.sampling import choose, make_generator
 from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
-from llava.errors import RequestError
+from llava.errors import ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import tokenizer_image_token
 
 _MIB = 2**20
@@ -105,9 +105,12 @@ class Engine:
         feature_tokens = images * (self.features.tokens_per_image if images else 0)
         length, context = len(prompt.ids) - images + feature_tokens, self.lm.context_length
         if length >= context:
-            raise RequestError(
+            raise ContextLengthError(
                 f"The prompt is {length} tokens long ({len(prompt.ids) - images} of text, {feature_tokens} of {images} "
-                f"image(s)), and the model's context holds {context} with the answer; shorten the conversation."
+                f"image(s)), and the model's context holds {context} with the answer; shorten the conversation.",
+                prompt_tokens=length,
+                image_tokens=feature_tokens,
+                context_length=context,
             )
         params = request.params
         handle = Handle(self.step, length)
@@ -133,6 +136,20 @@ class Engine:
             self._decode()
         return bool(self._running or self._waiting)
 
+    @property
+    def running(self) -> int:
+        """How many requests share the batch now; the others in flight wait for a row."""
+        return len(self._running)
+
+    def abort(self, error: str) -> None:
+        """Finish every request in flight with an error and forget its rows: what is left to do after a failed step."""
+        for job in [*self._running, *self._waiting]:
+            if not job.handle.done:
+                job.finish("error", error)
+        self._running.clear()
+        self._waiting.clear()
+        self._cache = RowCache(self.lm.spec)
+
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """Answer all requests, in order. `progress` is called with the number newly finished after each step."""
         handles = [self.submit(request) for request in requests]
@@ -156,7 +173,7 @@ class Engine:
             ids = tuple(request.prompt)
         tags = ids.count(IMAGE_TOKEN_INDEX)
         if tags != len(request.images):
-            raise RequestError(
+            raise ImageCountError(
                 f"The prompt has {tags} {DEFAULT_IMAGE_TOKEN} placeholder(s) but {len(request.images)} image(s) were "
                 "given; send one image per placeholder."
             )
