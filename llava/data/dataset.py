@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from llava import conversation
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, get_template, image_placeholder
+from llava.data.annotations import read_records
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.images import open_image, preprocess_image
 from llava.data.labels import Example, build_example, place_images, truncate
-from llava.data.records import Record, Turn, image_paths, parse_record, read_records
+from llava.data.records import Record, Turn, parse_record
+from llava.data.survey import Findings, Survey
 from llava.data.template_check import check_template
 from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
 
@@ -32,9 +35,10 @@ _FREE: Final = 10
 class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
     """Items `input_ids` (T,), `labels` (T,) and, in a multimodal run, `image`: (3, S, S), or (k, 3, S, S) for a list.
 
-    Text-only records of a multimodal run carry zeros. Records are checked when the dataset is made; images when
-    they are opened. A bad record raises `DataError` naming file, index and remedy, or with `on_bad_sample == "skip"`
-    gives way to the next good one of its modality, until too many are bad.
+    Text-only records of a multimodal run carry zeros. Records are checked when the dataset is made, those of a large
+    file by processes beside it (`check` tells what they found); images when they are opened. A bad record raises
+    `DataError` naming file, index and remedy, or with `on_bad_sample == "skip"` gives way to the next good one of its
+    modality, until too many are bad.
     """
 
     def __init__(
@@ -50,27 +54,59 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         # One flag a record and fault, shared with the loader's workers; setting one twice changes nothing.
         self._flags = torch.zeros(len(_FAULTS), len(self.records), dtype=torch.uint8)
         self._flags.share_memory_()  # type: ignore[no-untyped-call]
-        self._check_records()
+        self._survey = Survey(self.records)
+        self._checked = False
+        self.check()
 
     def __len__(self) -> int:
         return len(self.records)
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Words of a record, plus 128 with an image."""
-        return [self._words(record) + (128 if image_paths(record) else 0) for record in self.records]
+        """Words of a record, plus 128 with an image; 0 for a bad one."""
+        found = self._findings()
+        lengths: list[int] = (found.words + 128 * found.image).tolist()
+        return lengths
 
     @cached_property
     def modality_lengths(self) -> list[int]:
         """Words of a record, negative without an image."""
-        return [self._words(record) * (1 if image_paths(record) else -1) for record in self.records]
+        found = self._findings()
+        lengths: list[int] = np.where(found.image, found.words, -found.words).tolist()
+        return lengths
 
-    @staticmethod
-    def _words(record: dict[str, Any]) -> int:
-        return sum(len(turn["value"].split()) for turn in record["conversations"])
+    def check(self, *, wait: bool = False) -> bool:
+        """Raise or skip what the look through all records has found, once it is known; whether it is.
+
+        With `wait`, it is waited for.
+        """
+        if not self._checked and (wait or self._survey.ready()):
+            self._checked = True
+            self._judge(self._survey.result())
+        return self._checked
+
+    def _findings(self) -> Findings:
+        self.check(wait=True)
+        return self._survey.result()
+
+    def _judge(self, found: Findings) -> None:
+        unknown = sorted(found.keys - _KNOWN_KEYS)
+        if unknown:
+            logger.warning("%s: keys %s are not used.", self.data_path, ", ".join(map(repr, unknown)))
+        with_image = [] if self.data_args.is_multimodal else np.flatnonzero(found.image).tolist()
+        for index in sorted([*found.problems, *with_image]):
+            try:
+                self._record(index)
+            except DataError as error:
+                if not self.skip_bad:
+                    raise
+                self._skip(index, error)
+        if bool(self._flags[0].all()):
+            raise DataError(f"{self.data_path} holds no usable record; the reasons are logged above.")
 
     def report(self) -> dict[str, int]:
         """How many records of this process and its workers were bad, truncated, or without a supervised token."""
+        self.check(wait=True)
         return dict(zip(_FAULTS, self._flags.sum(1).tolist()))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -85,11 +121,18 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _candidates(self, index: int) -> Iterator[int]:
         """The record itself, then those that follow it, of its modality and not known to be bad."""
-        has_image = bool(image_paths(self.records[index]))
+        has_image = self._has_image(index)
         for step in range(len(self)):
             candidate = (index + step) % len(self)
-            if not self._flags[0, candidate] and bool(image_paths(self.records[candidate])) == has_image:
+            if not self._flags[0, candidate] and self._has_image(candidate) == has_image:
                 yield candidate
+
+    def _has_image(self, index: int) -> bool:
+        try:
+            raw = self.records[index]
+        except DataError:
+            return False
+        return isinstance(raw, Mapping) and bool(raw.get("image"))
 
     def _skip(self, index: int, error: DataError) -> None:
         self._flags[0, index] = 1
@@ -101,20 +144,6 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
                 f"{bad} of {len(self)} records of {self.data_path} are bad, more than the {limit} that may be skipped; "
                 f"the last: {error.args[0]}"
             ) from error
-
-    def _check_records(self) -> None:
-        unknown = sorted({key for record in self.records if isinstance(record, dict) for key in record} - _KNOWN_KEYS)
-        if unknown:
-            logger.warning("%s: keys %s are not used.", self.data_path, ", ".join(map(repr, unknown)))
-        for index in range(len(self)):
-            try:
-                self._record(index)
-            except DataError as error:
-                if not self.skip_bad:
-                    raise
-                self._skip(index, error)
-        if bool(self._flags[0].all()):
-            raise DataError(f"{self.data_path} holds no usable record; the reasons are logged above.")
 
     def _record(self, index: int) -> Record:
         try:

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from llava.conversation import Conversation
+from llava.data.annotations import SUFFIXES
 from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset, check_supervision
 from llava.data.template_check import check_template
@@ -61,8 +62,8 @@ def _problems(entry: object) -> list[str]:
         return [f"it is {type(entry).__name__}, expected an object"]
     problems = [f"key {key!r} is unknown, expected {', '.join(KEYS)}" for key in sorted(set(entry) - set(KEYS))]
     annotation, repeats = entry.get("annotation"), entry.get("repeat_time", 1)
-    if not isinstance(annotation, str) or Path(annotation).suffix not in (".json", ".jsonl"):
-        problems.append(f"annotation is {annotation!r}, expected a .json or .jsonl file")
+    if not isinstance(annotation, str) or Path(annotation).suffix not in SUFFIXES:
+        problems.append(f"annotation is {annotation!r}, expected a file named {', '.join(SUFFIXES)}")
     if not isinstance(entry.get("root", ""), str) or "://" in entry.get("root", ""):
         problems.append(f"root is {entry['root']!r}, expected a local folder")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
@@ -89,6 +90,11 @@ class MixtureDataset(ConcatDataset[dict[str, torch.Tensor]]):
     @cached_property
     def modality_lengths(self) -> list[int]:
         return [length for part in self.datasets for length in part.modality_lengths]  # type: ignore[attr-defined]
+
+    def check(self, *, wait: bool = False) -> bool:
+        """Whether all records of all parts are known to be good; raises as `LazySupervisedDataset.check` does."""
+        known = [part.check(wait=wait) for part in self.parts.values()]  # every part is asked, also after a no
+        return all(known)
 
     def report(self) -> dict[str, int]:
         """Sums of the parts' reports; a repeated part counts once."""

@@ -1,4 +1,4 @@
-"""Annotation files: read them, and say exactly what is wrong with a record (spec/train.md §3.1).
+"""What a record is, and exactly what is wrong with one that is not (spec/train.md §3.1).
 
 A record is `{"image": path or list of paths (optional), "conversations": [{"from": "human"|"gpt", "value": text}, …]}`;
 a leading `system` turn replaces the template's system text.
@@ -6,7 +6,7 @@ a leading `system` turn replaces the template's system text.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import DataError
 
 ROLES: Final = ("human", "gpt", "system")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Turn(NamedTuple):
@@ -33,34 +34,9 @@ class Record:
     turns: list[Turn]
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a JSON array, or of a file named `*.jsonl` with one object a line; blank lines are skipped.
-
-    Raises `DataError` for a missing file, invalid JSON (with its place) or a file without records.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            records = [_loads(line, f" line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        else:
-            records = _loads(text, "")
-    except OSError as error:
-        raise DataError(f"Cannot read annotation file {path}: {error.strerror}; check --data_path.") from error
-    except ValueError as error:
-        raise DataError(f"Annotation file {path} is not valid JSON: {str(error).strip()}.") from error
-    if not isinstance(records, list) or not records:
-        raise DataError(f"Annotation file {path} holds {type(records).__name__} without records; expected an array.")
-    return records
-
-
-def _loads(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{place} nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{place} {error}") from error
+def problems_of(raw: object) -> list[str]:
+    """Everything that is wrong with a record; nothing when it can be trained on."""
+    return list(_problems(raw))
 
 
 def parse_record(raw: object) -> Record:
@@ -68,7 +44,7 @@ def parse_record(raw: object) -> Record:
     for problem in _problems(raw):
         raise DataError(problem)
     assert isinstance(raw, Mapping)
-    return Record(image_paths(raw), parse_turns(raw["conversations"]))
+    return Record(image_paths(raw), [Turn(turn["from"].lower(), turn["value"]) for turn in raw["conversations"]])
 
 
 def validate_record(record: object, index: int, image_folder: str | Path | None = None) -> list[str]:
@@ -106,7 +82,7 @@ def _turn_problems(turn: object) -> Iterator[str]:
         yield f"a turn is from {turn['from']!r}, expected {', '.join(ROLES)}"
     elif not isinstance(turn.get("value"), str):
         yield f"a turn from {turn['from']} has the value {str(turn.get('value'))[:40]!r}, expected text"
-    elif any("\ud800" <= char <= "\udfff" for char in turn["value"]) if not turn["value"].isascii() else False:
+    elif not turn["value"].isascii() and _SURROGATE.search(turn["value"]):
         yield f"a turn from {turn['from']} is not valid Unicode"
 
 

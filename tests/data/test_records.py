@@ -1,8 +1,7 @@
-"""Annotation files: both formats, and one sentence for every way to be wrong."""
+"""Records: one sentence for every way to be wrong."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.records import Record, Turn, parse_record, read_records, validate_record
+from llava.data.records import Record, Turn, parse_record, validate_record
 from llava.errors import DataError
 
 GOOD: dict[str, Any] = {
@@ -23,35 +22,6 @@ GOOD: dict[str, Any] = {
 def with_turns(*turns: tuple[Any, Any], image: Any = None) -> dict[str, Any]:
     record: dict[str, Any] = {"conversations": [{"from": role, "value": text} for role, text in turns]}
     return record if image is None else {"image": image, **record}
-
-
-def test_both_formats(tmp_path: Path) -> None:
-    array, lines = tmp_path / "a.json", tmp_path / "a.jsonl"
-    array.write_text(json.dumps([GOOD, GOOD]), encoding="utf-8-sig")
-    lines.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "id": "\u2028"}, ensure_ascii=False) + "\n")
-    assert read_records(array) == [GOOD, GOOD]
-    assert [record["id"] for record in read_records(lines)] == [7, "\u2028"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "why"),
-    [
-        ("missing.json", None, "check --data_path"),
-        ("a.json", b"[{", "is not valid JSON"),
-        ("a.jsonl", b"{}\n{]\n", "line 2"),
-        ("a.json", b"\xff\xfe", "is not valid JSON"),
-        ("a.json", b"{}", "expected an array"),
-        ("a.json", b"[]", "without records"),
-        ("a.jsonl", b"", "without records"),
-        ("a.json", b"[" * 200_000, "nested too deeply"),
-    ],
-)
-def test_broken_files(tmp_path: Path, name: str, content: bytes | None, why: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=why) as error:
-        read_records(tmp_path / name)
-    assert name in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""The look through a whole file: the same on the spot and in processes, and a training told of what it finds."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava.data import dataset as datasets
+from llava.data import survey
+from llava.data.annotations import read_records
+from llava.data.survey import Survey
+from llava.errors import DataError
+from tests.data.test_dataset import arguments, record, tokenizer
+
+RECORDS: list[Any] = [
+    record("two words", "yes no"),
+    record("<image> a", image="red.png"),
+    {"conversations": []},
+    record("<image>", image="nowhere.png"),
+    record("<image><image>", image=["red.png", "broken.png"]),
+    {**record("hi"), "extra": 1},
+]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    Image.new("RGB", (9, 5), "red").save(tmp_path / "red.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:45])
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    return tmp_path / "data.json"
+
+
+@pytest.mark.parametrize("workers", [None, 1, 4, 9])
+def test_findings(file: Path, workers: int | None) -> None:
+    found = Survey(read_records(file), workers=workers).result()
+    assert found.words.tolist() == [4, 3, 0, 2, 2, 2]
+    assert found.image.tolist() == [False, True, False, True, True, False]
+    assert found.keys == {"conversations", "image", "extra"}
+    assert found.problems == {2: ["conversations is missing or empty, expected a list of turns"]}
+
+
+def test_images_are_looked_for_or_opened(file: Path) -> None:
+    records = read_records(file)
+    looked = Survey(records, images=file.parent, workers=2).result().problems
+    opened = Survey(records, images=file.parent, decode=True, workers=2).result().problems
+    assert sorted(looked) == [2, 3] and "is not in" in looked[3][0]
+    assert sorted(opened) == [2, 3, 4]
+    assert "there is no such file" in opened[3][0] and "damaged or incomplete" in opened[4][0]
+
+
+def test_parquet_is_looked_at_in_processes_too(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.Table.from_pylist([RECORDS[1], RECORDS[0]]), tmp_path / "a.parquet")
+    assert Survey(read_records(tmp_path / "a.parquet"), workers=2).result().words.tolist() == [3, 4]
+
+
+def test_a_process_that_dies_is_an_error(file: Path) -> None:
+    running = Survey(read_records(file), workers=2)
+    (file.parent / "data.json").write_text("[")  # under the feet of those that have not read it
+    running._running[0].kill()
+    with pytest.raises(DataError, match=r"data.json ended with status -9"):
+        running.result()
+
+
+def test_a_copy_for_another_process_never_waits(file: Path) -> None:
+    running = Survey(read_records(file), workers=1)
+    assert pickle.loads(pickle.dumps(running)).ready()  # noqa: S301 - our own
+    assert running.result().words[0] == 4
+
+
+def test_training_starts_first_and_is_told_of_faults_later(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "AT_ONCE", 0)
+    strict = datasets.LazySupervisedDataset(str(file), tokenizer(), arguments(file), "v1")
+    with pytest.raises(DataError, match="record 2: conversations is missing"):
+        strict.check(wait=True)
+    skipping = datasets.LazySupervisedDataset(str(file), tokenizer(), arguments(file, on_bad_sample="skip"), "v1")
+    assert len(skipping[2]["input_ids"]) and skipping.lengths == [4, 131, 0, 130, 130, 2]
+    assert skipping.modality_lengths == [-4, 3, 0, 2, 2, -2]
+    assert skipping.check() and skipping.report()["bad"] == 1
