@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +22,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+MEMORY_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FREE_FOR_WEIGHTS = 0.85  # of a GPU's free memory; the rest is for caches, activations and pictures
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
@@ -86,3 +91,98 @@ def offline() -> bool:
     """Whether the user forbade network access with `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE`."""
     flags = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     return any(flag.strip().lower() in {"1", "true", "yes", "on"} for flag in flags)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of one model lie: devices by module name; the longest name that leads to a weight decides.
+
+    The name "" stands for all that no other name leads to.
+    """
+
+    devices: Mapping[str, torch.device]
+
+    def of(self, name: str) -> torch.device:
+        """The device of the weight or module called `name`."""
+        while name not in self.devices:
+            if not name:
+                raise ConfigError('This device map leaves out some modules; add an entry "" for the rest.')
+            name = name.rpartition(".")[0]
+        return self.devices[name]
+
+    @property
+    def is_split(self) -> bool:
+        return len(set(self.devices.values())) > 1
+
+
+def gpu_budgets(num_gpus: int | None = None, max_memory: str | None = None) -> dict[torch.device, int]:
+    """Bytes of weights each visible GPU may hold: what is free but for a reserve, or what `max_memory` says.
+
+    `num_gpus` takes the first so many (`CUDA_VISIBLE_DEVICES` chooses and orders them). `max_memory` is one size for
+    each ("20GiB"), or sizes by number ("0=10GiB,1=20GiB"; GPUs left out are not used).
+    """
+    visible = torch.cuda.device_count()
+    if num_gpus is not None and not 1 <= num_gpus <= visible:
+        raise ConfigError(f"--num-gpus {num_gpus} was asked for, but {visible} GPUs are visible.")
+    chosen = list(range(visible if num_gpus is None else num_gpus))
+    limits = parse_memory(max_memory, chosen) if max_memory else None
+    budgets = {}
+    for index in chosen if limits is None else limits:
+        if index not in chosen:
+            raise ConfigError(f"--max-memory names GPU {index}, but the GPUs to use are 0 to {len(chosen) - 1}.")
+        free = int(torch.cuda.mem_get_info(index)[0] * FREE_FOR_WEIGHTS) if limits is None else limits[index]
+        budgets[torch.device("cuda", index)] = free
+    return budgets
+
+
+def parse_memory(text: str, gpus: Sequence[int]) -> dict[int, int]:
+    """`--max-memory` as bytes by GPU number."""
+    parts = [part.strip().rpartition("=") for part in text.split(",")]
+    sizes = {}
+    for number, mark, size in parts:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", size.strip().upper())
+        plain = mark and number.strip().isdigit()
+        if match is None or match[2] not in MEMORY_UNITS or not (plain or (not mark and len(parts) == 1)):
+            raise ConfigError(f"--max-memory {text!r} is not a size such as 20GiB, nor sizes such as 0=10GiB,1=20GiB.")
+        for index in [int(number)] if plain else gpus:
+            sizes[index] = int(float(match[1]) * MEMORY_UNITS[match[2]])
+    return sizes
+
+
+Parts = Sequence[tuple[tuple[str, ...], int]]
+
+
+def spread(parts: Parts, budgets: Mapping[torch.device, int]) -> Placement:
+    """Put `parts` (module names and bytes, in the order they are computed) on as few devices as hold them, in order.
+
+    The first part has the name "" and stays on the first device. Among the devices used, loads are evened out.
+    """
+    total = sum(size for _, size in parts)
+    devices = list(budgets)
+    for count in range(1, len(devices) + 1):
+        for even in (total / count, float("inf")):
+            found = _fill_in_order(parts, {device: min(budgets[device], even) for device in devices[:count]}, budgets)
+            if found is not None:
+                return Placement(found)
+    room = ", ".join(f"{device} {size / 2**30:.1f}" for device, size in budgets.items())
+    raise ConfigError(
+        f"The model's {total / 2**30:.1f} GiB of weights do not fit (GiB for weights: {room or 'no GPU'}); use more "
+        "GPUs, --load-8bit or --load-4bit, or --device cpu."
+    )
+
+
+def _fill_in_order(
+    parts: Parts, targets: Mapping[torch.device, float], budgets: Mapping[torch.device, int]
+) -> dict[str, torch.device] | None:
+    """One pass over the devices: each takes parts until the next would lie mostly beyond its target."""
+    placed: dict[str, torch.device] = {}
+    devices = list(targets)
+    at, used = 0, 0
+    for names, size in parts:
+        while used + size > budgets[devices[at]] or (used and used + size / 2 > targets[devices[at]]):
+            at, used = at + 1, 0
+            if at == len(devices):
+                return None
+        placed.update(dict.fromkeys(names, devices[at]))
+        used += size
+    return placed

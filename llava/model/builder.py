@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,25 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import CheckpointError, ConfigError
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
+from llava.model.dispatch import DeviceMap, dispatch, place
 from llava.model.hub import snapshot
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.llava_arch import grow_embeddings, load_token_rows
+from llava.model.language_model.builder import language_model_spec
+from llava.model.llava_arch import grow_embeddings, load_token_rows, parameter_shapes
 from llava.model.lora import apply_adapter, load_non_lora
-from llava.model.quantization import Quantizer
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.quantization import Quantizer, size_name
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import empty_weights, fill
-from llava.placement import resolve_attention, resolve_device, resolve_dtype
+from llava.placement import Placement, resolve_attention, resolve_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
 NEEDED_SETTINGS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
-IGNORED_WEIGHTS = ("rotary_emb.inv_freq", ckpt.TOWER_PREFIX)
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("d_model", "n_layers", "n_heads"),  # of MPT
+)
+IGNORED_WEIGHTS = ("rotary_emb.inv_freq", *ckpt.TOWER_PREFIXES)
 
 REMEDIES = {
     Kind.LANGUAGE_MODEL: "it sees no images; pass a chat checkpoint, and this one as --model-base of a projector",
@@ -49,56 +57,93 @@ def load_pretrained_model(
     model_name: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    device_map: str = "auto",
+    device_map: DeviceMap = "auto",
     device: str | torch.device | None = "cuda",
     *,
     dtype: str | torch.dtype | None = None,
     vision_tower: str | None = None,
     attn_implementation: str = "auto",
-) -> tuple[Any, LlavaLlamaForCausalLM, Any, int]:
+    num_gpus: int | None = None,
+    max_memory: str | None = None,
+    text_only: bool = False,
+) -> tuple[Any, Any, Any, int]:
     """Load `(tokenizer, model, image_processor, context_len)`, the model in eval mode with its tower.
 
     `model_path` is a full, a projector-only or a LoRA checkpoint (the last two need `model_base`; an adapter names its
     own). `load_8bit` and `load_4bit` quantise the decoder's linear layers. `model_name` is accepted for compatibility
-    and decides nothing. `device_map="cpu"` is the same as `device="cpu"`; "auto" means `device`. `dtype`: float32 on
-    CPU, 16 bit on GPUs unless given; the one dtype holds for language model, projector and tower. `vision_tower`
-    overrides the tower the checkpoint names.
+    and decides nothing. `dtype`: float32 on CPU, 16 bit on GPUs unless given; the one dtype holds for language model,
+    projector and tower. `vision_tower` overrides the tower the checkpoint names. `text_only` loads a language model
+    without a tower, or a LoRA adapter on one; the image processor is then `None`.
+
+    `device_map="cpu"` is the same as `device="cpu"`; "auto" means `device`, and several GPUs where `device` is "cuda"
+    and one does not hold the weights, or `num_gpus` or `max_memory` ("20GiB" each, or "0=10GiB,1=20GiB") say so; a
+    mapping of module names to devices is taken as it is.
 
     Raises `CheckpointError` before any weights are read when the directory is something else.
     """
     if load_8bit and load_4bit:
         raise ConfigError("--load-8bit and --load-4bit exclude each other; give one of them.")
-    if device_map not in ("auto", None):
+    if isinstance(device_map, str) and device_map != "auto":
         device = device_map
     target = resolve_device(device)
     found = ckpt.inspect(local_directory(model_path))
-    base = base_of(found, model_base)
-    config = model_config(found, vision_tower)
-    stored = getattr(torch, str(found.config.get("torch_dtype")), None)
-    chosen = resolve_dtype(target, dtype, stored)
+    base = base_of(found, model_base, text_only)
+    config = read_config(base or found) if text_only else model_config(found, vision_tower)
+    chosen = resolve_dtype(target, dtype, getattr(torch, str(found.config.get("torch_dtype")), None))
     config._attn_implementation = resolve_attention(target, chosen, attn_implementation)
-
     tokenizer = load_tokenizer(base.path if base else found.path)
     bits = 8 if load_8bit else 4 if load_4bit else 0
     quantizer = Quantizer(bits, chosen, target) if bits else None
-    merges = found.kind is Kind.LORA
-    model = language_model(found, base, config, chosen, target, None if merges else quantizer)
-    add_image_tokens(model, tokenizer, config)
+    packed_later = quantizer if found.kind is Kind.LORA else None
+    where = place(
+        target,
+        device_map,
+        shapes=partial(all_shapes, (base or found).path, config, vision_tower is None),
+        dtype=size_name(chosen, 0 if packed_later else bits),
+        tied=bool(config.tie_word_embeddings),
+        num_gpus=num_gpus,
+        max_memory=max_memory,
+    )
+    parts = (base, None) if text_only and base else (found, base)
+    model = language_model(*parts, config, chosen, where, None if packed_later else quantizer)
+    if not text_only:
+        add_image_tokens(model, tokenizer, config)
+    model = overlay(model, found, packed_later)
+    tower = model.get_vision_tower()
+    if tower is not None:
+        device_of_tower = where.of(f"{model.base_model_prefix}.vision_tower")
+        tower.load_model(dtype=chosen, device=device_of_tower, from_checkpoint=vision_tower is None)
+        if found.kind is not Kind.FULL and (found.path / ckpt.PROJECTOR_FILE).is_file():
+            model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
+    dispatch(model.eval(), where)
+    return tokenizer, model, tower.image_processor if tower else None, context_length(config)
+
+
+def overlay(model: Any, found: Checkpoint, packed_later: Quantizer | None) -> Any:
+    """Put what a projector-only or LoRA directory holds over the model of its base; others change nothing."""
     if found.kind is Kind.PROJECTOR:
         model.get_model().load_projector(found.path / ckpt.PROJECTOR_FILE)
-        if getattr(config, "mm_use_im_start_end", False):
+        if getattr(model.config, "mm_use_im_start_end", False):
             load_token_rows(model, found.path / ckpt.PROJECTOR_FILE)
-    elif merges:
-        load_non_lora(model, found.path)
+    elif found.kind is Kind.LORA:
+        if model.get_vision_tower() is not None:
+            load_non_lora(model, found.path)
         model = apply_adapter(model, found.path)
-        if quantizer is not None:
-            quantizer.quantize(model)
-    tower = model.get_vision_tower()
-    assert tower is not None  # model_config saw to it
-    tower.load_model(dtype=chosen, device=target, from_checkpoint=vision_tower is None)
-    if found.kind is not Kind.FULL and (found.path / ckpt.PROJECTOR_FILE).is_file():
-        model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
-    return tokenizer, model.eval(), tower.image_processor, context_length(config)
+        if packed_later is not None:
+            packed_later.quantize(model)
+    return model
+
+
+def all_shapes(source: Path, config: Any, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what loading would keep in memory, tower and projector included, from file headers."""
+    stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(ckpt.TOWER_PREFIXES)}
+    if not getattr(config, "mm_vision_tower", None):
+        return stored
+    tower: Any = build_vision_tower(config, Path(config.name_or_path))
+    with empty_weights():
+        projector = parameter_shapes(build_vision_projector(config))
+    beside = {"vision_tower.": tower.stored_shapes(from_checkpoint), "mm_projector.": projector}
+    return {**stored, **{f"{part}{name}": s for part, shapes in beside.items() for name, s in shapes.items()}}
 
 
 def local_directory(path: str | Path) -> Path:
@@ -118,18 +163,23 @@ def local_directory(path: str | Path) -> Path:
     return found
 
 
-def base_of(found: Checkpoint, model_base: str | Path | None) -> Checkpoint | None:
+def base_of(found: Checkpoint, model_base: str | Path | None, text_only: bool = False) -> Checkpoint | None:
     """The base checkpoint of an adapter or projector, checked; anything that cannot be loaded is refused here."""
-    if found.kind in REMEDIES:
+    if text_only and (found.kind not in (Kind.LANGUAGE_MODEL, Kind.LORA) or "mm_vision_tower" in found.config):
+        raise CheckpointError(
+            f"{found.path} holds {found.kind.value}, and text_only=True loads a language model or an adapter of one; "
+            "leave it out."
+        )
+    if found.kind in REMEDIES and not text_only:
         raise CheckpointError(
             f"{found.path} holds {found.kind.value}"
             f"{f' (model_type {found.model_type!r})' if found.model_type else ''}, not a chat checkpoint: "
             f"{REMEDIES[found.kind]}."
         )
-    if found.kind is Kind.FULL:
+    if found.kind in (Kind.FULL, Kind.LANGUAGE_MODEL):
         if model_base is not None:
             logger.warning(
-                "%s is a full checkpoint; --model-base %s is not needed and not read", found.path, model_base
+                "%s holds %s; --model-base %s is not needed and not read", found.path, found.kind.value, model_base
             )
         return None
     if model_base is None and found.kind is Kind.LORA:
@@ -144,7 +194,7 @@ def base_of(found: Checkpoint, model_base: str | Path | None) -> Checkpoint | No
         raise CheckpointError(
             f"The --model-base {base.path} holds {base.kind.value}; pass a LLaMA or Vicuna directory."
         )
-    if not found.config:
+    if not found.config and not text_only:
         raise CheckpointError(
             f"{found.path} lacks config.json, which names tower and projector; copy it from the same training run."
         )
@@ -153,7 +203,13 @@ def base_of(found: Checkpoint, model_base: str | Path | None) -> Checkpoint | No
 
 
 def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    specs = [language_model_spec(part.model_type, str(part.path)) for part in (found, base)]
+    if specs[0] != specs[1]:
+        raise CheckpointError(
+            f"{found.path} is of type {found.model_type!r}, but --model-base {base.path} of type {base.model_type!r}; "
+            "pass the base it was trained on."
+        )
+    for key in SIZES:
         if key in found.config and found.config[key] != base.config.get(key):
             raise CheckpointError(
                 f"{found.path} was trained on a language model with {key}={found.config[key]}, but --model-base "
@@ -161,8 +217,14 @@ def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def model_config(found: Checkpoint, vision_tower: str | None) -> LlavaConfig:
-    config = LlavaConfig.from_pretrained(found.path)
+def read_config(found: Checkpoint) -> Any:
+    """The parsed `config.json`, by the class its `model_type` is registered for."""
+    return language_model_spec(found.model_type, str(found.path)).config.from_pretrained(found.path)
+
+
+def model_config(found: Checkpoint, vision_tower: str | None) -> Any:
+    """The configuration of a chat model, checked for the settings that tower and projector need."""
+    config = read_config(found)
     config.name_or_path = str(found.path)
     lacking = [key for key in NEEDED_SETTINGS if getattr(config, key, None) is None]
     if lacking:
@@ -177,30 +239,31 @@ def model_config(found: Checkpoint, vision_tower: str | None) -> LlavaConfig:
 def language_model(
     found: Checkpoint,
     base: Checkpoint | None,
-    config: LlavaConfig,
+    config: Any,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Placement,
     quantizer: Quantizer | None,
-) -> LlavaLlamaForCausalLM:
+) -> Any:
     """The model with weights in place; with a base, the projector comes later and starts as zeros."""
+    where = device if isinstance(device, Placement) else Placement({"": device})
     source = base.path if base else found.path
     config = copy.copy(config)
     if base:
         config.vocab_size = int(base.config["vocab_size"])  # M19: the base's own rows first, new tokens after
     with empty_weights():
-        model = LlavaLlamaForCausalLM(config)
-    tensors = ckpt.iter_tensors(source, lambda name: not name.startswith(ckpt.TOWER_PREFIX))
+        model = language_model_spec(found.model_type, str(found.path)).model(config)
+    tensors = ckpt.iter_tensors(source, lambda name: not name.startswith(ckpt.TOWER_PREFIXES))
     fill(
         model,
         _present(tensors),
         dtype=dtype,
-        device=device,
+        device=where.of,
         source=str(source),
-        optional=(ckpt.PROJECTOR_PREFIX,) if base else (),
+        optional=ckpt.PROJECTOR_PREFIXES if base else (),
         ignored=IGNORED_WEIGHTS,
         place=quantizer.place if quantizer else None,
     )
-    _refresh_rotary(model, dtype, device)
+    _refresh_rotary(model, dtype, where)
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
@@ -210,17 +273,17 @@ def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str
     return ((name, tensor) for name, tensor in tensors if tensor is not None)
 
 
-def _refresh_rotary(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _refresh_rotary(model: nn.Module, dtype: torch.dtype, where: Placement) -> None:
     """Rotary tables were made in the default dtype on the CPU; make them where and how the model runs."""
-    for module in model.modules():
+    for name, module in model.named_modules():
         if hasattr(module, "max_seq_len_cached"):
             rotary: Any = module
-            rotary._set_cos_sin_cache(seq_len=rotary.max_seq_len_cached, device=device, dtype=dtype)
+            rotary._set_cos_sin_cache(seq_len=rotary.max_seq_len_cached, device=where.of(name), dtype=dtype)
 
 
-def add_image_tokens(model: Any, tokenizer: Any, config: LlavaConfig) -> None:
+def add_image_tokens(model: Any, tokenizer: Any, config: Any) -> None:
     """Add the image tokens the configuration asks for, and grow the embeddings to hold them (never shrink, M20)."""
-    rows = model.model.embed_tokens.weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
     patch = getattr(config, "mm_use_im_patch_token", None)
     if patch or (patch is None and rows > len(tokenizer)):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

@@ -26,11 +26,11 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.builder import language_model_spec
 from llava.model.llava_arch import parameter_shapes
 from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
-from llava.model.quantization import PREFIX as PACKED_PREFIX
+from llava.model.quantization import weight_bytes
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import empty_weights, fill
 from llava.utils import guarded
@@ -60,23 +60,6 @@ class Findings:
     facts: list[tuple[str, str]] = field(default_factory=list)
 
 
-def weight_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
-    """Memory of one weight. Quantised loads pack the decoder's matrices only; the rest stays in 16 bit.
-
-    int8 keeps a float32 scale a row (arXiv:2208.07339); nf4 half a byte a weight, one byte for each 64 weights and a
-    float32 for each 256 of those (arXiv:2305.14314).
-    """
-    count = math.prod(shape)
-    if dtype == "fp32":
-        return 4 * count
-    if dtype == "bf16" or not name.startswith(PACKED_PREFIX) or len(shape) < 2:
-        return 2 * count
-    if dtype == "int8":
-        return count + 4 * shape[0]
-    blocks = math.ceil(count / 64)
-    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256)
-
-
 def weightless(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
     """Tensors of these shapes that share one number."""
     zero = torch.zeros(())
@@ -89,24 +72,24 @@ def verify(model: nn.Module, shapes: Shapes, source: Path, **rules: Any) -> dict
     return parameter_shapes(model)
 
 
-def empty_model(found: Checkpoint, base: Checkpoint | None, config: LlavaConfig) -> LlavaLlamaForCausalLM:
+def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
     """The chat model without memory for its weights, with the base's vocabulary."""
     config = copy.copy(config)
     if base is not None:
         config.vocab_size = int(base.config["vocab_size"])
     with empty_weights():
-        return LlavaLlamaForCausalLM(config)
+        return language_model_spec((base or found).model_type, str(found.path)).model(config)
 
 
-def language_parts(found: Checkpoint, base: Checkpoint | None, config: LlavaConfig) -> list[Part]:
+def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> list[Part]:
     """Language model and projector, verified against the headers of the weight files."""
     source = base.path if base else found.path
     model = empty_model(found, base, config)
-    stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(ckpt.TOWER_PREFIX)}
-    optional = (ckpt.PROJECTOR_PREFIX,) if base else ()
+    stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(ckpt.TOWER_PREFIXES)}
+    optional = ckpt.PROJECTOR_PREFIXES if base else ()
     shapes = verify(model, stored, source, optional=optional, ignored=builder.IGNORED_WEIGHTS)
-    mine = {name: shape for name, shape in shapes.items() if not name.startswith(ckpt.PROJECTOR_PREFIX)}
-    projector = {name: shape for name, shape in shapes.items() if name.startswith(ckpt.PROJECTOR_PREFIX)}
+    mine = {name: shape for name, shape in shapes.items() if not name.startswith(ckpt.PROJECTOR_PREFIXES)}
+    projector = {name: shape for name, shape in shapes.items() if name.startswith(ckpt.PROJECTOR_PREFIXES)}
     text = f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {model.config.vocab_size}"
     parts = [Part("language model", f"{text}; {len(mine)} weights verified in {source}", mine)]
     if not getattr(config, "mm_vision_tower", None):
@@ -117,21 +100,22 @@ def language_parts(found: Checkpoint, base: Checkpoint | None, config: LlavaConf
     return [*parts, Part("projector", f"{kind}, {width}; {len(projector)} weights verified in {where}", projector)]
 
 
-def adapted(found: Checkpoint, base: Checkpoint | None, config: LlavaConfig, shapes: Shapes) -> Path:
+def adapted(found: Checkpoint, base: Checkpoint | None, config: Any, shapes: Shapes) -> Path:
     """Verify what a projector or an adapter adds to a model of these `shapes`; where the projector lies."""
     if found.kind is Kind.PROJECTOR:
         file = found.path / ckpt.PROJECTOR_FILE
         state = ckpt.projector_state(ckpt.load_bin(file), file)
-        wanted = {k.removeprefix(ckpt.PROJECTOR_PREFIX): v for k, v in shapes.items() if ckpt.PROJECTOR_PREFIX in k}
+        wanted = {k.split("mm_projector.", 1)[1]: v for k, v in shapes.items() if "mm_projector." in k}
         ckpt.compare_shapes({name: tuple(value.shape) for name, value in state.items()}, wanted, file)
         return file
     if found.kind is Kind.LORA and base is not None:
         flags = (("mm_use_im_patch_token", 1), ("mm_use_im_start_end", 2))
         entries = len(load_tokenizer(base.path)) + sum(count for flag, count in flags if getattr(config, flag, False))
-        rows = max(shapes["model.embed_tokens.weight"][0], entries)  # with the image tokens that loading adds
+        words = next(name for name in ckpt.EMBEDDINGS if name in shapes)
+        rows = max(shapes[words][0], entries)  # with the image tokens that loading adds
         lora.check_vocabulary(found.path, rows)
         table = (rows, config.hidden_size)
-        shapes = {**shapes, "model.embed_tokens.weight": table, "lm_head.weight": table}
+        shapes = {**shapes, words: table, "lm_head.weight": table}
         lora.check_non_lora(lora.read_non_lora(found.path), shapes, found.path)
         lora.check_adapter(lora.adapter_shapes(found.path), shapes, found.path)
         return found.path / ckpt.NON_LORA_FILE
@@ -141,17 +125,13 @@ def adapted(found: Checkpoint, base: Checkpoint | None, config: LlavaConfig, sha
 def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tuple[Part, VisionTower]:
     """The vision tower that loading would take, verified up to the layer whose features are used."""
     tower: Any = build_vision_tower(args, directory)
-    source, prefix, table = tower.source(from_checkpoint)
+    source, _, table = tower.source(from_checkpoint)
     config = copy.deepcopy(tower.config)
     vision = tower.spec.vision(config)
     layers, vision.image_size = vision.num_hidden_layers, math.isqrt(table - 1) * vision.patch_size
     with empty_weights():
         model = tower.spec.build(config, tower.depth)
-    stored = {
-        name.removeprefix(prefix): shape
-        for name, shape in ckpt.weight_shapes(source).items()
-        if name.startswith(prefix) and tower.needs(name, prefix)
-    }
+    stored = tower.stored_shapes(from_checkpoint)
     shapes = verify(model, stored, source, optional=tower.spec.unused)
     kind = f"{tower.settings['model_type']}, {tower.depth} of {layers} layers, width {tower.hidden_size}"
     return Part("vision tower", f"{kind}; {len(stored)} weights verified in {source}", shapes), tower
@@ -174,7 +154,7 @@ def examine(
         whole = SimpleNamespace(mm_vision_tower=str(found.path), mm_vision_select_layer=-1)
         return Findings(found, [tower_part(whole, None, False)[0]])
     if found.kind is Kind.LANGUAGE_MODEL:
-        parts = language_parts(found, None, LlavaConfig.from_pretrained(found.path))
+        parts = language_parts(found, None, builder.read_config(found))
         return Findings(found, parts, [tokenizer_fact(found.path), ("use it as", "--model-base, or to train on")])
     base = builder.base_of(found, model_base)
     config = builder.model_config(found, vision_tower)

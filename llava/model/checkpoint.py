@@ -26,8 +26,10 @@ NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-TOWER_PREFIX = "model.vision_tower.vision_tower."
-PROJECTOR_PREFIX = "model.mm_projector."
+CORES = ("model.", "transformer.")  # of LLaMA, of MPT
+TOWER_PREFIXES = tuple(core + "vision_tower.vision_tower." for core in CORES)
+PROJECTOR_PREFIXES = tuple(core + "mm_projector." for core in CORES)
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
 
 
 class Kind(str, Enum):
@@ -85,14 +87,14 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
         return Kind.INTERNVL_CHAT
     if model_type == "llava" and "mm_vision_tower" not in config:
         return Kind.HF_LLAVA
+    from llava.model.language_model.builder import LANGUAGE_MODELS
     from llava.model.multimodal_encoder.builder import TOWERS  # imports this module
 
     if model_type in TOWERS:
         return Kind.TOWER
-    multimodal = "mm_vision_tower" in config
-    if multimodal and model_type in ("llava_llama", "llava", "llama"):
+    if "mm_vision_tower" in config and model_type in LANGUAGE_MODELS:
         return Kind.FULL if has_weights(path) else Kind.PROJECTOR if (path / PROJECTOR_FILE).is_file() else Kind.EMPTY
-    if model_type in ("llama", "llava_llama"):
+    if model_type in LANGUAGE_MODELS:
         return Kind.LANGUAGE_MODEL
     return Kind.OTHER if model_type else Kind.EMPTY
 

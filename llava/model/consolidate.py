@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +18,35 @@ from torch import Tensor
 from llava.errors import CheckpointError, ConfigError
 from llava.model import checkpoint as ckpt
 from llava.model import delta
+from llava.model.builder import read_config
 from llava.model.check import language_parts
 from llava.model.checkpoint import Kind
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.builder import language_model_spec
 from llava.model.saving import write_config
 from llava.model.source import WeightSource
 from llava.utils import guarded
 
-CURRENT: Final = {"model_type": LlavaConfig.model_type, "architectures": [LlavaLlamaForCausalLM.__name__]}
+
+def current(config: dict[str, Any]) -> dict[str, Any]:
+    """How a chat model's configuration names itself today; nothing for a language model's."""
+    if "mm_vision_tower" not in config:
+        return {}
+    spec = language_model_spec(str(config.get("model_type")), "The configuration")
+    return {"model_type": spec.config.model_type, "architectures": [spec.model.__name__]}
 
 
 def needs_upgrade(config: dict[str, Any]) -> bool:
     """Whether a chat model's configuration names itself in an older way."""
-    return "mm_vision_tower" in config and any(config.get(key) != value for key, value in CURRENT.items())
+    return any(config.get(key) != value for key, value in current(config).items())
 
 
 def agreed(config: dict[str, Any]) -> bool:
     """Ask on the terminal whether to upgrade; without a terminal to ask on, `ConfigError`."""
     was = f"{config.get('model_type')} / {', '.join(config.get('architectures') or ['no architecture'])}"
     try:
-        answer = input(f"The configuration says {was}; the copy will say {CURRENT['model_type']}. Continue? [Y/N] ")
+        answer = input(
+            f"The configuration says {was}; the copy will say {current(config)['model_type']}. Continue? [Y/N] "
+        )
     except EOFError as error:
         raise ConfigError(f"The configuration says {was} and needs an upgrade; pass --yes to agree to it.") from error
     return answer.strip().lower() in ("y", "yes")
@@ -61,11 +70,12 @@ def consolidate(src: str | Path, dst: str | Path, dtype: torch.dtype) -> None:
 
     def verify(directory: Path) -> None:
         settings = {**found.config, "torch_dtype": str(dtype).removeprefix("torch.")}
-        write_config(directory, {**settings, **(CURRENT if needs_upgrade(settings) else {})})
+        write_config(directory, {**settings, **current(settings)})
         made = WeightSource(directory)
         if not all(torch.equal(made.read(name), tensor) for name, tensor in tensors()):
             raise CheckpointError(f"The copy of {found.path} reads back differently; nothing was kept.")
-        language_parts(ckpt.inspect(directory), None, LlavaConfig.from_pretrained(directory))
+        made_here = ckpt.inspect(directory)
+        language_parts(made_here, None, read_config(made_here))
 
     delta.write(found.path, dst, tensors(), verify)
 

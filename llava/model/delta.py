@@ -22,8 +22,8 @@ from llava.model.saving import copy_side_files, new_directory, write_weights
 from llava.model.source import WeightSource
 from llava.placement import DTYPES
 
-OWN: Final = (ckpt.PROJECTOR_PREFIX, "model.vision_tower.")
-GROWING: Final = ("model.embed_tokens.weight", "lm_head.weight")
+OWN: Final = (*ckpt.PROJECTOR_PREFIXES, *ckpt.TOWER_PREFIXES)
+GROWING: Final = (*ckpt.EMBEDDINGS, "lm_head.weight")
 DROPPED: Final = "rotary_emb.inv_freq"
 Tensors = Iterator[tuple[str, Tensor]]
 Combine = Callable[[str, Tensor, Tensor | None], Tensor]

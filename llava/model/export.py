@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ConfigError
 from llava.model.builder import load_pretrained_model, local_directory
-from llava.model.checkpoint import PROJECTOR_PREFIX, TOWER_PREFIX, Checkpoint, inspect
+from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 FORMATS: Final = ("hf-llava",)
 RENAMED: Final = (
-    (TOWER_PREFIX, "vision_tower."),
-    (f"{PROJECTOR_PREFIX}0.", "multi_modal_projector.linear_1."),
-    (f"{PROJECTOR_PREFIX}2.", "multi_modal_projector.linear_2."),
+    (TOWER_PREFIXES[0], "vision_tower."),
+    (f"{PROJECTOR_PREFIXES[0]}0.", "multi_modal_projector.linear_1."),
+    (f"{PROJECTOR_PREFIXES[0]}2.", "multi_modal_projector.linear_2."),
     ("model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model import checkpoint as ckpt
+from llava.model.builder import read_config
 from llava.model.checkpoint import Kind
-from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.llava_arch import parameter_shapes
 from llava.model.lora import read_non_lora
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -29,7 +29,7 @@ from llava.utils import guarded
 
 def belongs(name: str, config: dict[str, Any]) -> bool:
     """Whether stage 1 writes this weight: the projector, and what its flags made trainable (spec/model.md §11.2)."""
-    rows = bool(config.get("mm_use_im_start_end")) and name == "model.embed_tokens.weight"
+    rows = bool(config.get("mm_use_im_start_end")) and name in ckpt.EMBEDDINGS
     table = bool(config.get("tune_vit_pos_embedding")) and name.endswith("vision_tower.embeddings.position_embedding")
     return "mm_projector." in name or rows or table
 
@@ -47,7 +47,7 @@ def projector_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} holds {found.kind.value}; a projector is taken out of a full checkpoint or a LoRA run."
         )
     with empty_weights():
-        wanted = parameter_shapes(build_vision_projector(LlavaConfig.from_pretrained(path)))
+        wanted = parameter_shapes(build_vision_projector(read_config(found)))
     projector = ckpt.projector_state(state, path)
     ckpt.compare_shapes({name: tuple(tensor.shape) for name, tensor in projector.items()}, wanted, path)
     return state, found.config

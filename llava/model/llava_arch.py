@@ -21,7 +21,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.errors import CheckpointError, RequestError
-from llava.model.checkpoint import compare_shapes, load_bin, projector_state
+from llava.model.checkpoint import EMBEDDINGS, compare_shapes, load_bin, projector_state
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import Images, encode_slots, splice_batch, splice_row
@@ -265,10 +265,11 @@ def grow_embeddings(model: Any, size: int, *, new_rows: int) -> None:
 def load_token_rows(model: Any, file: Path) -> None:
     """Take the two rows of `<im_start>` and `<im_end>` from a projector file (§10 step 4)."""
     state = load_bin(file)
-    key = "model.embed_tokens.weight"
-    if key not in state:
+    key = next((name for name in EMBEDDINGS if name in state), None)
+    if key is None:
         raise CheckpointError(
-            f"{file} lacks {key!r}: it was trained without --mm_use_im_start_end; use the same setting in both stages."
+            f"{file} holds no word embeddings ({' or '.join(EMBEDDINGS)}): it was trained without "
+            "--mm_use_im_start_end; use the same setting in both stages."
         )
     rows = state[key]
     weight = model.get_input_embeddings().weight

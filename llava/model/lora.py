@@ -9,14 +9,14 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint import ADAPTER_CONFIG, NON_LORA_FILE, load_bin, read_json
+from llava.model.checkpoint import ADAPTER_CONFIG, CORES, NON_LORA_FILE, load_bin, read_json
 from llava.utils import require
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def normalise_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip `base_model.`, then one `model.` when any key starts with `model.model.`."""
+    """Strip `base_model.`, then one `model.` when any key starts with `model.model.` (MPT: `model.transformer.`)."""
     state = {name.removeprefix("base_model."): value for name, value in state.items()}
-    if any(name.startswith("model.model.") for name in state):
+    if any(name.startswith(tuple(f"model.{core}" for core in CORES)) for name in state):
         state = {name.removeprefix("model."): value for name, value in state.items()}
     return state
 
@@ -72,8 +72,7 @@ def load_non_lora(model: nn.Module, directory: Path) -> None:
     """Overlay the fully trained weights of a LoRA run; each must exist and fit."""
     state = read_non_lora(directory)
     parameters = dict(model.named_parameters())
-    if "model.embed_tokens.weight" in parameters:
-        check_vocabulary(directory, parameters["model.embed_tokens.weight"].shape[0])
+    check_vocabulary(directory, cast("Any", model).get_input_embeddings().weight.shape[0])
     check_non_lora(state, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, directory)
     with torch.no_grad():
         for name, value in state.items():

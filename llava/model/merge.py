@@ -24,6 +24,7 @@ from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.probe import compare, probe
+from llava.model.quantization import PREFIXES
 from llava.model.saving import cast_parameters, new_directory
 from llava.model.tokenizer import load_tokenizer
 from llava.utils import guarded
@@ -58,11 +59,10 @@ def unmerged(found: Checkpoint, base: Checkpoint) -> tuple[Any, Any]:
 
 def base_dtype(base: Checkpoint) -> torch.dtype:
     """The dtype that the base's own weights are stored in."""
-    wanted = "model.embed_tokens.weight"
-    tensors = ckpt.iter_tensors(base.path, lambda name: name == wanted)
+    tensors = ckpt.iter_tensors(base.path, lambda name: name in ckpt.EMBEDDINGS)
     found = next((tensor for _, tensor in tensors if tensor is not None), None)
     if found is None:
-        raise CheckpointError(f"{base.path} lacks {wanted}; it is not a LLaMA or Vicuna directory.")
+        raise CheckpointError(f"{base.path} holds no word embeddings ({' or '.join(ckpt.EMBEDDINGS)}).")
     return found.dtype
 
 
@@ -73,7 +73,7 @@ def changed_weights(model: Any, base: Checkpoint) -> int:
     def differs(name: str, tensor: Tensor) -> bool:
         return name in parameters and not torch.equal(parameters[name][: tensor.shape[0]], tensor)
 
-    tensors = ckpt.iter_tensors(base.path, lambda name: name.startswith("model.layers.") or name == "lm_head.weight")
+    tensors = ckpt.iter_tensors(base.path, lambda name: name.startswith((*PREFIXES, "lm_head.")))
     return sum(differs(name, tensor) for name, tensor in tensors if tensor is not None)
 
 

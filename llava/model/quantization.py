@@ -6,6 +6,7 @@ QUANT-1). Each weight is quantised as it is read, so the 16-bit model is never i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from llava.errors import ConfigError
 from llava.utils import require
 
-PREFIX = "model.layers."
+PREFIXES = ("model.layers.", "transformer.blocks.")  # of LLaMA, of MPT
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,16 @@ class Quantizer:
             )
         require("bitsandbytes", "quant")
 
-    def place(self, model: nn.Module, name: str, tensor: Tensor) -> bool:
-        """Put a decoder weight into a quantised layer in its module's place; false for what stays as it is."""
+    def place(self, model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
+        """Put a decoder weight into a quantised layer on `device`, in its module's place; false for what stays."""
         path, _, kind = name.rpartition(".")
-        if not name.startswith(PREFIX) or kind != "weight":
+        if not name.startswith(PREFIXES) or kind != "weight":
             return False
         parent, _, attribute = path.rpartition(".")
         linear = model.get_submodule(path)
         if not isinstance(linear, nn.Linear) or not self.packs(tensor):
             return False
-        setattr(model.get_submodule(parent), attribute, self.layer(tensor, linear.bias))
+        setattr(model.get_submodule(parent), attribute, self.layer(tensor, linear.bias, device))
         return True
 
     def packs(self, weight: Tensor) -> bool:
@@ -58,8 +59,8 @@ class Quantizer:
         blocks = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0
         return self.bits == 8 or self.device.type != "cpu" or blocks
 
-    def layer(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """A quantised linear layer with `weight` `(out, in)`."""
+    def layer(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> nn.Module:
+        """A quantised linear layer with `weight` `(out, in)` on `device`."""
         bnb = require("bitsandbytes", "quant")
         width_out, width_in = weight.shape
         layer: Any
@@ -68,13 +69,13 @@ class Quantizer:
             layer = bnb.nn.Linear4bit(width_in, width_out, bias=False, compute_dtype=self.dtype, device="meta",
                                       **scheme)  # fmt: skip
             layer.weight = bnb.nn.Params4bit(weight.to(self.dtype), requires_grad=False, module=layer, **scheme).to(
-                self.device
+                device
             )
         else:
             layer = bnb.nn.Linear8bitLt(width_in, width_out, bias=False, has_fp16_weights=False, threshold=6.0,
                                         device="meta")  # fmt: skip
             layer.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False).to(
-                self.device
+                device
             )
         layer.bias = bias
         module: nn.Module = layer
@@ -83,4 +84,26 @@ class Quantizer:
     def quantize(self, model: nn.Module) -> None:
         """Quantise a model that is in memory, layer by layer (an adapter is merged in 16 bit first)."""
         for name, parameter in list(model.named_parameters()):
-            self.place(model, name, parameter.data)
+            self.place(model, name, parameter.data, parameter.device)
+
+
+def size_name(dtype: torch.dtype, bits: int = 0) -> str:
+    """What `weight_bytes` calls a dtype, or weights packed to `bits`."""
+    return {4: "nf4", 8: "int8"}.get(bits, "fp32" if dtype is torch.float32 else "bf16")
+
+
+def weight_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
+    """Memory of one weight. Quantised loads pack the decoder's matrices only; the rest stays in 16 bit.
+
+    int8 keeps a float32 scale a row (arXiv:2208.07339); nf4 half a byte a weight, one byte for each 64 weights and a
+    float32 for each 256 of those (arXiv:2305.14314).
+    """
+    count = math.prod(shape)
+    if dtype == "fp32":
+        return 4 * count
+    if dtype == "bf16" or not name.startswith(PREFIXES) or len(shape) < 2:
+        return 2 * count
+    if dtype == "int8":
+        return count + 4 * shape[0]
+    blocks = math.ceil(count / 64)
+    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256)

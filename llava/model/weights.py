@@ -27,18 +27,20 @@ def fill(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device | str | Callable[[str], torch.device],
     source: str,
     optional: tuple[str, ...] = (),
     ignored: tuple[str, ...] = (),
-    place: Callable[[nn.Module, str, Tensor], bool] | None = None,
+    place: Callable[[nn.Module, str, Tensor, torch.device], bool] | None = None,
 ) -> None:
-    """Put `tensors` into a model built under `empty_weights`, each once, converted to `dtype` on `device`.
+    """Put `tensors` into a model built under `empty_weights`, each once, converted to `dtype` on `device` (or on
+    the device that `device(name)` gives).
 
     Strict: a tensor the model lacks (unless its name contains one of `ignored`), one of another shape, or a parameter
     left without weights (unless its name starts with one of `optional`, then it is zeroed) is a `CheckpointError`.
     `place` may put a tensor in its own way (quantised) and then returns true.
     """
+    where = device if callable(device) else lambda name: torch.device(device)
     wanted = dict(model.named_parameters())
     unexpected, wrong = [], []
     for name, tensor in tensors:
@@ -48,15 +50,16 @@ def fill(
                 unexpected.append(name)
         elif target.shape != tensor.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(target.shape)}")
-        elif place is None or not place(model, name, tensor):
-            set_module_tensor_to_device(model, name, device, value=tensor, dtype=dtype)
+        elif place is None or not place(model, name, tensor, where(name)):
+            set_module_tensor_to_device(model, name, where(name), value=tensor, dtype=dtype)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     missing = []
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             if name.startswith(optional):
-                set_module_tensor_to_device(model, name, device, value=torch.zeros(parameter.shape), dtype=dtype)
+                zeros = torch.zeros(parameter.shape)
+                set_module_tensor_to_device(model, name, where(name), value=zeros, dtype=dtype)
             else:
                 missing.append(name)
     problems = [
@@ -67,5 +70,5 @@ def fill(
     if problems:
         raise CheckpointError(f"The weights in {source} do not fit the configuration: {'; '.join(problems)}.")
     for buffer_name, buffer in model.named_buffers():
-        if buffer.device != torch.device(device):
-            set_module_tensor_to_device(model, buffer_name, device, value=buffer)
+        if buffer.device != where(buffer_name):
+            set_module_tensor_to_device(model, buffer_name, where(buffer_name), value=buffer)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX
+from llava.errors import ConfigError
 from llava.model.llava_arch import LlavaMetaForCausalLM, past_length_of
 from llava.model.splice import Images
 
@@ -27,6 +28,18 @@ class ChatModel(LlavaMetaForCausalLM):
 
     base_model_prefix: str
     lm_head: nn.Module
+    hf_device_map: dict[str, str]  # set when spread over devices, absent otherwise: libraries ask whether it is there
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ChatModel:
+        """What `.to`, `.cpu` and their like go through: a model on several devices stays where it is (MGPU-3)."""
+        if getattr(self, "hf_device_map", None):
+            raise ConfigError(
+                f"This model is spread over {', '.join(sorted(set(self.hf_device_map.values())))} and cannot be moved "
+                "or cast; load it again with another device, dtype or device map."
+            )
+        library: Any = super()
+        moved: ChatModel = library._apply(fn, recurse)
+        return moved
 
     def forward(
         self,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError, ConfigError
-from llava.model.checkpoint import TOWER_PREFIX, has_weights, iter_tensors, layer_index, weight_shapes
+from llava.model.checkpoint import TOWER_PREFIXES, has_weights, iter_tensors, layer_index, weight_shapes
 from llava.model.multimodal_encoder.builder import TowerSpec, find_tower, read_tower_settings, tower_spec
 from llava.model.weights import empty_weights, fill
 
@@ -163,6 +163,12 @@ class VisionTower(nn.Module):
         self.rest_of = (source, prefix)
         logger.info("vision tower %s: features after layer %d, from %s", self.name, self.depth, source)
 
+    def stored_shapes(self, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights that `load_model` would read, from the headers of their files."""
+        source, prefix, _ = self.source(from_checkpoint)
+        shapes = weight_shapes(source).items()
+        return {n.removeprefix(prefix): s for n, s in shapes if n.startswith(prefix) and self.needs(n, prefix)}
+
     def needs(self, name: str, prefix: str) -> bool:
         name = name.removeprefix(prefix)
         index = layer_index(name, self.spec.layers) if self.spec.layers else None
@@ -172,10 +178,11 @@ class VisionTower(nn.Module):
         """The directory to read, the prefix of the tower's keys in it, and the rows of its position table."""
         if from_checkpoint and self.checkpoint_dir is not None and has_weights(self.checkpoint_dir):
             shapes = weight_shapes(self.checkpoint_dir)
-            layers = {layer_index(name, TOWER_PREFIX + (self.spec.layers or "")) for name in shapes}
-            positions = TOWER_PREFIX + self.spec.positions
-            if positions in shapes and (self.spec.layers is None or layers >= set(range(self.depth))):
-                return self.checkpoint_dir, TOWER_PREFIX, shapes[positions][-2]
+            for prefix in TOWER_PREFIXES:
+                layers = {layer_index(name, prefix + (self.spec.layers or "")) for name in shapes}
+                positions = prefix + self.spec.positions
+                if positions in shapes and (self.spec.layers is None or layers >= set(range(self.depth))):
+                    return self.checkpoint_dir, prefix, shapes[positions][-2]
         if self.directory is None:
             find_tower(self.name, self.checkpoint_dir)  # raises with the places tried
             raise CheckpointError(f"The vision tower {self.name!r} has settings but no weights.")
