@@ -67,7 +67,8 @@ class RowCache(Cache):
         layer = self.data[layer_idx, :, : len(self.lengths)]  # (2, B, H, columns, D)
         layer[0, :, :, self.end : stop] = key_states
         layer[1, :, :, self.end : stop] = value_states
-        return layer[0, :, :, self.start : stop], layer[1, :, :, self.start : stop]
+        at = key_states.device  # of this layer; the buffer is on the first layer's
+        return layer[0, :, :, self.start : stop].to(at), layer[1, :, :, self.start : stop].to(at)
 
     def advance(self) -> None:
         """Commit one decode step."""

@@ -41,7 +41,7 @@ class LanguageModel:
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Text tokens (T,) to embeddings (T, D)."""
-        embeddings: Tensor = self.core.embed_tokens(torch.tensor(ids, device=self.spec.device))
+        embeddings: Tensor = self.core.get_input_embeddings()(torch.tensor(ids, device=self.spec.device))
         return embeddings
 
     def forward(self, embeds: Tensor, cache: RowCache, positions: Tensor, mask: Tensor | None = None) -> Tensor:
