@@ -72,13 +72,27 @@ def flash_attention_available(device: torch.device, dtype: torch.dtype) -> bool:
     return importlib.util.find_spec("flash_attn") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def resolve_attention(device: torch.device, dtype: torch.dtype, requested: str | None = "auto") -> str:
-    """The language model's attention kernel; "auto" takes flash_attention_2 where it can run, else sdpa."""
+def resolve_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str | None = "auto",
+    supported: Sequence[str] = ("sdpa", "eager", "flash_attention_2"),
+) -> str:
+    """The language model's attention kernel; "auto" takes flash_attention_2 where it can run, else sdpa.
+
+    Of a model that has few, "auto" takes the first of `supported` when it lacks that one.
+    """
     requested = requested or "auto"
     if requested not in ATTENTION:
         raise ConfigError(f"Unknown attention {requested!r}; use one of {', '.join(ATTENTION)}.")
     if requested == "auto":
-        return "flash_attention_2" if flash_attention_available(device, dtype) else "sdpa"
+        best = "flash_attention_2" if flash_attention_available(device, dtype) else "sdpa"
+        return best if best in supported else supported[0]
+    if requested not in supported:
+        raise ConfigError(
+            f"This language model has {' and '.join(supported)} attention only, not {requested}; use "
+            "--attn_implementation auto."
+        )
     if requested == "flash_attention_2" and not flash_attention_available(device, dtype):
         raise ConfigError(
             f"flash_attention_2 needs the flash-attn package, an Ampere or newer GPU and 16-bit weights, but this run "

@@ -14,18 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GPTNeoXTokenizerFast,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
+    MptConfig,
+    MptForCausalLM,
 )
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM
 from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
 from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
 
@@ -108,28 +113,85 @@ def make_base(directory: Path, *, seed: int = 1, **overrides: Any) -> Path:
     return directory
 
 
-def make_chat(directory: Path, tower: Path, *, seed: int = 2, embed_tower: bool = False, **overrides: Any) -> Path:
-    """A full chat checkpoint: language model, projector and, with `embed_tower`, the tower's weights too.
+def make_mpt_tokenizer(directory: Path) -> Any:
+    """A byte-level BPE with the ChatML tokens that MPT's template needs, called what MPT calls it."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines() * 4, trainer)
+    fast = GPTNeoXTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=special[2:], model_max_length=2048, padding_side="right"
+    )
+    fast.save_pretrained(directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "GPTNeoXTokenizer"  # as published; there is no slow one
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return fast
 
-    Images are 56x56 (16 tokens with patch 14), set by `mm_vision_image_size`, so that tests are quick.
-    """
+
+def mpt_settings(**overrides: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 384,
+        "d_model": 48,
+        "n_heads": 3,
+        "n_layers": 2,
+        "max_seq_len": 1024,
+        "attn_config": {"clip_qkv": 6.0},
+        "initializer_range": 0.2,
+        **overrides,
+    }
+
+
+def make_mpt_base(directory: Path, *, seed: int = 1, **overrides: Any) -> Path:
+    """A plain MPT directory with its tokenizer and, as published, more embedding rows than that has entries."""
+    make_mpt_tokenizer(directory)
+    torch.manual_seed(seed)
+    MptForCausalLM(MptConfig(**mpt_settings(**overrides))).save_pretrained(directory)
+    return directory
+
+
+def make_mpt_chat(directory: Path, tower: Path, *, seed: int = 2, **overrides: Any) -> Path:
+    """A full chat checkpoint on MPT, in the layout of LLaVA-MPT."""
+    make_mpt_tokenizer(directory)
+    torch.manual_seed(seed)
+    image = {**image_settings(tower), "conv_template": "mpt"}
+    LlavaMptForCausalLM(LlavaMptConfig(**mpt_settings(**{**image, **overrides}))).save_pretrained(directory)
+    return directory
+
+
+def image_settings(tower: Path) -> dict[str, Any]:
+    """The keys that make a language model's configuration a chat model's. Images are 56x56 (16 tokens), to be quick."""
+    return {
+        "mm_vision_tower": str(tower),
+        "mm_hidden_size": 32,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -4,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_image_size": 56,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "conv_template": "v1",
+        "use_mm_proj": True,
+    }
+
+
+def make_chat(directory: Path, tower: Path, *, seed: int = 2, embed_tower: bool = False, **overrides: Any) -> Path:
+    """A full chat checkpoint: language model, projector and, with `embed_tower`, the tower's weights too."""
     tokenizer = make_tokenizer(directory)
     torch.manual_seed(seed)
     config = LlavaConfig(
         **llama_settings(
             **{
                 "vocab_size": len(tokenizer),
-                "mm_vision_tower": str(tower),
-                "mm_hidden_size": 32,
-                "mm_projector_type": "mlp2x_gelu",
-                "mm_vision_select_layer": -4,
-                "mm_vision_select_feature": "patch",
-                "mm_vision_image_size": 56,
-                "mm_use_im_start_end": False,
-                "mm_use_im_patch_token": False,
-                "image_aspect_ratio": "pad",
-                "conv_template": "v1",
-                "use_mm_proj": True,
+                **image_settings(tower),
                 **overrides,
             }
         )

@@ -90,7 +90,8 @@ def load_pretrained_model(
     base = base_of(found, model_base, text_only)
     config = read_config(base or found) if text_only else model_config(found, vision_tower)
     chosen = resolve_dtype(target, dtype, getattr(torch, str(found.config.get("torch_dtype")), None))
-    config._attn_implementation = resolve_attention(target, chosen, attn_implementation)
+    kernels = language_model_spec((base or found).model_type, str(found.path)).attention
+    config._attn_implementation = resolve_attention(target, chosen, attn_implementation, kernels)
     tokenizer = load_tokenizer(base.path if base else found.path)
     bits = 8 if load_8bit else 4 if load_4bit else 0
     quantizer = Quantizer(bits, chosen, target) if bits else None

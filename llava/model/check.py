@@ -184,7 +184,8 @@ def tokenizer_fact(directory: Path) -> tuple[str, str]:
 
 def cache_bytes(config: Any) -> int:
     """Keys and values of one full context in 16 bit."""
-    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = config.hidden_size // config.num_attention_heads * heads
     return int(2 * 2 * config.num_hidden_layers * width * builder.context_length(config))
 
 

@@ -23,10 +23,12 @@ from llava.errors import CheckpointError
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
+from llava.model.language_model.builder import language_model_spec
 from llava.model.probe import compare, probe
 from llava.model.quantization import PREFIXES
 from llava.model.saving import cast_parameters, new_directory
 from llava.model.tokenizer import load_tokenizer
+from llava.placement import resolve_attention
 from llava.utils import guarded
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,9 @@ def unmerged(found: Checkpoint, base: Checkpoint) -> tuple[Any, Any]:
     config = builder.model_config(found, None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # of a QLoRA run: the merged weights are not packed (LORA-4)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = resolve_attention(
+        CPU, torch.float32, None, language_model_spec(base.model_type, str(base.path)).attention
+    )
     tokenizer = load_tokenizer(base.path)
     model = builder.language_model(found, base, config, torch.float32, CPU, None)
     builder.add_image_tokens(model, tokenizer, config)
@@ -105,7 +109,7 @@ def merge(model_path: str | Path, model_base: str | Path | None, save_model_path
         in_memory = probe(model, tokenizer, processor)
         del model, adapted
         saved_tokenizer, saved, saved_processor, _ = builder.load_pretrained_model(
-            directory, device="cpu", dtype=torch.float32, attn_implementation="sdpa"
+            directory, device="cpu", dtype=torch.float32
         )
         if not torch.equal(probe(saved, saved_tokenizer, saved_processor), in_memory):
             raise CheckpointError("What was written does not load as the merged model in memory; nothing was kept.")

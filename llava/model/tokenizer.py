@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint import read_json
@@ -14,7 +15,7 @@ from llava.model.checkpoint import read_json
 def load_tokenizer(directory: Path, **kwargs: Any) -> Any:
     """The slow tokenizer where there is one (as the published recipes use), otherwise the fast one.
 
-    `kwargs` go to the tokenizer (`model_max_length`, `padding_side`, …). Raises `CheckpointError` when the directory
+    MPT's GPT-NeoX has no slow one. `kwargs` go to the tokenizer (`model_max_length`, `padding_side`, …). Raises `CheckpointError` when the directory
     holds neither `tokenizer.model` nor `tokenizer.json`.
     """
     settings = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
@@ -24,5 +25,12 @@ def load_tokenizer(directory: Path, **kwargs: Any) -> Any:
     if (directory / "tokenizer.json").is_file() and named in ("", "PreTrainedTokenizerFast", "LlamaTokenizerFast"):
         return PreTrainedTokenizerFast.from_pretrained(directory, **kwargs)
     if named:
-        return AutoTokenizer.from_pretrained(directory, use_fast=False, trust_remote_code=False, **kwargs)
+        has_slow = tokenizer_class_from_name(named.removesuffix("Fast")) is not None
+        try:
+            return AutoTokenizer.from_pretrained(directory, use_fast=not has_slow, trust_remote_code=False, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            raise CheckpointError(
+                f"The tokenizer of {directory} ({named}) cannot be loaded: {' '.join(str(error).split())[:200]}; code "
+                "from checkpoints is not run, so save it in the tokenizer.json layout."
+            ) from error
     raise CheckpointError(f"{directory} holds no tokenizer (tokenizer.model or tokenizer.json); download it again.")

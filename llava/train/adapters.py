@@ -78,7 +78,7 @@ def saved_parameters(model: Any) -> tuple[Named, Named]:
     config = model.config
     beside = ["mm_projector", "vision_resampler"]
     if getattr(config, "mm_use_im_start_end", False) or getattr(config, "mm_use_im_patch_token", False):
-        beside += ["embed_tokens", "lm_head"]
+        beside += ["embed_tokens", "wte", "lm_head"]
     adapter, rest = [], []
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -14,7 +14,7 @@ from llava.errors import CheckpointError, ConfigError
 from llava.model import builder
 from llava.model.builder import local_directory
 from llava.model.checkpoint import Checkpoint, Kind, has_weights, inspect
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.builder import language_model_spec
 from llava.model.llava_arch import grow_embeddings
 from llava.model.quantization import Quantizer
 from llava.model.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
 
 
-def load_base(model_args: ModelArguments, args: TrainingArguments) -> LlavaLlamaForCausalLM:
+def load_base(model_args: ModelArguments, args: TrainingArguments) -> Any:
     """The language model (or chat checkpoint) to train, weights checked, on the CPU or, under ZeRO-3, partitioned.
 
     Raises `CheckpointError` for anything that is neither, before weights are read.
@@ -36,20 +36,21 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> LlavaLlama
     found = inspect(local_directory(model_args.model_name_or_path))
     if found.kind not in (Kind.LANGUAGE_MODEL, Kind.FULL) or not has_weights(found.path):
         raise CheckpointError(
-            f"--model_name_or_path {found.path} holds {found.kind.value}; training starts from a LLaMA-architecture "
+            f"--model_name_or_path {found.path} holds {found.kind.value}; training starts from a LLaMA or MPT "
             "language model such as lmsys/vicuna-7b-v1.5, or goes on from a full chat checkpoint."
         )
-    config = LlavaConfig.from_pretrained(found.path)
+    config = builder.read_config(found)
     if model_args.vision_tower is None and getattr(config, "mm_vision_tower", None):
         raise ConfigError(f"{found.path} is a chat checkpoint; give its --vision_tower to train it further.")
     dtype = compute_dtype(args)
     masters = not (args.deepspeed or model_args.tune_mm_mlp_adapter or args.freeze_llm or args.lora_enable)
-    attention = resolve_attention(args.device, dtype, model_args.attn_implementation)
+    spec = language_model_spec(found.model_type, str(found.path))
+    attention = resolve_attention(args.device, dtype, model_args.attn_implementation, spec.attention)
     logger.info("Attention of the language model: %s.", attention)
     config._attn_implementation = attention  # the keyword of from_pretrained drops "eager" when a config is given
     if args.bits != 16:
         return _packed_base(found, config, args, attention)
-    loaded: tuple[LlavaLlamaForCausalLM, dict[str, Any]] = LlavaLlamaForCausalLM.from_pretrained(
+    loaded: tuple[Any, dict[str, Any]] = spec.model.from_pretrained(
         found.path,
         config=config,
         torch_dtype=torch.float32 if masters else dtype,
@@ -63,9 +64,7 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> LlavaLlama
     return model
 
 
-def _packed_base(
-    found: Checkpoint, config: LlavaConfig, args: TrainingArguments, attention: str
-) -> LlavaLlamaForCausalLM:
+def _packed_base(found: Checkpoint, config: Any, args: TrainingArguments, attention: str) -> Any:
     """The base with its decoder in 8 or 4 bits, packed as it is read (spec/train.md §9.2)."""
     dtype = compute_dtype(args)
     quantizer = Quantizer(args.bits, dtype, args.device, args.quant_type, args.double_quant)

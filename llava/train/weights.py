@@ -24,7 +24,7 @@ def projector_parameters(model: torch.nn.Module, config: Any) -> Named:
     """The parameters of a projector-only file, by full name: the projector, plus what its flags made trainable."""
     keys = ["mm_projector", "vision_resampler"]
     if getattr(config, "mm_use_im_start_end", False):
-        keys += ["embed_tokens", "embed_in"]
+        keys += ["embed_tokens", "embed_in", "wte"]
     if getattr(config, "tune_vit_pos_embedding", False):
         keys.append(POSITION_EMBEDDING)
     return [(name, p) for name, p in model.named_parameters() if any(key in name for key in keys)]

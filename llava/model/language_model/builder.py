@@ -23,10 +23,12 @@ LANGUAGE_MODELS = {
 @dataclass(frozen=True)
 class LanguageModelSpec:
     """Two classes: `config`, whose `from_pretrained` reads every `model_type` registered for it, and `model`, a
-    `ChatModel` in front of the library's causal language model, whose core is a `LlavaMetaModel`."""
+    `ChatModel` in front of the library's causal language model, whose core is a `LlavaMetaModel`. `attention` names
+    the kernels it has."""
 
     config: type[Any]
     model: type[Any]
+    attention: tuple[str, ...] = ("sdpa", "eager", "flash_attention_2")
 
 
 def language_model_spec(model_type: str, source: str) -> LanguageModelSpec:

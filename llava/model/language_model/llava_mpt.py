@@ -215,4 +215,4 @@ class LlavaMptForCausalLM(ChatModel, MptForCausalLM):
 
 AutoConfig.register(LlavaMptConfig.model_type, LlavaMptConfig, exist_ok=True)
 AutoModelForCausalLM.register(LlavaMptConfig, LlavaMptForCausalLM, exist_ok=True)
-LANGUAGE_MODEL = LanguageModelSpec(LlavaMptConfig, LlavaMptForCausalLM)
+LANGUAGE_MODEL = LanguageModelSpec(LlavaMptConfig, LlavaMptForCausalLM, attention=("eager",))
