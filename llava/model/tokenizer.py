@@ -15,8 +15,8 @@ from llava.model.checkpoint import read_json
 def load_tokenizer(directory: Path, **kwargs: Any) -> Any:
     """The slow tokenizer where there is one (as the published recipes use), otherwise the fast one.
 
-    MPT's GPT-NeoX has no slow one. `kwargs` go to the tokenizer (`model_max_length`, `padding_side`, …). Raises `CheckpointError` when the directory
-    holds neither `tokenizer.model` nor `tokenizer.json`.
+    MPT's GPT-NeoX has no slow one. `kwargs` go to the tokenizer (`model_max_length`, `padding_side`, …). Raises
+    `CheckpointError` when the directory holds neither `tokenizer.model` nor `tokenizer.json`, or one that needs code.
     """
     settings = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
     named = str(settings.get("tokenizer_class", ""))
