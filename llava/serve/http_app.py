@@ -54,7 +54,7 @@ class Keys:
         if path in OPEN_PATHS or not rings:
             return
         credential = bearer(headers.get(b"authorization", b""))
-        if not any([ring.accepts(credential) for ring in rings]):
+        if not any(ring.accepts(credential) for ring in rings):
             raise ServeError(
                 ErrorType.UNAUTHORIZED, "The key is missing or wrong; send it as Authorization: Bearer KEY."
             )
@@ -71,7 +71,9 @@ def error_response(error: ServeError, path: str, request_id: str) -> Response:
     if path.startswith(API_PREFIX):
         return JSONResponse({"error": openai_error(error, request_id)}, error.kind.status, headers)
     if path == STREAM_PATH:
-        return Response(encode_frame(frame), error.kind.status, headers, FRAME_MEDIA_TYPE)
+        # The published protocol says 200 for what only the controller can say (codes 2 and 3).
+        status = 200 if error.kind.error_code in (2, 3) else error.kind.status
+        return Response(encode_frame(frame), status, headers, FRAME_MEDIA_TYPE)
     return Response(json.dumps(frame), error.kind.status, headers, "application/json")
 
 

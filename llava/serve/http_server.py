@@ -27,7 +27,9 @@ def bind_socket(host: str, port: int) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(info[4])
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"Cannot listen on {host}:{port} ({error}); choose another --port or stop its user.") from error
+        raise ConfigError(
+            f"Cannot listen on {host}:{port} ({error}); choose another --port or stop its user."
+        ) from error
     return sock
 
 
@@ -82,4 +84,3 @@ def serve(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[None]
     with contextlib.suppress(KeyboardInterrupt):
         GracefulServer(config, drain).run(sockets=[sock])
     return 0
-

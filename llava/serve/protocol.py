@@ -96,13 +96,17 @@ class FrameReader:
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """Frames completed by `data`; empty pieces are ignored."""
+        return map(self._parse, self.split(data))
+
+    def split(self, data: bytes) -> Iterator[bytes]:
+        """The same, not parsed and without their NUL."""
         self._buffer += data
         while (end := self._buffer.find(b"\0", self._seen)) >= 0:
             piece = bytes(self._buffer[:end])
             del self._buffer[: end + 1]
             self._seen = 0
             if piece.strip():
-                yield self._parse(piece)
+                yield piece
         self._seen = len(self._buffer)
         if self._seen > self._max_bytes:
             raise ValueError(f"a frame is larger than {self._max_bytes} bytes")

@@ -103,7 +103,7 @@ def bind_host(host: str, *, protected: bool, insecure: bool) -> str:
     if host not in _EVERYWHERE:
         raise ConfigError(f"--host {host} is open to other machines, and there is no token; {remedy}.")
     logger.warning(
-        "--host %s was asked for without a token: listening on %s only, so other machines cannot connect. To open it, %s.",
+        "--host %s was asked for without a token: listening on %s, so other machines cannot connect. To open it, %s.",
         host,
         LOOPBACK,
         remedy,
