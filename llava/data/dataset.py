@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers.trainer_utils import seed_worker
 
 from llava import conversation
 from llava.constants import IGNORE_INDEX
@@ -169,9 +171,8 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
 
     def example(self, record: Record) -> Example:
         """Ids and labels of a record before truncation; its images are not opened."""
-        placeholder = image_placeholder(self.template, getattr(self.data_args, "mm_use_im_start_end", False))
-        turns = [Turn(role, place_images(text, placeholder, len(record.image))) for role, text in record.turns]
-        return build_example(turns, self.tokenizer, self.template, has_image=bool(record.image))
+        start_end = getattr(self.data_args, "mm_use_im_start_end", False)
+        return record_example(record, self.tokenizer, self.template, start_end=start_end)
 
     def _pixels(self, record: Record) -> torch.Tensor:
         processor = self.data_args.image_processor
@@ -190,6 +191,22 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
             f"{self.data_path}, record {index}: {str(error.args[0]).rstrip('.')}; "
             "repair it, check --image_folder, or pass --on_bad_sample skip."
         )
+
+
+def record_example(record: Record, tokenizer: Any, template: Conversation, *, start_end: bool = False) -> Example:
+    """Ids and labels of a record before truncation (spec/train.md §4.1, §4.2)."""
+    placeholder = image_placeholder(template, start_end)
+    turns = [Turn(role, place_images(text, placeholder, len(record.image))) for role, text in record.turns]
+    return build_example(turns, tokenizer, template, has_image=bool(record.image))
+
+
+def start_worker(worker_id: int) -> None:
+    """What a loader's worker does first: its own random state, and no collector that would copy the shared memory.
+
+    Collecting writes to every object, and what a forked process writes to becomes its own.
+    """
+    gc.freeze()
+    seed_worker(worker_id)
 
 
 def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None:

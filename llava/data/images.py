@@ -20,7 +20,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from llava.data.download import download
 from llava.errors import ImageError
 
-
 _FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it runs Ghostscript
 
 

@@ -29,7 +29,8 @@ from llava.data.records import Record, parse_record, problems_of
 from llava.errors import DataError
 from llava.utils import guarded
 
-AT_ONCE: Final = 20_000  # so many records are looked at in a second, without processes
+AT_ONCE: Final = 20_000  # so many records are looked at in a second, without processes,
+IMAGES_AT_ONCE: Final = 500  # and so many images
 Look = Callable[[Record], list[str]]
 
 
@@ -122,10 +123,11 @@ class Survey:
         self.records = records
         self._found: Findings | None = None
         self._running: list[subprocess.Popen[bytes]] = []
-        count = processes() if workers is None else workers
-        if workers is None and len(records) <= AT_ONCE and images is None:
-            self._found = examine(records, 0, len(records))
+        if workers is None and len(records) <= (AT_ONCE if images is None else IMAGES_AT_ONCE):
+            look = image_problems(images, decode=decode) if images is not None else None
+            self._found = examine(records, 0, len(records), look)
             return
+        count = processes() if workers is None else max(1, workers)
         self._root = root = Path(tempfile.mkdtemp(prefix="llava-survey-"))
         self._close = weakref.finalize(self, _clear, os.getpid(), self._running, root)
         if isinstance(records, JsonRecords):

@@ -1,0 +1,39 @@
+"""Is it whole? A directory of weights or an annotation file: `llava check PATH ...`; what PATH is decides.
+
+    llava check pretrained/InternVL-Chat-ViT-6B-Vicuna-7B
+    llava check playground/llava_v1_5_mix665k.json --images playground/data
+
+The first form takes a checkpoint, adapter, language model or vision tower, the second annotations or a mixture of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+from llava.data.annotations import SUFFIXES
+from llava.utils import guarded
+
+FILES: Final = "llava.data.check"
+DIRECTORIES: Final = "llava.model.check"
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the command line to the program for what it names."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or "-h" in words or "--help" in words:
+        for module in (FILES, DIRECTORIES):
+            with suppress(SystemExit):  # how argparse ends after its help
+                importlib.import_module(module).main(["--help"])
+        return 0 if words else 2
+    is_file = any(word.endswith(SUFFIXES) for word in words if not word.startswith("-"))
+    status: int = importlib.import_module(FILES if is_file else DIRECTORIES).main(words)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
