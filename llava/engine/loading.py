@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ def load_engine(
     load_8bit: bool = False,
     load_4bit: bool = False,
     max_batch_size: int = 16,
+    loading: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Engine:
-    """Load a checkpoint (spec/model.md §11) and wrap it; `options` go to `Engine`.
+    """Load a checkpoint (spec/model.md §11) and wrap it; `options` go to `Engine`, `loading` to
+    `load_pretrained_model`: `vision_tower`, `num_gpus`, `max_memory`, `device_map`, `attn_implementation`, `text_only`.
 
     `device` and `dtype` default to what the machine and the checkpoint suggest, see `llava.placement`.
     """
@@ -35,5 +38,6 @@ def load_engine(
         load_4bit,
         device=str(resolve_device(device)),
         dtype=dtype,
+        **(loading or {}),
     )
     return Engine(model, tokenizer, image_processor, max_batch_size=max_batch_size, **options)
