@@ -10,11 +10,11 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.eval.questions import Question
 
 Row = dict[str, Any]
@@ -31,11 +31,17 @@ def answer_row(model_id: str) -> MakeRow:
     """Builder of the published record (spec/eval.md §1.2); arguments: question, answer, error or None."""
 
     def make(question: Question, text: str, error: str | None) -> Row:
+        rounds, shown = {}, {}
+        if question.round_id is not None:
+            rounds = {"round_id": question.round_id}
+            shown = {"options": list(question.options), "option_char": list(question.option_char)}
         return {
             "question_id": question.question_id,
+            **rounds,
             "prompt": question.prompt,
             "text": text,
-            "answer_id": answer_id(model_id, question.question_id, question.prompt, text),
+            **shown,
+            "answer_id": answer_id(model_id, question.question_id, question.prompt, *rounds.values(), text),
             "model_id": model_id,
             "metadata": {} if error is None else {"error": error},
         }
@@ -54,28 +60,35 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Row]:
 
     Raises `DataError` when the file belongs to other questions.
     """
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off by a kill
+    rows = written_rows(path)
+    if len(rows) > len(questions):
+        raise DataError(f"{path} has more rows than the {len(questions)} questions; use --overwrite or another file.")
+    for number, (row, question) in enumerate(zip(rows, questions), 1):
+        if key_of(row) != question.key:
+            raise DataError(
+                f"{path} line {number} answers question {row['question_id']!r}, but question {question.question_id!r} "
+                "stands at this place; the question file changed: use --overwrite or another answers file."
+            )
+    return rows
+
+
+def written_rows(path: Path) -> list[Row]:
+    """The whole lines of an answers file; none when there is no file."""
     rows: list[Row] = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # what follows the last newline is torn
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            found = (row["question_id"], row["prompt"])
+            key_of(row)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} line {number} is not an answer record; repair it or use --overwrite.") from error
-        if number > len(questions):
-            raise DataError(
-                f"{path} has more rows than the {len(questions)} questions; use --overwrite or another file."
-            )
-        question = questions[number - 1]
-        if found != (question.question_id, question.prompt):
-            raise DataError(
-                f"{path} line {number} answers question {found[0]!r}, but question {question.question_id!r} stands at "
-                "this place; the question file changed: use --overwrite or another answers file."
-            )
         rows.append(row)
     return rows
+
+
+def key_of(row: Row) -> tuple[Any, str, int | None]:
+    """`Question.key` of the question that a row answers."""
+    return row["question_id"], row["prompt"], row.get("round_id")
 
 
 def complete_answers(path: Path, questions: Sequence[Question]) -> list[Row]:
@@ -83,28 +96,35 @@ def complete_answers(path: Path, questions: Sequence[Question]) -> list[Row]:
     rows = read_answers(path, questions)
     failed = [row for row in rows if failure(row) is not None]
     if len(rows) < len(questions) or failed:
+        first = failed[0]["question_id"] if failed else questions[len(rows)].question_id
         raise DataError(
-            f"{path} has {len(rows)} of {len(questions)} answers, {len(failed)} of them failed; not scored. "
-            "Run the same command again to answer what is missing."
+            f"{path} has {len(rows)} of {len(questions)} answers, {len(failed)} of them failed; not scored. The first "
+            f"without an answer is question {first!r}: run the same command again to answer what is missing."
         )
     return rows
 
 
 class AnswersWriter:
-    """Writes rows in question order however they come; `open` continues an existing file.
+    """Writes rows in question order however they come; an existing file is continued. One process at a time may.
 
-    `finished` are the positions that need no asking. When failed rows are to be asked again the file is rewritten
-    beside the old one, which stays until the new one is complete.
+    `known` are rows from elsewhere, by position; `finished` the positions that need no asking. When failed rows are to
+    be asked again the file is rewritten beside the old one, which stays until the new one is complete.
     """
 
-    def __init__(self, path: Path, questions: Sequence[Question]) -> None:
-        rows = read_answers(path, questions)
-        self.path = path
-        self._retry = any(failure(row) is not None for row in rows)
-        self._held = {at: row for at, row in enumerate(rows) if failure(row) is None} if self._retry else {}
-        self.finished = frozenset(self._held if self._retry else range(len(rows)))
-        self._next = 0 if self._retry else len(rows)
+    def __init__(self, path: Path, questions: Sequence[Question], known: Mapping[int, Row] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lock = lock(path)
+        try:
+            rows = read_answers(path, questions)
+        except DataError:
+            self._lock.close()
+            raise
+        self._retry = any(failure(row) is not None for row in rows)
+        self._next = 0 if self._retry else len(rows)
+        own = {at: row for at, row in enumerate(rows) if failure(row) is None}
+        self._held = {at: row for at, row in ({**(known or {}), **own}).items() if at >= self._next}
+        self.finished = frozenset((*own, *self._held))
         self._file = self._open(rows)
         self._flush()
 
@@ -138,3 +158,21 @@ class AnswersWriter:
         self._file.close()
         if self._retry and complete:
             self._temporary.replace(self.path)
+        self._lock.close()
+
+
+def lock(path: Path) -> TextIO:
+    """Hold a file until the handle is closed or the process ends; `ConfigError` when another process holds it."""
+    handle = path.open("a", encoding="utf-8")
+    try:
+        import fcntl
+    except ImportError:  # Windows, where two writers are not kept apart
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise ConfigError(f"Another process is writing {path}; wait for it, or stop it.") from error
+    except OSError:  # a file system without locks
+        return handle
+    return handle

@@ -74,12 +74,12 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write a JSON file, its folder too."""
-    write_text(path, json.dumps(value, indent=indent))
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False))
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON object a line."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -15,15 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import requests
-
-from llava.errors import ConfigError, RequestError
+from llava.errors import ConfigError
+from llava.eval.endpoint import chat
 from llava.eval.files import read_rows
 
-logger = logging.getLogger(__name__)
-
 OPENAI: Final = "https://api.openai.com/v1"
-PASSING: Final = (408, 409, 429)  # client errors that a later try may not meet; those from 500 on as well
 
 
 def base_url(given: str | None) -> str:
@@ -67,32 +62,8 @@ class Judge:
         }  # fmt: skip
         key = hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()
         if afresh or key not in self._known:
-            self._known[key] = self._post(body)
+            self._known[key] = chat(self.url, body, tries=self.tries, timeout=self.timeout, sleep=self.sleep)
             if self.cache is not None:
                 with self.cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "reply": self._known[key]}) + "\n")
         return self._known[key]
-
-    def _post(self, body: dict[str, Any]) -> str:
-        """Try `tries` times, waiting 1, 2, 4 … seconds; a refusal that will not pass is final (defect M16)."""
-        reason = ""
-        for attempt in range(self.tries):
-            if attempt:
-                logger.warning("The judge failed (%s); trying again.", reason)
-                self.sleep(min(2.0 ** (attempt - 1), 60.0))
-            try:
-                reply = requests.post(
-                    f"{self.url}/chat/completions", json=body, headers=self._headers(), timeout=self.timeout
-                )
-                if reply.ok:
-                    return str(reply.json()["choices"][0]["message"]["content"] or "")
-                reason = f"HTTP {reply.status_code}: {reply.text[:200]}"
-                if reply.status_code < 500 and reply.status_code not in PASSING:
-                    break
-            except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
-                reason = f"{type(error).__name__}: {error}"
-        raise RequestError(f"The judge {self.model} at {self.url} gave no reply ({reason}).")
-
-    def _headers(self) -> dict[str, str]:
-        key = os.environ.get("OPENAI_API_KEY")
-        return {"Authorization": f"Bearer {key}"} if key else {}

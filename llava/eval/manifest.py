@@ -6,21 +6,21 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llava.errors import ConfigError
+from llava.errors import ConfigError, DataError
 from llava.eval.questions import Question
 
 PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "pillow")
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json")
+_SAMPLES, _SAMPLE = 32, 1 << 16  # of a weight file: reading 26 GB for a hash would take longer than many a benchmark
 
 
 def manifest_path(answers: Path) -> Path:
@@ -28,7 +28,10 @@ def manifest_path(answers: Path) -> Path:
 
 
 def checkpoint_fingerprint(path: str | Path) -> str:
-    """sha256 over names and sizes of a checkpoint's files and its config's content; a hub name stands for itself."""
+    """sha256 over a checkpoint's configuration, and names, sizes and samples (32 of 64 KiB) of its other files.
+
+    A hub name stands for itself.
+    """
     directory = Path(path)
     if not directory.is_dir():
         return str(path)
@@ -36,19 +39,42 @@ def checkpoint_fingerprint(path: str | Path) -> str:
     for file in sorted(directory.iterdir()):
         if file.is_file() and (file.name.startswith(_CHECKPOINT_FILES) or file.name.endswith(_WEIGHT_SUFFIXES)):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    config = directory / "config.json"
-    digest.update(config.read_bytes() if config.is_file() else b"")
+            for sample in _samples(file):
+                digest.update(sample)
+    return digest.hexdigest()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """All of a small file; of a large one evenly spread parts, the first and the last among them."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        if size <= _SAMPLES * _SAMPLE:
+            yield handle.read()
+            return
+        for index in range(_SAMPLES):
+            handle.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
+            yield handle.read(_SAMPLE)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:
-    """sha256 over ids, texts and picture names, in order."""
-    rows = [[question.question_id, question.prompt, question.text, question.images] for question in questions]
+    """sha256 over ids, texts, picture names and rounds, in order."""
+    rows = [[*question.key, question.text, question.images] for question in questions]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and code commit of this process."""
+    import torch  # here, so that merging and scoring need none
+
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -82,12 +108,34 @@ def code_commit() -> str | None:
 
 def write_manifest(answers: Path, identity: dict[str, Any], **facts: Any) -> None:
     """Write (atomically) what identifies the answers, and facts about this run."""
+    save_manifest(answers, {"identity": plain(identity), **facts, "environment": environment()})
+
+
+def save_manifest(answers: Path, content: Mapping[str, Any]) -> None:
+    """Write a manifest's content whole: the file is the old one or the new one."""
     path = manifest_path(answers)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    content = {"identity": identity, **facts, "environment": environment()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def read_manifest(answers: Path) -> dict[str, Any] | None:
+    """The manifest of an answers file, None when there is none."""
+    path = manifest_path(answers)
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["identity"]["chunk"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no manifest of answers; remove it and use --resume.") from error
+    return dict(content)
+
+
+def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as it comes back from a file."""
+    return dict(json.loads(json.dumps(identity, default=_plain)))
 
 
 def check_resume(answers: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -101,15 +149,15 @@ def check_resume(answers: Path, identity: dict[str, Any], *, resume: bool, overw
         manifest.unlink(missing_ok=True)
     if not answers.is_file():
         return
-    if not manifest.is_file():
-        if resume:
+    content = read_manifest(answers)
+    if content is None:
+        if resume or not answers.stat().st_size:
             return
         raise ConfigError(
             f"{answers} exists without {manifest.name}, so its settings are unknown; use --overwrite to start "
             "afresh or --resume to continue it."
         )
-    before = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
-    now = json.loads(json.dumps(identity, default=_plain))
+    before, now = content["identity"], plain(identity)
     differing = [key for key in now if before.get(key) != now[key]]
     if differing:
         key = differing[0]

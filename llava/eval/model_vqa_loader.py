@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava.conversation import conv_templates, template_for
+from llava.conversation import conv_templates
 from llava.errors import DataError
 from llava.eval import options
+from llava.eval.pictures import PictureSource
 from llava.eval.questions import Question, get_chunk, read_questions
 from llava.eval.runner import report, run
-from llava.mm_utils import get_model_name_from_path
 from llava.utils import guarded
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """The flags of spec/eval.md §2.1 that all runners share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_model_flags(parser)
+    options.add_model_flags(parser, required=False)
+    options.add_api_flags(parser)
     parser.add_argument("--image-folder", type=Path, default=Path())
     parser.add_argument("--question-file", type=Path, default=Path(question_file))
     parser.add_argument("--answers-file", type=Path, default=Path("answer.jsonl"))
@@ -54,17 +55,31 @@ def plain_override(name: str, model_name: str, explicit: bool) -> str:
     return name
 
 
-def answer_file(args: argparse.Namespace, read: Callable[[Path], Sequence[Question]]) -> int:
-    """Answer what `read` finds in the question file; the exit status, 1 when a question could not be answered."""
+def answer_file(
+    args: argparse.Namespace,
+    read: Callable[[Path], Sequence[Question]],
+    pictures: Callable[[Path], PictureSource] | None = None,
+    follow_up: str | None = None,
+) -> int:
+    """Answer what `read` finds in the question file; the exit status, 1 when a question could not be answered.
+
+    Pictures are in `--image-folder`, or where `pictures` finds them in the question file; for `follow_up` see
+    `RunSettings`.
+    """
     if not args.question_file.is_file():
         raise DataError(f"There is no question file {str(args.question_file)!r}; correct --question-file.")
-    questions = get_chunk(read(args.question_file), args.num_chunks, args.chunk_idx)[: args.limit]
-    engine = options.build_engine(args)
-    name = get_model_name_from_path(args.model_path)
-    template = plain_override(template_for(engine.model.config, name, args.conv_mode), name, args.conv_mode is not None)
-    settings = options.settings_from(args, template, args.image_folder)
-    settings = dataclasses.replace(settings, chunk=(args.chunk_idx, args.num_chunks))
-    outcome = run(engine, questions, args.answers_file, settings)
+    questions = read(args.question_file)[: args.limit]
+    get_chunk(questions, args.num_chunks, args.chunk_idx)  # refused before a model is loaded
+    model, template = options.build_model(args)
+    template = plain_override(template, options.model_name(args), args.conv_mode is not None)
+    settings = dataclasses.replace(
+        options.settings_from(args, template, args.image_folder),
+        chunk=(args.chunk_idx, args.num_chunks),
+        files=(args.question_file,),
+        pictures=pictures(args.question_file) if pictures else None,
+        follow_up=follow_up,
+    )
+    outcome = run(model, questions, args.answers_file, settings)
     return report(outcome, args.answers_file, lambda line: print(line, file=sys.stderr))
 
 

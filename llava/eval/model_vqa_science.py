@@ -14,13 +14,17 @@ from llava.eval.model_vqa_loader import answer_file, build_parser
 from llava.eval.questions import read_science_questions
 from llava.utils import guarded
 
+FOLLOW_UP = " ###\nANSWER:"
+
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(__doc__, "tables/question.json", max_new_tokens=1024)
     parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter only")
+    parser.add_argument("--answer-prompter", action="store_true", help="ask again, with the answer, for its letter")
     args = parser.parse_args(argv)
-    return answer_file(args, functools.partial(read_science_questions, single_pred_prompt=args.single_pred_prompt))
+    read = functools.partial(read_science_questions, single_pred_prompt=args.single_pred_prompt)
+    return answer_file(args, read, follow_up=FOLLOW_UP if args.answer_prompter else None)
 
 
 if __name__ == "__main__":

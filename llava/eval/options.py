@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava.conversation import template_for
 from llava.engine import Engine, SamplingParams, load_engine
-from llava.eval.runner import RunSettings
+from llava.errors import ConfigError
+from llava.eval.endpoint import only_model
+from llava.eval.remote import RemoteModel
+from llava.eval.settings import RunSettings
 from llava.mm_utils import get_model_name_from_path
+from llava.model.flags import add_loading_flags, loading_options
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What to load and where to run it."""
-    parser.add_argument("--model-path", required=True, help="checkpoint directory")
+    parser.add_argument("--model-path", required=required, help="checkpoint directory")
     parser.add_argument("--model-base", help="language model under a projector or LoRA checkpoint")
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32 on CPU, else 16 bit)")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
+    add_loading_flags(parser)
     parser.add_argument("--conv-mode", help="template name (default: the one the checkpoint was trained with)")
     parser.add_argument(
         "--image-aspect-ratio",
@@ -41,11 +47,40 @@ def add_decoding_flags(parser: argparse.ArgumentParser, *, temperature: float, m
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """How to go through the questions."""
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=4, help="threads that open pictures ahead of the model")
+    parser.add_argument("--num-workers", type=int, default=4, help="processes that open pictures ahead of the model")
     parser.add_argument("--limit", type=int, help="ask only this many questions")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="continue an answers file even without its manifest")
     group.add_argument("--overwrite", action="store_true", help="start the answers file afresh")
+
+
+def add_api_flags(parser: argparse.ArgumentParser) -> None:
+    """Asking a server instead of loading a checkpoint."""
+    parser.add_argument("--api-base", help="ask a server with OpenAI's API, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--api-model", help="its model's name (default: the only one it lists)")
+    parser.add_argument("--api-timeout", type=float, default=600.0, help="seconds for a reply (default %(default)s)")
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """What the model is called in answers and folders; asks the server for it if need be."""
+    if args.api_base is None:
+        if args.model_path is None:
+            raise ConfigError("No model: give --model-path CHECKPOINT, or --api-base URL of a server.")
+        return get_model_name_from_path(args.model_path)
+    if args.model_path is not None:
+        raise ConfigError("Give either --model-path or --api-base, not both.")
+    args.api_model = args.api_model or only_model(args.api_base.rstrip("/"))
+    return get_model_name_from_path(args.api_model)
+
+
+def build_model(args: argparse.Namespace) -> tuple[Engine | RemoteModel, str]:
+    """What is asked, and the name of its template; a server has its own."""
+    name = model_name(args)
+    if args.api_base is not None:
+        remote = RemoteModel(args.api_base, args.api_model, batch_size=args.batch_size, timeout=args.api_timeout)
+        return remote, ""
+    engine = build_engine(args)
+    return engine, template_for(engine.model.config, name, args.conv_mode)
 
 
 def build_engine(args: argparse.Namespace) -> Engine:
@@ -59,6 +94,7 @@ def build_engine(args: argparse.Namespace) -> Engine:
         load_4bit=args.load_4bit,
         max_batch_size=args.batch_size,
         image_aspect_ratio=aspect,
+        loading=loading_options(args),
     )
 
 
@@ -77,12 +113,13 @@ def settings_from(
     args: argparse.Namespace, template: str, image_folder: Path, max_new_tokens: int = 128
 ) -> RunSettings:
     return RunSettings(
-        model_path=args.model_path,
-        model_id=get_model_name_from_path(args.model_path),
+        model_path=str(args.model_path),
+        model_id=model_name(args),
         template=template,
         params=sampling(args, max_new_tokens),
         image_folder=image_folder,
         num_workers=args.num_workers,
         resume=args.resume,
         overwrite=args.overwrite,
+        quantization="8 bit" if args.load_8bit else "4 bit" if args.load_4bit else None,
     )

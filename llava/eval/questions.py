@@ -13,35 +13,52 @@ from llava.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
+SHORT_SUFFIX = "Answer the question using a single word or phrase."
 LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."
+LETTER_SUFFIX_CN = "请直接回答选项字母。"
 
 
 @dataclass(frozen=True)
 class Question:
     """One question. `prompt` is what the scorers read back; `text` is sent to the model when it differs.
 
-    `images` are paths below the image folder. `question_id` may repeat (spec/eval.md §1.2): the position counts.
+    `images` are names in a `PictureSource`, mostly paths below a folder. `question_id` may repeat (spec/eval.md §1.2):
+    the position counts. The last three are MMBench's: the round, the options as shown, and their original letters.
     """
 
     question_id: Any
     prompt: str
     images: tuple[str, ...] = ()
     text: str | None = None
+    round_id: int | None = None
+    options: tuple[str, ...] = ()
+    option_char: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, str, int | None]:
+        """What an answer must repeat to be the answer to this question."""
+        return self.question_id, self.prompt, self.round_id
 
 
 def split_list(items: Sequence[T], n: int) -> list[Sequence[T]]:
     """Cut into exactly `n` consecutive chunks of ceil(len / n) items, the last ones shorter or empty (§1.1)."""
     if n < 1:
         raise ConfigError(f"The number of chunks is {n}; it must be at least 1.")
-    size = max(1, math.ceil(len(items) / n))
-    return [items[k * size : (k + 1) * size] for k in range(n)]
+    return [get_chunk(items, n, k) for k in range(n)]
 
 
 def get_chunk(items: Sequence[T], n: int, k: int) -> Sequence[T]:
     """Chunk `k` of `n`, empty when there are too few items."""
-    if not 0 <= k < n:
+    where = chunk_range(len(items), n, k)
+    return items[where.start : where.stop]
+
+
+def chunk_range(total: int, n: int, k: int) -> range:
+    """Positions of chunk `k` of `n` among `total` items."""
+    if n < 1 or not 0 <= k < n:
         raise ConfigError(f"The chunk index is {k}; with {n} chunk(s) it must lie in 0 … {n - 1}.")
-    return split_list(items, n)[k]
+    size = max(1, math.ceil(total / n))
+    return range(min(k * size, total), min((k + 1) * size, total))
 
 
 def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -121,24 +122,43 @@ def collect(
     return items
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of review: how the picture is described, and which rule a category has (`fallback`: else `default`)."""
+
+    describe: Callable[[Row | None], str]
+    prefix: str = ""
+    fallback: bool = False
+
+
+def review_files(
+    judge: Judge, kind: Kind, question: Path, answer_list: Sequence[Path], rule: Path, output: Path,
+    context: Path | None,
+) -> None:  # fmt: skip
+    """Append to `output` the reviews it lacks, and record the judge and the rules beside it."""
+    rules = read_json(rule)
+    contexts = {} if context is None else by_key(read_rows(context, "image"), context, "image")
+    items = collect(question, answer_list, rules, contexts, kind.describe, kind.prefix, fallback=kind.fallback)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(rule.read_bytes()).hexdigest()
+    finished = read_finished(output, items)
+    write_json(output.with_name(output.name + ".judge.json"), {**judge.record(), "rule_sha256": digest}, indent=2)
+    append_reviews(judge, items[finished:], output)
+
+
 def review_program(
     doc: str | None, describe: Callable[[Row | None], str], model: str, prefix: str = "", *, fallback: bool = False
 ) -> Callable[..., int]:
     """`main(argv)` of one kind of review: how the picture is described, the published judge, how rules are chosen."""
+    kind = Kind(describe, prefix, fallback)
 
     def review(
         question: Path, answer_list: Sequence[Path], rule: Path, output: Path, max_tokens: int, judge: str,
         base: str | None, context: Path | None = None,
     ) -> str:  # fmt: skip
-        rules = read_json(rule)
-        contexts = {} if context is None else by_key(read_rows(context, "image"), context, "image")
-        items = collect(question, answer_list, rules, contexts, describe, prefix, fallback=fallback)
-        output.parent.mkdir(parents=True, exist_ok=True)
         asked = Judge(judge, base_url(base), max_tokens, cache=output.with_name(output.name + ".cache"))
-        digest = hashlib.sha256(rule.read_bytes()).hexdigest()
-        finished = read_finished(output, items)
-        write_json(output.with_name(output.name + ".judge.json"), {**asked.record(), "rule_sha256": digest}, indent=2)
-        return append_reviews(asked, items[finished:], output)
+        review_files(asked, kind, question, answer_list, rule, output, context)
+        return f"{output}"
 
     files = [file_flag("-q", "--question"), file_flag("-a", "--answer-list", nargs="+"), file_flag("-o", "--output")]
     if describe is not no_context:
@@ -154,8 +174,8 @@ def review_program(
     )
 
 
-def append_reviews(judge: Judge, items: Sequence[dict[str, Any]], output: Path) -> str:
-    """Judge each item and append its record; says how many judgements have no scores."""
+def append_reviews(judge: Judge, items: Sequence[dict[str, Any]], output: Path) -> None:
+    """Judge each item and append its record; warns of judgements without scores."""
     failed = 0
     with output.open("a", encoding="utf-8") as file:
         for item in items:
@@ -166,4 +186,3 @@ def append_reviews(judge: Judge, items: Sequence[dict[str, Any]], output: Path) 
             file.flush()
     if failed:
         logger.warning("%d of %d judgements have no scores and will be left out of the means.", failed, len(items))
-    return f"{output}"

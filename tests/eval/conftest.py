@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from llava.engine import Engine, load_engine
+from tests.eval.fake_server import FakeServer
 from tests.threads import one_thread
 
 __all__ = ["one_thread"]  # a fixture for every test below
@@ -28,6 +30,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for color in COLORS:
         Image.new("RGB", (30, 20), color).save(folder / f"{color}.png")
     return folder
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    """A judge on loopback, named by the environment."""
+    fake = FakeServer()
+    monkeypatch.setenv("OPENAI_BASE_URL", fake.url + "/")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    yield fake
+    fake.close()
 
 
 def question_rows(count: int) -> list[dict[str, Any]]:

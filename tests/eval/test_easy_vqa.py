@@ -130,7 +130,7 @@ def test_unknown_names_and_missing_data_are_one_sentence(
     tiny_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert evaluate.main(["--tasks", "pope2", "--model-path", "x"]) == 2
-    assert "no task 'pope2'; choose from easy_vqa" in capsys.readouterr().err
+    assert "no task 'pope2'; choose from vqav2" in capsys.readouterr().err
     assert evaluate.main(command(tiny_dirs, tmp_path)) == 2
     assert "questions.json" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no split 'dev'"):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +16,12 @@ from llava.eval import (
     qa_baseline_gpt35,
     summarize_gpt_review,
 )
+from llava.eval.endpoint import headers
 from llava.eval.judge import OPENAI, Judge, base_url
 from llava.eval.reviews import RULES
 from llava.eval.scorers import review
 from tests.eval.conftest import read_jsonl, write_jsonl
-
-
-class FakeJudge:
-    """A chat-completions server that sends prepared (status, text) replies in turn, the last one for ever."""
-
-    def __init__(self) -> None:
-        self.replies: list[tuple[int, str]] = [(200, "8 9\nfine")]
-        self.bodies: list[dict[str, Any]] = []
-        self.paths: list[str] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def do_POST(self) -> None:
-                outer.paths.append(self.path)
-                outer.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                status, text = outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0]
-                body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-
-@pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJudge]:
-    fake = FakeJudge()
-    monkeypatch.setenv("OPENAI_BASE_URL", fake.url + "/")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
-    fake.thread.join()
+from tests.eval.fake_server import FakeServer
 
 
 @pytest.fixture
@@ -81,7 +39,7 @@ def context(tmp_path: Path, **row: Any) -> list[str]:
     return ["-c", str(write_jsonl(tmp_path / "c.jsonl", [{"image": "0.jpg", **row}]))]
 
 
-def test_bench_reviews_are_recorded_with_their_judge(judge: FakeJudge, flags: list[str], tmp_path: Path) -> None:
+def test_bench_reviews_are_recorded_with_their_judge(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
     given = [*flags, *context(tmp_path, caption=["One.", "Two."])]
     assert eval_gpt_review_bench.main([*given, "--judge", "m", "--max-tokens", "7"]) == 0
     rows = read_jsonl(tmp_path / "out" / "r.jsonl")
@@ -97,7 +55,7 @@ def test_bench_reviews_are_recorded_with_their_judge(judge: FakeJudge, flags: li
     assert (record["model"], record["url"]) == ("m", judge.url) and len(record["rule_sha256"]) == 64
 
 
-def test_the_bundled_rules_and_both_other_kinds(judge: FakeJudge, flags: list[str], tmp_path: Path) -> None:
+def test_the_bundled_rules_and_both_other_kinds(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
     rules = json.loads(RULES.read_text(encoding="utf-8"))
     kinds = {"conv", "detail", "complex"}
     assert rules.keys() == {"default", "coding", "math"} | kinds | {f"llava_bench_{kind}" for kind in kinds}
@@ -115,7 +73,7 @@ def test_the_bundled_rules_and_both_other_kinds(judge: FakeJudge, flags: list[st
     assert asked.startswith("[Question]\n") and rules["default"]["prompt"] in asked
 
 
-def test_resumes_where_it_stopped_and_only_there(judge: FakeJudge, flags: list[str], tmp_path: Path) -> None:
+def test_resumes_where_it_stopped_and_only_there(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
     given = [*flags, *context(tmp_path, caption="One.")]
     assert eval_gpt_review_bench.main(given) == 0
     output = tmp_path / "out" / "r.jsonl"
@@ -132,7 +90,7 @@ def test_resumes_where_it_stopped_and_only_there(judge: FakeJudge, flags: list[s
 
 @pytest.mark.parametrize("spoil", ["q", "new", "c", "rule"])
 def test_inputs_that_do_not_fit_are_refused(
-    spoil: str, judge: FakeJudge, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoil: str, judge: FakeServer, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*flags, *context(tmp_path, caption="One.")]
     if spoil == "rule":
@@ -146,7 +104,7 @@ def test_inputs_that_do_not_fit_are_refused(
     assert judge.bodies == []
 
 
-def test_passing_failures_are_retried_and_refusals_are_final(judge: FakeJudge) -> None:
+def test_passing_failures_are_retried_and_refusals_are_final(judge: FakeServer) -> None:
     waits: list[float] = []
     client = Judge("m", judge.url, sleep=waits.append)
     judge.replies = [(500, ""), (429, ""), (200, "5 5")]
@@ -163,7 +121,7 @@ def test_passing_failures_are_retried_and_refusals_are_final(judge: FakeJudge) -
     assert len(judge.bodies) == 4 + client.tries
 
 
-def test_a_reply_without_scores_is_asked_for_once_more(judge: FakeJudge, flags: list[str], tmp_path: Path) -> None:
+def test_a_reply_without_scores_is_asked_for_once_more(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
     judge.replies = [(200, "I refuse."), (200, "3 4"), (200, "No."), (200, "Never."), (200, "5 6")]
     assert eval_gpt_review_bench.main([*flags, *context(tmp_path, caption="One.")]) == 0
     rows = read_jsonl(tmp_path / "out" / "r.jsonl")
@@ -178,7 +136,8 @@ def test_the_address_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
         Judge("m", OPENAI)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    assert Judge("m", OPENAI)._headers() == {"Authorization": "Bearer k"}
+    Judge("m", OPENAI)
+    assert headers() == {"Authorization": "Bearer k"}
 
 
 SCORES = {"8 9": (8, 9), "8,9": (8, 9), "8, 9": (8, 9), "8 9 ": (8, 9), "(8, 9)": (8, 9), "9/10 8/10": (9, 8)}
@@ -210,7 +169,7 @@ def test_summary_chooses_files_and_leaves_failures_out(
     assert summarize_gpt_review.main([]) == summarize_gpt_review.main(["-d", str(folder), "-v", "9"]) == 2
 
 
-def test_the_text_baseline_is_sorted_and_marks_failures(judge: FakeJudge, tmp_path: Path) -> None:
+def test_the_text_baseline_is_sorted_and_marks_failures(judge: FakeServer, tmp_path: Path) -> None:
     rows = [{"question_id": n, "text": "Q?" if n else "Other?"} for n in (2, 0, 1)]
     flags = ["-q", str(write_jsonl(tmp_path / "q.jsonl", rows)), "-o", str(tmp_path / "new" / "a.jsonl")]
     assert qa_baseline_gpt35.main(flags) == 0

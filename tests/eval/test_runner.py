@@ -14,9 +14,12 @@ from llava.data.images import open_image
 from llava.engine import Engine, Request, SamplingParams, load_engine
 from llava.engine.prompt import render_question
 from llava.errors import ConfigError
+from llava.eval.local import LocalModel, question_seed
 from llava.eval.manifest import checkpoint_fingerprint, manifest_path
-from llava.eval.questions import Question, get_chunk, read_questions
-from llava.eval.runner import RunSettings, ask, prefetch, question_seed, report, run, work_order
+from llava.eval.pictures import prefetch
+from llava.eval.questions import Question, read_questions
+from llava.eval.runner import report, run, work_order
+from llava.eval.settings import RunSettings
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 
 
@@ -97,7 +100,7 @@ def test_sampled_answers_depend_on_neither_batch_nor_shard(
     run(many, questions, tmp_path / "whole.jsonl", hot)
     parts = b""
     for k in range(3):
-        run(one, get_chunk(questions, 3, k), tmp_path / f"{k}.jsonl", dataclasses.replace(hot, chunk=(k, 3)))
+        run(one, questions, tmp_path / f"{k}.jsonl", dataclasses.replace(hot, chunk=(k, 3)))
         parts += (tmp_path / f"{k}.jsonl").read_bytes()
     assert parts == (tmp_path / "whole.jsonl").read_bytes()
     assert question_seed(settings, questions[0]) is None
@@ -115,6 +118,7 @@ def test_another_models_answers_are_not_continued(
         (dataclasses.replace(settings, template="llava_v1"), "template"),
         (dataclasses.replace(settings, model_path=str(tmp_path)), "checkpoint"),
         (dataclasses.replace(settings, chunk=(0, 2)), "chunk"),
+        (dataclasses.replace(settings, quantization="4 bit"), "quantization"),
     ):
         with pytest.raises(ConfigError, match=f"was made with {name}"):
             run(engine, questions, path, changed)
@@ -173,11 +177,11 @@ def test_pictures_are_opened_once_for_neighbours_and_not_all_ahead(
 ) -> None:
     opened: list[Any] = []
     real = open_image
-    monkeypatch.setattr("llava.eval.runner.open_image", lambda path: (opened.append(path.name), real(path))[1])
+    monkeypatch.setattr("llava.eval.pictures.open_image", lambda path: (opened.append(path.name), real(path))[1])
     questions = [Question(n, str(n), (f"{('red', 'green', 'blue', 'gray')[n // 5 % 4]}.png",)) for n in range(40)]
-    stream = prefetch(questions, range(40), settings, ahead=5)
+    stream = prefetch(questions, range(40), settings.source, 0)
     next(stream)
-    assert len(opened) <= 2
+    assert len(opened) == 1
     assert [position for position, _ in stream] == list(range(1, 40)) and len(opened) == 8
 
 
@@ -194,6 +198,6 @@ def test_memory_holds_two_batches_of_requests(
         return submit(request)
 
     monkeypatch.setattr(engine, "submit", counting)
-    for _ in ask(engine, questions, range(len(questions)), settings):
+    for _ in LocalModel(engine).ask(questions, range(len(questions)), settings):
         live -= 1
     assert live == 0 and most <= 2 * engine.max_batch_size

@@ -1,149 +1,167 @@
-"""POPE, TextVQA, ScienceQA and MME by `llava eval` and by their scripts, on made-up data in the official layout."""
+"""Every benchmark by `llava eval`, on made-up data in the official layout: one run, then what came of it."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from llava.eval import main as evaluate
-from llava.eval import model_vqa, model_vqa_science
-from llava.eval.questions import LETTER_SUFFIX, read_science_questions
-from llava.eval.scorers.mme import TASKS
-from llava.eval.tasks import make_task
+from llava.eval.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, read_science_questions
+from llava.eval.tasks import TASKS, make_task, make_tasks
+from tests.eval.benchdata import ASK, BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
-from tests.test_package import ROOT
-
-ASK = "\nAnswer the question using a single word or phrase."
-COUNTS = {"pope": 4, "textvqa": 3, "science_qa": 2, "mme": 28}
-FOLDERS = {"pope": "pope", "textvqa": "textvqa", "science_qa": "scienceqa", "mme": "MME"}
-
-
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (40, 30), "red").save(path)
-
-
-def dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def make_pope(root: Path) -> None:
-    picture(root / "val2014" / "1.jpg")
-    (root / "coco").mkdir()
-    rows = []
-    for first, category in ((0, "adversarial"), (10, "popular")):
-        questions = [f"Is there a {thing} in the image?" for thing in ("cat", "dog")]
-        labels = [{"image": "1.jpg", "text": text, "label": "yes"} for text in questions]
-        write_jsonl(root / "coco" / f"coco_pope_{category}.json", labels)
-        rows += [
-            {"question_id": first + n, "image": "1.jpg", "text": text + ASK, "category": category}
-            for n, text in enumerate(questions)
-        ]
-    write_jsonl(root / "llava_pope_test.jsonl", rows)
-
-
-def make_textvqa(root: Path) -> None:
-    picture(root / "train_images" / "i.jpg")
-    asked = [f"Q{n}?" for n in range(3)]
-    rows = [{"question_id": "i", "image": "i.jpg", "text": text + ASK} for text in asked]
-    write_jsonl(root / "llava_textvqa_val_v051_ocr.jsonl", rows)
-    people = [{"image_id": "i", "question": text, "answers": ["stop"] * 10} for text in asked]
-    dump(root / "TextVQA_0.5.1_val.json", {"data": people})
-
-
-def make_science_qa(root: Path) -> None:
-    picture(root / "images" / "test" / "1" / "image.png")
-    problem = {"question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "grade": "grade3"}
-    dump(root / "problems.json", {"1": {**problem, "image": "image.png"}, "2": {**problem, "image": None}})
-    dump(root / "pid_splits.json", {"test": ["1", "2"]})
-    turns = [{"from": "human", "value": "<image>\nQ?\nA. x\nB. y"}, {"from": "gpt", "value": "B"}]
-    rows = [{"id": "1", "image": "1/image.png", "conversations": turns}]
-    rows += [{"id": "2", "conversations": [{"from": "human", "value": "Q?\nA. x\nB. y"}]}]
-    dump(root / "llava_test_CQM-A.json", rows)
-
-
-def make_mme(root: Path) -> None:
-    rows = []
-    for task in TASKS:
-        place = root / "MME_Benchmark_release_version" / task
-        picture(place / "0.png")
-        (place / "0.txt").write_text("Is it? Please answer yes or no.\tYes\nNot? Please answer yes or no.\tNo\n")
-        rows += [
-            {"question_id": f"{task}/0.png", "image": f"{task}/0.png", "text": text + ASK, "category": task}
-            for text in ("Is it?", "Not?")
-        ]
-    write_jsonl(root / "llava_mme.jsonl", rows)
+from tests.eval.fake_server import FakeServer
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    for name, make in (("pope", make_pope), ("textvqa", make_textvqa)):
-        (root / FOLDERS[name]).mkdir()
-        make(root / FOLDERS[name])
-    for name, make in (("science_qa", make_science_qa), ("mme", make_mme)):
-        (root / FOLDERS[name]).mkdir()
-        make(root / FOLDERS[name])
-    return root
+    return make_everything(tmp_path_factory.mktemp("data") / "eval")
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_llava_eval_answers_and_scores(
-    name: str, tiny_dirs: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def grades(body: dict[str, Any]) -> tuple[int, str]:
+    """A judge that likes everything half, or a little less than the reference."""
+    return 200, "0.5" if body["messages"][-1]["content"].endswith("Grade:") else "8 6\nThe second is shorter."
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dirs: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The output folder of `llava eval --tasks all`."""
+    output = tmp_path_factory.mktemp("run")
+    judge = FakeServer(grades)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_BASE_URL", judge.url)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        patch.setattr("llava.eval.tasks.easy_vqa.package_data", lambda: data / "easy_vqa")
+        flags = ["--tasks", "all", "--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--max-new-tokens", "2"]
+        assert evaluate.main([*flags, "--eval-data", str(data), "--output-dir", str(output)]) == 0
+        yield output
+    judge.close()
+
+
+def score_of(run: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / name / "score.json").read_text())
+    return found
+
+
+def test_the_list_is_whole() -> None:
+    assert set(TASKS) == set(BENCHMARKS) and len(TASKS) == 14
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_all_answers_and_a_score_each(name: str, run: Path, data: Path) -> None:
+    folder, count, _ = BENCHMARKS[name]
+    rows = read_jsonl(run / name / "answers.jsonl")
+    score = score_of(run, name)
+    assert len(rows) == count and score["task"] == name and score["limit"] is None
+    manifest = json.loads((run / name / "answers.jsonl.manifest.json").read_text())
+    assert manifest["status"] == "complete" and manifest["files"]
+    server_scored = name in ("vqav2", "vizwiz")
+    assert (score["headline"] is None) == server_scored
+    assert server_scored <= ("upload" in score)
+    task = make_task(name, data / folder)
+    if name not in ("llava_bench", "llava_bench_coco", "mm_vet"):
+        write_jsonl(run / "short.jsonl", rows[:-1])
+        with pytest.raises(ValueError, match=r"not scored\. The first without an answer is question"):
+            task.score(run / "short.jsonl")
+    truths = task.truths(rows)
+    assert len(truths) == count and all(truths) != server_scored
+
+
+def test_uploads_are_written(run: Path) -> None:
+    assert len(json.loads((run / "vqav2" / "upload.json").read_text())) == 6
+    assert [row["image"] for row in json.loads((run / "vizwiz" / "upload.json").read_text())][1].startswith(
+        "VizWiz_test"
+    )
+    assert (run / "mmbench" / "upload.xlsx").is_file()
+    assert [row["question_id"] for row in read_jsonl(run / "seed" / "upload.jsonl")] == ["101", "v0"]
+    assert len(json.loads((run / "gqa" / "testdev_balanced_predictions.json").read_text())) == 7
+
+
+def test_judged_scores_name_their_judge(run: Path) -> None:
+    assert score_of(run, "mm_vet")["headline"] == 50.0 and score_of(run, "mm_vet")["capabilities"]["ocr"] == 50.0
+    for name in ("llava_bench", "llava_bench_coco"):
+        score = score_of(run, name)
+        assert score["headline"] == 75.0 and score["judge"]["model"] == "gpt-4-0314"
+    assert len(read_jsonl(run / "llava_bench" / "reviews.jsonl")) == 3
+
+
+def test_without_a_judge_the_answers_are_kept_and_not_scored(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--tasks", name, "--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--max-new-tokens", "2"]
-    flags += ["--data-root", str(data / FOLDERS[name]), "--output-dir", str(tmp_path)]
-    assert evaluate.main(flags) == 0
-    assert name in capsys.readouterr().out
-    assert len(read_jsonl(tmp_path / name / "answers.jsonl")) == COUNTS[name]
-    score = json.loads((tmp_path / name / "score.json").read_text())
-    assert score["task"] == name and score["limit"] is None
-    rows = read_jsonl(tmp_path / name / "answers.jsonl")
-    write_jsonl(tmp_path / "short.jsonl", rows[:-1])
-    with pytest.raises(ValueError, match="not scored"):
-        make_task(name, data / FOLDERS[name]).score(tmp_path / "short.jsonl")
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("mm_vet", "llava_bench"):
+        with pytest.raises(ValueError, match="There is no judge"):
+            make_task(name, data / BENCHMARKS[name][0]).score(run / name / "answers.jsonl")
+
+
+def test_mmbench_is_asked_as_published(run: Path, data: Path) -> None:
+    rows = read_jsonl(run / "mmbench" / "answers.jsonl")
+    assert list(rows[2]) == [
+        *("question_id", "round_id", "prompt", "text", "options", "option_char", "answer_id", "model_id", "metadata"),
+    ]
+    assert rows[2]["prompt"] == "A hint.\nWhy?\nA. None\nB. nan\nC. x" and rows[2]["option_char"] == ["A", "B", "C"]
+    english, chinese = (make_task(name, data / name).questions()[0] for name in ("mmbench", "mmbench_cn"))
+    assert english.text == f"Which?\nA. kite\nB. cup\n{LETTER_SUFFIX}"
+    assert chinese.text == f"Which?\nA. kite\nB. cup\n{LETTER_SUFFIX_CN}"
+    assert english.images == make_task("mmbench", data / "mmbench").questions()[1].images  # one picture, two rows
 
 
 RIGHT = {
-    "pope": (["Yes"] * 4, lambda score: score["mean_f1"]),
-    "textvqa": (["Stop."] * 3, lambda score: score["accuracy"]),
-    "science_qa": (["B"] * 2, lambda score: score["img_accuracy"]),
-    "mme": (["Yes", "No"] * 14, lambda score: score["Perception"] / 20),
-}
+    "pope": ["Yes"] * 6, "textvqa": ["Stop."] * 3, "science_qa": ["B"] * 2, "mme": ["Yes", "No"] * 14,
+    "gqa": ["Yes."] * 7, "mmbench": ["A", "B", "C"], "mmbench_cn": ["A", "B.", "(C)"], "seed": ["A", "B"],
+}  # fmt: skip
+
+
+def score(name: str, data: Path, folder: Path, texts: list[str], limit: int | None, split: str | None = None) -> Any:
+    task = make_task(name, data / BENCHMARKS[name][0], split)
+    rows = [
+        {"question_id": q.question_id, **({} if q.round_id is None else {"round_id": 0}), "prompt": q.prompt, "text": t}
+        for q, t in zip(task.questions(limit), texts)
+    ]
+    return task.headline(task.score(write_jsonl(folder / "a.jsonl", rows), limit))
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_answers_score_full_also_for_a_part_of_the_questions(name: str, data: Path, tmp_path: Path) -> None:
-    texts, figure = RIGHT[name]
-    task = make_task(name, data / FOLDERS[name])
-
-    def score(limit: int | None) -> float:
-        rows = [
-            {"question_id": question.question_id, "prompt": question.prompt, "text": text}
-            for question, text in zip(task.questions(limit), texts)
-        ]
-        return float(figure(task.score(write_jsonl(tmp_path / "a.jsonl", rows), limit)))
-
-    assert score(None) == pytest.approx(100)
-    if name == "mme":
+    full = 2000 if name == "mme" else 100
+    assert score(name, data, tmp_path, RIGHT[name], None) == pytest.approx(full)
+    if name.startswith("mm"):
         with pytest.raises(ValueError, match="no --limit"):
-            score(1)
+            score(name, data, tmp_path, RIGHT[name], 1)
     else:
-        assert score(1) == pytest.approx(100)
+        assert score(name, data, tmp_path, RIGHT[name], 1) == pytest.approx(full)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz"])
+def test_validation_splits_are_scored_here(name: str, data: Path, tmp_path: Path) -> None:
+    assert score(name, data, tmp_path, ["yes", "no"], None, "val") == pytest.approx(50)
+    question = make_task(name, data / name, "val").questions()[0]
+    assert question.prompt.endswith(ASK) and question.images[0].endswith(".jpg")
+
+
+def test_the_test_split_of_mmbench_is_only_submitted(data: Path, tmp_path: Path) -> None:
+    assert score("mmbench", data, tmp_path, ["A", "B", "C"], None, "test") is None
+    assert (tmp_path / "upload.xlsx").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "easy_vqa"])
 def test_a_missing_file_is_named_with_its_source(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"eval\.zip"):
+    with pytest.raises(ValueError, match=r"is missing; it comes from .*https?://.* llava eval prepare"):
         make_task(name, tmp_path).questions()
-    assert str(make_task(name).image_folder).startswith(str(Path("playground/data/eval")))
+    if name != "llava_bench_coco":
+        assert str(make_task(name).image_folder).startswith(str(Path("playground/data/eval")))
+
+
+def test_tasks_are_named_once_and_all_means_all(tmp_path: Path) -> None:
+    assert [task.name for task in make_tasks(["gqa", " all", "gqa"])][:2] == ["gqa", "vqav2"]
+    with pytest.raises(ValueError, match="use --eval-data"):
+        make_tasks(["gqa", "pope"], tmp_path)
 
 
 def test_science_questions_are_asked_with_and_without_the_suffix(data: Path, tmp_path: Path) -> None:
@@ -157,68 +175,19 @@ def test_science_questions_are_asked_with_and_without_the_suffix(data: Path, tmp
         read_science_questions(tmp_path / "bad.json")
 
 
-def test_the_runners_of_long_answers(tiny_dirs: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    flags = ["--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--max-new-tokens", "2", "--temperature", "0"]
-    science = ["--question-file", str(data / "scienceqa/llava_test_CQM-A.json"), "--single-pred-prompt"]
-    science += ["--image-folder", str(data / "scienceqa/images/test"), "--answers-file", str(tmp_path / "s.jsonl")]
-    assert model_vqa_science.main([*flags, *science]) == 0
-    assert read_jsonl(tmp_path / "s.jsonl")[0]["prompt"].startswith("<image>\nQ?")
-    plain = ["--question-file", str(data / "textvqa/llava_textvqa_val_v051_ocr.jsonl")]
-    plain += ["--image-folder", str(data / "textvqa/train_images"), "--answers-file", str(tmp_path / "v.jsonl")]
-    assert model_vqa.main([*flags, *plain]) == 0
-    assert len(read_jsonl(tmp_path / "v.jsonl")) == 3
+def test_prepare_says_what_is_here_and_what_is_not(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", TASKS["gqa"].layouts["testdev_balanced"])  # type: ignore[attr-defined]
+    assert evaluate.main(["prepare", "pope", "--eval-data", str(data), "--checksums"]) == 1
+    shown = capsys.readouterr().out
+    assert "pope: 6 questions, 8910 are published" in shown and "sha256" in shown
+    assert evaluate.main(["prepare", "--eval-data", str(data / "none")]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("not ready") >= 13 and "https://cs.stanford.edu" in shown
+    import dataclasses
 
-
-def script(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, **variables}
-    command = ["sh", f"scripts_internvl/eval/{name}.sh", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-SCRIPTS = sorted(path.stem for path in (ROOT / "scripts_internvl" / "eval").glob("[!_]*.sh"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "says"), [("mme", "Perception"), ("sqa", "IMG-Accuracy"), ("pope", "Mean F1")])
-def test_scripts_run_end_to_end(name: str, says: str, tiny_dirs: dict[str, Path], data: Path) -> None:
-    flags = ["--device", "cpu", "--max-new-tokens", "2"]
-    done = script(name, f"{tiny_dirs['chat']}/", *flags, EVAL_DATA=str(data))
-    assert done.returncode == 0, done.stderr
-    assert says in done.stdout
-
-
-@pytest.mark.slow
-def test_shards_are_merged_in_order_and_a_dead_one_is_named(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
-    root = tmp_path / "gqa"
-    picture(root / "data" / "images" / "1.jpg")
-    ids = [str(n) for n in range(5)]
-    rows = [{"question_id": each, "image": "1.jpg", "text": "Q?" + ASK} for each in ids]
-    questions = write_jsonl(root / "llava_gqa_testdev_balanced.jsonl", rows)
-    dump(root / "data" / "testdev_balanced_questions.json", {each: {"answer": "yes"} for each in ids})
-    command = [str(tiny_dirs["chat"]), "--device", "cpu", "--max-new-tokens", "2"]
-    variables = {"EVAL_DATA": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0,1"}
-    done = script("gqa", *command, **variables)
-    assert done.returncode == 0, done.stderr
-    folder = next((root / "answers" / "llava_gqa_testdev_balanced").iterdir())
-    assert [row["question_id"] for row in read_jsonl(folder / "merge.jsonl")] == ids
-    assert "all                5" in done.stdout
-    (folder / "merge.jsonl").unlink()
-    write_jsonl(questions, [*rows[:4], {**rows[4], "image": "lost.jpg"}])
-    done = script("gqa", *command, "--overwrite", **variables)
-    assert done.returncode == 2
-    assert "shard(s) 1 of 2 failed" in done.stderr
-    assert not (folder / "merge.jsonl").exists()
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_say_what_is_missing_and_what_they_would_run(name: str, tmp_path: Path) -> None:
-    assert "usage: sh" in script(name).stderr
-    done = script(name, "some/model", EVAL_DATA=str(tmp_path), OPENAI_API_KEY="")
-    assert done.returncode == 2
-    assert str(tmp_path) in done.stderr and "docs/Evaluation.md" in done.stderr
-    done = script(name, "a/checkpoint-9/", EVAL_DATA=str(tmp_path), LLAVA_DRY_RUN="1")
-    assert done.returncode == 0, done.stderr
-    first, *others = done.stdout.splitlines()
-    assert "--model-path a/checkpoint-9 " in first and "--temperature 0 --conv-mode vicuna_v1" in first
-    assert others and all("a_checkpoint-9" in line for line in others)
-    assert list(tmp_path.iterdir()) == []
+    layout = TASKS["gqa"].layouts["testdev_balanced"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", dataclasses.replace(layout, rows=7))  # type: ignore[attr-defined]
+    assert evaluate.main(["prepare", "gqa", "--eval-data", str(data)]) == 0
+    assert "gqa: ready, 7 questions" in capsys.readouterr().out

@@ -73,8 +73,13 @@ def convert(annotation_file: Path, result_dir: Path, upload_dir: Path, experimen
     rows = read_table(annotation_file)
     first = read_predictions(result_dir / f"{experiment}.jsonl", rows)[0]
     target = upload_dir / f"{experiment}.xlsx"
-    write_xlsx(target, submission(rows, {index: row["text"] for index, row in first.items()}))
+    write_submission(rows, first, target)
     return f"{target}"
+
+
+def write_submission(rows: Table, first: Mapping[str, Mapping[str, Any]], target: Path) -> None:
+    """The server's table with the answers of one round, by index."""
+    write_xlsx(target, submission(rows, {index: row["text"] for index, row in first.items()}))
 
 
 def chosen(row: Mapping[str, str], answer: Mapping[str, Any]) -> str | None:
@@ -116,12 +121,14 @@ def score(rows: Table, answers: Mapping[int, Mapping[str, Mapping[str, Any]]]) -
     }
 
 
-def _percent(right: Sequence[bool]) -> float:
-    return 100 * sum(right) / len(right) if right else float("nan")
+def _percent(right: Sequence[bool]) -> float | None:
+    """None of nothing: a table of copies only has no vanilla accuracy."""
+    return 100 * sum(right) / len(right) if right else None
 
 
 def table(result: Mapping[str, Any]) -> str:
-    lines = [f"Questions: {result['n']}", f"Vanilla accuracy: {result['vanilla']:.2f}%"]
+    vanilla = "–" if result["vanilla"] is None else f"{result['vanilla']:.2f}%"
+    lines = [f"Questions: {result['n']}", f"Vanilla accuracy: {vanilla}"]
     lines.append(f"Circular accuracy: {result['circular']:.2f}%")
     return "\n".join(lines + [f"  {name:<40}{value:>7.2f} %" for name, value in result["categories"].items()])
 

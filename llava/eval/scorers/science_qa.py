@@ -108,9 +108,14 @@ class Item:
         }
 
 
-def percent(right: int, count: int) -> float:
-    """100 · right / count, NaN of nothing."""
-    return 100 * right / count if count else float("nan")
+def percent(right: int, count: int) -> float | None:
+    """100 · right / count, None of nothing."""
+    return 100 * right / count if count else None
+
+
+def shown(value: float | None, width: int = 0) -> str:
+    """Two decimals, a dash for none."""
+    return f"{'–' if value is None else f'{value:.2f}':>{width}}"
 
 
 def score(items: Sequence[Item]) -> dict[str, Any]:
@@ -136,11 +141,11 @@ def score(items: Sequence[Item]) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """The published line, then the subsets and the lenient reading."""
     lines = [
-        f"Total: {result['n']}, Correct: {result['correct']}, Accuracy: {result['accuracy']:.2f}%, "
-        f"IMG-Accuracy: {result['img_accuracy']:.2f}%"
+        f"Total: {result['n']}, Correct: {result['correct']}, Accuracy: {shown(result['accuracy'])}%, "
+        f"IMG-Accuracy: {shown(result['img_accuracy'])}%"
     ]
-    lines += [f"  {name:<6}{found['n']:>6}{found['accuracy']:>9.2f} %" for name, found in result["subsets"].items()]
-    lines.append(f"  read leniently (any case, brackets, option texts): {result['lenient_accuracy']:.2f} %")
+    lines += [f"  {name:<6}{found['n']:>6}{shown(found['accuracy'], 9)} %" for name, found in result["subsets"].items()]
+    lines.append(f"  read leniently (any case, brackets, option texts): {shown(result['lenient_accuracy'])} %")
     return "\n".join(lines)
 
 

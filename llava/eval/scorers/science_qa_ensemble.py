@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.eval.files import by_key, read_json, read_results, write_json
-from llava.eval.scorers.science_qa import FAILED, Problem, index, parse_statement, percent, read_problems
+from llava.eval.scorers.science_qa import FAILED, Problem, index, parse_statement, percent, read_problems, shown
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _texts(path: Path) -> dict[str, str]:
 
 
 def _line(label: str, right: int, count: int, unit: str = "Accuracy") -> str:
-    return f"Total: {count}, {label}: {right}, {unit}: {percent(right, count):.2f}%"
+    return f"Total: {count}, {label}: {right}, {unit}: {shown(percent(right, count))}%"
 
 
 def ensemble(base_dir: Path, gpt4_result: Path, our_result: Path, split: str, options: Sequence[str]) -> str:

@@ -19,6 +19,20 @@ def plain_id(question_id: Any) -> Any:
     return int(text) if text.isdecimal() else question_id
 
 
+def read_annotation(path: Path) -> dict[str, Any]:
+    """`SEED-Bench.json`, with at least one question."""
+    annotation = read_json(path)
+    if not isinstance(annotation, dict) or not annotation.get("questions"):
+        raise DataError(f"{path} has no 'questions'; expected SEED-Bench.json.")
+    return annotation
+
+
+def upload(questions: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
+    """Rows for the server, ids as annotated; `answers` are texts by `plain_id`."""
+    asked = [question["question_id"] for question in questions]
+    return [{"question_id": each, "prediction": answers[plain_id(each)]} for each in asked]
+
+
 def score(annotation: Mapping[str, Any], answers: Mapping[Any, str]) -> dict[str, Any]:
     """Accuracies in percent: per type in the order of their ids, in total, and per kind that occurs.
 
@@ -57,12 +71,10 @@ def table(result: Mapping[str, Any]) -> str:
 
 def evaluate(annotation_file: Path, result_file: Path, result_upload_file: Path) -> str:
     """Print the accuracies and write the upload; `DataError` unless exactly the annotated questions are answered."""
-    annotation = read_json(annotation_file)
-    if not isinstance(annotation, dict) or not annotation.get("questions"):
-        raise DataError(f"{annotation_file} has no 'questions'; expected SEED-Bench.json.")
+    annotation = read_annotation(annotation_file)
     rows = [{**row, "question_id": plain_id(row["question_id"])} for row in read_results(result_file)]
     answers = {key: row["text"] for key, row in by_key(rows, result_file, "question_id").items()}
     asked = [question["question_id"] for question in annotation["questions"]]
     require_same(answers, map(plain_id, asked), result_file)
-    write_jsonl(result_upload_file, [{"question_id": each, "prediction": answers[plain_id(each)]} for each in asked])
+    write_jsonl(result_upload_file, upload(annotation["questions"], answers))
     return table(score(annotation, answers))

@@ -22,26 +22,39 @@ def _texts(path: Path) -> dict[Any, str]:
 
 def submit_vqav2(dir: Path, ckpt: str, split: str) -> str:
     """Write `answers_upload/SPLIT/CKPT.json`: normalised answers for all of test2015, empty where SPLIT has none."""
-    source = dir / "answers" / split / ckpt / "merge.jsonl"
+    target = dir / "answers_upload" / split / f"{ckpt}.json"
+    write_vqav2(dir / JOIN_LIST, dir / "answers" / split / ckpt / "merge.jsonl", target)
+    return f"{target}"
+
+
+def write_vqav2(join_list: Path, source: Path, target: Path) -> None:
+    """`DataError`, and no file, when an answer is to none of the questions of the list."""
     answers = _texts(source)
-    asked = [row["question_id"] for row in read_rows(dir / JOIN_LIST, "question_id")]
+    asked = [row["question_id"] for row in read_rows(join_list, "question_id")]
     strange = answers.keys() - set(asked)
     if strange:
-        raise DataError(f"{source} answers {len(strange)} question(s) that {JOIN_LIST} does not have; nothing written.")
-    target = dir / "answers_upload" / split / f"{ckpt}.json"
+        raise DataError(
+            f"{source} answers {len(strange)} question(s) that {join_list.name} does not have; nothing written."
+        )
     write_json(target, [{"question_id": each, "answer": normalize(answers.get(each, ""))} for each in asked])
     logger.warning("%d of %d questions have an answer, the others an empty one.", len(answers), len(asked))
-    return f"{target}"
 
 
 def submit_vizwiz(annotation_file: Path, result_file: Path, result_upload_file: Path) -> str:
     """Write `[{"image", "answer"}]`; `DataError`, and no file, unless every question has its answer."""
-    questions = read_rows(annotation_file, "question_id", "image")
-    answers = _texts(result_file)
-    require_same(answers, [row["question_id"] for row in questions], result_file)
-    upload = [{"image": row["image"], "answer": normalize(answers[row["question_id"]])} for row in questions]
-    write_json(result_upload_file, upload)
+    write_vizwiz(annotation_file, result_file, result_upload_file)
     return f"{result_upload_file}"
+
+
+def write_vizwiz(questions_file: Path, source: Path, target: Path, *, partly: bool = False) -> None:
+    """The upload; with `partly`, of the questions that are answered."""
+    answers = _texts(source)
+    questions = read_rows(questions_file, "question_id", "image")
+    if partly:
+        questions = [row for row in questions if row["question_id"] in answers]
+    require_same(answers, [row["question_id"] for row in questions], source)
+    upload = [{"image": row["image"], "answer": normalize(answers[row["question_id"]])} for row in questions]
+    write_json(target, upload)
 
 
 def score(people: Mapping[Any, Sequence[str]], answers: Mapping[Any, str]) -> dict[str, Any]:

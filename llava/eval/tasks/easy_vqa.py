@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import DataError
-from llava.eval.answers import complete_answers
+from llava.eval.answers import Row, complete_answers
 from llava.eval.questions import Question, spread
 from llava.eval.scorers import easy_vqa as scorer
-from llava.eval.tasks.base import Task
+from llava.eval.tasks.base import Need, Task
 
 INSTALL = "pip install easy-vqa==1.0"
 
@@ -44,6 +44,12 @@ class EasyVQA(Task):
     def image_folder(self) -> Path:
         return self.root / self.split / "images"
 
+    def needs(self) -> Sequence[Need]:
+        source = f"PyPI ({INSTALL})"
+        rows = {"test": 9673, "train": 38575}
+        files = [Need(self.root / split / "questions.json", source, count) for split, count in rows.items()]
+        return [*files, Need(self.image_folder, source)]
+
     def questions(self, limit: int | None = None) -> Sequence[Question]:
         rows = spread(self._read(self.split), limit)
         return [Question(index, question, (f"{image}.png",)) for index, (question, _, image) in rows]
@@ -54,6 +60,14 @@ class EasyVQA(Task):
         items = [scorer.Item(question, truth, answer["text"]) for (_, (question, truth, _)), answer in zip(rows, given)]
         training = [(question, truth) for _, (question, truth, _) in self._read("train")]
         return {"task": self.name, "split": self.split, **scorer.score(items, training)}
+
+    def headline(self, score: dict[str, Any]) -> float | None:
+        found = score["overall"]["accuracy"]
+        return None if found is None else float(found)
+
+    def truths(self, rows: Sequence[Row]) -> list[str]:
+        known = self._read(self.split)
+        return [known[int(row["question_id"])][1][1] for row in rows]
 
     def table(self, score: dict[str, Any]) -> str:
         return scorer.table(score)

@@ -10,15 +10,17 @@ from llava.errors import ConfigError
 from llava.eval.answers import Row
 from llava.eval.questions import Question
 from llava.eval.scorers import mme
-from llava.eval.tasks.files import FileTask
+from llava.eval.tasks.files import FileTask, Layout
+
+PAGE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation, on request"
 
 
 class Mme(FileTask):
     name: ClassVar[str] = "mme"
+    column = "MME"
     folder = "MME"
-    question_file = "llava_mme.jsonl"
-    images = "MME_Benchmark_release_version"
-    sources: ClassVar = {"MME_Benchmark_release_version": "MME's repository, on request to its authors"}
+    layouts: ClassVar = {"test": Layout("llava_mme.jsonl", "MME_Benchmark_release_version", 2374, PAGE)}
+    splits = tuple(layouts)
 
     def questions(self, limit: int | None = None) -> Sequence[Question]:
         if limit is not None:
@@ -27,6 +29,13 @@ class Mme(FileTask):
 
     def score_rows(self, rows: Sequence[Row], path: Path) -> dict[str, Any]:
         return mme.score(mme.convert(self.image_folder, path))
+
+    def headline(self, score: dict[str, Any]) -> float | None:
+        return float(score["Perception"])
+
+    def truths(self, rows: Sequence[Row]) -> list[str]:
+        truth = mme.read_truth(self.image_folder)
+        return [truth[mme.answer_key(row["question_id"], row["prompt"])][1] for row in rows]
 
     def table(self, score: dict[str, Any]) -> str:
         return mme.table(score)

@@ -9,20 +9,38 @@ from typing import Any, ClassVar
 from llava.eval.answers import Row
 from llava.eval.files import read_rows
 from llava.eval.scorers import pope
-from llava.eval.tasks.files import FileTask
+from llava.eval.tasks.files import COCO, FileTask, Layout
+
+LABELS = "https://github.com/AoiDragon/POPE, output/coco (the random file has 2,910 lines; docs/Evaluation.md)"
 
 
 class Pope(FileTask):
     name: ClassVar[str] = "pope"
+    column = "POPE"
     folder = "pope"
-    question_file = "llava_pope_test.jsonl"
-    images = "val2014"
-    sources: ClassVar = {"coco": "POPE's repository (output/coco)", "val2014": "COCO (zips/val2014.zip)"}
+    layouts: ClassVar = {
+        "test": Layout(
+            "llava_pope_test.jsonl", "val2014", 8910, f"{COCO}val2014.zip",
+            {f"coco/coco_pope_{kind}.json": LABELS for kind in ("adversarial", "popular", "random")},
+        )
+    }  # fmt: skip
+    splits = tuple(layouts)
 
     def score_rows(self, rows: Sequence[Row], path: Path) -> dict[str, Any]:
-        asked = {row["question_id"]: row for row in read_rows(self.root / self.question_file, *pope.QUESTION_KEYS)}
+        asked = self._asked()
         answers = {row["question_id"]: row["text"] for row in rows}
         return pope.score_answers(pope.read_labels(self.root / "coco"), [asked[key] for key in answers], answers)
+
+    def headline(self, score: dict[str, Any]) -> float | None:
+        return float(score["mean_f1"])
+
+    def truths(self, rows: Sequence[Row]) -> list[str]:
+        labels, asked = pope.read_labels(self.root / "coco"), self._asked()
+        questions = [asked[row["question_id"]] for row in rows]
+        return [labels[each["category"]][pope.label_key(each)] for each in questions]
+
+    def _asked(self) -> dict[Any, Row]:
+        return {row["question_id"]: row for row in read_rows(self.question_path, *pope.QUESTION_KEYS)}
 
     def table(self, score: dict[str, Any]) -> str:
         return pope.table(score)

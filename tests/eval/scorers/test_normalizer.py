@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import DataError
@@ -67,6 +67,7 @@ def test_soft_accuracy_of_ten(count: int, wanted: float) -> None:
     assert soft_accuracy("Yes.", ["yes"] * count + ["no"] * (10 - count)) == pytest.approx(wanted)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["one", "2", "three"]), min_size=1, max_size=12), st.randoms())
 def test_soft_accuracy_ignores_the_order_of_people(people: list[str], random: object) -> None:
     mixed = list(people)

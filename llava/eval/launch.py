@@ -1,0 +1,85 @@
+"""Several processes for one run: those that torchrun started, or one for each visible GPU, started and watched here."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from llava.errors import ConfigError, DataError
+
+PARENT = "LLAVA_EVAL_PARENT"  # set for children: the process whose end is theirs
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The entries of `CUDA_VISIBLE_DEVICES`; none when it is unset."""
+    return [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+
+
+def torchrun_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
+    """(rank, world size) of a process that torchrun started among several, else None."""
+    try:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    except KeyError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"RANK and WORLD_SIZE must be numbers ({error}); let torchrun set them.") from error
+    return (rank, size) if size > 1 else None
+
+
+def run_shards(module: str, arguments: Sequence[str], count: int) -> None:
+    """Run `python -m MODULE ARGUMENTS --num-chunks COUNT --chunk-idx K` for every K at once, each on a GPU of its own.
+
+    All are waited for; `DataError` names those that failed, with their exit status.
+    """
+    gpus = visible_gpus()
+    processes = []
+    for index in range(count):
+        environment = {**os.environ, PARENT: str(os.getpid())}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+        command = [sys.executable, "-m", module, *arguments, "--num-chunks", str(count), "--chunk-idx", str(index)]
+        processes.append(subprocess.Popen(command, env=environment))
+    try:
+        statuses = [process.wait() for process in processes]
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    failed = [f"{index} (status {status})" for index, status in enumerate(statuses) if status]
+    if failed:
+        raise DataError(
+            f"Of {count} shards these failed, see above: {', '.join(failed)}; nothing is merged or scored. Run the "
+            "same command again, it goes on there."
+        )
+
+
+def follow_parent() -> None:
+    """In a child of `run_shards`: end with the parent, even if that is killed."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def gather_statuses(status: int) -> list[int]:
+    """The exit status of every process of torchrun, known to all once all have come here."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=14))
+    try:
+        statuses: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(statuses, status)
+    finally:
+        dist.destroy_process_group()
+    return statuses

@@ -1,0 +1,84 @@
+"""Answer text questions with a language model that sees no pictures (spec/eval.md §2.2), as a baseline.
+
+    python -m llava.eval.model_qa --model-name MODEL --question-file tables/question.jsonl --answers-file answer.jsonl
+
+The template is the default one with its example turns; decoding is sampled at temperature 0.7, from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+
+from llava.conversation import default_conversation
+from llava.errors import CheckpointError
+from llava.eval.answers import Row, answer_id
+from llava.eval.files import read_rows, write_jsonl
+from llava.mm_utils import KeywordsStoppingCriteria
+from llava.placement import resolve_device
+from llava.utils import guarded
+
+TEMPERATURE = 0.7
+
+
+def load(name: str, device: torch.device) -> tuple[Any, Any]:
+    """Tokenizer and model of a directory or hub name; 16-bit weights unless on CPU."""
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=False)
+        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} is no causal language model that can be loaded ({error}).") from error
+    return tokenizer, model.to(device).eval()
+
+
+@torch.inference_mode()
+def answers(
+    tokenizer: Any, model: Any, questions: Iterable[Row], model_id: str, max_new_tokens: int, seed: int
+) -> Iterator[Row]:
+    """The published records: without `prompt`, one a question. Only new tokens are decoded (defect R17)."""
+    torch.manual_seed(seed)
+    for question in questions:
+        conversation = default_conversation.copy()
+        conversation.append_message(conversation.roles[0], question["text"])
+        conversation.append_message(conversation.roles[1], None)
+        ids = torch.tensor([tokenizer(conversation.get_prompt()).input_ids], device=model.device)  # (1, T)
+        stop = KeywordsStoppingCriteria([conversation.sep], tokenizer, ids)
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=TEMPERATURE,
+            max_new_tokens=max_new_tokens, stopping_criteria=StoppingCriteriaList([stop]),
+            pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        text = text.partition(conversation.sep)[0].strip()
+        found = answer_id(model_id, question["question_id"], question["text"], text)
+        yield {"question_id": question["question_id"], "text": text, "answer_id": found, "model_id": model_id,
+               "metadata": {}}  # fmt: skip
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-name", default="facebook/opt-350m", help="directory or hub name (default %(default)s)")
+    parser.add_argument("--question-file", type=Path, default=Path("tables/question.jsonl"))
+    parser.add_argument("--answers-file", type=Path, default=Path("answer.jsonl"))
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    questions = read_rows(args.question_file, "question_id", "text")
+    tokenizer, model = load(args.model_name, resolve_device(args.device))
+    rows = answers(tokenizer, model, questions, args.model_name, args.max_new_tokens, args.seed)
+    write_jsonl(args.answers_file, list(tqdm(rows, total=len(questions), unit="question")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Asking a server with OpenAI's API instead of a model in this process: a vLLM, SGLang or lmdeploy cluster, or ours.
+
+The server applies its own conversation template; pictures travel as they are, in data URLs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import lru_cache
+from typing import Any, Final
+
+from PIL import Image, UnidentifiedImageError
+
+from llava.data.images import open_image
+from llava.errors import ConfigError, LlavaError
+from llava.eval.endpoint import chat
+from llava.eval.local import question_seed
+from llava.eval.questions import Question
+from llava.eval.settings import Asked, RunSettings
+
+ACCEPTED: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")  # by every server that takes pictures
+
+
+def data_url(content: bytes) -> str:
+    """A picture for a message; kinds that servers may not know become PNG. `ImageError` for what is no picture."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            kind = image.get_format_mimetype()
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        kind = None
+    if kind not in ACCEPTED:
+        buffer = io.BytesIO()
+        open_image(content).save(buffer, "PNG")
+        kind, content = "image/png", buffer.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+class RemoteModel:
+    """A server as the runner sees it; `batch_size` requests are under way at a time."""
+
+    def __init__(self, url: str, model: str, *, batch_size: int = 16, timeout: float = 600.0, tries: int = 6) -> None:
+        self.url, self.model = url.rstrip("/"), model
+        self.batch_size, self.timeout, self.tries = batch_size, timeout, tries
+
+    def identity(self, settings: RunSettings) -> dict[str, Any]:
+        """The model's name; its address may change between runs."""
+        if settings.params.num_beams > 1:
+            raise ConfigError("A server cannot be asked for beam search; leave out --num_beams.")
+        if settings.follow_up is not None:
+            raise ConfigError("A server cannot continue an answer of its own; leave out --answer-prompter.")
+        return {"checkpoint": f"api:{self.model}", "template": "the server's"}
+
+    def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
+        """Yield (position, answer, error or None) as replies come."""
+        url_of = lru_cache(maxsize=64)(lambda name: data_url(settings.source.read(name)))
+
+        def one(position: int) -> Asked:
+            try:
+                return position, chat(
+                    self.url, self.body(questions[position], url_of, settings), tries=self.tries, timeout=self.timeout
+                ).strip(), None  # fmt: skip
+            except LlavaError as error:
+                return position, "", str(error)
+
+        with ThreadPoolExecutor(self.batch_size) as pool:
+            waiting = iter(order)
+            active: set[Future[Asked]] = set()
+            while True:
+                while len(active) < 2 * self.batch_size and (position := next(waiting, None)) is not None:
+                    active.add(pool.submit(one, position))
+                if not active:
+                    return
+                done, active = wait(active, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+
+    def body(self, question: Question, url_of: Any, settings: RunSettings) -> dict[str, Any]:
+        """The request of one question: its pictures, then its text; a plain text without pictures."""
+        params, text = settings.params, question.text or question.prompt
+        pictures = [{"type": "image_url", "image_url": {"url": url_of(name)}} for name in question.images]
+        content = [*pictures, {"type": "text", "text": text}] if pictures else text
+        seed = question_seed(settings, question)
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            **({} if seed is None else {"seed": seed % 2**31}),
+            **({"stop": list(params.stop)} if params.stop else {}),
+        }
