@@ -7,7 +7,6 @@ line is reported at once, by flag name; `parse_arguments` is the one way from `a
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from typing import Any, NoReturn
 import transformers
 
 from llava.errors import ConfigError
+from llava.train import reporting
 
 logger = logging.getLogger(__name__)
 SELECT_FEATURES = ("patch", "cls_patch")
 LORA_BIASES = ("none", "all", "lora_only")
-REPORTERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 class FlagProblems(ConfigError):
@@ -50,6 +49,10 @@ class ModelArguments:
     freeze_backbone: bool = _flag(False, "freeze the language model's layers; its head stays trainable")
     tune_mm_mlp_adapter: bool = _flag(False, "stage 1: train and save the projector only")
     tune_vit_pos_embedding: bool = _flag(False, "also train the tower's position embedding")
+    unfreeze_mm_vision_tower: bool = _flag(False, "also train the tower, in full or by --unfreeze_mm_vision_layers")
+    unfreeze_mm_vision_layers: int = _flag(
+        0, "of the tower, train only so many of the last layers used; 0 is all of it"
+    )
     vision_tower: str | None = _flag(None, "vision tower directory or hub name; none trains a plain language model")
     mm_vision_select_layer: int = _flag(-1, "layer of the tower whose output is used; negative counts from the end")
     mm_vision_image_size: int | None = _flag(None, "side of the tower's input in pixels; default from the tower's name")
@@ -69,12 +72,17 @@ class ModelArguments:
         needing_tower = {
             "--tune_mm_mlp_adapter": self.tune_mm_mlp_adapter,
             "--tune_vit_pos_embedding": self.tune_vit_pos_embedding,
+            "--unfreeze_mm_vision_tower": self.unfreeze_mm_vision_tower,
             "--pretrain_mm_mlp_adapter": self.pretrain_mm_mlp_adapter,
             "--mm_use_im_start_end": self.mm_use_im_start_end,
         }
         given = [name for name, value in needing_tower.items() if value]
         if self.vision_tower is None and given:
             problems.append(f"{', '.join(given)} needs --vision_tower, which is missing.")
+        if self.unfreeze_mm_vision_layers < 0:
+            problems.append(f"--unfreeze_mm_vision_layers is {self.unfreeze_mm_vision_layers}; give 0 or more layers.")
+        if self.unfreeze_mm_vision_layers and not self.unfreeze_mm_vision_tower:
+            problems.append("--unfreeze_mm_vision_layers needs --unfreeze_mm_vision_tower True, which is missing.")
         _raise(problems)
 
 
@@ -90,6 +98,9 @@ class DataArguments:
     image_aspect_ratio: str = _flag("square", "pad keeps the whole image; anything else resizes and crops")
     image_grid_pinpoints: str | None = _flag(None, "accepted for compatibility; stored, never read")
     on_bad_sample: str = _flag("error", "error stops at a bad record; skip replaces it deterministically and counts")
+    eval_data_path: str | None = _flag(None, "annotation file to validate on, at every save unless told otherwise")
+    validation_fraction: float = _flag(0.0, "instead of a file: this share of the data, drawn by --seed, is held out")
+    eval_generations: int = _flag(4, "records of the validation set that are answered at every evaluation")
 
     def __post_init__(self) -> None:
         problems = []
@@ -97,7 +108,18 @@ class DataArguments:
             problems.append(f"--on_bad_sample is {self.on_bad_sample!r}; use error or skip.")
         if self.data_path and self.meta_path:
             problems.append("--data_path and --meta_path are both given; keep one of them.")
+        if not 0 <= self.validation_fraction < 1:
+            problems.append(
+                f"--validation_fraction is {self.validation_fraction}; give a share of at least 0, below 1."
+            )
+        if self.eval_data_path and self.validation_fraction:
+            problems.append("--eval_data_path and --validation_fraction are both given; keep one of them.")
         _raise(problems)
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run has a validation set."""
+        return bool(self.eval_data_path or self.validation_fraction)
 
 
 @dataclass
@@ -122,14 +144,19 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_bias: str = _flag("none", "none, all or lora_only")
     group_by_modality_length: bool = _flag(False, "batch samples of one modality and similar length")
     report_to: list[str] | None = field(
-        default_factory=lambda: ["none"],
-        metadata={"help": "none, tensorboard, wandb; log.jsonl is always written"},
+        default_factory=lambda: ["auto"],
+        metadata={"help": "auto (tensorboard where installed), none, tensorboard, wandb; log.jsonl always"},
     )
     plot_loss: bool = _flag(True, "write loss.png at every save and at the end (needs matplotlib)")
+    global_batch_size: int | None = _flag(None, "samples of one optimizer step; sets --gradient_accumulation_steps")
+    deterministic: bool = _flag(False, "equal runs on equal machines to the last bit, at some cost in speed")
+    step_timeout: float = _flag(
+        1800.0, "seconds without a step after which stacks are written and the run ends; 0 never"
+    )
 
     def __post_init__(self) -> None:
         _raise(self._problems())
-        self.report_to = _usable_reporters(self.report_to)
+        self.report_to = reporting.usable(self.report_to)
         if self.gradient_checkpointing:  # reentrant as published, and as ZeRO-3 needs it
             given: dict[str, Any] | None = getattr(self, "gradient_checkpointing_kwargs", None)
             self.gradient_checkpointing_kwargs = given or {"use_reentrant": True}
@@ -141,6 +168,20 @@ class TrainingArguments(transformers.TrainingArguments):
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise FlagProblems([f"transformers refuses these flags: {error}"]) from error
+        if self.global_batch_size:
+            self._accumulate(self.global_batch_size)
+
+    def _accumulate(self, global_batch: int) -> None:
+        """Accumulation steps from the global batch, which the processes must be able to share in equal parts."""
+        at_once = self.train_batch_size * self.world_size
+        if global_batch % at_once:
+            raise FlagProblems(
+                [
+                    f"--global_batch_size {global_batch} is not a multiple of {at_once}, which {self.world_size} "
+                    f"processes take with --per_device_train_batch_size {self.per_device_train_batch_size}."
+                ]
+            )
+        self.gradient_accumulation_steps = global_batch // at_once
 
     def _problems(self) -> list[str]:
         problems = []
@@ -166,8 +207,10 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.remove_unused_columns:
             problems.append("--remove_unused_columns True would drop the images; leave it out.")
-        if str(getattr(self.evaluation_strategy, "value", self.evaluation_strategy)) != "no" or self.do_eval:
-            problems.append("--evaluation_strategy needs a validation set, which this version does not take; use no.")
+        if self.load_best_model_at_end:
+            problems.append("--load_best_model_at_end is not supported; trainer_state.json names the best checkpoint.")
+        if self.step_timeout < 0:
+            problems.append(f"--step_timeout is {self.step_timeout}; give seconds, or 0 to wait forever.")
         if self.label_smoothing_factor:
             problems.append("--label_smoothing_factor needs logits at all positions, which training does not compute.")
         if self.fsdp:
@@ -185,25 +228,6 @@ def _number_problems(args: TrainingArguments) -> list[str]:
     if args.num_train_epochs <= 0 and args.max_steps <= 0:
         problems.append("--num_train_epochs and --max_steps are both not positive; nothing would be trained.")
     return problems
-
-
-def _usable_reporters(names: Sequence[str] | str | None) -> list[str]:
-    """Keep the reporters whose package is here; losing a dashboard must not lose a run (LOG-1)."""
-    wanted = [names] if isinstance(names, str) else list(names or ["none"])
-    if wanted == ["all"]:
-        wanted = list(REPORTERS)
-    usable = []
-    for name in wanted:
-        package = REPORTERS.get(name, name)
-        if name == "none":
-            continue
-        if importlib.util.find_spec(package) is None:
-            logger.warning(
-                "--report_to %s: the package %s is not installed; log.jsonl is written anyway.", name, package
-            )
-        else:
-            usable.append(name)
-    return usable or ["none"]
 
 
 class _Parser(transformers.HfArgumentParser):
@@ -227,6 +251,11 @@ def together(model: ModelArguments, data: DataArguments, training: TrainingArgum
         problems.append("--lora_enable needs --vision_tower, which is missing.")
     if training.lora_enable and model.tune_vit_pos_embedding:
         problems.append("--tune_vit_pos_embedding cannot be saved with --lora_enable; drop one of them.")
+    if model.unfreeze_mm_vision_tower and (training.lora_enable or model.tune_mm_mlp_adapter):
+        other = "--lora_enable" if training.lora_enable else "--tune_mm_mlp_adapter"
+        problems.append(f"--unfreeze_mm_vision_tower cannot be saved with {other}; drop one of them.")
+    if training.do_eval and not data.validates:
+        problems.append("--evaluation_strategy needs --eval_data_path or --validation_fraction, which are missing.")
     if not data.data_path and not data.meta_path:
         problems.append("--data_path is missing: give the annotation file (or --meta_path, a mixture).")
     return problems

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
-from transformers.trainer_utils import seed_worker
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.dataset import start_worker
 from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
@@ -28,7 +28,7 @@ from llava.data.sampler import (
 )
 from llava.errors import CheckpointError, TrainingError
 from llava.model.checkpoint import PROJECTOR_FILE, load_bin
-from llava.train import adapters, checkpointing, weights, zero
+from llava.train import adapters, checkpointing, pace, validation, weights, zero
 
 __all__ = [
     "LLaVATrainer",
@@ -39,7 +39,6 @@ __all__ = [
 ]
 logger = logging.getLogger(__name__)
 EPOCH_STRIDE = 1_000_003
-COUNTS = ("tokens", "supervised_tokens", "samples", "unsupervised_batches")
 Saves = Literal["full", "projector", "lora"]
 
 
@@ -88,6 +87,8 @@ class LLaVATrainer(transformers.Trainer):
         self._counts: torch.Tensor | None = None
         self._grad_norm: float | None = None
         self._engine: Any = None
+        self._pace: pace.Pace | None = None
+        self._begun: tuple[int, float] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_EpochOrder(self))
 
@@ -124,7 +125,7 @@ class LLaVATrainer(transformers.Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
-            worker_init_fn=seed_worker,
+            worker_init_fn=start_worker,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
@@ -145,7 +146,9 @@ class LLaVATrainer(transformers.Trainer):
         """Indices in the data set of the batch now being trained on by this rank, dealt again to find them."""
         self._seed_order()
         batches: Any = self.callback_handler.train_dataloader.batch_sampler
-        return next((batch for index, batch in enumerate(batches) if index == self._batch - 1), [])
+        dealt = next((batch for index, batch in enumerate(batches) if index == self._batch - 1), [])
+        original = getattr(self.train_dataset, "original", int)  # of a part of the data, the places in the whole
+        return [original(index) for index in dealt]
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -157,9 +160,10 @@ class LLaVATrainer(transformers.Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         """The model's loss; raises `TrainingError` before the backward pass if it is not finite."""
-        self._count(inputs)
+        if model.training:
+            self._count(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if not bool(torch.isfinite(loss)):
+        if model.training and not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"The loss is {loss.detach().item()} at step {self.state.global_step + 1}, "
                 f"rank {self.args.process_index}, samples {self.current_samples()} of the data set; "
@@ -198,10 +202,13 @@ class LLaVATrainer(transformers.Trainer):
         mask = inputs.get("attention_mask")
         supervised = (labels[:, 1:] != IGNORE_INDEX).sum()
         tokens = ids.new_tensor(ids.numel()) if mask is None else mask.sum()
+        images = tokens.new_tensor(len(inputs.get("images", ())))
         tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
         if tower is not None:
             tokens = tokens + (ids == IMAGE_TOKEN_INDEX).sum() * (tower.num_features - 1)
-        counts = torch.stack([tokens, supervised, tokens.new_tensor(len(ids)), (supervised == 0).long()]).double()
+        counts = torch.stack(
+            [tokens, supervised, tokens.new_tensor(len(ids)), (supervised == 0).long(), images]
+        ).double()
         self._counts = counts if self._counts is None else self._counts + counts
         self._batch += 1
 
@@ -210,16 +217,28 @@ class LLaVATrainer(transformers.Trainer):
         if "loss" in logs and self._counts is not None and self._clock is not None:
             seconds = time.perf_counter() - self._clock
             total = self._nested_gather(self._counts.unsqueeze(0)).sum(0).tolist()
-            tokens, supervised, samples, unsupervised = total
+            tokens, supervised, samples, unsupervised, images = total
             logs["supervised_tokens"] = int(supervised)
             if unsupervised:
                 logs["unsupervised_batches"] = int(unsupervised)
             if self._grad_norm is not None:
                 logs["grad_norm"] = round(self._grad_norm, 4)
-            logs["tokens_per_second"] = round(tokens / seconds, 1)
-            logs["samples_per_second"] = round(samples / seconds, 3)
+            counted = {"tokens": tokens, "samples": samples, "supervised": supervised, "images": images}
+            logs.update(self._speed(seconds, counted))
             self._counts, self._clock = None, time.perf_counter()
         super().log(logs)
+
+    def _speed(self, seconds: float, counted: dict[str, float]) -> dict[str, Any]:
+        """Tokens and samples a second, MFU on known devices, and the time left at the pace since the start."""
+        self._pace = self._pace or pace.pace_of(self.model, self.args)
+        step, now = self.state.global_step, time.perf_counter()
+        begun, since = self._begun or (step, now)
+        self._begun = (begun, since)
+        speed: dict[str, Any] = self._pace.line(seconds=seconds, **counted)
+        if step > begun:
+            left = (now - since) / (step - begun) * (self.state.max_steps - step)
+            speed["time_left"] = pace.hours_and_minutes(left)
+        return speed
 
     # --- saving and resuming ------------------------------------------------------------------------------------
 
@@ -275,6 +294,7 @@ class LLaVATrainer(transformers.Trainer):
             self._save_optimizer_and_scheduler(str(staging))
             self._save_rng_state(str(staging))
         self.accelerator.wait_for_everyone()
+        validation.note_best(self.state, metrics, final)
         if self.args.should_save:
             self.state.save_to_json(str(staging / checkpointing.STATE_FILE))
             weights.verify(staging, self.expected_shapes())

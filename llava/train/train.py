@@ -9,6 +9,7 @@ Started again with the same command, a stopped run goes on from its newest compl
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,9 +27,10 @@ from llava.data.dataset import LazySupervisedDataset, make_supervised_data_modul
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError
-from llava.train import adapters, assemble, checkpointing, trainable, zero
+from llava.train import adapters, assemble, checkpointing, reporting, trainable, validation, zero
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.record import RunFiles, RunRecord, plain
+from llava.train.watch import DataWatch, Watchdog
 from llava.utils import guarded
 
 __all__ = [
@@ -49,6 +51,10 @@ BYTES_OF_ADAM = 8
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> tuple[Any, Any, str]:
     """Model and tokenizer as the first step finds them, and the name of the template (spec/train.md §8, 2 to 9)."""
+    if args.deterministic:
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     set_seed(args.seed)  # every rank draws the same projector
     template = assemble.template_name(model_args.version)
     model: Any = assemble.load_base(model_args, args)
@@ -119,6 +125,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     model, tokenizer, template = prepare(model_args, data_args, args)
     make_data = make_mixture_module if data_args.meta_path else make_supervised_data_module
     data = make_data(tokenizer, data_args, get_template(template))
+    validation.add(data, tokenizer, data_args, args, get_template(template))
     if args.deepspeed:
         zero.settle(args.hf_deepspeed_config.config, model.config.hidden_size)
     trainer = LLaVATrainer(
@@ -126,16 +133,19 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         tokenizer=tokenizer,
         args=args,
         saves="projector" if model_args.tune_mm_mlp_adapter else "lora" if args.lora_enable else "full",
-        callbacks=[RunFiles(Path(args.output_dir), plot=args.plot_loss)],
+        callbacks=[RunFiles(Path(args.output_dir), plot=args.plot_loss), DataWatch(data["train_dataset"].check)],
         **data,
     )
+    reporting.guard(trainer, args.report_to)
+    if trainer.eval_dataset is not None and data_args.eval_generations:
+        trainer.add_callback(validation.Answers(trainer, data_args.eval_generations))
     _check_saving(model, tokenizer, model_args, args)
     checkpoint = checkpointing.resume_from(Path(args.output_dir), args.resume_from_checkpoint)
     if checkpoint:
         logger.info("Going on from %s.", checkpoint)
     groups = {"model": model_args, "data": data_args, "training": args}
     record = _start_record(trainer, groups, template=template, resumed_from=checkpoint and str(checkpoint))
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result = watched(trainer, checkpoint)
     finish(trainer, assemble.compute_dtype(args))
     if args.should_save:
         record.write(
@@ -145,6 +155,17 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
             data=trainer.train_dataset.report(),
         )
     return trainer
+
+
+def watched(trainer: LLaVATrainer, checkpoint: Path | None) -> Any:
+    """Train, with an eye on steps that do not end."""
+    dog = Watchdog(trainer.args.step_timeout, trainer.args.process_index)
+    if trainer.args.step_timeout:
+        trainer.add_callback(dog)
+    try:
+        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        dog.stop()
 
 
 def finish(trainer: LLaVATrainer, dtype: torch.dtype) -> None:

@@ -8,13 +8,14 @@ import torch
 
 from llava.arguments import ModelArguments, TrainingArguments
 from llava.errors import ConfigError, TrainingError
+from llava.model.checkpoint import layer_index
 from llava.model.zero import is_partitioned
 from llava.train import adapters
 from llava.train.zero import full_shape
 
 
 def set_trainable(model: Any, model_args: ModelArguments, training_args: TrainingArguments) -> None:
-    """Set `requires_grad` by the table of §8.2; of the tower, only the positions can be asked to learn."""
+    """Set `requires_grad` by the table of §8.2; of the tower, what was asked for learns: positions, layers or all."""
     core = model.get_model()
     adapted = training_args.lora_enable
     model.requires_grad_(not (model_args.tune_mm_mlp_adapter or training_args.freeze_llm or adapted))
@@ -30,11 +31,25 @@ def set_trainable(model: Any, model_args: ModelArguments, training_args: Trainin
         return
     core.mm_projector.requires_grad_(not training_args.freeze_mm_mlp_adapter)
     tower.requires_grad_(False)
+    if model_args.unfreeze_mm_vision_tower:
+        unfreeze_tower(tower, model_args.unfreeze_mm_vision_layers)
     if model_args.tune_vit_pos_embedding:
         table = getattr(tower.vision_tower.embeddings, "position_embedding", None)
         if not isinstance(table, torch.nn.Parameter):
             raise ConfigError(f"--tune_vit_pos_embedding needs an InternViT tower; {model_args.vision_tower} is none.")
         table.requires_grad_(True)
+
+
+def unfreeze_tower(tower: Any, last: int) -> None:
+    """Let the tower learn: all of it, or the `last` layers of those whose features are used."""
+    if not last:
+        tower.vision_tower.requires_grad_(True)
+        return
+    if tower.spec.layers is None or last > tower.depth:
+        raise ConfigError(f"--unfreeze_mm_vision_layers {last}: {tower.name} has {tower.depth} layers that are used.")
+    for name, parameter in tower.vision_tower.named_parameters():
+        index = layer_index(name, tower.spec.layers)
+        parameter.requires_grad_(index is not None and index >= tower.depth - last)
 
 
 def set_precision(model: torch.nn.Module, compute_dtype: torch.dtype, *, engine: bool, packed: bool = False) -> None:

@@ -67,6 +67,7 @@ def flags(dirs: Mapping[str, Path], data: Path, output_dir: Path, stage: int, **
         "use_cpu": True,
         "disable_tqdm": True,
         "plot_loss": False,
+        "report_to": "none",
     }
     if stage == 1:
         values |= {"version": "plain", "tune_mm_mlp_adapter": True, "data_path": data / "pretrain.json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,6 +27,8 @@ MODEL = {
     "mm_vision_select_feature": "patch",
     "mm_vision_image_size": None,
     "attn_implementation": "auto",
+    "unfreeze_mm_vision_tower": False,
+    "unfreeze_mm_vision_layers": 0,
 }
 DATA = {
     "data_path": None,
@@ -36,6 +39,9 @@ DATA = {
     "image_aspect_ratio": "square",
     "image_grid_pinpoints": None,
     "on_bad_sample": "error",
+    "eval_data_path": None,
+    "validation_fraction": 0.0,
+    "eval_generations": 4,
 }
 TRAINING = {
     "cache_dir": None,
@@ -56,6 +62,9 @@ TRAINING = {
     "lora_bias": "none",
     "group_by_modality_length": False,
     "plot_loss": True,
+    "global_batch_size": None,
+    "deterministic": False,
+    "step_timeout": 1800.0,
 }
 
 
@@ -70,7 +79,7 @@ def test_the_published_flags_and_defaults_are_frozen(tmp_path: Path) -> None:
     inherited = {f.name for f in fields(transformers.TrainingArguments)}
     assert {f.name for f in fields(TrainingArguments)} - inherited == set(TRAINING) - {"optim", "remove_unused_columns"}
     assert {name: getattr(training, name) for name in TRAINING} == TRAINING
-    assert training.report_to == []
+    assert training.report_to == (["tensorboard"] if importlib.util.find_spec("tensorboard") else [])
 
 
 def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
@@ -108,7 +117,13 @@ def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
         (["--freeze_llm", "True"], ["--freeze_llm", "--vision_tower"]),
         (["--pretrain_mm_mlp_adapter", "x.bin"], ["--pretrain_mm_mlp_adapter", "--vision_tower"]),
         (["--deepspeed", "scripts/zero2.json"], ["--use_cpu", "--deepspeed"]),
-        (["--evaluation_strategy", "steps"], ["--evaluation_strategy"]),
+        (["--evaluation_strategy", "steps"], ["--eval_data_path"]),
+        (["--eval_data_path", "x.json", "--validation_fraction", "0.1"], ["--eval_data_path", "--validation_fraction"]),
+        (["--validation_fraction", "1"], ["--validation_fraction"]),
+        (["--unfreeze_mm_vision_layers", "2"], ["--unfreeze_mm_vision_tower"]),
+        (["--unfreeze_mm_vision_tower", "True"], ["--vision_tower"]),
+        (["--global_batch_size", "9"], ["--global_batch_size"]),
+        (["--step_timeout", "-1"], ["--step_timeout"]),
         (["--remove_unused_columns", "True"], ["--remove_unused_columns"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
         (["--meta_path", "mix.json"], ["--data_path", "--meta_path"]),
@@ -136,7 +151,7 @@ def test_a_reporter_that_is_not_installed_costs_a_warning_only(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     training = parse_arguments(given(tmp_path, "--report_to", "wandb"))[2]
-    assert training.report_to == []
+    assert training.report_to == (["tensorboard"] if importlib.util.find_spec("tensorboard") else [])
     assert "wandb is not installed" in caplog.text
 
 

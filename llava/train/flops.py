@@ -1,0 +1,139 @@
+"""Arithmetic of a training step: multiplications and additions by part, and the peak of known devices.
+
+Model FLOPs are counted as usual (arXiv:2204.02311, appendix B): two a weight and token forward, twice that backward
+where gradients are needed, attention at half its square because it is causal; what checkpointing computes again does
+not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+# Dense 16-bit peak in FLOP/s without sparsity, by a part of the device's name; from the makers' data sheets.
+PEAKS: Final = {
+    "A100": 312e12,
+    "A800": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "A6000": 155e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "T4": 65e12,
+}
+
+
+def device_peak(name: str) -> float | None:
+    """Peak of the device of this name, or None for one that is not in the table."""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of tower, projector and language model, as far as compute and memory need them.
+
+    `tower_layers` are those that run; `tower_positions` of one image include the class token, `image_tokens` are what
+    the language model sees of it.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    tower_hidden: int = 0
+    tower_intermediate: int = 0
+    tower_layers: int = 0
+    tower_positions: int = 0
+    image_tokens: int = 0
+    projector_layers: int = 2
+
+    @property
+    def key_value(self) -> int:
+        return self.hidden // self.heads * self.key_value_heads
+
+    @property
+    def layer_weights(self) -> int:
+        return 2 * self.hidden * (self.hidden + self.key_value) + 3 * self.hidden * self.intermediate
+
+    @property
+    def language_weights(self) -> int:
+        """Parameters of the language model, embedding, head and norms included."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.layers * self.layer_weights + 2 * self.vocabulary * self.hidden + norms
+
+    @property
+    def projector_weights(self) -> int:
+        if not self.tower_hidden:
+            return 0
+        first = self.tower_hidden * self.hidden + self.hidden
+        return first + (self.projector_layers - 1) * (self.hidden * self.hidden + self.hidden)
+
+    @property
+    def tower_weights(self) -> int:
+        layer = 4 * self.tower_hidden**2 + 2 * self.tower_hidden * self.tower_intermediate
+        return self.tower_layers * layer + self.tower_hidden * (self.tower_positions + 3 * 14 * 14)
+
+
+def shape_of(config: Any, tower: Any = None) -> Shape:
+    """The shape of a chat model from its configuration and its `VisionTower`."""
+    language = {
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "vocabulary": config.vocab_size,
+    }
+    if tower is None:
+        return Shape(**language)
+    vision = tower.spec.vision(tower.config)
+    kind = str(getattr(config, "mm_projector_type", "linear"))
+    return Shape(
+        **language,
+        tower_hidden=tower.image_hidden_size,
+        tower_intermediate=vision.intermediate_size,
+        tower_layers=tower.depth,
+        tower_positions=tower.num_patches + 1,
+        image_tokens=tower.num_features,
+        projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3].isdigit() else 1,
+    )
+
+
+@dataclass(frozen=True)
+class Learns:
+    """Which parts get gradients; `adapters` counts the weights of LoRA, which learn in place of the language model."""
+
+    language: bool = True
+    projector: bool = True
+    tower: bool = False
+    adapters: int = 0
+
+
+def step_flops(
+    shape: Shape, learns: Learns, *, tokens: float, length: float, images: float, supervised: float
+) -> float:
+    """Model FLOPs of a forward and backward pass over `tokens` positions (images expanded) in rows of `length`.
+
+    `supervised` positions are projected to the vocabulary.
+    """
+    layer = 2 * shape.layer_weights + 2 * shape.hidden * length  # a token
+    language = shape.layers * layer * tokens + 2 * shape.vocabulary * shape.hidden * supervised
+    language *= 3 if learns.language and not learns.adapters else 2
+    language += 6 * learns.adapters * tokens
+    positions = shape.tower_positions
+    block = 2 * (4 * shape.tower_hidden**2 + 2 * shape.tower_hidden * shape.tower_intermediate)
+    tower = images * positions * shape.tower_layers * (block + 4 * shape.tower_hidden * positions)
+    projector = 2 * shape.projector_weights * images * shape.image_tokens
+    return language + tower * (3 if learns.tower else 1) + projector * 3
