@@ -23,6 +23,7 @@ class Command(NamedTuple):
 COMMANDS: Final = {
     "train": Command("llava.train.train", "train a projector (stage 1) or the whole model (stage 2)"),
     "eval": Command("llava.eval.main", "answer a benchmark's questions and score the answers"),
+    "report": Command("llava.eval.report", "compare evaluated models with the published scores, and with each other"),
     "serve": Command("llava.serve.main", "serve models: web page, OpenAI-compatible API, workers"),
     "chat": Command("llava.serve.cli", "talk with a model about an image, in the terminal"),
     "check": Command("llava.check", "say what a directory of weights or an annotation file is, and if it is whole"),

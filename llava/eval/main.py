@@ -133,7 +133,7 @@ def finish(args: argparse.Namespace, task: Task, questions: Sequence[Question], 
         say(f"error: {task.name}: {error}")
         return 2
     root = None if task.data_root is None else str(task.data_root)
-    facts = {"limit": args.limit, "headline": task.headline(result), "data_root": root}
+    facts = {"questions": len(questions), "limit": args.limit, "headline": task.headline(result), "data_root": root}
     write_json(answers.parent / "score.json", {"model_id": name, **facts, **result}, indent=2)
     subset = f", {len(questions)} questions spread evenly over it" if args.limit else ""
     print(f"{task.name}, {task.split} split{subset}\n{task.table(result)}")

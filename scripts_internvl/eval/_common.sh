@@ -2,10 +2,13 @@
 # What the benchmarks of this folder share; each sources it from the project's root, then calls in turn:
 #
 #   need FILE...                             stop before the model is loaded when one is missing
-#   answer RUNNER QUESTIONS IMAGES ANSWERS FLAG...        one process; goes on where it was interrupted
-#   answer_sharded RUNNER QUESTIONS IMAGES FOLDER FLAG... one process for each GPU of CUDA_VISIBLE_DEVICES, default one;
-#                                            FOLDER/merge.jsonl has all answers in question order
+#   answer RUNNER QUESTIONS IMAGES ANSWERS FLAG...        into one file, questions in order
+#   answer_sharded RUNNER QUESTIONS IMAGES FOLDER FLAG... into FOLDER/merge.jsonl
+#   need_judge                               stop when neither a key nor a server is named
 #   step WORD...                             a scorer or converter
+#
+# Several GPUs in CUDA_VISIBLE_DEVICES make one process each, otherwise there is one; parts are joined when all are
+# whole. What was interrupted goes on where it stopped, also with another number of GPUs.
 #
 # The first argument of a benchmark is the checkpoint, the others go to the runner (--device cpu, --model-base …).
 # Environment: EVAL_DATA (folder of the benchmarks), CONV_MODE, PYTHON. LLAVA_DRY_RUN=1 prints the commands only.
@@ -23,43 +26,71 @@ CONV_MODE=${CONV_MODE:-vicuna_v1}
 need() {
     [ -z "${LLAVA_DRY_RUN:-}" ] || return 0
     for file in "$@"; do
-        [ -e "$file" ] || fail "$file is missing; docs/Evaluation.md says where it comes from."
+        [ -e "$file" ] || fail "$file is missing; docs/Evaluation.md and llava eval prepare say where it comes from."
     done
 }
 
+need_judge() {
+    [ -n "${OPENAI_API_KEY:-}${OPENAI_BASE_URL:-}${LLAVA_DRY_RUN:-}" ] ||
+        fail "no judge: set OPENAI_API_KEY, or OPENAI_BASE_URL for another server."
+}
+
 step() {
-    print_command "$@"
+    printf '%s\n' "$(print_command "$@")" # in one piece, for processes side by side
     [ -n "${LLAVA_DRY_RUN:-}" ] || "$@"
 }
 
+# The list of GPUs as words; - for no list.
+gpu_list() {
+    list=$(echo "${CUDA_VISIBLE_DEVICES:-}" | tr ',' ' ')
+    echo "${list:--}"
+}
+
 answer() {
-    runner=$1 questions=$2 images=$3 answers=$4
+    answers=$4
+    # shellcheck disable=SC2046 # one word for each GPU
+    if [ "$(printf '%s\n' $(gpu_list) | wc -l)" -eq 1 ]; then
+        ask "$@"
+        return
+    fi
+    target=$answers
+    runner=$1 questions=$2 images=$3
+    shift 4
+    in_parts "$runner" "$questions" "$images" "${target%.jsonl}.shards" "$@"
+}
+
+answer_sharded() {
+    target=$4/merge.jsonl
+    in_parts "$@"
+}
+
+ask() {
+    runner=$1 questions=$2 images=$3 file=$4
     shift 4
     step "$PYTHON" -m "llava.eval.$runner" \
         --model-path "$CHECKPOINT" \
         --question-file "$questions" \
         --image-folder "$images" \
-        --answers-file "$answers" \
+        --answers-file "$file" \
         --temperature 0 \
         --conv-mode "$CONV_MODE" \
         "$@"
 }
 
-answer_sharded() {
+in_parts() {
     runner=$1 questions=$2 images=$3 folder=$4
     shift 4
-    list=$(echo "${CUDA_VISIBLE_DEVICES:-}" | tr ',' ' ')
-    [ -n "$list" ] || list=-
+    list=$(gpu_list)
     # shellcheck disable=SC2086 # one word for each GPU
     count=$(printf '%s\n' $list | wc -l | tr -d ' ')
-    index=0 pids='' parts=''
+    index=0 pids=''
     for gpu in $list; do
-        part=$folder/${count}_$index.jsonl
         (
             [ "$gpu" = - ] || export CUDA_VISIBLE_DEVICES="$gpu"
-            answer "$runner" "$questions" "$images" "$part" --num-chunks "$count" --chunk-idx "$index" "$@"
+            ask "$runner" "$questions" "$images" "$folder/${count}_$index.jsonl" \
+                --num-chunks "$count" --chunk-idx "$index" "$@"
         ) &
-        pids="$pids $!" parts="$parts $index"
+        pids="$pids $!"
         index=$((index + 1))
     done
     failed=''
@@ -69,14 +100,5 @@ answer_sharded() {
         index=$((index + 1))
     done
     [ -z "$failed" ] || fail "shard(s)$failed of $count failed (see above); run the same command again, it goes on there."
-    merge
-}
-
-# Joins the shards in question order, once all their lines are there.
-merge() {
-    [ -z "${LLAVA_DRY_RUN:-}" ] || return 0
-    for index in $parts; do cat "$folder/${count}_$index.jsonl"; done >"$folder/merge.tmp"
-    wanted=$(grep -c '[^[:space:]]' "$questions") found=$(wc -l <"$folder/merge.tmp" | tr -d ' ')
-    [ "$wanted" -eq "$found" ] || fail "$folder has $found answers to $wanted questions; run the same command again."
-    mv "$folder/merge.tmp" "$folder/merge.jsonl"
+    step "$PYTHON" -m llava.eval.merge --answers-dir "$folder" --num-chunks "$count" --output "$target"
 }

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 
 D=$EVAL_DATA/llava-bench-in-the-wild
 need "$D/questions.jsonl" "$D/images" "$D/context.jsonl" "$D/answers_gpt4.jsonl"
-[ -n "${OPENAI_API_KEY:-}${OPENAI_BASE_URL:-}${LLAVA_DRY_RUN:-}" ] || fail "no judge: set OPENAI_API_KEY, or OPENAI_BASE_URL for another server."
+need_judge
 answer model_vqa "$D/questions.jsonl" "$D/images" "$D/answers/$NAME.jsonl" "$@"
 step "$PYTHON" llava/eval/eval_gpt_review_bench.py \
     --question "$D/questions.jsonl" \
