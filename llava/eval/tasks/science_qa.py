@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from llava.eval.answers import Row
 from llava.eval.questions import Question, read_science_questions
 from llava.eval.scorers import science_qa
-from llava.eval.tasks.files import FileTask, Layout
+from llava.eval.tasks.files import EVAL_ZIP, FileTask, Layout
 
 SOURCE = "https://github.com/lupantech/ScienceQA, data/scienceqa"
 
@@ -22,7 +22,7 @@ class ScienceQA(FileTask):
         "test": Layout(
             "llava_test_CQM-A.json", "images/test", 4241, SOURCE,
             dict.fromkeys(("pid_splits.json", "problems.json"), SOURCE),
-            "eval.zip, or: python scripts/convert_sqa_to_llava.py convert_to_questions (docs/Evaluation.md)",
+            f"{EVAL_ZIP}; or build it: python scripts/convert_sqa_to_llava.py convert_to_questions",
         )
     }  # fmt: skip
     splits = tuple(layouts)

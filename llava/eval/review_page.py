@@ -1,0 +1,96 @@
+"""The page of `generate_webpage_data_from_table`: one file, nothing fetched; `__DATA__` stands for the reviews."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_STYLE: Final = """
+:root { --ink: #37352f; --soft: #787774; --line: #e3e2e0; --win: #448361; --lose: #b9b8b4; --tie: #9065b0; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1080px; padding: 28px 20px 60px; color: var(--ink); background: #fbfbfa;
+       font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+nav { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin-bottom: 18px; }
+nav select { flex: 1 1 160px; min-width: 0; }
+select, button { font: inherit; padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px;
+                 background: #fff; }
+button { cursor: pointer; } button:disabled { color: var(--lose); cursor: default; }
+.card { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px 18px; margin-bottom: 14px; }
+.card > h3 { display: flex; justify-content: space-between; gap: 12px; margin: 0 0 8px; font-size: 16px; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
+@media (max-width: 720px) { .pair { grid-template-columns: 1fr; gap: 0; } }
+.score { font-weight: 600; white-space: nowrap; color: var(--soft); }
+.win { border-top: 4px solid var(--win); } .win .score { color: var(--win); }
+.lose { border-top: 4px solid var(--lose); }
+.tie { border-top: 4px solid var(--tie); } .tie .score { color: var(--tie); }
+.text { overflow-wrap: anywhere; } .text p { margin: 0 0 8px; } .text pre { white-space: pre-wrap; background: #f1f1ef;
+        padding: 10px; border-radius: 6px; } .text h4 { margin: 10px 0 6px; }
+.text.short { max-height: 200px; overflow: hidden; mask-image: linear-gradient(#000 70%, transparent); }
+.more { border: none; background: none; color: #0b6e99; padding: 4px 0 0; }
+"""
+
+_BODY: Final = """
+<nav>
+  <select id="category" aria-label="Category"></select>
+  <select id="question" aria-label="Question"></select>
+  <select id="opponent" aria-label="Model"></select>
+  <button id="previous">Previous</button><button id="next">Next</button>
+</nav>
+<div class="card"><h3>Question</h3><div class="text" id="asked"></div></div>
+<div class="pair"><div class="card" id="left"></div><div class="card" id="right"></div></div>
+<div class="card"><h3>What the judge wrote</h3><div class="text" id="review"></div></div>
+"""
+
+_SCRIPT: Final = """
+const data = JSON.parse(document.getElementById("data").textContent), at = (id) => document.getElementById(id);
+const opponents = data.models.filter((name) => name !== data.baseline);
+const fill = (list, pairs) => list.replaceChildren(...pairs.map(([value, text]) => new Option(text, value)));
+const plain = (html) => { const box = document.createElement("template"); box.innerHTML = html;
+  return box.content.textContent; };
+const inCategory = () => data.questions.filter((row) => !at("category").value || row.category === at("category").value);
+function collapse(text) {
+  text.parentElement.querySelector(".more")?.remove();
+  text.classList.remove("short");
+  if (text.scrollHeight <= 220) return;
+  text.classList.add("short");
+  const more = Object.assign(document.createElement("button"), { className: "more", textContent: "Show all" });
+  more.onclick = () => { text.classList.remove("short"); more.remove(); };
+  text.after(more);
+}
+function card(box, name, html, mine, theirs) {
+  const known = mine >= 0 && theirs >= 0, mark = mine > theirs ? " \\u{1F3C6}" : "";
+  box.className = "card " + (!known ? "" : mine > theirs ? "win" : mine < theirs ? "lose" : "tie");
+  const title = document.createElement("h3"), label = document.createElement("span"), score = label.cloneNode();
+  label.textContent = name; score.className = "score"; score.textContent = known ? `${mine} / 10${mark}` : "no score";
+  const text = Object.assign(document.createElement("div"), { className: "text", innerHTML: html });
+  title.append(label, score); box.replaceChildren(title, text); collapse(text);
+}
+function show() {
+  const row = data.questions.find((each) => each.id === Number(at("question").value)), name = at("opponent").value;
+  const [first, second] = row.scores[name] ?? [-1, -1], order = inCategory().map((each) => each.id);
+  at("asked").innerHTML = row.question; at("review").innerHTML = row.evaluations[name]; collapse(at("review"));
+  card(at("left"), name, row.answers[name], second, first);
+  card(at("right"), data.baseline, row.answers[data.baseline], first, second);
+  at("previous").disabled = row.id === order[0]; at("next").disabled = row.id === order.at(-1);
+}
+function list() {
+  fill(at("question"), inCategory().map((row) => [row.id, `${row.id}. ${plain(row.question).slice(0, 80)}`])); show();
+}
+function step(by) {
+  const order = inCategory().map((row) => row.id);
+  at("question").value = order[order.indexOf(Number(at("question").value)) + by]; show();
+}
+const categories = [...new Set(data.questions.map((row) => row.category))];
+fill(at("category"), [["", "All categories"], ...categories.map((name) => [name, name])]);
+fill(at("opponent"), opponents.map((name) => [name, `${name} and ${data.baseline}`]));
+at("category").onchange = list; at("question").onchange = show; at("opponent").onchange = show;
+at("previous").onclick = () => step(-1); at("next").onclick = () => step(1);
+list();
+"""
+
+PAGE: Final = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width"><title>Reviews</title>'
+    f"<style>{_STYLE}</style></head><body>{_BODY}"
+    '<script type="application/json" id="data">__DATA__</script>'
+    f"<script>{_SCRIPT}</script></body></html>\n"
+)
