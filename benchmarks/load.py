@@ -1,4 +1,4 @@
-"""Loading a checkpoint in 16 bit until each weight was read: time and peak memory, against `from_pretrained`."""
+"""Loading a checkpoint until each weight was read: time and peak memory, in 16 bit (and `from_pretrained`) or in 4."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def touch(parts: Any) -> None:
             parameter.detach().view(-1)[::1024].sum()
 
 
-def run(chat: str, reference: bool) -> dict[str, float]:
+def run(chat: str, reference: bool = False, four_bits: bool = False) -> dict[str, float]:
     before = resident_mib()
     start = time.perf_counter()
-    loaded = plain(Path(chat)) if reference else load_pretrained_model(chat, device="cpu", dtype="float16")
+    how = {"device": "cpu", "dtype": "float16", "load_4bit": four_bits}
+    loaded = plain(Path(chat)) if reference else load_pretrained_model(chat, **how)
     touch(loaded)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak_mib": peak_mib(), "load_mib": peak_mib() - before}

@@ -50,11 +50,24 @@ def load(root: Path, quick: bool) -> list[Row]:
     size = Size(tower_width=128, tower_layers=4, width=128, layers=2) if quick else Size(1024, 24, 1536, 10)
     chat = make_checkpoint(root, size, torch.float16)
     theirs, ours = pair("benchmarks.load", chat)
-    weights = sum(file.stat().st_size for file in root.glob("*/model*.safetensors")) / 2**20
-    return [
+    weights = stored_mib(root)
+    rows = [
         row(f"load {weights:.0f} MiB in 16 bit, time", theirs["seconds"], ours["seconds"], "s"),
         row(f"load {weights:.0f} MiB in 16 bit, memory", theirs["load_mib"], ours["load_mib"], "MiB"),
+        row("the same memory against the weights' size", weights, ours["load_mib"], "MiB"),
     ]
+    size = Size(tower_width=128, tower_layers=4, width=128, layers=2) if quick else Size(256, 12, 2048, 14)
+    chat = make_checkpoint(root / "mostly language", size, torch.float16)
+    packed = measure("benchmarks.load", chat=str(chat), four_bits=True)
+    weights = stored_mib(root / "mostly language")
+    return [
+        *rows,
+        row(f"load {weights:.0f} MiB in 4 bit, memory against their size", weights, packed["load_mib"], "MiB"),
+    ]
+
+
+def stored_mib(root: Path) -> float:
+    return sum(file.stat().st_size for file in root.glob("*/model*.safetensors")) / 2**20
 
 
 def questions(root: Path, quick: bool) -> list[Row]:

@@ -13,7 +13,7 @@ from benchmarks import run
 def test_quick_run_prints_a_ratio_for_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--quick", "train", "load"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 1 + 5
+    assert len(lines) == 1 + 7
     assert all(float(line.split("|")[-2]) > 0 for line in lines[1:])
 
 

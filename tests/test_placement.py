@@ -6,7 +6,10 @@ import importlib.util
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from llava import placement
 from llava.errors import ConfigError
 from llava.placement import offline, resolve_attention, resolve_device, resolve_dtype
 
@@ -64,3 +67,69 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not offline()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert offline()
+
+
+# --- several GPUs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("20GiB", {0: 20 * 2**30, 1: 20 * 2**30}),
+        ("0=10GiB,1=1.5GB", {0: 10 * 2**30, 1: 1_500_000_000}),
+        ("1 = 512 mib", {1: 512 * 2**20}),
+        ("1000", {0: 1000, 1: 1000}),
+    ],
+)
+def test_memory_in_words(text: str, sizes: dict[int, int]) -> None:
+    assert placement.parse_memory(text, [0, 1]) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "lots", "20GiB,10GiB", "0=", "a=1GiB", "1TiB", "-1GiB"])
+def test_memory_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size such as 20GiB"):
+        placement.parse_memory(text, [0])
+
+
+def test_budgets_of_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1000 * (index + 1), 4000))
+    assert placement.gpu_budgets() == {torch.device("cuda:0"): 850, torch.device("cuda:1"): 1700}
+    assert placement.gpu_budgets(1) == {torch.device("cuda:0"): 850}
+    assert placement.gpu_budgets(max_memory="1=5KB") == {torch.device("cuda:1"): 5000}
+    with pytest.raises(ConfigError, match="--num-gpus 3 was asked for, but 2"):
+        placement.gpu_budgets(3)
+    with pytest.raises(ConfigError, match="names GPU 2"):
+        placement.gpu_budgets(max_memory="2=1GiB")
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12),
+    room=st.lists(st.integers(1, 120), min_size=1, max_size=5),
+)
+def test_spread_keeps_order_and_budgets(sizes: list[int], room: list[int]) -> None:
+    parts = [((f"layer{i}",) if i else ("",), size) for i, size in enumerate(sizes)]
+    budgets = {torch.device("meta", i): size for i, size in enumerate(room)}
+    try:
+        found = placement.spread(parts, budgets)
+    except ConfigError:
+        # refused only where filling device after device does not work either
+        at = used = 0
+        for size in sizes:
+            while at < len(room) and used + size > room[at]:
+                at, used = at + 1, 0
+            used += size
+        assert at == len(room)
+        return
+    order = [found.of(names[0]).index for names, _ in parts]
+    assert order == sorted(order)
+    for device, limit in budgets.items():
+        assert sum(size for names, size in parts if found.of(names[0]) == device) <= limit
+
+
+def test_spread_uses_few_devices_evenly() -> None:
+    budgets = {torch.device("meta", i): 100 for i in range(4)}
+    parts = [(("",), 20), *(((f"l{i}",), 10) for i in range(10))]
+    order = [placement.spread(parts, budgets).of(names[0]).index for names, _ in parts]
+    assert order == [0] * 5 + [1] * 6
+    assert not placement.spread(parts[:5], budgets).is_split

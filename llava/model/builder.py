@@ -39,6 +39,8 @@ SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("d_model", "n_layers", "n_heads"),  # of MPT
 )
+FINAL_NORMS = ("model.norm.weight", "transformer.norm_f.weight")
+LARGEST_DIFFERENCE = 0.1  # of a delta's last norm; a model's own is near 1
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq", *ckpt.TOWER_PREFIXES)
 
 REMEDIES = {
@@ -93,6 +95,8 @@ def load_pretrained_model(
     kernels = language_model_spec((base or found).model_type, str(found.path)).attention
     config._attn_implementation = resolve_attention(target, chosen, attn_implementation, kernels)
     tokenizer = load_tokenizer(base.path if base else found.path)
+    if not text_only:
+        look_ahead(found, config, vision_tower is None)
     bits = 8 if load_8bit else 4 if load_4bit else 0
     quantizer = Quantizer(bits, chosen, target) if bits else None
     packed_later = quantizer if found.kind is Kind.LORA else None
@@ -120,6 +124,20 @@ def load_pretrained_model(
     return tokenizer, model, tower.image_processor if tower else None, context_length(config)
 
 
+def look_ahead(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
+    """Find, before weights are read, that the tower is not there, or that a full checkpoint holds differences."""
+    tower: Any = build_vision_tower(config, found.path)
+    tower.source(from_checkpoint)
+    if found.kind is not Kind.FULL or not ckpt.reads_lazily(found.path):
+        return
+    for _, norm in ckpt.iter_tensors(found.path, lambda name: name in FINAL_NORMS):
+        if norm is not None and bool(norm.abs().max() < LARGEST_DIFFERENCE):
+            raise CheckpointError(
+                f"The weights of {found.path} are differences from a base (its last norm is nearly 0): delta weights; "
+                "make the model with python -m llava.model.apply_delta."
+            )
+
+
 def overlay(model: Any, found: Checkpoint, packed_later: Quantizer | None) -> Any:
     """Put what a projector-only or LoRA directory holds over the model of its base; others change nothing."""
     if found.kind is Kind.PROJECTOR:
@@ -137,7 +155,8 @@ def overlay(model: Any, found: Checkpoint, packed_later: Quantizer | None) -> An
 
 def all_shapes(source: Path, config: Any, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what loading would keep in memory, tower and projector included, from file headers."""
-    stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(ckpt.TOWER_PREFIXES)}
+    apart = (*ckpt.TOWER_PREFIXES, *ckpt.PROJECTOR_PREFIXES)
+    stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(apart)}
     if not getattr(config, "mm_vision_tower", None):
         return stored
     tower: Any = build_vision_tower(config, Path(config.name_or_path))

@@ -26,6 +26,7 @@ NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+REMAP_BYTES = 64 * 2**20
 CORES = ("model.", "transformer.")  # of LLaMA, of MPT
 TOWER_PREFIXES = tuple(core + "vision_tower.vision_tower." for core in CORES)
 PROJECTOR_PREFIXES = tuple(core + "mm_projector." for core in CORES)
@@ -141,19 +142,39 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
+def reads_lazily(path: Path) -> bool:
+    """Whether single weights can be read; `.bin` files of PyTorch before 1.6 are read whole."""
+    return all(file.suffix == ".safetensors" or _is_zip(file) for file in weight_files(path))
+
+
 def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
     """`(name, tensor)` of every weight in a directory, one shard at a time; unwanted ones come as `None`, unread."""
     for file in weight_files(path):
         if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                        yield name, shard.get_tensor(name) if wanted(name) else None
-            except (SafetensorError, RuntimeError) as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
+            yield from _safetensors(file, wanted)
         else:
             for name, tensor in load_bin(file).items():
                 yield name, tensor if wanted(name) else None
+
+
+def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
+    """The tensors of one file, in the order they lie in it. What was read stays in memory as long as a mapping of the
+    file does, so there is a new one every so often: a caller that packs or copies tensors never holds the file."""
+    try:
+        with safe_open(file, framework="np") as header:
+            names = list(header.offset_keys() if hasattr(header, "offset_keys") else header.keys())
+        shard, mapped = None, 0
+        for name in names:
+            if not wanted(name):
+                yield name, None
+                continue
+            if shard is None or mapped > REMAP_BYTES:
+                shard, mapped = safe_open(file, framework="pt"), 0
+            tensor: Tensor = shard.get_tensor(name)
+            mapped += tensor.nbytes
+            yield name, tensor
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:

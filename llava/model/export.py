@@ -21,6 +21,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ConfigError
 from llava.model.builder import load_pretrained_model, local_directory
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
+from llava.model.language_model.builder import language_model_spec
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
@@ -51,6 +52,11 @@ def check_exportable(found: Checkpoint) -> None:
     tokens around images. A directory that holds no chat model is left for the loader to refuse."""
     if "mm_vision_tower" not in found.config:
         return
+    if language_model_spec(found.model_type, str(found.path)).config is not LlavaConfig:
+        raise ConfigError(
+            f"{found.path} cannot be exported as hf-llava, because its language model is {found.model_type}; serve it "
+            "with this package instead."
+        )
     config = LlavaConfig.from_pretrained(found.path)
     tower = cast("VisionTower", build_vision_tower(config, found.path))
     kind = "EVA-CLIP" if is_eva(tower.settings) else str(tower.settings.get("model_type"))
