@@ -1,0 +1,187 @@
+"""Estimated peak memory beside the measured one: `python -m benchmarks.memory [NAME ...]`.
+
+Each line is a model of random weights trained for two steps in a process of its own, forked before anything was
+allocated; what is compared is the highest resident memory of those steps above what the process had at first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks.measure import resident_mib
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
+from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.train import estimate, trainable
+from llava.train.estimate import Setup
+from llava.train.flops import shape_of
+from llava.train.pace import learns_of
+
+PIXELS, TEXT, IMAGE = 112, 448, 64
+SMALL = {"hidden": 256, "intermediate": 704, "layers": 6, "vocabulary": 32000}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "full": {"rows": 4, "supervised": 0.2},
+    "full, all supervised": {"rows": 2, "supervised": 0.9},
+    "full, checkpointing": {"rows": 6, "supervised": 0.2, "checkpointing": True},
+    "full, deeper, small vocabulary": {"rows": 3, "supervised": 0.2, "layers": 12, "vocabulary": 8000},
+    "projector": {"rows": 6, "supervised": 0.2, "frozen": True},
+    "projector, checkpointing": {"rows": 10, "supervised": 0.1, "frozen": True, "checkpointing": True},
+    "LoRA": {"rows": 4, "supervised": 0.2, "lora": 16},
+    "full, tower learns": {"rows": 4, "supervised": 0.2, "tower": True},
+}
+
+
+def build(folder: Path, given: dict[str, Any]) -> Any:
+    """A chat model of random weights on a random tower."""
+    size = {name: given.get(name, value) for name, value in SMALL.items()}
+    if not (folder / "tower" / "config.json").exists():
+        vision = InternVisionConfig(
+            hidden_size=192, num_attention_heads=4, intermediate_size=768, num_hidden_layers=6, image_size=PIXELS
+        )
+        InternVisionModel(vision).save_pretrained(folder / "tower")
+    config = LlavaConfig(
+        vocab_size=size["vocabulary"],
+        hidden_size=size["hidden"],
+        intermediate_size=size["intermediate"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["hidden"] // 64,
+        mm_vision_tower=str(folder / "tower"),
+        mm_hidden_size=192,
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-1,
+        mm_vision_image_size=PIXELS,
+    )
+    config._attn_implementation = "sdpa"
+    model: Any = LlavaLlamaForCausalLM(config)
+    model.get_vision_tower().load_model(from_checkpoint=False)
+    flags = SimpleNamespace(
+        tune_mm_mlp_adapter=given.get("frozen", False),
+        freeze_backbone=False,
+        mm_use_im_start_end=False,
+        tune_vit_pos_embedding=False,
+        unfreeze_mm_vision_tower=given.get("tower", False),
+        unfreeze_mm_vision_layers=0,
+    )
+    lora = {
+        "lora_enable": bool(given.get("lora")),
+        "lora_r": given.get("lora", 1),
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+    }
+    args = SimpleNamespace(freeze_llm=False, freeze_mm_mlp_adapter=False, lora_bias="none", **lora)
+    if lora["lora_enable"]:
+        from llava.train import adapters
+
+        adapters.wrap(model, SimpleNamespace(model_name_or_path="none"), args)  # type: ignore[arg-type]
+    trainable.set_trainable(model, flags, args)  # type: ignore[arg-type]
+    if given.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def batch(model: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """One micro-batch: an image and TEXT tokens a row, the last of them supervised."""
+    rows = given["rows"]
+    ids = torch.randint(5, 1000, (rows, TEXT + 1))
+    ids[:, 1] = -200
+    labels = torch.full_like(ids, -100)
+    learned = int(given["supervised"] * (TEXT + IMAGE))
+    labels[:, -learned:] = ids[:, -learned:]
+    images = torch.randn(rows, 3, PIXELS, PIXELS)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "images": images,
+        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
+    }
+
+
+def peak_since_reset() -> float:
+    """Highest resident memory since `reset_peak`, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measured(folder: Path, given: dict[str, Any]) -> dict[str, float]:
+    """In a fresh process: the peak of two steps and its estimate, in MiB."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    before = resident_mib()
+    model = build(folder, given)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, 1e-4)
+    reset_peak()
+    for _ in range(2):
+        model(**batch(model, given)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = peak_since_reset() - before
+    setup = Setup(
+        shape_of(model.config, model.get_vision_tower()),
+        learns_of(model),
+        rows=given["rows"],
+        text=TEXT,
+        supervised=given["supervised"],
+        width=4,
+        checkpointing=given.get("checkpointing", False),
+        foreach=False,
+    )
+    parts = {name: value / 2**20 for name, value in estimate.parts(setup).items()}
+    return {"measured": peak, "estimated": estimate.peak(setup) / 2**20, **parts}
+
+
+def in_a_fork(folder: Path, given: dict[str, Any]) -> dict[str, float]:
+    """The figures of a process that starts from this one's imports and nothing else."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(writer, json.dumps(measured(folder, given)).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError(f"the process that measures {given} failed")
+    figures: dict[str, float] = json.loads(text)
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import tempfile
+
+    names = list(sys.argv[1:] if argv is None else argv) or list(CONFIGURATIONS)
+    far = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            figures = in_a_fork(Path(folder), CONFIGURATIONS[name])
+            ratio = figures["estimated"] / figures["measured"]
+            far = max(far, abs(ratio - 1))
+            parts = ", ".join(
+                f"{part} {value:.0f}" for part, value in figures.items() if part not in ("measured", "estimated")
+            )
+            print(
+                f"{name}: measured {figures['measured']:.0f}, estimated {figures['estimated']:.0f} MiB ({ratio:.2f}); {parts}",
+                flush=True,
+            )
+    return int(far > 0.15)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,135 @@
+"""Sizes behind a recipe's names: models that are on this disk are read, the published ones are known."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from llava.errors import ConfigError
+from llava.train.flops import PEAKS, Shape, device_peak
+
+# hidden, intermediate, layers, heads, vocabulary
+LANGUAGE: Final = {
+    "vicuna-7b": (4096, 11008, 32, 32, 32000),
+    "vicuna-13b": (5120, 13824, 40, 40, 32000),
+}
+# hidden, intermediate, layers, pixels; patches of 14 pixels
+TOWERS: Final = {
+    "intern_vit_6b_224px": (3200, 12800, 48, 336),
+    "InternViT-6B-224px": (3200, 12800, 48, 336),
+    "InternViT-6B-448px-V1": (3200, 12800, 45, 448),
+    "intern_vit_6b_448px": (3200, 12800, 48, 448),
+    "InternViT-6B-448px": (3200, 12800, 48, 448),
+    "clip-vit-large-patch14-336": (1024, 4096, 24, 336),
+    "clip-vit-large-patch14": (1024, 4096, 24, 224),
+}
+PATCH: Final = 14
+WORDS_TO_TOKENS: Final = 1.4  # LLaMA tokens a word of English
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows of a data set, of a mean row its text tokens, images and supervised tokens, and the longest row's text."""
+
+    samples: int
+    text: float
+    images: float
+    learned: float
+    longest: float
+    source: str
+
+
+# Counts are those of the published files; the means of tokens are assumptions, which docs/Scaling.md states.
+KNOWN_DATA: Final = {
+    "blip_laion_cc_sbu_558k.json": Data(558_128, 20, 1.0, 20, 150, "published count, 20 tokens of text assumed"),
+    "chat.json": Data(595_375, 20, 1.0, 20, 150, "published count, 20 tokens of text assumed"),
+    "llava_v1_5_mix665k.json": Data(665_298, 250, 0.94, 150, 10_000, "published count, 250 tokens of text assumed"),
+}
+UNKNOWN_DATA: Final = Data(100_000, 250, 1.0, 150, 10_000, "the file is not here: 100,000 rows of 250 tokens assumed")
+
+
+def data_of(flags: Namespace) -> Data:
+    """The data of a run: looked through when the file is here, known, or assumed."""
+    file = Path(flags.data_path or "")
+    if flags.data_path and file.is_file():
+        from llava.data.annotations import read_records
+        from llava.data.survey import Survey
+
+        found = Survey(read_records(file)).result()
+        around = 0 if flags.version == "plain" else 40  # the system text and the roles
+        text, longest = (WORDS_TO_TOKENS * float(words) + around for words in (found.words.mean(), found.words.max()))
+        return Data(len(found.words), text, float(found.image.mean()), 0.6 * text, longest, f"{file}, looked through")
+    return KNOWN_DATA.get(file.name, UNKNOWN_DATA)
+
+
+def shape_of_flags(flags: Namespace) -> Shape:
+    """The shape of the chat model that the flags join."""
+    directory = Path(flags.model_name_or_path)
+    if (directory / "config.json").is_file():
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        heads = config["num_attention_heads"]
+        shape = Shape(
+            config["hidden_size"],
+            config["intermediate_size"],
+            config["num_hidden_layers"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config["vocab_size"],
+        )
+    else:
+        hidden, intermediate, layers, heads, vocabulary = _known(LANGUAGE, flags.model_name_or_path, "language model")
+        shape = Shape(hidden, intermediate, layers, heads, heads, vocabulary)
+    return with_tower(shape, flags) if flags.vision_tower else shape
+
+
+def with_tower(shape: Shape, flags: Namespace) -> Shape:
+    """The shape with the tower and projector of the flags."""
+    directory = Path(flags.vision_tower)
+    if (directory / "config.json").is_file():
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = config.get("vision_config", config)
+        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size")
+        hidden, intermediate, layers, pixels = (int(config[key]) for key in keys)
+    else:
+        hidden, intermediate, layers, pixels = _known(TOWERS, flags.vision_tower, "vision tower")
+    pixels = flags.mm_vision_image_size or pixels
+    layer = flags.mm_vision_select_layer
+    tokens = (pixels // PATCH) ** 2
+    kind = flags.mm_projector_type
+    return replace(
+        shape,
+        tower_hidden=hidden,
+        tower_intermediate=intermediate,
+        tower_layers=layer + layers + 1 if layer < 0 else layer,
+        tower_positions=tokens + 1,
+        image_tokens=tokens + (flags.mm_vision_select_feature == "cls_patch"),
+        projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3:4].isdigit() else 1,
+    )
+
+
+def _known(table: dict[str, Any], name: str, what: str) -> Any:
+    for key, value in table.items():
+        if key.lower() in name.lower():
+            return value
+    raise ConfigError(f"The {what} {name} is not on this disk and not among {', '.join(table)}; give its directory.")
+
+
+def zero_of(file: str | None) -> tuple[int, bool]:
+    """Stage of a ZeRO file, and whether it offloads to the host."""
+    if not file:
+        return 0, False
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--deepspeed names {file}, which cannot be read as JSON: {error}.") from error
+    return int(config.get("stage", 0)), "offload_optimizer" in config
+
+
+def peak_of(gpu: str) -> float:
+    found = device_peak(gpu)
+    if found is None:
+        raise ConfigError(f"The peak of {gpu!r} is not known; --gpu takes one of {', '.join(PEAKS)}.")
+    return found

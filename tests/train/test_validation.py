@@ -1,0 +1,89 @@
+"""Validation: what is held out, its loss as torch computes it, answers written down, and the best checkpoint kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava.errors import DataError
+from llava.train import validation
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.train import train
+from tests.train import runs
+
+Dirs = dict[str, Path]
+
+
+class Numbers:
+    """A data set whose items are their places."""
+
+    lengths = modality_lengths = tuple(range(100, 120))
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_a_share_is_held_out_the_same_for_a_seed() -> None:
+    one, other = validation.split(Numbers(), 0.2, seed=1), validation.split(Numbers(), 0.2, seed=1)
+    rest, held = ([part[i] for i in range(len(part))] for part in one)
+    assert (len(held), sorted(rest + held)) == (4, list(range(20)))  # type: ignore[operator, comparison-overlap]
+    assert one[1].places == other[1].places != validation.split(Numbers(), 0.2, seed=2)[1].places
+    assert one[0].lengths == one[0].modality_lengths == [100 + place for place in one[0].places]
+    assert one[0].original(3) == one[0].places[3]
+    with pytest.raises(DataError, match="leaves none to train on"):
+        validation.split(Numbers(), 0.99, seed=1)
+
+
+def test_the_question_ends_where_the_last_answer_begins() -> None:
+    ids, x = torch.arange(9), -100
+    item = {"input_ids": ids, "labels": torch.tensor([x, x, 2, 3, x, x, 6, 7, x])}
+    question, expected = validation.open_end(item)
+    assert (question.tolist(), expected.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7])
+    assert len(validation.open_end({"input_ids": ids, "labels": torch.full((9,), x)})[1]) == 0
+
+
+def test_the_lowest_loss_is_remembered() -> None:
+    state = SimpleNamespace(best_metric=None, best_model_checkpoint=None)
+    for loss, name in ((3.0, "a"), (1.0, "b"), (2.0, "c")):
+        validation.note_best(state, {"eval_loss": loss}, Path(name))
+    validation.note_best(state, None, Path("d"))
+    assert (state.best_metric, state.best_model_checkpoint) == (1.0, "b")
+
+
+def test_a_run_is_validated_at_every_save_and_is_otherwise_the_same(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    """The held-out records are the training records here, so losses can be compared; a rate of 0 repeats them."""
+    plain, seen = tmp_path / "plain", tmp_path / "seen"
+    more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    train(runs.flags(tiny_dirs, small_data, plain, 2, **more))
+    held = {"eval_data_path": small_data / "finetune.json", "per_device_eval_batch_size": 8, "eval_generations": 2}
+    train(runs.flags(tiny_dirs, small_data, seen, 2, **more, **held))
+    assert runs.losses(plain) == runs.losses(seen)
+    runs.assert_equal_weights(plain, seen)
+    lines = [json.loads(line) for line in (seen / "log.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert sorted(losses) == [2, 4] and losses[4] < losses[2]
+    answers = [json.loads(line) for line in (seen / "samples.jsonl").read_text().splitlines()]
+    assert [(a["step"], a["record"]) for a in answers] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    assert answers[1]["expected"] == "it is blue" and answers[1]["prompt"].endswith("ASSISTANT:")
+    state = json.loads((seen / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith("checkpoint-4") and state["best_metric"] == losses[4]
+
+
+def test_the_best_checkpoint_stays_and_a_share_is_not_trained_on(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation loss rises here, so the first checkpoint is the best."""
+    monkeypatch.setattr(LLaVATrainer, "evaluate", lambda self, **_: {"eval_loss": float(self.state.global_step)})
+    more = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    train(runs.flags(tiny_dirs, small_data, tmp_path, 1, **more, validation_fraction=0.25))
+    assert json.loads((tmp_path / "run.json").read_text())["samples"] == 24
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
