@@ -1,0 +1,168 @@
+"""Controller and worker as processes on the tiny model: published commands, any start order, openai's own client."""
+
+from __future__ import annotations
+
+import base64
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from llava.engine import Engine, Request, SamplingParams
+from llava.serve.openai_prompt import render
+from llava.serve.openai_schema import ChatMessage
+from tests.serve.programs import START, Program, program
+from tests.serve.stubs import b64, frames_of, generate, png, post, until
+
+NAME = "internvl-chat-tiny"
+
+
+@pytest.fixture(scope="module")
+def environment(child_environment: dict[str, str]) -> dict[str, str]:
+    clean = {key: value for key, value in child_environment.items() if not key.startswith("LLAVA_")}
+    return {**clean, "NO_PROXY": "*"}
+
+
+@pytest.fixture(scope="module")
+def stack(environment: dict[str, str], tiny_dirs: dict[str, Path]) -> Iterator[tuple[Program, Program]]:
+    """The documented pair of commands, with ports from the system, 4 places and a small queue."""
+    with program(environment, "controller", "--host", "0.0.0.0", "--port", "0") as controller:
+        words = ["--host", "0.0.0.0", "--controller", controller.url, "--port", "0", "--device", "cpu"]
+        words += ["--model-path", f"{tiny_dirs['chat']}/", "--multi-modal"]
+        with program(environment, "model_worker", *words) as worker:
+            until(lambda: post(controller.url, "/list_models").json()["models"] == [NAME], START)
+            yield controller, worker
+
+
+@pytest.fixture
+def client(stack: tuple[Program, Program]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{stack[0].url}/v1", api_key="none", max_retries=0, timeout=60) as api:
+        yield api
+
+
+def picture(color: tuple[int, int, int] = (200, 30, 30)) -> dict[str, object]:
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + b64(png())}}
+
+
+def test_the_documented_commands_listen_here_only_and_say_so(stack: tuple[Program, Program]) -> None:
+    for part in stack:
+        assert "listening on 127.0.0.1" in part.text
+        assert "LLAVA_TOKEN" in part.text
+
+
+def test_old_clients_get_the_same_tokens_as_the_engine(stack: tuple[Program, Program], engine: Engine) -> None:
+    address = post(stack[0].url, "/get_worker_address", {"model": NAME}).json()["address"]
+    prompt = "USER: <image>\nWhat color is the shape? ASSISTANT:"
+    data = png(30, 20)
+    body = {"model": NAME, "prompt": prompt, "temperature": 0.0, "max_new_tokens": 12, "stop": "</s>"}
+    frames = frames_of(generate(address, {**body, "images": [b64(data)]}))
+    from llava.data.images import open_image
+
+    expected = engine.generate([Request(prompt, [open_image(data)], SamplingParams(12, stop=("</s>",)))])[0]
+    assert frames[-1]["text"][len(prompt) :].strip() == expected.text, stack[1].text
+    assert frames[-1]["usage"]["prompt_tokens"] == expected.prompt_tokens
+    assert frames[-1]["usage"]["image_tokens"] == 16
+    through = frames_of(generate(stack[0].url, {**body, "images": [b64(data)]}))
+    assert through[-1]["text"] == frames[-1]["text"]
+
+
+def test_openai_lists_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+
+
+def test_openai_answers_and_streams_the_same(client: openai.OpenAI, engine: Engine) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [picture(), {"type": "text", "text": "What color?"}]},
+    ]
+    whole = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=10)
+    pieces = list(
+        client.chat.completions.create(
+            model=NAME,
+            messages=messages,
+            temperature=0,
+            max_tokens=10,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    rendered = render([ChatMessage.model_validate(message) for message in messages], "v1")
+    from llava.data.images import open_image
+
+    params = SamplingParams(10, stop=tuple(rendered.stop))
+    expected = engine.generate([Request(rendered.prompt, [open_image(png())], params)])[0]
+    assert whole.choices[0].message.content == text == expected.text
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == expected.prompt_tokens
+    assert whole.usage.total_tokens == expected.prompt_tokens + len(expected.token_ids)
+    assert pieces[-1].usage == whole.usage
+    assert whole.choices[0].finish_reason in ("length", "stop")
+
+
+def test_openai_takes_several_pictures_seed_and_stop(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": [picture(), {"type": "text", "text": "Compare with"}, picture()]}]
+    settings = {"model": NAME, "messages": messages, "temperature": 1.0, "top_p": 0.9, "max_tokens": 8}
+    first, second = (client.chat.completions.create(seed=3, stop=["zzz"], **settings) for _ in range(2))
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert first.usage.prompt_tokens_details is not None
+
+
+def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None:
+    user = {"role": "user", "content": "word " * 3000}
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.chat.completions.create(model=NAME, messages=[user])
+    assert too_long.value.code == "context_length_exceeded"
+    assert too_long.value.body["context_length"] == 2048
+    assert too_long.value.body["prompt_tokens"] > 2048
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nothing", messages=[{"role": "user", "content": "hi"}])
+    with pytest.raises(openai.BadRequestError, match="n is not served"):
+        client.chat.completions.create(model=NAME, n=2, messages=[{"role": "user", "content": "hi"}])
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(b"no").decode()}}
+    with pytest.raises(openai.BadRequestError, match="Cannot read the given image"):
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": [part]}])
+
+
+def test_every_part_is_watched(stack: tuple[Program, Program]) -> None:
+    for part in stack:
+        assert httpx.get(f"{part.url}/health", trust_env=False).status_code == 200
+        until(lambda part=part: httpx.get(f"{part.url}/ready", trust_env=False).status_code == 200)
+        assert "llava_requests_total" in httpx.get(f"{part.url}/metrics", trust_env=False).text
+        assert "What color" not in part.text
+
+
+@pytest.mark.slow
+def test_a_worker_that_starts_first_is_listed_when_the_controller_comes_and_leaves_with_manners(
+    environment: dict[str, str], tiny_dirs: dict[str, Path]
+) -> None:
+    with program(environment, "controller", "--port", "0") as first:
+        address = first.url
+        assert first.stop() == 0
+    port = address.rpartition(":")[2]
+    words = ["--controller", address, "--port", "0", "--device", "cpu", "--model-path", str(tiny_dirs["chat"])]
+    with program(environment, "model_worker", *words) as worker:
+        until(lambda: "next try" in worker.text, START)
+        with program(environment, "controller", "--port", port) as controller:
+            until(lambda: post(controller.url, "/list_models").json()["models"] == [NAME], START)
+            assert worker.stop() == 0
+            assert post(controller.url, "/list_models").json()["models"] == []
+            assert controller.stop(signal.SIGINT) == 0
+
+
+def test_a_port_that_is_taken_is_one_sentence(environment: dict[str, str], stack: tuple[Program, Program]) -> None:
+    port = stack[0].url.rpartition(":")[2]
+    with program(environment, "controller", "--port", port) as second:
+        assert second.process.wait(START) == 2
+        until(lambda: "choose another --port" in second.text)
+        assert "Traceback" not in second.text
+
+
+def test_another_address_without_a_token_is_refused(environment: dict[str, str]) -> None:
+    with program(environment, "controller", "--host", "192.0.2.1", "--port", "0") as refused:
+        assert refused.process.wait(START) == 2
+        until(lambda: "--insecure" in refused.text)
