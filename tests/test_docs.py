@@ -26,7 +26,7 @@ PAGES += [
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:llava|sh|python|python -m) [a-z_][^`]*)`")
-PLAIN = {".", "apt-get", "cd", "git", "huggingface-cli", "python3", "xcode-select"}
+PLAIN = {".", "apt-get", "cd", "curl", "docker", "git", "huggingface-cli", "python3", "xcode-select"}
 MODEL = "pretrained/InternVL-Chat-ViT-6B-Vicuna-7B"
 
 

@@ -183,7 +183,7 @@ CREDENTIALS = [
     {},
     {"Authorization": "Bearer wrong"},
     {"Authorization": "Bearer SECRET-TOKEN"},
-    {"Authorization": "Bearer "},
+    {"Authorization": "Bearer"},
     {"Authorization": ""},
     {"Authorization": "Basic c2VjcmV0LXRva2Vu"},
     {"Authorization": "secret-token"},
@@ -270,7 +270,7 @@ def test_check_29_errors_leak_nothing(caplog: pytest.LogCaptureFixture) -> None:
             engine.submit_error = RuntimeError(secret)
             told.append(generate(url, request_body("MY-PROMPT")))
             engine.submit_error = None
-            told.append(generate(url, request_body("MY-PROMPT <image>", images=[b64(png()[:60])])))
+            told.append(generate(url, request_body("MY-PROMPT <image>", images=[b64(png()[:45])])))
             told.append(generate(url, {**request_body("MY-PROMPT"), "top_p": "MY-PROMPT"}))
         chat = {"model": MODEL, "messages": [{"role": "user", "content": "MY-PROMPT"}]}
         engine.step_error = RuntimeError(secret)

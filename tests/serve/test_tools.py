@@ -1,0 +1,200 @@
+"""The helper programs and the adapter to other engines, against running parts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from llava.engine.request import Request, SamplingParams
+from llava.serve import register_worker, test_message
+from llava.serve.http_app import Keys, Limits
+from llava.serve.local_model import Settings
+from llava.serve.openai_backend import OpenAIBackend
+from llava.serve.protocol import ModelInfo
+from llava.serve.scheduler import Scheduler
+from llava.serve.worker_app import Worker, make_worker_app
+from tests.serve.stubs import (
+    MODEL,
+    Live,
+    StubEngine,
+    b64,
+    decoy,
+    frames_of,
+    generate,
+    http_reply,
+    live_controller,
+    live_worker,
+    png,
+    post,
+    request_body,
+    until,
+)
+
+LONG = Settings(max_new_tokens=100_000)
+OLD = ModelInfo()
+PROMPT = "Be kind. USER: <image>\nWhat? ASSISTANT:"
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAVA_TOKEN", raising=False)
+
+
+def test_test_message_asks_and_shows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    with live_controller() as controller, live_worker(controller=controller.url) as worker:
+        until(lambda: controller.registry.models() == [MODEL])
+        words = ["--controller", controller.url, "--max-new-tokens", "3"]
+        assert test_message.main([*words, "--model-name", MODEL]) == 0
+        assert test_message.main([*words, "--image", str(tmp_path / "a.png"), "--message", "hi"]) == 0
+        assert test_message.main(["--worker", worker.url, "--max-new-tokens", "2"]) == 0
+        out = capsys.readouterr().out
+        assert "Models: stub" in out
+        assert out.count("w0 w1 w2") == 2
+        assert worker.engine.history[1].request.prompt.endswith("USER: <image>\nhi ASSISTANT:")
+        worker.engine.step_error = RuntimeError("x")
+        assert test_message.main(words) == 1
+
+
+def test_test_message_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    with live_controller() as controller:
+        assert test_message.main(["--controller", controller.url]) == 2
+        assert "No worker serves" in capsys.readouterr().err
+    assert test_message.main(["--controller", "http://127.0.0.1:9"]) == 2
+    assert "Cannot ask" in capsys.readouterr().err
+
+
+def test_a_worker_is_registered_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    with live_controller() as controller, live_worker() as worker:
+        words = ["--controller", controller.url, "--worker-name"]
+        assert register_worker.main([*words, worker.url]) == 0
+        assert controller.registry.models() == [MODEL]
+        assert register_worker.main([*words, "http://127.0.0.1:9"]) == 2
+        assert "does not answer" in capsys.readouterr().err
+
+
+def upstream_reply(*events: Any) -> bytes:
+    lines = [f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n" for event in events]
+    return http_reply("".join(lines).encode(), "Content-Type: text/event-stream")
+
+
+@contextmanager
+def adapter(upstream: str, **options: Any) -> Iterator[tuple[str, Worker]]:
+    """An adapter worker over `upstream`, ready."""
+    made: list[Worker] = []
+
+    def make(_: int) -> Any:
+        info = ModelInfo(conv_template="vicuna_v1", max_new_tokens=64, max_images=4)
+        made.append(Worker(OpenAIBackend(upstream, None, "key", info, **{"capacity": 4, **options}), "up"))
+        return make_worker_app(made[0], Keys(), Limits())
+
+    live = Live(make).start()
+    try:
+        until(lambda: made[0].backend.state == "ready")
+        yield live.url, made[0]
+    finally:
+        live.stop()
+
+
+def test_the_adapter_speaks_for_our_own_api_and_streams_the_same() -> None:
+    with live_controller() as controller, live_worker(controller=controller.url) as worker:
+        until(lambda: controller.registry.models() == [MODEL])
+        with adapter(f"{controller.url}/v1") as (url, outer):
+            frames = frames_of(generate(url, request_body(PROMPT, 3, images=[b64(png())], stop="</s>", seed=5)))
+            assert frames[-1]["text"] == PROMPT + "w0 w1 w2 "
+            assert frames[-1]["finish_reason"] == "length"
+            assert frames[-1]["usage"]["completion_tokens"] == 3
+            (job,) = worker.engine.history
+            assert job.request.prompt == PROMPT
+            assert [image.size for image in job.request.images] == [(20, 20)]  # type: ignore[union-attr]
+            assert job.request.params.seed == 5
+            until(lambda: outer.backend.in_use == 0)
+            assert generate(url, request_body(PROMPT, 3)).status_code == 400
+            assert generate(url, request_body("no template", 3)).status_code == 400
+            worker.engine.step_error = RuntimeError("x")
+            assert frames_of(generate(url, request_body("USER: x ASSISTANT:")))[-1]["error"]["type"] == "internal"
+            until(lambda: outer.backend.in_use == 0)
+
+
+def test_a_client_that_leaves_the_adapter_stops_the_engine_behind_it() -> None:
+    engine = StubEngine(pause=0.01)
+    with live_controller() as controller, live_worker(engine, controller=controller.url, settings=LONG) as worker:
+        until(lambda: controller.registry.models() == [MODEL])
+        with adapter(f"{controller.url}/v1") as (url, outer):
+            outer.backend.info = ModelInfo(conv_template="vicuna_v1", max_new_tokens=100_000)
+            body = request_body("USER: x ASSISTANT:", 100_000)
+            with httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=60) as response:
+                next(response.iter_raw())
+            until(lambda: worker.in_use == 0)
+            until(lambda: outer.backend.in_use == 0)
+
+
+def test_the_adapter_reports_what_its_engine_does_wrong() -> None:
+    models = http_reply(json.dumps({"data": [{"id": "big"}]}).encode())
+    chunk = {"choices": [{"delta": {"content": "hel"}, "finish_reason": None}]}
+    with decoy(models) as engine, adapter(f"{engine.url}/v1") as (url, worker):
+        for reply, kind in (
+            (upstream_reply(chunk), "worker_unavailable"),
+            (upstream_reply("{not json"), "worker_unavailable"),
+            (upstream_reply(chunk, {"error": {"message": "secret"}}), "internal"),
+            (http_reply(b"busy", status="429 Too Many"), "overloaded"),
+            (http_reply(b'{"error": "context length"}', status="400 Bad"), "context_length_exceeded"),
+            (http_reply(b"no", status="400 Bad"), "bad_request"),
+            (http_reply(b"secret", status="500 Oops"), "worker_unavailable"),
+        ):
+            engine.reply = reply
+            answer = generate(url, request_body("USER: x ASSISTANT:"))
+            assert frames_of(answer)[-1]["error"]["type"] == kind
+            assert "secret" not in answer.text
+            until(lambda: worker.backend.in_use == 0)
+        assert b"Bearer key" in engine.received[-1]
+        engine.reply = upstream_reply(chunk, {"choices": [{"delta": {}, "finish_reason": "stop"}]}, "[DONE]")
+        assert frames_of(generate(url, request_body("USER: x ASSISTANT:")))[-1]["text"].endswith("hel")
+        worker.backend.capacity = 0  # type: ignore[attr-defined]
+        assert generate(url, request_body("USER: x ASSISTANT:")).status_code == 503
+
+
+def test_the_api_serves_workers_that_only_send_whole_texts() -> None:
+    """As published workers do: they ignore `stream_mode`, and every frame begins with the prompt."""
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    with live_controller() as controller, live_worker(controller=controller.url, info=OLD) as worker:
+        until(lambda: controller.registry.models() == [MODEL])
+        original = worker.worker.answer
+
+        async def old(body: Any, request_id: str) -> Any:
+            return await original(body.model_copy(update={"stream_mode": "cumulative"}), request_id)
+
+        worker.worker.answer = old  # type: ignore[method-assign]
+        reply = post(controller.url, "/v1/chat/completions", {**chat, "max_tokens": 4}).json()
+        assert reply["choices"][0]["message"]["content"] == "w0 w1 w2 w3 "
+        stream = post(controller.url, "/v1/chat/completions", {**chat, "max_tokens": 4, "stream": True}).text
+        events = [json.loads(line[6:]) for line in stream.split("\n\n") if line and line != "data: [DONE]"]
+        assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == "w0 w1 w2 w3 "
+        assert stream.endswith("data: [DONE]\n\n")
+        worker.engine.step_error = RuntimeError("x")
+        failed = post(controller.url, "/v1/chat/completions", {**chat, "stream": True}).text
+        assert '"code": "internal"' in failed
+        assert failed.endswith("data: [DONE]\n\n")
+
+
+def test_a_scheduler_that_stops_leaves_nobody_waiting() -> None:
+    async def scene() -> str:
+        engine = StubEngine(pause=0.001)
+        scheduler = Scheduler(engine, 2, 0)
+        ticket = scheduler.admit()
+        await ticket.submit(Request("x", (), SamplingParams(100_000)))
+        await scheduler.stop()
+        while True:
+            news = await asyncio.wait_for(ticket.news.get(), 60)
+            if news.completion is not None:
+                assert scheduler.in_use == 0
+                return news.completion.finish_reason
+
+    assert asyncio.run(scene()) == "error"
