@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
@@ -32,7 +32,7 @@ class Published:
     tower: str
     llm: str
     resolution: int
-    scores: Mapping[str, float]
+    scores: Mapping[str, float] = field(hash=False)
 
 
 def _row(checkpoint: str, method: str, tower: str, llm: str, resolution: int, scores: str) -> Published:

@@ -13,14 +13,14 @@ from llava.eval.samples import Sample
 STYLE: Final = """
 :root { color-scheme: light; --ink: #37352f; --soft: #787774; --line: #e9e9e7; --good: #448361; --off: #d9730d; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 40px 24px 80px; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 1300px; padding: 40px 24px 80px; color: var(--ink); background: #fff;
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 30px; margin: 0 0 4px; } h2 { font-size: 21px; margin: 44px 0 12px; }
 p { color: var(--soft); margin: 0 0 12px; }
 .wide { overflow-x: auto; } img.chart { width: 100%; max-width: 860px; display: block; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--soft); }
-th, td { padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 6px 7px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.number, th.number { text-align: right; } tr.ours td { font-weight: 600; background: #f7f9fb; }
 .inside { color: var(--good); font-weight: 600; } .outside { color: var(--off); font-weight: 600; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }

@@ -1,0 +1,97 @@
+"""The judge's page: data as published, texts as safe HTML, and every control by a real browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llava.eval import generate_webpage_data_from_table as pages
+from llava.eval.markdown_html import to_html
+from tests.eval.conftest import write_jsonl
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    questions = [{"question_id": 7 + n, "text": f"Q{n}?", "category": f"c{n % 2}"} for n in range(3)]
+    write_jsonl(tmp_path / "q.jsonl", questions)
+    for name in ("ref", "one", "two"):
+        rows = [{"question_id": 7 + n, "text": f"{name} **{n}** <img src=x>", "model_id": name} for n in range(3)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    reviews = [{"question_id": 7 + n, "content": f"8 {6 + 2 * n}\nAssistant 1 is **good**.", "tuple": [8, 6 + 2 * n]}
+               for n in range(3)]  # fmt: skip
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / f"r_{name}.jsonl", reviews)
+    words = ["--question", "q.jsonl", "--baseline", "ref.jsonl", "--answers", "one.jsonl", "two.jsonl"]
+    words += ["--reviews", "r_one.jsonl", "r_two.jsonl", "--output", "page"]
+    return [str(tmp_path / word) if "." in word or word == "page" else word for word in words]
+
+
+def test_data_has_the_published_keys(flags: list[str], tmp_path: Path) -> None:
+    assert pages.main(flags) == 0
+    data = json.loads((tmp_path / "page" / "data.json").read_text())
+    assert data["models"] == ["ref", "one", "two"]
+    first = data["questions"][0]
+    assert list(first) == ["id", "category", "question", "answers", "evaluations", "scores"]
+    assert [row["id"] for row in data["questions"]] == [1, 2, 3] and first["category"] == "c0"
+    assert first["answers"]["one"] == "one **0** <img src=x>" and first["scores"] == {"one": [8, 6], "two": [8, 6]}
+    assert first["evaluations"]["one"] == "**Assistant 1** is **good**."
+
+
+def test_the_page_is_whole_and_safe(flags: list[str], tmp_path: Path) -> None:
+    assert pages.main([*flags, "--names", "R", "A", "B"]) == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "__DATA__" not in page and not re.search(r"https?://|<img", page)
+    inside = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])  # type: ignore[index]
+    assert inside["questions"][0]["answers"]["A"] == "<p>one <strong>0</strong> &lt;img src=x&gt;</p>"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda flags: [*flags, "--names", "x"], "--names has 1 names; give 3"),
+        (lambda flags: [*flags, "--reviews", flags[-3]], "give one for each"),
+        (lambda flags: [*flags, "--answers", flags[3], flags[5]], "tell them apart"),
+    ],
+)
+def test_faults_are_one_sentence(
+    flags: list[str], change: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pages.main(change(flags)) == 2  # type: ignore[operator]
+    assert message in capsys.readouterr().err
+
+
+MARKDOWN = {
+    "a\nb\n\nc": "<p>a<br>b</p><p>c</p>",
+    "# T\n- x\n- *y*": "<h4>T</h4><ul><li>x</li><li><em>y</em></li></ul>",
+    "3. x\n4. y": '<ol start="3"><li>x</li><li>y</li></ol>',
+    "```py\n<b>\n```\nz": "<pre><code>&lt;b&gt;</code></pre><p>z</p>",
+    "`a*b*` 2 * 3 * 4": "<p><code>a*b*</code> 2 * 3 * 4</p>",
+    "[x](javascript:alert(1))": "<p>[x](javascript:alert(1))</p>",
+    "```\nopen": "<pre><code>open</code></pre>",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("text", "html"), MARKDOWN.items())
+def test_markdown(text: str, html: str) -> None:
+    assert to_html(text) == html
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_shows_it(flags: list[str], tmp_path: Path) -> None:
+    assert pages.main(flags) == 0
+    page = tmp_path / "page" / "index.html"
+    steps = '<script>at("category").value = "c0"; list(); step(1);</script>'
+    page.write_text(page.read_text().replace("</body>", f"{steps}</body>"), encoding="utf-8")
+    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = ["chromium", "--headless", *quiet, profile, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    shown = done.stdout.split('id="data"')[0]
+    assert "<p>Q2?</p>" in shown and 'class="card win" id="left"' in shown and "10 / 10" in shown
+    assert re.search(r'id="next"[^>]*disabled', shown)
