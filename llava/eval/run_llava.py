@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--query", required=True, help=f"the question; {PLACEHOLDER} marks a picture's place")
     parser.add_argument("--sep", default=",", help="between several pictures (default %(default)r)")
     options.add_decoding_flags(parser, temperature=0.0, max_new_tokens=512)
+    parser.set_defaults(batch_size=1)
     return parser
 
 

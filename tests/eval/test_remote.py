@@ -1,0 +1,144 @@
+"""`--api-base`: the same questions to a server with OpenAI's API, pictures and all."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava.engine.request import SamplingParams
+from llava.errors import ConfigError, ImageError, RequestError
+from llava.eval import main as evaluate
+from llava.eval import model_vqa_loader
+from llava.eval.endpoint import only_model
+from llava.eval.manifest import manifest_path
+from llava.eval.remote import RemoteModel, data_url
+from llava.eval.settings import RunSettings
+from tests.eval.benchdata import BENCHMARKS
+from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
+from tests.eval.fake_server import FakeServer
+
+
+def color(body: dict[str, Any]) -> tuple[int, str]:
+    """The colour of the picture in a message, or that there is none."""
+    content = body["messages"][0]["content"]
+    if isinstance(content, str):
+        return 200, f" no picture: {content} "
+    kinds = [part["type"] for part in content]
+    assert kinds == ["image_url", "text"]
+    encoded = content[0]["image_url"]["url"].partition(";base64,")[2]
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        return 200, str(image.convert("RGB").getpixel((0, 0)))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    fake = FakeServer(color)
+    yield fake
+    fake.close()
+
+
+def command(server: FakeServer, pictures: Path, tmp_path: Path, *more: str) -> list[str]:
+    questions = write_jsonl(tmp_path / "q.jsonl", question_rows(10))
+    return [
+        *("--api-base", server.url + "/", "--image-folder", str(pictures), "--question-file", str(questions)),
+        *("--answers-file", str(tmp_path / "a.jsonl"), "--temperature", "0", *more),
+    ]
+
+
+def test_questions_go_to_a_server(server: FakeServer, pictures: Path, tmp_path: Path) -> None:
+    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+    rows = read_jsonl(tmp_path / "a.jsonl")
+    assert [row["text"] for row in rows[:5]] == [
+        "(255, 0, 0)", "(0, 128, 0)", "(0, 0, 255)", "(128, 128, 128)", "no picture: What is number 4?",
+    ]  # fmt: skip
+    assert rows[0]["model_id"] == "fake" and len(rows) == 10
+    body = server.bodies[0]
+    assert (body["model"], body["temperature"], body["max_tokens"], "seed" in body) == ("fake", 0.0, 128, False)
+    identity = json.loads(manifest_path(tmp_path / "a.jsonl").read_text())["identity"]
+    assert identity["checkpoint"] == "api:fake"
+    count = len(server.bodies)
+    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+    assert len(server.bodies) == count
+
+
+def test_failures_are_recorded_and_healed(
+    server: FakeServer, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def moody(body: dict[str, Any]) -> tuple[int, str]:
+        return (400, "too long") if "number 4" in str(body) else color(body)
+
+    server.answer = moody
+    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--temperature", "0.5", "--batch-size", "3")) == 1
+    assert "1 question(s) failed" in capsys.readouterr().err
+    assert "HTTP 400" in read_jsonl(tmp_path / "a.jsonl")[4]["metadata"]["error"]
+    assert len({body["seed"] for body in server.bodies}) == 10
+    server.answer = color
+    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--temperature", "0.5")) == 0
+
+
+def test_llava_eval_asks_a_server(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answer = lambda body: (200, "Yes")
+    folder, count, make = BENCHMARKS["gqa"]
+    (tmp_path / folder).mkdir()
+    make(tmp_path / folder)
+    flags = ["--tasks", "gqa", "--api-base", server.url, "--eval-data", str(tmp_path), "--output-dir", str(tmp_path)]
+    assert evaluate.main(flags) == 0
+    assert "100.00 %" in capsys.readouterr().out
+    assert json.loads((tmp_path / "gqa" / "score.json").read_text())["model_id"] == "fake"
+    (tmp_path / "gqa" / "score.json").unlink()
+    server.answer = lambda body: pytest.fail("asked again")
+    assert evaluate.main([*flags, "--score-only"]) == 0 and (tmp_path / "gqa" / "score.json").is_file()
+    assert evaluate.main([*flags, "--score-only", "--num-chunks", "2"]) == 2
+    assert "Shard 0 of 2" in capsys.readouterr().err and count == 7
+
+
+def test_a_server_with_several_models_wants_a_name(server: FakeServer) -> None:
+    server.models = ["a", "b"]
+    with pytest.raises(RequestError, match="has the models a, b; name one: --api-model"):
+        only_model(server.url)
+    with pytest.raises(RequestError, match="does not list its models"):
+        only_model("http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "No model: give --model-path CHECKPOINT, or --api-base"),
+        (["--api-base", "http://x", "--model-path", "y"], "not both"),
+        (["--api-base", "URL", "--num_beams", "2"], "beam search"),
+    ],
+)
+def test_contradictions_are_one_sentence(
+    flags: list[str], message: str, server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write_jsonl(tmp_path / "q.jsonl", question_rows(1))
+    words = [server.url if flag == "URL" else flag for flag in flags]
+    assert (
+        model_vqa_loader.main([*words, "--question-file", str(questions), "--answers-file", str(tmp_path / "a")]) == 2
+    )
+    assert message in capsys.readouterr().err
+
+
+def test_no_follow_up_by_a_server() -> None:
+    settings = RunSettings("", "", "", SamplingParams(4), follow_up=" ###")
+    with pytest.raises(ConfigError, match="--answer-prompter"):
+        RemoteModel("http://x", "m").identity(settings)
+
+
+def test_pictures_travel_as_they_are_or_as_png(pictures: Path) -> None:
+    content = (pictures / "red.png").read_bytes()
+    assert data_url(content) == f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 3), "red").save(buffer, "BMP")
+    assert data_url(buffer.getvalue()).startswith("data:image/png;base64,")
+    with pytest.raises(ImageError):
+        data_url(b"no picture")
