@@ -37,7 +37,7 @@ class HeartBeat:
         token: str | None,
         *,
         interval: float = WORKER_HEART_BEAT_INTERVAL,
-        max_delay: float = 30.0,
+        max_delay: float = 5.0,
     ) -> None:
         self.worker_name = worker_name
         self.registered = False

@@ -23,10 +23,14 @@ def bind_socket(host: str, port: int) -> socket.socket:
     try:
         info = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(info[0], info[1])
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"Cannot listen on {host}:{port} ({error}); choose another --host.") from error
+    try:
         if sys.platform != "win32":  # there it would let two servers share a port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(info[4])
     except (OSError, OverflowError) as error:
+        sock.close()
         raise ConfigError(
             f"Cannot listen on {host}:{port} ({error}); choose another --port or stop its user."
         ) from error
@@ -49,6 +53,13 @@ class GracefulServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say where we listen only now that signals are heeded and connections accepted."""
+        await super().startup(sockets)
+        for sock in sockets or ():
+            host, port = sock.getsockname()[:2]
+            logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None or self._loop is None:
@@ -79,8 +90,6 @@ def serve(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[None]
         timeout_graceful_shutdown=5,
         ws="none",
     )
-    host, port = sock.getsockname()[:2]
-    logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     with contextlib.suppress(KeyboardInterrupt):
         GracefulServer(config, drain).run(sockets=[sock])
     return 0
