@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 from llava.arguments import make_parser
+from llava.train.train import train
+from tests import tiny
+from tests.train import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "scripts_internvl"
@@ -281,3 +285,75 @@ def test_a_missing_launcher_is_one_sentence() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "no-such-python was not found on PATH" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(tiny_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Data, a mixture, towers of both kinds, and the projectors of a stage 1 for each."""
+    root = tmp_path_factory.mktemp("recipes")
+    data = runs.make_data(root / "data", samples=2)
+    entry = {"annotation": str(data / "finetune.json"), "root": str(data / "images")}
+    (root / "mixture.json").write_text(json.dumps({"mine": entry}))
+    clip = tiny.make_clip_tower(root / "clip-vit-tiny")
+    base = tiny.make_base(root / "base", hidden_size=64, intermediate_size=128)  # whole blocks of the 4-bit kernel
+    made = {"data": data, "mixture": root / "mixture.json", "clip": clip, "base": base, "projectors": {}}
+    return {"tower": tiny_dirs["tower"], **made}
+
+
+def overridden(name: str, made: dict[str, Any], out: Path) -> list[str]:
+    """The recipe's own command on the CPU, with nothing but flags put behind it."""
+    variables = {"MODEL_VERSION": "tiny", "PROMPT_VERSION": "v1"}
+    slurm = name.endswith("_custom_data")
+    command = command_of(name, **variables, **({} if slurm else {"GPUS": "0"}))
+    flags = bind(command)
+    stage, tower = ("pretrain" if flags.tune_mm_mlp_adapter else "finetune"), made["tower"]
+    if "clip" in flags.vision_tower:
+        tower = made["clip"]
+    given = {
+        "model_name_or_path": made["base"],
+        "vision_tower": tower,
+        "mm_vision_image_size": 56,
+        "output_dir": out,
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+        "plot_loss": False,
+        "save_strategy": "no",
+        "bf16": False,
+    }
+    if slurm:
+        given |= {"meta_path": made["mixture"], "use_cpu": True, "tf32": False, "deepspeed": ""}
+    else:
+        given |= {"data_path": made["data"] / f"{stage}.json", "image_folder": made["data"] / "images"}
+    if stage == "finetune":
+        given["pretrain_mm_mlp_adapter"] = made["projectors"][str(tower), flags.mm_projector_type]
+    script = next(index for index, word in enumerate(command) if word.startswith("llava/train/"))
+    more = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return [*command[script + 1 :], *more]
+
+
+@pytest.mark.slow
+def test_every_recipe_trains_and_saves_by_overrides_alone(tiny_runs: dict[str, Any], tmp_path: Path) -> None:
+    """Stage 1 first: stage 2 starts from the projectors it leaves."""
+    names = sorted([*PUBLISHED, *LLAVA], key=lambda name: "pretrain" not in name)
+    assert len(names) == 21
+    for name in names:
+        out = tmp_path / name.replace("/", "_")
+        argv = overridden(name, tiny_runs, out)
+        train(argv)
+        assert len(runs.losses(out)) == 1, name
+        assert json.loads((out / "run.json").read_text())["steps"] == 1
+        flags = make_parser().parse_args(argv)
+        if flags.tune_mm_mlp_adapter:
+            key = str(flags.vision_tower), flags.mm_projector_type
+            tiny_runs["projectors"].setdefault(key, out / "mm_projector.bin")
+        wanted = (
+            "adapter_config.json"
+            if flags.lora_enable
+            else "mm_projector.bin"
+            if flags.tune_mm_mlp_adapter
+            else "model.safetensors"
+        )
+        assert (out / wanted).is_file(), name

@@ -303,8 +303,8 @@ def page(flags: Namespace, setup: Setup, data: sizes.Data, args: Namespace) -> s
     worst = longest(setup, data, flags.model_max_length)
     together = setup.gpus * setup.rows * setup.accumulation
     lines = [
-        f"{setup.gpus} GPUs x {setup.rows} rows x {setup.accumulation} accumulated = global batch {together}; ZeRO stage "
-        f"{setup.stage}{', offloaded' if setup.offload else ''}; {setup.trainable / 1e9:.3g} B parameters learn.",
+        f"{setup.gpus} GPUs x {setup.rows} rows x {setup.accumulation} accumulated = global batch {together}; ZeRO "
+        f"stage {setup.stage}{', offloaded' if setup.offload else ''}; {setup.trainable / 1e9:.3g} B parameters learn.",
         "",
     ]
     lines.append(f"  {'GiB on each GPU':<28}{'mean batch':>12}{'longest rows':>14}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("red", "blue", "green", "teal", "gray", "brown", "black", "yellow")
-DEADLINE = 240.0
+DEADLINE = 480.0
 
 
 def make_data(root: Path, *, samples: int = 32, text_rows: Sequence[int] = ()) -> Path:
@@ -77,7 +80,7 @@ def flags(dirs: Mapping[str, Path], data: Path, output_dir: Path, stage: int, **
     return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
-def command(argv: Sequence[str], ranks: int = 1, program: Sequence[str] = ("-m", "llava.train.train")) -> list[str]:
+def command(argv: Sequence[str], ranks: int, program: Sequence[str]) -> list[str]:
     """One process, or `ranks` processes under torchrun on a free port."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *launcher, *program, *argv]
@@ -94,22 +97,83 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(argv: Sequence[str], log: Path, ranks: int = 1, **how: Any) -> subprocess.Popen[bytes]:
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command(argv, ranks, **how), stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment(),
-            cwd=log.parent, start_new_session=True,
-        )  # fmt: skip
+class Forked:
+    """The processes of a run, forked by `tests.train.zygote`; to the tests it is like one process."""
+
+    def __init__(self, argv: Sequence[str], log: Path, ranks: int, **more: Any):
+        self.zygote = zygote()
+        assert self.zygote.stdin and self.zygote.stdout
+        job = {"argv": list(argv), "ranks": ranks, "log": str(log), **more}
+        self.zygote.stdin.write(json.dumps(job).encode() + b"\n")
+        self.zygote.stdin.flush()
+        self.pids: list[int] = self._answer(DEADLINE)["pids"]
+        self.codes: list[int] | None = None
+
+    def _answer(self, timeout: float) -> dict[str, Any]:
+        stdout = self.zygote.stdout
+        assert stdout
+        if not select.select([stdout], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("zygote", timeout)
+        answer: dict[str, Any] = json.loads(stdout.readline() or b"{}")
+        return answer
+
+    def wait(self, timeout: float) -> int:
+        if self.codes is None:
+            self.codes = self._answer(timeout)["codes"]
+        return next((code for code in self.codes if code), 0)
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
 
 
-def finish(argv: Sequence[str], log: Path, ranks: int = 1, **how: Any) -> None:
+@functools.cache
+def zygote() -> subprocess.Popen[bytes]:
+    """The one of this test session; it ends with its stdin."""
+    command = [sys.executable, "-m", "tests.train.zygote"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), cwd=ROOT, bufsize=0
+    )
+    atexit.register(process.kill)
+    return process
+
+
+class Launched:
+    """A run under its launcher, in a session of its own."""
+
+    def __init__(self, command: Sequence[str], log: Path):
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment(), cwd=log.parent,
+                start_new_session=True,
+            )  # fmt: skip
+        self.wait, self.poll = self.process.wait, self.process.poll
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def start(
+    argv: Sequence[str], log: Path, ranks: int = 1, program: Sequence[str] | None = None, **more: Any
+) -> Forked | Launched:
+    """The training program in `ranks` processes; with `program`, that one under the real launcher."""
+    return Forked(argv, log, ranks, **more) if program is None else Launched(command(argv, ranks, program), log)
+
+
+def finish(argv: Sequence[str], log: Path, ranks: int = 1, program: Sequence[str] | None = None, **more: Any) -> None:
     """Run to the end; the log's tail is the message if it fails."""
-    process = start(argv, log, ranks, **how)
+    process = start(argv, log, ranks, program, **more)
     try:
         code = process.wait(DEADLINE)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
     assert code == 0, log.read_text(errors="replace")[-3000:]
 
 
@@ -130,8 +194,9 @@ def kill_at(argv: Sequence[str], output_dir: Path, step: int, log: Path, ranks: 
             time.sleep(0.005)
     finally:
         alive = process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(DEADLINE)
+        if alive:
+            process.kill()
+            process.wait(DEADLINE)
     assert alive, "the run was over before it could be killed"
 
 

@@ -11,6 +11,7 @@ import torch
 
 from llava.model.builder import load_pretrained_model
 from llava.train.train import train
+from tests import tiny
 from tests.train import runs
 from tests.train.test_deepspeed import LOSS_ATOL, WEIGHT_ATOL, options
 
@@ -27,6 +28,20 @@ def one_process(tiny_dirs: Dirs, small_data: Path, tmp_path_factory: pytest.Temp
 
 
 LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "max_steps": 10}
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_packed_weights_resumes_exactly(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    """QLoRA under ZeRO-2; ZeRO-3 is refused."""
+    base = tiny.make_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = {**options("zero2"), **LORA, "model_name_or_path": base, "bits": 4}
+    runs.finish(runs.flags(tiny_dirs, small_data, whole, 2, **more), tmp_path / "log", ranks=2)
+    argv = runs.flags(tiny_dirs, small_data, killed, 2, **more)
+    runs.kill_at(argv, killed, 6, tmp_path / "log", ranks=2)
+    runs.finish(argv, tmp_path / "log", ranks=2)
+    assert "Going on from" in (tmp_path / "log").read_text()
+    runs.assert_equal_runs(whole, killed)
 
 
 @pytest.mark.slow

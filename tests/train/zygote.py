@@ -1,0 +1,106 @@
+"""A process that has imported all once and forks the processes of runs, which start in no time and can be killed.
+
+Reads jobs from stdin, one JSON object a line: `argv`, `ranks`, `log`, and `in_order` to leave the records undisturbed.
+Answers each with `{"pids": [...]}`, and with `{"codes": [...]}` when all of its processes are gone; if one fails, the
+others are ended, as torchrun does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+GRACE = 10.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def take_records_in_order() -> None:
+    """Without drawing: the ranks get the records of the file by turns."""
+    from torch.utils.data import SequentialSampler
+
+    from llava.train.llava_trainer import LLaVATrainer
+
+    LLaVATrainer._get_train_sampler = lambda self: SequentialSampler(self.train_dataset)  # type: ignore[method-assign]
+
+
+def be_rank(rank: int, job: dict[str, Any], port: int) -> int:
+    """In the fork: this rank's environment and output, then the program."""
+    ranks, log = job["ranks"], Path(job["log"])
+    os.setpgid(0, 0)
+    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.chdir(log.parent)
+    if ranks > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    import traceback
+
+    from llava.train.train import main
+
+    if job.get("in_order"):
+        take_records_in_order()
+    try:
+        return int(main(job["argv"]))
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print when they are imported
+    import deepspeed  # noqa: F401 - imported here so that no fork has to
+    import peft  # noqa: F401
+    import torch
+
+    import llava.train.train  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        port, pids = free_port(), []
+        for rank in range(job["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                code = be_rank(rank, job, port)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            pids.append(pid)
+        print(json.dumps({"pids": pids}), file=answers, flush=True)
+        print(json.dumps({"codes": wait_all(pids)}), file=answers, flush=True)
+
+
+def wait_all(pids: list[int]) -> list[int]:
+    """Exit statuses, negative for a signal."""
+    codes: dict[int, int] = {}
+    limit = float("inf")
+    while len(codes) < len(pids):
+        for pid in [pid for pid in pids if pid not in codes]:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            limit = min(limit, time.monotonic() + GRACE)
+        if time.monotonic() > limit:
+            for pid in [pid for pid in pids if pid not in codes]:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+if __name__ == "__main__":
+    serve()
