@@ -101,8 +101,9 @@ def build_app(
 
     from llava.serve.web_page import CSS, build_page, theme
 
-    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    _add_probes(app, site)
+    closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = fastapi.FastAPI(**closed)
+    add_probes(app, site)
     page = build_page(site, embed=embed)
     page.queue(default_concurrency_limit=concurrency, max_size=16 * concurrency, api_open=False)
     return gradio.mount_gradio_app(
@@ -114,6 +115,7 @@ def build_app(
         max_file_size=_MAX_UPLOAD,
         show_error=False,
         footer_links=[],
+        app_kwargs=closed,
         ssr_mode=False,
         enable_monitoring=False,
         theme=theme(),
@@ -121,7 +123,7 @@ def build_app(
     )
 
 
-def _add_probes(app: Any, site: Site) -> None:
+def add_probes(app: Any, site: Site) -> None:
     from fastapi import Response
     from fastapi.responses import JSONResponse
 

@@ -103,9 +103,7 @@ class ServiceClient:
                     yield _checked(frame)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _unreachable(error, "the worker") from error
-        except ValueError as error:
-            if isinstance(error, ServeError):
-                raise
+        except (ValueError, RecursionError) as error:
             raise ServeError(
                 ErrorType.INTERNAL, f"the worker's answer is not in the format of the wire: {error}"
             ) from error
@@ -121,7 +119,7 @@ class ServiceClient:
             raise from_response(response.status_code, response.content)
         try:
             return response.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServeError(ErrorType.INTERNAL, f"{who} answered with something that is not JSON") from error
 
 

@@ -1,9 +1,12 @@
-"""A controller with workers in one thread, as old ones or ours would answer; tests tell it what to say and how slowly."""
+"""A controller and its workers in one thread, answering as old ones or ours would; tests say what, and how slowly."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -15,6 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from llava.serve.http_server import bind_socket, port_of
+from tests.serve.stubs import until
 
 
 @dataclass
@@ -101,3 +105,28 @@ class FakeService:
             server.should_exit = True
             thread.join(10)
             sock.close()
+
+
+@contextmanager
+def web_server(service: FakeService, environment: dict[str, str], *flags: str) -> Iterator[str]:
+    """The address of a web server in a process of its own; it must end well, and without a traceback."""
+    command = [sys.executable, "-m", "llava.serve.gradio_web_server", "--controller", service.url, "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--model-list-mode", "reload", *flags], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    errors = process.stderr
+    assert errors is not None
+    seen: list[str] = []
+    reader = threading.Thread(target=lambda: seen.extend(errors), daemon=True)
+    reader.start()
+    try:
+        found = until(lambda: process.poll() or re.search(r"Listening on (\S+)", "".join(seen)), seconds=120)
+        assert isinstance(found, re.Match), "".join(seen)
+        yield found[1]
+    finally:
+        process.terminate()
+        status = process.wait(60)
+        reader.join(10)
+        errors.close()
+    assert status == 0, "".join(seen)
+    assert "Traceback" not in "".join(seen), "".join(seen)

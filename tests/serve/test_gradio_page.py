@@ -1,0 +1,451 @@
+"""What the page's controls do, without a browser: every event with its button states, the flags, and start orders."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from llava.errors import ConfigError
+from llava.serve import gradio_web_server as server
+from llava.serve import web_controls as controls
+from llava.serve.heartbeat import HeartBeat
+from llava.serve.http_app import Keys, Limits, guard
+from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.registry import Registry
+from llava.serve.security import AddressRule
+from llava.serve.web_chat import Chat
+from llava.serve.web_chat_tab import ChatTab
+from llava.serve.web_client import ServiceClient
+from llava.serve.web_compare_tab import VOTES, CompareTab, merged
+from llava.serve.web_log import ConversationLog
+from llava.serve.web_models import Listing, ModelCatalog
+from llava.serve.web_site import Site, gone
+from llava.serve.worker_app import make_worker_app
+from tests.serve.fake_service import FakeService, web_server
+from tests.serve.stubs import MODEL, Live, StubEngine, make_worker, png, until
+
+REQUEST: Any = SimpleNamespace(client=SimpleNamespace(host="10.0.0.9"))
+SLIDERS = (0.5, 0.9, 64, 12)
+FIVE = ["upvote", "downvote", "flag", "regenerate", "clear"]
+
+
+@pytest.fixture
+def service() -> Iterator[FakeService]:
+    with FakeService(models=["alpha", "beta"]).serving() as running:
+        yield running
+
+
+@pytest.fixture
+def site(service: FakeService, tmp_path: Path) -> Site:
+    # every handler below has its own event loop, so no connection may outlive it
+    transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
+    client = ServiceClient(service.url, transport=transport)
+    return Site(client, ModelCatalog(client, mode="reload"), ConversationLog(tmp_path / "logs", chats=True))
+
+
+@pytest.fixture
+def tab(site: Site) -> ChatTab:
+    """The tab's logic on names instead of components."""
+    names = ("state", "model", "pictures", "mode")
+    rest = ("view", "text", "send", "notice", "stop", ("upvote", "downvote", "flag"), "regenerate", "clear")
+    return ChatTab(site, *names, controls.Parameters("t", "p", "n", "k"), *rest, "save", "saved")
+
+
+@pytest.fixture
+def pair(site: Site) -> CompareTab:
+    parameters = controls.Parameters("t", "p", "n", "k")
+    ends = (("left", "right"), ("model_left", "model_right"), ("view_left", "view_right"))
+    return CompareTab(
+        site, *ends, "pictures", "mode", parameters, "text", "send", "notice", tuple(VOTES), "stop", "clear"
+    )
+
+
+@pytest.fixture
+def chart(tmp_path: Path) -> list[tuple[str, None]]:
+    """What the picture box hands over."""
+    (tmp_path / "chart.png").write_bytes(png(40, 30))
+    return [(str(tmp_path / "chart.png"), None)]
+
+
+class Page:
+    """The last state of every component, after the updates of a handler."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] = []
+        self.now: dict[str, Any] = {}
+
+    def apply(self, update: dict[str, Any]) -> None:
+        for name, value in update.items():
+            if isinstance(value, dict) and value.get("__type__") == "update":
+                if "interactive" in value:
+                    self.now[name] = value["interactive"]
+            else:
+                self.now[name] = value
+        self.states.append(dict(self.now))
+
+    def play(self, updates: AsyncIterator[dict[str, Any]]) -> Page:
+        async def go() -> None:
+            async for update in updates:
+                self.apply(update)
+
+        asyncio.run(go())
+        return self
+
+    def enabled(self) -> list[str]:
+        return [name for name in FIVE if self.now.get(name)]
+
+
+def send(tab: ChatTab, chat: Chat, text: str = "What?", files: Any = None, model: str | None = "alpha") -> Page:
+    return Page().play(tab.send(chat, REQUEST, text, files, model, "Default", *SLIDERS))
+
+
+# --- the chat -------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_is_answered_and_every_button_follows(
+    tab: ChatTab, service: FakeService, chart: Any, tmp_path: Path
+) -> None:
+    service.delay = 0.15
+    chat = Chat()
+    page = send(tab, chat, " What is this? ", chart)
+    first, last = page.states[0], page.states[-1]
+    assert first["text"] == "" and first["pictures"] is None and first["stop"] is True and first["send"] is False
+    assert not any(first[name] for name in FIVE)
+    assert [m["role"] for m in last["view"]] == ["user", "user", "assistant"]
+    assert last["view"][-1]["content"] == "A red circle." and page.enabled() == FIVE and last["stop"] is False
+    assert any("▌" in state["view"][-1]["content"] for state in page.states)
+    sent = service.requests[0]
+    assert sent["prompt"].endswith("USER: <image>\nWhat is this? ASSISTANT:") and len(sent["images"]) == 1
+    assert (sent["temperature"], sent["top_p"], sent["max_new_tokens"]) == (0.5, 0.9, 64)
+    (line,) = [json.loads(x) for x in next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines()]
+    assert line["type"] == "chat" and line["ip"] == "10.0.0.9" and line["finish"] >= line["start"]
+
+
+@pytest.mark.parametrize("text", ["", "  \n", None])
+def test_nothing_to_send_changes_nothing(text: str | None, tab: ChatTab, service: FakeService) -> None:
+    chat = Chat()
+    page = Page().play(tab.send(chat, REQUEST, text, None, "alpha", "Default", *SLIDERS))
+    assert chat.turns == [] and page.now == {} and service.calls == []
+
+
+def test_a_picture_alone_is_a_message(tab: ChatTab, service: FakeService, chart: Any) -> None:
+    send(tab, Chat(), "", chart)
+    assert service.requests[0]["prompt"].endswith("USER: <image>\n ASSISTANT:")
+
+
+def test_an_error_leaves_regenerate_and_clear(tab: ChatTab, service: FakeService) -> None:
+    service.answers["alpha"] = ["Half ", ServeError(ErrorType.OVERLOADED, "").frame()]
+    chat = Chat()
+    page = send(tab, chat)
+    assert page.enabled() == ["regenerate", "clear"]
+    assert page.now["view"][-1]["content"].startswith("Half\n\n*The model is answering as many people")
+    service.answers.clear()
+    page = Page().play(tab.regenerate(chat, REQUEST, "beta", "Pad", *SLIDERS))
+    assert page.enabled() == FIVE and len(chat.turns) == 1 and chat.turns[0].mode == "Pad"
+    assert service.requests[0]["prompt"] == service.requests[1]["prompt"] and service.requests[1]["model"] == "beta"
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "model", "words"),
+    [
+        ("What?", None, None, "No model is chosen"),
+        ("look <image>", None, "alpha", "1 <image> placeholder(s) but comes with 0 picture(s)"),
+        ("What?", [("nowhere.png", None)], "alpha", "nowhere.png"),
+        ("What?", [("x.png", None)] * 9, "alpha", "at most 8"),
+    ],
+)
+def test_what_cannot_be_sent_stays_in_the_box(
+    text: str, files: Any, model: str | None, words: str, tab: ChatTab, service: FakeService
+) -> None:
+    chat = Chat()
+    page = send(tab, chat, text, files, model)
+    assert words in page.now["notice"] and "text" not in page.now and chat.turns == [] and service.requests == []
+
+
+def test_an_empty_list_is_explained_when_sending(tab: ChatTab, service: FakeService) -> None:
+    service.models = []
+    assert "no worker has registered" in send(tab, Chat(), model=None).now["notice"]
+
+
+def test_moderation_keeps_the_text_from_the_model(site: Site, tab: ChatTab, service: FakeService) -> None:
+    async def refusal(text: str) -> str | None:
+        return "refused, because" if "bad" in text else None
+
+    moderated = Site(site.client, site.catalog, site.log, SimpleNamespace(refusal=refusal))  # type: ignore[arg-type]
+    object.__setattr__(tab, "site", moderated)
+    assert "refused, because" in send(tab, Chat(), "bad words").now["notice"] and service.requests == []
+    assert send(tab, Chat(), "good words").enabled() == FIVE
+
+
+def test_stop_leaves_what_was_said(tab: ChatTab, service: FakeService) -> None:
+    service.answers["alpha"], service.delay = ["word "] * 500, 0.02
+    chat, page = Chat(), Page()
+
+    async def go() -> None:
+        async for update in tab.send(chat, REQUEST, "x", None, "alpha", "Default", *SLIDERS):
+            page.apply(update)
+            if chat.turns[0].answer:
+                await tab.halt(chat)
+
+    asyncio.run(go())
+    assert page.now["view"][-1]["content"].endswith("*Stopped.*") and page.enabled() == FIVE
+
+
+def test_a_vote_counts_once(tab: ChatTab, tmp_path: Path) -> None:
+    chat, page = Chat(), Page()
+    send(tab, chat)
+    for kind in ("upvote", "flag"):
+        page.apply(asyncio.run(tab.vote(kind, chat, REQUEST)))
+    lines = [json.loads(x) for x in next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines()]
+    assert [line["type"] for line in lines] == ["chat", "upvote"]
+    assert lines[0]["turn_id"] == lines[1]["turn_id"] and lines[1]["temperature"] == 0.5
+    assert page.now["upvote"] is page.now["flag"] is False and "regenerate" not in page.now
+
+
+def test_clear_empties_everything(tab: ChatTab) -> None:
+    chat = Chat()
+    page = send(tab, chat)
+    page.apply(asyncio.run(tab.clear(chat)))
+    assert chat.turns == [] and page.now["view"] == [] and page.enabled() == [] and page.now["save"] is False
+    assert asyncio.run(tab.export(chat)) == ""
+
+
+def test_a_second_message_while_one_is_answered_is_ignored(tab: ChatTab, service: FakeService) -> None:
+    chat = Chat()
+
+    async def go() -> None:
+        first = tab.send(chat, REQUEST, "one", None, "alpha", "Default", *SLIDERS)
+        await anext(first)
+        assert [u async for u in tab.send(chat, REQUEST, "two", None, "alpha", "Default", *SLIDERS)]
+        assert [u async for u in tab.regenerate(chat, REQUEST, "alpha", "Default", *SLIDERS)]
+        await first.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(go())
+    assert [turn.text for turn in chat.turns] == ["one"]
+
+
+def test_the_second_turn_carries_the_first(tab: ChatTab, service: FakeService) -> None:
+    chat = Chat()
+    send(tab, chat, "one")
+    send(tab, chat, "two")
+    assert service.requests[1]["prompt"].startswith(service.requests[0]["prompt"])  # a prefix cache can reuse it
+    assert "ASSISTANT: A red circle.</s>USER: two ASSISTANT:" in service.requests[1]["prompt"]
+
+
+# --- side by side ---------------------------------------------------------------------------------------------------
+
+
+def test_two_models_are_compared(pair: CompareTab, service: FakeService, chart: Any, tmp_path: Path) -> None:
+    service.answers["beta"] = ["A blue square."]
+    left, right, page = Chat(), Chat(), Page()
+    page.play(pair.send(left, REQUEST, right, "What?", chart, "alpha", "beta", "Default", *SLIDERS))
+    assert page.now["view_left"][-1]["content"] == "A red circle."
+    assert page.now["view_right"][-1]["content"] == "A blue square."
+    assert all(page.now[name] for name in VOTES) and page.now["stop"] is False
+    first, second = service.requests
+    assert first["prompt"] == second["prompt"] and first["images"] == second["images"]
+    page.apply(asyncio.run(pair.vote("leftvote", left, right, REQUEST)))
+    page.apply(asyncio.run(pair.vote("tievote", left, right, REQUEST)))
+    votes = [json.loads(x) for x in next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines()]
+    votes = [line for line in votes if "vote" in line["type"]]
+    assert len(votes) == 1 and votes[0]["models"] == ["alpha", "beta"] and len(votes[0]["states"]) == 2
+    page.apply(asyncio.run(pair.clear(left, right)))
+    assert left.turns == right.turns == [] and page.now["clear"] is False
+
+
+def test_one_that_fails_does_not_hide_the_other(pair: CompareTab, service: FakeService) -> None:
+    service.answers["alpha"] = [ServeError(ErrorType.OUT_OF_MEMORY, "").frame()]
+    left, right = Chat(), Chat()
+    page = Page().play(pair.send(left, REQUEST, right, "What?", None, "alpha", "beta", "Default", *SLIDERS))
+    assert "ran out of memory" in page.now["view_left"][-1]["content"]
+    assert page.now["view_right"][-1]["content"] == "A red circle."
+
+
+def test_a_comparison_needs_two_models(pair: CompareTab, service: FakeService) -> None:
+    for models in ((None, "beta"), ("alpha", None)):
+        page = Page().play(pair.send(Chat(), REQUEST, Chat(), "What?", None, *models, "Default", *SLIDERS))
+        assert "No model is chosen" in page.now["notice"] and service.requests == []
+
+
+def test_closing_a_merge_closes_its_parts() -> None:
+    closed = []
+
+    async def part(number: int) -> AsyncIterator[None]:
+        try:
+            while True:
+                yield
+                await asyncio.sleep(0.001 if number else 60)
+        finally:
+            closed.append(number)
+
+    async def go() -> None:
+        both = merged([part(0), part(1)])
+        for _ in range(5):
+            await anext(both)
+        await both.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(go())
+    assert 0 in closed
+
+
+# --- the drop-down --------------------------------------------------------------------------------------------------
+
+
+def shown(site: Site, chat: Chat, current: str | None, *models: str) -> Any:
+    return site.follow(Listing(models), chat, current)
+
+
+def test_the_drop_down_follows_the_list(site: Site) -> None:
+    chat = Chat()
+    assert shown(site, chat, None) == gr.update(choices=[], value=None)
+    assert shown(site, chat, None, "a", "b") == gr.update(choices=["a", "b"], value="a")
+    assert shown(site, chat, "a", "a", "b") == gr.skip()
+    assert shown(site, chat, "b", "a", "b")["value"] == "b"  # the visitor chose
+    assert site.follow(Listing(("a", "b")), Chat(), None, other_than="a")["value"] == "b"
+    assert site.follow(Listing(("a",)), Chat(), None, other_than="a")["value"] == "a"
+
+
+def test_a_conversation_waits_for_its_model(site: Site, tab: ChatTab) -> None:
+    chat = Chat()
+    send(tab, chat)
+    assert shown(site, chat, "alpha", "beta")["value"] is None
+    assert "alpha is not served" in gone(Listing(("beta",)), chat)
+    assert shown(site, chat, None, "alpha", "beta")["value"] == "alpha" and gone(Listing(("alpha",)), chat) == ""
+
+
+# --- the program ----------------------------------------------------------------------------------------------------
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    return server.build_parser().parse_args(list(flags))
+
+
+def test_published_flags_are_known() -> None:
+    args = parse("--controller", "http://c:1", "--model-list-mode", "reload", "--share", "--moderate", "--embed")
+    assert args.controller_url == "http://c:1" and args.model_list_mode == "reload" and args.concurrency_count == 10
+    assert parse().controller_url == "http://localhost:21001" and parse().model_list_mode == "once"
+    assert parse("--controller-url", "http://d", "--host", "::1", "--port", "3", "--concurrency-count", "2").port == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--share"], "--share opens the page to everyone"),
+        (["--concurrency-count", "0"], "at least 1"),
+        (["--log-days", "0"], "at least 1"),
+        (["--idle-timeout", "nan"], "greater than 0"),
+    ],
+)
+def test_flags_that_cannot_work(flags: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        server.check(parse(*flags), [])
+
+
+def test_logins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(server.LOGINS_VARIABLE, "ann:one,bob:two:three")
+    assert server.read_logins(None) == [("ann", "one"), ("bob", "two:three")]
+    (tmp_path / "logins").write_text("nobody\n")
+    with pytest.raises(ConfigError, match="USER:PASSWORD"):
+        server.read_logins(tmp_path / "logins")
+
+
+def test_a_taken_port_is_said() -> None:
+    taken = server.listen("127.0.0.1", 0)
+    taken.listen()
+    with pytest.raises(ConfigError, match="Cannot listen on"):
+        server.listen("127.0.0.1", taken.getsockname()[1])
+    taken.close()
+
+
+@pytest.mark.slow
+def test_probes_and_closed_doors(service: FakeService, child_environment: dict[str, str], tmp_path: Path) -> None:
+    environment = {**child_environment, server.LOGINS_VARIABLE: "ann:one", "LOGDIR": str(tmp_path)}
+    with (
+        web_server(service, environment, "--embed") as address,
+        httpx.Client(base_url=address, trust_env=False, timeout=60) as client,
+    ):
+        until(lambda: reached(client, "/health"), 60)
+        assert client.get("/ready").json() == {"models": ["alpha", "beta"]}
+        service.models = []
+        until(lambda: client.get("/ready").status_code == 503)
+        assert "llava_requests" in client.get("/metrics").text
+        assert client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "ann", "password": "two"}).status_code == 400
+        assert client.post("/login", data={"username": "ann", "password": "one"}).status_code == 200
+        config = client.get("/config").json()
+        assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
+    assert config["dependencies"] and {d["api_visibility"] for d in config["dependencies"]} == {"private"}
+    assert "google" not in json.dumps(config)  # no fonts from elsewhere
+    assert "Terms of use" not in json.dumps(config)  # --embed
+
+
+def reached(client: httpx.Client, path: str) -> bool:
+    try:
+        return client.get(path).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_every_start_order_ends_with_the_model_listed() -> None:
+    """All six at once; a part that has not started yet refuses connections at its address."""
+    stacks = [start_order(order) for order in itertools.permutations(("controller", "worker", "web"))]
+    for step in range(3):
+        for stack in stacks:
+            stack[step][1].start()
+        time.sleep(0.5)  # the next part comes later: that is the matter of this test
+    began = time.monotonic()
+    with httpx.Client(trust_env=False, timeout=20) as client:
+        for stack in stacks:
+            web = dict(stack)["web"]
+            models = until(lambda web=web: client.get(f"{web.url}/ready").json()["models"])
+            assert models == [MODEL]
+    assert time.monotonic() - began < 10
+    for _, live in itertools.chain(*stacks):
+        live.stop()
+
+
+def start_order(order: tuple[str, ...]) -> list[tuple[str, Live]]:
+    """A controller, a worker and a page that know each other's addresses, none of them started."""
+    from llava.serve.controller_app import Controller, controller_routes, with_lifespan
+    from llava.serve.worker_client import WorkerClient
+
+    def controller(_: int) -> Any:
+        registry = Registry("shortest_queue")
+        core = Controller(registry, WorkerClient(registry, None), AddressRule())
+        return guard(with_lifespan(controller_routes(core), core), Keys(), Limits(), core.metrics)
+
+    lives = {"controller": Live(controller)}
+    url = lives["controller"].url
+
+    def worker(port: int) -> Any:
+        made = make_worker(StubEngine())
+        made.heart = HeartBeat(url, f"http://127.0.0.1:{port}", made.status, None)  # its real intervals
+        return make_worker_app(made, Keys(), Limits())
+
+    def web(_: int) -> Any:
+        site = server.build_site(parse("--controller", url, "--model-list-mode", "reload"))
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            yield
+            await site.close()
+
+        app = FastAPI(lifespan=lifespan)
+        server.add_probes(app, site)
+        return app
+
+    lives |= {"worker": Live(worker), "web": Live(web)}
+    return [(name, lives[name]) for name in order]

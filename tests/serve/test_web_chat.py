@@ -1,0 +1,314 @@
+"""The state of a conversation in the browser: what is sent, shown, exported and logged, and pictures on the way."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from datetime import date, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava.conversation import get_template
+from llava.errors import ImageError, RequestError
+from llava.serve.examples.draw import PICTURES, draw_all
+from llava.serve.protocol import ErrorType, ModelInfo, ServeError, WorkerStatus
+from llava.serve.web_answer import choose_template, request_body
+from llava.serve.web_chat import CURSOR, Chat, Sampling, Turn, escape
+from llava.serve.web_icons import SHAPES, write_icons
+from llava.serve.web_log import ConversationLog
+from llava.serve.web_pictures import MAX_PICTURES, MODES, Picture, as_jpeg, load_picture, load_pictures
+
+SYSTEM = get_template("vicuna_v1").system
+
+
+def status(**info: object) -> WorkerStatus:
+    facts = {"image_tokens": 16, **info}
+    return WorkerStatus(model_names=["m"], speed=1, queue_length=0, info=ModelInfo.model_validate(facts))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Callable[..., Picture]:
+    def make(width: int = 40, height: int = 20, kind: str = "png") -> Picture:
+        path = tmp_path / f"p{width}x{height}.{kind}"
+        Image.new("RGB", (width, height), (200, 30, 30)).save(path)
+        return load_picture(str(path))
+
+    return make
+
+
+def said(text: str, answer: str = "", pictures: tuple[Picture, ...] = (), **more: object) -> Turn:
+    return Turn(text, pictures, answer=answer, running=False, **more)  # type: ignore[arg-type]
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_rendered_as_training_and_terminal_do(picture: Callable[..., Picture]) -> None:
+    chat = Chat([said("What is this?", "A box.", (picture(),)), said("Why?")])
+    conversation, pictures, modes = chat.conversation()
+    assert conversation.get_prompt() == (
+        f"{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: A box.</s>USER: Why? ASSISTANT:"
+    )
+    assert len(pictures) == 1 and modes == ["Default"]
+
+
+def test_pictures_go_with_their_turns(picture: Callable[..., Picture]) -> None:
+    one, two, three = picture(1, 2), picture(3, 4), picture(5, 6)
+    chat = Chat([said("A", "a"), said("B", "b", (one, two)), said("compare <image> here", "", (three,), mode="Pad")])
+    conversation, pictures, modes = chat.conversation()
+    assert conversation.get_prompt().endswith(
+        "USER: <image>\n<image>\nB ASSISTANT: b</s>USER: compare <image> here ASSISTANT:"
+    )
+    assert pictures == [one, two, three] and modes == ["Default", "Default", "Pad"]
+
+
+def test_a_tagged_template_opens_with_its_own_exchange(picture: Callable[..., Picture]) -> None:
+    chat = Chat([said("What?", "", (picture(),))], template="v1_mmtag")
+    prompt = chat.conversation()[0].get_prompt()
+    assert "USER: <Image><image></Image> ASSISTANT: Received.</s>USER: What? ASSISTANT:" in prompt
+
+
+def test_a_template_with_examples_of_its_own_keeps_the_picture(picture: Callable[..., Picture]) -> None:
+    chat = Chat([said("What?", "", (picture(),))], template="v0")
+    assert (
+        chat.conversation()[0].get_prompt().endswith("### Human: <image>\nWhat?### Assistant:".replace("### ", "###"))
+    )
+
+
+def test_turns_without_an_answer_are_not_sent_again() -> None:
+    chat = Chat([said("lost", note="failed"), said("again")])
+    assert chat.conversation()[0].get_prompt() == f"{SYSTEM} USER: again ASSISTANT:"
+
+
+def test_another_model_gets_the_same_turns_in_its_own_format() -> None:
+    chat = Chat([said("Hi", "Hello"), said("Bye")])
+    chat.template = "Hermes-2"
+    body = request_body(chat, chat.turns[-1], None)
+    assert body["prompt"].endswith("<|im_start|>assistant\n") and body["stop"] == "<|im_end|>"
+    assert "ASSISTANT" not in body["prompt"]
+
+
+@pytest.mark.parametrize(("text", "pictures", "fine"), [("<image> a", 0, False), ("<image>", 1, True), ("x", 2, True)])
+def test_typed_placeholders_must_fit(text: str, pictures: int, fine: bool, picture: Callable[..., Picture]) -> None:
+    turn = Turn(text, (picture(),) * pictures)
+    if fine:
+        turn.check()
+    else:
+        with pytest.raises(RequestError, match=r"1 <image> placeholder\(s\) but comes with 0 picture"):
+            turn.check()
+
+
+def test_the_body_is_the_contracts(picture: Callable[..., Picture]) -> None:
+    turn = Turn("What?", (picture(),), sampling=Sampling(0.2, 0.9, 4096, 6), model="m")
+    body = request_body(Chat([turn]), turn, status(max_new_tokens=512))
+    assert set(body) == {
+        "model", "prompt", "temperature", "top_p", "max_new_tokens", "max_input_tiles", "stop", "images",
+    }  # fmt: skip
+    assert body["max_new_tokens"] == 512 and body["stop"] == "</s>" and body["top_p"] == 0.9
+    assert base64.b64decode(body["images"][0]) == turn.pictures[0].data
+    assert json.loads(json.dumps(body)) == body
+
+
+def test_a_worker_of_ours_gets_turns_and_sends_what_is_new(picture: Callable[..., Picture]) -> None:
+    chat = Chat([said("A", "a", (picture(),)), Turn("B", model="m")])
+    worker = status()
+    worker.features = ["delta", "messages"]
+    body = request_body(chat, chat.turns[-1], worker)
+    assert body["stream_mode"] == "delta"
+    assert [(m["role"], m["content"]) for m in body["messages"]] == [
+        ("user", "<image>\nA"), ("assistant", "a"), ("user", "B"),
+    ]  # fmt: skip
+
+
+def test_what_the_worker_cannot_take_is_refused_here(picture: Callable[..., Picture]) -> None:
+    turn = Turn("What?", (picture(), picture()), model="m")
+    for worker, kind in (
+        (status(image_tokens=0), ErrorType.BAD_IMAGE),
+        (status(max_images=1), ErrorType.IMAGE_COUNT_MISMATCH),
+    ):
+        with pytest.raises(ServeError) as caught:
+            request_body(Chat([turn]), turn, worker)
+        assert caught.value.kind is kind
+
+
+def test_the_template_comes_from_the_worker_not_from_the_name() -> None:
+    assert choose_template(status(conv_template="Hermes-2"), "llava-v1.5-7b") == "Hermes-2"
+    assert choose_template(None, "llava-v1.5-7b") == "llava_v1"
+    assert choose_template(status(), "some-model") == "vicuna_v1"
+    assert choose_template(status(conv_template="of-the-future"), "some-model") == "vicuna_v1"
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def test_the_view_shows_pictures_cursor_and_notes(picture: Callable[..., Picture]) -> None:
+    one = picture()
+    turn = Turn("a <image> <script>", (one,), answer="It is")
+    assert Chat([turn]).shown() == [
+        {"role": "user", "content": {"path": one.shown}},
+        {"role": "user", "content": "a 🖼 &lt;script&gt;"},
+        {"role": "assistant", "content": "It is" + CURSOR},
+    ]
+    turn.running, turn.note = False, "Stopped."
+    assert Chat([turn]).shown()[-1]["content"] == "It is\n\n*Stopped.*"
+
+
+@given(st.text(alphabet="<>&ab`/\n \"'", max_size=60))
+def test_no_tag_survives_outside_code(text: str) -> None:
+    shown = escape(text)
+    outside = "".join(piece for piece in shown.split("`")[::2]) if "`" in text else shown
+    if "`" not in text:
+        assert "<" not in outside and ">" not in outside
+
+
+def test_code_is_kept_as_it_is() -> None:
+    assert escape("a<b `c<d` e<f\n```\n<g>\n```\n<h>") == "a&lt;b `c<d` e&lt;f\n```\n<g>\n```\n&lt;h&gt;"
+    assert escape("```\n<open") == "```\n<open"
+
+
+def test_the_export_is_whole(picture: Callable[..., Picture]) -> None:
+    chat = Chat([said("What?", "A box.", (picture(),), model="m", note="Stopped.")], model="m")
+    content = json.loads(json.dumps(chat.export()))
+    assert content["messages"] == [["USER", "<image>\nWhat?"], ["ASSISTANT", "A box."]]
+    assert content["images"][0].startswith("data:image/png;base64,") and content["model"] == "m"
+    assert content["turns"][0]["note"] == "Stopped." and content["turns"][0]["temperature"] == 0.8
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def stored(path: Path) -> Image.Image:
+    return Image.open(io.BytesIO(path.read_bytes()))
+
+
+def size_of(encoded: str) -> tuple[int, int]:
+    return Image.open(io.BytesIO(base64.b64decode(encoded))).size
+
+
+def test_modes(picture: Callable[..., Picture]) -> None:
+    wide = picture(40, 20)
+    sizes = {mode: size_of(wide.sent(mode)) for mode in MODES}
+    assert sizes == {"Default": (40, 20), "Pad": (40, 40), "Crop": (20, 20), "Resize": (336, 336)}
+    padded = Image.open(io.BytesIO(base64.b64decode(wide.sent("Pad"))))
+    assert padded.getpixel((0, 0)) == (122, 116, 104) and padded.getpixel((20, 20)) == (200, 30, 30)
+    with pytest.raises(ImageError, match="Unknown preprocess mode"):
+        wide.sent("Stretch")
+
+
+def test_an_ordinary_upload_is_sent_byte_for_byte(tmp_path: Path) -> None:
+    for kind in ("png", "jpeg", "webp"):
+        path = tmp_path / f"a.{kind}"
+        Image.new("RGB", (64, 48), "blue").save(path)
+        assert load_picture(str(path)).data == path.read_bytes()
+
+
+def test_other_uploads_are_converted_and_shown(tmp_path: Path) -> None:
+    path = tmp_path / "a.tiff"
+    Image.new("CMYK", (64, 48)).save(path)
+    loaded = load_picture(str(path))
+    assert Image.open(io.BytesIO(loaded.data)).format == "PNG" == stored(Path(loaded.shown)).format
+
+
+def test_a_large_upload_is_made_smaller(tmp_path: Path) -> None:
+    path = tmp_path / "big.png"
+    Image.new("L", (5000, 100)).save(path)
+    assert size_of(base64.b64encode(load_picture(str(path)).data).decode()) == (2048, 41)
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError):
+        load_picture(str(path))
+
+
+def test_too_many_pictures_are_refused() -> None:
+    with pytest.raises(ImageError, match="at most 8"):
+        load_pictures(["x.png"] * (MAX_PICTURES + 1))
+
+
+def test_examples_are_drawn_the_same_every_time(tmp_path: Path) -> None:
+    first, second = draw_all(tmp_path / "a"), draw_all(tmp_path / "b")
+    assert len(first) == len(PICTURES) == 4
+    for (one, question), (two, _) in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes() and question.endswith(("?", "."))
+        assert len(set(stored(one).convert("L").tobytes())) > 8  # something is on it
+    assert set(write_icons(tmp_path)) == set(SHAPES)
+
+
+# --- the log --------------------------------------------------------------------------------------------------------
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    path = folder / f"{date.today().isoformat()}-conv.json"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def test_the_log_has_the_contracts_keys(tmp_path: Path, picture: Callable[..., Picture]) -> None:
+    log = ConversationLog(tmp_path / "logs", chats=True)
+    chat = Chat([said("Wás?\n", "Ein Ding.", (picture(),), model="m", started=5.00004)])
+    log.chat(chat, chat.turns[-1], 7.123456, "10.0.0.1")
+    log.vote("upvote", chat, "10.0.0.1")
+    first, vote = lines(tmp_path / "logs")
+    assert {"tstamp", "type", "model", "start", "finish", "state", "images", "ip"} <= set(first)
+    assert (first["tstamp"], first["start"], first["finish"]) == (7.1235, 5.0, 7.1235)
+    assert first["type"] == "chat" and first["ip"] == "10.0.0.1" and vote["type"] == "upvote"
+    state = first["state"]
+    assert isinstance(state, dict)
+    assert set(state) == {"system", "roles", "messages", "offset", "sep", "sep2"}
+    assert state["messages"] == [["USER", "<image>\nWás?\n"], ["ASSISTANT", "Ein Ding."]]
+    (saved,) = (tmp_path / "logs" / "serve_images").rglob("*.jpg")
+    assert first["images"] == [saved.stem] and stored(saved).format == "JPEG"
+    assert saved.parent.name == date.today().isoformat()
+
+
+def test_without_consent_only_votes_are_written(tmp_path: Path, picture: Callable[..., Picture]) -> None:
+    log = ConversationLog(tmp_path)
+    chat = Chat([said("secret", "x", (picture(),), model="m")])
+    log.chat(chat, chat.turns[-1], 1.0, "10.0.0.1")
+    assert lines(tmp_path) == [] and not (tmp_path / "serve_images").exists()
+    log.vote("flag", chat, "10.0.0.1")
+    (vote,) = lines(tmp_path)
+    assert vote["type"] == "flag" and "ip" not in vote
+
+
+def test_old_records_are_deleted(tmp_path: Path) -> None:
+    old, recent = ((date.today() - timedelta(days=days)).isoformat() for days in (31, 29))
+    for day in (old, recent):
+        (tmp_path / f"{day}-conv.json").write_text("{}\n")
+        (tmp_path / "serve_images" / day).mkdir(parents=True)
+    (tmp_path / "notes-conv.json").write_text("mine")
+    ConversationLog(tmp_path).vote("flag", Chat([said("a", "b")]), "")
+    left = {path.name for path in [*tmp_path.iterdir(), *(tmp_path / "serve_images").iterdir()]}
+    assert old not in left and f"{old}-conv.json" not in left
+    assert {recent, f"{recent}-conv.json", "notes-conv.json"} <= left
+
+
+def test_a_full_disk_does_not_end_a_conversation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    ConversationLog(tmp_path / "file").vote("flag", Chat([said("a", "b")]), "")
+    assert "cannot be written" in caplog.text
+
+
+def test_a_saved_picture_has_no_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "gps.jpg"
+    exif = Image.Exif()
+    exif[0x8825] = {1: "N"}
+    Image.new("RGB", (8, 8)).save(path, exif=exif)
+    loaded = load_picture(str(path))
+    assert b"Exif" in loaded.data and b"Exif" not in as_jpeg(loaded)
+
+
+def test_the_old_state_of_a_session_can_be_copied() -> None:
+    """Gradio copies the initial value of a session's state."""
+    import copy
+
+    assert copy.deepcopy(Chat()).turns == [] and SimpleNamespace(**vars(Chat())).model is None
