@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
-from benchmarks import run
+from benchmarks import agreement, run
 
 
 @pytest.mark.slow
@@ -20,3 +21,17 @@ def test_quick_run_prints_a_ratio_for_every_line(capsys: pytest.CaptureFixture[s
 def test_the_written_table_is_whole() -> None:
     text = Path(run.README).read_text(encoding="utf-8")
     assert text.count(run.BEGIN) == text.count(run.END) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
+def test_agreement_of_packed_models(
+    tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model has no opinions: only that all answers are asked for, and that few agreeing is a failure."""
+    monkeypatch.setattr(agreement, "LEAST", {8: 0.0, 4: 0.0})
+    assert agreement.main([str(tiny_dirs["chat"]), "--questions", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["8 bits", "4 bits"]
+    monkeypatch.setattr(agreement, "agreement", lambda *_: {8: 97.0, 4: 89.5})
+    monkeypatch.setattr(agreement, "LEAST", {8: 97.0, 4: 90.0})
+    assert agreement.main([str(tiny_dirs["chat"])]) == 1

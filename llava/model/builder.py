@@ -44,7 +44,8 @@ LARGEST_DIFFERENCE = 0.1  # of a delta's last norm; a model's own is near 1
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq", *ckpt.TOWER_PREFIXES)
 
 REMEDIES = {
-    Kind.LANGUAGE_MODEL: "it sees no images; pass a chat checkpoint, and this one as --model-base of a projector",
+    Kind.LANGUAGE_MODEL: "it sees no images; pass a chat checkpoint, and this one as --model-base of a projector, or "
+    "--text-only",
     Kind.TOWER: "pass a chat checkpoint; a tower is given with --vision-tower",
     Kind.HF_LLAVA: "load it with transformers' LlavaForConditionalGeneration, or use liuhaotian/llava-v1.5-7b here",
     Kind.INTERNVL_CHAT: "load it with the InternVL repository; this project reads OpenGVLab/InternVL-Chat-ViT-6B-*",
@@ -216,9 +217,11 @@ def base_of(found: Checkpoint, model_base: str | Path | None, text_only: bool = 
         )
     if not found.config and not text_only:
         raise CheckpointError(
-            f"{found.path} lacks config.json, which names tower and projector; copy it from the same training run."
+            f"{found.path} lacks config.json, which names tower and projector; copy it from the same training run, "
+            "or pass --text-only for an adapter of a language model."
         )
-    _compare_base(found, base)
+    if found.config:
+        _compare_base(found, base)
     return base
 
 
@@ -302,7 +305,10 @@ def _refresh_rotary(model: nn.Module, dtype: torch.dtype, where: Placement) -> N
 
 
 def add_image_tokens(model: Any, tokenizer: Any, config: Any) -> None:
-    """Add the image tokens the configuration asks for, and grow the embeddings to hold them (never shrink, M20)."""
+    """Add the image tokens the configuration asks for, and grow the embeddings to hold them (never shrink, M20).
+
+    New rows are the mean of the older ones, so that two loads of one directory are one function.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     patch = getattr(config, "mm_use_im_patch_token", None)
     if patch or (patch is None and rows > len(tokenizer)):
@@ -310,7 +316,7 @@ def add_image_tokens(model: Any, tokenizer: Any, config: Any) -> None:
     if getattr(config, "mm_use_im_start_end", False):
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
     if len(tokenizer) > rows:
-        grow_embeddings(model, len(tokenizer), new_rows=0)
+        grow_embeddings(model, len(tokenizer), new_rows=len(tokenizer) - rows)
 
 
 def context_length(config: Any) -> int:

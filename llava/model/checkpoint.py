@@ -163,7 +163,8 @@ def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
     try:
         with safe_open(file, framework="np") as header:
             names = list(header.offset_keys() if hasattr(header, "offset_keys") else header.keys())
-        shard, mapped = None, 0
+        shard: Any = None
+        mapped = 0
         for name in names:
             if not wanted(name):
                 yield name, None

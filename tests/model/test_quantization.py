@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from llava.errors import ConfigError
+from llava.errors import ConfigError, DependencyError
+from llava.model import builder
 from llava.model.builder import load_pretrained_model
 from llava.model.quantization import Quantizer
-from tests.tiny import make_chat
+from tests.tiny import make_base, make_chat, make_lora
 
 PIXELS = torch.linspace(-1, 1, 3 * 56 * 56).reshape(1, 3, 56, 56)
 IDS = torch.tensor([[1, 5, -200, 9, 11]])
@@ -42,6 +44,27 @@ def test_four_bits_on_a_cpu_need_whole_blocks(tiny_dirs: dict[str, Path], tmp_pa
     assert len(packed) == 2 * 6
     with torch.no_grad():
         assert model(IDS, images=PIXELS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_adapter_is_merged_before_it_is_packed(tiny_dirs: dict[str, Path], tmp_path: Path, bits: int) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    base = make_base(tmp_path / "base", **sizes)
+    adapter = make_lora(tmp_path / "run", make_chat(tmp_path / "chat", tiny_dirs["tower"], **sizes), base)
+    full = load_pretrained_model(adapter, device="cpu")[1]
+    small = load_pretrained_model(adapter, device="cpu", load_8bit=bits == 8, load_4bit=bits == 4)[1]
+    assert small.model.layers[0].self_attn.q_proj.weight.dtype is (torch.int8 if bits == 8 else torch.uint8)
+    assert small.model.mm_projector[0].weight.dtype is torch.float32
+    with torch.no_grad():
+        want, got = (model(IDS, images=PIXELS).logits for model in (full, small))
+    assert (got - want).norm() / want.norm() < (0.03 if bits == 8 else 0.3)
+
+
+def test_without_the_library_it_is_one_sentence(tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(builder, "fill", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(DependencyError, match=r"bitsandbytes.*llava\[quant\]"):
+        load_pretrained_model(tiny_dirs["chat"], device="cpu", load_4bit=True)
 
 
 def test_faults() -> None:
