@@ -61,7 +61,7 @@ def _bar(axes: Any, y: float, height: float, line: Line, color: str) -> None:
         end, text = max(share, place + reach), f"{text}  (published {line.published:,.1f})"
     elif line.limit is not None:
         text = f"{text}  ({line.limit:,} questions)"
-    axes.text(end + 1, y, text, va="center", fontsize=8, color=INK)
+    axes.text(end + 1.6, y, text, va="center", fontsize=8, color=INK)
 
 
 def _legend(axes: Any, runs: Sequence[Run]) -> None:
