@@ -22,6 +22,7 @@ class Command(NamedTuple):
 
 COMMANDS: Final = {
     "train": Command("llava.train.train", "train a projector (stage 1) or the whole model (stage 2)"),
+    "estimate": Command("llava.train.estimate", "say what memory and how many hours a training recipe needs"),
     "eval": Command("llava.eval.main", "answer a benchmark's questions and score the answers"),
     "report": Command("llava.eval.report", "compare evaluated models with the published scores, and with each other"),
     "serve": Command("llava.serve.main", "serve models: web page, OpenAI-compatible API, workers"),

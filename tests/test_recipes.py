@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from llava.arguments import make_parser
 from llava.train.train import train
 from tests import tiny
+from tests.test_docs import commands
 from tests.train import runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -285,6 +287,28 @@ def test_a_missing_launcher_is_one_sentence() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "no-such-python was not found on PATH" in done.stderr
+
+
+def recipes_in_the_pages() -> list[str]:
+    """Every command of the documents that starts a recipe of training."""
+    named = r"\bsh (scripts\S*/)+(pretrain|finetune)_?\w*\.sh"
+    return sorted({command for _, command in commands() if re.search(named, command)})
+
+
+@pytest.mark.parametrize("command", recipes_in_the_pages())
+def test_recipes_of_the_pages_bind(command: str) -> None:
+    """With the variables and flags that the page gives."""
+    environment = {key: value for key, value in os.environ.items() if key not in SCALING}
+    environment |= {"MODEL_VERSION": "vicuna-7b-v1.3", "PROMPT_VERSION": "v1", "LLAVA_DRY_RUN": "1"}
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, env=environment, cwd=ROOT, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    bind(shlex.split(done.stdout))
+
+
+def test_the_pages_name_recipes() -> None:
+    assert len(recipes_in_the_pages()) > 8
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from llava.errors import ConfigError
+from llava.errors import ConfigError, LlavaError
 from llava.train import sizes
 from llava.train.flops import Learns, Shape, step_flops
 from llava.utils import guarded
@@ -132,22 +132,27 @@ def layer_activations(setup: Setup) -> float:
     return setup.positions * a_position
 
 
-def activations(setup: Setup) -> float:
-    """Bytes that forward leaves for backward: of every layer, or with checkpointing of one and the others' inputs."""
+def saved(setup: Setup) -> float:
+    """Bytes that forward leaves for backward: of every layer, or with checkpointing the layers' inputs."""
     shape, width = setup.shape, setup.width
     positions = setup.positions
     around = positions * width * 3 * shape.hidden  # the rows before and after the splice, the last norm
     pictures = setup.rows * setup.images * shape.image_tokens * width * (shape.tower_hidden + 3 * shape.hidden)
-    if setup.checkpointing:
-        working = positions * width * 2 * shape.intermediate  # gradients inside the layer at work
-        return around + pictures + shape.layers * positions * width * shape.hidden + layer_activations(setup) + working
-    return around + pictures + shape.layers * layer_activations(setup)
+    layer = positions * width * shape.hidden if setup.checkpointing else layer_activations(setup)
+    return around + pictures + shape.layers * layer
+
+
+def activations(setup: Setup) -> float:
+    """What forward leaves and, with checkpointing, the layer that backward computes again."""
+    if not setup.checkpointing:
+        return saved(setup)
+    gradients_inside = setup.positions * setup.width * 2 * setup.shape.intermediate
+    return saved(setup) + layer_activations(setup) + gradients_inside
 
 
 def logits(setup: Setup) -> float:
-    """Bytes of logits, their float32 form and log-softmax at the supervised positions."""
-    width = 8 if setup.width == 4 else 10
-    return setup.positions * setup.supervised * setup.shape.vocabulary * width
+    """Bytes of three float32 tables at the supervised positions: log-softmax, its gradient, and that of the logits."""
+    return setup.positions * setup.supervised * setup.shape.vocabulary * 12
 
 
 def tower(setup: Setup) -> float:
@@ -174,7 +179,7 @@ def parts(setup: Setup) -> dict[str, float]:
 
 
 def peak(setup: Setup) -> float:
-    """Bytes at the worst moment: the tower at work, the end of forward, or the optimizer's step.
+    """Bytes at the worst moment: the tower at work, the loss, backward's first layer, or the optimizer's step.
 
     Gradients of earlier micro-batches, and the flat buffers of ZeRO, are there all the time; otherwise they come as
     activations go.
@@ -184,10 +189,13 @@ def peak(setup: Setup) -> float:
     head = 0.0
     if setup.learns.language and not setup.learns.adapters and not kept:
         head = 4.0 * setup.shape.vocabulary * setup.shape.hidden
-    end_of_forward = part["activations"] + max(part["logits"], part["logits"] / 2 + head)
-    if setup.learns.tower:
-        end_of_forward += part["tower at work"]
-    moments = [kept + part["tower at work"], kept + end_of_forward, part["gradients"] + step_room(setup)]
+    tower_saved = part["tower at work"] if setup.learns.tower else 0.0
+    moments = [
+        part["tower at work"],
+        saved(setup) + tower_saved + max(part["logits"], part["logits"] / 3 + head),
+        part["activations"] + tower_saved + head,
+    ]
+    moments = [kept + moment for moment in moments] + [part["gradients"] + step_room(setup)]
     return part["weights"] + part["optimizer"] + max(moments)
 
 
@@ -269,6 +277,18 @@ def remedies(flags: Namespace, setup: Setup) -> list[str]:
     return found[:3]
 
 
+def advice(*groups: Any, gpus: int) -> str:
+    """For a run that is out of memory: what it was estimated to need, and three smaller settings."""
+    flags = Namespace(**{name: value for group in groups for name, value in vars(group).items()})
+    try:
+        data = sizes.data_of(flags)
+        setup = setup_of(flags, gpus, data)
+    except LlavaError:
+        return "Give a smaller --per_device_train_batch_size, --gradient_checkpointing True, or a higher ZeRO stage."
+    need = needed(longest(setup, data, flags.model_max_length)) / GIB
+    return f"The longest batch needs about {need:.0f} GiB. Smaller, one at a time: {'; '.join(remedies(flags, setup))}."
+
+
 def command_of(recipe: Path, gpus: int, more: Sequence[str]) -> Namespace:
     """The flags that a recipe would run with on so many GPUs; nodes have eight."""
     nodes = max(1, gpus // 8)
@@ -324,8 +344,14 @@ def page(flags: Namespace, setup: Setup, data: sizes.Data, args: Namespace) -> s
     return "\n".join(lines)
 
 
-def make_arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llava estimate", description=__doc__)
+def make_arguments(*, flags: bool = False) -> argparse.ArgumentParser:
+    """The command's parser; its help, where the `flags` of training are listed, takes seconds to make."""
+    epilog = None
+    if flags:
+        from llava.arguments import make_parser
+
+        epilog = f"FLAG is one of training's: {' '.join(sorted(make_parser()._option_string_actions))}"
+    parser = argparse.ArgumentParser(prog="llava estimate", description=__doc__, epilog=epilog)
     parser.add_argument("recipe", type=Path, metavar="RECIPE.sh", help="a recipe of scripts_internvl/ or scripts/")
     parser.add_argument("--gpus", type=int, default=8, help="in all (default: %(default)s)")
     parser.add_argument("--gpu", default="A100", help="their kind, for the hours (default: %(default)s)")
@@ -336,7 +362,8 @@ def make_arguments() -> argparse.ArgumentParser:
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    args, more = make_arguments().parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, more = make_arguments(flags="-h" in words or "--help" in words).parse_known_args(words)
     if not args.recipe.is_file():
         raise ConfigError(f"There is no recipe {args.recipe}; the published ones are in scripts_internvl and scripts.")
     flags = command_of(args.recipe, args.gpus, more)

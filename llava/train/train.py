@@ -26,8 +26,8 @@ from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.data.mixture import make_mixture_module
-from llava.errors import ConfigError
-from llava.train import adapters, assemble, checkpointing, reporting, trainable, validation, zero
+from llava.errors import ConfigError, TrainingError
+from llava.train import adapters, assemble, checkpointing, estimate, reporting, trainable, validation, zero
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.record import RunFiles, RunRecord, plain
 from llava.train.watch import DataWatch, Watchdog
@@ -195,7 +195,11 @@ def train(argv: Sequence[str] | None = None) -> None:
     """Parse `argv` (default: the command line) and run; errors are raised, for callers in Python."""
     model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.getLogger("llava").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
-    run(model_args, data_args, args)
+    try:
+        run(model_args, data_args, args)
+    except torch.cuda.OutOfMemoryError as error:
+        advice = estimate.advice(model_args, data_args, args, gpus=args.world_size)
+        raise TrainingError(f"The GPU is out of memory. {advice}") from error
 
 
 @guarded

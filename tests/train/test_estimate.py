@@ -1,0 +1,139 @@
+"""The estimate: published hours, known memory, a measured run, and advice where a run does not fit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.errors import TrainingError
+from llava.train import estimate, sizes
+from llava.train import train as program
+from llava.train.flops import Learns, Shape, device_peak, step_flops
+from tests.test_package import ROOT, plain_environment
+from tests.train import runs
+
+SEVEN = Shape(4096, 11008, 32, 32, 32, 32000, 1024, 4096, 23, 577, 576)
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "published"),
+    [("pretrain", "7b", 3.5), ("pretrain", "13b", 5.5), ("finetune", "7b", 10), ("finetune", "13b", 20)],
+)
+def test_published_hours_within_a_quarter(stage: str, size: str, published: float) -> None:
+    """LLaVA-1.5 on eight A100s; the share of the peak is stated by ZeRO stage."""
+    recipe = ROOT / "scripts" / "v1_5" / f"{stage}.sh"
+    flags = estimate.command_of(recipe, 8, ["--model_name_or_path", f"lmsys/vicuna-{size}-v1.5"])
+    data = sizes.data_of(flags)
+    setup = estimate.setup_of(flags, 8, data)
+    hours = estimate.hours(setup, data.samples, 1, sizes.peak_of("A100"), estimate.MFU[setup.stage])
+    assert abs(hours / published - 1) < 0.25
+    assert estimate.needed(estimate.longest(setup, data, flags.model_max_length)) < 80e9  # it did fit
+
+
+def test_sizes_of_known_models() -> None:
+    assert SEVEN.language_weights == 6_738_415_616  # LLaMA-7B's published count
+    assert Shape(5120, 13824, 40, 40, 40, 32000).language_weights == 13_015_864_320
+    assert SEVEN.projector_weights == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert SEVEN.tower_weights == pytest.approx(291e6, rel=0.02)  # 23 of the 24 layers of 304 M
+    assert device_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert device_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert device_peak("Intel") is None
+
+
+def test_memory_follows_zero() -> None:
+    """Sixteen bytes a parameter together, shared out by stage (arXiv:1910.02054, figure 1)."""
+    setup = estimate.Setup(
+        Shape(4096, 11008, 32, 32, 32, 32000), Learns(projector=False), 1, 100, 0, engine=True, gpus=64
+    )
+    count = setup.shape.language_weights
+    for stage, wanted in ((0, 16), (1, 4 + 12 / 64), (2, 2 + 14 / 64)):
+        staged = estimate.replace(setup, stage=stage)
+        parts = estimate.parts(staged)
+        assert parts["weights"] + parts["gradients"] + parts["optimizer"] == pytest.approx(wanted * count)
+    three = estimate.parts(estimate.replace(setup, stage=3))
+    assert three["weights"] == pytest.approx(2 * count / 64 + 2 * estimate.LIVE)
+    packed = estimate.weights(estimate.replace(setup, bits=4, learns=Learns(adapters=10**7)))
+    assert packed < 0.35 * 2 * count
+
+
+def test_work_counts_two_a_weight_and_six_where_it_learns() -> None:
+    few = {"tokens": 1e6, "length": 1, "images": 0, "supervised": 1e6}
+    weights = SEVEN.layers * SEVEN.layer_weights + SEVEN.vocabulary * SEVEN.hidden
+    assert step_flops(SEVEN, Learns(), **few) == pytest.approx(6 * weights * 1e6, rel=1e-3)
+    assert step_flops(SEVEN, Learns(language=False), **few) == pytest.approx(4 * weights * 1e6, rel=1e-3)
+
+
+def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "scripts_internvl" / "finetune_internvit6b_224to336_vicuna7b.sh")
+    assert estimate.main([recipe]) == 0
+    said = capsys.readouterr().out
+    assert "8 GPUs x 16 rows x 1 accumulated = global batch 128; ZeRO stage 3" in said and "It fits 80 GB." in said
+    assert estimate.main([recipe, "--gpus", "1", "--gpu-memory", "24"]) == 1
+    said = capsys.readouterr().out
+    assert (
+        "does not fit 24 GB" in said and "BATCH=8" in said and "zero3_offload.json" in said and "--lora_enable" in said
+    )
+    small = [
+        "--lora_enable",
+        "True",
+        "--bits",
+        "4",
+        "--deepspeed",
+        "./scripts/zero2.json",
+        "--per_device_train_batch_size",
+        "1",
+    ]
+    assert estimate.main([recipe, "--gpus", "1", "--gpu-memory", "24", *small]) == 0
+    assert estimate.main([recipe, "--gpus", "64"]) == 0
+    custom = str(ROOT / "scripts_internvl" / "finetune_internvit6b_224to336_vicuna13b_custom_data.sh")
+    capsys.readouterr()
+    assert estimate.main([custom, "--gpus", "128"]) in (0, 1)
+    assert "128 GPUs x 2 rows x 2 accumulated = global batch 512" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["nowhere.sh"], "no recipe"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "12"], "multiple of 8"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "3"], "cannot share the global batch"),
+        (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "takes one of A100"),
+        (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
+        (["scripts/test.sh", "--fast"], "no training command"),
+    ],
+)
+def test_faults_are_one_sentence(
+    argv: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    if argv[0] == "scripts/test.sh":
+        argv = ["scripts/zero2.json"]
+        why = "cannot be run"
+    assert estimate.main(argv) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_run_out_of_memory_is_told_what_is_smaller(
+    tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(program, "run", full)
+    with pytest.raises(TrainingError, match=r"out of memory. The longest batch needs about \d+ GiB.*BATCH=2.*; .*; "):
+        program.train(runs.flags(tiny_dirs, small_data, tmp_path, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_a_measured_run_is_within_fifteen_per_cent() -> None:
+    """One configuration; `python -m benchmarks.memory` measures all of them."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "full, deeper, small vocabulary"]
+    environment = {**plain_environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.fspath(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
