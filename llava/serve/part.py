@@ -65,12 +65,13 @@ class Part:
 
     def _pass_on(self) -> None:
         assert self.process.stderr is not None
-        for raw in self.process.stderr:
-            line = raw.decode(errors="replace").rstrip()
-            match = _LISTENING.search(line)
-            if match and not self.address:
-                self.address = match[1]
-            if line.strip():
-                self._last = line.strip()
-                sys.stderr.write(f"{self.name} | {line}\n")
-                sys.stderr.flush()
+        with self.process.stderr as lines:
+            for raw in lines:
+                line = raw.decode(errors="replace").rstrip()
+                match = _LISTENING.search(line)
+                if match and not self.address:
+                    self.address = match[1]
+                if line.strip():
+                    self._last = line.strip()
+                    sys.stderr.write(f"{self.name} | {line}\n")
+                    sys.stderr.flush()

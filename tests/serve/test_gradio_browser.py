@@ -1,0 +1,231 @@
+"""The page in a real Chromium: upload, ask, stream, stop, regenerate, vote, save, clear, compare, and two widths."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.serve.examples.draw import draw_all
+from llava.serve.protocol import ErrorType, ServeError
+from tests.serve.fake_service import FakeService, web_server
+from tests.serve.stubs import until
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; apt-get install chromium"),
+]
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing; pip install 'llava[dev]'")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+PATIENCE = 30_000  # milliseconds
+FIVE = ("upvote", "downvote", "flag", "regenerate", "clear")
+ATTACK = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[FakeService]:
+    with FakeService(models=["alpha", "beta"]).serving() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def site(service: FakeService, logs: Path, child_environment: dict[str, str]) -> Iterator[str]:
+    with web_server(service, {**child_environment, "LOGDIR": str(logs)}, "--log-conversations") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Page:
+    """A loaded page and what a test does with it."""
+
+    def __init__(self, browser: Any, address: str, width: int = 1280, height: int = 900) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.set_default_timeout(PATIENCE)
+        self.faults: list[str] = []
+        self.elsewhere: list[str] = []
+        self.page.on("pageerror", lambda error: self.faults.append(f"{error.message}\n{error.stack}"))
+        self.page.on("request", self._note)
+        self.address = address
+        self.page.goto(address)
+        self.expect("#model_selector_row input").to_have_value(re.compile(".+"), timeout=PATIENCE)
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.elsewhere.append(request.url)
+
+    def expect(self, selector: str) -> Any:
+        return playwright.expect(self.page.locator(selector))
+
+    def ask(self, text: str, where: str = "message") -> None:
+        self.page.fill(f"#{where} textarea", text)
+        self.page.locator(f"#{where} textarea").press("Enter")
+
+    def sees(self, text: str, view: str = "chatbot") -> None:
+        self.expect(f"#{view}").to_contain_text(text, timeout=PATIENCE)
+
+    def enabled(self, *names: str) -> None:
+        for name in (*FIVE, "stop"):
+            state = self.expect(f"#{name}")
+            if name in names:
+                state.to_be_enabled(timeout=PATIENCE)
+            else:
+                state.to_be_disabled(timeout=PATIENCE)
+
+    def close(self) -> None:
+        self.page.close()
+        assert self.faults == [] and self.elsewhere == []
+
+
+@pytest.fixture
+def page(browser: Any, site: str, service: FakeService) -> Iterator[Page]:
+    service.models, service.answers, service.delay, service.silence = ["alpha", "beta"], {}, 0.0, 0.0
+    service.requests.clear()
+    service.broken_off = 0
+    page = Page(browser, site)
+    yield page
+    page.close()
+
+
+def test_upload_ask_and_stream(page: Page, service: FakeService, tmp_path: Path) -> None:
+    (chart, _), *_ = draw_all(tmp_path)
+    service.delay, service.answers["alpha"] = 0.3, ["It says ", "**six** ", f"models. {ATTACK}"]
+    page.page.set_input_files("#picture_box input[type=file]", chart)
+    page.expect("#picture_box img").to_be_visible(timeout=PATIENCE)
+    page.ask(f"What is this? {ATTACK}")
+    page.sees("▌")
+    page.enabled("stop")
+    page.sees("models. <script>window.hacked = 1</script>")
+    page.enabled(*FIVE)
+    page.expect("#chatbot strong").to_have_text("six")
+    page.expect("#chatbot").to_contain_text("What is this? <script>window.hacked = 1</script>")
+    page.expect("#chatbot .message img").to_have_count(1)
+    assert page.page.evaluate("window.hacked") is None
+    assert base64.b64decode(service.requests[0]["images"][0]) == chart.read_bytes()
+    page.expect("#message textarea").to_have_value("")
+    page.ask("And why?")
+    page.expect("#chatbot .bot").to_have_count(2, timeout=PATIENCE)
+    until(lambda: len(service.requests) == 2)
+    assert service.requests[1]["images"] == service.requests[0]["images"]
+
+
+def test_stop_reaches_the_worker(page: Page, service: FakeService) -> None:
+    service.answers["alpha"], service.delay = ["word "] * 2000, 0.02
+    page.ask("Go on")
+    page.sees("word word")
+    page.page.click("#stop")
+    page.sees("Stopped.")
+    until(lambda: service.broken_off == 1 and service.running == 0)
+    page.enabled(*FIVE)
+
+
+def test_closing_the_page_reaches_the_worker(browser: Any, site: str, page: Page, service: FakeService) -> None:
+    service.answers["alpha"], service.delay = ["word "] * 2000, 0.02
+    other = Page(browser, site)
+    other.ask("Go on")
+    other.sees("word word")
+    other.close()
+    until(lambda: service.broken_off == 1 and service.running == 0, seconds=60)
+
+
+def test_regenerate_vote_save_clear(page: Page, service: FakeService, logs: Path) -> None:
+    page.enabled()
+    page.ask("First?")
+    page.sees("A red circle.")
+    service.answers["alpha"] = ["A blue square."]
+    page.page.click("#regenerate")
+    page.sees("A blue square.")
+    page.expect("#chatbot").not_to_contain_text("A red circle.")
+    assert service.requests[0]["prompt"] == service.requests[1]["prompt"]
+    page.enabled(*FIVE)
+    page.page.click("#upvote")
+    page.enabled("regenerate", "clear")
+    log = next(logs.glob("*-conv.json")).read_text(encoding="utf-8")
+    vote = json.loads(log.splitlines()[-1])
+    assert vote["type"] == "upvote" and vote["state"]["messages"][-1][1] == "A blue square." and vote["ip"]
+    with page.page.expect_download() as download:
+        page.page.click("#save")
+    saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert download.value.suggested_filename == "conversation.json"
+    assert saved["turns"][0]["text"] == "First?" and saved["model"] == "alpha"
+    page.page.click("#clear")
+    page.enabled()
+    page.expect("#chatbot .message").to_have_count(0)
+
+
+def test_an_example_fills_both_boxes(page: Page, service: FakeService) -> None:
+    page.page.get_by_role("button", name="Extract the text as JSON.").click()
+    page.expect("#message textarea").to_have_value("Extract the text as JSON.")
+    page.expect("#picture_box img").to_be_visible(timeout=PATIENCE)
+    page.page.click("#send")
+    page.sees("A red circle.")
+    assert len(service.requests[0]["images"]) == 1
+
+
+def test_an_error_is_told_truthfully(page: Page, service: FakeService) -> None:
+    service.answers["alpha"] = ["Half an ", ServeError(ErrorType.OUT_OF_MEMORY, "").frame("r-7")]
+    page.ask("Hello")
+    page.sees("The worker ran out of memory on this request")
+    page.sees("Half an")
+    page.enabled("regenerate", "clear")
+
+
+def test_two_models_side_by_side(page: Page, service: FakeService, logs: Path) -> None:
+    service.answers["beta"] = ["A blue square."]
+    page.page.get_by_role("tab", name="Compare two models").click()
+    page.expect("#model_right input").to_have_value("beta", timeout=PATIENCE)
+    page.ask("What?", "compare_message")
+    page.sees("A red circle.", "chatbot_left")
+    page.sees("A blue square.", "chatbot_right")
+    page.page.click("#rightvote")
+    page.expect("#rightvote").to_be_disabled(timeout=PATIENCE)
+    lines = next(logs.glob("*-conv.json")).read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[-1])["type"] == "rightvote" and json.loads(lines[-1])["models"] == ["alpha", "beta"]
+
+
+def test_models_come_and_go_without_a_reload(page: Page, service: FakeService) -> None:
+    service.models = []
+    page.expect("#banner").to_contain_text("no worker has registered", timeout=PATIENCE)
+    page.expect("#model_selector_row input").to_have_value("", timeout=PATIENCE)
+    service.models = ["gamma"]
+    page.expect("#model_selector_row input").to_have_value("gamma", timeout=PATIENCE)
+    page.expect("#banner").to_be_hidden(timeout=PATIENCE)
+    page.ask("Are you new?")
+    page.sees("A red circle.")
+    assert service.requests[0]["model"] == "gamma"
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_page_fits(width: int, height: int, browser: Any, site: str, page: Page, tmp_path: Path) -> None:
+    """Nothing is cut off or scrolls sideways; set LLAVA_SCREENSHOTS to a folder to look at the pictures."""
+    other = Page(browser, site, width, height)
+    other.ask("A rather long question about the picture, with more words than one line of a telephone can hold?")
+    other.sees("A red circle.")
+    for tab in ("Chat", "Compare two models"):
+        other.page.get_by_role("tab", name=tab).click()
+        assert other.page.evaluate("document.documentElement.scrollWidth") <= width
+        cut = """() => [...document.querySelectorAll('button, label, input, textarea')].filter(
+            e => e.offsetParent && e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80))"""
+        assert other.page.evaluate(cut) == []
+        folder = Path(os.environ.get("LLAVA_SCREENSHOTS", tmp_path))
+        other.page.screenshot(path=folder / f"{tab.split()[0].lower()}-{width}.png", full_page=True)
+    other.close()
