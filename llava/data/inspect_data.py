@@ -52,7 +52,7 @@ def view(record: Record, title: str, tokenizer: Any, template: str, image_tokens
     kept = truncate(whole, limit)
     cut = len(whole.input_ids) - len(kept.input_ids)
     texts_left = len(kept.input_ids) - len(record.image) if cut else len(whole.input_ids)
-    tokens = []
+    tokens: list[tuple[int, str, str]] = []
     for token, label in zip(whole.input_ids.tolist(), whole.labels.tolist()):
         if token == IMAGE_TOKEN_INDEX:
             tokens.append((token, IMAGE, f"<image {sum(t[1] == IMAGE for t in tokens) + 1}>"))

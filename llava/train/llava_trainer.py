@@ -146,7 +146,7 @@ class LLaVATrainer(transformers.Trainer):
         """Indices in the data set of the batch now being trained on by this rank, dealt again to find them."""
         self._seed_order()
         batches: Any = self.callback_handler.train_dataloader.batch_sampler
-        dealt = next((batch for index, batch in enumerate(batches) if index == self._batch - 1), [])
+        dealt: list[int] = next((batch for index, batch in enumerate(batches) if index == self._batch - 1), [])
         original = getattr(self.train_dataset, "original", int)  # of a part of the data, the places in the whole
         return [original(index) for index in dealt]
 

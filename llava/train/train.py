@@ -136,7 +136,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         callbacks=[RunFiles(Path(args.output_dir), plot=args.plot_loss), DataWatch(data["train_dataset"].check)],
         **data,
     )
-    reporting.guard(trainer, args.report_to)
+    reporting.guard(trainer, args.report_to or [])
     if trainer.eval_dataset is not None and data_args.eval_generations:
         trainer.add_callback(validation.Answers(trainer, data_args.eval_generations))
     _check_saving(model, tokenizer, model_args, args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import transformers
 logger = logging.getLogger(__name__)
 GRACE: Final = 15.0  # seconds between a dump and the end, in which the other ranks reach their own
 STATUS: Final = 124  # as of the command `timeout`
+STDERR: Final = 2  # the descriptor: it needs no lock of Python
 
 
 class DataWatch(transformers.TrainerCallback):
@@ -59,7 +59,7 @@ class Watchdog(transformers.TrainerCallback):
 
     def _alive(self, *args: Any, **kwargs: Any) -> None:
         self.beat = time.monotonic()
-        faulthandler.dump_traceback_later(self.seconds + 4 * GRACE, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.seconds + 4 * GRACE, exit=True, file=STDERR)
 
     on_step_begin = on_substep_end = on_step_end = on_save = on_evaluate = on_prediction_step = on_log = _alive
 
@@ -73,7 +73,7 @@ class Watchdog(transformers.TrainerCallback):
                 "follow, then it ends. The checkpoints are whole: the same command goes on.",
                 *(self.rank, quiet),
             )
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(file=STDERR, all_threads=True)
             if not self._over.wait(GRACE):
                 self.leave(STATUS)
             return
