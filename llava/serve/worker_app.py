@@ -111,6 +111,8 @@ class Stream:
         try:
             async with contextlib.aclosing(self.answer.pieces):
                 async for piece in self.answer.pieces:
+                    if self.closed:  # Python 3.11's wait_for may lose a cancellation
+                        return
                     self.text += piece.text
                     if piece.text:
                         pieces += 1
