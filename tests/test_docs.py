@@ -28,6 +28,10 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:llava|sh|python|python -m) [a-z_][^`]*)`")
 PLAIN = {".", "apt-get", "cd", "curl", "docker", "git", "huggingface-cli", "python3", "xcode-select"}
 MODEL = "pretrained/InternVL-Chat-ViT-6B-Vicuna-7B"
+# They run until stopped: tests/serve starts and stops them.
+SERVERS = {
+    f"llava.serve.{name}" for name in ("controller", "gradio_web_server", "main", "model_worker", "openai_worker")
+}
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -186,7 +190,9 @@ def test_the_python_example_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", sorted({c for _, c in commands() if MODEL in c and module_of(words_of(c))}))
+@pytest.mark.parametrize(
+    "command", sorted({c for _, c in commands() if MODEL in c and module_of(words_of(c)) not in (None, *SERVERS)})
+)
 def test_model_command_runs(command: str, tiny_dirs: dict[str, Path], photo_folder: Path) -> None:
     """With the tiny model instead of the 7B one, nothing typed, and at most a few words of answer."""
     words = [str(tiny_dirs["chat"]) if word == MODEL else word for word in words_of(command)]
