@@ -2,6 +2,6 @@
 
 from llava.engine.engine import Engine
 from llava.engine.loading import load_engine
-from llava.engine.request import Completion, Handle, Request, SamplingParams
+from llava.engine.request import Completion, Handle, Request, SamplingParams, Statistics
 
-__all__ = ["Completion", "Engine", "Handle", "Request", "SamplingParams", "load_engine"]
+__all__ = ["Completion", "Engine", "Handle", "Request", "SamplingParams", "Statistics", "load_engine"]

@@ -8,7 +8,8 @@ import torch
 
 if TYPE_CHECKING:
     from llava.engine.engine import Job
-    from llava.engine.prefill import LanguageModel, Prefiller
+    from llava.engine.language_model import LanguageModel
+    from llava.engine.prefill import Prefiller
 
 
 def run(lm: LanguageModel, prefiller: Prefiller, job: Job) -> None:

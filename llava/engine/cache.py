@@ -1,4 +1,4 @@
-"""Storage of keys and values: rows of a batch that come and go, and prefixes that several requests share."""
+"""Storage of keys and values: the rows of the running batch, which come and go, and a store with a budget."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from llava.engine.attention import Shared
+from llava.engine.prefixes import Chain, Segment, Span, tokens_of
 
 _SLACK = 64
 
@@ -24,10 +27,15 @@ class CacheSpec:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
     def empty(self, rows: int, columns: int) -> Tensor:
-        """(layers, 2, rows, kv_heads, columns, head_dim), zero: what masks hide must still be finite."""
+        """(layers, 2, rows, kv_heads, columns, head_dim), to be written before it is read, also what masks hide."""
         shape = (self.layers, 2, rows, self.kv_heads, columns, self.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
 class RowCache(Cache):
@@ -36,20 +44,28 @@ class RowCache(Cache):
     Row r of length n occupies columns `end - n … end - 1`; what lies to its left is masked. A decode step writes one
     column in place; a row joins by one copy and leaves by moving the last row into its place. The buffer grows
     geometrically and is never copied in an ordinary step. During prefill the same class serves as a plain rectangle
-    starting at column 0. The model reads it through `update`; `advance` commits a step after the last layer.
+    starting at column 0. The library's models read it through `update`; `advance` commits a step after the last layer.
+
+    A row may stand behind a chain of shared segments, which is not copied into it: `chains`. Its length and columns are
+    its own then, without the chain.
     """
 
-    def __init__(self, spec: CacheSpec, rows: int = 0, columns: int = 0) -> None:
+    def __init__(self, spec: CacheSpec, rows: int = 0, columns: int = 0, budget: int | None = None) -> None:
+        """`budget` bounds the bytes of the buffer, as long as the rows themselves fit into it."""
         self.spec = spec
+        self.budget = budget
         self.data = spec.empty(rows, columns)
         self.lengths: list[int] = []
+        self.chains: list[Chain] = []
         self.start = self.end = 0
+        self._shared: tuple[list[Shared], bool] | None = None
 
     @classmethod
     def for_prefill(cls, spec: CacheSpec, rows: int, prefix: int, columns: int) -> RowCache:
         """A rectangle of `rows` whose first `prefix` columns the caller fills; `columns` counts all of them."""
         cache = cls(spec, rows, columns)
         cache.lengths = [prefix] * rows
+        cache.chains = [()] * rows
         cache.end = prefix
         return cache
 
@@ -76,21 +92,39 @@ class RowCache(Cache):
         self.lengths = [length + 1 for length in self.lengths]
 
     def mask(self) -> Tensor | None:
-        """(B, width + 1) int64 for a decode step, its new column included; None when no row is padded."""
+        """(B, width + 1) bool for a decode step, its new column included; None when no row is padded."""
         width = self.end - self.start
         if all(length == width for length in self.lengths):
             return None
         lengths = torch.tensor(self.lengths).unsqueeze(1)  # (B, 1)
         mask = torch.arange(width + 1) >= width - lengths
-        return mask.long().to(self.data.device)
+        return mask.to(self.data.device)
 
-    def join(self, source: Tensor, lengths: Sequence[int]) -> None:
+    def positions(self) -> list[int]:
+        """The position of every row's next token: what is before it, shared or its own."""
+        return [tokens_of(chain) + length for chain, length in zip(self.chains, self.lengths, strict=True)]
+
+    def shared(self) -> tuple[list[Shared], bool]:
+        """The segments that rows have in common, for `attend`, and whether they reach equally far in every row."""
+        if self._shared is None:
+            self._shared = shared_parts(self.chains, self.data.device)
+        return self._shared
+
+    def row(self, index: int) -> Tensor:
+        """(layers, 2, kv_heads, length, head_dim) of a row's own columns, a view."""
+        return self.data[:, :, index, :, self.end - self.lengths[index] : self.end]
+
+    def join(self, source: Tensor, lengths: Sequence[int], chains: Sequence[Chain] = ()) -> None:
         """Add rows from (layers, 2, n, kv_heads, T, head_dim), each left-aligned with its own length."""
         first = len(self.lengths)
         self._reserve(first + len(lengths), max(lengths))
         for index, length in enumerate(lengths):
-            self.data[:, :, first + index, :, self.end - length : self.end] = source[:, :, index, :, :length]
+            row = self.data[:, :, first + index]
+            row[..., : self.end - length, :] = 0
+            row[..., self.end - length : self.end, :] = source[:, :, index, :, :length]
         self.lengths.extend(lengths)
+        self.chains.extend(chains or [()] * len(lengths))
+        self._shared = None
         self._trim()
 
     def drop(self, row: int) -> None:
@@ -99,7 +133,10 @@ class RowCache(Cache):
         if row != last:
             self.data[:, :, row, :, self.start : self.end] = self.data[:, :, last, :, self.start : self.end]
             self.lengths[row] = self.lengths[last]
+            self.chains[row] = self.chains[last]
         self.lengths.pop()
+        self.chains.pop()
+        self._shared = None
         self._trim()
 
     def make_room(self) -> None:
@@ -121,9 +158,30 @@ class RowCache(Cache):
         rows_now, live = len(self.lengths), self.end - self.start
         if rows > capacity:
             capacity = max(rows, 2 * capacity)
-        grown = self.spec.empty(capacity, width + max(_SLACK, width // 2))
+        columns = width + max(_SLACK, width // 2)
+        if self.budget is not None and capacity * columns * self.spec.column_bytes > self.budget:
+            capacity = max(rows, rows_now)
+            columns = max(width + 1, min(columns, self.budget // (capacity * self.spec.column_bytes)))
+        grown = self.spec.empty(capacity, columns)
+        grown[:, :, :rows_now, :, : width - live] = 0
         grown[:, :, :rows_now, :, width - live : width] = self.data[:, :, :rows_now, :, self.start : self.end]
         self.data, self.start, self.end = grown, width - live, width
+
+
+def shared_parts(chains: Sequence[Chain], device: torch.device) -> tuple[list[Shared], bool]:
+    """Rows by the segments they stand behind, and whether all chains are equally long."""
+    found: dict[tuple[Segment, int, int], list[int]] = {}
+    for row, chain in enumerate(chains):
+        at = 0
+        for span in chain:
+            found.setdefault((span.segment, span.used, at), []).append(row)
+            at += span.tokens
+    parts = []
+    for (segment, used, at), rows in found.items():
+        together = rows[-1] - rows[0] == len(rows) - 1
+        where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=device)
+        parts.append(Shared(where, Span(segment, used).data, at))
+    return parts, len({tokens_of(chain) for chain in chains}) == 1
 
 
 class BoundedStore:

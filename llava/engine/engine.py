@@ -20,8 +20,9 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.engine import beams
 from llava.engine.cache import RowCache
 from llava.engine.features import FeatureEncoder, identify
-from llava.engine.prefill import LanguageModel, Prefiller, Prompt
-from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams
+from llava.engine.llama import open_language_model
+from llava.engine.prefill import Prefiller, Prompt
+from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams, Statistics
 from llava.engine.sampling import choose, make_generator
 from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
 from llava.errors import ContextLengthError, ImageCountError, RequestError
@@ -42,6 +43,8 @@ class Job:
     generator: torch.Generator | None
     detokenizer: Detokenizer
     stream: TextStream
+    keep: bool
+    columns: int  # of keys and values, at most
     tokens: list[int] = field(default_factory=list)
 
     def accept(self, token: int) -> FinishReason | None:
@@ -69,8 +72,14 @@ class Job:
 class Engine:
     """Continuous batching over one model; `model` is put in evaluation mode.
 
-    `image_aspect_ratio` defaults to the model's own setting. `cache_bytes` bounds, each, the store of image features
-    and the store of shared prompt beginnings. One thread drives the engine; `submit` and `cancel` are safe from others.
+    `image_aspect_ratio` defaults to the model's own setting. `max_prefill_tokens` bounds what one forward computes of
+    prompts, and what running rows wait for between two of their tokens. `cache_bytes` bounds, each, the store of image
+    features and the store of prompt beginnings; `kv_bytes` the running rows' own keys and values, beyond which requests
+    wait (None: only batch size and context bound them).
+
+    One thread drives the engine (`step`, or what calls it: `generate`, `stream`, a handle's `result`). `submit`, a
+    handle's `cancel`, `take` and `done`, and `statistics` are safe from others meanwhile. A new model's weights may be
+    laid out anew in memory (`llava.engine.product`), so make the engine after the last change to the modules.
     """
 
     def __init__(
@@ -83,20 +92,23 @@ class Engine:
         max_prefill_tokens: int = 8192,
         image_aspect_ratio: str | None = None,
         cache_bytes: int = 512 * _MIB,
+        kv_bytes: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_batch_size = max_batch_size
+        self.max_prefill_tokens = max_prefill_tokens
+        self.kv_bytes = kv_bytes
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
-        self.lm = LanguageModel(model)
+        self.lm = open_language_model(model)
         self.special = SpecialTokens(tokenizer, model.generation_config)
         self.features = FeatureEncoder(model, image_processor, aspect_ratio=self.image_aspect_ratio, budget=cache_bytes)
         self.prefiller = Prefiller(self.lm, self.features, max_tokens=max_prefill_tokens, prefix_budget=cache_bytes)
         self.generated_tokens = 0
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._cache = RowCache(self.lm.spec)
+        self._cache = RowCache(self.lm.spec, budget=self.kv_bytes)
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises `RequestError` when it cannot be served: image count, length, parameters."""
@@ -113,16 +125,24 @@ class Engine:
                 context_length=context,
             )
         params = request.params
+        new_tokens = min(params.max_new_tokens, context - length)
+        if self.kv_bytes is not None and (length + new_tokens) * self.lm.spec.column_bytes > self.kv_bytes:
+            raise RequestError(
+                f"The prompt of {length} tokens and {new_tokens} new ones need more memory than the {self.kv_bytes} "
+                "bytes set for keys and values; ask for fewer new tokens, or raise kv_bytes."
+            )
         handle = Handle(self.step, length)
         job = Job(
             prompt=prompt,
             params=params,
             handle=handle,
-            max_new_tokens=min(params.max_new_tokens, context - length),
+            max_new_tokens=new_tokens,
             end_ids=self.special.end_ids(params.stop),
             generator=make_generator(params),
             detokenizer=Detokenizer(self.tokenizer, self.special),
             stream=TextStream(params.stop),
+            keep=request.keep,
+            columns=length + new_tokens,
         )
         self._waiting.append(job)
         return handle
@@ -148,7 +168,7 @@ class Engine:
                 job.finish("error", error)
         self._running.clear()
         self._waiting.clear()
-        self._cache = RowCache(self.lm.spec)
+        self._cache = RowCache(self.lm.spec, budget=self.kv_bytes)
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """Answer all requests, in order. `progress` is called with the number newly finished after each step."""
@@ -189,21 +209,56 @@ class Engine:
             if self._running[row].handle.cancelled:
                 self._release(row, "cancelled")
 
-    def _admit(self) -> None:
-        """Prefill waiting requests. Under a backlog, wait for a quarter of the batch to be free: prefill in batches."""
+    def statistics(self) -> Statistics:
+        """Work done and memory held."""
+        prefiller, features = self.prefiller, self.features
+        return Statistics(
+            generated_tokens=self.generated_tokens,
+            computed_tokens=prefiller.computed_tokens,
+            shared_tokens=prefiller.shared_tokens,
+            encoded_images=features.encoded,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            row_bytes=self._cache.data.nbytes,
+            prefix_bytes=prefiller.prefixes.bytes,
+            feature_bytes=features.store.bytes,
+        )
+
+    def _take(self) -> list[Job]:
+        """Waiting requests to start now. Under a backlog none before a quarter of the batch is free: prompts run in
+        batches. Beside running rows, only as many as `max_prefill_tokens` allow, so that these do not wait long."""
         free = self.max_batch_size - len(self._running)
-        count = min(free, len(self._waiting))
-        if not count or (self._running and count < min(len(self._waiting), self.max_batch_size // 4)):
+        if self._running and free < min(len(self._waiting), self.max_batch_size // 4):
+            return []
+        jobs: list[Job] = []
+        columns = max((job.columns for job in self._running), default=0)
+        tokens, before = 0, None
+        while self._waiting and len(jobs) < free:
+            job = self._waiting[0]
+            tokens += self.prefiller.new_tokens(job.prompt, before)
+            if jobs and self._running and tokens > self.max_prefill_tokens:
+                break
+            columns = max(columns, job.columns)
+            bytes_needed = (len(self._running) + len(jobs) + 1) * columns * self.lm.spec.column_bytes
+            if self.kv_bytes is not None and bytes_needed > self.kv_bytes:
+                break
+            jobs.append(self._waiting.popleft())
+            before = job.prompt
+        return jobs
+
+    def _admit(self) -> None:
+        """Prefill waiting requests, as many as `_take` gives."""
+        jobs = self._take()
+        if not jobs:
             return
-        jobs = [self._waiting.popleft() for _ in range(count)]
-        expected = {job.prompt.key for job in list(self._waiting)[: 2 * self.max_batch_size]}
+        expected = [job.prompt for job in list(self._waiting)[: 2 * self.max_batch_size]]
         batch = [job for job in jobs if job.params.num_beams == 1]
         try:
             for job in jobs:
                 if job.params.num_beams > 1:
                     beams.run(self.lm, self.prefiller, job)
             for part in self.prefiller.run([job.prompt for job in batch], expected):
-                self._cache.join(part.data, part.lengths)
+                self._cache.join(part.data, part.lengths, part.chains)
                 self._running.extend(batch[index] for index in part.indices)
                 self._accept(len(self._running) - len(part.indices), part.logits)
         except Exception as error:
@@ -214,13 +269,8 @@ class Engine:
 
     def _decode(self) -> None:
         """One token for every running row."""
-        self._cache.make_room()
-        last = [job.tokens[-1] for job in self._running]
-        positions = torch.tensor(self._cache.lengths, device=self.lm.spec.device).unsqueeze(1)  # (B, 1)
-        embeds = self.lm.embed(last).unsqueeze(1)  # (B, 1, D)
-        states = self.lm.forward(embeds, self._cache, positions, self._cache.mask())
-        self._cache.advance()
-        self._accept(0, self.lm.logits(states[:, -1]))
+        states = self.lm.decode([job.tokens[-1] for job in self._running], self._cache)
+        self._accept(0, self.lm.logits(states))
 
     def _accept(self, first: int, logits: torch.Tensor) -> None:
         """Choose the next token of rows `first` onwards from logits (n, V), and release rows that are done."""
@@ -236,6 +286,8 @@ class Engine:
     def _release(self, row: int, reason: FinishReason) -> None:
         """Free a row; the last row takes its number, in the cache and here."""
         job = self._running[row]
+        if job.keep and reason in ("stop", "length"):
+            self.prefiller.keep(job.prompt, job.tokens[:-1], self._cache.chains[row], self._cache.row(row))
         self._cache.drop(row)
         self._running[row] = self._running[-1]
         self._running.pop()

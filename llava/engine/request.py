@@ -56,12 +56,14 @@ GREEDY = SamplingParams()
 class Request:
     """A rendered prompt with one `<image>` per picture (or its token ids with -200), and how to decode.
 
-    A picture is a PIL image, preprocessed by the engine, or a ready float tensor (3, S, S).
+    A picture is a PIL image, preprocessed by the engine, or a ready float tensor (3, S, S). `keep` stores what was
+    computed, within the engine's budget, so that the next turn of the conversation starts behind this one.
     """
 
     prompt: str | Sequence[int]
     images: Sequence[ImageInput] = ()
     params: SamplingParams = GREEDY
+    keep: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,21 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an engine has done since it was made, in tokens, and what it holds now, in bytes."""
+
+    generated_tokens: int
+    computed_tokens: int  # of prompts, through the model
+    shared_tokens: int  # of prompts, that needed no computing for their own sake
+    encoded_images: int
+    running: int
+    waiting: int
+    row_bytes: int  # keys and values of the running rows
+    prefix_bytes: int  # stored beginnings
+    feature_bytes: int  # stored image features
 
 
 @dataclass(eq=False)

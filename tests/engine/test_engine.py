@@ -120,8 +120,8 @@ def test_shared_beginnings_are_computed_once(make_engine: MakeEngine, solo: Solo
     prompts = [[1, 300, 310, -200, 320, 330 + n] for n in range(6)]
     answers = engine.generate([Request(ids, [PICTURES[0]], SamplingParams(5)) for ids in prompts])
     assert [answer.token_ids for answer in answers] == [solo(ids, [PICTURES[0]], 5) for ids in prompts]
-    assert engine.prefiller.computed_tokens == (3 + 16) + 6 * 2
-    assert engine.prefiller.shared_tokens == 6 * (3 + 16)
+    assert engine.prefiller.computed_tokens == (4 + 16) + 6 * 1  # 320 belongs to all of them, too
+    assert engine.prefiller.shared_tokens == 6 * (4 + 16)
 
 
 def test_streamed_pieces_join_to_the_text(make_engine: MakeEngine) -> None:

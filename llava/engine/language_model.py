@@ -1,0 +1,87 @@
+"""The decoder and head of a causal language model, as the engine uses them, through the library's own forward.
+
+This serves every model. LLaMA, where it runs on one device, has a faster way in `llava.engine.llama`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.engine.cache import CacheSpec, RowCache
+from llava.engine.prefixes import Chain, tokens_of
+
+
+class LanguageModel:
+    """`prefill` and `decode` over a `RowCache`; every row holds its whole past itself."""
+
+    shares: ClassVar[bool] = False  # whether rows behind a common beginning read it in place
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.core = model.get_decoder()
+        config = model.config
+        self.context_length = int(config.max_position_embeddings)
+        self.spec = CacheSpec(
+            layers=config.num_hidden_layers,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Text tokens (T,) to embeddings (T, D)."""
+        embeddings: Tensor = self.core.get_input_embeddings()(torch.tensor(ids, device=self.spec.device))
+        return embeddings
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Final states (B, D) to logits (B, V)."""
+        logits: Tensor = self.model.lm_head(states)
+        return logits
+
+    def prefill(self, rows: Sequence[Tensor], chains: Sequence[Chain]) -> tuple[Tensor, Tensor]:
+        """Embeddings (L_i, D) behind equally long chains, to cache data of whole rows and last states (n, D).
+
+        The data are (layers, 2, n, kv_heads, T, head_dim), every row from column 0.
+        """
+        behind = tokens_of(chains[0])
+        lengths = torch.tensor([len(row) for row in rows])
+        embeds = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (n, L, D)
+        cache = RowCache.for_prefill(self.spec, len(rows), behind, behind + embeds.shape[1])
+        for row, chain in enumerate(chains):
+            at = 0
+            for span in chain:
+                cache.data[:, :, row, :, at : at + span.tokens] = span.data
+                at += span.tokens
+        positions = torch.arange(behind, behind + embeds.shape[1], device=embeds.device).unsqueeze(0)
+        states = self._forward(embeds, cache, positions)
+        return cache.data, states[torch.arange(len(rows)), lengths - 1]
+
+    def prefill_segment(self, row: Tensor, chain: Chain) -> Tensor:
+        """Keys and values (layers, 2, kv_heads, L, head_dim) of embeddings (L, D) behind `chain`."""
+        data, _ = self.prefill([row], [chain])
+        return data[:, :, 0, :, tokens_of(chain) :].clone()
+
+    def decode(self, ids: Sequence[int], cache: RowCache) -> Tensor:
+        """The next token of every row: its keys and values join the cache, its final states (B, D) come back."""
+        positions = torch.tensor(cache.positions(), device=self.spec.device).unsqueeze(1)  # (B, 1)
+        states = self._forward(self.embed(ids).unsqueeze(1), cache, positions, cache.mask())
+        cache.advance()
+        return states[:, -1]
+
+    def _forward(self, embeds: Tensor, cache: RowCache, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Embeddings (B, T, D) at `positions` (B or 1, T), behind what `cache` holds, to final states (B, T, D)."""
+        output = self.core(
+            inputs_embeds=embeds,
+            attention_mask=None if mask is None else mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        states: Tensor = output.last_hidden_state
+        return states

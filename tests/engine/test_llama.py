@@ -1,0 +1,127 @@
+"""LLaMA's layers run by ourselves give the library's numbers, and where they cannot run the library's forward does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava.engine.attention import Shared, attend
+from llava.engine.cache import RowCache
+from llava.engine.language_model import LanguageModel
+from llava.engine.llama import FastLlama, open_language_model
+from llava.engine.prefixes import PrefixStore, Span
+from llava.engine.product import Product
+from llava.placement import prefers_matrix_vector
+from tests.tiny import llama_settings
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "all heads": {"num_key_value_heads": 4},
+    "one key head": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "biased": {"attention_bias": True},
+    "linear rope": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "dynamic rope": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "gelu": {"hidden_act": "gelu"},
+}
+
+
+def make_model(**overrides: Any) -> Any:
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**llama_settings(initializer_range=0.2, **overrides))).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_logits_are_the_librarys(variant: str) -> None:
+    """Rows of different lengths, one behind a shared beginning and one not, then decode steps with all of them."""
+    model = make_model(**VARIANTS[variant])
+    begin, tails = list(range(3, 43)), [[50, 51, 52], [60], [70, 71, 72, 73, 74]]
+    rows = [[*begin, *tails[0]], [*begin, *tails[1]], tails[2]]
+    expected = [model(torch.tensor([row])).logits[0, -1] for row in rows]
+    lm = open_language_model(model)
+    assert isinstance(lm, FastLlama)
+    segment = PrefixStore(2**20).insert((), tuple(begin), [1] * 40, lm.prefill_segment(lm.embed(begin), ()))
+    chains = [(Span(segment, 40),), (Span(segment, 40),), ()]
+    data, states = lm.prefill([lm.embed(tail) for tail in tails], chains)
+    torch.testing.assert_close(lm.logits(states), torch.stack(expected), atol=2e-4, rtol=1e-4)
+    cache = RowCache(lm.spec)
+    cache.join(data, [3, 1, 5], chains)
+    for step in range(3):
+        new = [100 + step, 110 + step, 120 + step]
+        for row, token in zip(rows, new, strict=True):
+            row.append(token)
+        expected = [model(torch.tensor([row])).logits[0, -1] for row in rows]
+        torch.testing.assert_close(lm.logits(lm.decode(new, cache)), torch.stack(expected), atol=2e-4, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
+    rows, kv_heads, queries, width = (data.draw(st.integers(1, top)) for top in (4, 3, 4, 5))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    query = torch.randn(rows, kv_heads, queries, 8)
+    own = torch.randn(2, rows, kv_heads, width, 8)
+    lengths = [data.draw(st.integers(1, width)) for _ in range(rows)]
+    mask = torch.zeros(rows, 1, 1, width)
+    for row, length in enumerate(lengths):
+        mask[row, ..., length:] = -torch.inf
+    members = [row for row in range(rows) if data.draw(st.booleans())] or [0]
+    part = torch.randn(1, 2, kv_heads, data.draw(st.integers(1, 6)), 8)
+    shared = [Shared(torch.tensor(members), part, 0)]
+    got = attend(query, own[0], own[1], mask, shared, 0, full=len(members) == rows)
+    for row, length in enumerate(lengths):
+        keys, values = own[:, row, :, :length]
+        if row in members:
+            keys, values = torch.cat([part[0, 0], keys], 1), torch.cat([part[0, 1], values], 1)
+        want = torch.softmax(query[row] @ keys.transpose(-1, -2) / 8**0.5, -1) @ values
+        torch.testing.assert_close(got[row], want)
+
+
+def test_the_librarys_forward_serves_the_rest() -> None:
+    eager = make_model(attn_implementation="eager")
+    assert type(open_language_model(eager)) is LanguageModel
+    spread = make_model()
+    spread.hf_device_map = {"": "cpu"}
+    assert type(open_language_model(spread)) is LanguageModel
+    hooked = make_model()
+    hooked.model.layers[1]._hf_hook = object()
+    assert type(open_language_model(hooked)) is LanguageModel
+
+
+def test_fusing_stores_nothing_twice_and_saving_still_works(tmp_path: Path) -> None:
+    model = make_model(attention_bias=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = FastLlama(model), FastLlama(model)
+    attention = model.model.layers[0].self_attn
+    assert first.layers[0].qkv.weight is not None and second.layers[0].qkv.weight is not None
+    assert first.layers[0].qkv.weight.data_ptr() == attention.q_proj.weight.data_ptr()
+    assert second.layers[0].qkv.weight.data_ptr() == first.layers[0].qkv.weight.data_ptr()  # no second copy
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+
+
+def test_layers_that_are_not_plain_are_called_one_by_one() -> None:
+    class Packed(torch.nn.Linear):
+        """Stands for a layer in 4 or 8 bit."""
+
+    plain, packed = torch.nn.Linear(4, 3), Packed(4, 2)
+    x = torch.randn(5, 4)
+    both = Product(plain, packed)
+    assert both.weight is None
+    torch.testing.assert_close(both(x), torch.cat([plain(x), packed(x)], -1))
+    half = Product(torch.nn.Linear(4, 3).bfloat16(), torch.nn.Linear(4, 2).bfloat16())
+    assert half.vector == prefers_matrix_vector(torch.device("cpu"), torch.bfloat16) is True
+    torch.testing.assert_close(half(x[:1].bfloat16()), half(x[:2].bfloat16())[:1], atol=0.02, rtol=0.02)
