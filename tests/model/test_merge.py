@@ -13,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.arguments import parse_arguments
 from llava.errors import CheckpointError, ConfigError
 from llava.model import lora, merge
 from llava.model.builder import load_pretrained_model
 from llava.model.check import examine
 from llava.model.checkpoint import Kind, inspect
+from llava.train.train import run
 from tests import tiny
-from tests.model.test_builder import edit_config, load, logits
+from tests.model.test_builder import IDS, PIXELS, edit_config, load, logits
 from tests.test_package import ROOT
+from tests.train import runs
 
 
 @pytest.fixture
@@ -241,3 +244,15 @@ def test_the_script(adapter: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert inspect(tmp_path / "merged").kind is Kind.FULL
+
+
+def test_trained_merged_and_loaded_is_the_model_in_memory(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
+    data = runs.make_data(tmp_path / "mix", samples=8)
+    more = {"lora_enable": True, "lora_r": 4, "max_steps": 2, "learning_rate": 0.05}
+    trainer = run(*parse_arguments(runs.flags(tiny_dirs, data, tmp_path / "run", 2, **more)))
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=IDS, images=PIXELS).logits
+    torch.testing.assert_close(logits(load(tmp_path / "run")), expected, atol=1e-5, rtol=1e-5)
+    done = merge.merge(tmp_path / "run", None, tmp_path / "merged")
+    assert done.changed == 14
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
