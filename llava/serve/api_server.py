@@ -128,10 +128,10 @@ class ApiServer:
             raise _bad_image("Image addresses are not fetched here; send the image as a data URI.")
         async with self._fetching:
             try:
-                data = await asyncio.to_thread(download, address, _IMAGE_BYTES, unsafe_local=self.unsafe_local)
+                content = await asyncio.to_thread(download, address, _IMAGE_BYTES, unsafe_local=self.unsafe_local)
             except ImageError as error:
                 raise _bad_image("The image cannot be fetched; only https addresses of public hosts are.") from error
-        return base64.b64encode(data).decode()
+        return base64.b64encode(content).decode()
 
 
 def _bad_image(message: str) -> ServeError:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from typing import Any, Final
 
 import httpx
@@ -16,6 +15,7 @@ from llava.serve.backend import Answer, Piece
 from llava.serve.openai_prompt import parse
 from llava.serve.protocol import ErrorType, FinishReason, GenerateBody, Message, ModelInfo, ServeError, State
 from llava.serve.security import authorization
+from llava.serve.worker_client import read_start
 
 logger = logging.getLogger(__name__)
 
@@ -220,12 +220,7 @@ def _read_event(
 
 async def _refusal(response: httpx.Response) -> ServeError:
     """What the engine said, as far as it is the client's business."""
-    body = b""
-    async with aclosing(response.aiter_bytes()) as parts:
-        async for part in parts:
-            body += part
-            if len(body) > 2**16:
-                break
+    body = await read_start(response)
     await response.aclose()
     if response.status_code in (429, 503):
         return ServeError(ErrorType.OVERLOADED, "The engine behind this worker is busy.", retry_after=2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle, get_template, stop_strings, with_image_token
 from llava.serve.openai_schema import ChatMessage, ImagePart, TextPart
-from llava.serve.protocol import ErrorType, Message, ServeError
+from llava.serve.protocol import ErrorType, Message, Role, ServeError
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _turns(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
     turns: list[Message] = []
     pictures: list[str] = []
     for message in messages:
-        role = "system" if message.role == "developer" else message.role
+        role: Role = "system" if message.role == "developer" else message.role
         parts = message.parts
         found = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
         if found and role != "user":
@@ -100,7 +100,7 @@ def parse(prompt: str, template: str) -> list[Message]:
     system = pieces[0].removesuffix(conversation.sep).strip()
     turns = [Message(role="system", content=system)] if system else []
     for marker, text in zip(pieces[1::2], pieces[2::2]):
-        role = "user" if marker == user else "assistant"
+        role: Role = "user" if marker == user else "assistant"
         for end in {conversation.sep, conversation.sep2 or conversation.sep}:
             text = text.removesuffix(end) if end.strip() else text
         if text.strip() or role == "user":

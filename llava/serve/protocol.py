@@ -20,6 +20,7 @@ MAX_STOPS: Final = 16
 FRAME_MEDIA_TYPE: Final = "application/octet-stream"
 
 FinishReason = Literal["stop", "length", "context_exceeded", "error", "cancelled"]
+Role = Literal["system", "user", "assistant"]
 State = Literal["loading", "ready", "draining", "failed"]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31)]
@@ -190,7 +191,7 @@ class AddressBody(Body):
 class Message(Body):
     """One turn of `messages`; `<image>` in `content` stands for the next picture of `images`."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import httpx
 from pydantic import ValidationError
@@ -85,15 +85,9 @@ class WorkerClient:
             return None
 
     async def _status(self, address: str) -> WorkerStatus:
-        body = b""
         async with self._http.stream("POST", f"{address}/worker_get_status") as response:
             response.raise_for_status()
-            async with aclosing(response.aiter_bytes()) as parts:
-                async for part in parts:
-                    body += part
-                    if len(body) > _STATUS_BYTES:
-                        raise httpx.DecodingError("the status is too long")
-        return WorkerStatus.model_validate_json(body)
+            return WorkerStatus.model_validate_json(await read_start(response, _STATUS_BYTES))
 
     async def open(self, model: str, content: bytes, request_id: str) -> Upstream:
         """Send a request to a worker of `model`, to another if it cannot be reached or is full.
@@ -132,14 +126,20 @@ class WorkerClient:
             raise _broken(error) from error
 
 
-async def _refusal_in(response: httpx.Response) -> ServeError:
-    """What a worker said instead of streaming."""
+async def read_start(response: httpx.Response, limit: int = _REFUSAL_BYTES) -> bytes:
+    """The body as far as `limit` bytes: whoever is asked may send without end."""
     body = b""
-    async with aclosing(response.aiter_bytes()) as parts:
+    async with aclosing(cast(AsyncGenerator[bytes, None], response.aiter_bytes())) as parts:
         async for part in parts:
             body += part
-            if len(body) > _REFUSAL_BYTES:
+            if len(body) > limit:
                 break
+    return body[:limit]
+
+
+async def _refusal_in(response: httpx.Response) -> ServeError:
+    """What a worker said instead of streaming."""
+    body = await read_start(response)
     try:
         frame: dict[str, Any] = next(iter(FrameReader().feed(body + b"\0")))
         error = frame["error"]
