@@ -15,12 +15,13 @@ from typing import Any, Final
 from PIL import Image, UnidentifiedImageError
 
 from llava.data.images import open_image
-from llava.errors import ConfigError, LlavaError
+from llava.errors import ConfigError, LlavaError, RequestError
 from llava.eval.endpoint import chat
 from llava.eval.local import question_seed
 from llava.eval.questions import Question
 from llava.eval.settings import Asked, RunSettings
 
+GIVE_UP: Final = 8  # questions in a row without an answer: the server is down, or the model's name is wrong
 ACCEPTED: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")  # by every server that takes pictures
 
 
@@ -54,7 +55,7 @@ class RemoteModel:
         return {"checkpoint": f"api:{self.model}", "template": "the server's"}
 
     def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
-        """Yield (position, answer, error or None) as replies come."""
+        """Yield (position, answer, error or None) as replies come; `RequestError` when nothing is answered any more."""
         url_of = lru_cache(maxsize=64)(lambda name: data_url(settings.source.read(name)))
 
         def one(position: int) -> Asked:
@@ -68,13 +69,19 @@ class RemoteModel:
         with ThreadPoolExecutor(self.batch_size) as pool:
             waiting = iter(order)
             active: set[Future[Asked]] = set()
+            refused = 0
             while True:
                 while len(active) < 2 * self.batch_size and (position := next(waiting, None)) is not None:
                     active.add(pool.submit(one, position))
                 if not active:
                     return
                 done, active = wait(active, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                for position, text, error in (future.result() for future in done):
+                    refused = 0 if error is None else refused + 1
+                    if refused == GIVE_UP:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise RequestError(f"{GIVE_UP} questions in a row got no answer, the last: {error}")
+                    yield position, text, error
 
     def body(self, question: Question, url_of: Any, settings: RunSettings) -> dict[str, Any]:
         """The request of one question: its pictures, then its text; a plain text without pictures."""

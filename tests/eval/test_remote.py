@@ -85,6 +85,16 @@ def test_failures_are_recorded_and_healed(
     assert model_vqa_loader.main(command(server, pictures, tmp_path, "--temperature", "0.5")) == 0
 
 
+def test_a_server_that_answers_nothing_ends_the_run(
+    server: FakeServer, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = lambda body: (404, "no such model")
+    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--batch-size", "2")) == 2
+    assert "8 questions in a row got no answer" in capsys.readouterr().err
+    server.answer = color
+    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+
+
 def test_llava_eval_asks_a_server(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.answer = lambda body: (200, "Yes")
     folder, count, make = BENCHMARKS["gqa"]
