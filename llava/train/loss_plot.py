@@ -38,6 +38,9 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="each log line")
     axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label=f"moving average ({SMOOTHING})")
+    validation = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    if validation:
+        axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=3, label="validation")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss (nats per supervised token)")
     axes.set_title(title)

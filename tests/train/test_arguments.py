@@ -157,3 +157,8 @@ def test_a_reporter_that_is_not_installed_costs_a_warning_only(
 
 def test_unique_prefixes_are_accepted_as_in_published_scripts(tmp_path: Path) -> None:
     assert parse_arguments(given(tmp_path, "--group_by_mod", "True"))[2].group_by_modality_length
+
+
+def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
+    more = ("--global_batch_size", "24", "--per_device_train_batch_size", "3")
+    assert parse_arguments(given(tmp_path, *more))[2].gradient_accumulation_steps == 8

@@ -171,6 +171,36 @@ def test_tuned_positions_learn_and_are_saved(tiny_dirs: Dirs, small_data: Path, 
     assert not torch.equal(table, runs.tensors(tiny_dirs["tower"])["embeddings.position_embedding"])
 
 
+def test_the_tower_learns_in_full_or_its_last_layers(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    model, model_args, args = chatty(tiny_dirs, tmp_path, unfreeze_mm_vision_tower=True)
+    trainable.set_trainable(model, model_args, args)
+    assert all(parameter.requires_grad for parameter in model.get_vision_tower().parameters())
+    model_args.unfreeze_mm_vision_layers = 4
+    with pytest.raises(ConfigError, match="has 3 layers that are used"):
+        trainable.set_trainable(model, model_args, args)
+
+    out = tmp_path / "run"
+    more = {"unfreeze_mm_vision_tower": True, "unfreeze_mm_vision_layers": 1, "max_steps": 2}
+    train(runs.flags(tiny_dirs, small_data, out, 2, **more, gradient_checkpointing=True))
+    prefix = "model.vision_tower.vision_tower."
+    before = runs.tensors(tiny_dirs["tower"])
+    after = {name.removeprefix(prefix): t for name, t in runs.tensors(out).items() if name.startswith(prefix)}
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed and all(name.startswith("encoder.layers.2.") for name in changed)
+    loaded = load_pretrained_model(out, device="cpu")[1].get_vision_tower().vision_tower.state_dict()
+    assert all(torch.equal(loaded[name], after[name]) for name in changed)
+
+
+def test_deterministic_runs_are_equal_and_ask_torch_for_it(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    try:
+        for name in "ab":
+            train(runs.flags(tiny_dirs, small_data, tmp_path / name, 2, deterministic=True, max_steps=2))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    runs.assert_equal_runs(tmp_path / "a", tmp_path / "b")
+
+
 def test_start_and_end_tokens_learn_with_the_projector(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(runs.flags(tiny_dirs, small_data, out, 1, version="v1", mm_use_im_start_end=True, max_steps=2))

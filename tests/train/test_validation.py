@@ -87,3 +87,22 @@ def test_the_best_checkpoint_stays_and_a_share_is_not_trained_on(
     train(runs.flags(tiny_dirs, small_data, tmp_path, 1, **more, validation_fraction=0.25))
     assert json.loads((tmp_path / "run.json").read_text())["samples"] == 24
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+
+
+@pytest.mark.slow
+def test_ranks_under_zero3_are_validated_and_answer_alike(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    """Each layer is gathered for the evaluation and for every token of the answers."""
+    more = {
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": None,
+    }
+    held = {"eval_data_path": small_data / "finetune.json", "per_device_eval_batch_size": 4, "eval_generations": 2}
+    argv = runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, **more, **held)
+    runs.finish([*argv, "--deepspeed", str(runs.ROOT / "scripts/zero3.json")], tmp_path / "log", ranks=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2]
+    answers = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["record"] for line in answers] == [0, 1]
