@@ -69,7 +69,12 @@ def place(
         return Placement({"": device})
     if not limited and torch.cuda.device_count() == 1:
         return Placement({"": device})
-    return spread(parts_of(shapes(), dtype, tied), gpu_budgets(num_gpus, max_memory))
+    parts = parts_of(shapes(), dtype, tied)
+    if not limited:
+        [(first, room)] = gpu_budgets(1, None).items()
+        if sum(size for _, size in parts) <= room:
+            return Placement({"": first})  # without asking the others, which costs memory on each
+    return spread(parts, gpu_budgets(num_gpus, max_memory))
 
 
 def _explicit(where: str | int | torch.device) -> torch.device:
