@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle, get_template, stop_strings, with_image_token
+from llava.errors import TemplateError
 from llava.serve.openai_schema import ChatMessage, ImagePart, TextPart
 from llava.serve.protocol import ErrorType, Message, Role, ServeError
 
@@ -46,7 +47,10 @@ def render(messages: Sequence[ChatMessage], template: str) -> Rendered:
             text = with_image_token(text, conversation, None)
         conversation.append_message(conversation.roles[turn.role == "assistant"], text)
     conversation.append_message(conversation.roles[1], None)
-    prompt = conversation.get_prompt()
+    try:
+        prompt = conversation.get_prompt()
+    except TemplateError as error:  # one that cannot open with an empty message
+        raise ServeError(ErrorType.BAD_REQUEST, str(error.args[0]), param="messages") from error
     tags = prompt.count(DEFAULT_IMAGE_TOKEN)
     if tags != len(pictures):
         raise ServeError(

@@ -49,6 +49,11 @@ def test_what_is_no_conversation_is_refused(contents: tuple[str, ...]) -> None:
     assert refused.value.kind is ErrorType.BAD_REQUEST
 
 
+def test_a_template_that_cannot_begin_with_nothing_refuses_it() -> None:
+    with pytest.raises(ServeError, match="begin with a user message"):
+        render(messages(""), "llama_2")
+
+
 def test_pictures_belong_to_users() -> None:
     with pytest.raises(ServeError, match="assistant message cannot hold images"):
         render(messages("a", [PICTURE], "b"), "v1")
