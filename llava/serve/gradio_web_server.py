@@ -127,18 +127,18 @@ def add_probes(app: Any, site: Site) -> None:
     from fastapi import Response
     from fastapi.responses import JSONResponse
 
-    @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
     async def ready() -> JSONResponse:
         listing = await site.catalog.listing()
         return JSONResponse({"models": list(listing.models)}, 200 if listing.models else 503)
 
-    @app.get("/metrics")
     async def metrics() -> Response:
         return Response(site.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    for probe in (health, ready, metrics):
+        app.add_api_route(f"/{probe.__name__}", probe, methods=["GET"])
 
 
 def listen(host: str, port: int | None) -> socket.socket:
@@ -177,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_logger("llava.serve")
     logins = read_logins(args.auth_file)
     check(args, logins)
-    bound = listen(bind_host(args.host, protected=bool(logins), insecure=args.insecure), args.port)
+    how = f"--auth-file (or {LOGINS_VARIABLE})"
+    host = bind_host(args.host, protected=bool(logins), insecure=args.insecure, key="login", how=how)
+    bound = listen(host, args.port)
     site = build_site(args)
     app = build_app(site, embed=args.embed, concurrency=args.concurrency_count, logins=logins, port=port_of(bound))
     if args.share:

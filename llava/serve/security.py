@@ -88,23 +88,26 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def bind_host(host: str, *, protected: bool, insecure: bool) -> str:
-    """The address to listen on: `host`, if it is loopback, `protected` by a token, or asked for with `--insecure`.
+def bind_host(
+    host: str, *, protected: bool, insecure: bool, key: str = "token", how: str = f"{TOKEN_VARIABLE} (or --token-file)"
+) -> str:
+    """The address to listen on: `host`, if it is loopback, `protected` by a `key`, or asked for with `--insecure`.
 
     Otherwise "everywhere" becomes this machine only, with a warning, so that the published commands keep working
     where all parts run on one machine; another address raises `ConfigError`.
     """
     if is_loopback(host) or protected:
         return host
-    remedy = f"set {TOKEN_VARIABLE} (or --token-file), or pass --insecure if every machine that can connect is trusted"
+    remedy = f"set {how}, or pass --insecure if every machine that can connect is trusted"
     if insecure:
-        logger.warning("Listening on %s without a token: whoever can connect can use and disturb this service.", host)
+        logger.warning("Listening on %s without a %s: whoever can connect can use and disturb this.", host, key)
         return host
     if host not in _EVERYWHERE:
-        raise ConfigError(f"--host {host} is open to other machines, and there is no token; {remedy}.")
+        raise ConfigError(f"--host {host} is open to other machines, and there is no {key}; {remedy}.")
     logger.warning(
-        "--host %s was asked for without a token: listening on %s, so other machines cannot connect. To open it, %s.",
+        "--host %s was asked for without a %s: listening on %s, so other machines cannot connect. To open it, %s.",
         host,
+        key,
         LOOPBACK,
         remedy,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any, Final
@@ -24,7 +24,7 @@ _LENGTH: Final = "The answer stops here because it reached the limit of output t
 _STOPPED: Final = "Stopped."
 
 
-async def answer(client: ServiceClient, chat: Chat) -> AsyncIterator[None]:
+async def answer(client: ServiceClient, chat: Chat) -> AsyncGenerator[None, None]:
     """Fill in the last turn of `chat`, yielding whenever there is something new to show, and at the end.
 
     Ends early, and stops the worker, when `chat.stop` is set or the generator is closed. A failure becomes the turn's
@@ -56,7 +56,7 @@ async def answer(client: ServiceClient, chat: Chat) -> AsyncIterator[None]:
     yield
 
 
-async def _until(stop: asyncio.Event, pieces: AsyncIterator[None]) -> AsyncIterator[None]:
+async def _until(stop: asyncio.Event, pieces: AsyncIterator[None]) -> AsyncGenerator[None, None]:
     """Items of `pieces` until `stop` is set, and a pulse while the next one is being waited for.
 
     The page's server closes what has no visitor any more only where it yields, so a silent worker must not keep it.
@@ -79,7 +79,7 @@ async def _until(stop: asyncio.Event, pieces: AsyncIterator[None]) -> AsyncItera
             await asyncio.wait((step,))
 
 
-async def _pieces(client: ServiceClient, chat: Chat, turn: Turn) -> AsyncIterator[None]:
+async def _pieces(client: ServiceClient, chat: Chat, turn: Turn) -> AsyncGenerator[None, None]:
     address = await client.address(turn.model)
     status = await _status(client, address)
     chat.template = choose_template(status, turn.model)

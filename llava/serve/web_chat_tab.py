@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +47,11 @@ class ChatTab:
         model: str | None,
         mode: str,
         *sampling: float,
-    ) -> AsyncIterator[Updates]:
+    ) -> AsyncGenerator[Updates, None]:
         """Add the message to the conversation and answer it."""
         text = (text or "").strip()
         if chat.running or not (text or files):
-            yield {self.notice: gr.skip()}
+            yield {self.notice: gr.skip() if chat.running else controls.NOTHING}
             return
         try:
             turn = await self.site.new_turn(model, text, files or (), mode, controls.sampling_from(sampling))
@@ -64,7 +64,7 @@ class ChatTab:
 
     async def regenerate(
         self, chat: Chat, request: gr.Request, model: str | None, mode: str, *sampling: float
-    ) -> AsyncIterator[Updates]:
+    ) -> AsyncGenerator[Updates, None]:
         """Ask the last message again, with the settings as they are now."""
         if chat.running or not chat.turns:
             yield {self.notice: gr.skip()}
@@ -78,7 +78,7 @@ class ChatTab:
             async for update in updates:
                 yield update
 
-    async def _run(self, chat: Chat, turn: Turn, first: Updates, request: gr.Request) -> AsyncIterator[Updates]:
+    async def _run(self, chat: Chat, turn: Turn, first: Updates, request: gr.Request) -> AsyncGenerator[Updates, None]:
         update = {**first, self.notice: "", **self.buttons(vote=False, again=False, running=True)}
         async with aclosing(self.site.run(chat, turn, visitor(request))) as steps:
             async for _ in steps:
@@ -103,7 +103,7 @@ class ChatTab:
     async def clear(self, chat: Chat) -> Updates:
         chat.stop.set()
         chat.turns.clear()
-        empty = {self.view: [], self.text: "", self.pictures: None, self.notice: ""}
+        empty: Updates = {self.view: [], self.text: "", self.pictures: None, self.notice: ""}
         return {**empty, **self.buttons(vote=False, again=False, running=False)}
 
     async def vote(self, kind: str, chat: Chat, request: gr.Request) -> Updates:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from typing import Any, Final
+from collections.abc import AsyncGenerator
+from typing import Any, Final, TypeVar
 
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -24,6 +24,7 @@ class _Address(BaseModel):
     address: str
 
 
+T = TypeVar("T")
 _WORKERS: Final = TypeAdapter(list[WorkerView])
 
 
@@ -88,7 +89,7 @@ class ServiceClient:
         """What a worker says of itself: template, limits, and how it can stream."""
         return _parse(TypeAdapter(WorkerStatus), await self._ask(f"{address}/worker_get_status", None), "its status")
 
-    async def stream(self, address: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, address: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Frames of one answer. Closing this generator closes the connection, which stops the worker."""
         reader = FrameReader()
         url = f"{address}/worker_generate_stream"
@@ -130,7 +131,7 @@ def _checked(frame: dict[str, Any]) -> dict[str, Any]:
     return frame
 
 
-def _parse(kind: TypeAdapter[Any], content: Any, what: str) -> Any:
+def _parse(kind: TypeAdapter[T], content: Any, what: str) -> T:
     try:
         return kind.validate_python(content)
     except ValidationError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -53,11 +53,12 @@ class CompareTab:
         right_model: str | None,
         mode: str,
         *values: float,
-    ) -> AsyncIterator[Updates]:
+    ) -> AsyncGenerator[Updates, None]:
         """Send one message to both models and show both answers as they grow."""
         text = (text or "").strip()
-        if left.running or right.running or not (text or files):
-            yield {self.notice: gr.skip()}
+        running = left.running or right.running
+        if running or not (text or files):
+            yield {self.notice: gr.skip() if running else controls.NOTHING}
             return
         sampling = controls.sampling_from(values)
         try:
@@ -100,7 +101,7 @@ class CompareTab:
         await self.halt(left, right)
         left.turns.clear()
         right.turns.clear()
-        empty = {self.views[0]: [], self.views[1]: [], self.text: "", self.pictures: None, self.notice: ""}
+        empty: Updates = {self.views[0]: [], self.views[1]: [], self.text: "", self.pictures: None, self.notice: ""}
         return {**empty, **self.buttons(vote=False, running=False, clear=False)}
 
     async def vote(self, kind: str, left: Chat, right: Chat, request: gr.Request) -> Updates:
@@ -134,7 +135,7 @@ def _voting(tab: CompareTab, kind: str) -> Any:
     return vote
 
 
-async def merged(iterators: Sequence[AsyncIterator[None]]) -> AsyncIterator[None]:
+async def merged(iterators: Sequence[AsyncIterator[None]]) -> AsyncGenerator[None, None]:
     """Yield whenever one of them does, until all have ended."""
     steps = {asyncio.ensure_future(anext(each, False)): each for each in iterators}
     try:

@@ -15,6 +15,7 @@ from llava.serve.web_pictures import MODES
 
 DEFAULTS: Final = Sampling()
 PRIVATE: Final[dict[str, Any]] = {"show_progress": "hidden", "api_visibility": "private"}  # no public endpoint
+NOTHING: Final = "Write a message or add a picture first."
 AT_ONCE: Final[dict[str, Any]] = {**PRIVATE, "queue": False}
 # Gives the text in a hidden box to the browser as a file.
 SAVE_AS_FILE: Final = """(text) => {

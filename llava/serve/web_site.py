@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +50,7 @@ class Site:
                 raise RequestError(refusal)
         return turn
 
-    async def run(self, chat: Chat, turn: Turn, visitor: str) -> AsyncIterator[None]:
+    async def run(self, chat: Chat, turn: Turn, visitor: str) -> AsyncGenerator[None, None]:
         """Add a turn and answer it, yielding at once and whenever there is more to show."""
         chat.turns.append(turn)
         chat.model = turn.model

@@ -64,6 +64,19 @@ def test_turns_and_pictures_build_the_trained_prompt(session: ChatSession, photo
     assert "</s>" not in first and session.sources == [str(photo)]  # defect K4: no doubled end token
 
 
+def test_a_second_turn_computes_its_new_tokens_only(session: ChatSession, engine: Engine, photo: Path) -> None:
+    session.attach(str(photo))
+    say(session, "What is this? " * 10)
+    before, whole = engine.statistics(), session.ask("And why?")
+    session.keep(whole.result())
+    after = engine.statistics()
+    new = after.computed_tokens - before.computed_tokens
+    assert after.encoded_images == before.encoded_images
+    assert (
+        new < 60 < whole.prompt_tokens / 2 and after.shared_tokens - before.shared_tokens >= whole.prompt_tokens - new
+    )
+
+
 def test_answers_equal_the_engines(session: ChatSession, engine: Engine, photo: Path) -> None:
     session.attach(str(photo))
     text = say(session, "What is this?")

@@ -81,7 +81,11 @@ class Page:
         self.page.locator(f"#{where} textarea").press("Enter")
 
     def sees(self, text: str, view: str = "chatbot") -> None:
-        self.expect(f"#{view}").to_contain_text(text, timeout=PATIENCE)
+        try:
+            self.expect(f"#{view}").to_contain_text(text, timeout=PATIENCE)
+        except AssertionError as error:
+            error.add_note(f"The page says: {self.page.locator('#notice').inner_text()!r}; faults: {self.faults}")
+            raise
 
     def enabled(self, *names: str) -> None:
         for name in (*FIVE, "stop"):
@@ -97,10 +101,14 @@ class Page:
 
 
 @pytest.fixture
-def page(browser: Any, site: str, service: FakeService) -> Iterator[Page]:
+def afresh(service: FakeService) -> None:
     service.models, service.answers, service.delay, service.silence = ["alpha", "beta"], {}, 0.0, 0.0
     service.requests.clear()
     service.broken_off = 0
+
+
+@pytest.fixture
+def page(browser: Any, site: str, afresh: None) -> Iterator[Page]:
     page = Page(browser, site)
     yield page
     page.close()
@@ -138,7 +146,8 @@ def test_stop_reaches_the_worker(page: Page, service: FakeService) -> None:
     page.enabled(*FIVE)
 
 
-def test_closing_the_page_reaches_the_worker(browser: Any, site: str, page: Page, service: FakeService) -> None:
+@pytest.mark.usefixtures("afresh")
+def test_closing_the_page_reaches_the_worker(browser: Any, site: str, service: FakeService) -> None:
     service.answers["alpha"], service.delay = ["word "] * 2000, 0.02
     other = Page(browser, site)
     other.ask("Go on")
@@ -214,8 +223,9 @@ def test_models_come_and_go_without_a_reload(page: Page, service: FakeService) -
     assert service.requests[0]["model"] == "gamma"
 
 
+@pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_the_page_fits(width: int, height: int, browser: Any, site: str, page: Page, tmp_path: Path) -> None:
+def test_the_page_fits(width: int, height: int, browser: Any, site: str, tmp_path: Path) -> None:
     """Nothing is cut off or scrolls sideways; set LLAVA_SCREENSHOTS to a folder to look at the pictures."""
     other = Page(browser, site, width, height)
     other.ask("A rather long question about the picture, with more words than one line of a telephone can hold?")

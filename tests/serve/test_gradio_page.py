@@ -138,7 +138,7 @@ def test_a_message_is_answered_and_every_button_follows(
 def test_nothing_to_send_changes_nothing(text: str | None, tab: ChatTab, service: FakeService) -> None:
     chat = Chat()
     page = Page().play(tab.send(chat, REQUEST, text, None, "alpha", "Default", *SLIDERS))
-    assert chat.turns == [] and page.now == {} and service.calls == []
+    assert chat.turns == [] and page.now == {"notice": controls.NOTHING} and service.calls == []
 
 
 def test_a_picture_alone_is_a_message(tab: ChatTab, service: FakeService, chart: Any) -> None:

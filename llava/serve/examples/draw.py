@@ -66,8 +66,8 @@ def form() -> Image.Image:
     draw = ImageDraw.Draw(image)
     draw.rectangle((20, 20, 620, 460), None, _INK, 3)
     draw.text((320, 55), "ORDER FORM No. 0042", _INK, _font(30), anchor="mm")
-    rows = (("Item", "garden table"), ("Colour", "dark green"), ("Quantity", "3"), ("Price each", "45.00"))
-    rows += (("Delivery", "Tuesday, morning"), ("Total", "135.00"))
+    rows = [("Item", "garden table"), ("Colour", "dark green"), ("Quantity", "3"), ("Price each", "45.00")]
+    rows += [("Delivery", "Tuesday, morning"), ("Total", "135.00")]
     for index, (label, value) in enumerate(rows):
         top = 100 + 56 * index
         draw.text((50, top + 28), label, (110, 110, 120), _font(22), anchor="lm")
