@@ -35,14 +35,13 @@ from llava.serve.worker_client import Times, WorkerClient
 MODEL = "stub"
 PATIENCE = 60.0
 TLS = ssl.create_default_context()  # costly to make, and never used
-SETTINGS, LIMITS, TIMES = Settings(), Limits(), Times()
+SETTINGS, LIMITS, TIMES = Settings(max_new_tokens=1_000_000), Limits(), Times()
 
 
 @dataclass(eq=False)
 class StubJob:
     handle: Handle
     request: Request
-    words: list[str]
     steps: int = 0
 
 
@@ -71,8 +70,7 @@ class StubEngine:
         if length >= self.context:
             raise ContextLengthError("too long", prompt_tokens=length, image_tokens=0, context_length=self.context)
         handle = Handle(self.step, length)
-        words = [self.word(k) for k in range(request.params.max_new_tokens)]
-        job = StubJob(handle, request, words)
+        job = StubJob(handle, request)
         self.waiting.append(job)
         self.history.append(job)
         return handle
@@ -91,9 +89,9 @@ class StubEngine:
             self.gate.wait(PATIENCE)
             time.sleep(self.pause)
         for job in list(self.jobs):
-            job.handle.push(job.words[job.steps])
+            job.handle.push(self.word(job.steps))
             job.steps += 1
-            if job.steps == len(job.words):
+            if job.steps == job.request.params.max_new_tokens:
                 self.jobs.remove(job)
                 self._finish(job, "length")
         return bool(self.jobs or self.waiting)
@@ -104,9 +102,8 @@ class StubEngine:
         self.jobs.clear()
         self.waiting.clear()
 
-    @staticmethod
-    def _finish(job: StubJob, reason: Any, error: str | None = None) -> None:
-        text = "".join(job.words[: job.steps])
+    def _finish(self, job: StubJob, reason: Any, error: str | None = None) -> None:
+        text = "".join(map(self.word, range(job.steps)))
         job.handle.completion = Completion(text, tuple(range(job.steps)), reason, job.handle.prompt_tokens, error)
 
 

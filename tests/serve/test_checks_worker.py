@@ -108,7 +108,7 @@ def memory_runs_out(worker: LiveWorker) -> None:
     ids=lambda f: f.__name__,
 )
 def test_check_12_the_slot_is_free_after_every_path(path: Callable[[LiveWorker], None]) -> None:
-    with live_worker(StubEngine(pause=0.001), Settings(limit=2, queue_limit=1)) as worker:
+    with live_worker(StubEngine(pause=0.001), Settings(limit=2, queue_limit=1, max_new_tokens=1_000_000)) as worker:
         for _ in range(ROUNDS if path is not step_raises and path is not memory_runs_out else 5):
             path(worker)
             until(lambda: worker.in_use == 0)
@@ -247,7 +247,7 @@ def test_check_18_health_is_not_readiness() -> None:
 
 def test_check_19_the_counters_are_exact() -> None:
     engine = StubEngine(pause=0.001)
-    with live_worker(engine, Settings(limit=2, queue_limit=0)) as worker:
+    with live_worker(engine, Settings(limit=2, queue_limit=0, max_new_tokens=1_000_000)) as worker:
         for _ in range(4):
             generate(worker.url, request_body(tokens=2))
         until(lambda: worker.in_use == 0)
