@@ -12,9 +12,11 @@ import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 
+from benchmarks.eval import QUICK, SHAPES, Ways
 from benchmarks.measure import measure
 from benchmarks.synthetic import Size, make_checkpoint
 
@@ -71,14 +73,15 @@ def stored_mib(root: Path) -> float:
 
 
 def questions(root: Path, quick: bool) -> list[Row]:
-    size = Size(tower_width=128, tower_layers=4, width=128, layers=2) if quick else Size()
-    chat = make_checkpoint(root, size)
+    size = QUICK if quick else Size()
+    ways = Ways(make_checkpoint(root, size), batch=32)
     rows = []
-    for each in (18, 3):
-        theirs, ours = pair("benchmarks.questions", chat, pictures=2 if quick else 54 // each, each=each)
-        same = "same answers" if theirs["answers"] == ours["answers"] else "OTHER ANSWERS"
-        label = f"{each} short questions a picture ({same}), questions per second"
-        rows.append(row(label, theirs["questions_per_second"], ours["questions_per_second"], "/s"))
+    for shape in SHAPES:
+        times = ways.measure(shape, 1 if quick else 3, size.pixels)
+        same = "same answers" if times.same else "OTHER ANSWERS"
+        label = f"{shape.name}: {shape.questions} questions a picture ({same}), questions per second"
+        theirs, ours = (times.questions / median(part) for part in (times.reference, times.engine))
+        rows.append(row(label, theirs, ours, "/s"))
     return rows
 
 

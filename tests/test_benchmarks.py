@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import agreement, run
+from benchmarks import agreement, decode, run
+from benchmarks import eval as evaluation
 
 
 @pytest.mark.slow
@@ -35,3 +36,15 @@ def test_agreement_of_packed_models(
     monkeypatch.setattr(agreement, "agreement", lambda *_: {8: 97.0, 4: 89.5})
     monkeypatch.setattr(agreement, "LEAST", {8: 97.0, 4: 90.0})
     assert agreement.main([str(tiny_dirs["chat"])]) == 1
+
+
+@pytest.mark.slow
+def test_both_ways_answer_every_shape_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation.main(["--quick", "--turns", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(same answers)" in line]
+    assert len(lines) == len(evaluation.SHAPES)
+
+
+def test_one_stream_says_the_same_both_ways(tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert decode.main([str(tiny_dirs["base"]), "--turns", "1", "--tokens", "4", "--quick"]) == 0
+    assert "| float32 (same tokens) |" in capsys.readouterr().out

@@ -283,3 +283,55 @@ def test_eager_attention_agrees(tiny_dirs: dict[str, Path]) -> None:
         )
         answers.append(Engine(model, tokenizer, processor).generate(ask))
     assert answers[0] == answers[1]
+
+
+def test_the_next_turn_starts_behind_the_last(make_engine: MakeEngine, solo: Solo) -> None:
+    engine = make_engine()
+    first = [1, *range(300, 330), -200, 310]
+    answer = engine.generate([Request(first, PICTURES[:1], SamplingParams(12))])[0].token_ids
+    second = [*first, *answer, 320, 321]
+    before = engine.statistics()
+    assert engine.generate([Request(second, PICTURES[:1], SamplingParams(8))])[0].token_ids == solo(
+        second, PICTURES[:1], 8
+    )
+    after = engine.statistics()
+    assert after.computed_tokens - before.computed_tokens == 3  # the last token of the answer, and the new ones
+    assert after.shared_tokens - before.shared_tokens == len(second) - 1 + 16 - 3 and after.encoded_images == 1
+    other = make_engine()
+    other.generate([Request(first, PICTURES[:1], SamplingParams(12), keep=False)])
+    assert other.statistics().prefix_bytes == 0
+
+
+def test_rows_keep_to_their_budget_and_a_request_beyond_it_is_refused(make_engine: MakeEngine, solo: Solo) -> None:
+    column = make_engine().lm.spec.column_bytes
+    engine = make_engine(max_batch_size=8, kv_bytes=100 * column, cache_bytes=0)
+    prompts = [[1, *range(300, 310 + n)] for n in range(6)]
+    handles = [engine.submit(Request(ids, params=SamplingParams(20))) for ids in prompts]
+    most = 0
+    while engine.step():
+        most = max(most, engine.running)
+        assert engine.statistics().row_bytes <= 100 * column
+    assert most == 3  # the shortest three need 33 columns each at most
+    assert [handle.result().token_ids for handle in handles] == [solo(ids, [], 20) for ids in prompts]
+    with pytest.raises(RequestError, match="kv_bytes"):
+        engine.submit(Request([1, *range(300, 380)], params=SamplingParams(30)))
+
+
+def test_a_long_prompt_is_computed_in_pieces_and_does_not_hold_up_the_others(
+    make_engine: MakeEngine, solo: Solo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_prefill_tokens=32)
+    sizes: list[int] = []
+    run = engine.lm._run  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine.lm, "_run", lambda x, *rest: (sizes.append(len(x)), run(x, *rest))[1])
+    long = [1, *(3 + n * 7 % 380 for n in range(150))]
+    assert engine.generate([Request(long, params=SamplingParams(5))])[0].token_ids == solo(long, [], 5)
+    assert max(sizes) <= 32
+    running = engine.submit(Request([1, 300], params=SamplingParams(30)))
+    engine.step()
+    later = [engine.submit(Request([1, n, *range(200, 220)], params=SamplingParams(2))) for n in (40, 41, 42)]
+    tokens = engine.generated_tokens
+    engine.step()
+    assert engine.generated_tokens - tokens == 3  # one of the three was let in: its first, and one for each row
+    assert running.result().token_ids == solo([1, 300], [], 30)
+    assert [one.result().token_ids for one in later] == [solo([1, n, *range(200, 220)], [], 2) for n in (40, 41, 42)]
