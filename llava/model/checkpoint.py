@@ -26,7 +26,7 @@ NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-REMAP_BYTES = 64 * 2**20
+REMAP_BYTES, COPIED_BYTES = 16 * 2**20, 2**20
 CORES = ("model.", "transformer.")  # of LLaMA, of MPT
 TOWER_PREFIXES = tuple(core + "vision_tower.vision_tower." for core in CORES)
 PROJECTOR_PREFIXES = tuple(core + "mm_projector." for core in CORES)
@@ -158,8 +158,11 @@ def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
 
 
 def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
-    """The tensors of one file, in the order they lie in it. What was read stays in memory as long as a mapping of the
-    file does, so there is a new one every so often: a caller that packs or copies tensors never holds the file."""
+    """The tensors of one file, in the order they lie in it.
+
+    What was read stays in memory as long as its mapping of the file does, and a tensor that is kept keeps its mapping.
+    So there is a new one every so often, and small tensors are copies: who packs the large ones never holds the file.
+    """
     try:
         with safe_open(file, framework="np") as header:
             names = list(header.offset_keys() if hasattr(header, "offset_keys") else header.keys())
@@ -173,7 +176,7 @@ def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
                 shard, mapped = safe_open(file, framework="pt"), 0
             tensor: Tensor = shard.get_tensor(name)
             mapped += tensor.nbytes
-            yield name, tensor
+            yield name, tensor.clone() if tensor.nbytes < COPIED_BYTES else tensor
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
 

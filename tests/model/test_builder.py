@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import Kind, inspect
+from llava.model.checkpoint import Kind, inspect, iter_tensors
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from tests import tiny
 
@@ -229,6 +230,29 @@ def test_code_in_weights_is_refused(
     (projector / "mm_projector.bin").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load(projector, tiny_dirs["base"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="counts resident pages as Linux does")
+def test_what_was_read_and_not_kept_leaves_memory(tmp_path: Path) -> None:
+    """A 4-bit load keeps the norms and packs the matrices: the file must not stay mapped through the norms."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    layers = {f"layers.{i:02}.matrix": torch.full((2**21,), float(i)) for i in range(16)}  # 8 MiB each
+    norms = {f"layers.{i:02}.norm": torch.ones(64) for i in range(16)}
+    save_file({**layers, **norms}, tmp_path / "model.safetensors")
+    del layers
+    before, peak, kept = resident(), 0, []
+    for name, tensor in iter_tensors(tmp_path, lambda name: True):
+        assert tensor is not None
+        if name.endswith("norm"):
+            kept.append(tensor)
+        else:
+            tensor.sum()
+        peak = max(peak, resident() - before)
+    assert len(kept) == 16
+    assert peak < 48 * 2**20  # of 128
 
 
 # --- the tower -----------------------------------------------------------------------------------------------------
