@@ -39,6 +39,7 @@ def test_two_nodes_train_and_survive_the_loss_of_one(
         assert time.monotonic() < limit, (tmp_path / "log0").read_text()[-3000:]
         time.sleep(0.01)
     pair[1].kill()
+    pair[1].wait(runs.DEADLINE)
     assert pair[0].wait(runs.DEADLINE) not in (0, None)
     assert "ended with status" in (tmp_path / "log0").read_text()
     pair = [node(rank, port, flags, out, tmp_path / f"log{rank}") for port in [free_port()] for rank in (0, 1)]
