@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -160,12 +160,12 @@ def test_the_view_shows_pictures_cursor_and_notes(picture: Callable[..., Picture
     assert Chat([turn]).shown()[-1]["content"] == "It is\n\n*Stopped.*"
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="<>&ab`/\n \"'", max_size=60))
 def test_no_tag_survives_outside_code(text: str) -> None:
     shown = escape(text)
-    outside = "".join(piece for piece in shown.split("`")[::2]) if "`" in text else shown
     if "`" not in text:
-        assert "<" not in outside and ">" not in outside
+        assert "<" not in shown and ">" not in shown
 
 
 def test_code_is_kept_as_it_is() -> None:
