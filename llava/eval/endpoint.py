@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -41,15 +42,27 @@ def chat(
             logger.warning("%s failed (%s); trying again.", url, reason)
             sleep(min(2.0 ** (attempt - 1), 60.0))
         try:
-            reply = requests.post(f"{url}/chat/completions", json=body, headers=headers(), timeout=timeout)
+            whole = {**body, "stream": False}  # some servers stream unless told not to
+            reply = requests.post(f"{url}/chat/completions", json=whole, headers=headers(), timeout=timeout)
             if reply.ok:
-                return str(reply.json()["choices"][0]["message"]["content"] or "")
+                return _text(reply)
             reason = f"HTTP {reply.status_code}: {reply.text[:200]}"
             if reply.status_code < 500 and reply.status_code not in PASSING:
                 break
         except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
     raise RequestError(f"The model {body['model']} at {url} gave no reply ({reason}).")
+
+
+def _text(reply: requests.Response) -> str:
+    """What the model said; some servers send it as a stream of events although none was asked for."""
+    if not reply.headers.get("Content-Type", "").startswith("text/event-stream"):
+        return str(reply.json()["choices"][0]["message"]["content"] or "")
+    lines = (line.removeprefix("data:").strip() for line in reply.content.decode("utf-8").split("\n"))
+    events = [json.loads(line) for line in lines if line and line != "[DONE]" and line[0] == "{"]
+    if not events or any("error" in event for event in events):
+        raise ValueError(f"a stream without an answer: {reply.content[-200:]!r}")
+    return "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
 
 
 def only_model(url: str, timeout: float = 30.0) -> str:

@@ -17,6 +17,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.models = ["fake"]
+        self.stream: str | None = None  # sent instead of every reply, as events
         self.answer = answer
         outer = self
 
@@ -25,8 +26,10 @@ class FakeServer:
                 pass
 
             def send(self, status: int, content: Any) -> None:
-                body = json.dumps(content).encode()
+                body = json.dumps(content).encode() if outer.stream is None else outer.stream.encode()
                 self.send_response(status)
+                kind = "application/json" if outer.stream is None else "text/event-stream; charset=utf-8"
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

@@ -16,7 +16,7 @@ from llava.engine.request import SamplingParams
 from llava.errors import ConfigError, ImageError, RequestError
 from llava.eval import main as evaluate
 from llava.eval import model_vqa_loader
-from llava.eval.endpoint import only_model
+from llava.eval.endpoint import chat, only_model
 from llava.eval.manifest import manifest_path
 from llava.eval.remote import RemoteModel, data_url
 from llava.eval.settings import RunSettings
@@ -83,6 +83,17 @@ def test_failures_are_recorded_and_healed(
     assert len({body["seed"] for body in server.bodies}) == 10
     server.answer = color
     assert model_vqa_loader.main(command(server, pictures, tmp_path, "--temperature", "0.5")) == 0
+
+
+def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
+    server.answer = None
+    deltas = [{"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [{"delta": {"content": "grün "}}]}]
+    deltas += [{"choices": [{"delta": {"content": "ja"}}]}, {"choices": [], "usage": {}}]
+    server.stream = "".join(f"data: {json.dumps(each, ensure_ascii=False)}\n\n" for each in deltas) + "data: [DONE]\n"
+    assert chat(server.url, {"model": "m"}) == "grün ja" and server.bodies[0]["stream"] is False
+    server.stream = 'data: {"error": {"message": "broken"}}\n\n'
+    with pytest.raises(RequestError, match="a stream without an answer"):
+        chat(server.url, {"model": "m"}, tries=1)
 
 
 def test_a_server_that_answers_nothing_ends_the_run(
