@@ -58,7 +58,8 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
         scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        return (wide * scale).to(x.dtype) * self.weight
+        normed: Tensor = (wide * scale).to(x.dtype) * self.weight
+        return normed
 
 
 class FastLlama(LanguageModel):

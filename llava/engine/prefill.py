@@ -117,7 +117,7 @@ class Prefiller:
         data, last = self.lm.prefill(rows, chains)
         self.computed_tokens += sum(map(len, rows))
         lengths = [len(row) + (0 if self.lm.shares else tokens_of(chain)) for row, chain in zip(rows, chains)]
-        held = chains if self.lm.shares else [()] * len(works)
+        held: list[Chain] = chains if self.lm.shares else [()] * len(works)
         return Prefilled([work.number for work in works], data, lengths, held, self.lm.logits(last))
 
     def _embed(self, prompt: Prompt, features: Features, start: int, stop: int) -> Tensor:

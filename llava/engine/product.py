@@ -49,16 +49,16 @@ def fuse(modules: Sequence[nn.Linear], name: str) -> Tensor:
     together = True
     for parameter in parameters:
         same = parameter.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        together &= same and parameter.is_contiguous() and parameter.storage_offset() == at
+        together = together and same and parameter.is_contiguous() and bool(parameter.storage_offset() == at)
         at += parameter.numel()
     if together:
         rows = sum(map(len, parameters))
         return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
     whole = torch.cat([parameter.data for parameter in parameters])
-    views = whole.split([len(parameter) for parameter in parameters])
+    views = torch.split(whole, [len(parameter) for parameter in parameters])
     for module, parameter, view in zip(modules, parameters, views, strict=True):
         parameter.data = view
-        module._register_state_dict_hook(_separate)
+        module._register_state_dict_hook(_separate)  # type: ignore[no-untyped-call]
     return whole
 
 
