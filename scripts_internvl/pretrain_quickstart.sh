@@ -14,10 +14,11 @@ pretrain \
     --mm_vision_select_layer -1 \
     --data_path ./playground/data/easy_vqa/pretrain.json \
     --image_folder ./playground/data/easy_vqa \
-    --max_steps 80 \
-    --save_steps 40 \
+    --max_steps 100 \
+    --save_steps 50 \
     --save_total_limit 1 \
-    --learning_rate 5e-3 \
+    --learning_rate 2e-3 \
+    --adam_beta2 0.98 \
     --logging_steps 10 \
     --model_max_length 512 \
     --gradient_checkpointing False \
