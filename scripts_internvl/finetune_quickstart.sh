@@ -15,8 +15,8 @@ finetune \
     --mm_vision_select_layer -1 \
     --data_path ./playground/data/easy_vqa/finetune.json \
     --image_folder ./playground/data/easy_vqa \
-    --max_steps 280 \
-    --save_steps 70 \
+    --max_steps 260 \
+    --save_steps 65 \
     --save_total_limit 1 \
     --learning_rate 3e-4 \
     --logging_steps 10 \

@@ -9,16 +9,18 @@ use_zero 2
 use_batch 32 32
 pretrain \
     --model_name_or_path ./pretrained/smollm2-135m-instruct \
+    --version Hermes-2 \
+    --image_aspect_ratio pad \
     --vision_tower ./pretrained/nano-internvit \
     --mm_vision_image_size 64 \
     --mm_vision_select_layer -1 \
     --data_path ./playground/data/easy_vqa/pretrain.json \
     --image_folder ./playground/data/easy_vqa \
-    --max_steps 100 \
-    --save_steps 50 \
+    --max_steps 80 \
+    --save_steps 40 \
     --save_total_limit 1 \
-    --learning_rate 2e-3 \
-    --adam_beta2 0.98 \
+    --learning_rate 4e-3 \
+    --adam_beta2 0.95 \
     --logging_steps 10 \
     --model_max_length 512 \
     --gradient_checkpointing False \
