@@ -1,6 +1,6 @@
 """Write the easy-VQA benchmark as LLaVA-format files under `playground/data/easy_vqa`.
 
-    python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 8]
+    python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 6]
 
 | file | content |
 |---|---|
@@ -90,8 +90,8 @@ def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
 def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> list[dict[str, Any]]:
     """The questions of each picture, cut evenly into conversations of `limit` rounds or somewhat fewer.
 
-    Open questions come first: their answers help with yes and no. Conversations of nearly equal length leave little
-    padding in a batch.
+    Within one they keep their random order: where an open question comes first its answer helps with yes and no, and
+    where it comes later the picture must.
     """
     by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
@@ -102,7 +102,7 @@ def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> l
         cuts += [(image, rounds[part::parts]) for part in range(parts)]
     even = [cut for cut in cuts if len(cut[1]) >= limit * 2 // 3]
     random.Random(seed).shuffle(even)
-    return [record(image, sorted(rounds, key=lambda turn: turn[1] in YES_NO)) for image, rounds in even]
+    return [record(image, rounds) for image, rounds in even]
 
 
 def prepare(source: Path, output: Path, turns: int) -> str:
@@ -129,7 +129,7 @@ def prepare(source: Path, output: Path, turns: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EASY_VQA)
-    parser.add_argument("--turns", type=int, default=8, help="questions in a stage-2 conversation")
+    parser.add_argument("--turns", type=int, default=6, help="questions in a stage-2 conversation")
     args = parser.parse_args(argv)
     print(prepare(package_directory("easy_vqa", INSTALL) / "data", args.output, args.turns))
     return 0

@@ -6,7 +6,7 @@ GPUS=${GPUS:-0}
 . scripts_internvl/_common.sh
 
 use_zero 3
-use_batch 6 6
+use_batch 8 8
 finetune \
     --model_name_or_path ./pretrained/smollm2-135m-instruct \
     --version Hermes-2 \
@@ -15,10 +15,10 @@ finetune \
     --mm_vision_select_layer -1 \
     --data_path ./playground/data/easy_vqa/finetune.json \
     --image_folder ./playground/data/easy_vqa \
-    --max_steps 240 \
-    --save_steps 80 \
+    --max_steps 260 \
+    --save_steps 65 \
     --save_total_limit 1 \
-    --learning_rate 4e-4 \
+    --learning_rate 3e-4 \
     --logging_steps 10 \
     --model_max_length 512 \
     --group_by_modality_length False \

@@ -9,6 +9,8 @@ use_zero 2
 use_batch 32 32
 pretrain \
     --model_name_or_path ./pretrained/smollm2-135m-instruct \
+    --version Hermes-2 \
+    --image_aspect_ratio pad \
     --vision_tower ./pretrained/nano-internvit \
     --mm_vision_image_size 64 \
     --mm_vision_select_layer -1 \
@@ -17,7 +19,8 @@ pretrain \
     --max_steps 80 \
     --save_steps 40 \
     --save_total_limit 1 \
-    --learning_rate 5e-3 \
+    --learning_rate 4e-3 \
+    --adam_beta2 0.95 \
     --logging_steps 10 \
     --model_max_length 512 \
     --gradient_checkpointing False \

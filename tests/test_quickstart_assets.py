@@ -95,11 +95,18 @@ def test_conversations_hold_every_question_once() -> None:
         assert len(texts) <= 10
 
 
-def test_open_questions_lead_and_short_conversations_are_left_out() -> None:
+def test_rounds_keep_their_random_order_and_short_conversations_are_left_out() -> None:
     questions = [(f"{k}?", "yes" if k % 2 else "red", image) for image in range(8) for k in range(6)]
     records = conversations([*questions, ("alone?", "yes", 9)], 6)
     firsts = ["".join(turn["value"][0] for turn in record["conversations"][1::2]) for record in records]
-    assert firsts == ["rrryyy"] * 8
+    assert firsts == ["ryryry"] * 8
+
+
+def test_the_place_of_a_question_does_not_tell_its_answer() -> None:
+    """What is left out of the frequent answer must not push the rest of it to the end."""
+    skewed = [("is it red?", "no" if k % 8 else "yes", k) for k in range(800)]
+    kept = [answer for _, answer, _ in balance(skewed)]
+    assert 0.3 < kept[: len(kept) // 2].count("no") / (len(kept) // 2) < 0.7
 
 
 def test_the_prepared_files_agree_with_the_package(easy_vqa: Path) -> None:

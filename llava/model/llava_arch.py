@@ -24,13 +24,14 @@ from llava.errors import CheckpointError, RequestError
 from llava.model.checkpoint import EMBEDDINGS, compare_shapes, load_bin, projector_state
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import Images, encode_slots, splice_batch, splice_row
+from llava.model.splice import Images, encode_slots, splice_batch, splice_row, splice_rows
 from llava.model.zero import gathered
 
 if TYPE_CHECKING:
     from llava.model.multimodal_encoder.tower import VisionTower
 
 logger = logging.getLogger(__name__)
+NO_IMAGE = "The prompt holds <image>, but no image was given; pass one image per <image>."
 
 
 class LlavaMetaModel(nn.Module):
@@ -183,7 +184,7 @@ class LlavaMetaForCausalLM(nn.Module):
         has_placeholder = bool((input_ids == IMAGE_TOKEN_INDEX).any())
         if images is None or self.get_vision_tower() is None or (past and not has_placeholder):
             if has_placeholder:
-                raise RequestError("The prompt holds <image>, but no image was given; pass one image per <image>.")
+                raise RequestError(NO_IMAGE)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         slots = encode_slots(images, self.encode_images)
         spliced = splice_batch(
@@ -205,6 +206,19 @@ class LlavaMetaForCausalLM(nn.Module):
             spliced.inputs_embeds,
             spliced.labels,
         )
+
+    def pack_inputs_and_labels(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, images: Images | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The spliced rows of a batch without padding, `(L_b, D)`, and their labels `(L_b,)`."""
+        embeds = self._embed_text(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = mask.to(embeds.device, torch.bool)
+        if images is not None and self.get_vision_tower() is not None:
+            return splice_rows(input_ids, embeds, encode_slots(images, self.encode_images), mask, labels)
+        if bool((input_ids == IMAGE_TOKEN_INDEX).any()):
+            raise RequestError(NO_IMAGE)
+        return [row[kept] for row, kept in zip(embeds, mask)], [row[kept] for row, kept in zip(labels, mask)]
 
     def _embed_text(self, input_ids: Tensor) -> Tensor:
         """Word embeddings `(B, T, D)`, zero id at placeholders; with start and end tokens under projector tuning only

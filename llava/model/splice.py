@@ -82,6 +82,32 @@ def splice_row(embeds: Tensor, image_at: Tensor, slots: Sequence[Tensor]) -> tup
     return torch.cat(pieces), torch.cat(origin)
 
 
+def splice_rows(
+    input_ids: Tensor, embeds: Tensor, slots: Sequence[Tensor], mask: Tensor, labels: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Splice each row of a batch (`input_ids`, `mask`, `labels` `(B, T)`, `embeds` `(B, T, D)`), padding left out.
+
+    Returns embeddings `(L_b, D)` and labels `(L_b,)`, -100 at features; no labels for none.
+    """
+    rows, row_labels, next_slot = [], [], 0
+    for row, count in enumerate(check_slots(input_ids, len(slots))):
+        taken = slots[next_slot : next_slot + max(1, count)]
+        next_slot += max(1, count)
+        kept = mask[row].nonzero().flatten()
+        if count == 0 and len(kept):
+            # an empty slice of the unused slot: the graph keeps tower and projector, the numbers do not change
+            expanded, origin = embeds[row, kept], kept
+            expanded = torch.cat([expanded, taken[0][:0].to(expanded)])
+        else:
+            image_at = input_ids[row, kept] == IMAGE_TOKEN_INDEX
+            expanded, origin = splice_row(embeds[row, kept], image_at, taken if count else [])
+            origin = torch.where(origin < 0, origin, kept[origin.clamp(min=0)])
+        rows.append(expanded)
+        if labels is not None:
+            row_labels.append(torch.where(origin < 0, IGNORE_INDEX, labels[row].to(embeds.device)[origin.clamp(min=0)]))
+    return rows, row_labels
+
+
 def splice_batch(
     input_ids: Tensor,
     embeds: Tensor,
@@ -109,23 +135,7 @@ def splice_batch(
             past = attention_mask[:, :past_length].to(device, torch.bool)
         if bool((~mask[:, 0] & mask[:, -1]).any()):
             padding_side = "left"
-    counts = check_slots(input_ids, len(slots))
-    rows, row_labels, next_slot = [], [], 0
-    for row, count in enumerate(counts):
-        taken = slots[next_slot : next_slot + max(1, count)]
-        next_slot += max(1, count)
-        kept = mask[row].nonzero().flatten()
-        if count == 0 and len(kept):
-            # an empty slice of the unused slot: the graph keeps tower and projector, the numbers do not change
-            expanded, origin = embeds[row, kept], kept
-            expanded = torch.cat([expanded, taken[0][:0].to(device, expanded.dtype)])
-        else:
-            image_at = input_ids[row, kept] == IMAGE_TOKEN_INDEX
-            expanded, origin = splice_row(embeds[row, kept], image_at, taken if count else [])
-            origin = torch.where(origin < 0, origin, kept[origin.clamp(min=0)])
-        rows.append(expanded)
-        if labels is not None:
-            row_labels.append(torch.where(origin < 0, IGNORE_INDEX, labels[row].to(device)[origin.clamp(min=0)]))
+    rows, row_labels = splice_rows(input_ids, embeds, slots, mask, labels)
     valid = _pad([torch.ones(len(row), dtype=torch.bool, device=device) for row in rows], padding_side, False)
     full_mask = torch.cat([past, valid], dim=1)
     positions = (full_mask.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]

@@ -6,12 +6,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import ConfigError
+from llava.model.language_model.packed import Rows
 from llava.model.llava_arch import LlavaMetaForCausalLM, past_length_of
 from llava.model.splice import Images
 
@@ -28,6 +30,7 @@ class ChatModel(LlavaMetaForCausalLM):
 
     base_model_prefix: str
     lm_head: nn.Module
+    runs_packed = False  # whether the core takes `rows`, the real tokens of a batch laid end to end
     hf_device_map: dict[str, str]  # set when spread over devices, absent otherwise: libraries ask whether it is there
 
     def _apply(self, fn: Any, recurse: bool = True) -> ChatModel:
@@ -67,6 +70,8 @@ class ChatModel(LlavaMetaForCausalLM):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("input_ids or inputs_embeds must be given.")
+            if self.runs_packed and self.training and labels is not None and past_key_values is None:
+                return LlavaOutput(loss=self._packed_loss(input_ids, attention_mask, labels, images))
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, padding_side
@@ -102,6 +107,17 @@ class ChatModel(LlavaMetaForCausalLM):
             values: tuple[Any, ...] = result.to_tuple()
             return values
         return result
+
+    def _packed_loss(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, images: Images | None
+    ) -> Tensor:
+        """The training loss, computed over the real tokens of the batch alone."""
+        rows, row_labels = self.pack_inputs_and_labels(input_ids, attention_mask, labels, images)
+        embeds = torch.cat(rows)  # (N, D)
+        layout = Rows([len(row) for row in rows], embeds.device)
+        hidden = self.get_model()(inputs_embeds=embeds, rows=layout)  # (N, D)
+        targets = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE_INDEX) for row in row_labels])  # (N,)
+        return target_loss(hidden, targets.to(hidden.device), self.lm_head)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -146,7 +162,18 @@ def supervised_loss(hidden: Tensor, labels: Tensor, head: nn.Module, logits: Ten
     `hidden` `(B, T, D)`, `labels` `(B, T)`. Without `logits` only supervised positions are projected.
     """
     targets = labels[:, 1:].to(hidden.device)
+    if logits is None:
+        return target_loss(hidden[:, :-1], targets, head)
     supervised = targets != IGNORE_INDEX
-    picked = head(hidden[:, :-1][supervised]) if logits is None else logits[:, :-1][supervised]  # (S, V)
-    total = F.cross_entropy(picked.float(), targets[supervised], reduction="sum")
-    return total / supervised.sum().clamp(min=1)
+    return mean_loss(logits[:, :-1][supervised], targets[supervised])
+
+
+def target_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """Mean cross-entropy of `head(hidden)` where `targets` are not -100; `hidden` `(..., D)`, `targets` `(...)`."""
+    supervised = targets != IGNORE_INDEX
+    return mean_loss(head(hidden[supervised]), targets[supervised])
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in float32; `logits` `(S, V)`, `targets` `(S,)`; 0 for S = 0."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))

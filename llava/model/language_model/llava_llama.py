@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llava.errors import ConfigError
+from llava.model.language_model import packed
 from llava.model.language_model.builder import LanguageModelSpec
 from llava.model.language_model.causal_lm import ChatModel
 from llava.model.llava_arch import LlavaMetaModel
@@ -43,13 +44,21 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
 
     def __init__(self, config: LlavaConfig) -> None:
         LlamaModel.__init__(self, config)
+        packed.install(self)
         self.init_vision(config)
+
+    def forward(self, *args: Any, rows: packed.Rows | None = None, **kwargs: Any) -> Any:
+        """As the library's; with `rows`, over `inputs_embeds` `(N, D)` without padding: hidden states `(N, D)`."""
+        if rows is None:
+            return super().forward(*args, **kwargs)
+        return packed.run(self, kwargs["inputs_embeds"], rows)
 
 
 class LlavaLlamaForCausalLM(ChatModel, LlamaForCausalLM):
     """The chat model. `images` are accepted in every layout of `llava.model.splice.encode_slots`."""
 
     config_class = LlavaConfig
+    runs_packed = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq", r"model\.vision_tower\."]
     _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "InternVisionEncoderLayer", "CLIPEncoderLayer"]
 

@@ -1,0 +1,170 @@
+"""Training over real tokens alone computes what the library computes over the padded batch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaFlashAttention2, LlamaSdpaAttention
+
+from llava.errors import RequestError
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.packed import Rows, attend
+
+ROW = st.tuples(st.integers(1, 30), st.integers(0, 2))  # words, images
+
+
+@pytest.fixture(scope="module")
+def models(tiny_dirs: dict[str, Path]) -> dict[str, LlavaLlamaForCausalLM]:
+    found = {}
+    for attention in ("eager", "sdpa"):
+        model = load_pretrained_model(tiny_dirs["chat"], device="cpu", attn_implementation=attention)[1].train()
+        model.config.use_cache = False
+        found[attention] = model
+    return found
+
+
+def batch_of(rows: list[tuple[int, int]], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    length = max(words + images for words, images in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, (words, images) in enumerate(rows):
+        real = torch.randint(3, 384, (words + images,), generator=generator)
+        real[torch.randperm(words + images, generator=generator)[:images]] = -200
+        ids[row, : len(real)] = real
+        taught = (torch.rand(len(real), generator=generator) < 0.4) & (real != -200)
+        labels[row, : len(real)] = torch.where(taught, real, -100)
+    lengths = torch.tensor([sum(row) for row in rows])
+    slots = sum(max(1, images) for _, images in rows)
+    pixels = torch.randn(slots, 3, 56, 56, generator=generator)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.arange(length) < lengths[:, None],
+        "images": pixels,
+    }
+
+
+def padded_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same loss by the library's layers, over the padded batch with its masks."""
+    _, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
+        batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"]
+    )
+    loss: torch.Tensor = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, labels=labels).loss
+    return loss
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@given(rows=st.lists(ROW, min_size=1, max_size=5), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_loss_and_gradients_equal_the_padded_batch(
+    models: dict[str, LlavaLlamaForCausalLM], attention: str, rows: list[tuple[int, int]], seed: int
+) -> None:
+    model, batch = models[attention], batch_of(rows, seed)
+    packed, padded = model(**batch).loss, padded_loss(model, batch)
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+    ours, theirs = gradients(model, packed), gradients(model, padded)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=2e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_rows_on_the_left_of_their_padding_or_the_right_are_the_same(models: dict[str, LlavaLlamaForCausalLM]) -> None:
+    model, batch = models["sdpa"], batch_of([(9, 1), (4, 0)], 3)
+    flipped = {name: value.clone() for name, value in batch.items()}
+    for name in ("input_ids", "labels", "attention_mask"):
+        flipped[name][1] = batch[name][1].roll(6)
+    assert flipped["attention_mask"][1].tolist() == [False] * 6 + [True] * 4
+    torch.testing.assert_close(model(**flipped).loss, model(**batch).loss)
+
+
+def test_gradient_checkpointing_changes_nothing(models: dict[str, LlavaLlamaForCausalLM]) -> None:
+    model, batch = models["eager"], batch_of([(12, 1), (5, 0), (20, 2)], 4)
+    plain = gradients(model, model(**batch).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        again = gradients(model, model(**batch).loss)
+    finally:
+        model.gradient_checkpointing_disable()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient)
+
+
+def test_half_precision_products_stay_close_to_the_library(models: dict[str, LlavaLlamaForCausalLM]) -> None:
+    model, batch = models["eager"], batch_of([(25, 1), (10, 0), (24, 2)], 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed, padded = model(**batch).loss, padded_loss(model, batch)
+    assert packed.dtype == torch.float32
+    torch.testing.assert_close(packed, padded, atol=0.02, rtol=0.0)
+
+
+def test_a_placeholder_without_image_is_refused(models: dict[str, LlavaLlamaForCausalLM]) -> None:
+    batch = batch_of([(4, 1)], 6) | {"images": None}
+    with pytest.raises(RequestError, match="no image was given"):
+        models["sdpa"](**batch)
+
+
+def test_rows_of_similar_length_share_an_attention_call() -> None:
+    rows = Rows([10, 3, 9, 8], torch.device("cpu"))
+    assert [(group.count, group.length) for group in rows.groups] == [(3, 10), (1, 3)]
+    tokens = torch.arange(30)
+    assert rows.to_groups[rows.from_groups].tolist() == tokens.tolist()
+    assert not Rows([7, 7], torch.device("cpu")).padded
+
+
+def test_flash_attention_gets_the_rows_by_their_borders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package needs a GPU; a stand-in with its signature shows that what it is handed is right."""
+
+    def varlen(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        starts: torch.Tensor,
+        _: torch.Tensor,
+        *longest: int,
+        **kw: Any,
+    ) -> torch.Tensor:
+        assert kw == {"dropout_p": 0.0, "causal": True}
+        assert longest == (6, 6)
+        assert starts.dtype == torch.int32
+        pieces = []
+        for start, end in zip(starts.tolist(), starts.tolist()[1:]):
+            row = [
+                part[start:end].transpose(0, 1) for part in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+            ]
+            pieces.append(torch.nn.functional.scaled_dot_product_attention(*row, is_causal=True).transpose(0, 1))
+        return torch.cat(pieces)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    rows = Rows([6, 3], torch.device("cpu"))
+    flash, sdpa = (attend(q, k, v, rows, kind) for kind in (LlamaFlashAttention2, LlamaSdpaAttention))
+    torch.testing.assert_close(flash, sdpa)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_dropout_drops_in_training_alone(models: dict[str, LlavaLlamaForCausalLM], attention: str) -> None:
+    model, batch = models[attention], batch_of([(12, 0)], 7)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    try:
+        first, second = model(**batch).loss, model(**batch).loss
+    finally:
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+    assert first != second
+    assert model(**batch).loss == model(**batch).loss
