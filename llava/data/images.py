@@ -25,7 +25,7 @@ _FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may be and cost before it is refused: file bytes, decoded pixels, longer side, long : short side."""
+    """What an image may be and cost, else it is refused: file bytes, decoded pixels, longer side, long : short side."""
 
     max_bytes: int = 64 * 2**20
     max_pixels: int = 64 * 2**20
