@@ -30,7 +30,8 @@ class Answer:
 class Backend(Protocol):
     """An engine as the worker's routes see it."""
 
-    features: list[str]
+    @property
+    def features(self) -> list[str]: ...
 
     @property
     def state(self) -> State: ...
