@@ -52,7 +52,7 @@ def collect(
     if names and len(names) != 1 + len(answers):
         raise ConfigError(f"--names has {len(names)} names; give {1 + len(answers)}, the baseline's first.")
     questions = by_key(read_rows(question, "question_id", "text"), question, "question_id")
-    given = list(names) or [None] * (1 + len(answers))
+    given: list[str | None] = list(names) or [None] * (1 + len(answers))
     models = [read_answers(path, questions, name) for path, name in zip([baseline, *answers], given, strict=True)]
     if len(dict(models)) < len(models):
         raise ConfigError(f"Two files are by {models[0][0]!r}; tell them apart by --names.")

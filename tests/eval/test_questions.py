@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
@@ -29,6 +29,7 @@ def test_chunk_sizes(items: int, chunks: int, sizes: list[int]) -> None:
     assert [len(chunk) for chunk in split_list(range(items), chunks)] == sizes
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(items=st.lists(st.integers(), max_size=50), chunks=st.integers(1, 60))
 def test_chunks_join_to_the_whole(items: list[int], chunks: int) -> None:
     assert [item for k in range(chunks) for item in get_chunk(items, chunks, k)] == items

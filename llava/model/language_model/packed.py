@@ -130,7 +130,7 @@ class _Normalize(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-class RMSNorm(modeling_llama.LlamaRMSNorm):  # type: ignore[misc]
+class RMSNorm(modeling_llama.LlamaRMSNorm):
     """The library's norm with a short backward pass; under autocast its result has the dtype that is asked for next."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class RMSNorm(modeling_llama.LlamaRMSNorm):  # type: ignore[misc]
         return out
 
 
-class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):  # type: ignore[misc]
+class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
     """The library's layer, under its name (device maps and FSDP go by it), that also runs over `Rows`."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -184,8 +184,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, kind: type[nn.Module], d
     done, start = [], 0
     for group in rows.groups:
         end = start + group.count * group.length
-        parts = (part[start:end].unflatten(0, (group.count, group.length)).transpose(1, 2) for part in (q, k, v))
-        done.append(core(*parts, rows, dropout).transpose(1, 2).flatten(0, 1))
+        queries, keys, values = (
+            part[start:end].view(group.count, group.length, *part.shape[1:]).transpose(1, 2) for part in (q, k, v)
+        )
+        done.append(core(queries, keys, values, rows, dropout).transpose(1, 2).flatten(0, 1))
         start = end
     out = torch.cat(done) if len(done) > 1 else done[0]
     return out.index_select(0, rows.from_groups) if rows.padded else out
