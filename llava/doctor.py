@@ -46,7 +46,7 @@ RULES: Final = (
     Rule("peft", ">=0.10,<0.14", "0.14 imports EncoderDecoderCache, which transformers 4.36.2 lacks"),
     Rule("deepspeed", ">=0.14", "older releases do not support this torch"),
     Rule("bitsandbytes", ">=0.43", "older releases do not load without CUDA"),
-    Rule("gradio", ">=4.0", "the web page is written for its current interface"),
+    Rule("gradio", ">=6.0,<7.0", "the web page is written for its current interface"),
 )
 
 FEATURES: Final = (
@@ -55,7 +55,7 @@ FEATURES: Final = (
     Feature("DeepSpeed", ("deepspeed", "ninja"), "train"),
     Feature("quantisation", ("bitsandbytes",), "quant"),
     Feature("flash attention", ("flash-attn",), "flash"),
-    Feature("serving", ("fastapi", "uvicorn", "gradio"), "serve"),
+    Feature("serving", ("fastapi", "uvicorn", "httpx", "prometheus-client", "gradio"), "serve"),
 )
 
 PACKAGES: Final = tuple(
