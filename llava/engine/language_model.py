@@ -68,6 +68,7 @@ class LanguageModel:
 
     def decode(self, ids: Sequence[int], cache: RowCache) -> Tensor:
         """The next token of every row: its keys and values join the cache, its final states (B, D) come back."""
+        cache.make_room()
         positions = torch.tensor(cache.positions(), device=self.spec.device).unsqueeze(1)  # (B, 1)
         states = self._forward(self.embed(ids).unsqueeze(1), cache, positions, cache.mask())
         cache.advance()

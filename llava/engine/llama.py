@@ -14,15 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import LlamaModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama import modeling_llama
 
 from llava.engine.cache import RowCache
 from llava.engine.language_model import LanguageModel
 from llava.engine.packing import DecodeStep, PackedRows
 from llava.engine.prefixes import Chain
 from llava.engine.product import Product
+from llava.model.language_model.packed import LlamaDecoderLayer
 
 Attention = Callable[[int, Tensor, Tensor, bool], Tensor]
+KNOWN_LAYERS = (LlamaDecoderLayer, modeling_llama.LlamaDecoderLayer)
 
 
 def open_language_model(model: Any) -> LanguageModel:
@@ -83,7 +85,7 @@ class FastLlama(LanguageModel):
         if not isinstance(core, LlamaModel) or getattr(model, "hf_device_map", None):
             return False
         eager = getattr(model.config, "_attn_implementation", "eager") == "eager"
-        plain = all(type(layer) is LlamaDecoderLayer and not hasattr(layer, "_hf_hook") for layer in core.layers)
+        plain = all(type(layer) in KNOWN_LAYERS and not hasattr(layer, "_hf_hook") for layer in core.layers)
         devices = {parameter.device for parameter in core.layers.parameters()}
         return plain and not eager and len(devices) == 1 and getattr(model.config, "pretraining_tp", 1) == 1
 
