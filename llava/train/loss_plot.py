@@ -8,10 +8,15 @@ from typing import Any
 
 from llava.utils import require
 
-SMOOTHING = 0.9
+SPAN = 0.05  # of the curve, which an average looks back over
 
 
-def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
+def smoothing(count: int) -> float:
+    """The weight of the past in the average over a curve of `count` points."""
+    return min(0.99, max(0.5, 1 - 1 / (SPAN * count)))
+
+
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
     """Exponential moving average without the bias towards the first value (as Adam corrects its own)."""
     average, out = 0.0, []
     for count, value in enumerate(values, start=1):
@@ -37,7 +42,8 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="each log line")
-    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label=f"moving average ({SMOOTHING})")
+    weight = smoothing(len(losses))
+    axes.plot(steps, smoothed(losses, weight), color="tab:blue", linewidth=2, label=f"moving average ({weight:.2g})")
     validation = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     if validation:
         axes.plot(*zip(*validation), color="tab:orange", marker="o", markersize=3, label="validation")
