@@ -12,7 +12,7 @@ import pytest
 from llava.data.mixture import read_mixture
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ["convert_smollm2", "prepare_easy_vqa", "pretrain_nano_vit", "plain", "Hermes-2", "eval"]
+STEPS = ["convert_smollm2", "prepare_easy_vqa", "pretrain_nano_vit", "stage1", "stage2", "eval"]
 # Logs the step it is asked for, fails if that is $FAIL, else makes the step's product.
 STAND_IN = r"""#!/bin/sh
 case "$(basename "$0") $*" in
@@ -20,8 +20,8 @@ case "$(basename "$0") $*" in
 *prepare_easy_vqa*) step=prepare_easy_vqa; product=playground/data/easy_vqa/pretrain.json ;;
 *pretrain_nano_vit*) step=pretrain_nano_vit; product=pretrained/nano-internvit/config.json ;;
 *fast_dtype*) echo "${DTYPE:-bfloat16}"; exit 0 ;;
-*"--version Hermes-2"*) step=Hermes-2; product=work_dirs/finetune_quickstart/config.json ;;
-*"--version plain"*) step=plain; product=work_dirs/pretrain_quickstart/mm_projector.bin ;;
+*pretrain_mm_mlp_adapter*) step=stage2; product=work_dirs/finetune_quickstart/config.json ;;
+*"tune_mm_mlp_adapter True"*) step=stage1; product=work_dirs/pretrain_quickstart/mm_projector.bin ;;
 llava*eval*) step=eval; product=work_dirs/finetune_quickstart/eval/easy_vqa/score.json ;;
 *) exit 0 ;;
 esac
