@@ -20,7 +20,8 @@ NODE_RANK=${NODE_RANK:-0}
 PORT=${PORT:-29500}
 PYTHON=${PYTHON:-python}
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH
+PYTHONUNBUFFERED=1 # train.log and the screen show every line as it comes
+export PYTHONPATH PYTHONUNBUFFERED
 
 fail() {
     printf 'error: %s\n' "$*" >&2
