@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.packed import RMSNorm
 from llava.model.multimodal_encoder.intern_vit.modeling import InternAttention, InternVisionModel
 
 
@@ -47,13 +49,21 @@ def use_reference_tower(model: LlavaLlamaForCausalLM, directory: str, dtype: tor
     wrapper.forward = MethodType(encode, wrapper)
 
 
-def loss_at_all_positions(model: LlavaLlamaForCausalLM, batch: dict[str, Tensor]) -> Tensor:
-    """Logits for every position, then the shifted cross-entropy over the whole sequence."""
-    _, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
+def use_reference_way(model: LlavaLlamaForCausalLM) -> None:
+    """The tower of `use_reference_tower` and the library's own norms, for training."""
+    use_reference_tower(model, model.config.mm_vision_tower, model.dtype)
+    for module in model.get_model().modules():
+        if isinstance(module, RMSNorm):
+            module.__class__ = LlamaRMSNorm
+
+
+def loss_at_all_positions(model: LlavaLlamaForCausalLM, batch: dict[str, Any]) -> Tensor:
+    """Logits for every position of the padded batch, then the shifted cross-entropy over the whole sequence."""
+    ids, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
         batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"]
     )
     hidden = model.model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        input_ids=ids, inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state
     logits = model.lm_head(hidden)
     assert labels is not None

@@ -1,41 +1,61 @@
-"""One stage-2 step (forward, backward, AdamW) on full-length multimodal rows, tower frozen."""
+"""One training step (forward, backward, AdamW), tower frozen: stage 1, stage 2, or text of mixed lengths."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.measure import peak_mib, resident_mib, settings
-from benchmarks.reference_way import loss_at_all_positions, use_reference_tower
+from benchmarks.reference_way import loss_at_all_positions, use_reference_way
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 
+TEXTS = (640, 310, 150, 90)  # tokens
 
-def batch_of(rows: int, vocabulary: int, pixels: int, text: int = 160) -> dict[str, torch.Tensor]:
+
+def image_batch(rows: int, vocabulary: int, pixels: int, text: int = 160) -> dict[str, Any]:
     """`rows` rows of one image and `text` words; about a fifth of the expanded positions is supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, vocabulary, (rows, text), generator=generator)
-    ids[:, 5] = -200
+    ids[:, 5] = IMAGE_TOKEN_INDEX
     labels = ids.clone()
-    labels[:, :10] = -100
+    labels[:, :10] = IGNORE_INDEX
     images = torch.randn(rows, 3, pixels, pixels, generator=generator)
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids).bool(), "images": images}
 
 
-def run(chat: str, reference: bool, steps: int = 3, rows: int = 4) -> dict[str, Any]:
+def text_batch(lengths: Sequence[int], vocabulary: int) -> dict[str, Any]:
+    """Rows of text of these lengths, padded to the longest; the second half of each is supervised."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, vocabulary, (len(lengths), max(lengths)), generator=generator)
+    places = torch.arange(max(lengths))
+    ends = torch.tensor(lengths)[:, None]
+    mask = places < ends
+    labels = torch.where(mask & (places >= ends // 2), ids, IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "images": None}
+
+
+def run(chat: str, reference: bool, steps: int = 3, rows: int = 4, kind: str = "stage 2") -> dict[str, Any]:
+    """`kind`: "stage 1" (the projector learns), "stage 2", or "texts" (rows of the lengths of shared conversations)."""
     _, model, processor, _ = load_pretrained_model(Path(chat), device="cpu")
     if reference:
-        use_reference_tower(model, model.config.mm_vision_tower, torch.float32)
+        use_reference_way(model)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    batch = batch_of(rows, model.config.vocab_size, processor.crop_size["height"])
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+    if kind == "stage 1":
+        model.requires_grad_(False)
+        model.get_model().mm_projector.requires_grad_(True)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-5)
+    vocabulary, pixels = model.config.vocab_size, processor.crop_size["height"]
+    batch = text_batch(TEXTS[:rows], vocabulary) if kind == "texts" else image_batch(rows, vocabulary, pixels)
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # allocates its state, so that what follows is the step itself
     before = resident_mib()
     seconds, losses = [], []
