@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -229,14 +230,25 @@ def test_check_21_the_route_list_is_whole(parts: tuple[LiveController, LiveWorke
     assert paths == {path for _, path in routes_of(parts[1].url)}
 
 
+def whole(told: bytes) -> bool:
+    """Whether an answer is complete, by the length that it states."""
+    head, _, body = told.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+    return length is not None and len(body) >= int(length[1])
+
+
 def raw(url: str, data: bytes, then: bytes = b"") -> bytes:
+    """The answer to bytes as they are."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as sock:
         sock.sendall(data)
         if then:
             time.sleep(0.01)
             sock.sendall(then)
-        return sock.recv(65_536)
+        told = b""
+        while not whole(told) and (part := sock.recv(65_536)):
+            told += part
+        return told
 
 
 def test_check_22_bodies_are_limited_in_size_and_time() -> None:
