@@ -15,7 +15,7 @@ from benchmarks import eval as evaluation
 def test_quick_run_prints_a_ratio_for_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--quick", "train", "load"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 1 + 7
+    assert len(lines) == 1 + 13
     assert all(float(line.split("|")[-2]) > 0 for line in lines[1:])
 
 
