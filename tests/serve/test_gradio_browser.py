@@ -102,6 +102,7 @@ class Page:
 
 @pytest.fixture
 def afresh(service: FakeService) -> None:
+    until(lambda: service.running == 0)  # what the page before asked has ended, so that its end is not counted here
     service.models, service.answers, service.delay, service.silence = ["alpha", "beta"], {}, 0.0, 0.0
     service.requests.clear()
     service.broken_off = 0
