@@ -24,7 +24,15 @@ from llava.errors import CheckpointError, RequestError
 from llava.model.checkpoint import EMBEDDINGS, compare_shapes, load_bin, projector_state
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import Images, encode_slots, splice_batch, splice_row, splice_rows
+from llava.model.splice import (
+    Images,
+    check_slots,
+    encode_slots,
+    encode_used_slots,
+    splice_batch,
+    splice_row,
+    splice_rows,
+)
 from llava.model.zero import gathered
 
 if TYPE_CHECKING:
@@ -215,7 +223,8 @@ class LlavaMetaForCausalLM(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.to(embeds.device, torch.bool)
         if images is not None and self.get_vision_tower() is not None:
-            return splice_rows(input_ids, embeds, encode_slots(images, self.encode_images), mask, labels)
+            slots = encode_used_slots(images, self.encode_images, check_slots(input_ids, len(images)))
+            return splice_rows(input_ids, embeds, slots, mask, labels)
         if bool((input_ids == IMAGE_TOKEN_INDEX).any()):
             raise RequestError(NO_IMAGE)
         return [row[kept] for row, kept in zip(embeds, mask)], [row[kept] for row, kept in zip(labels, mask)]

@@ -47,6 +47,19 @@ def encode_slots(images: Images, encode: Callable[[Tensor], Tensor]) -> list[Ten
     return [block.flatten(0, 1) for block in blocks]
 
 
+def encode_used_slots(images: Images, encode: Callable[[Tensor], Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """As `encode_slots`, but slots of rows without a placeholder (`counts` by row) are not computed: they get another
+    one's block, which no text shows. One image is always encoded, so that every rank runs tower and projector (Z3-1).
+    """
+    used = [count > 0 for count in counts for _ in range(max(1, count))]
+    if all(used):
+        return encode_slots(images, encode)
+    chosen = [slot for slot, wanted in enumerate(used) if wanted] or [0]
+    some = images[chosen] if isinstance(images, Tensor) else [images[slot] for slot in chosen]
+    blocks = dict(zip(chosen, encode_slots(some, encode), strict=True))
+    return [blocks.get(slot, blocks[chosen[0]]) for slot in range(len(used))]
+
+
 def _shapes(images: Images) -> str:
     return ", ".join(str(tuple(image.shape)) for image in images)
 

@@ -118,6 +118,30 @@ def test_a_placeholder_without_image_is_refused(models: dict[str, LlavaLlamaForC
         models["sdpa"](**batch)
 
 
+@pytest.mark.parametrize(("rows", "encoded"), [([(5, 0), (4, 1), (6, 0), (3, 2)], 3), ([(5, 0), (4, 0)], 1)])
+def test_images_that_no_text_shows_are_not_computed(
+    models: dict[str, LlavaLlamaForCausalLM],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[tuple[int, int]],
+    encoded: int,
+) -> None:
+    """One of them is, where there are no others: every rank must run tower and projector."""
+    model, counts = models["sdpa"], []
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda images: (counts.append(len(images)), encode(images))[1])
+    gradients(model, model(**batch_of(rows, 8)).loss)
+    assert counts == [encoded]
+    assert model.model.mm_projector[0].weight.grad is not None
+
+
+def test_what_only_the_padded_batch_has_is_still_given(models: dict[str, LlavaLlamaForCausalLM]) -> None:
+    model, batch = models["sdpa"], batch_of([(5, 1), (4, 0)], 9)
+    asked = model(**batch, output_hidden_states=True)
+    assert len(asked.hidden_states) == len(model.model.layers) + 1
+    assert isinstance(model(**batch, return_dict=False), tuple)
+    torch.testing.assert_close(asked.loss, model(**batch).loss)
+
+
 def test_rows_of_similar_length_share_an_attention_call() -> None:
     rows = Rows([10, 3, 9, 8], torch.device("cpu"))
     assert [(group.count, group.length) for group in rows.groups] == [(3, 10), (1, 3)]

@@ -70,7 +70,9 @@ class ChatModel(LlavaMetaForCausalLM):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("input_ids or inputs_embeds must be given.")
-            if self.runs_packed and self.training and labels is not None and past_key_values is None:
+            asks_more = use_cache or output_attentions or output_hidden_states or return_dict is False
+            given = past_key_values is not None or position_ids is not None
+            if self.runs_packed and self.training and labels is not None and not (asks_more or given):
                 return LlavaOutput(loss=self._packed_loss(input_ids, attention_mask, labels, images))
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
