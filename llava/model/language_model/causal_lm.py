@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,23 @@ class LlavaOutput(CausalLMOutputWithPast):
     """Adds the attention mask after the splice, which the next step of a cached generation continues (M7)."""
 
     attention_mask: Tensor | None = None
+
+
+class ChatConfig:
+    """Mixin before the library's configuration: `accepts` names the `model_type`s it reads, its own and its base's."""
+
+    model_type: str
+    accepts: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Read a directory's config; another `model_type` than `accepts` is a `ConfigError`."""
+        library: Any = cls
+        settings, kwargs = library.get_config_dict(name, **kwargs)
+        found = settings.pop("model_type", cls.model_type)
+        if found not in cls.accepts:
+            raise ConfigError(f"{name} holds a {found!r} model; this class reads {', '.join(cls.accepts)}.")
+        return library.from_dict(settings, **kwargs)
 
 
 class ChatModel(LlavaMetaForCausalLM):

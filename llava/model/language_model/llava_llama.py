@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, ClassVar
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from llava.errors import ConfigError
 from llava.model.language_model import packed
 from llava.model.language_model.builder import LanguageModelSpec
-from llava.model.language_model.causal_lm import ChatModel
+from llava.model.language_model.causal_lm import ChatConfig, ChatModel
 from llava.model.llava_arch import LlavaMetaModel
 
-ACCEPTED_TYPES = ("llava_llama", "llava", "llama")
 
-
-class LlavaConfig(LlamaConfig):
+class LlavaConfig(ChatConfig, LlamaConfig):
     """`LlamaConfig` with the `mm_*` keys of §7, and three of ours, written by training and read at loading:
 
     `conv_template` (the template the checkpoint was trained with), `mm_vision_image_size` (pixels, when not the
@@ -25,16 +21,7 @@ class LlavaConfig(LlamaConfig):
     """
 
     model_type = "llava_llama"
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> LlavaConfig:
-        """Read a config whose `model_type` is `llava_llama`, `llava` (older checkpoints) or `llama` (a base)."""
-        settings, kwargs = cls.get_config_dict(name, **kwargs)
-        found = settings.pop("model_type", cls.model_type)
-        if found not in ACCEPTED_TYPES:
-            raise ConfigError(f"{name} holds a {found!r} model; this class reads {', '.join(ACCEPTED_TYPES)}.")
-        config: LlavaConfig = cls.from_dict(settings, **kwargs)
-        return config
+    accepts: ClassVar[tuple[str, ...]] = ("llava_llama", "llava", "llama")
 
 
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):

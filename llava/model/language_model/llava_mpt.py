@@ -8,7 +8,6 @@ ALiBi bias alone (arXiv:2108.12409).
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, ClassVar
 
 import torch
@@ -20,17 +19,17 @@ from transformers.models.mpt.modeling_mpt import MptAttention
 
 from llava.errors import ConfigError
 from llava.model.language_model.builder import LanguageModelSpec
-from llava.model.language_model.causal_lm import ChatModel
+from llava.model.language_model.causal_lm import ChatConfig, ChatModel
 from llava.model.llava_arch import LlavaMetaModel, past_length_of
 
-ACCEPTED_TYPES = ("llava_mpt", "mpt")
 LayerPast = tuple[Cache, int]
 
 
-class LlavaMptConfig(MptConfig):
+class LlavaMptConfig(ChatConfig, MptConfig):
     """`MptConfig` with the `mm_*` keys of §7 and those of `LlavaConfig`; variants that no code computes are refused."""
 
     model_type = "llava_mpt"
+    accepts: ClassVar[tuple[str, ...]] = ("llava_mpt", "mpt")
     attribute_map: ClassVar[dict[str, str]] = {**MptConfig.attribute_map, "max_position_embeddings": "max_seq_len"}
 
     def __init__(self, **settings: Any) -> None:
@@ -48,16 +47,6 @@ class LlavaMptConfig(MptConfig):
         for key, (found, supported) in wanted.items():
             if found != supported:
                 raise ConfigError(f"This MPT has {key}={found!r}; only {key}={supported!r} can be computed here.")
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> LlavaMptConfig:
-        """Read a config whose `model_type` is `llava_mpt` or `mpt` (a base)."""
-        settings, kwargs = cls.get_config_dict(name, **kwargs)
-        found = settings.pop("model_type", cls.model_type)
-        if found not in ACCEPTED_TYPES:
-            raise ConfigError(f"{name} holds a {found!r} model; this class reads {', '.join(ACCEPTED_TYPES)}.")
-        config: LlavaMptConfig = cls.from_dict(settings, **kwargs)
-        return config
 
 
 class LlavaMptAttention(MptAttention):
