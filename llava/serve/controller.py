@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.utils import guarded, require
+from llava.serve.packages import require_server
+from llava.utils import guarded
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,8 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    for package in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
-        require(package, "serve")
+    require_server()
     args = build_parser().parse_args(argv)
     from llava.serve.api_server import ApiServer, add_api_routes
     from llava.serve.controller_app import Controller, controller_routes, with_lifespan

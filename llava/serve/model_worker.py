@@ -12,7 +12,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from llava.utils import guarded, require
+from llava.serve.packages import require_server
+from llava.utils import guarded
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,8 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    for package in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
-        require(package, "serve")
+    require_server()
     args = build_parser().parse_args(argv)
     from llava.mm_utils import get_model_name_from_path
     from llava.serve.flags import open_socket

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.utils import guarded, require
+from llava.serve.packages import require_server
+from llava.utils import guarded
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,8 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    for package in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
-        require(package, "serve")
+    require_server()
     args = build_parser().parse_args(argv)
     from llava.conversation import get_template
     from llava.serve.flags import open_socket
