@@ -115,10 +115,3 @@ class TextStream:
             if any(text.startswith(tail) for text in self._stop):
                 return size
         return 0
-
-
-def clean_text(text: str, stop: Iterable[str] = ()) -> str:
-    """Decoded text cut at the first stop string and stripped: what `TextStream` gives for the whole at once."""
-    stream = TextStream(stop)
-    stream.push(text, final=True)
-    return stream.text

@@ -18,8 +18,6 @@ from llava.eval.questions import Question, get_chunk
 from llava.eval.settings import Answerer, RunSettings
 from llava.eval.shards import earlier_rows, keys_digest
 
-__all__ = ["Outcome", "RunSettings", "report", "run", "run_identity", "work_order"]
-
 WINDOW = 1024  # questions reordered at a time, so that those of one picture meet in a batch
 
 

@@ -8,7 +8,8 @@ from llava.engine import Engine
 from llava.errors import DataError
 from llava.eval.answers import Row
 from llava.eval.questions import Question, read_lines
-from llava.eval.runner import Outcome, RunSettings, run
+from llava.eval.runner import Outcome, run
+from llava.eval.settings import RunSettings
 
 
 def read_prompts(path: Path) -> list[Question]:

@@ -17,7 +17,8 @@ from llava.conversation import template_for
 from llava.engine import Engine
 from llava.errors import ConfigError
 from llava.eval import options
-from llava.eval.runner import RunSettings, report
+from llava.eval.runner import report
+from llava.eval.settings import RunSettings
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.chat_batch import run_batch
 from llava.serve.chat_session import ChatSession, is_stage_one

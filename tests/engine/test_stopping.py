@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream, clean_text
+from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -72,6 +72,13 @@ def test_a_character_cut_off_by_the_limit_shows_as_such(byte_level: PreTrainedTo
 
 
 @QUICK
+def clean_text(text: str, stop: list[str]) -> str:
+    """Decoded text cut at the first stop string and stripped: what `TextStream` gives for the whole at once."""
+    stream = TextStream(stop)
+    stream.push(text, final=True)
+    return stream.text
+
+
 @given(
     pieces=st.lists(st.text("ab# \n", max_size=4), max_size=12),
     stops=st.lists(st.text("ab#", min_size=1, max_size=3), max_size=3),

@@ -37,7 +37,7 @@ class SoftAccuracyTask(FileTask):
         return vqa.score({key: given for key, given in vqa.read_people(self.people).items() if key in answers}, answers)
 
     def submit(self, path: Path, target: Path) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define submit()")  # pragma: no cover
 
     def truths(self, rows: Sequence[Row]) -> list[str]:
         if self.split != self.labelled:
