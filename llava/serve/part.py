@@ -24,9 +24,12 @@ class PartError(LlavaError):
 
 
 class Part:
-    """`python -m module argv…`, started at once. Ctrl-C of the terminal does not reach it, `stop` does."""
+    """`python -m module argv…`, started at once. Ctrl-C of the terminal does not reach it, `stop` does.
 
-    def __init__(self, name: str, module: str, argv: Sequence[str]) -> None:
+    It does not outlive this process: within `grace` seconds of its end, whatever ended it, the part ends too.
+    """
+
+    def __init__(self, name: str, module: str, argv: Sequence[str], grace: float = 5.0) -> None:
         self.name = name
         self.address = ""
         self._last = ""
@@ -34,8 +37,8 @@ class Part:
         if sys.platform == "win32":
             apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *argv],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "llava.serve.child", str(grace), module, *argv],
+            stdin=subprocess.PIPE,  # never written to: its end tells the part that we are gone
             stdout=sys.stderr.fileno(),
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -62,6 +65,8 @@ class Part:
                 self.process.kill()
             time.sleep(_POLL)
         self._reader.join(5)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     def _pass_on(self) -> None:
         assert self.process.stderr is not None

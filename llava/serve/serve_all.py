@@ -56,7 +56,7 @@ class Stack:
         self.asked = 0  # how often someone wanted it to end
 
     def start(self, name: str, module: str, argv: Sequence[str]) -> Part:
-        part = Part(name, module, argv)
+        part = Part(name, module, argv, self.grace + 5)
         self.parts.append(part)
         return part
 

@@ -25,11 +25,13 @@ from tests.serve.stubs import until
 
 
 def alive(pid: int) -> bool:
+    """Whether a process still runs; one that has ended and that nobody has waited for does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return True
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return state.stdout.strip()[:1] not in ("", "Z")
 
 
 # --- which part -----------------------------------------------------------------------------------------------------
@@ -142,6 +144,26 @@ def test_signals_end_the_stack_and_are_given_back(program: Callable[[str], str])
     assert not alive(stack.parts[0].process.pid) and signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_part_does_not_outlive_whoever_started_it(program: Callable[[str], str]) -> None:
+    """Not even `kill -9`, and not a part that is deaf to SIGTERM."""
+    deaf = program("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS + "time.sleep(600)")
+    lines = f"""
+        import time
+        from llava.serve.part import Part
+        part = Part("one", "{deaf}", [], grace=0.1)
+        while not part.address:
+            time.sleep(0.01)
+        print(part.process.pid, flush=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(lines)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+    until(lambda: not alive(pid))
+
+
 def test_what_a_page_lists() -> None:
     assert listed("http://127.0.0.1:9") == []
     with FakeService().serving() as service:  # has no /ready
@@ -193,8 +215,9 @@ def test_one_command_serves_a_model(stack: subprocess.Popen[str], tmp_path: Path
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_starting_leaves_nothing(stack: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_end_while_starting_leaves_nothing(stack: subprocess.Popen[str], how: signal.Signals, status: int) -> None:
     parts = until(lambda: children(stack.pid), seconds=120)
-    stack.send_signal(signal.SIGINT)
-    assert stack.wait(60) == 0
-    assert not any(map(alive, parts))
+    stack.send_signal(how)
+    assert stack.wait(60) == status
+    until(lambda: not any(map(alive, parts)))
