@@ -63,9 +63,9 @@ class HeartBeat:
         task, self._task = self._task, None
         if task is None:
             return
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        while not task.done():
+            task.cancel()  # again if need be: Python 3.11's wait_for may lose a cancellation
+            await asyncio.wait({task}, timeout=0.5)
         if self.registered:
             with contextlib.suppress(httpx.HTTPError, OSError):
                 await self._client.post("/unregister_worker", json={"worker_name": self.worker_name}, timeout=2)

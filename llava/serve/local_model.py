@@ -7,16 +7,17 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
-from llava.data.images import ImageLimits
+from llava.data.images import ImageLimits, preprocess_image
+from llava.engine.pictures import ImageInput
 from llava.engine.request import Completion, Request, SamplingParams
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
-from llava.mm_utils import load_image_from_base64
+from llava.mm_utils import load_image_from_base64, tokenizer_image_token
 from llava.serve.backend import Answer, Piece
 from llava.serve.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
 from llava.serve.scheduler import EngineLike, News, Scheduler, Ticket, failure_of
@@ -55,33 +56,65 @@ def describe(engine: Any, model_name: str, conv_mode: str | None, settings: Sett
     )
 
 
-def loader(
-    args: argparse.Namespace, model_name: str, settings: Settings
-) -> Callable[[], tuple[EngineLike, ModelInfo, bool]]:
+class Loaded(NamedTuple):
+    """An engine, what clients are told about it, and how texts and pictures are made ready for it, in any thread."""
+
+    engine: EngineLike
+    info: ModelInfo
+    wraps_images: bool = False
+    tokenize: Callable[[str], str | Sequence[int]] = lambda text: text
+    pixels: Callable[[Image.Image], ImageInput] = lambda image: image
+
+
+def tokenizer_for(engine: Any) -> Callable[[str], Sequence[int]]:
+    """Token ids of a prompt. One that cannot fit raises `ContextLengthError` at once: its ids would take minutes."""
+    context, longest = engine.lm.context_length, max(map(len, engine.tokenizer.get_vocab()))  # characters of a token
+
+    def tokenize(text: str) -> Sequence[int]:
+        least = len(text) // longest
+        if least > context:
+            raise ContextLengthError(
+                f"The prompt has {len(text)} characters, so at least {least} tokens, and the model's context holds "
+                f"{context} with the answer; shorten the conversation.",
+                prompt_tokens=least,
+                image_tokens=0,
+                context_length=context,
+            )
+        return tokenizer_image_token(text, engine.tokenizer)
+
+    return tokenize
+
+
+def loader(args: argparse.Namespace, model_name: str, settings: Settings) -> Callable[[], Loaded]:
     """What `LocalModel` loads: the checkpoint that the flags of `llava.eval.options` name."""
 
-    def load() -> tuple[EngineLike, ModelInfo, bool]:
+    def load() -> Loaded:
         from llava.eval.options import build_engine
 
         args.batch_size = settings.limit
         engine = build_engine(args)
         wraps = bool(getattr(engine.model.config, "mm_use_im_start_end", False))
-        return engine, describe(engine, model_name, args.conv_mode, settings), wraps
+        info = describe(engine, model_name, args.conv_mode, settings)
+
+        def pixels(image: Image.Image) -> ImageInput:
+            return preprocess_image(image, engine.image_processor, engine.image_aspect_ratio)
+
+        return Loaded(engine, info, wraps, tokenizer_for(engine), pixels)
 
     return load
 
 
 class LocalModel:
-    """The `Backend` over `llava.engine`. `load` runs in a thread and returns the engine and its description."""
+    """The `Backend` over `llava.engine`. `load` runs in a thread."""
 
     features: Final = ["delta", "messages"]
 
-    def __init__(self, load: Callable[[], tuple[EngineLike, ModelInfo, bool]], settings: Settings) -> None:
+    def __init__(self, load: Callable[[], Loaded], settings: Settings) -> None:
         self._load = load
         self.settings = settings
         self.scheduler: Scheduler | None = None
         self.info: ModelInfo | None = None
-        self._wraps_images = False
+        self._loaded: Loaded | None = None
         self._load_failed = False
         self._loading: asyncio.Task[None] | None = None
         self._decoding = asyncio.Semaphore(2)  # pictures decoded at a time: each may take 100 MB
@@ -105,12 +138,13 @@ class LocalModel:
 
     async def _start(self, on_change: Callable[[], None]) -> None:
         try:
-            engine, self.info, self._wraps_images = await asyncio.to_thread(self._load)
+            loaded = await asyncio.to_thread(self._load)
         except Exception as error:  # the process stays up to say so; its supervisor sees the exit status
             logger.error("The model cannot be loaded: %s", error, exc_info=not isinstance(error, LlavaError))
             self._load_failed = True
         else:
-            self.scheduler = Scheduler(engine, self.settings.limit, self.settings.queue_limit)
+            self._loaded, self.info = loaded, loaded.info
+            self.scheduler = Scheduler(loaded.engine, self.settings.limit, self.settings.queue_limit)
             self.scheduler.on_failure = on_change
         on_change()
 
@@ -121,21 +155,20 @@ class LocalModel:
             await self.scheduler.stop()
 
     async def open(self, body: GenerateBody) -> Answer:
-        if self.scheduler is None or self.info is None:
+        if self.scheduler is None or self._loaded is None:
             raise ServeError(ErrorType.NOT_READY, "The model is still loading; try again shortly.", retry_after=5)
         ticket = self.scheduler.admit()
         try:
-            request, images = await self._prepare(body, self.info)
-            await ticket.submit(request)
+            await ticket.submit(await self._prepare(body, self._loaded))
         except BaseException as error:
             ticket.close()
             if isinstance(error, RequestError):
                 raise refusal_of(error) from error
             raise
-        return Answer(self._follow(ticket, images * self.info.image_tokens), ticket.close)
+        return Answer(self._follow(ticket, len(body.images) * self._loaded.info.image_tokens), ticket.close)
 
-    async def _prepare(self, body: GenerateBody, info: ModelInfo) -> tuple[Request, int]:
-        """The engine's request; every check that needs no engine."""
+    async def _prepare(self, body: GenerateBody, loaded: Loaded) -> Request:
+        """The engine's request, checked and ready as far as no engine is needed."""
         tags, images = body.prompt.count(DEFAULT_IMAGE_TOKEN), len(body.images)
         if tags != images:
             raise ServeError(
@@ -145,12 +178,12 @@ class LocalModel:
                 placeholders=tags,
                 images=images,
             )
-        if images > info.max_images:
-            raise ServeError(ErrorType.BAD_REQUEST, f"{images} images were sent; this model takes {info.max_images}.")
-        pictures = await self._decode(body.images)
+        most = loaded.info.max_images
+        if images > most:
+            raise ServeError(ErrorType.BAD_REQUEST, f"{images} images were sent; this model takes {most}.")
         prompt = body.prompt
         wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-        if self._wraps_images:
+        if loaded.wraps_images:
             prompt = prompt.replace(wrapped, DEFAULT_IMAGE_TOKEN).replace(DEFAULT_IMAGE_TOKEN, wrapped)
         params = SamplingParams(
             max_new_tokens=min(body.max_new_tokens, self.settings.max_new_tokens),
@@ -159,14 +192,14 @@ class LocalModel:
             seed=body.seed,
             stop=tuple(body.stop),
         )
-        return Request(prompt, pictures, params), images
+        ids = await asyncio.to_thread(loaded.tokenize, prompt)
+        return Request(ids, [await self._decode(image, loaded.pixels) for image in body.images], params)
 
-    async def _decode(self, images: Sequence[str]) -> list[Image.Image]:
-        if not images:
-            return []
+    async def _decode(self, image: str, pixels: Callable[[Image.Image], ImageInput]) -> ImageInput:
+        """A picture as the tower takes it: while it waits for its turn, its own size costs nothing."""
         async with self._decoding:
             try:
-                return await asyncio.to_thread(lambda: [load_image_from_base64(text, IMAGE_LIMITS) for text in images])
+                return await asyncio.to_thread(lambda: pixels(load_image_from_base64(image, IMAGE_LIMITS)))
             except ImageError as error:
                 raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
 

@@ -25,7 +25,7 @@ from llava.serve.controller_app import Controller, controller_routes, with_lifes
 from llava.serve.heartbeat import HeartBeat
 from llava.serve.http_app import Keys, Limits, guard
 from llava.serve.http_server import bind_socket, port_of
-from llava.serve.local_model import LocalModel, Settings
+from llava.serve.local_model import Loaded, LocalModel, Settings
 from llava.serve.protocol import FrameReader, ModelInfo
 from llava.serve.registry import Registry
 from llava.serve.security import AddressRule, KeyRing
@@ -175,7 +175,7 @@ INFO = ModelInfo(conv_template="vicuna_v1", context_length=100_000, image_tokens
 
 
 def make_worker(engine: StubEngine, settings: Settings = SETTINGS, info: ModelInfo = INFO, **options: Any) -> Worker:
-    return Worker(LocalModel(lambda: (engine, info, False), settings), options.pop("name", MODEL), **options)
+    return Worker(LocalModel(lambda: Loaded(engine, info), settings), options.pop("name", MODEL), **options)
 
 
 @contextlib.contextmanager
@@ -220,6 +220,9 @@ class LiveController:
     @property
     def registry(self) -> Registry:
         return self.controller.registry
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.controller.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @contextlib.contextmanager
@@ -297,6 +300,7 @@ class Decoy:
     received: list[bytes] = field(default_factory=list)
     port: int = 0
     hold: bool = False  # keep the connection open after the reply
+    drip: bytes = b""  # after the reply, this again and again
 
     @property
     def url(self) -> str:
@@ -311,6 +315,10 @@ class Decoy:
             else:
                 writer.write(self.reply)
                 await writer.drain()
+                while self.drip:
+                    writer.write(self.drip)
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
                 if self.hold:
                     await reader.read()
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
-from llava.serve.local_model import Settings
-from tests.serve.stubs import StubEngine, frames_of, generate, live_worker, post, request_body, until
+from llava.engine import Engine, Request
+from llava.errors import ContextLengthError
+from llava.serve.heartbeat import HeartBeat
+from llava.serve.local_model import LocalModel, Settings, tokenizer_for
+from llava.serve.protocol import WorkerStatus
+from tests.serve.stubs import StubEngine, b64, frames_of, generate, live_worker, png, post, request_body, until
 
 
 def test_frames_are_as_published_and_the_last_says_why_it_ended() -> None:
@@ -65,3 +73,78 @@ def test_requests_of_several_clients_share_the_batch() -> None:
 def test_unknown_keys_are_ignored(key: str) -> None:
     with live_worker() as worker:
         assert generate(worker.url, request_body(tokens=1, **{key: ["x"]})).status_code == 200
+
+
+def test_texts_and_pictures_are_made_ready_outside_the_engine_thread() -> None:
+    """So a large upload holds nobody up, and while it waits it is as small as the tower's input."""
+    threads: list[str] = []
+
+    def pixels(image: Image.Image) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return torch.zeros(3, 2, 2)
+
+    def tokenize(text: str) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return [7] * len(text)
+
+    with live_worker() as worker:
+        model = worker.worker.backend
+        assert isinstance(model, LocalModel) and model._loaded is not None
+        model._loaded = model._loaded._replace(tokenize=tokenize, pixels=pixels)
+        generate(worker.url, request_body("<image><image>", 1, images=[b64(png()), b64(png())]))
+        (job,) = worker.engine.history
+    assert len(threads) == 3
+    assert "engine" not in threads
+    assert job.request.prompt == [7] * len("<image><image>")
+    assert [tuple(image.shape) for image in job.request.images if isinstance(image, torch.Tensor)] == [(3, 2, 2)] * 2
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
+    """Four million letters without a space take a tokenizer of Python minutes."""
+    asked: list[str] = []
+
+    class Tokenizer:
+        bos_token_id = 1
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 2, "abcd": 3}
+
+        def __call__(self, text: str) -> SimpleNamespace:
+            asked.append(text)
+            return SimpleNamespace(input_ids=[1])
+
+    tokenize = tokenizer_for(SimpleNamespace(tokenizer=Tokenizer(), lm=SimpleNamespace(context_length=10)))
+    with pytest.raises(ContextLengthError, match="44 characters, so at least 11 tokens"):
+        tokenize("abcd" * 11)
+    assert not asked
+    tokenize("abcd" * 10)
+    assert asked
+
+
+def test_prompts_are_tokenized_as_the_engine_does(engine: Engine) -> None:
+    text = "USER: <image>\nWhat is in the picture? ASSISTANT:"
+    assert tuple(tokenizer_for(engine)(text)) == engine._prepare(Request(text, [torch.zeros(3, 56, 56)])).ids
+
+
+def test_heartbeats_end_though_a_cancellation_is_lost() -> None:
+    """As Python 3.11's `wait_for` loses one that comes together with its result."""
+    lost: list[bool] = []
+
+    async def report() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if lost:
+                raise
+            lost.append(True)
+
+    async def stop() -> None:
+        beat = HeartBeat("http://127.0.0.1:9", "http://127.0.0.1:9", lambda: WorkerStatus(
+            model_names=[], speed=1, queue_length=0), None)  # fmt: skip
+        beat._report = report  # type: ignore[method-assign]
+        beat.start()
+        await asyncio.sleep(0)
+        await asyncio.wait_for(beat.stop(), 30)
+
+    asyncio.run(stop())
+    assert lost
