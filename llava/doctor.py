@@ -51,6 +51,7 @@ RULES: Final = (
 
 FEATURES: Final = (
     Feature("inference", ("torch", "torchvision", "transformers", "tokenizers", "sentencepiece", "pillow")),
+    Feature("C++ decoding", ()),
     Feature("training", ("torch", "transformers", "accelerate", "peft", "matplotlib"), "train"),
     Feature("DeepSpeed", ("deepspeed", "ninja"), "train"),
     Feature("quantisation", ("bitsandbytes",), "quant"),
@@ -166,6 +167,10 @@ def verdict(feature: Feature, facts: Facts) -> tuple[bool, str]:
     capabilities = [device.capability for device in facts.devices if device.capability is not None]
     if feature.name == "DeepSpeed" and facts.compiler is None:
         return False, "needs a C++ compiler to build its operators: install g++ or clang"
+    if feature.name == "C++ decoding" and facts.compiler is None:
+        return False, "needs a C++ compiler: install g++ or clang; on the CPU answers come slower without it"
+    if feature.name == "C++ decoding":
+        return True, "on the CPU: built at first use"
     if feature.name == "flash attention" and (not capabilities or min(capabilities) < (8, 0)):
         return False, "needs NVIDIA cards of compute capability 8.0 (Ampere) or newer; sdpa is used instead"
     if feature.name == "quantisation" and not capabilities:

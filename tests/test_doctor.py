@@ -97,8 +97,9 @@ def test_flash_attention_needs_ampere() -> None:
     assert not features(dataclasses.replace(MACHINE, devices=()))["flash attention"][0]
 
 
-def test_deepspeed_needs_a_compiler() -> None:
-    usable, why = features(dataclasses.replace(MACHINE, compiler=None))["DeepSpeed"]
+@pytest.mark.parametrize("feature", ["DeepSpeed", "C++ decoding"])
+def test_what_is_built_needs_a_compiler(feature: str) -> None:
+    usable, why = features(dataclasses.replace(MACHINE, compiler=None))[feature]
     assert not usable
     assert "compiler" in why
 

@@ -9,23 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SCORES = {"cpu": 2**19, "cuda": 2**27}  # scores held at a time: what the CPU's second cache holds, or 512 MiB on a GPU
+_SCORES = 2**27  # held at a time, where they are held: 512 MiB
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what the public function runs, with its sums
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Keys and values (layers, 2, kv_heads, P, head_dim) that `rows` of the batch have at their columns from `at` on.
-
-    `rows` is a slice or an index tensor; P columns are used, however many more `data` may hold.
-    """
+    """Keys and values (layers, 2, kv_heads, P, head_dim) that `rows` of the batch, a slice or indices, have before
+    their own."""
 
     rows: slice | Tensor
     data: Tensor
-    at: int
-
-    @property
-    def end(self) -> int:
-        return self.at + int(self.data.shape[-2])
 
 
 def attend(
@@ -36,39 +30,54 @@ def attend(
     shared: Sequence[Shared],
     layer: int,
     *,
-    full: bool,
+    causal: bool = False,
 ) -> Tensor:
-    """Softmax attention of every row over its shared parts and then over its own keys, (n, kv_heads, M, head_dim).
+    """Softmax attention of every row over its shared parts and its own keys, (n, kv_heads, M, head_dim).
 
     `query` is (n, kv_heads, M, head_dim): the M queries of a row and key head (tokens times heads in a group). `keys`
     and `values` are the rows' own (n, kv_heads, W, head_dim), `mask` is added to their scores and broadcasts to
-    (n, 1, M, W). `full` says that the shared parts of every row fill all columns before its own. The softmax runs in
-    float32; scores are made for as many heads at a time as stay in the cache of the processor.
+    (n, 1, M, W); `causal` says that queries and own keys are the same tokens, each of which sees those up to itself.
+    Every part is attended to by itself, and the results are weighed by the sums that their softmax divided by (Dao et
+    al., "FlashAttention", 2022), so a part is read once for all rows, and no scores are kept.
     """
-    count, kv_heads, queries, _ = query.shape
-    before = max(part.end for part in shared)
-    width = before + keys.shape[-2]
-    step = max(1, _SCORES.get(query.device.type, 2**24) // (count * queries * width))
-    query = query * (1 / math.sqrt(query.shape[-1]))
-    out = torch.empty_like(query)
-    for first in range(0, kv_heads, step):
-        heads = slice(first, first + step)
-        asked = query[:, heads]  # (n, h, M, D)
-        scores = asked.new_empty(count, asked.shape[1], queries, width)
-        if not full:
-            scores[..., :before] = -math.inf
-        own = asked @ keys[:, heads].transpose(-1, -2)
-        scores[..., before:] = own if mask is None else own + mask
-        for part in shared:
-            block = _pack(asked[part.rows]) @ part.data[layer, 0, heads].transpose(-1, -2)  # (h, m * M, P)
-            scores[part.rows, :, :, part.at : part.end] = _unpack(block, queries)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        found = weights[..., before:] @ values[:, heads]
-        for part in shared:
-            block = _pack(weights[part.rows, :, :, part.at : part.end]) @ part.data[layer, 1, heads]
-            found[part.rows] += _unpack(block, queries)
-        out[:, heads] = found
+    out, sums = attention_and_sums(query, keys, values, mask, causal=causal)
+    for part in shared:
+        asked = _pack(query[part.rows]).unsqueeze(0)  # (1, h, m * M, D)
+        found, theirs = attention_and_sums(asked, *part.data[layer].unsqueeze(1))
+        found, theirs = _unpack(found[0], query.shape[2]), _unpack(theirs[0, ..., None], query.shape[2])
+        ours = sums[part.rows].unsqueeze(-1)  # (m, h, M, 1)
+        out[part.rows] = torch.lerp(out[part.rows], found, torch.sigmoid(theirs - ours).to(out.dtype))
+        sums[part.rows] = torch.logaddexp(ours, theirs).squeeze(-1)
     return out
+
+
+def attention_and_sums(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention (n, h, M, D) of (n, h, M, D) over (n, h, W, D), and the logarithms (n, h, M) of the softmax's sums."""
+    if query.device.type == "cpu":
+        found, sums = _flash(query, keys, values, is_causal=causal, attn_mask=mask)
+        return found, sums
+    return attention_and_sums_by_scores(query, keys, values, mask, causal=causal)
+
+
+def attention_and_sums_by_scores(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same on every device, with scores made for as many heads at a time as fit."""
+    count, heads, queries, size = query.shape
+    width = keys.shape[2]
+    if causal:
+        mask = query.new_full((queries, width), -math.inf).triu(1)
+    out, sums = torch.empty_like(query), query.new_empty(count, heads, queries, dtype=torch.float32)
+    step = max(1, _SCORES // (count * queries * width))
+    for first in range(0, heads, step):
+        some = slice(first, first + step)
+        scores = (query[:, some] / math.sqrt(size)) @ keys[:, some].transpose(-1, -2)
+        scores = (scores if mask is None else scores + mask).float()
+        sums[:, some] = scores.logsumexp(-1)
+        out[:, some] = (scores - sums[:, some, :, None]).exp().to(query.dtype) @ values[:, some]
+    return out, sums
 
 
 def _pack(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from llava.engine.attention import Shared
-from llava.engine.prefixes import Chain, Segment, Span, tokens_of
+from llava.engine.prefixes import Chain, Span, tokens_of
 
 _SLACK = 64
 
@@ -58,7 +58,7 @@ class RowCache(Cache):
         self.lengths: list[int] = []
         self.chains: list[Chain] = []
         self.start = self.end = 0
-        self._shared: tuple[list[Shared], bool] | None = None
+        self._shared: list[Shared] | None = None
 
     @classmethod
     def for_prefill(cls, spec: CacheSpec, rows: int, prefix: int, columns: int) -> RowCache:
@@ -104,8 +104,8 @@ class RowCache(Cache):
         """The position of every row's next token: what is before it, shared or its own."""
         return [tokens_of(chain) + length for chain, length in zip(self.chains, self.lengths, strict=True)]
 
-    def shared(self) -> tuple[list[Shared], bool]:
-        """The segments that rows have in common, for `attend`, and whether they reach equally far in every row."""
+    def shared(self) -> list[Shared]:
+        """The segments that rows have in common, for `attend`."""
         if self._shared is None:
             self._shared = shared_parts(self.chains, self.data.device)
         return self._shared
@@ -168,20 +168,18 @@ class RowCache(Cache):
         self.data, self.start, self.end = grown, width - live, width
 
 
-def shared_parts(chains: Sequence[Chain], device: torch.device) -> tuple[list[Shared], bool]:
-    """Rows by the segments they stand behind, and whether all chains are equally long."""
-    found: dict[tuple[Segment, int, int], list[int]] = {}
+def shared_parts(chains: Sequence[Chain], device: torch.device) -> list[Shared]:
+    """Rows by the segments they stand behind."""
+    found: dict[Span, list[int]] = {}
     for row, chain in enumerate(chains):
-        at = 0
         for span in chain:
-            found.setdefault((span.segment, span.used, at), []).append(row)
-            at += span.tokens
+            found.setdefault(span, []).append(row)
     parts = []
-    for (segment, used, at), rows in found.items():
+    for span, rows in found.items():
         together = rows[-1] - rows[0] == len(rows) - 1
         where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=device)
-        parts.append(Shared(where, Span(segment, used).data, at))
-    return parts, len({tokens_of(chain) for chain in chains}) == 1
+        parts.append(Shared(where, span.data))
+    return parts
 
 
 class BoundedStore:

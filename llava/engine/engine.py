@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ import torch
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.engine import beams
 from llava.engine.cache import RowCache
-from llava.engine.features import FeatureEncoder, identify
+from llava.engine.features import FeatureEncoder
 from llava.engine.llama import open_language_model
+from llava.engine.pictures import identify
 from llava.engine.prefill import Prefiller, Prompt
 from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams, Statistics
 from llava.engine.sampling import choose, make_generator
@@ -172,7 +173,8 @@ class Engine:
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """Answer all requests, in order. `progress` is called with the number newly finished after each step."""
-        handles = [self.submit(request) for request in requests]
+        named = {id(image): identify(image) for request in requests for image in request.images}
+        handles = [self.submit(replace(one, images=[named[id(image)] for image in one.images])) for one in requests]
         finished = 0
         while finished < len(handles):
             self.step()
@@ -269,8 +271,7 @@ class Engine:
 
     def _decode(self) -> None:
         """One token for every running row."""
-        states = self.lm.decode([job.tokens[-1] for job in self._running], self._cache)
-        self._accept(0, self.lm.logits(states))
+        self._accept(0, self.lm.decode([job.tokens[-1] for job in self._running], self._cache))
 
     def _accept(self, first: int, logits: torch.Tensor) -> None:
         """Choose the next token of rows `first` onwards from logits (n, V), and release rows that are done."""

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llava.data.images import preprocess_image
 from llava.engine.cache import BoundedStore
-from llava.engine.request import ImageInput
+from llava.engine.pictures import ImageInput, Picture
 from llava.errors import RequestError
 
 _ENCODE_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An input picture and the digest of its content; two pictures with equal digests have equal features."""
-
-    digest: bytes
-    content: ImageInput
-
-
-def identify(image: ImageInput) -> Picture:
-    """Name a picture by its content: size, kind and every pixel."""
-    digest = hashlib.blake2b(digest_size=16)
-    if isinstance(image, Image.Image):
-        digest.update(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
-    else:
-        digest.update(f"{image.dtype} {tuple(image.shape)}".encode())
-        digest.update(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return Picture(digest.digest(), image)
 
 
 class FeatureEncoder:

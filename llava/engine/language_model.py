@@ -67,12 +67,12 @@ class LanguageModel:
         return data[:, :, 0, :, tokens_of(chain) :].clone()
 
     def decode(self, ids: Sequence[int], cache: RowCache) -> Tensor:
-        """The next token of every row: its keys and values join the cache, its final states (B, D) come back."""
+        """The next token of every row: its keys and values join the cache, its logits (B, V) come back."""
         cache.make_room()
         positions = torch.tensor(cache.positions(), device=self.spec.device).unsqueeze(1)  # (B, 1)
         states = self._forward(self.embed(ids).unsqueeze(1), cache, positions, cache.mask())
         cache.advance()
-        return states[:, -1]
+        return self.logits(states[:, -1])
 
     def _forward(self, embeds: Tensor, cache: RowCache, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D) at `positions` (B or 1, T), behind what `cache` holds, to final states (B, T, D)."""

@@ -18,10 +18,12 @@ from transformers.models.llama import modeling_llama
 
 from llava.engine.cache import RowCache
 from llava.engine.language_model import LanguageModel
+from llava.engine.native.decoder import NativeDecoder
 from llava.engine.packing import DecodeStep, PackedRows
 from llava.engine.prefixes import Chain
 from llava.engine.product import Product
 from llava.model.language_model.packed import LlamaDecoderLayer
+from llava.placement import native_decode_rows
 
 Attention = Callable[[int, Tensor, Tensor, bool], Tensor]
 KNOWN_LAYERS = (LlamaDecoderLayer, modeling_llama.LlamaDecoderLayer)
@@ -77,6 +79,7 @@ class FastLlama(LanguageModel):
         self.norm = RmsNorm(self.core.norm)
         self.head = Product(model.lm_head)
         self.rotary = self.core.layers[0].self_attn.rotary_emb
+        self.native = NativeDecoder(self) if NativeDecoder.runs(self) else None
 
     @staticmethod
     def runs(model: Any) -> bool:
@@ -105,10 +108,14 @@ class FastLlama(LanguageModel):
         return batch.data[:, :, 0]
 
     def decode(self, ids: Sequence[int], cache: RowCache) -> Tensor:
-        positions = cache.positions()
-        states = self._run(self.embed(ids), positions, DecodeStep(cache).attention, slice(None))
+        embeds, positions = self.embed(ids), cache.positions()
+        if self.native is not None and len(ids) <= native_decode_rows(embeds.dtype):
+            cache.make_room()
+            logits = self.native.step(embeds, *self._rotation(positions, embeds), cache)
+        else:
+            logits = self.logits(self._run(embeds, positions, DecodeStep(cache).attention, slice(None)))
         cache.advance()
-        return states
+        return logits
 
     def _run(self, x: Tensor, positions: Sequence[int], attention: Attention, wanted: Tensor | slice | None) -> Tensor:
         """Embeddings (N, D) at `positions` to the final states of the `wanted` rows; None: only keys and values."""

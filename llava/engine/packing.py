@@ -35,10 +35,9 @@ class PackedRows:
         steps = torch.arange(longest, device=device)
         self.gather = starts[:, None] + torch.minimum(steps, self.lengths[:, None] - 1)  # (n, T) places in the pack
         self.real = steps < self.lengths[:, None]  # (n, T)
-        self.parts, self.full = shared_parts(chains, device)
+        self.parts = shared_parts(chains, device)
         zero = torch.zeros((), dtype=spec.dtype, device=device)
-        causal = zero.expand(longest, longest).masked_fill(steps > steps[:, None], -math.inf)
-        self.causal = causal  # (T, T)
+        self.causal = zero.expand(longest, longest).masked_fill(steps > steps[:, None], -math.inf)  # (T, T)
         self.ends = None if self.even else zero.expand(count, longest).masked_fill(~self.real, -math.inf)[:, None, None]
 
     def attention(self, layer: int, query: Tensor, keys_values: Tensor, last: bool) -> Tensor:
@@ -56,7 +55,7 @@ class PackedRows:
                 return query
             grouped = query.view(count, kv_heads, -1, size)
             if self.parts:
-                out = attend(grouped, keys, values, self.ends, self.parts, layer, full=self.full)
+                out = attend(grouped, keys, values, self.ends, self.parts, layer)
             else:
                 out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.ends)
             return out.reshape(count, -1)
@@ -65,8 +64,8 @@ class PackedRows:
         if self.parts:
             grouped = query.view(count, longest, kv_heads, group, size).permute(0, 2, 3, 1, 4)
             grouped = grouped.reshape(count, kv_heads, group * longest, size)
-            mask = self.causal.repeat(group, 1)
-            out = attend(grouped, keys, values, mask, self.parts, layer, full=self.full)
+            mask = self.causal.repeat(group, 1) if group > 1 else None
+            out = attend(grouped, keys, values, mask, self.parts, layer, causal=group == 1)
             out = out.view(count, kv_heads * group, longest, size)
         else:
             keys, values = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (keys, values))
@@ -85,7 +84,7 @@ class DecodeStep:
     def __init__(self, cache: RowCache) -> None:
         cache.make_room()
         self.cache = cache
-        self.parts, self.full = cache.shared()
+        self.parts = cache.shared()
         self.mask: Tensor | None = None
         mask = cache.mask()
         if mask is not None:
@@ -100,7 +99,7 @@ class DecodeStep:
         keys, values = rows[..., cache.start : cache.end + 1, :]
         grouped = query.view(count, keys.shape[1], -1, keys.shape[3])
         if self.parts:
-            out = attend(grouped, keys, values, self.mask, self.parts, layer, full=self.full)
+            out = attend(grouped, keys, values, self.mask, self.parts, layer)
         else:
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask)
         return out.reshape(count, -1)

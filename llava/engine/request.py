@@ -8,13 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from PIL import Image
-
+from llava.engine.pictures import ImageInput, Picture
 from llava.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-ImageInput = Image.Image | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,13 @@ GREEDY = SamplingParams()
 class Request:
     """A rendered prompt with one `<image>` per picture (or its token ids with -200), and how to decode.
 
-    A picture is a PIL image, preprocessed by the engine, or a ready float tensor (3, S, S). `keep` stores what was
+    A picture is a PIL image, preprocessed by the engine, or a ready float tensor (3, S, S), or what `identify` made of
+    one. `keep` stores what was
     computed, within the engine's budget, so that the next turn of the conversation starts behind this one.
     """
 
     prompt: str | Sequence[int]
-    images: Sequence[ImageInput] = ()
+    images: Sequence[ImageInput | Picture] = ()
     params: SamplingParams = GREEDY
     keep: bool = True
 

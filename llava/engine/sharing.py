@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.engine.features import Picture
+from llava.engine.pictures import Picture
 from llava.engine.prefixes import MIN_SHARED, Chain, Elements, Segment, Span, common_length
 
 MIN_SAVED = 64  # tokens that sharing must save: a segment has a price at every later step

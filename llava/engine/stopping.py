@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-_CONTEXT = 6  # tokens of known text decoded again before new ones, for the leading space of a word
+_CONTEXT = 6  # tokens of known text decoded again before new ones, at least, for the leading space of a word
+_WINDOW = 12  # tokens decoded at once, at most, while every token brings text
 
 
 class SpecialTokens:
@@ -43,11 +44,12 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, special: SpecialTokens) -> None:
         self._tokenizer = tokenizer
         self._special = special
-        self._ids: list[int] = []
-        self._read = 0  # ids before this one have been given out as text
+        self._ids: list[int] = []  # without special ones
+        self._start = self._read = 0  # ids before `_read` have been given out; what is decoded begins at `_start`
+        self._known = ""  # the text of those between
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))  # looking for special ones is slow
 
     def push(self, token: int) -> str:
         """Text completed by this token; empty while a character is unfinished, and for tokens without text."""
@@ -63,13 +65,15 @@ class Detokenizer:
     def _advance(self, *, final: bool) -> str:
         if self._read == len(self._ids):
             return ""
-        start = max(0, self._read - _CONTEXT)
-        known = self._decode(self._ids[start : self._read])
-        text = self._decode(self._ids[start:])
-        if not final and (text.endswith(_INCOMPLETE) or len(text) <= len(known)):
+        if self._read - self._start >= _WINDOW:
+            self._start = self._read - _CONTEXT
+            self._known = self._decode(self._ids[self._start : self._read])
+        text = self._decode(self._ids[self._start :])
+        if not final and (text.endswith(_INCOMPLETE) or len(text) <= len(self._known)):
             return ""
-        self._read = len(self._ids)
-        return text[len(known) :]
+        piece = text[len(self._known) :]
+        self._read, self._known = len(self._ids), text
+        return piece
 
 
 class TextStream:

@@ -10,10 +10,11 @@ from typing import Any
 
 from llava.conversation import get_template, stop_strings
 from llava.engine import Engine, Handle, Request
+from llava.engine.pictures import Picture, identify
 from llava.engine.prompt import render_question
 from llava.errors import LlavaError
 from llava.eval.manifest import checkpoint_fingerprint
-from llava.eval.pictures import prefetch
+from llava.eval.pictures import Loaded, prefetch
 from llava.eval.questions import Question
 from llava.eval.settings import Asked, RunSettings
 
@@ -67,6 +68,8 @@ class LocalModel:
         stop = (*settings.params.stop, *stop_strings(template))
         active: dict[Handle, _Pending] = {}
         pictures = prefetch(questions, order, settings.source, settings.num_workers)
+        opened: Loaded = []
+        named: list[Picture] = []
         more = True
         while more or active:
             while more and len(active) < 2 * engine.max_batch_size:
@@ -78,11 +81,13 @@ class LocalModel:
                 try:
                     if isinstance(images, LlavaError):
                         raise images
+                    if images is not opened:  # neighbours with equal pictures share them
+                        opened, named = images, [identify(image) for image in images]
                     question = questions[position]
                     text = question.text or question.prompt
-                    prompt = render_question(template, text, len(images), engine.model.config)
+                    prompt = render_question(template, text, len(named), engine.model.config)
                     params = dataclasses.replace(settings.params, stop=stop, seed=question_seed(settings, question))
-                    request = Request(prompt, images, params)
+                    request = Request(prompt, named, params)
                     active[engine.submit(request)] = _Pending(position, request)
                 except LlavaError as error:
                     yield position, "", str(error)

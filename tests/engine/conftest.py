@@ -25,8 +25,10 @@ def parts(tiny_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     """(model, tokenizer, image_processor) in float32 on the CPU.
 
     The weights are large, so that every position and picture changes the tokens; with usual ones errors would not show.
+    Heads have 16 numbers, as many as the C++ kernel's vectors.
     """
-    directory = make_chat(tmp_path_factory.mktemp("lively") / "chat", tiny_dirs["tower"], initializer_range=0.25)
+    lively = tmp_path_factory.mktemp("lively") / "chat"
+    directory = make_chat(lively, tiny_dirs["tower"], initializer_range=0.25, hidden_size=64)
     tokenizer, model, processor, _ = load_pretrained_model(directory, device="cpu")
     return model, tokenizer, processor
 
