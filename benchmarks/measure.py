@@ -31,8 +31,15 @@ def settings() -> dict[str, Any]:
 
 
 def peak_mib() -> float:
-    """Peak resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak resident memory of this program so far, in MiB.
+
+    Not `ru_maxrss` where the kernel says better: across `fork` and `exec` it keeps the peak of the process that
+    started this one, which has just built the model that is to be measured.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def resident_mib() -> float:

@@ -1,7 +1,7 @@
 """8-bit and 4-bit linear layers of the language model, through bitsandbytes (arXiv:2208.07339, arXiv:2305.14314).
 
 Only the decoder's linear layers are quantised; tower, projector, embeddings and head stay in 16 or 32 bit (users.md
-QUANT-1). Each weight is quantised as it is read, so the 16-bit model is never in memory.
+QUANT-1). Each weight is quantised as it is read, so the 16-bit model is never in memory, nor many copies of a weight.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from llava.errors import ConfigError
 from llava.utils import require
 
 PREFIXES = ("model.layers.", "transformer.blocks.")  # of LLaMA, of MPT
+BLOCK, SCALES_BLOCK = 64, 256  # weights that share a scale, and scales that share one (arXiv:2305.14314, §3)
+SLICE = 4096 * BLOCK  # weights packed at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ class Quantizer:
             scheme = {"quant_type": self.quant_type, "compress_statistics": self.double_quant}
             layer = bnb.nn.Linear4bit(width_in, width_out, bias=False, compute_dtype=self.dtype, device="meta",
                                       **scheme)  # fmt: skip
-            layer.weight = bnb.nn.Params4bit(weight.to(self.dtype), requires_grad=False, module=layer, **scheme).to(
-                device
-            )
+            packed, state = self._pack(weight) if device.type == "cpu" else (weight.to(self.dtype), None)
+            layer.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, module=layer,
+                                             bnb_quantized=state is not None, **scheme).to(device)  # fmt: skip
+            layer.quant_state = layer.weight.quant_state
         else:
             layer = bnb.nn.Linear8bitLt(width_in, width_out, bias=False, has_fp16_weights=False, threshold=6.0,
                                         device="meta")  # fmt: skip
@@ -80,6 +83,26 @@ class Quantizer:
         layer.bias = bias
         module: nn.Module = layer
         return module
+
+    def _pack(self, weight: Tensor) -> tuple[Tensor, Any]:
+        """What `quantize_4bit` of the library gives for the whole `weight`, made a slice at a time.
+
+        Its way on a CPU takes twelve bytes a weight; one of the slices overwrites those of the one before.
+        """
+        functional = require("bitsandbytes", "quant").functional
+        flat = weight.reshape(-1)
+        packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
+        scales = torch.empty(math.ceil(flat.numel() / BLOCK))
+        for start in range(0, flat.numel(), SLICE):
+            part = flat[start : start + SLICE].to(self.dtype)
+            bits, state = functional.quantize_4bit(part, blocksize=BLOCK, quant_type=self.quant_type)
+            packed[start // 2 :][: len(bits)] = bits
+            scales[start // BLOCK :][: len(state.absmax)] = state.absmax
+        state.shape, state.absmax = weight.shape, scales
+        if self.double_quant:
+            state.offset, state.nested = scales.mean(), True
+            state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=SCALES_BLOCK)
+        return packed, state
 
     def quantize(self, model: nn.Module) -> None:
         """Quantise a model that is in memory, layer by layer (an adapter is merged in 16 bit first)."""
@@ -105,5 +128,5 @@ def weight_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
         return 2 * count
     if dtype == "int8":
         return count + 4 * shape[0]
-    blocks = math.ceil(count / 64)
-    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / 256)
+    blocks = math.ceil(count / BLOCK)
+    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / SCALES_BLOCK)

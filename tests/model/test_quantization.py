@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava.errors import ConfigError, DependencyError
-from llava.model import builder
+from llava.model import builder, quantization
 from llava.model.builder import load_pretrained_model
 from llava.model.quantization import Quantizer
 from tests.tiny import make_base, make_chat, make_lora
@@ -58,6 +58,27 @@ def test_an_adapter_is_merged_before_it_is_packed(tiny_dirs: dict[str, Path], tm
     with torch.no_grad():
         want, got = (model(IDS, images=PIXELS).logits for model in (full, small))
     assert (got - want).norm() / want.norm() < (0.03 if bits == 8 else 0.3)
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize("shape", [(96, 64), (288, 64), (5, 13)])
+def test_slices_are_packed_as_the_library_packs_the_whole(
+    monkeypatch: pytest.MonkeyPatch, quant_type: str, double_quant: bool, shape: tuple[int, int]
+) -> None:
+    import bitsandbytes as bnb
+
+    monkeypatch.setattr(quantization, "SLICE", 40 * quantization.BLOCK)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    scheme = {"quant_type": quant_type, "compress_statistics": double_quant}
+    whole = bnb.nn.Params4bit(weight, requires_grad=False, **scheme).to("cpu")
+    cpu = torch.device("cpu")
+    ours = Quantizer(4, torch.bfloat16, cpu, quant_type, double_quant).layer(weight, None, cpu)
+    assert torch.equal(ours.weight.data, whole.data)
+    theirs, found = (state.as_dict(packed=True) for state in (whole.quant_state, ours.weight.quant_state))
+    assert theirs.keys() == found.keys()
+    for name, value in theirs.items():
+        assert torch.equal(found[name], value), name
+    assert ours.quant_state is ours.weight.quant_state
 
 
 def test_without_the_library_it_is_one_sentence(tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
