@@ -1,6 +1,7 @@
 """A large annotation file: time to the first batch and memory of the workers, ours and the reference's way.
 
-    python -m benchmarks.data '{"rows": 665000}'                       both, in processes of their own, and the ratio
+    python -m benchmarks.data                                          both, in processes of their own
+    python -m benchmarks.data '{"grouped": true}'                      with --group_by_modality_length True
     python -m benchmarks.data '{"rows": 665000, "only": "reference"}'  one of them
 
 The rows are like those of the published mixture: 1.5 KB, one to four questions, four fifths with an image. Memory is
@@ -69,6 +70,12 @@ def reference_dataset(path: Path, tokenizer: Any, args: Any) -> Any:
             import torch
 
             self._flags = torch.zeros(3, len(self.records), dtype=torch.uint8)
+
+        @property
+        def modality_lengths(self) -> list[int]:  # type: ignore[override]
+            """Counted one record after the other, before the first batch."""
+            counts = [(row, sum(len(turn["value"].split()) for turn in row["conversations"])) for row in self.records]
+            return [count if "image" in row else -count for row, count in counts]
 
     from llava.conversation import get_template
 

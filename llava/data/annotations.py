@@ -18,7 +18,7 @@ from llava.errors import DataError
 from llava.utils import require
 
 SUFFIXES: Final = (".json", ".jsonl", ".parquet")
-_CHUNK: Final = 32 * 2**20
+_CHUNK: Final = 2**20  # what is made of it fits a core's cache
 _BOM: Final = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA = b'"\\,'
 _OPEN, _CLOSE, _OPEN_LIST, _CLOSE_LIST = b"{}[]"
@@ -54,14 +54,14 @@ class JsonRecords(Records):
 
     def __init__(self, path: Path, places: Places):
         self.path, self.places = path, places
-        self.data = np.memmap(path, np.uint8, "r")
+        self._bytes = memoryview(np.memmap(path, np.uint8, "r"))
 
     def __len__(self) -> int:
         return len(self.places)
 
     def raw(self, index: int) -> bytes:
-        start, end = self.places[index]
-        return self.data[start:end].tobytes()
+        start, end = self.places[index].tolist()
+        return self._bytes[start:end].tobytes()
 
     def _item(self, index: int) -> Any:
         try:
@@ -190,21 +190,35 @@ def _objects(data: Bytes, first: int) -> Places | None:
         at = np.flatnonzero((((chunk | 0x20) - np.uint8(0x7B)) <= 2) | (chunk == _QUOTE))  # one of "[\]{|}
         kind = chunk[at]
         quote = (kind == _QUOTE) & ~_escaped(at, kind)
-        outside = ((np.cumsum(quote) + quotes) & 1) == 0
-        opens = outside & ((kind == _OPEN) | (kind == _OPEN_LIST))
-        closes = outside & ((kind == _CLOSE) | (kind == _CLOSE_LIST))
+        inside = np.cumsum(quote, dtype=np.uint8) + np.uint8(quotes)  # its last bit
+        outside = np.flatnonzero(((inside & 1) == 0) & (kind != _QUOTE))
+        at, kind = at[outside], kind[outside]
+        opens = (kind == _OPEN) | (kind == _OPEN_LIST)
+        closes = (kind == _CLOSE) | (kind == _CLOSE_LIST)
         level = depth + np.cumsum(opens.astype(np.int64) - closes)
         begins.append(at[opens & (level == 2) & (kind == _OPEN)] + offset)
         ends.append(at[closes & (level == 1) & (kind == _CLOSE)] + offset + 1)
-        quotes += int(quote.sum())
+        quotes ^= int(np.count_nonzero(quote)) & 1
         depth = int(level[-1]) if len(level) else depth
     begin, end = (np.concatenate(places) if places else np.empty(0, np.int64) for places in (begins, ends))
-    if depth or quotes % 2 or len(begin) != len(end) or not len(begin) or not bool((begin < end).all()):
+    if depth or quotes or len(begin) != len(end) or not len(begin) or not bool((begin < end).all()):
         return None
-    between = {data[a:b].tobytes() for a, b in zip(end[:-1], begin[1:])}
     head, tail = data[first : begin[0]].tobytes(), data[end[-1] :].tobytes()
-    sound = head.strip() == b"[" and tail.strip() == b"]" and all(gap.strip() == b"," for gap in between)
+    sound = head.strip() == b"[" and tail.strip() == b"]" and _all_commas(data, end[:-1], begin[1:])
     return np.stack([begin, end], axis=1) if sound else None
+
+
+def _all_commas(data: Bytes, starts: Places, stops: Places) -> bool:
+    """Whether nothing but a comma and blanks stands in each of these gaps; as a rule they are alike."""
+    if not len(starts):
+        return True
+    width = int(stops[0] - starts[0])
+    alike = (stops - starts == width) & (width < 64)
+    for place in range(min(width, 64)):
+        alike &= data[np.minimum(starts + place, len(data) - 1)] == data[starts[0] + place]
+    gaps = {data[a:b].tobytes() for a, b in zip(starts[~alike], stops[~alike])}
+    gaps.add(data[starts[0] : stops[0]].tobytes())
+    return all(gap.strip() == b"," for gap in gaps)
 
 
 def _escaped(at: Places, kind: Bytes) -> npt.NDArray[np.bool_]:

@@ -6,7 +6,6 @@ a leading `system` turn replaces the template's system text.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import DataError
 
 ROLES: Final = ("human", "gpt", "system")
-_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Turn(NamedTuple):
@@ -45,6 +43,26 @@ def parse_record(raw: object) -> Record:
         raise DataError(problem)
     assert isinstance(raw, Mapping)
     return Record(image_paths(raw), [Turn(turn["from"].lower(), turn["value"]) for turn in raw["conversations"]])
+
+
+def glance(raw: Any) -> tuple[str, bool] | None:
+    """All text of a record, and whether it has an image, if it is good and of the common kind; else None.
+
+    The common kind has pairs of human and gpt and at most one image, named once in the first turn.
+    """
+    try:
+        turns, image = raw["conversations"], raw.get("image")
+        roles = [turn["from"] for turn in turns]
+        text = "\n".join([turn["value"] for turn in turns])
+        named = text.count(DEFAULT_IMAGE_TOKEN)
+        if not _is_unicode(text) or not roles or roles != ["human", "gpt"] * (len(roles) // 2):
+            return None
+        if image is None:
+            return None if named else (text, False)
+        fits = named == 1 and isinstance(image, str) and bool(image) and DEFAULT_IMAGE_TOKEN in turns[0]["value"]
+        return (text, True) if fits else None
+    except (TypeError, KeyError, AttributeError):
+        return None
 
 
 def validate_record(record: object, index: int, image_folder: str | Path | None = None) -> list[str]:
@@ -82,8 +100,17 @@ def _turn_problems(turn: object) -> Iterator[str]:
         yield f"a turn is from {turn['from']!r}, expected {', '.join(ROLES)}"
     elif not isinstance(turn.get("value"), str):
         yield f"a turn from {turn['from']} has the value {str(turn.get('value'))[:40]!r}, expected text"
-    elif not turn["value"].isascii() and _SURROGATE.search(turn["value"]):
+    elif not _is_unicode(turn["value"]):
         yield f"a turn from {turn['from']} is not valid Unicode"
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _problems(record: object) -> Iterator[str]:

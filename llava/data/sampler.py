@@ -7,9 +7,15 @@ All ranks must draw the same order: either from an equal global random state, as
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler
+
+Indices = npt.NDArray[np.int64]
+FULL: Final = 2**62  # more than any sum of lengths: a chunk with it takes no more
 
 
 def split_to_even_chunks(indices: list[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
@@ -30,10 +36,7 @@ def get_length_grouped_indices(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
     """A permutation of the indices whose megabatches of `batch_size * world_size` are dealt evenly to the ranks."""
-    megabatch = batch_size * world_size
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    runs = [sorted(run, key=lambda i: lengths[i], reverse=True) for run in _cut(order, megabatch)]
-    return [index for run in runs for chunk in split_to_even_chunks(run, lengths, world_size) for index in chunk]
+    return _length_grouped(np.asarray(lengths, np.int64), batch_size, world_size, generator).tolist()
 
 
 def get_modality_length_grouped_indices(
@@ -43,28 +46,52 @@ def get_modality_length_grouped_indices(
 
     At most two megabatches mix them: the first, and a shorter last one. One modality alone is grouped by length.
     """
-    sizes = [abs(length) for length in lengths]
-    image = [index for index, length in enumerate(lengths) if length > 0]
-    text = [index for index, length in enumerate(lengths) if length <= 0]
-    if not image or not text:
-        return get_length_grouped_indices(sizes, batch_size, world_size, generator)
+    signed = np.asarray(lengths, np.int64)
+    sizes = np.abs(signed)
+    image, text = np.flatnonzero(signed > 0), np.flatnonzero(signed <= 0)
+    if not len(image) or not len(text):
+        return _length_grouped(sizes, batch_size, world_size, generator).tolist()
     megabatch = batch_size * world_size
-    pure: list[list[int]] = []
-    mixed: list[int] = []
+    pure: list[Indices] = []
+    rest: list[Indices] = []
     for group in (image, text):
-        order = get_length_grouped_indices([sizes[i] for i in group], batch_size, world_size, generator)
-        runs = _cut([group[i] for i in order], megabatch)
-        mixed += runs.pop()
-        pure += runs
+        order = group[_length_grouped(sizes[group], batch_size, world_size, generator)]
+        *whole, last = np.split(order, range(megabatch, len(order), megabatch))
+        pure += whole
+        rest.append(last)
     pure = [pure[i] for i in torch.randperm(len(pure), generator=generator).tolist()]
+    mixed = np.concatenate(rest)
     if len(mixed) >= megabatch:
         pure.insert(0, mixed[:megabatch])
         mixed = mixed[megabatch:]
-    return [index for run in [*pure, mixed] for index in run]
+    return np.concatenate([*pure, mixed]).tolist()
 
 
-def _cut(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _length_grouped(lengths: Indices, batch_size: int, world_size: int, generator: torch.Generator | None) -> Indices:
+    megabatch = batch_size * world_size
+    order: Indices = torch.randperm(len(lengths), generator=generator).numpy()
+    whole = len(order) // megabatch * megabatch
+    runs = order[:whole].reshape(-1, megabatch)
+    longest_first = np.argsort(-lengths[runs], axis=1, kind="stable")
+    runs = _deal(np.take_along_axis(runs, longest_first, 1), lengths, world_size)
+    last = sorted(order[whole:].tolist(), key=lambda i: -lengths[i])
+    chunks = split_to_even_chunks(last, lengths, world_size)  # type: ignore[arg-type]
+    return np.concatenate([runs.reshape(-1), *(np.asarray(chunk, np.int64) for chunk in chunks)])
+
+
+def _deal(runs: Indices, lengths: Indices, num_chunks: int) -> Indices:
+    """`split_to_even_chunks` of every row of `runs` `(R, M)` at once, M a multiple of the chunks: `(R, M)`."""
+    size = runs.shape[1] // num_chunks
+    row = np.arange(len(runs))
+    totals = np.zeros((len(runs), num_chunks), np.int64)
+    filled = np.zeros_like(totals)
+    dealt = np.empty_like(runs)
+    for index in runs.T:
+        chunk = totals.argmin(axis=1)
+        dealt[row, chunk * size + filled[row, chunk]] = index
+        filled[row, chunk] += 1
+        totals[row, chunk] += np.where(filled[row, chunk] < size, lengths[index], FULL)
+    return dealt
 
 
 class LengthGroupedSampler(Sampler[int]):

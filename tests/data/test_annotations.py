@@ -62,6 +62,9 @@ def test_parquet_rows_are_the_same_records(tmp_path: Path) -> None:
         ("a.jsonl", b"", "without records"),
         ("a.jsonl", b"\n \n", "without records"),
         ("a.json", b"[" * 200_000, "nested too deeply"),
+        ("a.json", b"[{};{};{}]", "is not valid JSON"),
+        ("a.json", b"[{},{};{}]", "is not valid JSON"),
+        ("a.json", b"[{}" + b" " * 70 + b";{}]", "is not valid JSON"),
         ("a.parquet", b"PAR1 or not", "is not valid Parquet"),
     ],
 )
@@ -82,6 +85,11 @@ def test_a_broken_record_does_not_break_the_file(tmp_path: Path) -> None:
         for index in (1, 3):
             with pytest.raises(DataError, match="it is not valid JSON"):
                 records[index]
+
+
+def test_records_may_stand_any_distance_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[{}" + " " * 70 + ",\n{}, {}," + " " * 70 + "{}]")
+    assert isinstance(read_records(tmp_path / "a.json"), JsonRecords) and len(read_records(tmp_path / "a.json")) == 4
 
 
 JSON = st.recursive(

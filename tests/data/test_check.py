@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava.check import main
 from llava.data.annotations import read_records
+from llava.data.records import glance, parse_record
 from tests.data.test_dataset import record
 
 
@@ -174,6 +175,11 @@ def test_ten_thousand_fuzzed_records_have_exact_counts(tmp_path: Path, capsys: p
     made = [mutated(draw, index) for index in range(10_000)]
     bad = [index for index, (_, is_bad) in enumerate(made) if is_bad]
     assert 4000 < len(bad) < 6000
+    seen = [(item, *known) for item, _ in made if (known := glance(item))]
+    assert len(seen) > 1000  # what is seen to be good at a glance is good when it is looked at closely
+    for item, text, image in seen:
+        close = parse_record(item)
+        assert (text.split(), image) == (" ".join(turn.text for turn in close.turns).split(), bool(close.image))
     objects = [(item, is_bad) for item, is_bad in made if isinstance(item, dict)]
     lines = [json.dumps(item) if draw.random() < 0.99 else "{broken" for item, _ in objects]
     broken = [i for i, (line, (_, is_bad)) in enumerate(zip(lines, objects)) if is_bad or line == "{broken"]
@@ -208,7 +214,7 @@ def odd_image(draw: random.Random, index: int) -> tuple[bytes, bool]:
     elif kind == 2:
         noise.convert("P").save(out, "PNG", transparency=0)
     elif kind == 3:
-        noise.convert(draw.choice(["1", "L", "LA", "RGBA", "I;16"]) if True else "L").save(out, "PNG")
+        noise.convert(draw.choice(["1", "L", "LA", "RGBA", "I;16"])).save(out, "PNG")
     elif kind == 4:
         Image.new("RGB", draw.choice([(1, 3000), (3000, 1), (1, 1), (3, 3)]), "red").save(out, "PNG")
     elif kind == 5:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from llava.data.sampler import (
     LengthGroupedSampler,
+    _deal,
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
     split_to_even_chunks,
@@ -39,7 +41,7 @@ def test_golden_orders(golden_dir: Path) -> None:
             assert order == case["order"], case["id"]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 8), st.booleans(), st.integers(0, 99))
 def test_every_index_once_and_the_same_on_every_rank(
     lengths: list[int], batch: int, world: int, modality: bool, seed: int
@@ -51,6 +53,7 @@ def test_every_index_once_and_the_same_on_every_rank(
     assert sorted(first) == list(range(len(lengths))) == list(range(len(samplers[0])))
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.integers(1, 4))
 def test_at_most_two_megabatches_mix_modalities(lengths: list[int], batch: int, world: int) -> None:
     order = get_modality_length_grouped_indices(lengths, batch, world)
@@ -79,6 +82,18 @@ def test_epochs_differ_and_repeat() -> None:
     assert list(sampler) == first
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
+def test_all_runs_are_dealt_at_once_as_one_by_one(size: int, count: int, runs: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(0, 9, runs * count * size)
+    indices = draw.permutation(len(lengths)).reshape(runs, -1)
+    dealt = _deal(indices, lengths, count)
+    one_by_one = [split_to_even_chunks(run, lengths.tolist(), count) for run in indices.tolist()]
+    assert dealt.reshape(runs, count, size).tolist() == one_by_one
+
+
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
 def test_chunks_are_even(lengths: list[int], count: int) -> None:
     indices = sorted(range(len(lengths)), key=lambda i: -lengths[i])

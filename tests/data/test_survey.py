@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from llava.data import dataset as datasets
 from llava.data import survey
 from llava.data.annotations import read_records
-from llava.data.survey import Survey
+from llava.data.survey import Survey, count_words
 from llava.errors import DataError
 from tests.data.test_dataset import arguments, record, tokenizer
 
@@ -42,6 +44,15 @@ def test_findings(file: Path, workers: int | None) -> None:
     assert found.image.tolist() == [False, True, False, True, True, False]
     assert found.keys == {"conversations", "image", "extra"}
     assert found.problems == {2: ["conversations is missing or empty, expected a list of turns"]}
+
+
+BLANKS = "\t\n\x0b\x0c\r\x1c\x1f \x85\xa0\u1680\u2003\u2028\u3000"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.sampled_from(BLANKS + "\x00\x08\x0e\x1b\x7f!aé’中😀")), max_size=6))
+def test_words_are_counted_as_python_splits(texts: list[str]) -> None:
+    assert count_words(texts).tolist() == [len(text.split()) for text in texts]
 
 
 def test_images_are_looked_for_or_opened(file: Path) -> None:
