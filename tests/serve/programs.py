@@ -48,9 +48,9 @@ class Program:
 
 @contextmanager
 def program(environment: dict[str, str], module: str, *words: str, cwd: Path | None = None) -> Iterator[Program]:
-    """`python -m llava.serve.MODULE WORDS`, killed at the end if it still runs."""
+    """`python -m llava.serve.MODULE WORDS` (or of a full name), killed at the end if it still runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", f"llava.serve.{module}", *words],
+        [sys.executable, "-m", module if "." in module else f"llava.serve.{module}", *words],
         env=environment,
         cwd=cwd,
         stderr=subprocess.PIPE,

@@ -321,8 +321,8 @@ class Decoy:
                     await asyncio.sleep(0.02)
                 if self.hold:
                     await reader.read()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the caller has left, or the test has
         finally:
             writer.close()
 

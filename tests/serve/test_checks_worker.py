@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -27,12 +28,16 @@ from tests.serve.stubs import (
     get,
     live_controller,
     live_worker,
+    png,
     post,
     request_body,
     until,
 )
 
-ROUNDS = 12  # in the issue's words 100; the paths are the same, and each is walked to its end
+ROUNDS = int(os.environ.get("LLAVA_ROUNDS", "12"))  # the 100 of the table: LLAVA_ROUNDS=100
+
+
+PICTURE = b64(png(1000, 1000))
 
 
 def drop_after(url: str, frames: int, body: dict[str, object]) -> None:
@@ -42,6 +47,14 @@ def drop_after(url: str, frames: int, body: dict[str, object]) -> None:
         for data in response.iter_raw():
             seen += data.count(b"\0")
             if seen >= frames:
+                return
+
+
+def drop_when(url: str, told: threading.Event, body: dict[str, object]) -> None:
+    """Start a stream and hang up when told to."""
+    with httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=PATIENCE, verify=TLS) as response:
+        for _ in response.iter_raw():
+            if told.is_set():
                 return
 
 
@@ -84,6 +97,7 @@ def step_raises(worker: LiveWorker) -> None:
     worker.engine.step_error = RuntimeError("boom at 0xdeadbeef in /usr/lib/secret.py")
     frame = frames_of(generate(worker.url, request_body()))[-1]
     assert (frame["error_code"], frame["error"]["type"]) == (1, "internal")
+    completes(worker)  # too many failures with no answer in between, and the engine is given up
 
 
 def submit_raises(worker: LiveWorker) -> None:
@@ -100,6 +114,7 @@ def memory_runs_out(worker: LiveWorker) -> None:
     worker.engine.step_error = MemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     frame = frames_of(generate(worker.url, request_body()))[-1]
     assert (frame["finish_reason"], frame["error"]["type"]) == ("error", "out_of_memory")
+    completes(worker)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +124,7 @@ def memory_runs_out(worker: LiveWorker) -> None:
 )
 def test_check_12_the_slot_is_free_after_every_path(path: Callable[[LiveWorker], None]) -> None:
     with live_worker(StubEngine(pause=0.001), Settings(limit=2, queue_limit=1, max_new_tokens=1_000_000)) as worker:
-        for _ in range(ROUNDS if path is not step_raises and path is not memory_runs_out else 5):
+        for _ in range(ROUNDS):
             path(worker)
             until(lambda: worker.in_use == 0)
         completes(worker)
@@ -166,7 +181,19 @@ def test_check_14_overload_is_refused_at_once() -> None:
         assert [answer.status_code for answer in answers] == [503] * 8
         assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
         assert {frames_of(answer)[0]["error"]["type"] for answer in answers} == {"overloaded"}
-        assert max(answer.elapsed.total_seconds() for answer in answers) < PATIENCE / 2
+        with httpx.Client(timeout=PATIENCE, verify=TLS) as client:
+
+            def slowest(status: int, path: str, body: object) -> float:
+                answers = [client.post(worker.url + path, json=body) for _ in range(8)]
+                assert {answer.status_code for answer in answers} == {status}
+                return max(answer.elapsed.total_seconds() for answer in answers)
+
+            def quick() -> bool:
+                """Below 50 ms, or as quick as anything is while the machine is busy with others."""
+                refused = slowest(503, "/worker_generate_stream", request_body("<image>", images=[PICTURE]))
+                return refused < max(0.05, 2 * slowest(200, "/worker_get_status", None))
+
+            until(quick)
         engine.gate.set()
         for thread in threads:
             thread.join()
@@ -175,6 +202,9 @@ def test_check_14_overload_is_refused_at_once() -> None:
         for _ in range(10):
             assert generate(worker.url, request_body()).status_code == 200
             until(lambda: worker.in_use == 0)
+
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
 
 def test_check_15_a_worker_that_never_answers_is_given_up_and_one_that_stalls_too() -> None:
@@ -186,22 +216,51 @@ def test_check_15_a_worker_that_never_answers_is_given_up_and_one_that_stalls_to
             controller.registry.put(worker.url, True, status, probed=True)
             if reply is not None:
                 worker.hold = True
-            frames = frames_of(generate(controller.url, request_body()))
+            answer = generate(controller.url, request_body())
+            frames = frames_of(answer)
             assert [f["error_code"] for f in frames] == codes
             assert frames[-1]["error"]["type"] == "timeout"
+            assert answer.elapsed.total_seconds() < PATIENCE / 4
+            assert post(controller.url, "/v1/chat/completions", CHAT).status_code == 504
             until(lambda: controller.controller.streams == 0)
+            assert controller.metric("llava_requests_total", outcome="timeout") == 2
 
 
 def test_check_15_waiting_too_long_for_the_first_token_ends_the_request() -> None:
+    engine = StubEngine(batch=1, pause=0.01)
+    with live_worker(engine, Settings(1, 1, 10**6, keep_alive=0.05, queue_seconds=0.2)) as worker:
+        stop = threading.Event()
+        (stream,) = in_background(1, lambda: drop_when(worker.url, stop, request_body(tokens=10**6)))
+        until(lambda: worker.metric("llava_requests_running") == 1)
+        for _ in range(2):  # the second finds the waiting place free again
+            answer = generate(worker.url, request_body())
+            frames = frames_of(answer)
+            assert frames[0] == {"text": "hello", "error_code": 0, "queue_position": 1}
+            assert (len([f for f in frames if "error" in f]), frames[-1]["error"]["type"]) == (1, "timeout")
+            assert answer.elapsed.total_seconds() < PATIENCE / 4
+            until(lambda: worker.in_use == 1 and not engine.waiting)
+        assert worker.metric("llava_requests_running") == 1, "the one in front goes on"
+        assert (engine.history[1].steps, engine.history[2].steps) == (0, 0)
+        stop.set()
+        stream.join()
+        until(lambda: worker.in_use == 0)
+
+
+def test_check_15_an_answer_that_stalls_ends_in_one_error_frame() -> None:
     engine = StubEngine()
-    engine.gate.clear()
-    with live_worker(engine, Settings(keep_alive=0.05, queue_seconds=0.2)) as worker:
-        frames = frames_of(generate(worker.url, request_body()))
-        assert frames[0] == {"text": "hello", "error_code": 0, "queue_position": frames[0]["queue_position"]}
-        assert frames[-1]["error"]["type"] == "timeout"
+
+    def word(k: int) -> str:
+        if k == 2:
+            engine.gate.clear()  # the next step stands still
+        return f"w{k} "
+
+    engine.word = word
+    with live_worker(engine, Settings(keep_alive=0.05, total_seconds=0.3)) as worker:
+        frames = frames_of(generate(worker.url, request_body(tokens=9)))
+        assert "w0 w1 w2" in frames[-2]["text"]
+        assert [frame.get("error", {}).get("type") for frame in frames[-2:]] == [None, "timeout"]
         engine.gate.set()
         until(lambda: worker.in_use == 0)
-        until(lambda: engine.history[0].handle.completion is not None)
 
 
 @pytest.mark.parametrize("word", ["é😀漢", "a\0b", '\\"\n', "x" * 1_000_000], ids=["utf8", "nul", "escapes", "1MB"])
