@@ -15,7 +15,7 @@ from typing import Final
 from PIL import Image
 
 from llava.conversation import get_template, stop_strings, template_for
-from llava.engine import Request, SamplingParams, load_engine
+from llava.engine import Engine, Request, SamplingParams, load_engine
 from llava.engine.prompt import render_question
 from llava.eval.tasks.easy_vqa import EasyVQA
 from llava.utils import guarded
@@ -26,6 +26,11 @@ LEAST: Final = {8: 97.0, 4: 90.0}
 def answers(checkpoint: str, bits: int, task: EasyVQA, count: int) -> list[str]:
     """The model's greedy answers to `count` questions, its weights packed to `bits` (32: not at all)."""
     engine = load_engine(checkpoint, load_8bit=bits == 8, load_4bit=bits == 4)
+    return [completion.text for completion in engine.generate(requests_for(engine, checkpoint, task, count))]
+
+
+def requests_for(engine: Engine, checkpoint: str, task: EasyVQA, count: int | None) -> list[Request]:
+    """`count` of the task's questions, evenly spread, or all of them, as the model's template has them; greedy."""
     config = engine.model.config
     template = get_template(template_for(config, Path(checkpoint).name, None))
     params = SamplingParams(max_new_tokens=task.max_new_tokens, stop=stop_strings(template))
@@ -34,7 +39,7 @@ def answers(checkpoint: str, bits: int, task: EasyVQA, count: int) -> list[str]:
         with Image.open(task.image_folder / question.images[0]) as file:
             picture = file.convert("RGB")
         requests.append(Request(render_question(template, question.prompt, 1, config), [picture], params))
-    return [completion.text for completion in engine.generate(requests)]
+    return requests
 
 
 def agreement(checkpoint: str, count: int, data_root: Path | None = None) -> dict[int, float]:

@@ -109,12 +109,12 @@ def sentence(text: str) -> str:
 def gloss(name: str) -> str:
     """What `name` (a path from the root; folders end in `/`) says it is for. LookupError if it says nothing."""
     path = ROOT / name / ("__init__.py" if name.endswith("/") else "")
-    text = path.read_text(encoding="utf-8") if path.suffix in (".py", ".md", ".sh") and path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.suffix in (".py", ".md", ".sh", ".cpp") and path.is_file() else ""
     if path.suffix == ".py":
         found = ast.get_docstring(ast.parse(text)) if text else None
     else:
-        mark = "# " if path.suffix == ".md" else "# (?!shellcheck)"
-        found = next((line.lstrip("# ") for line in text.splitlines() if re.match(mark, line)), None)
+        mark = {".md": "# ", ".cpp": "// "}.get(path.suffix, "# (?!shellcheck)")
+        found = next((line.lstrip("#/ ") for line in text.splitlines() if re.match(mark, line)), None)
     if name in GLOSSES or found is None:
         found = GLOSSES.get(name)
     if not found:

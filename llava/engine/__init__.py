@@ -1,7 +1,25 @@
-"""The inference engine: `load_engine`, `Engine`, `Request`, `SamplingParams`, `Completion`."""
+"""The inference engine: `load_engine`, `Engine`, `Request`, `SamplingParams`, `Completion`.
 
-from llava.engine.engine import Engine
-from llava.engine.loading import load_engine
-from llava.engine.request import Completion, Handle, Request, SamplingParams, Statistics
+Fetched at first use, so that a program that only cleans text (`llava.engine.stopping`) does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from llava.engine.engine import Engine
+    from llava.engine.loading import load_engine
+    from llava.engine.request import Completion, Handle, Request, SamplingParams, Statistics
 
 __all__ = ["Completion", "Engine", "Handle", "Request", "SamplingParams", "Statistics", "load_engine"]
+
+_HOME: Final = MappingProxyType({**dict.fromkeys(__all__, "request"), "Engine": "engine", "load_engine": "loading"})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llava.engine' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"llava.engine.{_HOME[name]}"), name)

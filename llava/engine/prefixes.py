@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-MIN_SHARED = 16  # tokens: shorter pieces cost more in attention than they save
+MIN_SHARED = 8  # tokens: shorter pieces cost more in attention than they save
 
 Elements = tuple[int, ...]
 
