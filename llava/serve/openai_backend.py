@@ -6,11 +6,14 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final
 
 import httpx
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.engine.stopping import TextStream
 from llava.serve.backend import Answer, Piece
 from llava.serve.openai_prompt import parse
 from llava.serve.protocol import ErrorType, FinishReason, GenerateBody, Message, ModelInfo, ServeError, State
@@ -95,7 +98,7 @@ class OpenAIBackend:
         except BaseException:
             self.in_use -= 1
             raise
-        return Answer(_pieces(response), self._closer(response))
+        return Answer(_stopped_at(_stops(body), _pieces(response)), self._closer(response))
 
     def _request(self, body: GenerateBody, messages: list[dict[str, Any]]) -> dict[str, Any]:
         limit = self.info.max_new_tokens if self.info else body.max_new_tokens
@@ -110,8 +113,7 @@ class OpenAIBackend:
         }
         if body.seed is not None:
             request["seed"] = body.seed
-        # A template's own end token is the engine's business; OpenAI's servers take four stops.
-        stops = [text for text in body.stop if not (text.startswith("<") and text.endswith(">"))][:4]
+        stops = _stops(body)[:4]  # OpenAI's servers take no more
         return {**request, "stop": stops} if stops else request
 
     def _closer(self, response: httpx.Response) -> Callable[[], None]:
@@ -126,6 +128,11 @@ class OpenAIBackend:
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
         return close
+
+
+def _stops(body: GenerateBody) -> list[str]:
+    """What ends the answer, save a template's own end token, which is the engine's business."""
+    return [text for text in body.stop if not (text.startswith("<") and text.endswith(">"))]
 
 
 def _with_images(messages: list[Message], images: list[str], max_images: int) -> list[dict[str, Any]]:
@@ -197,6 +204,22 @@ async def _pieces(response: httpx.Response) -> AsyncGenerator[Piece, None]:
     if reason is None:
         raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The engine behind this worker broke off.")
     yield Piece("", reason, usage)
+
+
+async def _stopped_at(stops: list[str], pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+    """`pieces` up to the first stop string, for engines that take `stop` and do not heed it."""
+    text = TextStream(stops)
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if not stops:
+                yield piece
+                continue
+            shown = text.push(piece.text, final=piece.finish_reason is not None)
+            if text.stopped:
+                yield Piece(shown, "stop", piece.usage)
+                return
+            if shown or not piece.text:
+                yield replace(piece, text=shown)
 
 
 def _read_event(

@@ -184,6 +184,18 @@ def test_the_api_serves_workers_that_only_send_whole_texts() -> None:
         assert failed.endswith("data: [DONE]\n\n")
 
 
+def test_stop_strings_hold_behind_an_engine_that_does_not_heed_them() -> None:
+    models = http_reply(json.dumps({"data": [{"id": "big"}]}).encode())
+    words = [{"choices": [{"delta": {"content": text}}]} for text in ("one ", "two. ", "EN", "D three")]
+    end: dict[str, Any] = {"choices": [{"delta": {}, "finish_reason": "length"}], "usage": {"completion_tokens": 9}}
+    with decoy(models) as engine, adapter(f"{engine.url}/v1") as (url, worker):
+        engine.reply = upstream_reply(*words, end, "[DONE]")
+        for stop, answer, reason in ((["END", "</s>"], "one two.", "stop"), (["zzz"], "one two. END three", "length")):
+            frames = frames_of(generate(url, request_body("USER: x ASSISTANT:", stop=stop)))
+            assert (frames[-1]["text"], frames[-1]["finish_reason"]) == ("USER: x ASSISTANT:" + answer, reason)
+            until(lambda: worker.backend.in_use == 0)
+
+
 def test_a_scheduler_that_stops_leaves_nobody_waiting() -> None:
     async def scene() -> str:
         engine = StubEngine(pause=0.001)
