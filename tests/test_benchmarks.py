@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import agreement, decode, run
+from benchmarks import agreement, decode, run, soak, soak_requests
 from benchmarks import eval as evaluation
+from tests.serve.stubs import StubEngine, live_controller, live_worker, until
+from tests.tiny import CHAT
 
 
 @pytest.mark.slow
@@ -48,3 +54,41 @@ def test_both_ways_answer_every_shape_alike(capsys: pytest.CaptureFixture[str]) 
 def test_one_stream_says_the_same_both_ways(tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert decode.main([str(tiny_dirs["base"]), "--turns", "1", "--tokens", "4", "--quick"]) == 0
     assert "| float32 (same tokens) |" in capsys.readouterr().out
+
+
+def test_a_soak_knows_a_last_frame_from_two_and_from_none() -> None:
+    """Replies as a server might send them, and what is said of them."""
+
+    def judged(content: bytes, end: bytes = b"0\r\n\r\n", **more: Any) -> soak_requests.Outcome:
+        head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+        call = soak_requests.Call("whole", more.get("path", soak_requests.STREAM), b"")
+        return soak_requests.judge(call, head + b"%x\r\n%s\r\n" % (len(content), content) + end)
+
+    frame, last = b'{"text": "a", "error_code": 0}\0', b'{"text": "a", "error_code": 0, "finish_reason": "stop"}\0'
+    assert judged(frame + last) == soak_requests.Outcome("answered")
+    assert judged(frame).word == judged(frame + last, end=b"").word == "broken"
+    assert judged(last + last).fault == judged(last + frame).fault == "2 final frames"
+    event, done = b'data: {"choices": [{"finish_reason": "stop"}]}\n\n', b"data: [DONE]\n\n"
+    assert judged(event + done, path=soak_requests.API) == soak_requests.Outcome("answered")
+    assert judged(event + event + done, path=soak_requests.API).fault == "2 final frames"
+    assert judged(event, path=soak_requests.API).word == "broken"
+
+
+def test_a_soak_finds_what_leaked() -> None:
+    before = soak.State(0, 9, 20, 300.0)
+    assert soak.State(0, 9, 20, 300.0).leaks(before) == []
+    assert soak.State(1, 59, 30, 400.0).leaks(before) == ["1 slots", "50 threads", "10 files", "100.0 MiB"]
+    assert soak.State.of(os.getpid(), "").threads >= threading.active_count()
+
+
+def test_everything_malformed_in_a_soak_is_refused() -> None:
+    engine = StubEngine(context=2048)
+    with live_controller() as controller, live_worker(engine, controller=controller.url, name=CHAT) as worker:
+        until(lambda: controller.registry.models() == [CHAT])
+        draw = soak_requests.Draw(0)
+        for path in (soak_requests.STREAM, soak_requests.API):
+            for wrong in soak_requests.WRONG:
+                outcome = asyncio.run(soak_requests.send(controller.url, draw.wrong(path, *wrong)))
+                assert outcome.word.startswith("refused 4") and not outcome.fault, (wrong[0], outcome)
+        good = soak_requests.Call("whole", soak_requests.STREAM, draw.body(soak_requests.STREAM, long=False))
+        assert asyncio.run(soak_requests.send(worker.url, good)) == soak_requests.Outcome("answered")

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -117,7 +118,7 @@ class LocalModel:
         self._loaded: Loaded | None = None
         self._load_failed = False
         self._loading: asyncio.Task[None] | None = None
-        self._decoding = asyncio.Semaphore(2)  # pictures decoded at a time: each may take 100 MB
+        self._preparing = ThreadPoolExecutor(2, "prepare")  # a picture may take 100 MB while it is decoded
 
     @property
     def state(self) -> State:
@@ -153,6 +154,7 @@ class LocalModel:
             self._loading.cancel()
         if self.scheduler is not None:
             await self.scheduler.stop()
+        self._preparing.shutdown(wait=False, cancel_futures=True)
 
     async def open(self, body: GenerateBody) -> Answer:
         if self.scheduler is None or self._loaded is None:
@@ -192,16 +194,18 @@ class LocalModel:
             seed=body.seed,
             stop=tuple(body.stop),
         )
-        ids = await asyncio.to_thread(loaded.tokenize, prompt)
-        return Request(ids, [await self._decode(image, loaded.pixels) for image in body.images], params)
+        loop = asyncio.get_running_loop()
 
-    async def _decode(self, image: str, pixels: Callable[[Image.Image], ImageInput]) -> ImageInput:
-        """A picture as the tower takes it: while it waits for its turn, its own size costs nothing."""
-        async with self._decoding:
-            try:
-                return await asyncio.to_thread(lambda: pixels(load_image_from_base64(image, IMAGE_LIMITS)))
-            except ImageError as error:
-                raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
+        def picture(image: str) -> ImageInput:
+            """As the tower takes it: while it waits for its turn, the size it was sent in costs nothing."""
+            return loaded.pixels(load_image_from_base64(image, IMAGE_LIMITS))
+
+        try:
+            ids = await loop.run_in_executor(self._preparing, loaded.tokenize, prompt)
+            pictures = [await loop.run_in_executor(self._preparing, picture, image) for image in body.images]
+        except ImageError as error:
+            raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
+        return Request(ids, pictures, params)
 
     async def _follow(self, ticket: Ticket, image_tokens: int) -> AsyncGenerator[Piece, None]:
         """Pieces as they come, an empty one every `keep_alive` seconds of silence, and the two deadlines."""

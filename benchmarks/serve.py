@@ -1,0 +1,198 @@
+"""Serving as many clients see it, against the reference's way: `python -m benchmarks.serve [--quick]`.
+
+Both are processes with the same float32 weights, asked over HTTP by the same clients. Ours is the real model worker;
+the reference's way is benchmarks/serve_reference.py, with as many threads for a product as suit it best. Answers have
+a fixed length. Exit status 1 when answers differ or a target of issue 6 is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from benchmarks.eval import QUICK
+from benchmarks.serve_client import Clients, Seen, body, photo, prompt, question, rate
+from benchmarks.synthetic import Size, make_checkpoint
+from tests.serve.programs import program
+from tests.serve.stubs import get, until
+
+CLIENTS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is asked."""
+
+    size: Size
+    tokens: int = 128  # of an answer
+    conversations: int = 5
+    short: int = 32  # tokens of an answer under overload
+    limit: int = 8  # places, and as many that wait
+    arrivals: int = 100
+
+
+FULL = Plan(Size())
+SMALL = Plan(QUICK, tokens=4, conversations=1, short=2, limit=2, arrivals=8)
+
+
+def make_chat(root: Path, size: Size) -> Path:
+    """The model of `benchmarks.eval`, which never ends an answer by itself and says whole words only."""
+    chat = make_checkpoint(root, size)
+    tokenizer = AutoTokenizer.from_pretrained(chat, use_fast=False)
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    silent = [at for at, piece in enumerate(pieces) if piece.startswith("<") or not piece.strip("▁")]
+    state = load_file(chat / "model.safetensors")
+    state["lm_head.weight"][torch.tensor(silent)] = 0
+    save_file(state, chat / "model.safetensors", {"format": "pt"})
+    return chat
+
+
+@contextmanager
+def serving(module: str, *words: str, threads: int | None = None) -> Iterator[Clients]:
+    """A worker in a process of its own, warmed up by one request."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAVA_")}
+    environment |= {"NO_PROXY": "*", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with program(environment, module, *words) as running:
+        if module == "model_worker":
+            until(lambda: get(running.url, "/ready").status_code == 200, 300)
+        clients = Clients(running.url)
+        asyncio.run(clients.ask(body(prompt(question(900), None), photo(900), 2)))
+        yield clients
+
+
+def ours(chat: Path, limit: int, queue: int | None = None) -> tuple[str, ...]:
+    words = ("--no-register", "--port", "0", "--device", "cpu", "--model-path", str(chat))
+    return ("model_worker", *words, "--limit-model-concurrency", str(limit), "--queue-limit", str(queue or 8 * limit))
+
+
+def distinct(tokens: int) -> list[dict[str, object]]:
+    return [body(prompt(question(n), None), photo(n), tokens) for n in range(CLIENTS)]
+
+
+def one_picture(tokens: int) -> list[dict[str, object]]:
+    return [body(prompt(question(100 + n), None), photo(100), tokens) for n in range(CLIENTS)]
+
+
+def second_turns(clients: Clients, plan: Plan, first: int) -> tuple[float, float]:
+    """Median seconds to the first text of first and second turns, each client alone."""
+
+    async def converse(number: int) -> tuple[Seen, Seen]:
+        image = photo(first + number)
+        begun = await clients.ask(body(prompt(question(number), None), image, plan.short))
+        again = prompt(question(number), begun.text, question(number + 50), None)
+        return begun, await clients.ask(body(again, image, plan.short))
+
+    turns = [asyncio.run(converse(number)) for number in range(plan.conversations)]
+    return statistics.median(t[0].first for t in turns), statistics.median(t[1].first for t in turns)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one way: answers and tokens a second for distinct pictures and for one, seconds of first and second turns."""
+
+    answers: list[str]
+    distinct: float
+    one: float
+    turns: tuple[float, float]
+
+
+def measure(clients: Clients, plan: Plan) -> Measured:
+    apart = asyncio.run(clients.together(distinct(plan.tokens)))
+    same = asyncio.run(clients.together(one_picture(plan.tokens)))
+    for seen in (*apart, *same):
+        assert seen.status == 200 and seen.tokens in (None, plan.tokens), seen
+    turns = second_turns(clients, plan, 200)
+    return Measured([seen.text for seen in (*apart, *same)], rate(apart, plan.tokens), rate(same, plan.tokens), turns)
+
+
+def best_threads(chat: Path, plan: Plan) -> int:
+    """With how many threads for a product the reference's way is fastest, its five requests sharing the cores."""
+    rates = {}
+    for threads in {1, os.cpu_count() or 1}:
+        with serving("benchmarks.serve_reference", str(chat), threads=threads) as clients:
+            rates[threads] = rate(asyncio.run(clients.together(distinct(plan.short)[:5])), plan.short)
+    return max(rates, key=lambda threads: rates[threads])
+
+
+def overload(chat: Path, plan: Plan) -> tuple[list[Seen], float, float]:
+    """What arrives at twice the rate that can be served: replies, that rate, and the bound of the wait in seconds."""
+    contents = [body(prompt(question(n), None), photo(300 + n), plan.short) for n in range(plan.arrivals)]
+    with serving(*ours(chat, plan.limit, plan.limit)) as clients:
+        known = [body(prompt(question(n), None), photo(500 + n), plan.short) for n in range(2 * plan.limit)]
+        capacity = rate(asyncio.run(clients.together(known)), 1)
+        return asyncio.run(clients.arriving(contents, 2 * capacity)), capacity, 2 * plan.limit / capacity
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of them do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def report(plan: Plan, theirs: Measured, mine: Measured, threads: int) -> bool:
+    """Print the comparison; whether all targets are met."""
+    apart, same = mine.distinct / theirs.distinct, mine.one / theirs.one
+    first, second = mine.turns
+    alike = theirs.answers == mine.answers
+    print(f"{CLIENTS} clients, {plan.tokens} new tokens each ({'same' if alike else 'OTHER'} answers); "
+          f"the reference's way with {threads} threads a product")  # fmt: skip
+    print("| what | reference's way | ours | ours / reference's | wanted |\n|---|---|---|---|---|")
+    print(f"| {CLIENTS} clients, a picture each | {theirs.distinct:.1f} tokens/s | {mine.distinct:.1f} tokens/s "
+          f"| {apart:.1f} | >= 3 |")  # fmt: skip
+    print(f"| {CLIENTS} clients, one picture | {theirs.one:.1f} tokens/s | {mine.one:.1f} tokens/s "
+          f"| {same:.1f} | >= 6 |")  # fmt: skip
+    print(f"| first turn, time to the first text | {theirs.turns[0]:.3f} s | {first:.3f} s "
+          f"| {first / theirs.turns[0]:.2f} | |")  # fmt: skip
+    print(f"| second turn, time to the first text | {theirs.turns[1]:.3f} s | {second:.3f} s "
+          f"| {second / theirs.turns[1]:.2f} | |")  # fmt: skip
+    print(f"| second turn / first turn | {theirs.turns[1] / theirs.turns[0]:.2f} | {second / first:.2f} | | <= 0.2 |")
+    return alike and apart >= 3 and same >= 6 and second <= 0.2 * first
+
+
+def report_overload(plan: Plan, seen: Sequence[Seen], capacity: float, bound: float) -> bool:
+    """Print what happened to those who came too many; whether the targets are met."""
+    waits = [one.first for one in seen if one.status == 200]
+    refusals = [one.end for one in seen if one.status == 503]
+    print(f"{len(seen)} requests at {2 * capacity:.2f} a second, twice what is served; {plan.limit} places and as many "
+          f"that wait: {len(waits)} answered, {len(refusals)} refused")  # fmt: skip
+    late = quantile(waits, 0.95)
+    print(f"- time to the first text: median {statistics.median(waits):.2f} s, p95 {late:.2f} s, at most "
+          f"{max(waits):.2f} s; places and queue take {bound:.2f} s to serve")  # fmt: skip
+    if refusals:
+        print(f"- refusals: median {1000 * statistics.median(refusals):.1f} ms, p95 "
+              f"{1000 * quantile(refusals, 0.95):.1f} ms, at most {1000 * max(refusals):.1f} ms")  # fmt: skip
+    return len(waits) + len(refusals) == len(seen) and late <= bound and max(refusals, default=0.0) < 0.05
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small model: checks the benchmark, measures nothing")
+    parser.add_argument("--threads", type=int, help="of the reference's way (default: what suits it best)")
+    args = parser.parse_args(argv)
+    plan = SMALL if args.quick else FULL
+    with tempfile.TemporaryDirectory() as directory:
+        chat = make_chat(Path(directory), plan.size)
+        threads = args.threads or best_threads(chat, plan)
+        with serving("benchmarks.serve_reference", str(chat), threads=threads) as clients:
+            theirs = measure(clients, plan)
+        with serving(*ours(chat, CLIENTS)) as clients:
+            mine = measure(clients, plan)
+        met = report(plan, theirs, mine, threads)
+        met &= report_overload(plan, *overload(chat, plan))
+    return 0 if met or (args.quick and theirs.answers == mine.answers) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""Clients of a worker, and what they see: the time to the first text, to the last, the answer, or a refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from llava.conversation import conv_templates
+from llava.serve.http_app import STREAM_PATH
+from llava.serve.protocol import FrameReader
+from tests.tiny import CORPUS
+
+WORDS = CORPUS.replace("\n", " ").split()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request: seconds from its sending to the first text and to the end; `status` other than 200: refused."""
+
+    sent: float
+    first: float
+    end: float
+    text: str
+    tokens: int | None  # as the worker counts; the reference says nothing
+    status: int = 200
+
+
+def photo(number: int) -> str:
+    """A picture of 640x480, of its own: base64 of a JPEG."""
+    chance = np.random.default_rng(number)
+    small = Image.fromarray(chance.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    small.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def question(seed: int, words: int = 12) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words)) + "?"
+
+
+def prompt(*turns: str | None) -> str:
+    """Questions and answers in turn, the picture before the first question, the last answer open."""
+    conversation = conv_templates["v1"].copy()
+    for number, text in enumerate(turns):
+        conversation.append_message(conversation.roles[number % 2], f"<image>\n{text}" if number == 0 else text)
+    return conversation.get_prompt()
+
+
+def body(text: str, image: str, tokens: int) -> dict[str, Any]:
+    return {"prompt": text, "images": [image], "temperature": 0.0, "max_new_tokens": tokens}
+
+
+class Clients:
+    """Asks one worker. Every request has a connection of its own, as browsers behind a web page have."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    async def ask(self, content: dict[str, Any]) -> Seen:
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=None, limits=limits) as http:
+            sent = time.perf_counter()
+            async with http.stream("POST", self.url + STREAM_PATH, json=content) as reply:
+                reader, first, frame = FrameReader(), 0.0, dict[str, Any]()
+                async for data in reply.aiter_raw():
+                    for frame in reader.feed(data):
+                        if not first and len(frame["text"]) > len(content["prompt"]):
+                            first = time.perf_counter() - sent
+                end = time.perf_counter() - sent
+                text = frame["text"] if reply.status_code != 200 else frame["text"][len(content["prompt"]) :].strip()
+                tokens = frame.get("usage", {}).get("completion_tokens")
+                return Seen(sent, first, end, text, tokens, reply.status_code)
+
+    async def together(self, contents: Sequence[dict[str, Any]]) -> list[Seen]:
+        """All at once."""
+        return await asyncio.gather(*map(self.ask, contents))
+
+    async def arriving(self, contents: Sequence[dict[str, Any]], rate: float, seed: int = 0) -> list[Seen]:
+        """At random moments, `rate` a second, whether answered or not."""
+        chance, start, due, tasks = random.Random(seed), time.perf_counter(), 0.0, []
+        for content in contents:
+            due += chance.expovariate(rate)
+            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
+            tasks.append(asyncio.ensure_future(self.ask(content)))
+        return await asyncio.gather(*tasks)
+
+
+def rate(seen: Sequence[Seen], tokens: int) -> float:
+    """Tokens a second of requests sent together."""
+    start, end = min(one.sent for one in seen), max(one.sent + one.end for one in seen)
+    return len(seen) * tokens / (end - start)

@@ -1,0 +1,86 @@
+"""A worker as the reference serves: a thread a request, five at a time, each computing its whole prompt anew.
+
+    python -m benchmarks.serve_reference CHAT
+
+Written from its contract (spec/serve.md §4.5, §4.6), to measure against. It has the benefit of every doubt: no stop
+strings are looked for, no piece of text times out, and nothing reports to a controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from starlette.background import BackgroundTask
+from starlette.responses import StreamingResponse
+from transformers import TextIteratorStreamer
+
+from benchmarks.reference_way import use_reference_tower
+from llava.data.images import process_images
+from llava.mm_utils import load_image_from_base64, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.serve.http_app import STREAM_PATH
+from llava.serve.http_server import bind_socket, serve
+from llava.serve.protocol import encode_frame
+
+AT_ONCE = 5
+
+
+class Reference:
+    """The model, and one answer after the other as cumulative frames."""
+
+    def __init__(self, chat: Path) -> None:
+        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(chat, device="cpu")
+        use_reference_tower(self.model, self.model.config.mm_vision_tower, torch.float32)
+
+    def frames(self, body: dict[str, Any]) -> Iterator[bytes]:
+        """Runs in a thread of the server's pool, `generate` in another."""
+        pictures = [load_image_from_base64(image) for image in body["images"]]
+        ids = tokenizer_image_token(body["prompt"], self.tokenizer, return_tensors="pt").unsqueeze(0)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        values: dict[str, Any] = {"do_sample": False, "use_cache": True, "max_new_tokens": body["max_new_tokens"]}
+        if pictures:
+            values["images"] = process_images(pictures, self.processor, self.model.config)
+
+        def generate() -> None:
+            with torch.inference_mode():
+                self.model.generate(ids, streamer=streamer, **values)
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        text = body["prompt"]
+        for piece in streamer:
+            text += piece
+            yield encode_frame({"text": text, "error_code": 0})
+        thread.join()
+
+
+def make_app(reference: Reference) -> FastAPI:
+    app, semaphore = FastAPI(), asyncio.Semaphore(AT_ONCE)
+
+    async def release() -> None:
+        semaphore.release()
+
+    @app.post(STREAM_PATH)
+    async def generate(request: Request) -> StreamingResponse:
+        body = await request.json()
+        await semaphore.acquire()
+        return StreamingResponse(reference.frames(body), background=BackgroundTask(release))
+
+    return app
+
+
+async def _stop() -> None:
+    """Nothing to finish."""
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)  # where it listens goes to stderr
+    raise SystemExit(serve(make_app(Reference(Path(sys.argv[1]))), bind_socket("127.0.0.1", 0), _stop))

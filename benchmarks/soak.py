@@ -1,0 +1,326 @@
+"""Good, abandoned and malformed requests against real processes, two of them killed on the way, and what that leaks.
+
+    python -m benchmarks.soak --minutes 30 --requests 2000
+
+A controller and two workers on the tests' tiny model. A third of the requests is answered, a third hangs up at a random
+point, a third is malformed; one worker and the controller are killed (SIGKILL) with streams running, and started again.
+Compared are slots, threads, open files and memory of every process, idle before and idle after. Exit status 1 when
+something leaked, when an accepted request did not end in exactly one last frame, or when anything answered with 500.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import signal
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.soak_requests import API, PATIENCE, STREAM, Call, Draw, Kind, Outcome, send
+from tests.serve.programs import Program, program
+from tests.tiny import make_all
+
+KINDS: tuple[Kind, ...] = ("whole", "cancelled", "malformed")
+LARGEST_BURST = 12
+QUIET_SECONDS = 17.0  # a server closes an idle connection after 15
+FILES, MIB = 2, 8.0  # open connections and resident pages differ a little from one idle moment to the next
+POOL = min(32, (os.cpu_count() or 1) + 4)  # threads that asyncio makes as it comes to need them, and keeps
+# Freed memory goes back to the system at once, so that what is resident is what is held.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+
+
+@dataclass(frozen=True)
+class State:
+    """What a process holds."""
+
+    slots: float
+    threads: int
+    files: int
+    mib: float
+
+    @classmethod
+    def of(cls, pid: int, url: str) -> State:
+        proc = Path(f"/proc/{pid}")
+        threads = re.search(r"Threads:\s*(\d+)", (proc / "status").read_text())
+        assert threads is not None
+        pages = int((proc / "statm").read_text().split()[1])
+        page = os.sysconf("SC_PAGE_SIZE")
+        taken = slots(url) if url else 0
+        return cls(taken, int(threads[1]), len(list((proc / "fd").iterdir())), pages * page / 2**20)
+
+    def leaks(self, before: State) -> list[str]:
+        """What is held beyond `before`."""
+        return [
+            *([f"{self.slots:g} slots"] if self.slots else []),
+            *([f"{self.threads - before.threads} threads"] if self.threads > before.threads + POOL else []),
+            *([f"{self.files - before.files} files"] if self.files > before.files + FILES else []),
+            *([f"{self.mib - before.mib:.1f} MiB"] if self.mib > before.mib + MIB else []),
+        ]
+
+
+def metrics(url: str) -> str:
+    """The text of `/metrics`."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{url}/metrics", timeout=300) as reply:
+        return str(reply.read().decode())
+
+
+def slots(url: str) -> float:
+    """Places taken: requests in a worker, streams in a controller."""
+    found = re.findall(r"^llava_(?:requests_in_use|requests_running|streams) (\S+)", metrics(url), re.MULTILINE)
+    assert found
+    return sum(map(float, found))
+
+
+@dataclass
+class Part:
+    """One of the three processes; started again after a kill, with the same port."""
+
+    name: str
+    module: str
+    words: list[str]
+    environment: dict[str, str]
+    url: str = ""
+    lives: int = 0  # how often it was killed
+    up: bool = False
+    before: State | None = None
+    logs: list[str] = field(default_factory=list)
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _program: Program | None = None
+
+    @property
+    def program(self) -> Program:
+        assert self._program is not None
+        return self._program
+
+    def start(self) -> None:
+        port = self.url.rpartition(":")[2] or "0"
+        made = program(self.environment, self.module, *self.words, "--port", port)
+        self._program = self._stack.enter_context(made)
+        self.url = self.program.url
+        self.up = True
+
+    def kill(self) -> None:
+        """As the system does when memory runs out."""
+        self.lives, self.up = self.lives + 1, False
+        self.program.stop(signal.SIGKILL)
+        self.close()
+
+    def close(self) -> None:
+        if self._program is not None:
+            self._stack.close()
+            self.logs.append(self._program.text)
+            self._program = None
+
+    def state(self) -> State:
+        return State.of(self.program.process.pid, self.url)
+
+
+class Soak:
+    """The three processes and the accounts of what was sent to them."""
+
+    def __init__(self, chat: Path, seed: int) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAVA_")}
+        environment |= {
+            **MALLOC,
+            "OMP_NUM_THREADS": "1",
+            "NO_PROXY": "*",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        self.controller = Part("controller", "controller", [], environment)
+        words = ["--model-path", str(chat), "--device", "cpu", "--limit-model-concurrency", "4", "--queue-limit", "8"]
+        self.workers = [Part(f"worker {n}", "model_worker", list(words), environment) for n in (1, 2)]
+        self.draw, self.chance = Draw(seed), random.Random(seed)
+        self.accounts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        self.faults: list[str] = []
+        self._flying: set[asyncio.Task[None]] = set()
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.controller, *self.workers]
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self.controller.start)
+        for worker in self.workers:
+            worker.words += ["--controller", self.controller.url]
+        await asyncio.gather(*(asyncio.to_thread(worker.start) for worker in self.workers))
+        await self.listed()
+
+    async def listed(self) -> None:
+        """Until the controller has both workers, ready."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            ready = re.search(r"^llava_workers (\S+)", await asyncio.to_thread(metrics, self.controller.url), re.M)
+            if ready is not None and float(ready[1]) == len(self.workers) and await self._answer() == len(self.workers):
+                return
+            assert time.monotonic() < deadline, "the workers are not listed in time"
+            await asyncio.sleep(0.2)
+
+    async def _answer(self) -> int:
+        """How many workers answer."""
+        call = Call("whole", STREAM, self.draw.body(STREAM, long=False))
+        outcomes = [await send(worker.url, call) for worker in self.workers]
+        return sum(outcome.word == "answered" for outcome in outcomes)
+
+    def fly(self, call: Call, part: Part) -> None:
+        """Send without waiting."""
+        task = asyncio.ensure_future(self._send(call, part))
+        self._flying.add(task)
+        task.add_done_callback(self._flying.discard)
+
+    async def landed(self) -> None:
+        while self._flying:
+            await asyncio.gather(*self._flying)
+
+    async def _send(self, call: Call, part: Part) -> None:
+        lives, down = part.lives, not part.up
+        outcome = await send(part.url, call)
+        if outcome.word in ("broken", "unreachable") and (down or part.lives != lives):
+            outcome = Outcome("cut by the kill")  # of the process it was connected to: nobody is left to end it
+        self.accounts[call.kind][outcome.word] += 1
+        if outcome.word == "unreachable" or outcome.fault:
+            self.faults.append(f"{part.name}: {call.kind} {call.what}: {outcome.fault or outcome.word}")
+
+    def random_call(self, number: int) -> tuple[Call, Part]:
+        """Two thirds through the controller, half of them by OpenAI's protocol; the rest straight to a worker."""
+        kind = KINDS[number % len(KINDS)]
+        part = self.chance.choice((self.controller, self.controller, self.workers[number % 2]))
+        path = API if part is self.controller and self.chance.random() < 0.5 else STREAM
+        return self.draw.call(kind, path), part
+
+    async def load(self, first: int, count: int, seconds: float) -> None:
+        """`count` requests in bursts, spread over `seconds`."""
+        start, sent = time.monotonic(), 0
+        while sent < count:
+            burst = min(self.chance.randint(1, LARGEST_BURST), count - sent)
+            for number in range(first + sent, first + sent + burst):
+                self.fly(*self.random_call(number))
+            sent += burst
+            if sent // 100 > (sent - burst) // 100:
+                self.say("running")
+            await asyncio.sleep(max(0.0, start + seconds * sent / count - time.monotonic()))
+        await self.landed()
+
+    async def warm(self, part: Part) -> None:
+        """Every kind of request, several at a time, so that pools and caches are what they will be."""
+        for round_ in range(24):
+            for number in range(6):
+                path = API if part is self.controller and round_ % 2 else STREAM
+                self.fly(self.draw.call(KINDS[(number + round_) % len(KINDS)], path), part)
+            await self.landed()
+
+    async def quiet(self) -> None:
+        """Until nothing runs and what may close has closed."""
+        for _ in range(2):  # the second time, connections that the first found closed are dropped
+            await asyncio.sleep(QUIET_SECONDS)
+            await self._send(Call("whole", STREAM, self.draw.body(STREAM, long=False)), self.controller)
+        deadline = time.monotonic() + 60
+        while sum(slots(part.url) for part in self.parts) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(QUIET_SECONDS)
+
+    async def note(self, parts: Sequence[Part]) -> None:
+        """Warm `parts` up and note what they hold."""
+        await asyncio.gather(*map(self.warm, parts))
+        await self.quiet()
+        for part in parts:
+            part.before = part.state()
+        self.say(f"noted {', '.join(part.name for part in parts)}")
+
+    async def kill(self, part: Part) -> None:
+        """Kill with streams running, and start again while requests go on."""
+        for _ in range(6):
+            self.fly(Call("whole", STREAM, self.draw.body(STREAM, long=True)), part)
+        while not await asyncio.to_thread(slots, part.url) and self._flying:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(part.kill)
+        await asyncio.to_thread(part.start)
+
+    async def run(self, requests: int, seconds: float) -> list[tuple[Part, State, State]]:
+        """The whole soak: state before and after of every process."""
+        await self.start()
+        self.say("started")
+        await self.note(self.parts)
+        third = requests // 3
+        for number, victim in enumerate((self.workers[1], self.controller)):
+            half = third // 2
+            await self.load(number * third, half, seconds * half / requests)
+            self.say(f"{victim.name} is killed")
+            killing = asyncio.ensure_future(self.kill(victim))
+            await self.load(number * third + half, third - half, seconds * (third - half) / requests)
+            await killing
+            await self.listed()
+            self.say(f"{victim.name} is back")
+            await self.note([victim])
+        await self.load(2 * third, requests - 2 * third, seconds * (requests - 2 * third) / requests)
+        await self.quiet()
+        return [(part, part.before, part.state()) for part in self.parts if part.before is not None]
+
+    def say(self, what: str) -> None:
+        """Where it stands, for who watches."""
+        answered = sum(map(Counter.total, self.accounts.values()))
+        held = [f"{State.of(part.program.process.pid, '').mib:.0f}" for part in self.parts if part.up]
+        print(f"{time.strftime('%H:%M:%S')} {what}; {answered} requests; {', '.join(held)} MiB", flush=True)
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+    def complaints(self) -> list[str]:
+        """What went wrong inside, as far as the processes say so."""
+        return [f"{part.name}: a traceback in its log" for part in self.parts if "Traceback" in "".join(part.logs)]
+
+
+def table(rows: Sequence[tuple[Part, State, State]]) -> str:
+    """What every process held, idle before and idle after."""
+    lines = ["| process | slots taken | threads | open files | resident memory |", "|---|---|---|---|---|"]
+    for part, before, after in rows:
+        lines.append(f"| {part.name} | {before.slots:g}, {after.slots:g} | {before.threads}, {after.threads} "
+                     f"| {before.files}, {after.files} | {before.mib:.1f} MiB, {after.mib:.1f} MiB |")  # fmt: skip
+    return "\n".join(lines)
+
+
+async def soak(chat: Path, args: argparse.Namespace) -> list[str]:
+    """Run it, print the figures; what is wrong."""
+    run = Soak(chat, args.seed)
+    start = time.monotonic()
+    try:
+        rows = await run.run(args.requests, 60 * args.minutes)
+    finally:
+        run.close()
+    print(f"{args.requests} requests and the warm-ups in {(time.monotonic() - start) / 60:.1f} minutes:")
+    for kind, words in run.accounts.items():
+        print(f"- {kind}: {words.total()}: " + ", ".join(f"{word} {count}" for word, count in sorted(words.items())))
+    print(table(rows))
+    leaks = [f"{part.name} leaked {leak}" for part, before, after in rows for leak in after.leaks(before)]
+    return [*leaks, *run.faults, *run.complaints()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=30, help="of load; starting and settling come on top")
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes go with this one
+    with tempfile.TemporaryDirectory() as directory:
+        wrong = asyncio.run(soak(make_all(Path(directory))["chat"], args))
+    for line in wrong:
+        print(f"WRONG: {line}")
+    print("Something leaked or went wrong." if wrong else "Nothing leaked; every accepted request ended in one frame.")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
