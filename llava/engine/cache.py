@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from llava.engine.attention import Shared
 from llava.engine.prefixes import Chain, Span, tokens_of
+from llava.engine.split import SplitLayers
 
 _SLACK = 64
 
@@ -25,7 +26,8 @@ class CacheSpec:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    device: torch.device
+    device: torch.device  # of the embeddings
+    layer_devices: tuple[torch.device, ...] = ()  # where they are not all that one
 
     @property
     def column_bytes(self) -> int:
@@ -34,8 +36,10 @@ class CacheSpec:
 
     def empty(self, rows: int, columns: int) -> Tensor:
         """(layers, 2, rows, kv_heads, columns, head_dim), to be written before it is read, also what masks hide."""
-        shape = (self.layers, 2, rows, self.kv_heads, columns, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        shape = (2, rows, self.kv_heads, columns, self.head_dim)
+        if self.layer_devices:
+            return cast(Tensor, SplitLayers.empty(self.layer_devices, shape, self.dtype))
+        return torch.empty((self.layers, *shape), dtype=self.dtype, device=self.device)
 
 
 class RowCache(Cache):
@@ -83,8 +87,7 @@ class RowCache(Cache):
         layer = self.data[layer_idx, :, : len(self.lengths)]  # (2, B, H, columns, D)
         layer[0, :, :, self.end : stop] = key_states
         layer[1, :, :, self.end : stop] = value_states
-        at = key_states.device  # of this layer; the buffer is on the first layer's
-        return layer[0, :, :, self.start : stop].to(at), layer[1, :, :, self.start : stop].to(at)
+        return layer[0, :, :, self.start : stop], layer[1, :, :, self.start : stop]
 
     def advance(self) -> None:
         """Commit one decode step."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.engine.cache import CacheSpec, RowCache
 from llava.engine.prefixes import Chain, tokens_of
@@ -24,6 +24,7 @@ class LanguageModel:
         self.model = model
         self.core = model.get_decoder()
         config = model.config
+        split = getattr(model, "hf_device_map", None)
         self.context_length = int(config.max_position_embeddings)
         self.spec = CacheSpec(
             layers=config.num_hidden_layers,
@@ -31,6 +32,7 @@ class LanguageModel:
             head_dim=config.hidden_size // config.num_attention_heads,
             dtype=model.dtype,
             device=model.device,
+            layer_devices=layer_devices(self.core, config.num_hidden_layers) if split else (),
         )
 
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -86,3 +88,9 @@ class LanguageModel:
         )
         states: Tensor = output.last_hidden_state
         return states
+
+
+def layer_devices(core: Any, count: int) -> tuple[torch.device, ...]:
+    """Where each of the decoder's `count` layers is."""
+    layers = next(part for part in core.children() if isinstance(part, nn.ModuleList) and len(part) == count)
+    return tuple(next(layer.parameters()).device for layer in layers)

@@ -72,8 +72,15 @@ def test_a_four_way_split_gives_the_same(
     params = SamplingParams(max_new_tokens=5)
     prompts = ["<image>\nWhat color?", "<image>\nWhat shape is it?", "Why?"]
     requests = [Request(prompt, [PIXELS[0]] * prompt.count("<image>"), params) for prompt in prompts]
-    answers = [[a.token_ids for a in Engine(m, tokenizer, processor).generate(requests)] for m in (split, alone)]
+    engines = [Engine(model, tokenizer, processor) for model in (split, alone)]
+    answers = [[answer.token_ids for answer in engine.generate(requests)] for engine in engines]
     assert answers[0] == answers[1]
+    layers = [next(layer.parameters()).device for layer in split.model.layers]
+    cache = engines[0].lm.spec.empty(3, 4)
+    assert [cache[layer, 0].device for layer in range(2)] == layers  # no step carries keys and values
+    assert cache.nbytes == engines[1].lm.spec.empty(3, 4).nbytes and cache.shape[0] == 2
+    with pytest.raises(IndexError, match="layer 2 of 2"):
+        cache[2, 0]
     for move in (split.cpu, split.half, lambda: split.to("cpu")):
         with pytest.raises(ConfigError, match=r"spread over xla:0, .*cannot be moved"):
             move()
@@ -91,10 +98,13 @@ def test_without_the_carriers_it_fails(tiny_dirs: dict[str, Path], pretended: No
 def test_mpt_and_its_tied_head(tiny_dirs: dict[str, Path], tmp_path: Path, pretended: None) -> None:
     chat = tiny.make_mpt_chat(tmp_path, tiny_dirs["tower"])
     alone = load(chat)
-    split = load_pretrained_model(chat, device="cpu", device_map=MPT_IN_ORDER)[1]
+    tokenizer, split, _, _ = load_pretrained_model(chat, device="cpu", device_map=MPT_IN_ORDER)
     assert {str(p.device) for p in split.parameters()} == {"xla:0", "xla:1", "xla:2"}
     torch.testing.assert_close(split(IDS, images=PIXELS).logits, alone(IDS, images=PIXELS).logits)
     assert torch.equal(answer(split), answer(alone))
+    requests = [Request(prompt, params=SamplingParams(max_new_tokens=5)) for prompt in ("Why?", "What is it?")]
+    answers = [[one.token_ids for one in Engine(m, tokenizer).generate(requests)] for m in (split, alone)]
+    assert answers[0] == answers[1]
 
 
 def budgets(*sizes: int) -> dict[torch.device, int]:

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -25,9 +26,9 @@ _SECONDS = 120
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled source; None where it is turned off or cannot be built, which is said once."""
+    """The compiled source; None where it is turned off or cannot be built, which is said once. Linux only so far."""
     compiler = find_compiler()
-    if os.environ.get("LLAVA_NATIVE", "1") == "0" or compiler is None:
+    if os.environ.get("LLAVA_NATIVE", "1") == "0" or sys.platform != "linux" or compiler is None:
         return None
     try:
         name = f"decode-{fingerprint(compiler)}.so"
