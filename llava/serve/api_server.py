@@ -12,8 +12,8 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -149,7 +149,7 @@ class Reply:
         self.request_id = request_id
         self.created = int(time.time())
         self.finish_reason: str | None = None
-        self.usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        self.usage: dict[str, Any] | None = None  # of a worker that does not tell
         self.outcome = ["cancelled"]
         self._shown = ""
 
@@ -165,18 +165,16 @@ class Reply:
                 if text:
                     yield text
                 if frame.get("finish_reason"):
-                    self._finish(frame)
+                    with _understood():
+                        self._finish(frame)
         self.finish_reason = self.finish_reason or "stop"
         self.outcome[0] = self.finish_reason
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
-        try:
+        with _understood():
             frame = json.loads(raw)
-            code = int(frame["error_code"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker sent something that is no frame.") from error
+            code, told = int(frame["error_code"]), dict(frame.get("error") or {})
         if code:
-            told = frame.get("error") or {}
             raise ServeError(ErrorType.from_wire(told.get("type")), str(told.get("message") or frame.get("text", "")))
         parsed: dict[str, Any] = frame
         return parsed
@@ -185,10 +183,12 @@ class Reply:
         reason = frame["finish_reason"]
         self.finish_reason = "length" if reason in ("length", "context_exceeded") else "stop"
         counts = {key: int(value) for key, value in (frame.get("usage") or {}).items()}
+        if not counts:
+            return
         prompt, completion = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
         self.usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         if "image_tokens" in counts:
-            self.usage["prompt_tokens_details"] = {"image_tokens": counts["image_tokens"]}  # type: ignore[assignment]
+            self.usage["prompt_tokens_details"] = {"image_tokens": counts["image_tokens"]}
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one object; raises `ServeError`."""
@@ -217,6 +217,15 @@ class Reply:
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
         return _event({**self._head("chat.completion.chunk"), "choices": [choice]})
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """What a worker sends may be anything."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker sent something that is no frame.") from error
 
 
 async def _closing(texts: AsyncGenerator[str, None]) -> AsyncIterator[str]:

@@ -169,6 +169,32 @@ def test_check_05_bad_worker_data_is_refused_and_harms_nobody(bad: dict[str, obj
             assert post(controller.url, "/get_worker_address", {"model": MODEL}).json()["address"] == good.url
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"[]",
+        b"{",
+        b'"x"',
+        b'{"text": 7}',
+        b'{"error_code": []}',
+        b'{"error_code": 1, "error": "x"}',
+        b'{"error_code": 1e999}',
+        b'{"text": "", "error_code": 0, "finish_reason": "stop", "usage": {"prompt_tokens": "x"}}',
+        b'{"text": "", "error_code": 0, "finish_reason": ["stop"], "usage": [1]}',
+        b"[" * 10_000,
+    ],
+    ids=lambda bad: bad[:60].decode(),
+)
+def test_check_05_bad_frames_are_one_error_of_the_api(bad: bytes) -> None:
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    with live_controller() as controller, decoy(http_reply(bad + b"\0")) as worker:
+        controller.registry.put(worker.url, True, status(), probed=True)
+        assert post(controller.url, "/v1/chat/completions", chat).status_code == 502
+        events = post(controller.url, "/v1/chat/completions", {**chat, "stream": True}).text.split("\n\n")
+        assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "worker_unavailable"
+        assert events[-2:] == ["data: [DONE]", ""]
+
+
 def status(model: str = MODEL, speed: float = 1, queue: float = 0) -> WorkerStatus:
     return WorkerStatus(model_names=[model], speed=speed, queue_length=queue)
 
