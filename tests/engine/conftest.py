@@ -38,6 +38,12 @@ def make_engine(parts: tuple[Any, Any, Any]) -> Callable[..., Engine]:
     return lambda **options: Engine(*parts, **options)
 
 
+@pytest.fixture(scope="session")
+def column_bytes(parts: tuple[Any, Any, Any]) -> int:
+    """Memory that one token's keys and values take."""
+    return Engine(*parts).lm.spec.column_bytes
+
+
 @pytest.fixture
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     return make_engine(max_batch_size=4)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava.engine import Engine, Handle, Request, SamplingParams, load_engine
+from llava.engine import Engine, Handle, Request, SamplingParams, load_engine, prefixes
 from llava.errors import RequestError
 from llava.model.builder import load_pretrained_model
 from tests.engine.conftest import Solo
@@ -25,6 +27,7 @@ from tests.engine.conftest import Solo
 PICTURES = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 TOKENS = st.integers(3, 383)
 MakeEngine = Callable[..., Engine]
+SEGMENT = prefixes.Segment
 
 
 @st.composite
@@ -40,24 +43,50 @@ def requests(draw: st.DrawFn) -> Request:
     return Request(ids, images, SamplingParams(max_new_tokens=draw(st.integers(1, 20))))
 
 
+def columns(request: Request, engine: Engine) -> int:
+    """Keys and values that a request may need, in tokens."""
+    length = len(request.prompt) + 15 * len(request.images)
+    return length + min(request.params.max_new_tokens, engine.lm.context_length - length)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_schedule_equals_one_at_a_time(make_engine: MakeEngine, solo: Solo, data: st.DataObject) -> None:
+def test_any_schedule_equals_one_at_a_time(
+    make_engine: MakeEngine, solo: Solo, column_bytes: int, data: st.DataObject
+) -> None:
+    """Whatever arrives when, is cancelled, fits or does not: the same tokens, within all budgets, nothing kept."""
+    room = data.draw(st.sampled_from([None, 25, 60, 110, 300]))  # in tokens; one request may need up to 118
+    budget = None if room is None else room * column_bytes
     engine = make_engine(
         max_batch_size=data.draw(st.integers(1, 6)),
         max_prefill_tokens=data.draw(st.sampled_from([1, 100, 8192])),
         cache_bytes=data.draw(st.sampled_from([0, 20_000, 2**29])),
+        kv_bytes=budget,
     )
+    stores = (engine.features.store, engine.prefiller.prefixes)
+    segments: WeakSet[prefixes.Segment] = WeakSet()
+
+    def remember(*parts: Any) -> prefixes.Segment:
+        segment = SEGMENT(*parts)
+        segments.add(segment)
+        return segment
+
     waiting = data.draw(st.lists(requests(), min_size=1, max_size=8))
     submitted = []
-    while waiting or any(not handle.done for _, handle in submitted):
-        for _ in range(data.draw(st.integers(0, 3))):
-            if waiting:
-                request = waiting.pop()
-                submitted.append((request, engine.submit(request)))
-        if submitted and data.draw(st.integers(0, 9)) == 0:
-            submitted[data.draw(st.integers(0, len(submitted) - 1))][1].cancel()
-        engine.step()
+    with mock.patch.object(prefixes, "Segment", remember):
+        while waiting or any(not handle.done for _, handle in submitted):
+            for _ in range(data.draw(st.integers(0, 3)) if waiting else 0):
+                request = waiting.pop() if waiting else None
+                if request is not None and room is not None and columns(request, engine) > room:
+                    with pytest.raises(RequestError, match="kv_bytes"):
+                        engine.submit(request)
+                elif request is not None:
+                    submitted.append((request, engine.submit(request)))
+            if submitted and data.draw(st.integers(0, 9)) == 0:
+                submitted[data.draw(st.integers(0, len(submitted) - 1))][1].cancel()
+            engine.step()
+            assert budget is None or engine.statistics().row_bytes <= budget
+            assert all(store.bytes <= store.budget for store in stores)
     for request, handle in submitted:
         expected = solo(request.prompt, request.images, request.params.max_new_tokens)
         answer = handle.result()
@@ -66,9 +95,9 @@ def test_any_schedule_equals_one_at_a_time(make_engine: MakeEngine, solo: Solo, 
         else:
             assert answer.token_ids == expected
             assert answer.finish_reason == ("stop" if expected[-1] == 2 else "length")
-    assert not engine.step() and engine._cache.lengths == []
-    for store in (engine.features.store, engine.prefiller.prefixes):
-        assert store.bytes <= store.budget
+    assert not engine.step() and engine._cache.lengths == [] and engine._cache.chains == []
+    assert set(segments) == set(engine.prefiller.prefixes._segments)  # what was evicted is gone with its last row
+    assert sum(part.data.nbytes for part in segments if part.data is not None) == engine.statistics().prefix_bytes
 
 
 @pytest.mark.golden
@@ -303,15 +332,16 @@ def test_the_next_turn_starts_behind_the_last(make_engine: MakeEngine, solo: Sol
     assert other.statistics().prefix_bytes == 0
 
 
-def test_rows_keep_to_their_budget_and_a_request_beyond_it_is_refused(make_engine: MakeEngine, solo: Solo) -> None:
-    column = make_engine().lm.spec.column_bytes
-    engine = make_engine(max_batch_size=8, kv_bytes=100 * column, cache_bytes=0)
+def test_rows_keep_to_their_budget_and_a_request_beyond_it_is_refused(
+    make_engine: MakeEngine, solo: Solo, column_bytes: int
+) -> None:
+    engine = make_engine(max_batch_size=8, kv_bytes=100 * column_bytes, cache_bytes=0)
     prompts = [[1, *range(300, 310 + n)] for n in range(6)]
     handles = [engine.submit(Request(ids, params=SamplingParams(20))) for ids in prompts]
     most = 0
     while engine.step():
         most = max(most, engine.running)
-        assert engine.statistics().row_bytes <= 100 * column
+        assert engine.statistics().row_bytes <= 100 * column_bytes
     assert most == 3  # the shortest three need 33 columns each at most
     assert [handle.result().token_ids for handle in handles] == [solo(ids, [], 20) for ids in prompts]
     with pytest.raises(RequestError, match="kv_bytes"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from llava.engine.request import SamplingParams
 from llava.errors import ConfigError, DataError
 from llava.eval import launch, merge
-from llava.eval.answers import AnswersWriter, lock, written_rows
+from llava.eval.answers import AnswersWriter, lock
 from llava.eval.manifest import manifest_path
 from llava.eval.questions import Question
 from llava.eval.runner import run
@@ -31,6 +32,7 @@ from llava.eval.shards import shard_path, shards_folder
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 from tests.test_package import ROOT
 
+KILLS = int(os.environ.get("LLAVA_KILLS", "1"))
 QUESTIONS = [Question(number // 2, f"question {number}", (f"{number % 3}.png",)) for number in range(13)]
 
 
@@ -246,9 +248,9 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
-def test_killed_shards_resumed_with_another_count(tiny_dirs: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
-    """`llava eval` in two processes is killed, and finished by one; torchrun's processes then find all done."""
+@pytest.fixture
+def gqa(tmp_path: Path, pictures: Path) -> Path:
+    """Forty questions in GQA's layout."""
     root = tmp_path / "gqa"
     rows = [{**row, "question_id": str(n)} for n, row in enumerate(question_rows(40))]
     (root / "data").mkdir(parents=True)
@@ -256,8 +258,33 @@ def test_killed_shards_resumed_with_another_count(tiny_dirs: dict[str, Path], pi
     write_jsonl(root / "llava_gqa_testdev_balanced.jsonl", rows)
     labels = {row["question_id"]: {"answer": "yes"} for row in rows}
     (root / "data" / "testdev_balanced_questions.json").write_text(json.dumps(labels))
+    return root
+
+
+def kill_when(process: subprocess.Popen[bytes], folder: Path, goal: int) -> int:
+    """Kill a run's processes once that many answers are in its files, or let it end; how many there are then."""
+
+    def written() -> int:  # once in the parts, and once more when they are merged
+        return min(40, sum(file.read_bytes().count(b"\n") for file in folder.rglob("*.jsonl")))
+
+    deadline = time.monotonic() + 600
+    while process.poll() is None and written() < goal:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return written()
+
+
+@pytest.mark.slow
+def test_killed_runs_resumed_with_another_count(tiny_dirs: dict[str, Path], gqa: Path, tmp_path: Path) -> None:
+    """`llava eval` in two processes is killed, and finished by one; torchrun's processes then find all done.
+
+    More rounds kill other counts at other points: `LLAVA_KILLS=20 python -m pytest -s -k killed_runs tests/eval`.
+    """
     flags = ["-m", "llava.eval.main", "--tasks", "gqa", "--model-path", str(tiny_dirs["chat"]), "--device", "cpu"]
-    flags += ["--max-new-tokens", "20", "--batch-size", "2", "--data-root", str(root), "--output-dir"]
+    flags += ["--max-new-tokens", "20", "--batch-size", "2", "--data-root", str(gqa), "--output-dir"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
 
@@ -267,22 +294,20 @@ def test_killed_shards_resumed_with_another_count(tiny_dirs: dict[str, Path], pi
         )
 
     assert start("whole").wait(500) == 0
-    process = start("killed", "--num-chunks", "2")
-    answers = tmp_path / "killed" / "gqa" / "answers.jsonl"
-    part = shard_path(shards_folder(answers), 0, 2)
-    deadline = time.monotonic() + 300
-    while not (part.is_file() and part.stat().st_size > 1000):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not answers.exists()
-    before = sum(len(written_rows(path)) for path in paths(part.parent, 2))
-    assert 0 < before < 40
-    assert start("killed").wait(500) == 0
-    assert answers.read_bytes() == (tmp_path / "whole" / "gqa" / "answers.jsonl").read_bytes()
-    assert json.loads(manifest_path(answers).read_text())["asked"] <= 40 - before
+    whole = (tmp_path / "whole" / "gqa" / "answers.jsonl").read_bytes()
+    choices = random.Random(7)
+    plan = [(2, 1, 8), *((*choices.sample([1, 2, 3, 4], 2), choices.randrange(40)) for _ in range(KILLS - 1))]
+    for number, (first, second, goal) in enumerate(plan):
+        output = f"killed {number}"
+        before = kill_when(start(output, "--num-chunks", str(first)), tmp_path / output, goal)
+        answers = tmp_path / output / "gqa" / "answers.jsonl"
+        status = start(output, "--num-chunks", str(second)).wait(500)
+        asked = json.loads(manifest_path(answers).read_text())["asked"]
+        print(f"{number}: {first} processes killed at {before} of 40 answers, {second} went on with {asked}: {status}")
+        assert status == 0 and answers.read_bytes() == whole and asked <= 40 - before
+        assert number or 0 < before < 40
+    answers = tmp_path / "killed 0" / "gqa" / "answers.jsonl"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     answers.unlink()
-    assert start("killed", program=torchrun).wait(500) == 0
-    assert answers.read_bytes() == (tmp_path / "whole" / "gqa" / "answers.jsonl").read_bytes()
+    assert start("killed 0", program=torchrun).wait(500) == 0
+    assert answers.read_bytes() == whole

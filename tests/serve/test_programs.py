@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +14,11 @@ import openai
 import pytest
 
 from llava.engine import Engine, Request, SamplingParams
+from llava.eval import main as evaluate
 from llava.serve.openai_prompt import render
 from llava.serve.openai_schema import ChatMessage
+from tests.eval.benchdata import BENCHMARKS
+from tests.eval.conftest import read_jsonl
 from tests.serve.programs import START, Program, program
 from tests.serve.stubs import b64, frames_of, generate, png, post, until
 
@@ -128,6 +133,27 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": [part]}])
 
 
+def test_llava_eval_asks_this_server_and_gets_the_answers_of_its_own_run(
+    stack: tuple[Program, Program], tiny_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights and the same questions: `--api-base` and `--model-path` write the same answers."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    tasks = ("gqa", "science_qa", "pope")
+    for folder, _, make in map(BENCHMARKS.__getitem__, tasks):
+        (tmp_path / folder).mkdir()
+        make(tmp_path / folder)
+    flags = ["--tasks", ",".join(tasks), "--eval-data", str(tmp_path), "--max-new-tokens", "12", "--output-dir"]
+
+    def answers(output: Path, *model: str) -> list[tuple[str, str]]:
+        assert evaluate.main([*flags, str(output), *model]) == 0
+        rows = [row for task in tasks for row in read_jsonl(output / task / "answers.jsonl")]
+        return [(row["question_id"], row["text"]) for row in rows]
+
+    asked = answers(tmp_path / "server", "--api-base", f"{stack[0].url}/v1")
+    assert asked == answers(tmp_path / "local", "--model-path", str(tiny_dirs["chat"]), "--device", "cpu")
+    assert len(asked) == 15 and len({text for _, text in asked}) > 2
+
+
 def test_every_part_is_watched(stack: tuple[Program, Program]) -> None:
     for part in stack:
         assert httpx.get(f"{part.url}/health", trust_env=False).status_code == 200
@@ -137,7 +163,7 @@ def test_every_part_is_watched(stack: tuple[Program, Program]) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_starts_first_is_listed_when_the_controller_comes_and_leaves_with_manners(
+def test_check_20_a_worker_comes_before_its_controller_and_leaves_when_its_answers_are_complete(
     environment: dict[str, str], tiny_dirs: dict[str, Path]
 ) -> None:
     with program(environment, "controller", "--port", "0") as first:
@@ -149,9 +175,28 @@ def test_a_worker_that_starts_first_is_listed_when_the_controller_comes_and_leav
         until(lambda: "next try" in worker.text, START)
         with program(environment, "controller", "--port", port) as controller:
             until(lambda: post(controller.url, "/list_models").json()["models"] == [NAME], START)
-            assert worker.stop() == 0
+            check_20(worker)
             assert post(controller.url, "/list_models").json()["models"] == []
             assert controller.stop(signal.SIGINT) == 0
+
+
+def check_20(worker: Program) -> None:
+    """SIGTERM while an answer runs: it goes on to its end, new requests get 503, then the process ends well."""
+    body = {"model": NAME, "prompt": "USER: go on ASSISTANT:", "max_new_tokens": 1024, "temperature": 1.0, "seed": 1}
+    address = worker.url
+    with httpx.stream("POST", f"{address}/worker_generate_stream", json=body, timeout=START) as running:
+        received = running.iter_raw()
+        first = next(received)
+        assert b"finish_reason" not in first
+        worker.process.send_signal(signal.SIGTERM)
+        until(lambda: "Stopping" in worker.text)
+        refused = generate(address, {**body, "max_new_tokens": 1})
+        assert (refused.status_code, frames_of(refused)[0]["error"]["type"]) == (503, "not_ready")
+        frames = [json.loads(frame) for frame in b"".join([first, *received]).split(b"\0") if frame]
+    assert frames[-1]["finish_reason"] in ("length", "stop")
+    assert worker.process.wait(START) == 0
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(worker.process.pid)], capture_output=True, check=False)
+    assert children.stdout == b""
 
 
 def test_a_port_that_is_taken_is_one_sentence(environment: dict[str, str], stack: tuple[Program, Program]) -> None:
