@@ -58,8 +58,8 @@ def browser() -> Iterator[Any]:
 class Page:
     """A loaded page and what a test does with it."""
 
-    def __init__(self, browser: Any, address: str, width: int = 1280, height: int = 900) -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": height})
+    def __init__(self, browser: Any, address: str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         self.page.set_default_timeout(PATIENCE)
         self.faults: list[str] = []
         self.elsewhere: list[str] = []
@@ -224,19 +224,33 @@ def test_models_come_and_go_without_a_reload(page: Page, service: FakeService) -
     assert service.requests[0]["model"] == "gamma"
 
 
+SHOTS = os.environ.get("LLAVA_SCREENSHOTS")
+LOOKS = [(1280, 900, "light"), (390, 844, "light"), (1280, 900, "dark"), (390, 844, "dark")]
+ANSWER = ["Five points **fall** from left to right:\n\n", "1. the first at 9\n2. the last at 2\n\n", "`y = 10 - 1.6 x`"]
+
+
 @pytest.mark.usefixtures("afresh")
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_the_page_fits(width: int, height: int, browser: Any, site: str, tmp_path: Path) -> None:
-    """Nothing is cut off or scrolls sideways; set LLAVA_SCREENSHOTS to a folder to look at the pictures."""
-    other = Page(browser, site, width, height)
-    other.ask("A rather long question about the picture, with more words than one line of a telephone can hold?")
-    other.sees("A red circle.")
-    for tab in ("Chat", "Compare two models"):
+@pytest.mark.parametrize(("width", "height", "scheme"), LOOKS if SHOTS else LOOKS[:2])
+def test_the_page_fits(
+    width: int, height: int, scheme: str, browser: Any, site: str, service: FakeService, tmp_path: Path
+) -> None:
+    """Nothing is cut off or scrolls sideways. To look at it, light and dark: LLAVA_SCREENSHOTS=FOLDER."""
+    (chart, _), *_ = draw_all(tmp_path)
+    service.answers["alpha"] = ANSWER
+    other = Page(browser, site, width, height, scheme)
+    for view, box, pictures, tab in (
+        ("chatbot", "message", "picture_box", "Chat"),
+        ("chatbot_left", "compare_message", "compare_pictures", "Compare two models"),
+    ):
         other.page.get_by_role("tab", name=tab).click()
+        other.page.set_input_files(f"#{pictures} input[type=file]", chart)
+        other.expect(f"#{pictures} img").to_be_visible(timeout=PATIENCE)
+        other.ask("A rather long question about the picture, with more words than one line of a phone can hold?", box)
+        other.sees("the last at 2", view)
         assert other.page.evaluate("document.documentElement.scrollWidth") <= width
         cut = """() => [...document.querySelectorAll('button, label, input, textarea')].filter(
             e => e.offsetParent && e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80))"""
         assert other.page.evaluate(cut) == []
-        folder = Path(os.environ.get("LLAVA_SCREENSHOTS", tmp_path))
-        other.page.screenshot(path=folder / f"{tab.split()[0].lower()}-{width}.png", full_page=True)
+        if SHOTS:
+            other.page.screenshot(path=Path(SHOTS) / f"{tab.split()[0].lower()}-{width}-{scheme}.png", full_page=True)
     other.close()

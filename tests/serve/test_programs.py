@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from llava.serve.openai_prompt import render
 from llava.serve.openai_schema import ChatMessage
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import read_jsonl
-from tests.serve.programs import START, Program, program
+from tests.serve.programs import START, Program, alive, children, program
 from tests.serve.stubs import b64, frames_of, generate, png, post, until
 
 NAME = "internvl-chat-tiny"
@@ -188,6 +187,7 @@ def check_20(worker: Program) -> None:
         received = running.iter_raw()
         first = next(received)
         assert b"finish_reason" not in first
+        started = children(worker.process.pid)
         worker.process.send_signal(signal.SIGTERM)
         until(lambda: "Stopping" in worker.text)
         refused = generate(address, {**body, "max_new_tokens": 1})
@@ -195,8 +195,7 @@ def check_20(worker: Program) -> None:
         frames = [json.loads(frame) for frame in b"".join([first, *received]).split(b"\0") if frame]
     assert frames[-1]["finish_reason"] in ("length", "stop")
     assert worker.process.wait(START) == 0
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(worker.process.pid)], capture_output=True, check=False)
-    assert children.stdout == b""
+    until(lambda: not any(map(alive, started)))
 
 
 def test_a_port_that_is_taken_is_one_sentence(environment: dict[str, str], stack: tuple[Program, Program]) -> None:

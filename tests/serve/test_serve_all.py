@@ -21,18 +21,8 @@ from llava.serve import serve_all
 from llava.serve.part import Part, PartError
 from llava.serve.serve_all import Stack, build_parser, listed, web_arguments
 from tests.serve.fake_service import FakeService
+from tests.serve.programs import alive, children
 from tests.serve.stubs import until
-
-
-def alive(pid: int) -> bool:
-    """Whether a process still runs; one that has ended and that nobody has waited for does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return state.stdout.strip()[:1] not in ("", "Z")
-
 
 # --- which part -----------------------------------------------------------------------------------------------------
 
@@ -189,11 +179,6 @@ def stack(
     assert process.stdout is not None
     process.stdout.close()
     log.close()
-
-
-def children(pid: int) -> list[int]:
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in listing.stdout.split()]
 
 
 @pytest.mark.slow
