@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llava.engine.request import SamplingParams
 from llava.eval import main as evaluate
-from llava.eval.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, read_science_questions
+from llava.eval.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question, read_science_questions
+from llava.eval.runner import run as answer_all
+from llava.eval.settings import Asked, RunSettings
+from llava.eval.shards import shard_path, shards_folder
 from llava.eval.tasks import TASKS, make_task, make_tasks
 from tests.eval.benchdata import ASK, BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
@@ -64,12 +68,56 @@ def test_all_answers_and_a_score_each(name: str, run: Path, data: Path) -> None:
     assert (score["headline"] is None) == server_scored
     assert server_scored <= ("upload" in score)
     task = make_task(name, data / folder)
-    if name not in ("llava_bench", "llava_bench_coco", "mm_vet"):
-        write_jsonl(run / "short.jsonl", rows[:-1])
-        with pytest.raises(ValueError, match=r"not scored\. The first without an answer is question"):
-            task.score(run / "short.jsonl")
     truths = task.truths(rows)
     assert len(truths) == count and all(truths) != server_scored
+
+
+class Yes:
+    """A model that says yes."""
+
+    batch_size = 4
+
+    def identity(self, settings: RunSettings) -> dict[str, Any]:
+        return {"checkpoint": "yes"}
+
+    def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
+        return ((position, "yes", None) for position in order)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_dead_shard_or_a_missing_answer_is_named_and_nothing_is_scored(
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.eval.tasks.easy_vqa.package_data", lambda: data / "easy_vqa")
+    questions = make_task(name, data / BENCHMARKS[name][0]).questions()
+    answers = tmp_path / name / "answers.jsonl"
+    dead = shard_path(shards_folder(answers), 1, 2)
+    flags = ["--tasks", name, "--eval-data", str(data), "--output-dir", str(tmp_path), "--score-only"]
+
+    def refused(*more: str) -> str:
+        assert evaluate.main([*flags, "--model-path", "yes", *more]) == 2
+        assert not (tmp_path / name / "score.json").exists()
+        return capsys.readouterr().err
+
+    for index in (0, 1):
+        settings = RunSettings("yes", "yes", "", SamplingParams(4), chunk=(index, 2))
+        answer_all(Yes(), questions, shard_path(shards_folder(answers), index, 2), settings)
+    rows = read_jsonl(dead)
+    write_jsonl(dead, rows[1:])
+    assert f"{name}: Shard 1 of 2" in (said := refused("--num-chunks", "2")) and f"has {len(rows) - 1} of" in said
+    dead.unlink()
+    assert f"{name}: Shard 1 of 2" in (said := refused("--num-chunks", "2")) and "is missing" in said
+    assert not answers.exists()
+    answer_all(Yes(), questions, answers, RunSettings("yes", "yes", "", SamplingParams(4)))
+    rows = read_jsonl(answers)
+    write_jsonl(answers, rows[:-1])
+    assert f"question {questions[-1].question_id!r}" in refused()
+    write_jsonl(answers, rows[1:])
+    assert f"line 1 answers question {rows[1]['question_id']!r}" in refused()
+    write_jsonl(answers, [*rows[:-1], {**rows[-1], "text": "", "metadata": {"error": "too long"}}])
+    assert f"1 of them failed; not scored. The first without an answer is question {questions[-1].question_id!r}" in (
+        refused()
+    )
 
 
 def test_uploads_are_written(run: Path) -> None:
