@@ -44,7 +44,7 @@ def photo(number: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def question(seed: int, words: int = 12) -> str:
+def question(seed: int, words: int = 5) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=words)) + "?"
 
 

@@ -14,20 +14,17 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
-from llava.data.images import ImageLimits, preprocess_image
-from llava.engine.pictures import ImageInput
+from llava.data.images import preprocess_image
+from llava.engine.pictures import ImageInput, Picture
 from llava.engine.request import Completion, Request, SamplingParams
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
-from llava.mm_utils import load_image_from_base64, tokenizer_image_token
 from llava.serve.backend import Answer, Piece
+from llava.serve.preparation import Pictures, tokenizer_for
 from llava.serve.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
 from llava.serve.scheduler import EngineLike, News, Scheduler, Ticket, failure_of
 
 logger = logging.getLogger(__name__)
 
-IMAGE_LIMITS: Final = ImageLimits(
-    max_bytes=20 * 2**20, max_pixels=2**25, max_side=16_384, max_aspect=200, formats=("JPEG", "PNG", "WEBP")
-)
 _GREEDY_BELOW: Final = 0.001
 
 
@@ -64,26 +61,7 @@ class Loaded(NamedTuple):
     info: ModelInfo
     wraps_images: bool = False
     tokenize: Callable[[str], str | Sequence[int]] = lambda text: text
-    pixels: Callable[[Image.Image], ImageInput] = lambda image: image
-
-
-def tokenizer_for(engine: Any) -> Callable[[str], Sequence[int]]:
-    """Token ids of a prompt. One that cannot fit raises `ContextLengthError` at once: its ids would take minutes."""
-    context, longest = engine.lm.context_length, max(map(len, engine.tokenizer.get_vocab()))  # characters of a token
-
-    def tokenize(text: str) -> Sequence[int]:
-        least = len(text) // longest
-        if least > context:
-            raise ContextLengthError(
-                f"The prompt has {len(text)} characters, so at least {least} tokens, and the model's context holds "
-                f"{context} with the answer; shorten the conversation.",
-                prompt_tokens=least,
-                image_tokens=0,
-                context_length=context,
-            )
-        return tokenizer_image_token(text, engine.tokenizer)
-
-    return tokenize
+    pictures: Callable[[str], ImageInput | Picture] = Pictures(lambda image: image)
 
 
 def loader(args: argparse.Namespace, model_name: str, settings: Settings) -> Callable[[], Loaded]:
@@ -100,7 +78,7 @@ def loader(args: argparse.Namespace, model_name: str, settings: Settings) -> Cal
         def pixels(image: Image.Image) -> ImageInput:
             return preprocess_image(image, engine.image_processor, engine.image_aspect_ratio)
 
-        return Loaded(engine, info, wraps, tokenizer_for(engine), pixels)
+        return Loaded(engine, info, wraps, tokenizer_for(engine), Pictures(pixels))
 
     return load
 
@@ -195,14 +173,9 @@ class LocalModel:
             stop=tuple(body.stop),
         )
         loop = asyncio.get_running_loop()
-
-        def picture(image: str) -> ImageInput:
-            """As the tower takes it: while it waits for its turn, the size it was sent in costs nothing."""
-            return loaded.pixels(load_image_from_base64(image, IMAGE_LIMITS))
-
         try:
             ids = await loop.run_in_executor(self._preparing, loaded.tokenize, prompt)
-            pictures = [await loop.run_in_executor(self._preparing, picture, image) for image in body.images]
+            pictures = [await loop.run_in_executor(self._preparing, loaded.pictures, image) for image in body.images]
         except ImageError as error:
             raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
         return Request(ids, pictures, params)

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from llava.engine import Engine, Request
+from llava.engine.pictures import Picture
 from llava.errors import ContextLengthError
 from llava.serve.heartbeat import HeartBeat
-from llava.serve.local_model import LocalModel, Settings, tokenizer_for
+from llava.serve.local_model import LocalModel, Settings
+from llava.serve.preparation import Pictures, tokenizer_for
 from llava.serve.protocol import WorkerStatus
 from tests.serve.stubs import StubEngine, b64, frames_of, generate, live_worker, png, post, request_body, until
 
@@ -90,13 +92,15 @@ def test_texts_and_pictures_are_made_ready_outside_the_engine_thread() -> None:
     with live_worker() as worker:
         model = worker.worker.backend
         assert isinstance(model, LocalModel) and model._loaded is not None
-        model._loaded = model._loaded._replace(tokenize=tokenize, pixels=pixels)
-        generate(worker.url, request_body("<image><image>", 1, images=[b64(png()), b64(png())]))
-        (job,) = worker.engine.history
-    assert len(threads) == 3
+        model._loaded = model._loaded._replace(tokenize=tokenize, pictures=Pictures(pixels))
+        images = [b64(png()), b64(png(3, 3))]
+        for _ in range(2):  # the second turn's pictures are known
+            generate(worker.url, request_body("<image><image>", 1, images=images))
+        _, job = worker.engine.history
+    assert len(threads) == 2 + 1 + 1
     assert "engine" not in threads
     assert job.request.prompt == [7] * len("<image><image>")
-    assert [tuple(image.shape) for image in job.request.images if isinstance(image, torch.Tensor)] == [(3, 2, 2)] * 2
+    assert [tuple(image.content.shape) for image in job.request.images if isinstance(image, Picture)] == [(3, 2, 2)] * 2
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
