@@ -17,6 +17,7 @@ from statistics import median
 import torch
 
 from benchmarks.eval import QUICK, SHAPES, Ways
+from benchmarks.floor import peaks
 from benchmarks.measure import measure
 from benchmarks.synthetic import Size, make_checkpoint
 
@@ -38,7 +39,9 @@ def row(what: str, theirs: float, ours: float, unit: str) -> Row:
 def train(root: Path, quick: bool) -> list[Row]:
     size = Size(tower_width=128, tower_layers=4, width=128, layers=2) if quick else Size(256, 12, 512, 8)
     chat = make_checkpoint(root, size)
-    rows = []
+    rows, shares = [], []
+    width = 256 if quick else 2048
+    peak = peaks(torch.float32, width).operations
     for kind in ("stage 2", "stage 1", "texts"):
         theirs, ours = pair("benchmarks.train_step", chat, rows=2 if quick else 4, kind=kind)
         if abs(theirs["first_loss"] - ours["first_loss"]) > 1e-3:
@@ -50,6 +53,10 @@ def train(root: Path, quick: bool) -> list[Row]:
             row(f"{label}, peak beyond weights, gradients and optimizer", theirs["activations_mib"],
                 ours["activations_mib"], "MiB"),
         ]  # fmt: skip
+        shares.append((f"{label}, share of the matrix peak", theirs, ours))
+    peak = max(peak, peaks(torch.float32, width).operations)
+    for label, *ways in shares:
+        rows.append(row(label, *(100 * way["operations"] / way["seconds"] / peak for way in ways), "%"))
     return rows
 
 

@@ -15,6 +15,8 @@ from benchmarks.measure import peak_mib, resident_mib, settings
 from benchmarks.reference_way import loss_at_all_positions, use_reference_way
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
+from llava.train.flops import shape_of, step_flops
+from llava.train.pace import learns_of
 
 TEXTS = (640, 310, 150, 90)  # tokens
 
@@ -41,11 +43,21 @@ def text_batch(lengths: Sequence[int], vocabulary: int) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "images": None}
 
 
+def work(model: Any, batch: dict[str, Any]) -> float:
+    """Model FLOPs of a step (`llava.train.flops`); both ways are held against the same."""
+    shape = shape_of(model.config, model.get_vision_tower())
+    lengths = batch["attention_mask"].sum(1).double()
+    images = 0 if batch["images"] is None else len(batch["images"])
+    lengths = lengths + (shape.image_tokens - 1) * images / len(lengths)
+    tokens = lengths.sum().item()
+    supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
+    length = (lengths**2).sum().item() / tokens  # that of the row in which a token stands, on the mean
+    return step_flops(shape, learns_of(model), tokens=tokens, length=length, images=images, supervised=supervised)
+
+
 def run(chat: str, reference: bool, steps: int = 3, rows: int = 4, kind: str = "stage 2") -> dict[str, Any]:
     """`kind`: "stage 1" (the projector learns), "stage 2", or "texts" (rows of the lengths of shared conversations)."""
     _, model, processor, _ = load_pretrained_model(Path(chat), device="cpu")
-    if reference:
-        use_reference_way(model)
     model.train()
     if kind == "stage 1":
         model.requires_grad_(False)
@@ -54,6 +66,9 @@ def run(chat: str, reference: bool, steps: int = 3, rows: int = 4, kind: str = "
     optimizer = torch.optim.AdamW(learning, lr=1e-5)
     vocabulary, pixels = model.config.vocab_size, processor.crop_size["height"]
     batch = text_batch(TEXTS[:rows], vocabulary) if kind == "texts" else image_batch(rows, vocabulary, pixels)
+    operations = work(model, batch)
+    if reference:
+        use_reference_way(model)
     for parameter in learning:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # allocates its state, so that what follows is the step itself
@@ -68,7 +83,7 @@ def run(chat: str, reference: bool, steps: int = 3, rows: int = 4, kind: str = "
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     return {"seconds": statistics.median(seconds), "peak_mib": peak_mib(), "activations_mib": peak_mib() - before,
-            "first_loss": losses[0]}  # fmt: skip
+            "first_loss": losses[0], "operations": operations}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tests.tiny import CHAT
 def test_quick_run_prints_a_ratio_for_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--quick", "train", "load"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 1 + 13
+    assert len(lines) == 1 + 16
     assert all(float(line.split("|")[-2]) > 0 for line in lines[1:])
 
 
