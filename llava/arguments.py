@@ -157,6 +157,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         _raise(self._problems())
         self.report_to = reporting.usable(self.report_to)
+        if self.load_best_model_at_end and self.evaluation_strategy == "no":
+            self.evaluation_strategy, self.eval_steps = self.save_strategy, self.save_steps
         if self.gradient_checkpointing:  # reentrant as published, and as ZeRO-3 needs it
             given: dict[str, Any] | None = getattr(self, "gradient_checkpointing_kwargs", None)
             self.gradient_checkpointing_kwargs = given or {"use_reentrant": True}
@@ -207,8 +209,9 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.remove_unused_columns:
             problems.append("--remove_unused_columns True would drop the images; leave it out.")
-        if self.load_best_model_at_end:
-            problems.append("--load_best_model_at_end is not supported; trainer_state.json names the best checkpoint.")
+        if self.load_best_model_at_end and (self.save_strategy == "no" or (self.deepspeed and self.save_only_model)):
+            flag = "--save_strategy no" if self.save_strategy == "no" else "--save_only_model with --deepspeed"
+            problems.append(f"--load_best_model_at_end needs checkpoints to load from; leave {flag} out.")
         if self.step_timeout < 0:
             problems.append(f"--step_timeout is {self.step_timeout}; give seconds, or 0 to wait forever.")
         if self.label_smoothing_factor:

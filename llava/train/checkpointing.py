@@ -10,6 +10,7 @@ import logging
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,18 @@ def resume_from(output_dir: Path, requested: str | None) -> Path | None:
     if why:
         raise CheckpointError(f"--resume_from_checkpoint names {directory}, but {why}; give a complete checkpoint-N.")
     return directory
+
+
+def check_fits(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if a checkpoint's weights are not those of this model, which would go on with some of its own."""
+    found = weights.stored_shapes(directory)
+    other = next((name for name in sorted(expected) if found.get(name) != tuple(expected[name])), None)
+    if other:
+        what = f"{found[other]} and not {tuple(expected[other])}" if other in found else "missing"
+        raise CheckpointError(
+            f"{directory} is of a run with another model: {other} is {what}. Use the flags of that run, "
+            "or give another --output_dir."
+        )
 
 
 def sanitise_generation_config(model: Any) -> None:

@@ -312,6 +312,16 @@ class LLaVATrainer(transformers.Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        """What the library calls after the last step with `--load_best_model_at_end`."""
+        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
+        logger.info("The final weights are those of %s, with a validation loss of %.4g.", best, self.state.best_metric)
+        self.state.best_model_checkpoint = str(best)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(best))
+
     def _rng_file(self, directory: str) -> Path:
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         return Path(directory) / f"rng_state{rank}.pth"

@@ -143,6 +143,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     checkpoint = checkpointing.resume_from(Path(args.output_dir), args.resume_from_checkpoint)
     if checkpoint:
         logger.info("Going on from %s.", checkpoint)
+        if trainer.saves == "full":  # the others look when they load
+            checkpointing.check_fits(checkpoint, trainer.expected_shapes())
     groups = {"model": model_args, "data": data_args, "training": args}
     record = _start_record(trainer, groups, template=template, resumed_from=checkpoint and str(checkpoint))
     result = watched(trainer, checkpoint)

@@ -87,6 +87,8 @@ def add(
 
 def note_best(state: Any, metrics: dict[str, float] | None, checkpoint: Path) -> None:
     """Remember the checkpoint with the lowest validation loss; rotation spares it."""
+    if state.best_model_checkpoint:  # the folder of a run may have been moved since
+        state.best_model_checkpoint = str(checkpoint.with_name(Path(state.best_model_checkpoint).name))
     loss = (metrics or {}).get("eval_loss")
     if loss is not None and (state.best_metric is None or loss < state.best_metric):
         state.best_metric, state.best_model_checkpoint = loss, str(checkpoint)

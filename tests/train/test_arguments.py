@@ -124,6 +124,11 @@ def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
         (["--unfreeze_mm_vision_tower", "True"], ["--vision_tower"]),
         (["--global_batch_size", "9"], ["--global_batch_size"]),
         (["--step_timeout", "-1"], ["--step_timeout"]),
+        (
+            ["--load_best_model_at_end", "True", "--save_strategy", "no"],
+            ["--load_best_model_at_end", "--save_strategy"],
+        ),
+        (["--load_best_model_at_end", "True"], ["--eval_data_path"]),
         (["--remove_unused_columns", "True"], ["--remove_unused_columns"]),
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
         (["--meta_path", "mix.json"], ["--data_path", "--meta_path"]),

@@ -110,6 +110,15 @@ def test_a_save_is_verified(tmp_path: Path) -> None:
         weights.verify(tmp_path, {"b": (4,)})
 
 
+def test_a_checkpoint_of_another_model_is_not_gone_on_from(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 3), "rest": torch.ones(1)}, tmp_path / "model.safetensors")
+    checkpointing.check_fits(tmp_path, {"a": (2, 3)})
+    with pytest.raises(CheckpointError, match="run with another model: b is missing.*--output_dir"):
+        checkpointing.check_fits(tmp_path, {"a": (2, 3), "b": (1,)})
+    with pytest.raises(CheckpointError, match=r"a is \(2, 3\) and not \(3, 2\)"):
+        checkpointing.check_fits(tmp_path, {"a": (3, 2)})
+
+
 def test_a_projector_file_must_fit_by_name_and_shape() -> None:
     model = torch.nn.ModuleDict({"mm_projector": torch.nn.Linear(3, 2)})
     parameters = dict(model.named_parameters())

@@ -87,13 +87,34 @@ def test_the_best_checkpoint_stays_and_a_share_is_not_trained_on(
     train(runs.flags(tiny_dirs, small_data, tmp_path, 1, **more, validation_fraction=0.25))
     assert json.loads((tmp_path / "run.json").read_text())["samples"] == 24
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+    runs.assert_equal_weights(tmp_path, tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(1, False), (2, False), (2, True)])
+def test_the_best_weights_can_be_the_final_ones(
+    stage: int, lora: bool, tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the run goes on in a folder that has been moved."""
+    monkeypatch.setattr(LLaVATrainer, "evaluate", lambda self, **_: {"eval_loss": float(self.state.global_step)})
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    more = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "validation_fraction": 0.25}
+    more |= {"load_best_model_at_end": True, "lora_enable": lora, "eval_generations": 0}
+    train(runs.flags(tiny_dirs, small_data, first, stage, **more, max_steps=2))
+    runs.assert_equal_weights(first, first / "checkpoint-1")
+    with pytest.raises(AssertionError, match="differs"):
+        runs.assert_equal_weights(first, first / "checkpoint-2")
+    first.rename(moved)
+    train(runs.flags(tiny_dirs, small_data, moved, stage, **more, max_steps=4))
+    assert {path.name for path in moved.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
+    runs.assert_equal_weights(moved, moved / "checkpoint-1")
 
 
 @pytest.mark.slow
 def test_ranks_under_zero3_are_validated_and_answer_alike(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
-    """Each layer is gathered for the evaluation and for every token of the answers."""
+    """Each layer is gathered for the evaluation and for every token of the answers; the best weights come back."""
     more = {
         "max_steps": 3,
+        "load_best_model_at_end": True,
         "save_strategy": "steps",
         "save_steps": 2,
         "per_device_train_batch_size": 2,
@@ -106,3 +127,4 @@ def test_ranks_under_zero3_are_validated_and_answer_alike(tiny_dirs: Dirs, small
     assert [line["step"] for line in lines if "eval_loss" in line] == [2]
     answers = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["record"] for line in answers] == [0, 1]
+    runs.assert_equal_weights(tmp_path / "run", tmp_path / "run" / "checkpoint-2")  # and not those of step 3
