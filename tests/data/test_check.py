@@ -82,6 +82,17 @@ def test_a_mixture_is_checked_set_by_set(root: Path, capsys: pytest.CaptureFixtu
     assert "a.json: 2 records" in said and "b.json: 4 records" in said and "b.json:0: Cannot read image" in said
 
 
+def test_what_cannot_be_written_clean_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyarrow")
+    (root / "a.json").write_text(json.dumps([{**RECORDS[0], "id": 1}, {**RECORDS[0], "id": "one"}]))
+    assert main([str(root / "a.json"), "--write-clean", str(root / "a.parquet")]) == 2
+    assert "do not fit one Parquet table" in capsys.readouterr().err and not (root / "a.parquet").exists()
+    sets = {name: {"annotation": str(root / "a.json"), "root": str(root)} for name in "ab"}
+    (root / "meta.json").write_text(json.dumps(sets))
+    assert main([str(root / "meta.json"), "--write-clean", str(root / "b.json")]) == 2
+    assert "not a mixture" in capsys.readouterr().err and not (root / "b.json").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [

@@ -208,3 +208,14 @@ def test_without_the_test_switch_the_local_server_is_out_of_reach(server: str) -
         download(f"{server}/ok", 100)
     with pytest.raises(ImageError, match="not a public address"):
         download(f"{server}/ok".replace("http:", "https:"), 100)
+
+
+def test_an_error_after_the_time_is_up_is_lateness(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*args: Any) -> None:
+        raise OSError("cut")
+
+    monkeypatch.setattr("llava.data.download._get", late)
+    with pytest.raises(ImageError, match="longer than 0 seconds"):
+        download("https://example.com/a.png", 9, timeout=0)
+    with pytest.raises(ImageError, match="cut"):
+        download("https://example.com/a.png", 9)

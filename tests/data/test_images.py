@@ -189,6 +189,15 @@ def test_other_ratios_are_the_processor_alone(width: int, height: int, ratio: st
         assert torch.equal(preprocess_image(image, proc, ratio), plain)
 
 
+@pytest.mark.parametrize("size", [(9, 2), (2, 9)])
+def test_a_ratio_can_be_limited(size: tuple[int, int]) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", size).save(out, "PNG")
+    assert open_image(out.getvalue(), limits=ImageLimits(max_aspect=4.5)).size == size
+    with pytest.raises(ImageError, match=r"beyond a ratio of 4.4 to 1"):
+        open_image(out.getvalue(), limits=ImageLimits(max_aspect=4.4))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 300), (300, 1), (3, 90), (90, 3), (20_000, 1), (1, 20_000)])
 @pytest.mark.parametrize("ratio", ["pad", None])
 def test_slivers(size: tuple[int, int], ratio: str | None) -> None:

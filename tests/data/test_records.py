@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.records import Record, Turn, parse_record, validate_record
+from llava.data.records import Record, Turn, parse_record, parse_turns, validate_record
 from llava.errors import DataError
 
 GOOD: dict[str, Any] = {
@@ -86,6 +86,12 @@ def test_missing_files_are_problems_too(tmp_path: Path) -> None:
     assert validate_record(GOOD, 1, tmp_path) == [f"1: image 'a.png' is not in {tmp_path}"]
     (tmp_path / "a.png").touch()
     assert validate_record(GOOD, 1, tmp_path) == []
+
+
+def test_turns_alone_are_checked_too() -> None:
+    assert parse_turns([{"from": "GPT", "value": "x"}]) == [Turn("gpt", "x")]
+    with pytest.raises(DataError, match="a turn is from 'user'"):
+        parse_turns([{"from": "user", "value": "x"}])
 
 
 JSON = st.recursive(
