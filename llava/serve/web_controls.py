@@ -94,7 +94,7 @@ def message_box(elem_id: str, send_id: str) -> tuple[Any, Any]:
     with gr.Row(elem_classes="ask", equal_height=True):
         text = gr.Textbox(
             show_label=False,
-            placeholder="Ask about the picture, then press Enter",
+            placeholder="Ask about the picture",
             lines=1,
             max_lines=8,
             max_length=20_000,

@@ -37,7 +37,9 @@ CSS: Final = """
 .page > .side {grid-area: side;} .page > .talk {grid-area: talk;} .page > .more {grid-area: more;}
 .page > * {min-width: 0 !important;}
 .buttons {gap: 8px !important;}
-.buttons button {padding-left: 6px; padding-right: 6px; white-space: nowrap;}
+.buttons button {padding-left: 6px; padding-right: 6px; white-space: nowrap; height: 100%;}
+.dark .buttons button img {filter: brightness(1.7);}
+.icon-button-wrapper:not(:has(button, a)), [class*="message-buttons"]:not(:has(button)) {display: none;}
 .heading p {color: var(--block-label-text-color); font-size: var(--block-label-text-size);}
 .examples {gap: 6px !important;}
 .examples button {justify-content: flex-start; text-align: left; font-weight: normal; padding: 6px;}
@@ -55,7 +57,8 @@ footer {display: none !important;}
   #chatbot {height: 420px !important;}
   #chatbot_left, #chatbot_right {height: 300px !important;}
   .buttons {display: grid !important; grid-template-columns: repeat(4, minmax(0, 1fr));}
-  .buttons button {flex-direction: column; min-width: 0 !important; padding: 4px 0; white-space: normal;}
+  .buttons button {flex-direction: column; min-width: 0 !important; padding: 4px 0; white-space: normal;
+    font-size: var(--text-xs);}
 }
 """
 

@@ -184,13 +184,15 @@ def ask(controller: LiveController, address: str) -> int:
     return post(controller.url, "/v1/chat/completions", body).status_code
 
 
-def test_check_25_addresses_are_not_fetched_unless_allowed() -> None:
-    with live_controller() as controller, live_worker(controller=controller.url) as served, decoy() as target:
+@pytest.mark.parametrize("allowed", [False, True], ids=["by default", "when allowed"])
+def test_check_25_addresses_are_fetched_only_when_allowed(monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
+    fetched = []
+    monkeypatch.setattr(api_server, "download", lambda address, *_, **__: fetched.append(address) or png())
+    with live_controller(allow_urls=allowed) as controller, live_worker(controller=controller.url) as served:
         until(lambda: controller.registry.models() == [MODEL])
-        for address in (f"http://127.0.0.1:{target.port}/a.png", f"https://localhost:{target.port}/a.png"):
-            assert ask(controller, address) == 400, address
-        assert target.hits == 0
-        assert served.engine.history == []
+        for address in ("http://pictures.example/a.png", "https://pictures.example/a.png"):
+            assert ask(controller, address) == (200 if allowed else 400), address
+        assert len(fetched) == len(served.engine.history) == (2 if allowed else 0)
         assert ask(controller, "data:image/png;base64," + b64(png())) == 200
 
 
@@ -283,18 +285,24 @@ REDIRECT = http_reply(b"", "Location: https://inner.example/latest/meta-data", s
 
 
 @pytest.mark.parametrize(
-    ("answers", "reply", "dialled", "asked"),
+    ("scheme", "answers", "reply", "dialled", "asked"),
     [
-        ([["93.184.216.34"], ["127.0.0.1"]], http_reply(png()), [PUBLIC], 1),
-        ([["93.184.216.34", "127.0.0.1"]], http_reply(png()), [], 1),
-        ([["10.0.0.1"]], http_reply(png()), [], 1),
-        ([["93.184.216.34"], ["169.254.169.254"]], REDIRECT, [PUBLIC], 2),
-        ([["93.184.216.34"], ["93.184.216.34"]], REDIRECT, [PUBLIC] * 2, 3),
+        ("http", [["93.184.216.34"]], http_reply(png()), [], 0),
+        ("https", [["93.184.216.34"], ["127.0.0.1"]], http_reply(png()), [PUBLIC], 1),
+        ("https", [["93.184.216.34", "127.0.0.1"]], http_reply(png()), [], 1),
+        ("https", [["10.0.0.1"]], http_reply(png()), [], 1),
+        ("https", [["93.184.216.34"], ["169.254.169.254"]], REDIRECT, [PUBLIC], 2),
+        ("https", [["93.184.216.34"], ["93.184.216.34"]], REDIRECT, [PUBLIC] * 2, 3),
     ],
-    ids=["rebinding", "mixed records", "private", "redirect to private", "redirect, then rebinding"],
+    ids=["not https", "rebinding", "mixed records", "private", "redirect to private", "redirect, then rebinding"],
 )
 def test_check_26_the_address_that_was_checked_is_the_one_that_is_dialled(
-    monkeypatch: pytest.MonkeyPatch, answers: list[list[str]], reply: bytes, dialled: list[object], asked: int
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+    answers: list[list[str]],
+    reply: bytes,
+    dialled: list[object],
+    asked: int,
 ) -> None:
     with (
         live_controller(allow_urls=True) as controller,
@@ -306,7 +314,7 @@ def test_check_26_the_address_that_was_checked_is_the_one_that_is_dialled(
             monkeypatch.setenv(name, proxy.url)
         with monkeypatch.context() as patch:
             network = Network(patch, list(answers), reply, {controller.live.port, served.live.port})
-            status = ask(controller, "https://pictures.example/a.png")
+            status = ask(controller, f"{scheme}://pictures.example/a.png")
         for end in network.open:
             end.close()
         assert (status, len(served.engine.history)) == ((200, 1) if dialled == [PUBLIC] and asked == 1 else (400, 0))
