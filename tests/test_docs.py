@@ -40,13 +40,18 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [body for language, body in FENCE.findall(page.read_text(encoding="utf-8")) if language in languages]
 
 
+def written(page: Path) -> list[str]:
+    """The commands of a page's shell blocks, in order."""
+    lines = "\n".join(blocks(page, "sh", "bash")).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and line[0] != "#"]
+
+
 def commands() -> list[tuple[str, str]]:
     """(page, command) of every line in a shell block, and of every inline command."""
     found = []
     for page in PAGES:
-        lines = "\n".join(blocks(page, "sh", "bash")).replace("\\\n", " ").splitlines()
         inline = INLINE.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
-        found += [(page.name, line.strip()) for line in [*lines, *inline] if line.strip() and line[0] != "#"]
+        found += [(page.name, command.strip()) for command in [*written(page), *inline]]
     return sorted(set(found))
 
 
