@@ -153,9 +153,9 @@ def report(plan: Plan, theirs: Measured, mine: Measured, threads: int) -> bool:
     apart, same = mine.distinct / theirs.distinct, mine.one / theirs.one
     first, second = mine.turns
     alike = theirs.answers == mine.answers
-    different = len(set(mine.answers))
-    print(f"{CLIENTS} clients, {plan.tokens} new tokens each, {different} different answers of {len(mine.answers)}, the "
-          f"{'same' if alike else 'OTHERS'} both ways; the reference's way with {threads} threads a product")  # fmt: skip
+    said = f"{len(set(mine.answers))} different answers of {len(mine.answers)}"
+    print(f"{CLIENTS} clients, {plan.tokens} new tokens each; {said}, the {'same' if alike else 'OTHERS'} both ways; "
+          f"the reference's way with {threads} threads a product")  # fmt: skip
     print("| what | reference's way | ours | ours / reference's | wanted |\n|---|---|---|---|---|")
     print(f"| {CLIENTS} clients, a picture each | {theirs.distinct:.1f} tokens/s | {mine.distinct:.1f} tokens/s "
           f"| {apart:.1f} | >= 3 |")  # fmt: skip

@@ -50,12 +50,11 @@ class State:
     @classmethod
     def of(cls, pid: int, url: str) -> State:
         proc = Path(f"/proc/{pid}")
-        threads = re.search(r"Threads:\s*(\d+)", (proc / "status").read_text())
-        assert threads is not None
-        pages = int((proc / "statm").read_text().split()[1])
-        page = os.sysconf("SC_PAGE_SIZE")
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
         taken = slots(url) if url else 0
-        return cls(taken, int(threads[1]), len(list((proc / "fd").iterdir())), pages * page / 2**20)
+        # Its own memory; pages of files come and go as the system likes.
+        own = int(status["RssAnon"].split()[0]) / 1024
+        return cls(taken, int(status["Threads"]), len(list((proc / "fd").iterdir())), own)
 
     def leaks(self, before: State) -> list[str]:
         """What is held beyond `before`."""
@@ -283,7 +282,7 @@ class Soak:
 
 def table(rows: Sequence[tuple[Part, State, State]]) -> str:
     """What every process held, idle before and idle after."""
-    lines = ["| process | slots taken | threads | open files | resident memory |", "|---|---|---|---|---|"]
+    lines = ["| process | slots taken | threads | open files | memory of its own |", "|---|---|---|---|---|"]
     for part, before, after in rows:
         lines.append(f"| {part.name} | {before.slots:g}, {after.slots:g} | {before.threads}, {after.threads} "
                      f"| {before.files}, {after.files} | {before.mib:.1f} MiB, {after.mib:.1f} MiB |")  # fmt: skip

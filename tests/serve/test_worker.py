@@ -98,7 +98,7 @@ def test_texts_and_pictures_are_made_ready_outside_the_engine_thread() -> None:
             generate(worker.url, request_body("<image><image>", 1, images=images))
         _, job = worker.engine.history
     assert len(threads) == 2 + 1 + 1
-    assert "engine" not in threads
+    assert all(name.startswith("prepare") for name in threads)
     assert job.request.prompt == [7] * len("<image><image>")
     assert [tuple(image.content.shape) for image in job.request.images if isinstance(image, Picture)] == [(3, 2, 2)] * 2
 
@@ -148,7 +148,9 @@ def test_heartbeats_end_though_a_cancellation_is_lost() -> None:
         beat._report = report  # type: ignore[method-assign]
         beat.start()
         await asyncio.sleep(0)
+        task = beat._task
         await asyncio.wait_for(beat.stop(), 30)
+        assert task is not None and task.done()
 
     asyncio.run(stop())
     assert lost
