@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,21 +100,25 @@ def load_pretrained_model(
         look_ahead(found, config, vision_tower is None)
     bits = 8 if load_8bit else 4 if load_4bit else 0
     quantizer = Quantizer(bits, chosen, target) if bits else None
-    packed_later = quantizer if found.kind is Kind.LORA else None
     where = place(
         target,
         device_map,
         shapes=partial(all_shapes, (base or found).path, config, vision_tower is None),
-        dtype=size_name(chosen, 0 if packed_later else bits),
+        dtype=size_name(chosen, bits),
         tied=bool(config.tie_word_embeddings),
         num_gpus=num_gpus,
         max_memory=max_memory,
     )
     parts = (base, None) if text_only and base else (found, base)
-    model = language_model(*parts, config, chosen, where, None if packed_later else quantizer)
+    put, pack = None, None
+    if quantizer is not None and found.kind is Kind.LORA:
+        put, pack = quantizer.keep, partial(quantizer.pack, where=where.of)
+    elif quantizer is not None:
+        put = quantizer.place
+    model = language_model(*parts, config, chosen, where, put)
     if not text_only:
         add_image_tokens(model, tokenizer, config)
-    model = overlay(model, found, packed_later)
+    model = overlay(model, found, pack)
     tower = model.get_vision_tower()
     if tower is not None:
         device_of_tower = where.of(f"{model.base_model_prefix}.vision_tower")
@@ -139,8 +143,11 @@ def look_ahead(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
             )
 
 
-def overlay(model: Any, found: Checkpoint, packed_later: Quantizer | None) -> Any:
-    """Put what a projector-only or LoRA directory holds over the model of its base; others change nothing."""
+def overlay(model: Any, found: Checkpoint, pack: Callable[[nn.Module], None] | None) -> Any:
+    """Put what a projector-only or LoRA directory holds over the model of its base; others change nothing.
+
+    `pack` quantises an adapter's model, layer by layer, merging each first.
+    """
     if found.kind is Kind.PROJECTOR:
         model.get_model().load_projector(found.path / ckpt.PROJECTOR_FILE)
         if getattr(model.config, "mm_use_im_start_end", False):
@@ -148,9 +155,7 @@ def overlay(model: Any, found: Checkpoint, packed_later: Quantizer | None) -> An
     elif found.kind is Kind.LORA:
         if model.get_vision_tower() is not None:
             load_non_lora(model, found.path)
-        model = apply_adapter(model, found.path)
-        if packed_later is not None:
-            packed_later.quantize(model)
+        model = apply_adapter(model, found.path, pack)
     return model
 
 
@@ -265,9 +270,10 @@ def language_model(
     config: Any,
     dtype: torch.dtype,
     device: torch.device | Placement,
-    quantizer: Quantizer | None,
+    put: Callable[[nn.Module, str, Tensor, torch.device], bool] | None,
 ) -> Any:
-    """The model with weights in place; with a base, the projector comes later and starts as zeros."""
+    """The model with weights in place, some of them as `put` does it (`fill`); with a base, the projector comes later
+    and starts as zeros."""
     where = device if isinstance(device, Placement) else Placement({"": device})
     source = base.path if base else found.path
     config = copy.copy(config)
@@ -284,7 +290,7 @@ def language_model(
         source=str(source),
         optional=ckpt.PROJECTOR_PREFIXES if base else (),
         ignored=IGNORED_WEIGHTS,
-        place=quantizer.place if quantizer else None,
+        place=put,
     )
     _refresh_rotary(model, dtype, where)
     if (source / "generation_config.json").is_file():

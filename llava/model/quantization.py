@@ -6,7 +6,9 @@ QUANT-1). Each weight is quantised as it is read, so the 16-bit model is never i
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,8 @@ class Quantizer:
                 f"or --bits {self.bits}."
             )
         require("bitsandbytes", "quant")
+        # In 8 bit it warns at every product that its inputs become float16, which is as it should be.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     def place(self, model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
         """Put a decoder weight into a quantised layer on `device`, in its module's place; false for what stays."""
@@ -104,10 +108,33 @@ class Quantizer:
             state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=SCALES_BLOCK)
         return packed, state
 
-    def quantize(self, model: nn.Module) -> None:
-        """Quantise a model that is in memory, layer by layer (an adapter is merged in 16 bit first)."""
-        for name, parameter in list(model.named_parameters()):
-            self.place(model, name, parameter.data, parameter.device)
+    def keep(self, model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
+        """Put a decoder's matrix in its place as it is stored, in its file where that is mapped, for `pack`."""
+        path, _, kind = name.rpartition(".")
+        linear = model.get_submodule(path)
+        if not name.startswith(PREFIXES) or kind != "weight" or not isinstance(linear, nn.Linear):
+            return False
+        linear.weight = nn.Parameter(tensor, requires_grad=False)
+        return True
+
+    def pack(self, model: nn.Module, where: Callable[[str], torch.device]) -> None:
+        """Quantise what `keep` put in place, on the device that `where(name)` gives, merging PEFT's part first.
+
+        Layer by layer, so that no two are there in 16 or 32 bit. PEFT's products are computed in float32.
+        """
+        for name, module in list(model.named_modules()):
+            linear = getattr(module, "base_layer", module)
+            inside = ".base_layer" in name or ".lora_" in name
+            if inside or not name.startswith(PREFIXES) or not isinstance(linear, nn.Linear):
+                continue
+            device = where(name)
+            linear.weight.data = linear.weight.to(device, self.dtype)
+            if linear is not module:
+                layer: Any = module.to(device)
+                layer.merge(safe_merge=True)
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, linear)
+            self.place(model, f"{name}.weight", linear.weight.data, device)
 
 
 def size_name(dtype: torch.dtype, bits: int = 0) -> str:

@@ -278,6 +278,7 @@ def kill_when(process: subprocess.Popen[bytes], folder: Path, goal: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600 * KILLS)
 def test_killed_runs_resumed_with_another_count(tiny_dirs: dict[str, Path], gqa: Path, tmp_path: Path) -> None:
     """`llava eval` in two processes is killed, and finished by one; torchrun's processes then find all done.
 

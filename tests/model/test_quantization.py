@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from llava.errors import ConfigError, DependencyError
 from llava.model import builder, quantization
@@ -20,7 +23,7 @@ IDS = torch.tensor([[1, 5, -200, 9, 11]])
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.02), (4, 0.2)])
 def test_only_the_decoder_is_quantised_and_the_function_stays(
-    tiny_dirs: dict[str, Path], tmp_path: Path, bits: int, tolerance: float
+    tiny_dirs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int, tolerance: float
 ) -> None:
     chat = make_chat(tmp_path, tiny_dirs["tower"], hidden_size=64, intermediate_size=128)
     full = load_pretrained_model(chat, device="cpu")[1]
@@ -33,6 +36,7 @@ def test_only_the_decoder_is_quantised_and_the_function_stays(
         want, got = (model(IDS, images=PIXELS).logits for model in (full, small))
     assert (got - want).norm() / want.norm() < tolerance
     assert not torch.equal(got, want)
+    assert "inputs will be cast" not in caplog.text  # a line for every product of every token
 
 
 def test_four_bits_on_a_cpu_need_whole_blocks(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
@@ -47,17 +51,36 @@ def test_four_bits_on_a_cpu_need_whole_blocks(tiny_dirs: dict[str, Path], tmp_pa
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_an_adapter_is_merged_before_it_is_packed(tiny_dirs: dict[str, Path], tmp_path: Path, bits: int) -> None:
+def test_an_adapter_is_merged_layer_by_layer_before_it_is_packed(
+    tiny_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """The weights are those of merging all in full precision, then packing; but one matrix at a time is in it."""
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     base = make_base(tmp_path / "base", **sizes)
+    halves = {name: value.half() for name, value in load_file(base / "model.safetensors").items()}
+    save_file(halves, base / "model.safetensors", metadata={"format": "pt"})
     adapter = make_lora(tmp_path / "run", make_chat(tmp_path / "chat", tiny_dirs["tower"], **sizes), base)
     full = load_pretrained_model(adapter, device="cpu")[1]
-    small = load_pretrained_model(adapter, device="cpu", load_8bit=bits == 8, load_4bit=bits == 4)[1]
+    place, most = Quantizer.place, []
+
+    def watch(self: Quantizer, model: nn.Module, name: str, *rest: Any) -> bool:
+        names = (name for name, _ in model.named_parameters() if name.startswith("model.layers."))
+        matrices = (model.get_parameter(name) for name in names if ".lora_" not in name)
+        most.append(sum(weight.ndim == 2 and weight.dtype is torch.float32 for weight in matrices))
+        return place(self, model, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Quantizer, "place", watch)
+        small = load_pretrained_model(adapter, device="cpu", load_8bit=bits == 8, load_4bit=bits == 4)[1]
+    assert most == [1] * 14
+    packer = Quantizer(bits, torch.float32, torch.device("cpu"))
+    for name, parameter in list(full.named_parameters()):
+        packer.place(full, name, parameter.data, parameter.device)
     assert small.model.layers[0].self_attn.q_proj.weight.dtype is (torch.int8 if bits == 8 else torch.uint8)
     assert small.model.mm_projector[0].weight.dtype is torch.float32
     with torch.no_grad():
-        want, got = (model(IDS, images=PIXELS).logits for model in (full, small))
-    assert (got - want).norm() / want.norm() < (0.03 if bits == 8 else 0.3)
+        want, got = (model.eval()(IDS, images=PIXELS).logits for model in (full, small))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
