@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _SCORES = 2**27  # held at a time, where they are held: 512 MiB
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what the public function runs, with its sums
+
+
+def _cpu_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """What the public function runs on a CPU, which gives the sums too; torch before 2.3 has none with masks."""
+    found = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    return found if found is not None and "attn_mask" in str(found.default._schema) else None
+
+
+_flash = _cpu_kernel()
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def attention_and_sums(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Attention (n, h, M, D) of (n, h, M, D) over (n, h, W, D), and the logarithms (n, h, M) of the softmax's sums."""
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and _flash is not None:
         found, sums = _flash(query, keys, values, is_causal=causal, attn_mask=mask)
         return found, sums
     return attention_and_sums_by_scores(query, keys, values, mask, causal=causal)

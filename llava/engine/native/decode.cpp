@@ -76,9 +76,14 @@ inline void store(BFloat16 *at, Floats value) {  // to the nearest, ties to even
 }
 
 inline float sum(Floats value) {
-    const auto eight = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
-                       __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
-    const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    using Eight = float __attribute__((vector_size(32)));
+    using Four = float __attribute__((vector_size(16)));
+    Eight halves[2];
+    std::memcpy(halves, &value, sizeof halves);
+    const Eight eight = halves[0] + halves[1];
+    Four quarters[2];
+    std::memcpy(quarters, &eight, sizeof quarters);
+    const Four four = quarters[0] + quarters[1];
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
