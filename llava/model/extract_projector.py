@@ -58,7 +58,8 @@ def extract(model_path: str | Path, output: str | Path) -> list[str]:
     state, config = projector_weights(Path(model_path))
     with new_directory(output) as directory:
         write_config(directory, config)
-        torch.save(state, directory / ckpt.PROJECTOR_FILE)
+        with (directory / ckpt.PROJECTOR_FILE).open("wb") as file:
+            torch.save(state, file)
         back = ckpt.load_bin(directory / ckpt.PROJECTOR_FILE)
         if back.keys() != state.keys() or not all(torch.equal(back[name], state[name]) for name in state):
             raise CheckpointError(f"The projector of {model_path} reads back differently; nothing was kept.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,19 +35,25 @@ SIDE_FILES: Final = (
 def new_directory(target: str | Path) -> Iterator[Path]:
     """A directory to write into, beside `target`; it becomes `target` if the block ends well, else it is removed.
 
-    A `target` that holds anything already is a `ConfigError`, raised before the work.
+    A `target` that holds anything already, or cannot be made, is a `ConfigError`, raised before the work; so is a full
+    disk, when it is full.
     """
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty; choose another output directory, or remove it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    part.mkdir()
     try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{target} exists and is not empty; choose another output directory, or remove it.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
         yield part
         if target.exists():
             target.rmdir()
         part.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{target} was not written ({error}), and nothing was kept; see to the space, rights and name, or choose "
+            "another output directory."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
