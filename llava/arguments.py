@@ -157,8 +157,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         _raise(self._problems())
         self.report_to = reporting.usable(self.report_to)
-        if self.load_best_model_at_end and self.evaluation_strategy == "no":
-            self.evaluation_strategy, self.eval_steps = self.save_strategy, self.save_steps
+        if self.load_best_model_at_end:
+            _evaluate_with_saves(self)
         if self.gradient_checkpointing:  # reentrant as published, and as ZeRO-3 needs it
             given: dict[str, Any] | None = getattr(self, "gradient_checkpointing_kwargs", None)
             self.gradient_checkpointing_kwargs = given or {"use_reentrant": True}
@@ -219,6 +219,12 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fsdp:
             problems.append("--fsdp is not supported; use --deepspeed scripts/zero3.json.")
         return problems + _number_problems(self)
+
+
+def _evaluate_with_saves(args: Any) -> None:
+    """As `llava.train.validation` does for every run; the library looks for it before that."""
+    if args.evaluation_strategy == "no":
+        args.evaluation_strategy, args.eval_steps = args.save_strategy, args.save_steps
 
 
 def _number_problems(args: TrainingArguments) -> list[str]:

@@ -54,7 +54,7 @@ class JsonRecords(Records):
 
     def __init__(self, path: Path, places: Places):
         self.path, self.places = path, places
-        self._bytes = memoryview(np.memmap(path, np.uint8, "r"))
+        self._bytes = np.memmap(path, np.uint8, "r").data
 
     def __len__(self) -> int:
         return len(self.places)

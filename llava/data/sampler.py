@@ -36,7 +36,7 @@ def get_length_grouped_indices(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
     """A permutation of the indices whose megabatches of `batch_size * world_size` are dealt evenly to the ranks."""
-    return _length_grouped(np.asarray(lengths, np.int64), batch_size, world_size, generator).tolist()
+    return _listed(_length_grouped(np.asarray(lengths, np.int64), batch_size, world_size, generator))
 
 
 def get_modality_length_grouped_indices(
@@ -50,7 +50,7 @@ def get_modality_length_grouped_indices(
     sizes = np.abs(signed)
     image, text = np.flatnonzero(signed > 0), np.flatnonzero(signed <= 0)
     if not len(image) or not len(text):
-        return _length_grouped(sizes, batch_size, world_size, generator).tolist()
+        return _listed(_length_grouped(sizes, batch_size, world_size, generator))
     megabatch = batch_size * world_size
     pure: list[Indices] = []
     rest: list[Indices] = []
@@ -64,7 +64,12 @@ def get_modality_length_grouped_indices(
     if len(mixed) >= megabatch:
         pure.insert(0, mixed[:megabatch])
         mixed = mixed[megabatch:]
-    return np.concatenate([*pure, mixed]).tolist()
+    return _listed(np.concatenate([*pure, mixed]))
+
+
+def _listed(order: Indices) -> list[int]:
+    numbers: list[int] = order.tolist()
+    return numbers
 
 
 def _length_grouped(lengths: Indices, batch_size: int, world_size: int, generator: torch.Generator | None) -> Indices:
