@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import pickle
 import shutil
 import socket
 import struct
@@ -12,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -388,6 +390,21 @@ def test_check_30_weights_are_data(tiny_dirs: dict[str, Path], tmp_path: Path, n
     torch.save({**dict.fromkeys(names, torch.zeros(1)), names[0]: Mark(mark)}, chat / name)
     with pytest.raises(CheckpointError, match=r"would run code\) and is refused"):
         load_engine(chat, base, device="cpu")
+    assert not mark.exists()
+
+
+def test_check_30_the_state_of_an_optimizer_is_data(tmp_path: Path) -> None:
+    """What a run resumes from may come from others, too."""
+    from llava.train.llava_trainer import LLaVATrainer
+
+    mark = tmp_path / "executed"
+    torch.save({"state": Mark(mark)}, tmp_path / "optimizer.pt")
+    torch.save({}, tmp_path / "scheduler.pt")
+    args = SimpleNamespace(world_size=1, device="cpu")
+    adam = SimpleNamespace(load_state_dict=lambda state: None)
+    trainer = SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=False, args=args, optimizer=adam)
+    with pytest.raises((pickle.UnpicklingError, CheckpointError)):
+        LLaVATrainer._load_optimizer_and_scheduler(trainer, str(tmp_path))  # type: ignore[arg-type]
     assert not mark.exists()
 
 
