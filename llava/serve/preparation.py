@@ -51,6 +51,7 @@ class Pictures:
 def tokenizer_for(engine: Any) -> Callable[[str], Sequence[int]]:
     """Token ids of a prompt. One that cannot fit raises `ContextLengthError` at once: its ids would take minutes."""
     context, longest = engine.lm.context_length, max(map(len, engine.tokenizer.get_vocab()))  # characters of a token
+    engine.tokenizer("")  # a fast one settles its padding at the first call, where threads must not meet
 
     def tokenize(text: str) -> Sequence[int]:
         least = len(text) // longest

@@ -118,6 +118,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
             return SimpleNamespace(input_ids=[1])
 
     tokenize = tokenizer_for(SimpleNamespace(tokenizer=Tokenizer(), lm=SimpleNamespace(context_length=10)))
+    asked.clear()
     with pytest.raises(ContextLengthError, match="44 characters, so at least 11 tokens"):
         tokenize("abcd" * 11)
     assert not asked
