@@ -103,6 +103,8 @@ def test_the_best_weights_can_be_the_final_ones(
     runs.assert_equal_weights(first, first / "checkpoint-1")
     with pytest.raises(AssertionError, match="differs"):
         runs.assert_equal_weights(first, first / "checkpoint-2")
+    if stage == 1 or lora:
+        return  # the rest is the same for all
     first.rename(moved)
     train(runs.flags(tiny_dirs, small_data, moved, stage, **more, max_steps=4))
     assert {path.name for path in moved.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
