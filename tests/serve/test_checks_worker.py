@@ -83,6 +83,8 @@ def test_check_07_a_stream_outlives_the_controller_and_the_worker_returns_to_it(
         with live_controller() as second:
             heart._client.base_url = httpx.URL(second.url)
             until(lambda: second.registry.models() == [MODEL])
+            assert second.registry.remove(worker.url)  # a controller that has forgotten it is told again
+            until(lambda: second.registry.models() == [MODEL])
 
 
 def disconnects(worker: LiveWorker) -> None:

@@ -200,9 +200,8 @@ def test_one_command_serves_a_model(stack: subprocess.Popen[str], tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)])
-def test_an_end_while_starting_leaves_nothing(stack: subprocess.Popen[str], how: signal.Signals, status: int) -> None:
+def test_ctrl_c_while_starting_leaves_nothing(stack: subprocess.Popen[str]) -> None:
     parts = until(lambda: children(stack.pid), seconds=120)
-    stack.send_signal(how)
-    assert stack.wait(60) == status
-    until(lambda: not any(map(alive, parts)))
+    stack.send_signal(signal.SIGINT)
+    assert stack.wait(60) == 0
+    assert not any(map(alive, parts))
