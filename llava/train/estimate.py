@@ -307,7 +307,7 @@ def command_of(recipe: Path, gpus: int, more: Sequence[str]) -> Namespace:
         if done.returncode:
             raise ConfigError(f"{recipe} cannot be run on {gpus} GPUs: {done.stderr.strip() or 'no reason given'}")
         words = shlex.split(done.stdout)
-        if words[0] != "srun":
+        if words[:1] != ["srun"]:
             break
     from llava.arguments import make_parser
 

@@ -34,7 +34,7 @@ def set_trainable(model: Any, model_args: ModelArguments, training_args: Trainin
     if model_args.unfreeze_mm_vision_tower:
         unfreeze_tower(tower, model_args.unfreeze_mm_vision_layers)
     if model_args.tune_vit_pos_embedding:
-        table = getattr(tower.vision_tower.embeddings, "position_embedding", None)
+        table = getattr(getattr(tower.vision_tower, "embeddings", None), "position_embedding", None)
         if not isinstance(table, torch.nn.Parameter):
             raise ConfigError(f"--tune_vit_pos_embedding needs an InternViT tower; {model_args.vision_tower} is none.")
         table.requires_grad_(True)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from llava.errors import CheckpointError, TrainingError
 from llava.model.checkpoint import load_bin
 from llava.train import checkpointing, weights
+from llava.train.llava_trainer import LLaVATrainer
 
 
 def make_checkpoint(output_dir: Path, step: int) -> Path:
@@ -173,6 +174,23 @@ def test_a_model_that_cannot_be_saved_stops_the_run_at_its_start(tmp_path: Path)
     with pytest.raises(TrainingError, match="No space left"):
         checkpointing.dry_run(tmp_path, model, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_gives_back_something_else_stops_the_run_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = SimpleNamespace(save_pretrained=lambda directory: None)
+    checkpointing.dry_run(tmp_path, SimpleNamespace(config=saved), saved)
+    monkeypatch.setattr(checkpointing, "load_bin", lambda path: {"probe": torch.zeros(2)})
+    with pytest.raises(TrainingError, match="reads back differently"):
+        checkpointing.dry_run(tmp_path, SimpleNamespace(config=saved), saved)
+
+
+def test_a_damaged_random_state_is_said(tmp_path: Path) -> None:
+    (tmp_path / "rng_state.pth").write_bytes(b"not a state")
+    trainer: Any = SimpleNamespace(_rng_file=lambda directory: tmp_path / "rng_state.pth")
+    with pytest.raises(CheckpointError, match=r"rng_state.pth cannot be read as random state"):
+        LLaVATrainer._load_rng_state(trainer, str(tmp_path))
 
 
 def test_sampling_parameters_of_a_greedy_configuration_are_dropped() -> None:

@@ -109,18 +109,25 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
         (["scripts/v1_5/finetune.sh", "--gpus", "3"], "cannot share the global batch"),
         (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "takes one of A100"),
         (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
-        (["scripts/test.sh", "--fast"], "no training command"),
+        (["scripts/zero2.json"], "cannot be run"),
+        (["scripts/v1_5/finetune.sh", "--deepspeed", "LICENSE"], "cannot be read as JSON"),
     ],
 )
 def test_faults_are_one_sentence(
     argv: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    if argv[0] == "scripts/test.sh":
-        argv = ["scripts/zero2.json"]
-        why = "cannot be run"
     assert estimate.main(argv) == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prints", ["echo hello", ":"])
+def test_a_script_that_trains_nothing_is_no_recipe(
+    prints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.sh").write_text(prints)
+    assert estimate.main([str(tmp_path / "a.sh")]) == 2
+    assert "prints no training command" in capsys.readouterr().err
 
 
 def test_a_run_out_of_memory_is_told_what_is_smaller(

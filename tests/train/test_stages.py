@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ import torch
 from PIL import Image
 
 from llava.arguments import ModelArguments, TrainingArguments
-from llava.errors import ConfigError, DataError, LlavaError, TemplateError, TrainingError
+from llava.errors import CheckpointError, ConfigError, DataError, LlavaError, TemplateError, TrainingError
 from llava.model.builder import load_pretrained_model
 from llava.train import assemble, trainable
-from llava.train.train import main, train
+from llava.train.train import main, refuse_unsupported, train
+from tests import tiny
 from tests.train import runs
 
 Dirs = dict[str, Path]
@@ -73,6 +76,27 @@ def test_the_table_of_what_is_trained(
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(TrainingError, match="nothing would be trained"):
         trainable.count(torch.nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_one_process_a_gpu_is_asked_for() -> None:
+    args: Any = SimpleNamespace(bits=16, n_gpu=8, deepspeed=None)
+    with pytest.raises(ConfigError, match=r"sees 8 GPUs.*--nproc_per_node 8"):
+        refuse_unsupported(args)
+
+
+def test_weights_that_do_not_fit_their_configuration_are_refused(tiny_dirs: Dirs, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_dirs["base"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"do not fit its config.json: model.layers.2"):
+        chatty({**tiny_dirs, "base": base}, tmp_path)
+
+
+def test_positions_can_only_be_tuned_where_there_is_a_table(tiny_dirs: Dirs, tmp_path: Path) -> None:
+    clip = tiny.make_clip_tower(tmp_path / "clip-vit")
+    model, model_args, args = chatty({**tiny_dirs, "tower": clip}, tmp_path, tune_vit_pos_embedding=True)
+    with pytest.raises(ConfigError, match="needs an InternViT tower"):
+        trainable.set_trainable(model, model_args, args)
 
 
 def test_masters_are_float32_and_frozen_weights_16_bit(tiny_dirs: Dirs, tmp_path: Path) -> None:
