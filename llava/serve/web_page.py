@@ -39,7 +39,6 @@ CSS: Final = """
 .buttons {gap: 8px !important;}
 .buttons button {padding-left: 6px; padding-right: 6px; white-space: nowrap; height: 100%;}
 .dark .buttons button img {filter: brightness(1.7);}
-[class*="message-buttons"]:not(:has(button)) {display: none;}
 .heading p {color: var(--block-label-text-color); font-size: var(--block-label-text-size);}
 .examples {gap: 6px !important;}
 .examples button {justify-content: flex-start; text-align: left; font-weight: normal; padding: 6px;}

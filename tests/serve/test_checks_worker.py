@@ -345,7 +345,7 @@ def test_check_20_draining_finishes_what_runs_and_refuses_what_is_new() -> None:
         until(lambda: worker.in_use == 1)
         scheduler = worker.worker.backend.scheduler  # type: ignore[attr-defined]
         drained = asyncio.run_coroutine_threadsafe(worker.worker.drain(PATIENCE), scheduler._loop)
-        until(lambda: controller.registry.models() == [])
+        until(lambda: len(controller.registry) == 0)
         refused = generate(worker.url, request_body())
         assert (refused.status_code, frames_of(refused)[0]["error"]["type"]) == (503, "not_ready")
         assert post(worker.url, "/worker_get_status").json()["state"] == "draining"
