@@ -209,7 +209,8 @@ def base_of(found: Checkpoint, model_base: str | Path | None, text_only: bool = 
             )
         return None
     if model_base is None and found.kind is Kind.LORA:
-        model_base = ckpt.read_json(found.path / ckpt.ADAPTER_CONFIG).get("base_model_name_or_path")
+        named = ckpt.read_json(found.path / ckpt.ADAPTER_CONFIG).get("base_model_name_or_path")
+        model_base = named if isinstance(named, str) else None
     if model_base is None:
         raise CheckpointError(
             f"{found.path} holds {found.kind.value}, without a language model; pass --model-base, for example "
@@ -247,7 +248,20 @@ def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
 
 def read_config(found: Checkpoint) -> Any:
     """The parsed `config.json`, by the class its `model_type` is registered for."""
-    return language_model_spec(found.model_type, str(found.path)).config.from_pretrained(found.path)
+    spec = language_model_spec(found.model_type, str(found.path))
+    with ckpt.described_by(found.path):
+        return spec.config.from_pretrained(found.path)
+
+
+def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
+    """The model without memory for its weights; with a base, of the base's vocabulary: its own rows come first, new
+    tokens after (M19)."""
+    config = copy.copy(config)
+    if base is not None:
+        config.vocab_size = int(base.config["vocab_size"])
+    spec = language_model_spec((base or found).model_type, str(found.path))
+    with ckpt.described_by(found.path), empty_weights():
+        return spec.model(config)
 
 
 def model_config(found: Checkpoint, vision_tower: str | None) -> Any:
@@ -258,6 +272,10 @@ def model_config(found: Checkpoint, vision_tower: str | None) -> Any:
     if lacking:
         raise CheckpointError(
             f"{found.path}/config.json lacks {' and '.join(lacking)}; copy it from the same training run."
+        )
+    if not isinstance(getattr(config, "conv_template", None), str | None):
+        raise CheckpointError(
+            f"{found.path}/config.json has a conv_template that is no name: {config.conv_template!r}."
         )
     if vision_tower is not None:
         config.mm_vision_tower, config.mm_vision_tower_config = vision_tower, None
@@ -276,11 +294,7 @@ def language_model(
     and starts as zeros."""
     where = device if isinstance(device, Placement) else Placement({"": device})
     source = base.path if base else found.path
-    config = copy.copy(config)
-    if base:
-        config.vocab_size = int(base.config["vocab_size"])  # M19: the base's own rows first, new tokens after
-    with empty_weights():
-        model = language_model_spec(found.model_type, str(found.path)).model(config)
+    model = empty_model(found, base, config)
     tensors = ckpt.iter_tensors(source, lambda name: not name.startswith(ckpt.TOWER_PREFIXES))
     fill(
         model,

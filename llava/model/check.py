@@ -26,13 +26,12 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
-from llava.model.language_model.builder import language_model_spec
 from llava.model.llava_arch import parameter_shapes
 from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.quantization import weight_bytes
 from llava.model.tokenizer import load_tokenizer
-from llava.model.weights import empty_weights, fill
+from llava.model.weights import fill
 from llava.utils import guarded
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,19 +71,10 @@ def verify(model: nn.Module, shapes: Shapes, source: Path, **rules: Any) -> dict
     return parameter_shapes(model)
 
 
-def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
-    """The chat model without memory for its weights, with the base's vocabulary."""
-    config = copy.copy(config)
-    if base is not None:
-        config.vocab_size = int(base.config["vocab_size"])
-    with empty_weights():
-        return language_model_spec((base or found).model_type, str(found.path)).model(config)
-
-
 def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> list[Part]:
     """Language model and projector, verified against the headers of the weight files."""
     source = base.path if base else found.path
-    model = empty_model(found, base, config)
+    model = builder.empty_model(found, base, config)
     stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(ckpt.TOWER_PREFIXES)}
     optional = ckpt.PROJECTOR_PREFIXES if base else ()
     shapes = verify(model, stored, source, optional=optional, ignored=builder.IGNORED_WEIGHTS)
@@ -129,8 +119,7 @@ def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tupl
     config = copy.deepcopy(tower.config)
     vision = tower.spec.vision(config)
     layers, vision.image_size = vision.num_hidden_layers, math.isqrt(table - 1) * vision.patch_size
-    with empty_weights():
-        model = tower.spec.build(config, tower.depth)
+    model = tower.empty(config)
     stored = tower.stored_shapes(from_checkpoint)
     shapes = verify(model, stored, source, optional=tower.spec.unused)
     kind = f"{tower.settings['model_type']}, {tower.depth} of {layers} layers, width {tower.hidden_size}"

@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, LlavaError
 
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
@@ -71,12 +72,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def described_by(source: str | Path) -> Iterator[None]:
+    """Inside, a model is made of the settings of `source`; what they cannot describe is a `CheckpointError`."""
+    try:
+        yield
+    except LlavaError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The configuration of {source} describes no model that can be made ({type(error).__name__}: {error}); "
+            "compare its config.json with that of the same model elsewhere."
+        ) from error
+
+
 def inspect(path: str | Path) -> Checkpoint:
     """Tell what a local directory is, by its files alone. A path that does not exist is a `CheckpointError`."""
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"There is no directory {str(path)!r}; check the path, or download the checkpoint first.")
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if not isinstance(config.get("model_type", ""), str):
+        raise CheckpointError(f"{path}/config.json has a model_type that is no name: {config['model_type']!r}.")
     return Checkpoint(path, _kind(path, config), config)
 
 
@@ -108,7 +125,7 @@ def weight_files(path: Path) -> list[Path]:
     """The files that hold the model's weights, safetensors first; a shard that an index names must exist."""
     for name, single in zip(INDEX_FILES, SINGLE_FILES):
         if (path / name).is_file():
-            shards = sorted(set(read_json(path / name).get("weight_map", {}).values()))
+            shards = _shards(path / name)
             missing = [shard for shard in shards if not (path / shard).is_file()]
             if missing or not shards:
                 raise CheckpointError(
@@ -119,6 +136,14 @@ def weight_files(path: Path) -> list[Path]:
         if (path / single).is_file():
             return [path / single]
     raise CheckpointError(f"{path} holds no weights (none of {', '.join(INDEX_FILES + SINGLE_FILES)}).")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise CheckpointError(f"{index} should map weights to files under weight_map, and does not; download it again.")
+    return sorted(set(where.values()))
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def test_any_schedule_equals_one_at_a_time(
     make_engine: MakeEngine, solo: Solo, column_bytes: int, data: st.DataObject
 ) -> None:
     """Whatever arrives when, is cancelled, fits or does not: the same tokens, within all budgets, nothing kept."""
-    room = data.draw(st.sampled_from([None, 25, 60, 110, 300]))  # in tokens; one request may need up to 118
+    room = data.draw(st.sampled_from([None, 50, 110, 160, 300]))  # in tokens; one request may need up to 118
     budget = None if room is None else room * column_bytes
     engine = make_engine(
         max_batch_size=data.draw(st.integers(1, 6)),
@@ -71,7 +71,7 @@ def test_any_schedule_equals_one_at_a_time(
         segments.add(segment)
         return segment
 
-    waiting = data.draw(st.lists(requests(), min_size=1, max_size=8))
+    waiting = data.draw(st.lists(requests(), min_size=3, max_size=8))
     submitted = []
     with mock.patch.object(prefixes, "Segment", remember):
         while waiting or any(not handle.done for _, handle in submitted):

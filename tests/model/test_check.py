@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from llava import cli
-from llava.errors import CheckpointError, TemplateError
+from llava.errors import CheckpointError, LlavaError, TemplateError
 from llava.model import check
 from llava.model.builder import load_pretrained_model
 from llava.model.check import examine, report
@@ -180,3 +180,29 @@ def test_the_published_7b_layout_takes_seconds(tmp_path: Path, tiny_dirs: dict[s
     assert "45 of 48 layers" in vision.detail
     assert ("image", "336 px, 576 tokens") in findings.facts
     assert 3.5 < language.bytes("nf4") / 2**30 < 3.7
+
+
+@pytest.mark.parametrize("kind", ["chat", "tower"])
+def test_whatever_a_configuration_says_there_is_no_traceback(
+    tiny_dirs: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    directory = shutil.copytree(tiny_dirs[kind], tmp_path / "it")
+    config = json.loads((directory / "config.json").read_text())
+    more = ("mm_vision_tower_config", "mm_projector_type", "rope_scaling", "conv_template", "quantization_config")
+    refused = 0
+    for key in (*config, *more):
+        for value in ([], -1):
+            (directory / "config.json").write_text(json.dumps({**config, key: value}))
+            try:
+                examine(directory)
+            except LlavaError:
+                refused += 1
+    assert refused > len(config) / 2
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "\x00"])
+def test_an_index_that_is_none_is_named(tiny_dirs: dict[str, Path], tmp_path: Path, index: str) -> None:
+    directory = shutil.copytree(tiny_dirs["chat"], tmp_path / "it")
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"index\.json (should|cannot)"):
+        examine(directory)

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError, ConfigError
-from llava.model.checkpoint import TOWER_PREFIXES, has_weights, iter_tensors, layer_index, weight_shapes
+from llava.model.checkpoint import (
+    TOWER_PREFIXES,
+    described_by,
+    has_weights,
+    iter_tensors,
+    layer_index,
+    weight_shapes,
+)
 from llava.model.multimodal_encoder.builder import TowerSpec, find_tower, read_tower_settings, tower_spec
 from llava.model.weights import empty_weights, fill
 
@@ -38,13 +45,15 @@ class VisionTower(nn.Module):
     def __init__(self, name: str, args: Any, *, checkpoint_dir: Path | None = None) -> None:
         super().__init__()
         self.name = name
-        self.select_layer = int(getattr(args, "mm_vision_select_layer"))  # noqa: B009 (required, clear AttributeError)
+        with described_by(checkpoint_dir or name):
+            self.select_layer = int(args.mm_vision_select_layer)
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         if self.select_feature not in FEATURES:
             raise ConfigError(f"mm_vision_select_feature={self.select_feature!r} is not one of {', '.join(FEATURES)}.")
         self.image_size: int | None = getattr(args, "mm_vision_image_size", None)
         self.checkpoint_dir = checkpoint_dir
-        self._settings: dict[str, Any] | None = getattr(args, "mm_vision_tower_config", None)
+        stored = getattr(args, "mm_vision_tower_config", None)
+        self._settings: dict[str, Any] | None = stored if isinstance(stored, dict) else None
         self.rest_of: tuple[Path, str] | None = None
 
     # --- what it is -------------------------------------------------------------------------------------------
@@ -74,7 +83,14 @@ class VisionTower(nn.Module):
     @cached_property
     def config(self) -> Any:
         """The tower's own configuration, with the layers of the whole tower."""
-        return self.spec.config(self.settings)
+        with described_by(self.name):
+            config = self.spec.config(self.settings)
+        vision = self.spec.vision(config)
+        for key in ("hidden_size", "num_hidden_layers", "patch_size"):
+            value = getattr(vision, key, None)
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"The vision tower {self.name!r} has {key}={value!r} in its configuration.")
+        return config
 
     @cached_property
     def depth(self) -> int:
@@ -90,7 +106,8 @@ class VisionTower(nn.Module):
     @cached_property
     def image_processor(self) -> Any:
         directory = self.directory if self.directory is not None else Path(self.name)
-        return self.spec.processor(directory, self.image_size)
+        with described_by(self.checkpoint_dir or self.name):
+            return self.spec.processor(directory, self.image_size)
 
     @property
     def is_loaded(self) -> bool:
@@ -150,8 +167,7 @@ class VisionTower(nn.Module):
         if grid != vision.image_size // vision.patch_size:
             logger.info("tower positions: the stored table has a %dx%d grid, not %d px", grid, grid, vision.image_size)
             vision.image_size = grid * vision.patch_size
-        with empty_weights():
-            model = self.spec.build(config, self.depth)
+        model = self.empty(config)
         tensors = (
             (name.removeprefix(prefix), tensor)
             for name, tensor in iter_tensors(source, lambda name: name.startswith(prefix) and self.needs(name, prefix))
@@ -162,6 +178,11 @@ class VisionTower(nn.Module):
         self.vision_tower = model.requires_grad_(False).eval()
         self.rest_of = (source, prefix)
         logger.info("vision tower %s: features after layer %d, from %s", self.name, self.depth, source)
+
+    def empty(self, config: Any) -> nn.Module:
+        """The tower up to the selected layer, without memory for its weights."""
+        with described_by(self.name), empty_weights():
+            return self.spec.build(config, self.depth)
 
     def stored_shapes(self, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights that `load_model` would read, from the headers of their files."""
