@@ -57,7 +57,7 @@ def test_parquet_rows_are_the_same_records(tmp_path: Path) -> None:
         ("a.json", b'[{"a": 1}] x', "is not valid JSON"),
         ("a.json", b"\xff\xfe", "is not valid JSON"),
         ("a.json", b"", "is not valid JSON"),
-        ("a.json", b"{}", "expected an array"),
+        ("a.json", b'{"a": 1}', "holds dict; expected an array"),
         ("a.json", b"[]", "without records"),
         ("a.jsonl", b"", "without records"),
         ("a.jsonl", b"\n \n", "without records"),
