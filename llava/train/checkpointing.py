@@ -87,6 +87,17 @@ def resume_from(output_dir: Path, requested: str | None) -> Path | None:
     return directory
 
 
+def read_state(file: Path, what: str) -> Any:
+    """Plain data and tensors of a file, memory-mapped; one that would run code is refused."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} cannot be read as {what} ({type(error).__name__}): it is damaged, or would run code; resume from "
+            "another checkpoint."
+        ) from error
+
+
 def check_fits(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise if a checkpoint's weights are not those of this model, which would go on with some of its own."""
     found = weights.stored_shapes(directory)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.dataset import start_worker
@@ -26,7 +27,7 @@ from llava.data.sampler import (
     get_modality_length_grouped_indices,
     split_to_even_chunks,
 )
-from llava.errors import CheckpointError, TrainingError
+from llava.errors import TrainingError
 from llava.model.checkpoint import PROJECTOR_FILE, load_bin
 from llava.train import adapters, checkpointing, pace, validation, weights, zero
 
@@ -336,8 +337,12 @@ class LLaVATrainer(transformers.Trainer):
         if not file.is_file():
             logger.warning("%s is missing: resuming with another number of processes is not exact.", file)
             return
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{file} cannot be read as random state ({type(error).__name__}).") from error
-        checkpointing.set_random_state(state)
+        checkpointing.set_random_state(checkpointing.read_state(file, "random state"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The library's way; torch before 2.6 would run code from these files if it were not looked for."""
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+                if Path(checkpoint, name).is_file():
+                    checkpointing.read_state(Path(checkpoint, name), "the state of an optimizer")
+        super()._load_optimizer_and_scheduler(checkpoint)
