@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, LINE = 64;  // floats of a vector, bytes of a cache line
+constexpr int64_t LANES = 16, ROWS = 4;  // floats of a vector, rows of weights taken together
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32)));
@@ -94,15 +94,14 @@ inline float dot(const float *left, const T *right, int64_t width) {
     return sum(total);
 }
 
-// R rows of weights times N inputs. Meanwhile `lines` cache lines a step are fetched from `ahead` on.
-template <int R, int N, class T>
-inline void tile(const float *x, int64_t width, const T *weight, const float *bias, float *out, int64_t stride,
-                 const char *ahead, int lines) {
+// R rows of weights times N inputs. Meanwhile the F rows that begin at `ahead` are fetched.
+template <int R, int N, int F, class T>
+inline void tile(const float *x, int64_t width, const T *weight, const float *bias, float *out, int64_t stride, const T *ahead) {
     Floats total[R][N] = {};
     for (int64_t at = 0; at < width; at += LANES) {
-        for (int line = 0; line < lines; ++line, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
         Floats input[N];
         for (int n = 0; n < N; ++n) input[n] = load(x + n * width + at);
+        for (int f = 0; f < F; ++f) __builtin_prefetch(ahead + f * width + at, 0, 2);  // into the second cache
         for (int r = 0; r < R; ++r) {
             const Floats row = load(weight + r * width + at);
             for (int n = 0; n < N; ++n) total[r][n] += row * input[n];
@@ -112,26 +111,30 @@ inline void tile(const float *x, int64_t width, const T *weight, const float *bi
         for (int n = 0; n < N; ++n) out[n * stride + r] = sum(total[r][n]) + (bias ? bias[r] : 0);
 }
 
-// R rows of weights times all inputs, in tiles that share the fetching of the next R rows evenly.
-template <int R, class T>
-inline void inputs(const float *x, int64_t count, int64_t width, const T *weight, const float *bias, float *out, int64_t stride) {
-    const int all = std::max<int>(1, R * LANES * sizeof(T) / LINE);  // lines a step of all rows
-    const int lines = std::max<int>(1, all / ((count + 3) / 4));
-    const char *ahead = reinterpret_cast<const char *>(weight + R * width);
-    int fetched = 0;
-    for (int64_t n = 0; n < count;) {
-        const int now = std::min(lines, all - fetched);
-        const auto *input = x + n * width;
-        float *to = out + n * stride;
-        const char *from = ahead + fetched * (width / LANES) * LINE;
+// R rows of weights times all inputs, in tiles that take turns in fetching the next R rows, F each.
+template <int R, int F, class T>
+inline void tiles(const float *x, int64_t count, int64_t width, const T *weight, const float *bias, float *out, int64_t stride) {
+    int64_t turn = 0;
+    for (int64_t n = 0; n < count; turn += F) {
+        const float *input = x + n * width;
+        const T *ahead = weight + (R + turn % R) * width;
         if (count - n >= 4)
-            tile<R, 4>(input, width, weight, bias, to, stride, from, now), n += 4;
+            tile<R, 4, F>(input, width, weight, bias, out + n * stride, stride, ahead), n += 4;
         else if (count - n >= 2)
-            tile<R, 2>(input, width, weight, bias, to, stride, from, now), n += 2;
+            tile<R, 2, F>(input, width, weight, bias, out + n * stride, stride, ahead), n += 2;
         else
-            tile<R, 1>(input, width, weight, bias, to, stride, from, now), n += 1;
-        fetched += now;
+            tile<R, 1, F>(input, width, weight, bias, out + n * stride, stride, ahead), n += 1;
     }
+}
+
+template <class T>
+inline void inputs(const float *x, int64_t count, int64_t width, const T *weight, const float *bias, float *out, int64_t stride) {
+    if (count <= 4)
+        tiles<ROWS, ROWS>(x, count, width, weight, bias, out, stride);
+    else if (count <= 8)
+        tiles<ROWS, ROWS / 2>(x, count, width, weight, bias, out, stride);
+    else
+        tiles<ROWS, 1>(x, count, width, weight, bias, out, stride);
 }
 
 // out (count, stride) = x (count, width) weight^T + bias, for the outputs `first` to `last`.
@@ -140,8 +143,8 @@ void product(const float *x, int64_t count, int64_t width, const void *weight, c
              int64_t last, float *out, int64_t stride) {
     const T *rows = static_cast<const T *>(weight);
     int64_t at = first;
-    for (; at + 4 <= last; at += 4) inputs<4>(x, count, width, rows + at * width, bias ? bias + at : bias, out + at, stride);
-    for (; at < last; ++at) inputs<1>(x, count, width, rows + at * width, bias ? bias + at : bias, out + at, stride);
+    for (; at + ROWS <= last; at += ROWS) inputs(x, count, width, rows + at * width, bias ? bias + at : bias, out + at, stride);
+    for (; at < last; ++at) tiles<1, 1>(x, count, width, rows + at * width, bias ? bias + at : bias, out + at, stride);
 }
 
 void normalise(const float *x, int64_t count, int64_t width, const float *weight, double eps, float *out) {
