@@ -116,14 +116,14 @@ def step_room(setup: Setup) -> float:
 def layer_activations(setup: Setup) -> float:
     """Bytes that one decoder layer saves for the backward pass, for all positions.
 
-    Norms save their input (a float32 copy in 16 bit); attention query, key, value and output; the MLP gate, its
-    activation and the up projection. Layers whose weights learn save what they multiply as well.
+    Norms save their input (a float32 copy in 16 bit); attention query, key, value and output; the MLP gate and up
+    projection. Layers whose weights learn save what they multiply as well.
     """
     shape, width = setup.shape, setup.width
     adapters = bool(setup.learns.adapters)
     full = setup.learns.language and not adapters
     hidden, intermediate = shape.hidden, shape.intermediate
-    a_position = 2 * 4 * hidden + width * (4 * hidden + 3 * intermediate)
+    a_position = 2 * 4 * hidden + width * (4 * hidden + 2 * intermediate)
     if full or adapters:  # inputs of q, k, v together, of o, of gate and up together, of down
         a_position += width * (3 * hidden + intermediate)
     if full:  # the normed rows, for the gradient of a norm's weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import LlamaFlashAttention2, LlamaSdpaAttention
+from transformers.models.llama.modeling_llama import LlamaFlashAttention2, LlamaMLP, LlamaRMSNorm, LlamaSdpaAttention
 
 from llava.errors import RequestError
 from llava.model.builder import load_pretrained_model
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.packed import Rows, attend
 
 ROW = st.tuples(st.integers(1, 30), st.integers(0, 2))  # words, images
@@ -81,6 +82,25 @@ def test_loss_and_gradients_equal_the_padded_batch(
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=2e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden_act": "gelu"}, {"pretraining_tp": 2}])
+@pytest.mark.parametrize(("library", "name"), [(LlamaMLP, "mlp"), (LlamaRMSNorm, "input_layernorm")])
+def test_a_part_learns_as_the_librarys(library: type[torch.nn.Module], name: str, settings: dict[str, Any]) -> None:
+    config = LlavaConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, vocab_size=16, **settings
+    )
+    ours = getattr(LlavaLlamaForCausalLM(config).model.layers[0], name).train()
+    theirs = copy.deepcopy(ours)
+    theirs.__class__ = library
+    assert type(ours) is not library
+    x, toward = torch.randn(2, 1, 5, 8).unbind()
+    found = []
+    for part, batch in ((ours, x[0].clone()), (theirs, x.clone())):
+        out = part(batch.requires_grad_())
+        out.backward(toward.view_as(out))
+        found.append([value.view(-1, 8) for value in (out, batch.grad)] + [w.grad for w in part.parameters()])
+    torch.testing.assert_close(*found)
 
 
 def test_rows_on_the_left_of_their_padding_or_the_right_are_the_same(models: dict[str, LlavaLlamaForCausalLM]) -> None:

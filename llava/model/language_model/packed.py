@@ -143,6 +143,33 @@ class RMSNorm(modeling_llama.LlamaRMSNorm):
         return out
 
 
+class _Gated(torch.autograd.Function):
+    """`silu(gate) * up` (Shazeer, arXiv:2002.05202), any shape; keeps the two, and computes the activation twice."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+
+
+class LlamaMLP(modeling_llama.LlamaMLP):
+    """The library's MLP, which in training keeps less for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            plain: Tensor = super().forward(x)
+            return plain
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        gated = isinstance(self.act_fn, nn.SiLU) and gate.dtype == up.dtype
+        out: Tensor = self.down_proj(_Gated.apply(gate, up) if gated else self.act_fn(gate) * up)
+        return out
+
+
 class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
     """The library's layer, under its name (device maps and FSDP go by it), that also runs over `Rows`."""
 
@@ -229,6 +256,6 @@ def run(model: Any, embeds: Tensor, rows: Rows) -> Tensor:
 def install(model: Any) -> None:
     """Give the layers and norms of a freshly made core the classes of this module; weights are untouched."""
     for layer in model.layers:
-        layer.__class__ = LlamaDecoderLayer
+        layer.__class__, layer.mlp.__class__ = LlamaDecoderLayer, LlamaMLP
         layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = RMSNorm
     model.norm.__class__ = RMSNorm
