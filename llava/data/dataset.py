@@ -32,6 +32,7 @@ _FAULTS: Final = ("bad", "truncated", "unsupervised")
 _KNOWN_KEYS: Final = frozenset({"id", "image", "conversations"})
 _MAX_BAD: Final = 0.05  # of the records; more than this, and more than _FREE, is a wrong folder and not bad luck
 _FREE: Final = 10
+_NEAR: Final = 1000  # so many records are parsed to find one of the same modality
 
 
 class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
@@ -39,8 +40,8 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
 
     Text-only records of a multimodal run carry zeros. Records are checked when the dataset is made, those of a large
     file by processes beside it (`check` tells what they found); images when they are opened. A bad record raises
-    `DataError` naming file, index and remedy, or with `on_bad_sample == "skip"` gives way to the next good one of its
-    modality, until too many are bad.
+    `DataError` naming file, index and remedy, or with `on_bad_sample == "skip"` gives way to the next good one, of its
+    modality where one is near, until too many are bad.
     """
 
     def __init__(
@@ -122,12 +123,13 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         raise DataError(f"{self.data_path} holds no record to stand in for record {index}; repair the data.")
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The record itself, then those that follow it, of its modality and not known to be bad."""
+        """The record itself, then those that follow it and are not known to be bad, those of its modality first."""
         has_image = self._has_image(index)
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            if not self._flags[0, candidate] and self._has_image(candidate) == has_image:
-                yield candidate
+        for of_any_kind in (False, True):
+            for step in range(len(self) if of_any_kind else min(_NEAR, len(self))):
+                candidate = (index + step) % len(self)
+                if not self._flags[0, candidate] and (of_any_kind or self._has_image(candidate) == has_image):
+                    yield candidate
 
     def _has_image(self, index: int) -> bool:
         try:
@@ -187,10 +189,8 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _located(self, error: LlavaError, index: int) -> DataError:
         kind = ImageError if isinstance(error, ImageError) else DataError
-        return kind(
-            f"{self.data_path}, record {index}: {str(error.args[0]).rstrip('.')}; "
-            "repair it, check --image_folder, or pass --on_bad_sample skip."
-        )
+        remedy = "repair it" if self.skip_bad else "repair it, check --image_folder, or pass --on_bad_sample skip"
+        return kind(f"{self.data_path}, record {index}: {str(error.args[0]).rstrip('.')}; {remedy}.")
 
 
 def record_example(record: Record, tokenizer: Any, template: Conversation, *, start_end: bool = False) -> Example:

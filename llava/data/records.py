@@ -134,8 +134,8 @@ def _problems(record: object) -> Iterator[str]:
 
 
 def _order_problems(turns: list[Turn]) -> Iterator[str]:
-    turns = turns[1:] if turns[0].role == "system" else turns
-    for index, (role, _) in enumerate(drop_greeting(turns)):
+    turns = list(drop_greeting(turns[1:] if turns[0].role == "system" else turns))
+    for index, (role, _) in enumerate(turns):
         if role != ("human", "gpt")[index % 2]:
             yield f"turn {index + 1} is from {role}, but human and gpt turns must alternate"
             return

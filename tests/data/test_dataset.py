@@ -205,6 +205,14 @@ def test_skip_takes_the_next_of_the_same_modality(make: Make, caplog: pytest.Log
     assert [text.startswith("Skipped: ") for text in caplog.messages] == [True] * 3
 
 
+def test_skip_takes_one_of_another_modality_where_none_is_alike(make: Make) -> None:
+    """As beside a record that is no JSON at all, in a data set of images."""
+    dataset = make(
+        [{**record("<image>"), "images": "red.png"}, record("<image>", image="blue.png")], on_bad_sample="skip"
+    )
+    assert colour(dataset[0]["image"]) == "blue" and dataset.report()["bad"] == 1
+
+
 def test_skip_counts_across_workers(make: Make) -> None:
     records = [record("<image>", image="red.png" if index % 4 else "missing.png") for index in range(32)]
     dataset = make(records, on_bad_sample="skip")
@@ -221,7 +229,7 @@ def test_skip_gives_up_on_a_wrong_folder(make: Make, tmp_path: Path) -> None:
 
 
 def test_nothing_left_to_stand_in(make: Make) -> None:
-    dataset = make([record("<image>", image="missing.png"), record("text")], on_bad_sample="skip")
+    dataset = make([record("<image>", image=f"missing{index}.png") for index in range(2)], on_bad_sample="skip")
     with pytest.raises(DataError, match="no record to stand in for record 0"):
         dataset[0]
     with pytest.raises(DataError, match="no usable record"):

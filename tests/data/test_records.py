@@ -63,6 +63,8 @@ def test_normal_form() -> None:
         (with_turns(("human", "a"), ("human", "b")), "turn 2 is from human"),
         (with_turns(("gpt", "a"), ("gpt", "b"), ("human", "q")), "must alternate"),
         (with_turns(("human", "a")), "no gpt turn"),
+        (with_turns(("gpt", "a"), ("human", "q")), "no gpt turn"),
+        (with_turns(("system", "s")), "no gpt turn"),
         (with_turns(("human", "<image>"), ("gpt", "a")), "0 images are declared, but the turns hold 1"),
         (with_turns(("human", "q"), ("gpt", "a"), image="a"), "1 images are declared, but the turns hold 0"),
         (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", "b"]), "2 images are declared, .* hold 1"),
