@@ -135,9 +135,11 @@ def _whole(path: Path) -> ListRecords:
     try:
         items = _loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise DataError(f"Annotation file {path} is not valid JSON: {str(error).strip()}.") from error
+        hint = "; a file with one record a line is called *.jsonl" if str(error).startswith("Extra data") else ""
+        raise DataError(f"Annotation file {path} is not valid JSON: {str(error).strip()}{hint}.") from error
     if not isinstance(items, list):
-        raise DataError(f"Annotation file {path} holds {type(items).__name__}; expected an array of objects.")
+        hint = " (a mixture of data sets is given with --meta_path)" if isinstance(items, dict) else ""
+        raise DataError(f"Annotation file {path} holds {type(items).__name__}; expected an array of objects{hint}.")
     return ListRecords(path, items)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -36,18 +37,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def sets_of(file: Path, images: Path | None) -> list[tuple[Path, Path | None]]:
     """The annotation files behind `file`, each with the folder of its images: itself, or the sets of a mixture."""
-    if file.suffix == ".json" and _starts_with(file, b"{"):
+    if file.suffix == ".json" and _is_mixture(file):
         from llava.data.mixture import read_mixture  # imports torch
 
         return [(Path(entry.annotation), Path(entry.root)) for entry in read_mixture(file)]
     return [(file, images)]
 
 
-def _starts_with(file: Path, what: bytes) -> bool:
+def _is_mixture(file: Path) -> bool:
+    """Whether it holds an object, and not one that is a record."""
     if not file.is_file():
         return False
     with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(what)
+        head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return head.startswith(b"{") and b'"conversations"' not in head
 
 
 def report(file: Path, found: Findings, seconds: float, *, shown: int | None) -> str:
@@ -66,7 +69,8 @@ def report(file: Path, found: Findings, seconds: float, *, shown: int | None) ->
 
 
 def _kind(text: str) -> str:
-    """A fault without what is particular to its record: quoted names and numbers."""
+    """A fault without what is particular to its record: names of files, quoted text and numbers."""
+    text = re.sub(r"(?<=^Cannot read image ).+?(?=: (it|the|there|its|\[\w+) )|'.*'|\".*\"", "…", text)
     words = ["…" if any(char in word for char in "'\"/\\0123456789") else word for word in text.split()]
     return " ".join(words)[:80]
 
@@ -77,8 +81,6 @@ def write_clean(records: Records, bad: Iterable[int], path: Path) -> int:
     good = [index for index in range(len(records)) if index not in dropped]
     if not good:
         raise DataError(f"{records.path} holds no good record, so there is nothing to write to {path}.")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"--write-clean names {path}; use a name ending in {', '.join(SUFFIXES)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     if path.suffix == ".parquet":
@@ -116,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = sets_of(args.file, args.images)
     if args.write_clean and len(sets) > 1:
         raise DataError("--write-clean takes one annotation file, not a mixture; clean its sets one by one.")
+    if args.write_clean and args.write_clean.suffix not in SUFFIXES:
+        raise DataError(f"--write-clean names {args.write_clean}; use a name ending in {', '.join(SUFFIXES)}.")
     if args.images is not None and not args.images.is_dir():
         raise DataError(f"--images names {args.images}, which is not a folder.")
     faulty = False

@@ -139,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except LlavaError as error:
             pages.append(f"record {index} is bad: {error.args[0]}")
     if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
         args.html.write_text(as_html(pages, f"{args.file}, template {args.version}"), encoding="utf-8")
         print(f"{args.html}: {len(pages)} records.")  # noqa: T201 - a program
     else:

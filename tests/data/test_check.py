@@ -63,6 +63,28 @@ def test_faults_are_named_and_a_clean_copy_is_written(root: Path, capsys: pytest
     assert f"data.json:5: image 'nowhere.png' is not in {root}" in capsys.readouterr().out
 
 
+def test_a_kind_of_fault_is_counted_once_whatever_the_files_are_called(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["my cat.png", "your dog: a story.png", "it's.png"]
+    (root / "data.json").write_text(json.dumps([record("<image>", image=name) for name in names]))
+    for more, kind in ((), "Cannot read image …: there is no such file"), (("--no-decode",), "image … is not in …"):
+        assert main([str(root / "data.json"), "--images", str(root), *more]) == 1
+        assert f"       3 x {kind}" in capsys.readouterr().out
+
+
+def test_what_is_no_array_of_records_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = json.dumps(record("text"))
+    for name, text, why in (
+        ("one.json", one, "holds dict; expected an array"),
+        ("lines.json", f"{one}\n{one}", "is called *.jsonl"),
+        ("data.txt", "[", "is not valid JSON"),
+    ):
+        (root / name).write_text(text)
+        assert main([str(root / name), "--images", str(root)]) == 2
+        assert why in capsys.readouterr().err
+
+
 def test_records_go_from_any_format_to_any(root: Path) -> None:
     pytest.importorskip("pyarrow")
     good = [RECORDS[1], RECORDS[0]]
@@ -106,7 +128,8 @@ def test_faults_of_the_command_line(
     monkeypatch.chdir(root)
     (root / "data.json").write_text(json.dumps(RECORDS[:1]))
     assert main(["data.json", *more]) == 2
-    assert why in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert why in said.err and not said.out  # before records are looked through
     (root / "bad.json").write_text("[{}]")
     assert main(["bad.json", "--write-clean", "x.json"]) == 2
     assert not (root / "x.json").exists()
