@@ -138,12 +138,15 @@ finetune_with_slurm() {
         "$@"
 }
 
-# Takes --dry-run out of the flags, then starts the program.
+# Takes --dry-run out of the flags, learns where the run really goes, then starts the program.
 launch() {
     dry_run=${LLAVA_DRY_RUN:-}
     count=$#
+    flag=
     while [ "$count" -gt 0 ]; do
+        [ "$flag" != --output_dir ] || OUTPUT_DIR=$1
         flag=$1
+        case $flag in --output_dir=*) OUTPUT_DIR=${flag#*=} ;; esac
         shift
         count=$((count - 1))
         if [ "$flag" = --dry-run ]; then

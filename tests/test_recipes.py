@@ -282,6 +282,15 @@ def test_output_is_logged_and_the_exit_status_is_the_programs(tmp_path: Path, st
     assert ("ended with status 7" in done.stderr) == (status == 7)
 
 
+@pytest.mark.parametrize("form", [["--output_dir", "{}"], ["--output_dir={}"]])
+def test_the_log_is_where_the_run_goes(tmp_path: Path, form: list[str]) -> None:
+    last = [part.format(tmp_path / "my run") for part in form]
+    elsewhere = tmp_path / "elsewhere"
+    start("pretrain_quickstart", "--output_dir", "x", *last, "--tf32", PYTHON="echo", OUTPUT_DIR=str(elsewhere))
+    assert "--tf32" in (tmp_path / "my run/train.log").read_text()
+    assert not elsewhere.exists()
+
+
 def test_a_missing_launcher_is_one_sentence() -> None:
     done = start("pretrain_internvit6b_448_vicuna7b", GPUS="0", PYTHON="no-such-python")
     assert done.returncode == 2
