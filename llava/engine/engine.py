@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from operator import index
+from typing import Any, Final
 
 import torch
 
@@ -26,10 +27,11 @@ from llava.engine.prefill import Prefiller, Prompt
 from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams, Statistics
 from llava.engine.sampling import choose, make_generator
 from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
-from llava.errors import ContextLengthError, ImageCountError, RequestError
+from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import tokenizer_image_token
 
 _MIB = 2**20
+_NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
 
 
 @dataclass(eq=False)
@@ -48,8 +50,10 @@ class Job:
     columns: int  # of keys and values, at most
     tokens: list[int] = field(default_factory=list)
 
-    def accept(self, token: int) -> FinishReason | None:
-        """Take the next token; the reason if it was the last."""
+    def accept(self, token: int | None) -> FinishReason | None:
+        """Take the next token, None when there is none to be had; the reason if it was the last."""
+        if token is None:
+            return "error"
         self.tokens.append(token)
         reason: FinishReason | None = None
         if token in self.end_ids:
@@ -95,6 +99,8 @@ class Engine:
         cache_bytes: int = 512 * _MIB,
         kv_bytes: int | None = None,
     ) -> None:
+        if max_batch_size < 1:
+            raise ConfigError(f"The batch size is {max_batch_size}; it must be at least 1.")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -185,14 +191,19 @@ class Engine:
         return [handle.result() for handle in handles]
 
     def stream(self, request: Request) -> Iterator[str]:
-        """Text of one answer as it comes; the pieces join to the completion's text."""
-        return iter(self.submit(request))
+        """Text of one answer as it comes; the pieces join to the completion's text. Closing it cancels the request."""
+        handle = self.submit(request)
+
+        def pieces() -> Iterator[str]:
+            try:
+                yield from handle
+            finally:
+                handle.cancel()
+
+        return pieces()
 
     def _prepare(self, request: Request) -> Prompt:
-        if isinstance(request.prompt, str):
-            ids = tuple(tokenizer_image_token(request.prompt, self.tokenizer))
-        else:
-            ids = tuple(request.prompt)
+        ids = self._ids(request.prompt)
         tags = ids.count(IMAGE_TOKEN_INDEX)
         if tags != len(request.images):
             raise ImageCountError(
@@ -202,6 +213,22 @@ class Engine:
         if not ids:
             raise RequestError("The prompt is empty; send at least one token.")
         return Prompt(ids, tuple(identify(image) for image in request.images))
+
+    def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """The prompt's tokens; `RequestError` for text or ids that the model cannot read."""
+        try:
+            if isinstance(prompt, str):
+                prompt.encode()
+                ids = tuple(tokenizer_image_token(prompt, self.tokenizer))
+            else:
+                ids = tuple(map(index, prompt))
+        except (TypeError, UnicodeEncodeError) as error:
+            raise RequestError(f"The prompt is neither text nor token ids ({error}).") from error
+        rows = len(self.lm.core.get_input_embeddings().weight)
+        strange = [token for token in ids if not 0 <= token < rows and token != IMAGE_TOKEN_INDEX]
+        if strange:
+            raise RequestError(f"The prompt has token {strange[0]}; this model's tokens are 0 to {rows - 1}.")
+        return ids
 
     def _drop_cancelled(self) -> None:
         for job in [job for job in list(self._waiting) if job.handle.cancelled]:
@@ -282,9 +309,9 @@ class Engine:
         for offset in reversed(range(len(jobs))):
             reason = reasons[offset]
             if reason is not None:
-                self._release(first + offset, reason)
+                self._release(first + offset, reason, _NOT_FINITE if reason == "error" else None)
 
-    def _release(self, row: int, reason: FinishReason) -> None:
+    def _release(self, row: int, reason: FinishReason, error: str | None = None) -> None:
         """Free a row; the last row takes its number, in the cache and here."""
         job = self._running[row]
         if job.keep and reason in ("stop", "length"):
@@ -292,4 +319,4 @@ class Engine:
         self._cache.drop(row)
         self._running[row] = self._running[-1]
         self._running.pop()
-        job.finish(reason)
+        job.finish(reason, error)

@@ -6,12 +6,18 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral, Real
+from typing import Final, Literal
 
 from llava.engine.pictures import ImageInput, Picture
 from llava.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+_KINDS: Final[tuple[tuple[type, str, tuple[str, ...]], ...]] = (
+    (Integral, "a whole number", ("max_new_tokens", "num_beams", "seed")),
+    (Real, "a number", ("temperature", "top_p")),
+)
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,14 @@ class SamplingParams:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
+        for kind, wanted, names in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) and not (name == "seed" and value is None):
+                    raise RequestError(f"{name} is {value!r}; it must be {wanted}.")
         stop: object = self.stop
-        if isinstance(stop, str):
-            raise RequestError(f"stop is the string {stop!r}; give a tuple of strings.")
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) for text in stop):
+            raise RequestError(f"stop is {stop!r}; give a tuple of strings.")
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):

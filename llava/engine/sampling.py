@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from llava.engine.request import SamplingParams
+
+_COLDEST: Final = 1e-6  # a float32 logit divided by less may not be finite any more
 
 
 def make_generator(params: SamplingParams) -> torch.Generator | None:
@@ -30,7 +33,7 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
     The most probable token always stays (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
     """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)  # (V,)
+    probabilities = torch.softmax(logits.float() / max(temperature, _COLDEST), dim=-1)  # (V,)
     if top_p >= 1.0:
         return probabilities
     ordered, order = probabilities.sort(descending=True, stable=True)
@@ -40,11 +43,15 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return kept / kept.sum()
 
 
-def choose(logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]) -> list[int]:
-    """Next token of every row from logits (B, V)."""
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+def choose(
+    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]
+) -> list[int | None]:
+    """Next token of every row from logits (B, V); None for a row whose largest logit is no finite number."""
+    best = logits.argmax(dim=-1)  # (B,); a NaN counts as the largest
+    finite = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite().tolist()
+    tokens = [token if known else None for token, known in zip(best.tolist(), finite, strict=True)]
     for row, (options, generator) in enumerate(zip(params, generators, strict=True)):
-        if generator is not None:
+        if generator is not None and tokens[row] is not None:
             probabilities = nucleus(logits[row].cpu(), options.temperature, options.top_p)
             tokens[row] = int(torch.multinomial(probabilities, 1, generator=generator))
     return tokens

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.engine import Engine, Handle, Request, SamplingParams, load_engine, prefixes
-from llava.errors import RequestError
+from llava.errors import ConfigError, RequestError
 from llava.model.builder import load_pretrained_model
 from tests.engine.conftest import Solo
 
@@ -244,6 +244,39 @@ def test_empty_prompts_and_missing_towers_are_refused(engine: Engine, monkeypatc
     monkeypatch.setattr(engine.model, "get_vision_tower", lambda: None)
     with pytest.raises(RequestError, match="no vision tower"):
         engine.submit(Request("<image>", PICTURES[:1]))
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [1.5], ["a"], [1, 384], [1, -5], torch.ones(1, 3), "a\ud83d"])
+def test_prompts_of_no_tokens_are_refused(engine: Engine, prompt: Any) -> None:
+    with pytest.raises(RequestError, match=r"neither text nor token ids|tokens are 0 to 383"):
+        engine.submit(Request(prompt))
+
+
+@pytest.mark.parametrize("image", ["photo.jpg", b"...", None, np.zeros((4, 4, 3)), torch.zeros(1, 3, 56, 56)])
+def test_images_of_no_use_are_refused(engine: Engine, image: Any) -> None:
+    with pytest.raises(RequestError, match="give a PIL image"):
+        engine.submit(Request("<image>", [image]))
+
+
+def test_no_batch_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        make_engine(max_batch_size=0)
+
+
+def test_a_request_without_finite_logits_fails_alone(engine: Engine, solo: Solo) -> None:
+    broken = Request([1, -200, 3], [torch.full((3, 56, 56), float("nan"))], SamplingParams(4))
+    done = engine.generate([broken, Request([1, 300], params=SamplingParams(6))])
+    assert done[0].finish_reason == "error" and "NaN" in str(done[0].error)
+    assert done[1].token_ids == solo([1, 300], [], 6)
+    assert engine.generate([Request([1, -200, 3], PICTURES[:1], SamplingParams(2))])[0].error is None
+
+
+def test_a_closed_stream_is_cancelled(engine: Engine) -> None:
+    stream = engine.stream(Request([1, 300], params=SamplingParams(1000)))
+    next(stream)
+    stream.close()
+    engine.step()
+    assert engine.running == 0
 
 
 def test_a_failing_prefill_fails_its_requests_only(engine: Engine, solo: Solo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,18 @@ def test_greedy_rows_are_not_disturbed_by_sampled_ones() -> None:
     assert all(choose(logits, [hot, cold], [make_generator(hot), None])[1] == 0 for _ in range(20))
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-45])
+def test_the_coldest_sampling_is_greedy(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=0)
+    assert choose(torch.tensor([[5.0, 30.0, -7.0]]), [params], [make_generator(params)]) == [1]
+
+
+def test_a_row_of_no_finite_logits_has_no_token() -> None:
+    logits = torch.tensor([[0.0, math.nan, 1.0], [0.0, 1.0, -math.inf], [math.inf, 0.0, 0.0]])
+    warm = SamplingParams(temperature=0.01, seed=0)
+    assert choose(logits, [warm] * 3, [make_generator(warm), make_generator(warm), None]) == [None, 1, None]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -57,6 +69,13 @@ def test_greedy_rows_are_not_disturbed_by_sampled_ones() -> None:
         {"seed": -1},
         {"num_beams": 0},
         {"stop": "###"},
+        {"stop": None},
+        {"stop": (1,)},
+        {"max_new_tokens": 5.5},
+        {"max_new_tokens": None},
+        {"seed": "1"},
+        {"temperature": "0"},
+        {"top_p": None},
     ],
 )
 def test_impossible_parameters_are_refused(options: dict[str, Any]) -> None:
