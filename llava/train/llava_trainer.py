@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -68,13 +68,27 @@ class WholeSteps(BatchSampler):
 
 
 class _EpochOrder(transformers.TrainerCallback):
-    """Seeds the order of each epoch from seed and epoch alone."""
+    """Seeds the order of each epoch from seed and epoch alone; a resumed run's mean loss is that of all its steps."""
 
     def __init__(self, trainer: LLaVATrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._total_loss_scalar = logged_loss(state.log_history, state.global_step)
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         self.trainer.begin_epoch(len(train_dataloader))
+
+
+def logged_loss(history: Sequence[Mapping[str, Any]], steps: int) -> float:
+    """The sum of the losses of so many steps, of which means are logged."""
+    total, before, loss = 0.0, 0, 0.0
+    for entry in history:
+        if "loss" in entry:
+            loss = entry["loss"]
+            total += loss * (entry["step"] - before)
+            before = entry["step"]
+    return total + loss * (steps - before)
 
 
 class LLaVATrainer(transformers.Trainer):

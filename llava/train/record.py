@@ -10,6 +10,7 @@ import logging
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import transformers
 from llava.train.loss_plot import plot_loss
 
 logger = logging.getLogger(__name__)
-DECISIVE = ("global_batch", "samples", "seed", "world_size", "template")
+DECISIVE = ("global_batch", "samples", "data_bytes", "world_size")
+PLACES = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank")  # of a run, not the run
 PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "safetensors")
 
 
@@ -54,13 +56,21 @@ def plain(arguments: Any) -> dict[str, Any]:
     return out
 
 
+def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each flag whose value is another one, with both; `before` and `now` hold groups of arguments."""
+    return [
+        f"--{name} {value} (was {before[group][name]})"
+        for group, values in now.items()
+        for name, value in values.items()
+        if name not in PLACES and before.get(group, {}).get(name, value) != value
+    ]
+
+
 class RunRecord:
     """`run.json`: rewritten whole at the start and at the end of a run, by one process."""
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path = path
-        if facts.get("resumed_from") and path.is_file():
-            self._compare(json.loads(path.read_text(encoding="utf-8")), facts)
         self.facts = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "commit": git_commit(Path(__file__).resolve().parent),
@@ -68,14 +78,23 @@ class RunRecord:
             **facts,
         }
 
-    @staticmethod
-    def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:
+    def compare(self) -> None:
+        """Say what differs from the run that is gone on with, which left the file."""
+        if not self.facts.get("resumed_from") or not self.path.is_file():
+            return
+        before, now = json.loads(self.path.read_text(encoding="utf-8")), self.facts
         for key in DECISIVE:
             if before.get(key) != now.get(key):
                 logger.warning(
                     "Resuming with %s %s, but it was %s: the rest of the run is not what it would have been.",
                     *(key, now.get(key), before.get(key)),
                 )
+        flags = changed_flags(before.get("arguments", {}), now["arguments"])
+        if flags:
+            logger.warning(
+                "Resuming with other flags: %s; learning rate, weight decay and betas stay the checkpoint's.",
+                ", ".join(flags),
+            )
 
     def write(self, **more: Any) -> None:
         self.facts.update(more)

@@ -115,6 +115,7 @@ def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -
         },
     )
     if args.should_save:
+        record.compare()
         record.write()
     return record
 
@@ -143,10 +144,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     checkpoint = checkpointing.resume_from(Path(args.output_dir), args.resume_from_checkpoint)
     if checkpoint:
         logger.info("Going on from %s.", checkpoint)
-        if trainer.saves == "full":  # the others look when they load
-            checkpointing.check_fits(checkpoint, trainer.expected_shapes())
+        checkpointing.check_fits(checkpoint, trainer.expected_shapes())
     groups = {"model": model_args, "data": data_args, "training": args}
-    record = _start_record(trainer, groups, template=template, resumed_from=checkpoint and str(checkpoint))
+    size = Path(data_args.data_path or data_args.meta_path or "").stat().st_size
+    facts = {"template": template, "data_bytes": size, "resumed_from": checkpoint and str(checkpoint)}
+    record = _start_record(trainer, groups, **facts)
     result = watched(trainer, checkpoint)
     finish(trainer, assemble.compute_dtype(args))
     if args.should_save:

@@ -281,8 +281,10 @@ def test_a_projector_checkpoint_holds_no_language_model_and_old_ones_go(
     runs.assert_equal_weights(newest, out)
     before = runs.tensors(out)
     train([*argv, "--seed", "43"])
-    assert "Resuming with seed 43, but it was 42" in caplog.text
+    assert "Resuming with other flags: --seed 43 (was 42); " in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
+    with pytest.raises(CheckpointError, match="another model: model.mm_projector.4.bias is missing"):
+        train([*argv, "--mm_projector_type", "mlp3x_gelu"])
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(
