@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import logging
 import logging.handlers
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Final
 
 from llava.constants import LOGDIR
-from llava.errors import DependencyError, LlavaError
+from llava.errors import ConfigError, DependencyError, LlavaError
 
 LOG_FORMAT: Final = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 LOG_DATE_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
@@ -39,6 +40,17 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             return 130
 
     return wrapper
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside (a full disk, no permission) becomes a `ConfigError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write {path}: {error.strerror or error}; make room, or give another place."
+        ) from error
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from llava.errors import ConfigError, DataError
 from llava.eval.questions import Question
+from llava.utils import writing
 
 Row = dict[str, Any]
 MakeRow = Callable[[Question, str, str | None], Row]
@@ -112,9 +113,10 @@ class AnswersWriter:
     """
 
     def __init__(self, path: Path, questions: Sequence[Question], known: Mapping[int, Row] | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._lock = lock(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(path)
         try:
             rows = read_answers(path, questions)
         except DataError:
@@ -125,7 +127,8 @@ class AnswersWriter:
         own = {at: row for at, row in enumerate(rows) if failure(row) is None}
         self._held = {at: row for at, row in ({**(known or {}), **own}).items() if at >= self._next}
         self.finished = frozenset((*own, *self._held))
-        self._file = self._open(rows)
+        with writing(path):
+            self._file = self._open(rows)
         self._flush()
 
     def _open(self, rows: Sequence[Row]) -> TextIO:
@@ -147,18 +150,19 @@ class AnswersWriter:
 
     def _flush(self) -> None:
         start = self._next
-        while self._next in self._held:
-            self._file.write(json.dumps(self._held.pop(self._next)) + "\n")
-            self._next += 1
-        if self._next > start:
-            self._file.flush()
+        with writing(self.path):
+            while self._next in self._held:
+                self._file.write(json.dumps(self._held.pop(self._next)) + "\n")
+                self._next += 1
+            if self._next > start:
+                self._file.flush()
 
     def close(self, *, complete: bool) -> None:
         """Close; with `complete`, a rewritten file replaces the old one."""
-        self._file.close()
-        if self._retry and complete:
-            self._temporary.replace(self.path)
-        self._lock.close()
+        with self._lock, writing(self.path):
+            self._file.close()
+            if self._retry and complete:
+                self._temporary.replace(self.path)
 
 
 def lock(path: Path) -> TextIO:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from llava.errors import DataError
 from llava.eval.answers import Row, failure
 from llava.eval.questions import read_lines
+from llava.utils import writing
 
 K = TypeVar("K", bound=Hashable)
 
@@ -67,7 +68,7 @@ def require_same(answered: Iterable[K], asked: Iterable[K], path: Path) -> None:
 def read_json(path: Path) -> Any:
     """The value in a JSON file; `DataError` naming it when it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {path}: {error}.") from error
 
@@ -84,7 +85,8 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: it is either the old one or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)

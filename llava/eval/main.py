@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return prepare.main(words[1:])
     args = build_parser().parse_args(words)
     launch.follow_parent()
+    options.check(args)
     tasks = make_tasks(args.tasks.split(","), args.data_root, args.split, args.eval_data)
     asked: Asked = [(task, task.questions(args.limit)) for task in tasks]  # missing data shows before the model loads
     output_dir = args.output_dir or Path("eval") / options.model_name(args)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import ConfigError, DataError
+from llava.eval.answers import lock
 from llava.eval.questions import Question
+from llava.utils import writing
 
 PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "pillow")
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
@@ -114,10 +116,11 @@ def write_manifest(answers: Path, identity: dict[str, Any], **facts: Any) -> Non
 def save_manifest(answers: Path, content: Mapping[str, Any]) -> None:
     """Write a manifest's content whole: the file is the old one or the new one."""
     path = manifest_path(answers)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def read_manifest(answers: Path) -> dict[str, Any] | None:
@@ -145,6 +148,8 @@ def check_resume(answers: Path, identity: dict[str, Any], *, resume: bool, overw
     """
     manifest = manifest_path(answers)
     if overwrite:
+        if answers.is_file():
+            lock(answers).close()  # refuses to take it from a process that is writing it
         answers.unlink(missing_ok=True)
         manifest.unlink(missing_ok=True)
     if not answers.is_file():
@@ -168,7 +173,7 @@ def check_resume(answers: Path, identity: dict[str, Any], *, resume: bool, overw
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

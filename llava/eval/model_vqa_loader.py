@@ -66,9 +66,14 @@ def answer_file(
     Pictures are in `--image-folder`, or where `pictures` finds them in the question file; for `follow_up` see
     `RunSettings`.
     """
+    options.check(args)
     if not args.question_file.is_file():
         raise DataError(f"There is no question file {str(args.question_file)!r}; correct --question-file.")
     questions = read(args.question_file)[: args.limit]
+    if not questions:
+        raise DataError(f"{args.question_file} holds no questions; correct --question-file.")
+    if pictures is None and not args.image_folder.is_dir() and any(question.images for question in questions):
+        raise DataError(f"There is no folder {str(args.image_folder)!r}; correct --image-folder.")
     get_chunk(questions, args.num_chunks, args.chunk_idx)  # refused before a model is loaded
     model, template = options.build_model(args)
     template = plain_override(template, options.model_name(args), args.conv_mode is not None)

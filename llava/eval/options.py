@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llava.conversation import template_for
+from llava.conversation import get_template, template_for
 from llava.engine import Engine, SamplingParams, load_engine
 from llava.errors import ConfigError
 from llava.eval.endpoint import only_model
@@ -59,6 +59,17 @@ def add_api_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-base", help="ask a server with OpenAI's API, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--api-model", help="its model's name (default: the only one it lists)")
     parser.add_argument("--api-timeout", type=float, default=600.0, help="seconds for a reply (default %(default)s)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers and names that cannot be honoured, before data are read and a model is loaded."""
+    for name in ("limit", "batch_size", "num_chunks"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    sampling(args)
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
 
 
 def model_name(args: argparse.Namespace) -> str:

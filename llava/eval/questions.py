@@ -73,7 +73,7 @@ def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and objects of a JSON Lines file; `DataError` names the file and line of what is wrong."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows puts a mark before the first line
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -99,6 +99,8 @@ def read_questions(path: Path) -> list[Question]:
             )
         image = row.get("image")
         images = tuple(image) if isinstance(image, list) else (image,) if image else ()
+        if not all(isinstance(text, str) for text in (row["text"], *images)):
+            raise DataError(f"{path} line {number} has a text or an image that is not a string; put it in quotes.")
         questions.append(Question(row["question_id"], row["text"], images))
     return questions
 
@@ -109,7 +111,7 @@ def read_science_questions(path: Path, single_pred_prompt: bool = False) -> list
     The record's prompt shows `<image>` where there is one; `single_pred_prompt` adds the line that asks for a letter.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
         asked = [(row["id"], row.get("image"), str(row["conversations"][0]["value"])) for row in rows]
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataError(

@@ -76,14 +76,43 @@ def test_default_answers_file_goes_to_the_current_folder(
         (["--question-file", "none.jsonl"], "none.jsonl"),
         (["--chunk-idx", "1"], "chunk index is 1"),
         (["--top_p", "2"], "top_p is 2.0"),
+        (["--question-file", os.devnull], "no question file"),
+        (["--image-folder", "/nowhere"], "no folder '/nowhere'; correct --image-folder"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--limit", "-1"], "--limit is -1"),
+        (["--num-chunks", "0"], "--num-chunks is 0"),
     ],
 )
-def test_faults_are_one_sentence(
-    flags: list[str], tmp_path: Path, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_faults_are_one_sentence_before_a_model_is_loaded(
+    flags: list[str],
+    tmp_path: Path,
+    extra: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("llava.eval.options.load_engine", lambda *arguments, **options: pytest.fail("loaded"))
     assert model_vqa_loader.main([*flags, "--answers-file", str(tmp_path / "a.jsonl"), *extra]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def test_a_file_without_questions_is_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "questions.jsonl").write_text("\n")
+    assert model_vqa_loader.main(flags) == 2
+    assert "holds no questions" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_sentence(flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    answers = tmp_path / "a.jsonl"
+    answers.symlink_to("/dev/full")
+    assert model_vqa_loader.main([*flags, "--limit", "1", "--answers-file", str(answers)]) == 2
+    assert f"error: Cannot write {answers}: No space left on device" in capsys.readouterr().err
+    assert model_vqa_loader.main([*flags, "--limit", "1", "--answers-file", str(tmp_path)]) == 2
+    assert f"error: Cannot write {tmp_path}: Is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
-from llava.eval.questions import Question, get_chunk, read_questions, split_list, spread
+from llava.eval.files import read_json
+from llava.eval.questions import (
+    Question,
+    get_chunk,
+    read_questions,
+    read_science_questions,
+    split_list,
+    spread,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,15 @@ def test_limits_below_one_are_refused() -> None:
         spread([1, 2], 0)
 
 
+def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    rows = '{"question_id": 1, "text": "a"}\r\n\r\n{"question_id": 2, "text": "ü"}'
+    file.write_text(rows, encoding="utf-8-sig", newline="")
+    assert read_questions(file) == [Question(1, "a"), Question(2, "ü")]
+    file.write_text('[{"id": "1", "conversations": [{"value": "a"}]}]', encoding="utf-8-sig")
+    assert read_science_questions(file)[0].prompt == "a" and read_json(file)[0]["id"] == "1"
+
+
 def test_question_file(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text(
@@ -74,6 +91,8 @@ def test_question_file(tmp_path: Path) -> None:
         ('{"question_id": 1}', "line 1 lacks text; it has question_id"),
         ('{"text": "a"}', "line 1 lacks question_id"),
         ("[1]", "line 1 is a list"),
+        ('{"question_id": 1, "text": null}', "line 1 has a text or an image that is not a string"),
+        ('{"question_id": 1, "text": "a", "image": 5}', "line 1 has a text or an image that is not a string"),
     ],
 )
 def test_faults_name_file_and_line(tmp_path: Path, content: str, message: str) -> None:

@@ -23,7 +23,7 @@ from llava.engine.request import SamplingParams
 from llava.errors import ConfigError, DataError
 from llava.eval import launch, merge
 from llava.eval.answers import AnswersWriter, lock
-from llava.eval.manifest import manifest_path
+from llava.eval.manifest import check_resume, manifest_path
 from llava.eval.questions import Question
 from llava.eval.runner import run
 from llava.eval.settings import Asked, RunSettings
@@ -191,6 +191,9 @@ def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
     held = lock(path)
     with pytest.raises(ConfigError, match="Another process is writing"):
         AnswersWriter(path, QUESTIONS)
+    with pytest.raises(ConfigError, match="Another process is writing"):
+        check_resume(path, {}, resume=False, overwrite=True)
+    assert path.is_file()
     held.close()
     AnswersWriter(path, QUESTIONS).close(complete=False)
 

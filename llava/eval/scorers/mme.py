@@ -102,7 +102,7 @@ def _row(line: str, path: Path, number: int) -> Row:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read {path}: {error}.") from error
     return [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
