@@ -260,6 +260,7 @@ def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
     if base is not None:
         config.vocab_size = int(base.config["vocab_size"])
     spec = language_model_spec((base or found).model_type, str(found.path))
+    ckpt.check_depth(config.num_hidden_layers, (base or found).path)
     with ckpt.described_by(found.path), empty_weights():
         return spec.model(config)
 

@@ -36,6 +36,7 @@ from llava.utils import guarded
 
 Shapes = Mapping[str, tuple[int, ...]]
 DTYPES: Final = ("fp32", "bf16", "int8", "nf4")
+LONGEST: Final = 8192  # positions of the rotary tables made here; loading makes all, in every layer
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,17 @@ def weightless(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
 
 def verify(model: nn.Module, shapes: Shapes, source: Path, **rules: Any) -> dict[str, tuple[int, ...]]:
     """Load weightless tensors as `weights.fill` loads real ones; the shapes of the model's parameters."""
-    fill(model, weightless(shapes), dtype=torch.float32, device="cpu", source=str(source), **rules)
+    fill(model, weightless(shapes), dtype=torch.float32, device="meta", source=str(source), **rules)
     return parameter_shapes(model)
 
 
 def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> list[Part]:
     """Language model and projector, verified against the headers of the weight files."""
     source = base.path if base else found.path
-    model = builder.empty_model(found, base, config)
+    short = copy.copy(config)
+    if isinstance(positions := getattr(config, "max_position_embeddings", None), int):
+        short.max_position_embeddings = min(positions, LONGEST)
+    model = builder.empty_model(found, base, short)
     stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(ckpt.TOWER_PREFIXES)}
     optional = ckpt.PROJECTOR_PREFIXES if base else ()
     shapes = verify(model, stored, source, optional=optional, ignored=builder.IGNORED_WEIGHTS)
@@ -83,6 +87,8 @@ def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> l
     text = f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {model.config.vocab_size}"
     parts = [Part("language model", f"{text}; {len(mine)} weights verified in {source}", mine)]
     if not getattr(config, "mm_vision_tower", None):
+        if found.kind is Kind.LORA:
+            lora.check_adapter(lora.adapter_shapes(found.path), shapes, found.path)
         return parts
     where = adapted(found, base, config, shapes)
     kind = getattr(config, "mm_projector_type", None) or "linear"
@@ -119,7 +125,7 @@ def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tupl
     config = copy.deepcopy(tower.config)
     vision = tower.spec.vision(config)
     layers, vision.image_size = vision.num_hidden_layers, math.isqrt(table - 1) * vision.patch_size
-    model = tower.empty(config)
+    model = tower.empty(config, source)
     stored = tower.stored_shapes(from_checkpoint)
     shapes = verify(model, stored, source, optional=tower.spec.unused)
     kind = f"{tower.settings['model_type']}, {tower.depth} of {layers} layers, width {tower.hidden_size}"
@@ -145,8 +151,13 @@ def examine(
     if found.kind is Kind.LANGUAGE_MODEL:
         parts = language_parts(found, None, builder.read_config(found))
         return Findings(found, parts, [tokenizer_fact(found.path), ("use it as", "--model-base, or to train on")])
-    base = builder.base_of(found, model_base)
+    text_only = found.kind is Kind.LORA and not found.config
+    base = builder.base_of(found, model_base, text_only)
+    if text_only and base is not None:
+        parts = language_parts(found, base, builder.read_config(base))
+        return Findings(found, parts, [base_fact(base), tokenizer_fact(base.path), ("use it with", "--text-only")])
     config = builder.model_config(found, vision_tower)
+    builder.look_ahead(found, config, vision_tower is None)
     name = get_model_name_from_path(str(path))
     chosen = template_for(config, name, template)
     get_template(chosen)
@@ -163,8 +174,12 @@ def examine(
         ),
     ]
     if base is not None:
-        facts.insert(0, ("base", f"{base.path} ({base.kind.value})"))
+        facts.insert(0, base_fact(base))
     return Findings(found, [*parts, part], facts)
+
+
+def base_fact(base: Checkpoint) -> tuple[str, str]:
+    return "base", f"{base.path} ({base.kind.value})"
 
 
 def tokenizer_fact(directory: Path) -> tuple[str, str]:

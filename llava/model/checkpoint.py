@@ -27,6 +27,7 @@ NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+MANY_LAYERS = 1000
 REMAP_BYTES, COPIED_BYTES = 16 * 2**20, 2**20
 CORES = ("model.", "transformer.")  # of LLaMA, of MPT
 TOWER_PREFIXES = tuple(core + "vision_tower.vision_tower." for core in CORES)
@@ -79,7 +80,7 @@ def described_by(source: str | Path) -> Iterator[None]:
         yield
     except LlavaError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # what the libraries raise for absurd settings is of every type, assertions included
         raise CheckpointError(
             f"The configuration of {source} describes no model that can be made ({type(error).__name__}: {error}); "
             "compare its config.json with that of the same model elsewhere."
@@ -220,6 +221,15 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         else:
             shapes.update({name: tuple(tensor.shape) for name, tensor in load_bin(file).items()})
     return shapes
+
+
+def check_depth(layers: Any, path: Path) -> None:
+    """Refuse, before a model of them is made, more layers than `path` has weights; ordinary numbers cost nothing."""
+    if isinstance(layers, int) and layers > MANY_LAYERS and layers > len(weights := weight_shapes(path)):
+        raise CheckpointError(
+            f"A configuration asks for {layers} layers, but {path} holds {len(weights)} weights; compare its "
+            "config.json with that of the same model elsewhere."
+        )
 
 
 def projector_state(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:

@@ -42,9 +42,11 @@ def fill(
     """
     where = device if callable(device) else lambda name: torch.device(device)
     wanted = dict(model.named_parameters())
+    found: set[str] = set()
     unexpected, wrong = [], []
     for name, tensor in tensors:
         target = wanted.get(name)
+        found.add(name)
         if target is None:
             if not any(part in name for part in ignored):
                 unexpected.append(name)
@@ -56,12 +58,11 @@ def fill(
         model.tie_weights()
     missing = []
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            if name.startswith(optional):
-                zeros = torch.zeros(parameter.shape)
-                set_module_tensor_to_device(model, name, where(name), value=zeros, dtype=dtype)
-            else:
-                missing.append(name)
+        if name not in found and name.startswith(optional):
+            zeros = torch.zeros(parameter.shape, device=where(name))
+            set_module_tensor_to_device(model, name, where(name), value=zeros, dtype=dtype)
+        elif name not in found:
+            missing.append(name)
     problems = [
         f"{len(names)} {label} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))

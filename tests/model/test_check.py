@@ -24,6 +24,7 @@ from llava.model.multimodal_encoder.intern_vit.configuration import InternVision
 from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
 from llava.model.weights import empty_weights
 from tests import tiny
+from tests.model import zoo
 from tests.model.test_builder import edit_config
 
 
@@ -138,7 +139,7 @@ def test_memory_is_that_of_a_load(tmp_path: Path, tiny_dirs: dict[str, Path]) ->
 
 
 def write_headers(directory: Path, shapes: dict[str, tuple[int, ...]], shards: int) -> None:
-    """Safetensors shards of zeros, with their index, that take no room on the disk."""
+    """Safetensors shards of zeros (and a last norm of ones), with their index, that take no room on the disk."""
     names, weight_map = sorted(shapes), {}
     for number in range(shards):
         header: dict[str, Any] = {}
@@ -151,6 +152,9 @@ def write_headers(directory: Path, shapes: dict[str, tuple[int, ...]], shards: i
         with (directory / file_name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
+            if "model.norm.weight" in header:
+                file.seek(8 + len(text) + header["model.norm.weight"]["data_offsets"][0])
+                file.write(b"\x00\x3c" * shapes["model.norm.weight"][0])
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -198,6 +202,45 @@ def test_whatever_a_configuration_says_there_is_no_traceback(
             except LlavaError:
                 refused += 1
     assert refused > len(config) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("chat", {"num_hidden_layers": 10**12}, f"asks for {10**12} layers, but .* holds 25 weights"),
+        ("tower", {"num_hidden_layers": 10**12}, f"asks for {10**12} layers, but .* holds 82 weights"),
+        ("chat", {"pad_token_id": 384}, "AssertionError: Padding_idx"),
+        (
+            "chat",
+            {"mm_hidden_size": 64},
+            r"configuration: 1 of another shape \(model.mm_projector.0.weight is \(48, 32\)",
+        ),
+        ("chat", {"max_position_embeddings": 10**9}, None),
+    ],
+)
+def test_absurd_numbers_cost_nothing(
+    tiny_dirs: dict[str, Path], tmp_path: Path, kind: str, settings: dict[str, int], message: str | None
+) -> None:
+    directory = shutil.copytree(tiny_dirs[kind], tmp_path / "it")
+    edit_config(directory, **settings)
+    start = time.perf_counter()
+    if message is None:
+        assert examine(directory).facts[3][1].startswith(f"{10**9} tokens")
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            examine(directory)
+    assert time.perf_counter() - start < 5
+
+
+def test_a_delta_is_refused_and_an_adapter_of_a_language_model_verified(tmp_path: Path) -> None:
+    shelf = zoo.shelf(tmp_path / "made")
+    zoo.delta(shelf, tmp_path / "delta")
+    with pytest.raises(CheckpointError, match="apply_delta"):
+        examine(tmp_path / "delta")
+    zoo.text_adapter(shelf, tmp_path / "adapter")
+    assert ("use it with", "--text-only") in examine(tmp_path / "adapter").facts
+    with pytest.raises(CheckpointError, match="no such weight"):
+        examine(tmp_path / "adapter", shelf.mpt_base)
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "\x00"])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llava.errors import CheckpointError, ConfigError
 from llava.model.checkpoint import (
     TOWER_PREFIXES,
+    check_depth,
     described_by,
     has_weights,
     iter_tensors,
@@ -167,7 +168,7 @@ class VisionTower(nn.Module):
         if grid != vision.image_size // vision.patch_size:
             logger.info("tower positions: the stored table has a %dx%d grid, not %d px", grid, grid, vision.image_size)
             vision.image_size = grid * vision.patch_size
-        model = self.empty(config)
+        model = self.empty(config, source)
         tensors = (
             (name.removeprefix(prefix), tensor)
             for name, tensor in iter_tensors(source, lambda name: name.startswith(prefix) and self.needs(name, prefix))
@@ -179,8 +180,10 @@ class VisionTower(nn.Module):
         self.rest_of = (source, prefix)
         logger.info("vision tower %s: features after layer %d, from %s", self.name, self.depth, source)
 
-    def empty(self, config: Any) -> nn.Module:
-        """The tower up to the selected layer, without memory for its weights."""
+    def empty(self, config: Any, source: Path) -> nn.Module:
+        """The tower up to the selected layer, without memory for its weights, which `source` holds."""
+        for part in (self.settings, *self.settings.values()):
+            check_depth(part.get("num_hidden_layers") if isinstance(part, dict) else None, source)
         with described_by(self.name), empty_weights():
             return self.spec.build(config, self.depth)
 
@@ -202,7 +205,9 @@ class VisionTower(nn.Module):
             for prefix in TOWER_PREFIXES:
                 layers = {layer_index(name, prefix + (self.spec.layers or "")) for name in shapes}
                 positions = prefix + self.spec.positions
-                if positions in shapes and (self.spec.layers is None or layers >= set(range(self.depth))):
+                if positions in shapes and (
+                    self.spec.layers is None or all(index in layers for index in range(self.depth))
+                ):
                     return self.checkpoint_dir, prefix, shapes[positions][-2]
         if self.directory is None:
             find_tower(self.name, self.checkpoint_dir)  # raises with the places tried
