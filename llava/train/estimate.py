@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -293,6 +294,8 @@ def advice(*groups: Any, gpus: int) -> str:
 def command_of(recipe: Path, gpus: int, more: Sequence[str]) -> Namespace:
     """The flags that a recipe would run with on so many GPUs; nodes have eight."""
     nodes = max(1, gpus // 8)
+    if not re.search(r"_(common|llava)\.sh", recipe.read_text(errors="replace")):  # others may do anything when started
+        raise ConfigError(f"{recipe} is no recipe of training; give one such as scripts/finetune.sh, or a copy of it.")
     if gpus > 8 and gpus % 8:
         raise ConfigError(f"--gpus {gpus} is neither at most 8 nor a multiple of 8, the GPUs of a node.")
     many = {"GPUS": str(min(gpus, 8)), "NNODES": str(nodes), "MASTER_ADDR": "node-0"}

@@ -109,7 +109,9 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
         (["scripts/v1_5/finetune.sh", "--gpus", "3"], "cannot share the global batch"),
         (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "takes one of A100"),
         (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
-        (["scripts/zero2.json"], "cannot be run"),
+        (["scripts/zero2.json"], "is no recipe"),
+        (["scripts_internvl/_common.sh"], "is no recipe"),
+        (["scripts_internvl/eval/pope.sh"], "cannot be run"),
         (["scripts/v1_5/finetune.sh", "--deepspeed", "LICENSE"], "cannot be read as JSON"),
     ],
 )
@@ -121,13 +123,19 @@ def test_faults_are_one_sentence(
     assert why in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prints", ["echo hello", ":"])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("echo hello  # _common.sh", "prints no training command"), (": > started", "is no recipe")],
+)
 def test_a_script_that_trains_nothing_is_no_recipe(
-    prints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a.sh").write_text(prints)
-    assert estimate.main([str(tmp_path / "a.sh")]) == 2
-    assert "prints no training command" in capsys.readouterr().err
+    """And is not started: scripts_internvl/quickstart.sh would train."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.sh").write_text(text)
+    assert estimate.main(["a.sh"]) == 2
+    assert why in capsys.readouterr().err
+    assert not Path("started").exists()
 
 
 def test_a_run_out_of_memory_is_told_what_is_smaller(
