@@ -135,8 +135,7 @@ class AnswersWriter:
         if self._retry:
             return self._temporary.open("w", encoding="utf-8", newline="\n")
         if self.path.is_file():
-            whole = self.path.read_bytes().rfind(b"\n") + 1
-            os.truncate(self.path, whole)
+            cut_torn_line(self.path)
         return self.path.open("a", encoding="utf-8", newline="\n")
 
     @property
@@ -163,6 +162,11 @@ class AnswersWriter:
             self._file.close()
             if self._retry and complete:
                 self._temporary.replace(self.path)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Shorten a file of lines to its last newline: what follows was being written when its program ended."""
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def lock(path: Path) -> TextIO:

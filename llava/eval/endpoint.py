@@ -11,11 +11,20 @@ from typing import Any, Final
 
 import requests
 
-from llava.errors import RequestError
+from llava.errors import ConfigError, RequestError
 
 logger = logging.getLogger(__name__)
 
 PASSING: Final = (408, 409, 429)  # client errors that a later try may not meet; those from 500 on as well
+
+
+def address(url: str) -> str:
+    """An API's address without a slash at the end; `ConfigError` when it is none."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"The address {url!r} has no http:// or https:// in front; write it as in http://HOST:PORT/v1."
+        )
+    return url.rstrip("/")
 
 
 def headers() -> dict[str, str]:
@@ -49,7 +58,7 @@ def chat(
             reason = f"HTTP {reply.status_code}: {reply.text[:200]}"
             if reply.status_code < 500 and reply.status_code not in PASSING:
                 break
-        except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
+        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
     raise RequestError(f"The model {body['model']} at {url} gave no reply ({reason}).")
 
@@ -71,7 +80,7 @@ def only_model(url: str, timeout: float = 30.0) -> str:
         reply = requests.get(f"{url}/models", headers=headers(), timeout=timeout)
         reply.raise_for_status()
         names = [str(model["id"]) for model in reply.json()["data"]]
-    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+    except (requests.RequestException, ValueError, LookupError, TypeError) as error:
         raise RequestError(f"The server at {url} does not list its models ({error}); correct --api-base.") from error
     if len(names) != 1:
         raise RequestError(f"The server at {url} has the models {', '.join(names) or '(none)'}; name one: --api-model.")

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from llava.errors import ConfigError
-from llava.eval.endpoint import chat
+from llava.eval.answers import cut_torn_line
+from llava.eval.endpoint import address, chat
 from llava.eval.files import read_rows
+from llava.utils import writing
 
 OPENAI: Final = "https://api.openai.com/v1"
 
 
 def base_url(given: str | None) -> str:
     """Address of the judge's API, without a slash at the end."""
-    found = given or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_BASE") or OPENAI
-    return found.rstrip("/")
+    return address(given or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_BASE") or OPENAI)
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Judge:
         if self.url == OPENAI and not os.environ.get("OPENAI_API_KEY"):
             raise ConfigError("OPENAI_API_KEY is not set; set it, or name another judge by OPENAI_BASE_URL.")
         if self.cache is not None and self.cache.is_file():
+            cut_torn_line(self.cache)
             self._known = {row["key"]: row["reply"] for row in read_rows(self.cache, "key", "reply")}
 
     def record(self) -> dict[str, Any]:
@@ -64,6 +66,6 @@ class Judge:
         if afresh or key not in self._known:
             self._known[key] = chat(self.url, body, tries=self.tries, timeout=self.timeout, sleep=self.sleep)
             if self.cache is not None:
-                with self.cache.open("a", encoding="utf-8") as file:
+                with writing(self.cache), self.cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "reply": self._known[key]}) + "\n")
         return self._known[key]

@@ -86,6 +86,8 @@ def answer(args: argparse.Namespace, asked: Asked, output_dir: Path, chunk: tupl
             files=tuple(need.path for need in task.needs() if need.path.is_file()),
         )
         path = answers_path(output_dir, task, chunk)
+        if args.overwrite:
+            score_path(output_dir, task).unlink(missing_ok=True)  # it would outlive its answers
         statuses.append(report(run(model, questions, path, settings), path, say))
         if chunk == (0, 1):
             statuses[-1] = statuses[-1] or finish(args, task, questions, output_dir, 1)
@@ -96,6 +98,10 @@ def answers_path(output_dir: Path, task: Task, chunk: tuple[int, int]) -> Path:
     """Where a chunk's answers go; the only chunk's are the whole."""
     whole = output_dir / task.name / "answers.jsonl"
     return whole if chunk == (0, 1) else shard_path(shards_folder(whole), *chunk)
+
+
+def score_path(output_dir: Path, task: Task) -> Path:
+    return output_dir / task.name / "score.json"
 
 
 def answer_and_score(args: argparse.Namespace, asked: Asked, output_dir: Path) -> int:
@@ -129,13 +135,14 @@ def finish(args: argparse.Namespace, task: Task, questions: Sequence[Question], 
     try:
         if count > 1:
             merge([shard_path(shards_folder(answers), index, count) for index in range(count)], answers)
+            score_path(output_dir, task).unlink(missing_ok=True)
         result = task.score(answers, args.limit)
     except LlavaError as error:
         say(f"error: {task.name}: {error}")
         return 2
     root = None if task.data_root is None else str(task.data_root)
     facts = {"questions": len(questions), "limit": args.limit, "headline": task.headline(result), "data_root": root}
-    write_json(answers.parent / "score.json", {"model_id": name, **facts, **result}, indent=2)
+    write_json(score_path(output_dir, task), {"model_id": name, **facts, **result}, indent=2)
     subset = f", {len(questions)} questions spread evenly over it" if args.limit else ""
     print(f"{task.name}, {task.split} split{subset}\n{task.table(result)}")
     return 0

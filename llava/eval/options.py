@@ -8,7 +8,7 @@ from pathlib import Path
 from llava.conversation import get_template, template_for
 from llava.engine import Engine, SamplingParams, load_engine
 from llava.errors import ConfigError
-from llava.eval.endpoint import only_model
+from llava.eval.endpoint import address, only_model
 from llava.eval.remote import RemoteModel
 from llava.eval.settings import RunSettings
 from llava.mm_utils import get_model_name_from_path
@@ -80,7 +80,7 @@ def model_name(args: argparse.Namespace) -> str:
         return get_model_name_from_path(args.model_path)
     if args.model_path is not None:
         raise ConfigError("Give either --model-path or --api-base, not both.")
-    args.api_model = args.api_model or only_model(args.api_base.rstrip("/"))
+    args.api_model = args.api_model or only_model(address(args.api_base))
     return get_model_name_from_path(args.api_model)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from llava.data.images import open_image
 from llava.errors import ConfigError, LlavaError, RequestError
-from llava.eval.endpoint import chat
+from llava.eval.endpoint import address, chat
 from llava.eval.local import question_seed
 from llava.eval.questions import Question
 from llava.eval.settings import Asked, RunSettings
@@ -43,7 +43,7 @@ class RemoteModel:
     """A server as the runner sees it; `batch_size` requests are under way at a time."""
 
     def __init__(self, url: str, model: str, *, batch_size: int = 16, timeout: float = 600.0, tries: int = 6) -> None:
-        self.url, self.model = url.rstrip("/"), model
+        self.url, self.model = address(url), model
         self.batch_size, self.timeout, self.tries = batch_size, timeout, tries
 
     def identity(self, settings: RunSettings) -> dict[str, Any]:

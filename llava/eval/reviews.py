@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from llava.errors import DataError
+from llava.eval.answers import cut_torn_line, lock
 from llava.eval.files import by_key, read_json, read_results, read_rows, require_same, write_json
 from llava.eval.judge import Judge, base_url
 from llava.eval.program import file_flag, flag, program
 from llava.eval.scorers.review import FAILED, parse_scores
+from llava.utils import writing
 
 logger = logging.getLogger(__name__)
 
@@ -70,18 +72,36 @@ def category_of(question: Row, rules: Mapping[str, Row], prefix: str, *, fallbac
     return name
 
 
-def read_finished(path: Path, items: Sequence[Row]) -> int:
-    """How many reviews `path` holds, checked against what is to be reviewed; a torn last line is cut off."""
-    if not path.is_file():
-        return 0
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+def keep_finished(path: Path, items: Sequence[Row]) -> int:
+    """How many reviews `path` holds, checked against what is to be reviewed.
+
+    A torn last line is cut off, and so is all from the first review without scores: the cache knows what follows it.
+    """
+    cut_torn_line(path)
     rows = read_rows(path, "question_id")
     for number, row in enumerate(rows):
         wanted = items[number] if number < len(items) else {}
         keys = ("question_id", "answer1_id", "answer2_id")
         if any(key in row and row[key] != wanted.get(key) for key in keys):
-            raise DataError(f"{path} line {number + 1} reviews another question or answer; use another --output.")
-    return len(rows)
+            raise DataError(
+                f"{path} line {number + 1} reviews another question or answer; remove it, or use another --output."
+            )
+    failed = [number for number, row in enumerate(rows) if tuple(row.get("tuple", ())) == FAILED]
+    if failed:
+        os.truncate(path, sum(map(len, path.read_bytes().splitlines(keepends=True)[: failed[0]])))
+    return failed[0] if failed else len(rows)
+
+
+def check_judge(path: Path, record: Row) -> None:
+    """Refuse to continue reviews by another judge (wherever it is) or other rules, which `path` describes."""
+    before = read_json(path) if path.is_file() else record
+    differing = [key for key in record if key != "url" and before.get(key) != record[key]]
+    if differing:
+        key = differing[0]
+        raise DataError(
+            f"{path} says that the reviews were made with {key} {before.get(key)!r}, this run has {record[key]!r}; "
+            "remove them, or use another --output."
+        )
 
 
 def judge_one(judge: Judge, text: str) -> tuple[str, tuple[float, float]]:
@@ -139,11 +159,17 @@ def review_files(
     rules = read_json(rule)
     contexts = {} if context is None else by_key(read_rows(context, "image"), context, "image")
     items = collect(question, answer_list, rules, contexts, kind.describe, kind.prefix, fallback=kind.fallback)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(rule.read_bytes()).hexdigest()
-    finished = read_finished(output, items)
-    write_json(output.with_name(output.name + ".judge.json"), {**judge.record(), "rule_sha256": digest}, indent=2)
-    append_reviews(judge, items[finished:], output)
+    record = {**judge.record(), "rule_sha256": hashlib.sha256(rule.read_bytes()).hexdigest()}
+    beside = output.with_name(output.name + ".judge.json")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(output)
+    with held:
+        finished = keep_finished(output, items)
+        if finished:
+            check_judge(beside, record)
+        write_json(beside, record, indent=2)
+        append_reviews(judge, items[finished:], output)
 
 
 def review_program(
@@ -177,7 +203,7 @@ def review_program(
 def append_reviews(judge: Judge, items: Sequence[dict[str, Any]], output: Path) -> None:
     """Judge each item and append its record; warns of judgements without scores."""
     failed = 0
-    with output.open("a", encoding="utf-8") as file:
+    with writing(output), output.open("a", encoding="utf-8") as file:
         for item in items:
             reply, scores = judge_one(judge, item["message"])
             failed += scores == FAILED
@@ -185,4 +211,7 @@ def append_reviews(judge: Judge, items: Sequence[dict[str, Any]], output: Path) 
             file.write(json.dumps({**record, "content": reply, "tuple": scores}) + "\n")
             file.flush()
     if failed:
-        logger.warning("%d of %d judgements have no scores and will be left out of the means.", failed, len(items))
+        logger.warning(
+            "%d of %d judgements have no scores and will be left out of the means; run again to ask for them anew.",
+            failed, len(items),
+        )  # fmt: skip

@@ -120,6 +120,9 @@ def test_llava_eval_asks_a_server(server: FakeServer, tmp_path: Path, capsys: py
     assert evaluate.main([*flags, "--score-only"]) == 0 and (tmp_path / "gqa" / "score.json").is_file()
     assert evaluate.main([*flags, "--score-only", "--num-chunks", "2"]) == 2
     assert "Shard 0 of 2" in capsys.readouterr().err and count == 7
+    server.answer = lambda body: (400, "no")
+    assert evaluate.main([*flags, "--overwrite"]) == 1  # the answers are new, and failed: the old score is not theirs
+    assert not (tmp_path / "gqa" / "score.json").exists()
 
 
 def test_a_server_with_several_models_wants_a_name(server: FakeServer) -> None:
@@ -136,6 +139,7 @@ def test_a_server_with_several_models_wants_a_name(server: FakeServer) -> None:
         ([], "No model: give --model-path CHECKPOINT, or --api-base"),
         (["--api-base", "http://x", "--model-path", "y"], "not both"),
         (["--api-base", "URL", "--num_beams", "2"], "beam search"),
+        (["--api-base", "127.0.0.1:1/v1", "--api-model", "m"], "'127.0.0.1:1/v1' has no http:// or https://"),
     ],
 )
 def test_contradictions_are_one_sentence(

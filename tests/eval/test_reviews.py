@@ -16,6 +16,7 @@ from llava.eval import (
     qa_baseline_gpt35,
     summarize_gpt_review,
 )
+from llava.eval.answers import lock
 from llava.eval.endpoint import headers
 from llava.eval.judge import OPENAI, Judge, base_url
 from llava.eval.reviews import RULES
@@ -127,6 +128,36 @@ def test_a_reply_without_scores_is_asked_for_once_more(judge: FakeServer, flags:
     rows = read_jsonl(tmp_path / "out" / "r.jsonl")
     assert [row["tuple"] for row in rows] == [[3, 4], [-1, -1], [5, 6]]
     assert rows[1]["content"] == "No."
+    judge.replies = [(200, "7 7")]
+    asked = len(judge.bodies)
+    assert eval_gpt_review_bench.main([*flags, *context(tmp_path, caption="One.")]) == 0
+    rows = read_jsonl(tmp_path / "out" / "r.jsonl")
+    assert [row["tuple"] for row in rows] == [[3, 4], [7, 7], [5, 6]] and len(judge.bodies) == asked + 1
+
+
+def test_reviews_by_another_judge_are_not_continued(
+    judge: FakeServer, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*flags, *context(tmp_path, caption="One.")]
+    assert eval_gpt_review_bench.main(given) == 0
+    record = (tmp_path / "out" / "r.jsonl.judge.json").read_bytes()
+    assert eval_gpt_review_bench.main([*given, "--judge", "other"]) == 2
+    assert "made with model 'gpt-4-0314', this run has 'other'" in capsys.readouterr().err
+    assert (tmp_path / "out" / "r.jsonl.judge.json").read_bytes() == record
+    held = lock(tmp_path / "out" / "r.jsonl")
+    assert eval_gpt_review_bench.main(given) == 2
+    assert "Another process is writing" in capsys.readouterr().err
+    held.close()
+
+
+def test_a_cache_whose_last_line_is_torn_is_used(judge: FakeServer, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for question in ("a", "b"):
+        Judge("m", judge.url, cache=cache).ask(question)
+    cache.write_bytes(cache.read_bytes()[:-9])
+    again = Judge("m", judge.url, cache=cache)
+    assert [again.ask(question) for question in ("a", "b", "c")] == ["8 9\nfine"] * 3 and len(judge.bodies) == 4
+    assert len(read_jsonl(cache)) == 3
 
 
 def test_the_address_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

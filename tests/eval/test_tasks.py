@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,22 @@ def test_without_a_judge_the_answers_are_kept_and_not_scored(
     for name in ("mm_vet", "llava_bench"):
         with pytest.raises(ValueError, match="There is no judge"):
             make_task(name, data / BENCHMARKS[name][0]).score(run / name / "answers.jsonl")
+
+
+def test_new_answers_and_another_judge_are_reviewed_anew(
+    run: Path, data: Path, judge: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run / "llava_bench", tmp_path / "llava_bench")
+    answers = tmp_path / "llava_bench" / "answers.jsonl"
+    task = make_task("llava_bench", data / BENCHMARKS["llava_bench"][0])
+    rows = read_jsonl(answers)
+    write_jsonl(answers, [{**rows[0], "text": "another", "answer_id": "another"}, *rows[1:]])
+    assert task.score(answers)["accuracy"] == pytest.approx(100 * 9 / 8)
+    monkeypatch.setenv("LLAVA_JUDGE", "other")
+    judge.replies = [(200, "4 2")]
+    scored = task.score(answers)
+    assert (scored["accuracy"], scored["judge"]["model"]) == (50, "other")
+    assert len(judge.bodies) == 6  # its address is new, so the replies that were copied are not its
 
 
 def test_mmbench_is_asked_as_published(run: Path, data: Path) -> None:

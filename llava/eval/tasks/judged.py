@@ -87,10 +87,11 @@ class LlavaBench(JudgedTask):
         subset = path.with_name("reference.part.jsonl")
         write_jsonl(subset, [row for row in read_rows(reference) if row["question_id"] in answered])
         output = path.with_name("reviews.jsonl")
+        output.unlink(missing_ok=True)  # what is in it is in the cache, under the answers and the judge it is by
         reviews.review_files(asked, self.kind, questions, [subset, path], reviews.RULES, output, context)
         result = review.score(read_rows(output))
         if result["n_failed"]:
-            raise DataError(f"{output} has {result['n_failed']} judgements without scores; not scored, remove them.")
+            raise DataError(f"{output} has {result['n_failed']} judgements without scores; not scored. Run again.")
         first, second = result["means"]["all"]
         if not first:
             raise DataError(f"{output}: the reference has a mean of 0, so there is no ratio.")
