@@ -370,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, more = make_arguments(flags="-h" in words or "--help" in words).parse_known_args(words)
     if not args.recipe.is_file():
         raise ConfigError(f"There is no recipe {args.recipe}; the published ones are in scripts_internvl and scripts.")
+    if args.gpus < 1 or args.gpu_memory <= 0 or not (args.mfu is None or 0 < args.mfu <= 1):
+        raise ConfigError("--gpus takes a number from 1, --gpu-memory GB above 0, and --mfu a share above 0, up to 1.")
     flags = command_of(args.recipe, args.gpus, more)
     data = sizes.data_of(flags)
     setup = setup_of(flags, args.gpus, data)

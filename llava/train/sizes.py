@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +28,7 @@ TOWERS: Final = {
     "clip-vit-large-patch14": (1024, 4096, 24, 224),
 }
 PATCH: Final = 14
+CORE: Final = ("hidden_size", "intermediate_size", "num_hidden_layers")
 WORDS_TO_TOKENS: Final = 1.4  # LLaMA tokens a word of English
 
 
@@ -69,16 +71,11 @@ def shape_of_flags(flags: Namespace) -> Shape:
     """The shape of the chat model that the flags join."""
     directory = Path(flags.model_name_or_path)
     if (directory / "config.json").is_file():
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = _config(directory, (*CORE, "num_attention_heads", "vocab_size"), "LLaMA-like language model")
         heads = config["num_attention_heads"]
-        shape = Shape(
-            config["hidden_size"],
-            config["intermediate_size"],
-            config["num_hidden_layers"],
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config["vocab_size"],
-        )
+        key_heads = config.get("num_key_value_heads") or heads
+        hidden, intermediate, layers = (int(config[key]) for key in CORE)
+        shape = Shape(hidden, intermediate, layers, heads, key_heads, config["vocab_size"])
     else:
         hidden, intermediate, layers, heads, vocabulary = _known(LANGUAGE, flags.model_name_or_path, "language model")
         shape = Shape(hidden, intermediate, layers, heads, heads, vocabulary)
@@ -88,16 +85,16 @@ def shape_of_flags(flags: Namespace) -> Shape:
 def with_tower(shape: Shape, flags: Namespace) -> Shape:
     """The shape with the tower and projector of the flags."""
     directory = Path(flags.vision_tower)
+    patch = PATCH
     if (directory / "config.json").is_file():
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        config = config.get("vision_config", config)
-        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size")
-        hidden, intermediate, layers, pixels = (int(config[key]) for key in keys)
+        config = _config(directory, (*CORE, "image_size"), "vision tower")
+        hidden, intermediate, layers, pixels = (int(config[key]) for key in (*CORE, "image_size"))
+        patch = config.get("patch_size", PATCH)
     else:
         hidden, intermediate, layers, pixels = _known(TOWERS, flags.vision_tower, "vision tower")
     pixels = flags.mm_vision_image_size or pixels
     layer = flags.mm_vision_select_layer
-    tokens = (pixels // PATCH) ** 2
+    tokens = (pixels // patch) ** 2
     kind = flags.mm_projector_type
     return replace(
         shape,
@@ -108,6 +105,16 @@ def with_tower(shape: Shape, flags: Namespace) -> Shape:
         image_tokens=tokens + (flags.mm_vision_select_feature == "cls_patch"),
         projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3:4].isdigit() else 1,
     )
+
+
+def _config(directory: Path, keys: Sequence[str], what: str) -> dict[str, Any]:
+    """A model's configuration, which must have these keys; that of a tower may stand inside."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = config.get("vision_config", config)
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ConfigError(f"{directory} is not a {what} whose size can be told: its config.json has no {missing[0]}.")
+    return config
 
 
 def _known(table: dict[str, Any], name: str, what: str) -> Any:

@@ -109,6 +109,8 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
         (["scripts/v1_5/finetune.sh", "--gpus", "3"], "cannot share the global batch"),
         (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "takes one of A100"),
         (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "0"], "a number from 1"),
+        (["scripts/v1_5/finetune.sh", "--mfu", "40"], "a share above 0, up to 1"),
         (["scripts/zero2.json"], "is no recipe"),
         (["scripts_internvl/_common.sh"], "is no recipe"),
         (["scripts_internvl/eval/pope.sh"], "cannot be run"),
@@ -121,6 +123,16 @@ def test_faults_are_one_sentence(
     monkeypatch.chdir(ROOT)
     assert estimate.main(argv) == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "lacks"), [("model_name_or_path", "tower", "vocab_size"), ("vision_tower", "base", "image_size")]
+)
+def test_a_directory_of_another_kind_is_one_sentence(
+    tiny_dirs: dict[str, Path], flag: str, given: str, lacks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert estimate.main([str(ROOT / "scripts/v1_5/pretrain.sh"), f"--{flag}", str(tiny_dirs[given])]) == 2
+    assert f"its config.json has no {lacks}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
