@@ -141,7 +141,10 @@ def finish(args: argparse.Namespace, task: Task, questions: Sequence[Question], 
         say(f"error: {task.name}: {error}")
         return 2
     root = None if task.data_root is None else str(task.data_root)
-    facts = {"questions": len(questions), "limit": args.limit, "headline": task.headline(result), "data_root": root}
+    facts = {
+        "questions": len(questions), "published_questions": task.published_rows, "limit": args.limit,
+        "headline": task.headline(result), "data_root": root,
+    }  # fmt: skip
     write_json(score_path(output_dir, task), {"model_id": name, **facts, **result}, indent=2)
     subset = f", {len(questions)} questions spread evenly over it" if args.limit else ""
     print(f"{task.name}, {task.split} split{subset}\n{task.table(result)}")

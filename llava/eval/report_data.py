@@ -60,6 +60,7 @@ class Line:
     limit: int | None
     published: float | None = None
     band: float | None = None
+    published_questions: int | None = None
 
     @property
     def difference(self) -> float | None:
@@ -72,6 +73,8 @@ class Line:
             return "scored by its server"
         if self.limit is not None:
             return f"only {self.limit} questions"
+        if None not in (self.questions, self.published_questions) and self.questions != self.published_questions:
+            return f"{self.questions} questions of {self.published_questions}"
         if self.difference is None or self.band is None:
             return "nothing published"
         return INSIDE if abs(self.difference) <= self.band else OUTSIDE
@@ -87,7 +90,7 @@ def lines(run: Run) -> list[Line]:
         made.append(
             Line(
                 run.name, task, split, score.get("questions"), score.get("headline"), score.get("limit"), value,
-                None if value is None or column is None else band(column, value),
+                None if value is None or column is None else band(column, value), score.get("published_questions"),
             )
         )  # fmt: skip
     return made

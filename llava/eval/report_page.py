@@ -11,27 +11,33 @@ from llava.eval.report_data import FIELDS, INSIDE, OUTSIDE, Run, lines, table_of
 from llava.eval.samples import Sample
 
 STYLE: Final = """
-:root { color-scheme: light; --ink: #37352f; --soft: #787774; --line: #e9e9e7; --good: #448361; --off: #d9730d; }
+:root { color-scheme: light dark; --page: #fff; --ink: #37352f; --soft: #6f6e6b; --line: #e9e9e7; --tint: #f7f9fb;
+        --frame: #f1f1ef; --good: #3d7a59; --off: #b65a05; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #191919; --ink: #e6e6e4; --soft: #9b9a97; --line: #373737; --tint: #1f262c; --frame: #252525;
+          --good: #6fbf94; --off: #f0a35e; }
+  img.chart { filter: invert(0.9) hue-rotate(180deg); }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1300px; padding: 40px 24px 80px; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 1300px; padding: 40px 24px 80px; color: var(--ink); background: var(--page);
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 30px; margin: 0 0 4px; } h2 { font-size: 21px; margin: 44px 0 12px; }
 p { color: var(--soft); margin: 0 0 12px; }
-.wide { overflow-x: auto; } img.chart { width: 100%; max-width: 860px; display: block; }
+.wide { overflow-x: auto; } img.chart { width: 100%; min-width: 640px; max-width: 860px; display: block; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--soft); }
 th, td { padding: 6px 7px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.number, th.number { text-align: right; } tr.ours td { font-weight: 600; background: #f7f9fb; }
+td.number, th.number { text-align: right; } tr.ours td { font-weight: 600; background: var(--tint); }
 .inside { color: var(--good); font-weight: 600; } .outside { color: var(--off); font-weight: 600; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }
 .card { border: 1px solid var(--line); border-radius: 8px; overflow: hidden; display: flex; flex-direction: column; }
-.card .frame { background: #f1f1ef; height: 200px; display: flex; align-items: center; justify-content: center;
+.card .frame { background: var(--frame); height: 200px; display: flex; align-items: center; justify-content: center;
                color: var(--soft); font-size: 13px; }
 .card .frame img { max-width: 100%; max-height: 200px; min-height: 120px; object-fit: contain; }
 .card .words { padding: 12px 14px; } .card pre { margin: 0 0 10px; font: inherit; white-space: pre-wrap;
                overflow-wrap: anywhere; max-height: 12em; overflow-y: auto; }
-dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 2px 10px; font-size: 14px; }
-dt { color: var(--soft); max-width: 130px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 4px 12px; font-size: 14px; }
+dt { color: var(--soft); max-width: 150px; overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; max-height: 9em; overflow-y: auto; }
 dd.same { color: var(--good); } dd.differs { color: var(--off); }
 """
@@ -47,7 +53,8 @@ def page(runs: Sequence[Run], chart: bytes | None, shown: Mapping[str, Sequence[
         parts.append(_table(header, rows, [row[0] for row in rows]))
     if chart is not None:
         encoded = base64.b64encode(chart).decode()
-        parts.append(f'<h2>Scores</h2><img class="chart" alt="Scores" src="data:image/png;base64,{encoded}">')
+        picture = f'<img class="chart" alt="Scores" src="data:image/png;base64,{encoded}">'
+        parts.append(f'<h2>Scores</h2><div class="wide">{picture}</div>')
     compared = [table_of(line) for run in runs for line in lines(run)]
     parts.append("<h2>Ours and published</h2><p>Inside: no further from the published score than its noise band.</p>")
     parts.append(_table(FIELDS, compared, [""] * len(compared)))
@@ -80,7 +87,7 @@ def _card(sample: Sample) -> str:
     for run, answer in sample.answers.items():
         same = sample.agrees(answer)
         kind = "" if same is None else ' class="same"' if same else ' class="differs"'
-        pairs.append(f'<dt title="{escape(run)}">{escape(run)}</dt><dd{kind}>{escape(answer) or "(empty)"}</dd>')
+        pairs.append(f"<dt>{escape(run)}</dt><dd{kind}>{escape(answer) or '(empty)'}</dd>")
     if sample.truth:
         pairs.append(f"<dt>truth</dt><dd>{escape(sample.truth)}</dd>")
     question = f"<pre>{escape(sample.prompt)}</pre>"

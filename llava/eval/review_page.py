@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Final
 
 _STYLE: Final = """
-:root { --ink: #37352f; --soft: #787774; --line: #e3e2e0; --win: #448361; --lose: #b9b8b4; --tie: #9065b0; }
+:root { color-scheme: light dark; --page: #fbfbfa; --box: #fff; --code: #f1f1ef; --ink: #37352f; --soft: #6f6e6b;
+        --line: #e3e2e0; --link: #0b6e99; --win: #3d7a59; --lose: #b9b8b4; --tie: #8658a8; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #191919; --box: #212121; --code: #2c2c2c; --ink: #e6e6e4; --soft: #9b9a97;
+          --line: #3a3a3a; --link: #6cb7dc; --win: #6fbf94; --lose: #6a6966; --tie: #b794d6; }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 28px 20px 60px; color: var(--ink); background: #fbfbfa;
+body { margin: 0 auto; max-width: 1080px; padding: 28px 20px 60px; color: var(--ink); background: var(--page);
        font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 nav { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin-bottom: 18px; }
 nav select { flex: 1 1 160px; min-width: 0; }
 select, button { font: inherit; padding: 6px 10px; border: 1px solid var(--line); border-radius: 6px;
-                 background: #fff; }
+                 color: inherit; background: var(--box); }
 button { cursor: pointer; } button:disabled { color: var(--lose); cursor: default; }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px 18px; margin-bottom: 14px; }
+.card { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: 14px 18px;
+        margin-bottom: 14px; }
 .card > h3 { display: flex; justify-content: space-between; gap: 12px; margin: 0 0 8px; font-size: 16px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
 @media (max-width: 720px) { .pair { grid-template-columns: 1fr; gap: 0; } }
@@ -22,10 +28,11 @@ button { cursor: pointer; } button:disabled { color: var(--lose); cursor: defaul
 .win { border-top: 4px solid var(--win); } .win .score { color: var(--win); }
 .lose { border-top: 4px solid var(--lose); }
 .tie { border-top: 4px solid var(--tie); } .tie .score { color: var(--tie); }
-.text { overflow-wrap: anywhere; } .text p { margin: 0 0 8px; } .text pre { white-space: pre-wrap; background: #f1f1ef;
-        padding: 10px; border-radius: 6px; } .text h4 { margin: 10px 0 6px; }
+.text { overflow-wrap: anywhere; } .text p { margin: 0 0 8px; }
+.text pre { white-space: pre-wrap; background: var(--code); padding: 10px; border-radius: 6px; }
+.text h4 { margin: 10px 0 6px; }
 .text.short { max-height: 200px; overflow: hidden; mask-image: linear-gradient(#000 70%, transparent); }
-.more { border: none; background: none; color: #0b6e99; padding: 4px 0 0; }
+.more { border: none; background: none; color: var(--link); padding: 4px 0 0; }
 """
 
 _BODY: Final = """
@@ -56,11 +63,12 @@ function collapse(text) {
   more.onclick = () => { text.classList.remove("short"); more.remove(); };
   text.after(more);
 }
-function card(box, name, html, mine, theirs) {
+function card(box, name, number, html, mine, theirs) {
   const known = mine >= 0 && theirs >= 0, mark = mine > theirs ? " \\u{1F3C6}" : "";
   box.className = "card " + (!known ? "" : mine > theirs ? "win" : mine < theirs ? "lose" : "tie");
   const title = document.createElement("h3"), label = document.createElement("span"), score = label.cloneNode();
-  label.textContent = name; score.className = "score"; score.textContent = known ? `${mine} / 10${mark}` : "no score";
+  label.textContent = `Assistant ${number}: ${name}`; score.className = "score";
+  score.textContent = known ? `${mine} / 10${mark}` : "no score";
   const text = Object.assign(document.createElement("div"), { className: "text", innerHTML: html });
   title.append(label, score); box.replaceChildren(title, text); collapse(text);
 }
@@ -68,8 +76,8 @@ function show() {
   const row = data.questions.find((each) => each.id === Number(at("question").value)), name = at("opponent").value;
   const [first, second] = row.scores[name] ?? [-1, -1], order = inCategory().map((each) => each.id);
   at("asked").innerHTML = row.question; at("review").innerHTML = row.evaluations[name]; collapse(at("review"));
-  card(at("left"), name, row.answers[name], second, first);
-  card(at("right"), data.baseline, row.answers[data.baseline], first, second);
+  card(at("left"), name, 2, row.answers[name], second, first);
+  card(at("right"), data.baseline, 1, row.answers[data.baseline], first, second);
   at("previous").disabled = row.id === order[0]; at("next").disabled = row.id === order.at(-1);
 }
 function list() {

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from llava.eval import report
+from llava.eval.report_data import lines, read_run
 from llava.eval.tasks import make_task
 from tests.eval.benchdata import BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
@@ -50,11 +51,11 @@ def test_all_forms_are_written(runs: tuple[Path, Path], tmp_path: Path, capsys: 
     shown = capsys.readouterr().out
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.strip() == shown.strip()
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    zoo = [line for line in lines if line[0] in ("published", "ours")]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    zoo = [line for line in table if line[0] in ("published", "ours")]
     assert [line[0] for line in zoo] == ["published", "ours", "ours"]
     assert zoo[0][1:7] == ["LLaVA-1.5", "CLIP-L-336px", "V-13B", "336", "80.0", "63.3"] and zoo[1][5:7] == ["–", "60.0"]
-    verdicts = {(line[0], line[1]): line[-1] for line in lines if line[1] in BENCHMARKS}
+    verdicts = {(line[0], line[1]): line[-1] for line in table if line[1] in BENCHMARKS}
     assert verdicts["llava-v1.5-13b", "pope"] == "inside" and verdicts["llava-v1.5-13b", "gqa"] == "outside"
     assert verdicts["llava-v1.5-13b", "mme"] == "inside" and verdicts["mine", "gqa"] == "nothing published"
     assert verdicts["llava-v1.5-13b", "vqav2"] == "scored by its server"
@@ -82,6 +83,13 @@ def test_pictures_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_pat
     assert report.main([str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("no picture") == 6 and "only 7 questions" in page
+
+
+def test_a_part_of_the_published_questions_is_not_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    score = json.loads((runs[0] / "gqa" / "score.json").read_text())
+    (tmp_path / "gqa").mkdir()
+    (tmp_path / "gqa" / "score.json").write_text(json.dumps({**score, "published_questions": 12578}))
+    assert [line.verdict for line in lines(read_run(tmp_path))] == ["7 questions of 12578"]
 
 
 def test_two_runs_are_compared(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,3 +256,5 @@ def test_prepare_says_what_is_here_and_what_is_not(
     monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", dataclasses.replace(layout, rows=7))  # type: ignore[attr-defined]
     assert evaluate.main(["prepare", "gqa", "--eval-data", str(data)]) == 0
     assert "gqa: ready, 7 questions" in capsys.readouterr().out
+    for split, rows in (("test", 9673), ("train", 38575)):
+        assert make_task("easy_vqa", data / "easy_vqa", split).published_rows == rows

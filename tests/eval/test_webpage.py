@@ -94,4 +94,5 @@ def test_a_browser_shows_it(flags: list[str], tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     shown = done.stdout.split('id="data"')[0]
     assert "<p>Q2?</p>" in shown and 'class="card win" id="left"' in shown and "10 / 10" in shown
+    assert shown.index("Assistant 2: ") < shown.index("Assistant 1: ")  # as the judge calls them
     assert re.search(r'id="next"[^>]*disabled', shown)

@@ -58,6 +58,11 @@ class Task(ABC):
     def needs(self) -> Sequence[Need]:
         """Every file and folder of the split."""
 
+    @property
+    def published_rows(self) -> int | None:
+        """How many questions the split has officially, None when that is not known."""
+        return next((need.rows for need in self.needs() if need.rows is not None), None)
+
     @abstractmethod
     def questions(self, limit: int | None = None) -> Sequence[Question]:
         """The questions of the split in its official order, or `limit` of them spread evenly over it.

@@ -47,7 +47,8 @@ class EasyVQA(Task):
     def needs(self) -> Sequence[Need]:
         source = f"PyPI ({INSTALL})"
         rows = {"test": 9673, "train": 38575}
-        files = [Need(self.root / split / "questions.json", source, count) for split, count in rows.items()]
+        splits = sorted(rows, key=lambda split: split != self.split)  # its own first
+        files = [Need(self.root / split / "questions.json", source, rows[split]) for split in splits]
         return [*files, Need(self.image_folder, source)]
 
     def questions(self, limit: int | None = None) -> Sequence[Question]:
