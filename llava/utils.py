@@ -58,6 +58,8 @@ def require(module: str, extra: str) -> ModuleType:
 
     A package that is present but broken keeps its own error text in the message.
     """
+    # Which peft imports too; on some CPUs it advises a package that fetches code from the hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module(module)
     except Exception as error:

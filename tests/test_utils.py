@@ -39,6 +39,11 @@ def test_require_returns_the_module() -> None:
     assert utils.require("json.decoder", "train").__name__ == "json.decoder"
 
 
+def test_require_leaves_out_the_advice_of_bitsandbytes() -> None:
+    utils.require("json", "x")
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
 def test_require_names_the_extra() -> None:
     with pytest.raises(DependencyError, match=r"nonsense_package .*pip install 'llava\[serve\]' \[DEPENDENCY\]"):
         utils.require("nonsense_package.part", "serve")

@@ -25,6 +25,7 @@ def apply_delta(base_path: str | Path, target_path: str | Path, delta_path: str 
     found = inspect(delta_path)
     base, difference = WeightSource(Path(base_path)), WeightSource(found.path)
     delta.check_pair(base, difference)
+    delta.check_differences(base, difference)
     dtype = delta.named_dtype(str(found.config.get("torch_dtype") or "float16"))
 
     def add(name: str, tensor: Tensor, below: Tensor | None) -> Tensor:

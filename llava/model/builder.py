@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,6 @@ SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("d_model", "n_layers", "n_heads"),  # of MPT
 )
-FINAL_NORMS = ("model.norm.weight", "transformer.norm_f.weight")
 LARGEST_DIFFERENCE = 0.1  # of a delta's last norm; a model's own is near 1
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq", *ckpt.TOWER_PREFIXES)
 
@@ -135,7 +135,7 @@ def look_ahead(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
     tower.source(from_checkpoint)
     if found.kind is not Kind.FULL or not ckpt.reads_lazily(found.path):
         return
-    for _, norm in ckpt.iter_tensors(found.path, lambda name: name in FINAL_NORMS):
+    for _, norm in ckpt.iter_tensors(found.path, lambda name: name in ckpt.FINAL_NORMS):
         if norm is not None and bool(norm.abs().max() < LARGEST_DIFFERENCE):
             raise CheckpointError(
                 f"The weights of {found.path} are differences from a base (its last norm is nearly 0): delta weights; "
@@ -174,7 +174,7 @@ def all_shapes(source: Path, config: Any, from_checkpoint: bool) -> dict[str, tu
 
 def local_directory(path: str | Path) -> Path:
     """`path` itself when it is a directory; otherwise the hub's snapshot of that name (cache first, offline heeded)."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 (as in checkpoint.existing)
         return Path(path)
     name = str(path)
     found: Path | None = None
@@ -208,15 +208,7 @@ def base_of(found: Checkpoint, model_base: str | Path | None, text_only: bool = 
                 "%s holds %s; --model-base %s is not needed and not read", found.path, found.kind.value, model_base
             )
         return None
-    if model_base is None and found.kind is Kind.LORA:
-        named = ckpt.read_json(found.path / ckpt.ADAPTER_CONFIG).get("base_model_name_or_path")
-        model_base = named if isinstance(named, str) else None
-    if model_base is None:
-        raise CheckpointError(
-            f"{found.path} holds {found.kind.value}, without a language model; pass --model-base, for example "
-            "--model-base lmsys/vicuna-7b-v1.5."
-        )
-    base = ckpt.inspect(local_directory(model_base))
+    base = ckpt.inspect(local_directory(model_base) if model_base else _named_base(found))
     if base.kind not in (Kind.LANGUAGE_MODEL, Kind.FULL) or not ckpt.has_weights(base.path):
         raise CheckpointError(
             f"The --model-base {base.path} holds {base.kind.value}; pass a LLaMA or Vicuna directory."
@@ -224,11 +216,29 @@ def base_of(found: Checkpoint, model_base: str | Path | None, text_only: bool = 
     if not found.config and not text_only:
         raise CheckpointError(
             f"{found.path} lacks config.json, which names tower and projector; copy it from the same training run, "
-            "or pass --text-only for an adapter of a language model."
+            "or, when it is an adapter of a language model, talk with it by llava chat --text-only."
         )
     if found.config:
         _compare_base(found, base)
     return base
+
+
+def _named_base(found: Checkpoint) -> Path:
+    """The directory of the base that an adapter names, which a path of the training host need not be here."""
+    settings = ckpt.read_json(found.path / ckpt.ADAPTER_CONFIG) if found.kind is Kind.LORA else {}
+    name = settings.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(
+            f"{found.path} holds {found.kind.value}, without a language model; pass --model-base, for example "
+            "--model-base lmsys/vicuna-7b-v1.5."
+        )
+    try:
+        return local_directory(name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{found.path} names {name!r} as its base, which is not here; pass --model-base with the directory of that "
+            "language model."
+        ) from error
 
 
 def _compare_base(found: Checkpoint, base: Checkpoint) -> None:

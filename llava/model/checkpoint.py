@@ -7,6 +7,7 @@ that carries code is refused.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ CORES = ("model.", "transformer.")  # of LLaMA, of MPT
 TOWER_PREFIXES = tuple(core + "vision_tower.vision_tower." for core in CORES)
 PROJECTOR_PREFIXES = tuple(core + "mm_projector." for core in CORES)
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
+FINAL_NORMS = ("model.norm.weight", "transformer.norm_f.weight")
 
 
 class Kind(str, Enum):
@@ -87,11 +89,18 @@ def described_by(source: str | Path) -> Iterator[None]:
         ) from error
 
 
+def existing(path: str | Path) -> Path:
+    """The path of a directory that can be looked into; anything else is a `CheckpointError`."""
+    if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir() raises below a directory of someone else's)
+        raise CheckpointError(f"There is no directory {str(path)!r}; check the path, or download the checkpoint first.")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{path} cannot be looked into by this user; see to the rights.")
+    return Path(path)
+
+
 def inspect(path: str | Path) -> Checkpoint:
     """Tell what a local directory is, by its files alone. A path that does not exist is a `CheckpointError`."""
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"There is no directory {str(path)!r}; check the path, or download the checkpoint first.")
+    path = existing(path)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if not isinstance(config.get("model_type", ""), str):
         raise CheckpointError(f"{path}/config.json has a model_type that is no name: {config['model_type']!r}.")
@@ -124,6 +133,7 @@ def has_weights(path: Path) -> bool:
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the model's weights, safetensors first; a shard that an index names must exist."""
+    path = existing(path)
     for name, single in zip(INDEX_FILES, SINGLE_FILES):
         if (path / name).is_file():
             shards = _shards(path / name)
@@ -203,24 +213,26 @@ def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
             tensor: Tensor = shard.get_tensor(name)
             mapped += tensor.nbytes
             yield name, tensor.clone() if tensor.nbytes < COPIED_BYTES else tensor
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
+
+
+def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a file of weights; of safetensors, only the header is read."""
+    if file.suffix != ".safetensors":
+        return {name: tuple(tensor.shape) for name, tensor in load_bin(file).items()}
+    try:
+        with safe_open(file, framework="np") as shard:  # numpy's does not map the whole file
+            return {name: tuple(shard.get_slice(name).get_shape()) for name in list(shard.keys())}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is damaged, or may not be read ({error}); see to its rights, or download it again."
+        ) from error
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight in a directory, without reading the weights."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(path):
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="np") as shard:  # numpy's does not map the whole file
-                    names = list(shard.keys())
-                    shapes.update({name: tuple(shard.get_slice(name).get_shape()) for name in names})
-            except SafetensorError as error:
-                raise CheckpointError(f"{file} is damaged ({error}); download it again.") from error
-        else:
-            shapes.update({name: tuple(tensor.shape) for name, tensor in load_bin(file).items()})
-    return shapes
+    return {name: shape for file in weight_files(path) for name, shape in file_shapes(file).items()}
 
 
 def check_depth(layers: Any, path: Path) -> None:

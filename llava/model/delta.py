@@ -48,6 +48,17 @@ def check_pair(base: WeightSource, other: WeightSource) -> None:
         raise CheckpointError(f"{other.path} lacks {lost[0]}, which {base.path} has; it was not made from this base.")
 
 
+def check_differences(base: WeightSource, delta: WeightSource) -> None:
+    """Refuse a whole model in place of a delta: its last norm is near the base's, a difference is near 0."""
+    for name in delta.shapes.keys() & base.shapes.keys() & set(ckpt.FINAL_NORMS):
+        found = delta.read(name).float()
+        if bool((found - base.read(name).float()).abs().sum() < found.abs().sum()):
+            raise CheckpointError(
+                f"{delta.path} holds a model, not differences from {base.path} (its last norm is near that of the "
+                "base); give the directory of the delta."
+            )
+
+
 def shifted(tensor: Tensor, base: Tensor, sign: int) -> Tensor:
     """`tensor + sign * base` in float32; where the base is smaller, on its leading block."""
     result = tensor.float()

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint import ADAPTER_CONFIG, CORES, NON_LORA_FILE, load_bin, read_json
+from llava.model.checkpoint import ADAPTER_CONFIG, CORES, NON_LORA_FILE, file_shapes, load_bin, read_json
 from llava.utils import require
 
 logger = logging.getLogger(__name__)
@@ -82,14 +81,8 @@ def load_non_lora(model: nn.Module, directory: Path) -> None:
 def adapter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of an adapter, safetensors first; code in a `.bin` is refused."""
     for file in (directory / name for name in ADAPTER_FILES):
-        if file.is_file() and file.suffix == ".bin":
-            return {name: tuple(value.shape) for name, value in load_bin(file).items()}
         if file.is_file():
-            try:
-                with safe_open(file, framework="np") as handle:
-                    return {name: tuple(handle.get_slice(name).get_shape()) for name in list(handle.keys())}
-            except SafetensorError as error:
-                raise CheckpointError(f"{file} is damaged ({error}); copy it again.") from error
+            return file_shapes(file)
     raise CheckpointError(f"{directory} has adapter_config.json but no {' or '.join(ADAPTER_FILES)}.")
 
 

@@ -38,8 +38,8 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     A `target` that holds anything already, or cannot be made, is a `ConfigError`, raised before the work; so is a full
     disk, when it is full.
     """
-    target = Path(target)
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    target = Path(target).resolve()
+    part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"{target} exists and is not empty; choose another output directory, or remove it.")

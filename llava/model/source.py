@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from llava.errors import CheckpointError
-from llava.model.checkpoint import load_bin, weight_files
+from llava.model.checkpoint import file_shapes, load_bin, weight_files
 
 
 class WeightSource:
@@ -24,14 +23,10 @@ class WeightSource:
                 self.shapes[name], self._files[name] = shape, file
 
     def _shapes(self, file: Path) -> dict[str, tuple[int, ...]]:
-        if file.suffix == ".bin":
-            self._bins[file] = load_bin(file)
-            return {name: tuple(tensor.shape) for name, tensor in self._bins[file].items()}
-        try:
-            with safe_open(file, framework="np") as shard:
-                return {name: tuple(shard.get_slice(name).get_shape()) for name in list(shard.keys())}
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is damaged ({error}); download it again.") from error
+        if file.suffix != ".bin":
+            return file_shapes(file)
+        self._bins[file] = load_bin(file)
+        return {name: tuple(tensor.shape) for name, tensor in self._bins[file].items()}
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`, which must be in `shapes`."""

@@ -20,17 +20,18 @@ def load_tokenizer(directory: Path, **kwargs: Any) -> Any:
     """
     settings = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
     named = str(settings.get("tokenizer_class", ""))
-    if (directory / "tokenizer.model").is_file() and named in ("", "LlamaTokenizer", "LlamaTokenizerFast"):
-        return LlamaTokenizer.from_pretrained(directory, **kwargs)
-    if (directory / "tokenizer.json").is_file() and named in ("", "PreTrainedTokenizerFast", "LlamaTokenizerFast"):
-        return PreTrainedTokenizerFast.from_pretrained(directory, **kwargs)
-    if named:
-        has_slow = tokenizer_class_from_name(named.removesuffix("Fast")) is not None
-        try:
+    try:
+        if (directory / "tokenizer.model").is_file() and named in ("", "LlamaTokenizer", "LlamaTokenizerFast"):
+            return LlamaTokenizer.from_pretrained(directory, **kwargs)
+        if (directory / "tokenizer.json").is_file() and named in ("", "PreTrainedTokenizerFast", "LlamaTokenizerFast"):
+            return PreTrainedTokenizerFast.from_pretrained(directory, **kwargs)
+        if named:
+            has_slow = tokenizer_class_from_name(named.removesuffix("Fast")) is not None
             return AutoTokenizer.from_pretrained(directory, use_fast=not has_slow, trust_remote_code=False, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
-            raise CheckpointError(
-                f"The tokenizer of {directory} ({named}) cannot be loaded: {' '.join(str(error).split())[:200]}; code "
-                "from checkpoints is not run, so save it in the tokenizer.json layout."
-            ) from error
+    except Exception as error:  # the tokenizers package raises nothing narrower for a damaged file
+        raise CheckpointError(
+            f"The tokenizer of {directory} ({named or 'without a class'}) cannot be loaded: "
+            f"{' '.join(str(error).split())[:200]}; code from checkpoints is not run: copy its files again, or save it "
+            "in the tokenizer.json layout."
+        ) from error
     raise CheckpointError(f"{directory} holds no tokenizer (tokenizer.model or tokenizer.json); download it again.")

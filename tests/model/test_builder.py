@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError, ConfigError
+from llava.model import checkpoint as ckpt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import Kind, inspect, iter_tensors
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -134,6 +135,34 @@ def test_missing_directories_and_files(tmp_path: Path, chat: Path) -> None:
         load(chat)
     with pytest.raises(CheckpointError, match="no directory"):
         inspect(tmp_path / "nowhere")
+
+
+def test_what_may_not_be_read_is_named(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(chat, mm_vision_tower=f"/{'x' * 300}/tower")  # fails as a path below someone else's directory does
+    with pytest.raises(CheckpointError, match=r"was not found; tried /xxx.*offline mode"):
+        load(chat)
+    with pytest.raises(CheckpointError, match="There is no directory"):
+        load(chat.parent / ("x" * 300) / "chat")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise FileNotFoundError("No such file or directory")  # what safetensors says of a file without permission
+
+    monkeypatch.setattr(ckpt, "safe_open", refuse)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged, or may not be read \(No such"):
+        load(chat)
+    monkeypatch.setattr(ckpt.os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match="cannot be looked into"):
+        load(chat)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01damaged", b"{}", b"[1]"])
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+def test_a_damaged_tokenizer_is_named(chat: Path, file: str, content: bytes) -> None:
+    for old in chat.glob("tokenizer*"):
+        old.unlink()
+    (chat / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"The tokenizer of .* cannot be loaded"):
+        load(chat)
 
 
 def test_a_projector_needs_its_base(projector: Path, tiny_dirs: dict[str, Path]) -> None:

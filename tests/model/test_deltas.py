@@ -112,6 +112,16 @@ def test_directories_that_do_not_belong_together(pair: dict[str, Path], tmp_path
         delta.named_dtype("int8")
 
 
+def test_a_model_is_no_delta(pair: dict[str, Path], capsys: Any) -> None:
+    pair["delta"] = pair["target"]
+    assert apply_delta.main(arguments(pair, "again")) == 2
+    assert "holds a model, not differences from" in capsys.readouterr().err
+    pair["delta"] = pair["base"].parent / "nowhere"
+    assert make_delta.main(arguments(pair, "delta")) == 2
+    assert "There is no directory" in capsys.readouterr().err
+    assert not pair["again"].exists() and not pair["delta"].exists()
+
+
 def test_a_tampered_delta_is_not_kept(pair: dict[str, Path], monkeypatch: Any, capsys: Any) -> None:
     plain = saving.write_weights
 

@@ -68,6 +68,14 @@ def test_the_base_is_asked_for_and_checked(tiny_dirs: dict[str, Path], adapter: 
     assert torch.equal(logits(load(nameless, tiny_dirs["base"])), logits(load(adapter)))
     with pytest.raises(CheckpointError, match="hidden_size=48.*hidden_size=32"):
         load(adapter, tiny.make_base(tmp_path / "narrow", hidden_size=32))
+    settings = adapter / "adapter_config.json"
+    kept = settings.read_text()
+    settings.write_text(json.dumps({**json.loads(kept), "base_model_name_or_path": "/home/trainer/vicuna"}))
+    with pytest.raises(
+        CheckpointError, match="names '/home/trainer/vicuna' as its base, which is not here; pass --mod"
+    ):
+        load(adapter)
+    settings.write_text(kept)
     edit_config(adapter, vocab_size=32000)
     for refuse in (load, examine):
         with pytest.raises(CheckpointError, match="vocabulary of 32000, but this base has 384"):

@@ -47,6 +47,15 @@ def test_a_program_whose_disk_fills_up(
     assert extract_projector.main(flags) == 0
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_a_directory_in_use_is_refused_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "kept").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is not empty"), new_directory(name):
+        pytest.fail("worked for nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 @pytest.mark.parametrize("name", ["file/below", "a" * 300])
 def test_a_place_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
