@@ -52,7 +52,8 @@ def answer_row(model_id: str) -> MakeRow:
 
 def failure(row: Row) -> str | None:
     """Why this row has no answer, None if it has one."""
-    error = (row.get("metadata") or {}).get("error")
+    metadata = row.get("metadata")
+    error = metadata.get("error") if isinstance(metadata, dict) else None
     return None if error is None else str(error)
 
 

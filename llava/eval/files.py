@@ -32,6 +32,12 @@ def read_rows(path: Path, *keys: str) -> list[Row]:
 def read_results(path: Path, *keys: str) -> list[Row]:
     """The rows of an answers file, with `question_id`, `text` and `keys`; `DataError` when one failed or none is."""
     rows = read_rows(path, "question_id", "text", *keys)
+    for row in rows:
+        if not isinstance(row["text"], str) or not isinstance(row["question_id"], (str, int)):
+            raise DataError(
+                f"{path} has the answer {row['text']!r} to question {row['question_id']!r}; expected a text, and a "
+                "text or a number."
+            )
     failed = [row for row in rows if failure(row) is not None]
     if failed:
         raise DataError(

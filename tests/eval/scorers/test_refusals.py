@@ -175,6 +175,12 @@ def test_a_broken_answers_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "x"}\n{"question', encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.jsonl line 2"):
         read_results(tmp_path / "a.jsonl")
+    for question_id, text in ((1, None), (1, 5), ([1], "x")):
+        write_jsonl(tmp_path / "a.jsonl", [{"question_id": question_id, "text": text, "metadata": ["a list"]}])
+        with pytest.raises(ValueError, match=r"has the answer .* expected a text"):
+            read_results(tmp_path / "a.jsonl")
+    write_jsonl(tmp_path / "a.jsonl", [{"question_id": 1, "text": "x", "metadata": ["a list"]}])
+    assert len(read_results(tmp_path / "a.jsonl")) == 1
 
 
 def test_scorers_and_their_programs_import_no_torch() -> None:
