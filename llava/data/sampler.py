@@ -76,7 +76,7 @@ def _length_grouped(lengths: Indices, batch_size: int, world_size: int, generato
     megabatch = batch_size * world_size
     order: Indices = torch.randperm(len(lengths), generator=generator).numpy()
     whole = len(order) // megabatch * megabatch
-    runs = order[:whole].reshape(-1, megabatch)
+    runs: Indices = order[:whole].reshape(-1, megabatch)
     longest_first = np.argsort(-lengths[runs], axis=1, kind="stable")
     runs = _deal(np.take_along_axis(runs, longest_first, 1), lengths, world_size)
     last = sorted(order[whole:].tolist(), key=lambda i: -lengths[i])
