@@ -34,7 +34,7 @@ def load(name: str, device: torch.device) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=False)
         model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:  # the last for a kind of model that the library does not know
         raise CheckpointError(f"{name} is no causal language model that can be loaded ({error}).") from error
     return tokenizer, model.to(device).eval()
 

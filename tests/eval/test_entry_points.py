@@ -103,7 +103,8 @@ def test_a_language_model_answers_without_pictures(tiny_dirs: dict[str, Path], t
     rows = read_jsonl(tmp_path / "a.jsonl")
     assert list(rows[0]) == ["question_id", "text", "answer_id", "model_id", "metadata"]
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    assert model_qa.main(["--model-name", str(tmp_path), "--question-file", str(questions), "--device", "cpu"]) == 2
+    for unfit in (tmp_path, tiny_dirs["chat"]):
+        assert model_qa.main(["--model-name", str(unfit), "--question-file", str(questions), "--device", "cpu"]) == 2
 
 
 def test_worker_processes_open_pictures_in_order(pictures: Path) -> None:
