@@ -270,15 +270,21 @@ def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
     if base is not None:
         config.vocab_size = int(base.config["vocab_size"])
     spec = language_model_spec((base or found).model_type, str(found.path))
-    ckpt.check_depth(config.num_hidden_layers, (base or found).path)
+    source = (base or found).path
+    ckpt.check_depth(config.num_hidden_layers, source)
     with ckpt.described_by(found.path), empty_weights():
-        return spec.model(config)
+        model = spec.model(config)
+        if (source / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_dict(ckpt.read_json(source / "generation_config.json"))
+    return model
 
 
 def model_config(found: Checkpoint, vision_tower: str | None) -> Any:
     """The configuration of a chat model, checked for the settings that tower and projector need."""
     config = read_config(found)
     config.name_or_path = str(found.path)
+    with ckpt.described_by(found.path):
+        context_length(config)
     lacking = [key for key in NEEDED_SETTINGS if getattr(config, key, None) is None]
     if lacking:
         raise CheckpointError(
@@ -318,8 +324,6 @@ def language_model(
         place=put,
     )
     _refresh_rotary(model, dtype, where)
-    if (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
     return model
 
 

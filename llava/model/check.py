@@ -164,14 +164,13 @@ def examine(
     parts = language_parts(found, base, config)
     part, tower = tower_part(config, found.path, vision_tower is None)
     origin = "stored in the checkpoint" if getattr(config, "conv_template", None) == chosen else "not stored"
+    with ckpt.described_by(found.path):
+        cache = cache_bytes(config)
     facts = [
         tokenizer_fact(base.path if base else found.path),
         ("image", f"{tower.image_processor.crop_size['height']} px, {tower.num_features} tokens"),
         ("template", f"{chosen} ({'--conv-mode' if template else origin})"),
-        (
-            "context",
-            f"{builder.context_length(config)} tokens, {gib(cache_bytes(config))} of cache in 16 bit when full",
-        ),
+        ("context", f"{builder.context_length(config)} tokens, {gib(cache)} of cache in 16 bit when full"),
     ]
     if base is not None:
         facts.insert(0, base_fact(base))

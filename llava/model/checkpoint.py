@@ -30,6 +30,7 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 MANY_LAYERS = 1000
 REMAP_BYTES, COPIED_BYTES = 16 * 2**20, 2**20
+LFS_POINTER, ZIP, PICKLE = b"version https://git-lfs", b"PK\x03\x04", b"\x80"  # how files begin
 CORES = ("model.", "transformer.")  # of LLaMA, of MPT
 TOWER_PREFIXES = tuple(core + "vision_tower.vision_tower." for core in CORES)
 PROJECTOR_PREFIXES = tuple(core + "mm_projector." for core in CORES)
@@ -157,25 +158,47 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(where.values()))
 
 
+def unreadable(file: Path, error: Exception) -> CheckpointError:
+    """What to say of a file of weights that could not be opened for `error`."""
+    if _begin(file).startswith(LFS_POINTER):
+        return CheckpointError(
+            f"{file} is a pointer of Git LFS and not the weights; run git lfs pull in {file.parent}."
+        )
+    return CheckpointError(
+        f"{file} cannot be read ({str(error) or type(error).__name__}): it is damaged, or belongs to another user; "
+        "download it again, or see to its rights."
+    )
+
+
 def load_bin(path: Path) -> dict[str, Tensor]:
     """A dictionary of tensors from a PyTorch file, memory-mapped where its format allows; code in it is refused."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
+        if not _begin(path).startswith((ZIP, PICKLE)):
+            raise unreadable(path, error) from error
         raise CheckpointError(
             f"{path} holds more than tensors (a pickle that would run code) and is refused; "
             "get the weights as safetensors, or from a source you trust."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as PyTorch weights ({error}); download it again.") from error
+        raise unreadable(path, error) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} should hold a dictionary of tensors, and does not.")
     return state
 
 
 def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+    return _begin(path).startswith(ZIP)
+
+
+def _begin(path: Path) -> bytes:
+    """The first bytes of a file, none of one that cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER))
+    except OSError:
+        return b""
 
 
 def reads_lazily(path: Path) -> bool:
@@ -214,7 +237,7 @@ def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
             mapped += tensor.nbytes
             yield name, tensor.clone() if tensor.nbytes < COPIED_BYTES else tensor
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
+        raise unreadable(file, error) from error
 
 
 def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -225,9 +248,7 @@ def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="np") as shard:  # numpy's does not map the whole file
             return {name: tuple(shard.get_slice(name).get_shape()) for name in list(shard.keys())}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is damaged, or may not be read ({error}); see to its rights, or download it again."
-        ) from error
+        raise unreadable(file, error) from error
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:

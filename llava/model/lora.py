@@ -95,6 +95,7 @@ def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
             " pass the --model-base the adapter was trained on."
         )
 
+    read_settings(directory)
     if not any(".lora_" in name for name in found):
         raise CheckpointError(f"{directory} holds an adapter without LoRA weights ({', '.join(sorted(found)[:3])}).")
     for name, shape in found.items():
@@ -110,13 +111,19 @@ def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
             raise CheckpointError(f"{directory}: {name} has no counterpart {other}; the adapter is incomplete.")
 
 
-def adapter_settings(directory: Path) -> Any:
-    """The `LoraConfig` of an adapter. What a newer PEFT wrote is left out where it is off, and refused where not."""
-    peft = require("peft", "train")
+def read_settings(directory: Path) -> dict[str, Any]:
+    """`adapter_config.json`; another kind of adapter than LoRA is refused."""
     settings = read_json(directory / ADAPTER_CONFIG)
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         raise CheckpointError(f"{directory} holds an adapter of type {kind}; only LORA can be loaded.")
+    return settings
+
+
+def adapter_settings(directory: Path) -> Any:
+    """The `LoraConfig` of an adapter. What a newer PEFT wrote is left out where it is off, and refused where not."""
+    peft = require("peft", "train")
+    settings = read_settings(directory)
     known = {item.name for item in dataclasses.fields(peft.LoraConfig) if item.init}
     strange = sorted(key for key, value in settings.items() if key not in known | set(HARMLESS) and value)
     if strange:

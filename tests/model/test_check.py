@@ -232,6 +232,23 @@ def test_absurd_numbers_cost_nothing(
     assert time.perf_counter() - start < 5
 
 
+def test_damage_beside_the_weights_is_found(made: dict[str, Path]) -> None:
+    (made["chat"] / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"generation_config.json should hold a JSON object"):
+        examine(made["chat"])
+    (made["lora"] / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(CheckpointError, match="adapter of type IA3"):
+        examine(made["lora"], made["base"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_no_weights(made: dict[str, Path], name: str) -> None:
+    (made["chat"] / "model.safetensors").unlink()
+    (made["chat"] / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=f"{name} is a pointer of Git LFS .*; run git lfs pull"):
+        examine(made["chat"])
+
+
 def test_a_delta_is_refused_and_an_adapter_of_a_language_model_verified(tmp_path: Path) -> None:
     shelf = zoo.shelf(tmp_path / "made")
     zoo.delta(shelf, tmp_path / "delta")
