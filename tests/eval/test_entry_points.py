@@ -103,7 +103,9 @@ def test_a_language_model_answers_without_pictures(tiny_dirs: dict[str, Path], t
     rows = read_jsonl(tmp_path / "a.jsonl")
     assert list(rows[0]) == ["question_id", "text", "answer_id", "model_id", "metadata"]
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    for unfit in (tmp_path, tiny_dirs["chat"]):
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "strange"}')
+    for unfit in (tmp_path, tmp_path / "strange"):
         assert model_qa.main(["--model-name", str(unfit), "--question-file", str(questions), "--device", "cpu"]) == 2
 
 
