@@ -49,6 +49,8 @@ RULES: Final = (
     Rule("gradio", ">=6.0,<7.0", "the web page is written for its current interface"),
 )
 
+PATIENCE: Final = 20.0  # seconds for nvidia-smi, which hangs where a card has failed
+
 FEATURES: Final = (
     Feature("inference", ("torch", "torchvision", "transformers", "tokenizers", "sentencepiece", "pillow")),
     Feature("C++ decoding", ()),
@@ -129,7 +131,10 @@ def _driver() -> str | None:
     if program is None:
         return None
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi does not answer ({type(error).__name__}): restart the machine, or reinstall the driver"
     lines = answer.stdout.split()
     return lines[0] if answer.returncode == 0 and lines else None
 

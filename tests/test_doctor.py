@@ -169,12 +169,21 @@ def test_cards_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices == (doctor.Device("H100", 80.0, (9, 0)), doctor.Device("Apple mps", 0, None))
 
 
-@pytest.mark.parametrize(("body", "expected"), [("echo 580.65.06", "580.65.06"), ("exit 9", None)])
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("echo 580.65.06", "580.65.06"),
+        ("exit 9", None),
+        ("printf '\\377'", "\ufffd"),
+        ("exec sleep 60", "nvidia-smi does not answer (TimeoutExpired): restart the machine, or reinstall the driver"),
+    ],
+)
 def test_the_driver_is_asked(body: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(doctor, "PATIENCE", 0.5 if "sleep" in body else 20)
     assert doctor._driver() == expected
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     assert doctor._driver() is None
