@@ -126,7 +126,7 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """How it is trained; everything transformers 4.36.2 knows, and the flags below."""
 
-    cache_dir: str | None = _flag(None, "download cache")
+    cache_dir: str | None = _flag(None, "accepted for compatibility; HF_HUB_CACHE moves the cache of downloads")
     optim: str = _flag("adamw_torch", "optimizer")
     remove_unused_columns: bool = _flag(False, "must stay false: the data set yields what the model takes")
     freeze_mm_mlp_adapter: bool = _flag(False, "freeze the projector")
@@ -216,6 +216,8 @@ class TrainingArguments(transformers.TrainingArguments):
             problems.append(f"--step_timeout is {self.step_timeout}; give seconds, or 0 to wait forever.")
         if self.label_smoothing_factor:
             problems.append("--label_smoothing_factor needs logits at all positions, which training does not compute.")
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            problems.append("--torch_compile does not compile this model; leave it out.")
         if self.fsdp:
             problems.append("--fsdp is not supported; use --deepspeed scripts/zero3.json.")
         return problems + _number_problems(self)
@@ -228,10 +230,12 @@ def _evaluate_with_saves(args: Any) -> None:
 
 
 def _number_problems(args: TrainingArguments) -> list[str]:
+    seeds = (("seed", args.seed), ("data_seed", args.data_seed))
     positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
     problems = [
         f"--{name} is {getattr(args, name)}; it must be positive." for name in positive if getattr(args, name) <= 0
     ]
+    problems += [f"--{name} is {value}; it must not be negative." for name, value in seeds if (value or 0) < 0]
     if args.learning_rate < 0:
         problems.append(f"--learning_rate is {args.learning_rate}; it must not be negative.")
     if args.num_train_epochs <= 0 and args.max_steps <= 0:
@@ -290,6 +294,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
     _raise(problems)
     model, data, training = built
     for name, used in (
+        ("--cache_dir", training.cache_dir),
         ("--lora_weight_path", training.lora_weight_path),
         ("--image_grid_pinpoints", data.image_grid_pinpoints),
     ):

@@ -123,6 +123,7 @@ def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> LLaVATrainer:
     """The whole run; everything it leaves is under `--output_dir`."""
     refuse_unsupported(args)
+    checkpointing.make_output(Path(args.output_dir))
     model, tokenizer, template = prepare(model_args, data_args, args)
     make_data = make_mixture_module if data_args.meta_path else make_supervised_data_module
     data = make_data(tokenizer, data_args, get_template(template))

@@ -120,7 +120,8 @@ def test_a_trainable_position_table_gets_gradient(tiny_dirs: dict[str, Path]) ->
     ],
 )
 def test_projector_keys(kind: str, keys: list[str]) -> None:
-    config = SimpleNamespace(mm_projector_type=kind, mm_hidden_size=8, hidden_size=6, mm_image_hidden_size=10)
+    width = 8 if kind == "identity" else 6
+    config = SimpleNamespace(mm_projector_type=kind, mm_hidden_size=8, hidden_size=width, mm_image_hidden_size=10)
     projector = build_vision_projector(config)
     assert sorted(projector.state_dict()) == keys
     if kind == "two_mlp":
@@ -130,7 +131,12 @@ def test_projector_keys(kind: str, keys: list[str]) -> None:
         torch.testing.assert_close(out[:, :3], projector.mlp2(query))
     else:
         x = torch.randn(2, 5, 8)
-        assert projector(x).shape == (2, 5, 8 if kind == "identity" else 6)
+        assert projector(x).shape == (2, 5, width)
+
+
+def test_identity_joins_equal_widths_only() -> None:
+    with pytest.raises(ConfigError, match="tower's is 8, the language model's 6"):
+        build_vision_projector(SimpleNamespace(mm_projector_type="identity", mm_hidden_size=8, hidden_size=6))
 
 
 @pytest.mark.parametrize("kind", ["mlp2x_gel", "mlp2x_geluXYZ", "mlp0x_gelu", "resampler"])

@@ -133,6 +133,9 @@ def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
         (["--meta_path", "mix.json"], ["--data_path", "--meta_path"]),
         (["--fsdp", "full_shard"], ["--fsdp"]),
+        (["--torch_compile", "True"], ["--torch_compile"]),
+        (["--torch_compile_mode", "default"], ["--torch_compile"]),
+        (["--seed", "-1", "--data_seed", "-2"], ["--seed", "--data_seed"]),
         (["--tf32", "True"], ["--tf32"]),
         (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size"]),
         (["--learning_rate", "-1"], ["--learning_rate"]),
@@ -144,6 +147,13 @@ def test_a_faulty_flag_is_named(tmp_path: Path, flags: list[str], named: list[st
     with pytest.raises(ConfigError) as caught:
         parse_arguments(given(tmp_path, *flags))
     assert all(name in str(caught.value) for name in named)
+
+
+def test_a_flag_without_effect_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parse_arguments(given(tmp_path, "--cache_dir", "x", "--lora_weight_path", "y", "--image_grid_pinpoints", "z"))
+    assert [message.split()[0] for message in caplog.messages] == [
+        *("--cache_dir", "--lora_weight_path", "--image_grid_pinpoints")
+    ]
 
 
 def test_missing_data_is_said(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from llava.errors import CheckpointError, TrainingError
 from llava.model.checkpoint import load_bin
 from llava.train import checkpointing, weights
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.train import train
 
 
 def make_checkpoint(output_dir: Path, step: int) -> Path:
@@ -109,6 +110,12 @@ def test_a_save_is_verified(tmp_path: Path) -> None:
     save_file({**tensors, "a": torch.ones(0)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="empty"):
         weights.verify(tmp_path, {"b": (4,)})
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_models_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="--output_dir .*/file/run cannot be made: Not a directory"):
+        train(["--use_cpu", "True", "--data_path", "none.json", "--output_dir", str(tmp_path / "file/run")])
 
 
 def test_a_checkpoint_of_another_model_is_not_gone_on_from(tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def build_vision_projector(config: Any) -> nn.Module:
     if kind == "linear":
         return nn.Linear(width, hidden_size)
     if kind == "identity":
+        if width != hidden_size:
+            raise ConfigError(
+                f"mm_projector_type 'identity' joins equal widths; the tower's is {width}, the language model's "
+                f"{hidden_size}. Use another, such as mlp2x_gelu."
+            )
         return IdentityProjector()
     if kind == "two_mlp":
         image_width = getattr(config, "mm_image_hidden_size", None) or 3200
