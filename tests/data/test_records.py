@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.records import Record, Turn, parse_record, parse_turns, validate_record
+from llava.data.records import Record, Turn, glance, parse_record, parse_turns, validate_record
 from llava.errors import DataError
 
 GOOD: dict[str, Any] = {
@@ -33,6 +33,11 @@ def with_turns(*turns: tuple[Any, Any], image: Any = None) -> dict[str, Any]:
         ({**with_turns(("human", "q"), ("gpt", "a")), "image": None}, [], ["human", "gpt"]),
         (with_turns(("gpt", "hello"), ("Human", "q"), ("GPT", "a")), [], ["gpt", "human", "gpt"]),
         (with_turns(("system", "s"), ("human", "q"), ("gpt", "")), [], ["system", "human", "gpt"]),
+        (
+            with_turns(("system", "s"), ("gpt", "h"), ("human", "q"), ("gpt", "a")),
+            [],
+            ["system", "gpt", "human", "gpt"],
+        ),
         (with_turns(("human", "<image> is <image>"), ("gpt", "a"), image="a"), ["a"], ["human", "gpt"]),
         (with_turns(("human", "<image><image>"), ("gpt", "a"), image=["a", "b"]), ["a", "b"], ["human", "gpt"]),
         (with_turns(("human", "q"), ("gpt", "a"), ("human", "bye")), [], ["human", "gpt", "human"]),
@@ -75,6 +80,9 @@ def test_normal_form() -> None:
         (with_turns(("human", "<image>"), ("gpt", "<image>"), image=["a", "b"]), "in a turn that is not human"),
         (with_turns(("human", "<image>"), ("gpt", "a"), image=3), "expected a path or a list of paths"),
         (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", ""]), "expected a path or a list of paths"),
+        (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", 3]), "expected a path or a list of paths"),
+        (with_turns(("human", "<image>"), ("gpt", "a"), image=""), "expected a path or a list of paths"),
+        (with_turns(("human", "q"), ("gpt", "<image>"), image="a"), "in a turn that is not human"),
     ],
 )
 def test_bad_records(record: Any, why: str) -> None:
@@ -82,10 +90,12 @@ def test_bad_records(record: Any, why: str) -> None:
         parse_record(record)
     problems = validate_record(record, 42)
     assert problems and all(problem.startswith("42: ") for problem in problems)
+    assert glance(record) is None
 
 
 def test_missing_files_are_problems_too(tmp_path: Path) -> None:
     assert validate_record(GOOD, 1, tmp_path) == [f"1: image 'a.png' is not in {tmp_path}"]
+    assert validate_record({**GOOD, "conversations": []}, 1, tmp_path)[0].startswith("1: conversations is missing")
     (tmp_path / "a.png").touch()
     assert validate_record(GOOD, 1, tmp_path) == []
 
