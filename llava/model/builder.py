@@ -275,7 +275,8 @@ def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
     with ckpt.described_by(found.path), empty_weights():
         model = spec.model(config)
         if (source / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_dict(ckpt.read_json(source / "generation_config.json"))
+            ckpt.read_json(source / "generation_config.json")  # one sentence when it is damaged
+            model.generation_config = GenerationConfig.from_pretrained(source)  # `generate` wants what only this sets
     return model
 
 
