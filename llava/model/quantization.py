@@ -81,12 +81,26 @@ class Quantizer:
         else:
             layer = bnb.nn.Linear8bitLt(width_in, width_out, bias=False, has_fp16_weights=False, threshold=6.0,
                                         device="meta")  # fmt: skip
-            layer.weight = bnb.nn.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False).to(
-                device
-            )
+            codes, scales = self._rows(weight) if device.type == "cpu" else (weight.to(torch.float16), None)
+            layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False).to(device)
+            if scales is not None:
+                layer.weight.CB, layer.weight.SCB = codes, scales
         layer.bias = bias
         module: nn.Module = layer
         return module
+
+    def _rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales, as the library's `Int8Params` makes them of the whole `weight`, some rows at a time.
+
+        Its way on a CPU takes eleven bytes a weight.
+        """
+        quantize = require("bitsandbytes", "quant").functional.int8_vectorwise_quant
+        codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+        step = max(1, SLICE // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            codes[rows], scales[rows], _ = quantize(weight[rows].to(torch.float16))
+        return codes, scales
 
     def _pack(self, weight: Tensor) -> tuple[Tensor, Any]:
         """What `quantize_4bit` of the library gives for the whole `weight`, made a slice at a time.

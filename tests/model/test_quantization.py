@@ -104,6 +104,18 @@ def test_slices_are_packed_as_the_library_packs_the_whole(
     assert ours.quant_state is ours.weight.quant_state
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_are_packed_as_the_library_packs_the_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    import bitsandbytes as bnb
+
+    monkeypatch.setattr(quantization, "SLICE", 100)
+    weight = torch.randn((37, 24), generator=torch.Generator().manual_seed(1)).to(dtype)
+    whole = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    cpu = torch.device("cpu")
+    ours = Quantizer(8, dtype, cpu).layer(weight, None, cpu).weight
+    assert torch.equal(ours.data, whole.data) and torch.equal(ours.CB, whole.CB) and torch.equal(ours.SCB, whole.SCB)
+
+
 def test_without_the_library_it_is_one_sentence(tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(builder, "fill", lambda *_, **__: pytest.fail("weights were read"))
