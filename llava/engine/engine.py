@@ -9,6 +9,7 @@ outputs equal one-at-a-time `model.generate`, token for token, whatever shares t
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -82,8 +83,8 @@ class Engine:
     features and the store of prompt beginnings; `kv_bytes` the running rows' own keys and values, beyond which requests
     wait (None: only batch size and context bound them).
 
-    One thread drives the engine (`step`, or what calls it: `generate`, `stream`, a handle's `result`). `submit`, a
-    handle's `cancel`, `take` and `done`, and `statistics` are safe from others meanwhile. A new model's weights may be
+    Threads may share an engine: they take turns in `step`, and in what calls it (`generate`, `stream`, a handle's
+    `result`), and all of their requests share the batch. A new model's weights may be
     laid out anew in memory (`llava.engine.product`), so make the engine after the last change to the modules.
     """
 
@@ -116,6 +117,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._cache = RowCache(self.lm.spec, budget=self.kv_bytes)
+        self._turn = threading.RLock()
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises `RequestError` when it cannot be served: image count, length, parameters."""
@@ -157,11 +159,12 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Drop cancelled requests, admit waiting ones, advance every running row by a token. False when idle."""
-        self._drop_cancelled()
-        self._admit()
-        if self._running:
-            self._decode()
-        return bool(self._running or self._waiting)
+        with self._turn:
+            self._drop_cancelled()
+            self._admit()
+            if self._running:
+                self._decode()
+            return bool(self._running or self._waiting)
 
     @property
     def running(self) -> int:
@@ -170,24 +173,35 @@ class Engine:
 
     def abort(self, error: str) -> None:
         """Finish every request in flight with an error and forget its rows: what is left to do after a failed step."""
-        for job in [*self._running, *self._waiting]:
-            if not job.handle.done:
-                job.finish("error", error)
-        self._running.clear()
-        self._waiting.clear()
-        self._cache = RowCache(self.lm.spec, budget=self.kv_bytes)
+        with self._turn:
+            for job in [*self._running, *self._waiting]:
+                if not job.handle.done:
+                    job.finish("error", error)
+            self._running.clear()
+            self._waiting.clear()
+            self._cache = RowCache(self.lm.spec, budget=self.kv_bytes)
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
-        """Answer all requests, in order. `progress` is called with the number newly finished after each step."""
+        """Answer all requests, in order. `progress` is called with the number newly finished after each step.
+
+        When one of them is refused, a step fails or the user interrupts, the others are cancelled.
+        """
         named = {id(image): identify(image) for request in requests for image in request.images}
-        handles = [self.submit(replace(one, images=[named[id(image)] for image in one.images])) for one in requests]
-        finished = 0
-        while finished < len(handles):
-            self.step()
-            now = sum(handle.done for handle in handles)
-            if progress is not None and now > finished:
-                progress(now - finished)
-            finished = now
+        handles: list[Handle] = []
+        try:
+            for one in requests:
+                handles.append(self.submit(replace(one, images=[named[id(image)] for image in one.images])))
+            finished = 0
+            while finished < len(handles):
+                self.step()
+                now = sum(handle.done for handle in handles)
+                if progress is not None and now > finished:
+                    progress(now - finished)
+                finished = now
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
         return [handle.result() for handle in handles]
 
     def stream(self, request: Request) -> Iterator[str]:

@@ -316,6 +316,27 @@ def test_requests_may_come_from_other_threads(engine: Engine, solo: Solo) -> Non
             assert handle.result().token_ids == solo([1, first + n], [], 4)
 
 
+def test_threads_take_turns(engine: Engine, solo: Solo) -> None:
+    def answers(first: int) -> list[tuple[int, ...]]:
+        return [engine.generate([Request([1, first + n], params=SamplingParams(9))])[0].token_ids for n in range(6)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for first, found in zip((300, 320, 340), pool.map(answers, (300, 320, 340)), strict=True):
+            assert found == [solo([1, first + n], [], 9) for n in range(6)]
+
+
+def test_what_an_interrupted_call_asked_is_cancelled(engine: Engine) -> None:
+    def interrupt(finished: int) -> None:
+        raise KeyboardInterrupt
+
+    long = Request([1, 300], params=SamplingParams(1000))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([long, Request([1, 301], params=SamplingParams(1))], interrupt)
+    with pytest.raises(RequestError, match="placeholder"):
+        engine.generate([long, Request("<image>")])
+    assert not engine.step()
+
+
 def test_progress_counts_every_request(engine: Engine) -> None:
     seen: list[int] = []
     engine.generate([Request([1, 300 + n], params=SamplingParams(1 + n)) for n in range(9)], seen.append)
