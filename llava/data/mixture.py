@@ -6,6 +6,7 @@ its length times its repeats.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import json
 import logging
@@ -82,6 +83,11 @@ class MixtureDataset(ConcatDataset[dict[str, torch.Tensor]]):
             logger.info(
                 "%s: %d samples x %d, %.2f %%", entry.name, len(self.parts[entry.name]), entry.repeat_time, 100 * share
             )
+
+    def record_of(self, place: int) -> tuple[int, int]:
+        """Which record stands at a place: a data set, and a place in it; the same for all repeats."""
+        part = bisect.bisect_right(self.cumulative_sizes, place)
+        return id(self.datasets[part]), place - (self.cumulative_sizes[part - 1] if part else 0)
 
     @cached_property
     def lengths(self) -> list[int]:

@@ -57,12 +57,18 @@ class Share(Dataset[dict[str, torch.Tensor]]):
 
 
 def split(whole: Any, fraction: float, seed: int) -> tuple[Share, Share]:
-    """The data without a random share, and that share, both in their order; the same on every rank and in a resume."""
-    held_out = max(1, round(fraction * len(whole)))
-    if held_out >= len(whole):
+    """The data without a random share, and that share, both in their order; the same on every rank and in a resume.
+
+    A record that is held out is not trained on in another of its repeats either.
+    """
+    count = max(1, round(fraction * len(whole)))
+    drawn = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
+    record_of = getattr(whole, "record_of", int)
+    held_out = {record_of(place): place for place in drawn[:count]}
+    rest = [place for place in drawn[count:] if record_of(place) not in held_out]
+    if not rest:
         raise DataError(f"--validation_fraction {fraction} of {len(whole)} records leaves none to train on.")
-    drawn = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    return Share(whole, sorted(drawn[held_out:].tolist())), Share(whole, sorted(drawn[:held_out].tolist()))
+    return Share(whole, sorted(rest)), Share(whole, sorted(held_out.values()))
 
 
 def add(

@@ -13,6 +13,7 @@ from llava.data.mixture import read_mixture
 from llava.errors import DataError
 from llava.train.train import run
 from llava.train.train_custom import main
+from llava.train.validation import split
 from tests.train import runs
 
 
@@ -58,6 +59,10 @@ def test_every_sample_of_every_repeat_is_drawn_once_an_epoch(
     assert [length > 0 for length in data.modality_lengths] == [True] * 16 + [False] * 8
     assert data.report() == {"bad": 0, "truncated": 0, "unsupervised": 0}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["conv_template"] == "v1"
+    part, held_out = split(data, 0.25, seed=3)
+    kept, held = ([data.record_of(place) for place in share.places] for share in (part, held_out))
+    assert len(held) == len(set(held)) and not set(held) & set(kept) and len({*held, *kept}) == 16
+    assert len(kept) < 24 - len(held)  # a repeat of what is held out is left out
 
 
 def test_the_entry_point_reports_a_missing_mixture(
