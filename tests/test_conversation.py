@@ -307,6 +307,9 @@ def test_template_of_the_checkpoint_wins_over_its_name(caplog: pytest.LogCapture
     assert not caplog.records
     assert template_for(config, "x", override="mpt") == "mpt"
     assert "trained with template 'v1'" in caplog.text
+    strange = SimpleNamespace(conv_template="home-made")  # of another registry; to ask for a known one must help
+    assert template_for(strange, "x", override="v1") == "v1"
+    assert "trained with template 'home-made'" in caplog.text
     for broken in ({"override": "nope"}, {"config": SimpleNamespace(conv_template="nope")}):
         with pytest.raises(TemplateError, match="nope"):
             template_for(**{"config": config, "model_name": "x", **broken})
