@@ -290,7 +290,8 @@ def template_for(config: object, model_name: str, override: str | None = None) -
     stored: str | None = getattr(config, "conv_template", None)
     chosen = stored if override is None else override
     if chosen is not None:
-        if get_template(chosen) != conv_templates.get(stored or chosen):
+        template = get_template(chosen)
+        if stored is not None and (stored not in conv_templates or template != get_template(stored)):
             logger.warning("The checkpoint was trained with template %r; using %r as asked.", stored, chosen)
         return chosen
     words = model_name.lower().replace("_", "-")
