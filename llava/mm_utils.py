@@ -29,7 +29,8 @@ def load_image_from_base64(image: str, limits: ImageLimits = DEFAULT) -> Any:
     try:
         data = base64.b64decode("".join(image.split()), validate=True)
     except ValueError as error:
-        raise ImageError("The image is not valid base64; send the encoded file without a data: prefix.") from error
+        hint = "leave its data: prefix out" if image.startswith("data:") else "send the encoded file"
+        raise ImageError(f"The image is not valid base64; {hint}.") from error
     return open_image(data, limits=limits)
 
 

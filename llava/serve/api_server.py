@@ -24,17 +24,16 @@ from llava.conversation import template_for
 from llava.data.download import download
 from llava.errors import ImageError
 from llava.serve.controller_app import Controller
-from llava.serve.http_app import openai_error, request_id_of
+from llava.serve.http_app import forget_body, openai_error, request_id_of
 from llava.serve.openai_prompt import Rendered, render
 from llava.serve.openai_schema import ChatBody
 from llava.serve.protocol import ErrorType, ServeError
 from llava.serve.security import RateLimiter, bearer
-from llava.serve.streaming import StreamResponse, unless_disconnected
+from llava.serve.streaming import LaterResponse, StreamResponse
 from llava.serve.worker_client import Upstream
 
 _IMAGE_BYTES: Final = 20 * 2**20
 _CREATED: Final = 1_700_000_000  # models have no date of their own; clients want one that does not change
-_CLIENT_LEFT: Final = 499
 
 
 class ApiServer:
@@ -73,6 +72,7 @@ class ApiServer:
 
     async def complete(self, body: ChatBody, request: Request) -> Response:
         """Answer a chat request."""
+        forget_body(request)
         self.spend(request)
         request_id = request_id_of(request)
         status = self.controller.registry.status_of(body.model)
@@ -103,16 +103,7 @@ class ApiServer:
         close = self.controller.closer(upstream, reply.outcome)
         if body.stream:
             return StreamResponse(reply.events(), close, media_type="text/event-stream")
-        try:
-            whole = await unless_disconnected(reply.whole(), request.receive)
-        except ServeError as error:
-            reply.outcome[0] = error.kind.wire
-            raise
-        finally:
-            close()
-        if whole is None:
-            return Response(status_code=_CLIENT_LEFT)
-        return JSONResponse(whole)
+        return LaterResponse(reply.whole(), close)
 
     async def _picture(self, address: str) -> str:
         """Base64 of a picture that came as a data URI or, where allowed, is behind an https address."""
@@ -190,12 +181,16 @@ class Reply:
         if "image_tokens" in counts:
             self.usage["prompt_tokens_details"] = {"image_tokens": counts["image_tokens"]}
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """The answer in one object; raises `ServeError`."""
-        text = "".join([piece async for piece in self._texts()])
+        try:
+            text = "".join([piece async for piece in self._texts()])
+        except ServeError as error:
+            self.outcome[0] = error.kind.wire
+            raise
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": self.finish_reason, "logprobs": None}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage}
+        return JSONResponse({**self._head("chat.completion"), "choices": [choice], "usage": self.usage})
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events, `[DONE]` last, also after an error."""

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from llava.serve.http_app import make_app, request_id_of
+from llava.serve.http_app import forget_body, make_app, request_id_of
 from llava.serve.metrics import Metrics
 from llava.serve.protocol import (
     FRAME_MEDIA_TYPE,
@@ -204,7 +204,9 @@ def controller_routes(controller: Controller) -> FastAPI:
     async def worker_generate_stream(body: GenerateBody, request: Request) -> Response:
         if not body.model:
             raise ServeError(ErrorType.BAD_REQUEST, "The request names no model; send one of /list_models.")
-        return await controller.stream(body, await request.body(), request_id_of(request))
+        content = await request.body()
+        forget_body(request)
+        return await controller.stream(body, content, request_id_of(request))
 
     return app
 

@@ -149,14 +149,10 @@ class Gate:
             raise ServeError(
                 ErrorType.BODY_TOO_SLOW, f"The body did not arrive within {self.limits.body_seconds:g} seconds."
             ) from error
-        given = False
+        waiting = [body]  # whoever asks for it gets the only copy
 
         async def replay() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
 
         return replay
 
@@ -179,6 +175,12 @@ def _too_large(limit: int) -> ServeError:
     return ServeError(ErrorType.BODY_TOO_LARGE, f"The body has more than {limit} bytes; send smaller pictures.")
 
 
+def forget_body(request: Request) -> None:
+    """Free what Starlette keeps of a body that was read, as bytes and parsed: an answer may take minutes."""
+    for kept in ("_body", "_json"):
+        request.__dict__.pop(kept, None)
+
+
 def request_id_of(request: Request) -> str:
     """The id that `Gate` gave this request."""
     return str(getattr(request.state, "request_id", ""))
@@ -193,8 +195,11 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     """Say where and why, never what was sent."""
     assert isinstance(error, RequestValidationError)
     found = error.errors()[:5]
-    where = "; ".join(f"{'.'.join(str(part) for part in e['loc'][:4])}: {e['msg']}" for e in found)
-    refusal = ServeError(ErrorType.BAD_REQUEST, f"The request cannot be used: {where[:500]}.")
+    where = "; ".join(f"{'.'.join(map(str, e['loc'][:4]))}: {e['msg'].removeprefix('Value error, ')}" for e in found)
+    param = found[0].get("ctx", {}).get("param") or next(iter(found[0]["loc"][1:]), None)
+    if not isinstance(error.body, dict):
+        where, param = "the body must be a JSON object, sent with Content-Type: application/json", None
+    refusal = ServeError(ErrorType.BAD_REQUEST, f"The request cannot be used: {where[:500]}.", param=param)
     answer = error_response(refusal, request.url.path, request_id_of(request))
     if not request.url.path.startswith(API_PREFIX) and any(e["type"] in _SHAPE_ERRORS for e in found):
         answer.status_code = 422

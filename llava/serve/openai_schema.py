@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from llava.serve.protocol import MAX_STOPS, Body
 
@@ -49,11 +50,16 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+# Says nothing about the answer.
+_WITHOUT_EFFECT: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # What asks for something that no model here does, and the values that ask for nothing.
-_UNSERVED: dict[str, tuple[Any, ...]] = {
+_UNSERVED: Final[dict[str, tuple[Any, ...]]] = {
+    "parallel_tool_calls": (True, False),
     "n": (1,),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "frequency_penalty": (0,),
@@ -86,9 +92,11 @@ class ChatBody(Body):
         if not isinstance(data, dict):
             return data
         data = {key: value for key, value in data.items() if value is not None}
-        for key, neutral in _UNSERVED.items():
-            if key in data and data[key] not in neutral:
-                raise ValueError(f"{key} is not served here; leave it out")
+        for key, value in data.items():
+            served = key in cls.model_fields or key in _WITHOUT_EFFECT
+            if not (served or value in _UNSERVED.get(key, ())):
+                name = key[:64].encode("ascii", "replace").decode()
+                raise PydanticCustomError("unserved", "{param} is not served here; leave it out", {"param": name})
         return data
 
     @property

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+_CLIENT_LEFT: Final = 499
 
 
 class StreamResponse(Response):
@@ -59,6 +60,22 @@ class StreamResponse(Response):
 async def _until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class LaterResponse(Response):
+    """Sends the response that `work` makes, after the route and what it holds are gone; `on_close` as above."""
+
+    def __init__(self, work: Coroutine[Any, Any, Response], on_close: Callable[[], None]) -> None:
+        super().__init__()
+        self.work = work
+        self.on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await unless_disconnected(self.work, receive)
+        finally:
+            self.on_close()
+        await (response or Response(status_code=_CLIENT_LEFT))(scope, receive, send)
 
 
 async def unless_disconnected(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from llava.serve.backend import Answer, Backend, Piece
 from llava.serve.heartbeat import HeartBeat
-from llava.serve.http_app import Keys, Limits, guard, make_app, request_id_of
+from llava.serve.http_app import Keys, Limits, forget_body, guard, make_app, request_id_of
 from llava.serve.metrics import Metrics
 from llava.serve.protocol import FRAME_MEDIA_TYPE, ErrorType, GenerateBody, ServeError, WorkerStatus, encode_frame
 from llava.serve.streaming import StreamResponse
@@ -167,6 +167,7 @@ def worker_routes(worker: Worker) -> FastAPI:
 
     @app.post("/worker_generate_stream", response_class=Response)
     async def worker_generate_stream(body: GenerateBody, request: Request) -> Response:
+        forget_body(request)
         return await worker.answer(body, request_id_of(request))
 
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -59,6 +59,17 @@ class Upstream:
         await self._response.aclose()
 
 
+class _Once(httpx.AsyncByteStream):
+    """A body that is let go once it is sent: the client keeps every request until its response ends."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        content, self._content = self._content, b""
+        yield content
+
+
 class WorkerClient:
     """One HTTP client for all workers. Redirects and proxies from the environment are never followed."""
 
@@ -109,10 +120,14 @@ class WorkerClient:
         raise refusal
 
     async def _send(self, address: str, content: bytes, request_id: str) -> httpx.Response:
-        headers = {"Content-Type": "application/json", "X-Request-Id": request_id, "User-Agent": "LLaVA Controller"}
-        request = self._http.build_request(
-            "POST", f"{address}/worker_generate_stream", content=content, headers=headers
-        )
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            "X-Request-Id": request_id,
+            "User-Agent": "LLaVA Controller",
+        }
+        url = f"{address}/worker_generate_stream"
+        request = self._http.build_request("POST", url, content=_Once(content), headers=headers)
         try:
             response = await self._http.send(request, stream=True)
             if response.status_code == 200:

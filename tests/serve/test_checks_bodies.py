@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -85,6 +86,21 @@ def test_check_08_no_body_makes_a_500_on_any_post_route(parts: tuple[LiveControl
                         assert reply.status_code in ((400, 415, 422) if takes_body else (200,)), (path, body[:40])
                         assert not takes_body or "detail" in reply.text or "error" in reply.text
     assert tried > 100
+
+
+def test_check_08_a_refusal_names_the_field_or_what_a_body_has_to_be(
+    parts: tuple[LiveController, LiveWorker],
+) -> None:
+    def error(body: bytes, kind: str = "application/json") -> dict[str, Any]:
+        url = f"{parts[0].url}/v1/chat/completions"
+        reply = httpx.post(url, content=body, headers={"Content-Type": kind}, timeout=PATIENCE, trust_env=False)
+        assert reply.status_code == 400
+        return dict(reply.json()["error"])
+
+    for body, kind in ((b"{", "application/json"), (b"[]", "application/json"), (b"{}", "")):
+        assert "must be a JSON object, sent with Content-Type: application/json" in error(body, kind)["message"]
+    assert error(b'{"\\ud800": 1}')["param"] == "?"
+    assert error(b'{"model": "stub", "messages": [], "top_p": 1}')["param"] == "messages"
 
 
 RANGES: list[dict[str, Any]] = [
@@ -268,6 +284,34 @@ def test_check_22_bodies_are_limited_in_size_and_time() -> None:
         assert generate(worker.url, request_body("x" * 9000, 1)).status_code == 200
         assert generate(worker.url, request_body("x" * 10_000, 1)).status_code == 413
         assert worker.in_use == 0
+
+
+def large_texts() -> int:
+    """How many texts of more than a megabyte any object of this process holds."""
+    held = {
+        id(held): held for owner in gc.get_objects() for held in gc.get_referents(owner) if type(held) in (bytes, str)
+    }
+    return sum(len(text) > 2**20 for text in held.values())
+
+
+@pytest.mark.parametrize("route", ["/worker_generate_stream", "/v1/chat/completions"])
+def test_check_22_a_body_is_let_go_once_it_was_handed_on(route: str) -> None:
+    picture = png(2, 2) + bytes(2**20)  # what follows the end of a PNG file is ignored
+    legacy = request_body("<image>", tokens=10**6, images=[b64(picture)], stream_mode="delta")
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(picture)}"}}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": [part]}]}
+    body = chat if route.startswith("/v1") else legacy
+    text = json.dumps(body).encode()
+    engine = StubEngine(pause=0.01)
+    with live_controller() as controller, live_worker(engine, controller=controller.url) as worker:
+        until(lambda: controller.registry.models() == [MODEL])
+        with socket.create_connection(("127.0.0.1", controller.live.port), PATIENCE) as sock:
+            head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+            sock.sendall(f"{head}\r\n\r\n".encode() + text)
+            until(lambda: engine.running == 1)
+            del body, chat, legacy, part, picture, text
+            until(lambda: large_texts() == 0, seconds=10)
+        until(lambda: worker.in_use == 0)
 
 
 def test_check_29_errors_leak_nothing(caplog: pytest.LogCaptureFixture) -> None:

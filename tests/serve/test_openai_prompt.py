@@ -84,13 +84,24 @@ def test_a_prompt_in_another_form_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [{"n": 2}, {"tools": [{}]}, {"logprobs": True}, {"response_format": {"type": "json_object"}}], ids=str
+    "extra",
+    [
+        {"n": 2},
+        {"tools": [{}]},
+        {"tool_choice": "required"},
+        {"logprobs": True},
+        {"response_format": {"type": "json_object"}},
+        {"top_k": 5},
+        {"\ud800": None, "unheard_of": {}},
+    ],
+    ids=str,
 )
 def test_what_is_not_served_is_refused(extra: dict[str, Any]) -> None:
     base = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
-    with pytest.raises(ValidationError, match="is not served here"):
+    with pytest.raises(ValidationError, match=f"{list(extra)[-1]} is not served here"):
         ChatBody.model_validate({**base, **extra})
-    assert ChatBody.model_validate({**base, "n": 1, "tools": None, "logprobs": False, "user": "u"}).stop == []
+    harmless = {"n": 1, "tools": None, "logprobs": False, "user": "u", "tool_choice": "auto", "metadata": {"a": "b"}}
+    assert ChatBody.model_validate({**base, **harmless}).stop == []
 
 
 @given(

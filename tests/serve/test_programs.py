@@ -125,8 +125,12 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
     assert too_long.value.body["prompt_tokens"] > 2048
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="nothing", messages=[{"role": "user", "content": "hi"}])
-    with pytest.raises(openai.BadRequestError, match="n is not served"):
+    with pytest.raises(openai.BadRequestError, match="body: n is not served here; leave it out") as unserved:
         client.chat.completions.create(model=NAME, n=2, messages=[{"role": "user", "content": "hi"}])
+    assert unserved.value.param == "n"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model=NAME, top_p=2, messages=[{"role": "user", "content": "hi"}])
+    assert bad.value.param == "top_p"
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(b"no").decode()}}
     with pytest.raises(openai.BadRequestError, match="Cannot read the given image"):
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": [part]}])
