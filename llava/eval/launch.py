@@ -59,17 +59,28 @@ def run_shards(module: str, arguments: Sequence[str], count: int) -> None:
 
 
 def follow_parent() -> None:
-    """In a child of `run_shards`: end with the parent, even if that is killed."""
+    """In a child of `run_shards`, or of a script: end with the parent, even if that is killed."""
     parent = os.environ.get(PARENT)
-    if parent is None:
-        return
+    if parent is None or (parent != str(os.getppid()) and _is_running(int(parent))):
+        return  # nobody's child, or started by way of another program
 
     def watch() -> None:
-        while os.getppid() == int(parent):
+        while str(os.getppid()) == parent:
             time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        if os.name == "posix":  # elsewhere signal 0 is no mere question
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def gather_statuses(status: int) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llava.conversation import conv_templates
 from llava.errors import DataError
-from llava.eval import options
+from llava.eval import launch, options
 from llava.eval.pictures import PictureSource
 from llava.eval.questions import Question, get_chunk, read_questions
 from llava.eval.runner import report, run
@@ -66,6 +66,7 @@ def answer_file(
     Pictures are in `--image-folder`, or where `pictures` finds them in the question file; for `follow_up` see
     `RunSettings`.
     """
+    launch.follow_parent()
     options.check(args)
     if not args.question_file.is_file():
         raise DataError(f"There is no question file {str(args.question_file)!r}; correct --question-file.")

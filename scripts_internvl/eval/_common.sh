@@ -37,7 +37,7 @@ need_judge() {
 
 step() {
     printf '%s\n' "$(print_command "$@")" # in one piece, for processes side by side
-    [ -n "${LLAVA_DRY_RUN:-}" ] || "$@"
+    [ -n "${LLAVA_DRY_RUN:-}" ] || ${in_place:+exec} "$@"
 }
 
 # The list of GPUs as words; - for no list.
@@ -87,6 +87,9 @@ in_parts() {
     for gpu in $list; do
         (
             [ "$gpu" = - ] || export CUDA_VISIBLE_DEVICES="$gpu"
+            # Ctrl-C does not reach what runs in the background, so a shard watches this shell.
+            export LLAVA_EVAL_PARENT=$$
+            in_place=1
             ask "$runner" "$questions" "$images" "$folder/${count}_$index.jsonl" \
                 --num-chunks "$count" --chunk-idx "$index" "$@"
         ) &

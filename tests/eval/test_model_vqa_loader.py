@@ -98,11 +98,14 @@ def test_faults_are_one_sentence_before_a_model_is_loaded(
 
 
 def test_a_file_without_questions_is_refused(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    followed: list[bool] = []
+    monkeypatch.setattr("llava.eval.launch.follow_parent", lambda: followed.append(True))
     (tmp_path / "questions.jsonl").write_text("\n")
     assert model_vqa_loader.main(flags) == 2
     assert "holds no questions" in capsys.readouterr().err
+    assert followed  # as a shard of a script
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

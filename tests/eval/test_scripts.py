@@ -113,6 +113,18 @@ def test_shards_give_what_one_process_gives_and_a_dead_one_is_named(
     assert target.read_bytes() == whole
 
 
+@pytest.mark.parametrize("gpus", ["", "0,1"])
+def test_shards_know_the_script_they_end_with(gpus: str, data: Path, tmp_path: Path) -> None:
+    """Ctrl-C does not reach what a shell runs in the background, so a shard watches its parent, which must be it."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$LLAVA_EVAL_PARENT" "$PPID" >>{tmp_path}/seen\nexit 1\n')
+    python.chmod(0o755)
+    done = script("gqa", "a/model", EVAL_DATA=str(data), CUDA_VISIBLE_DEVICES=gpus, PYTHON=str(python))
+    assert done.returncode == 2 and "failed" in done.stderr
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    assert len(seen) == (2 if gpus else 1) and all(parent == real for parent, real in seen)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_say_what_is_missing_and_what_they_would_run(name: str, tmp_path: Path) -> None:
     assert "usage: sh" in script(name).stderr

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -242,6 +243,13 @@ def test_a_child_ends_with_its_parent() -> None:
     while _alive(child):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_child_by_way_of_another_program_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_EVAL_PARENT", str(os.getpid()))  # running, and not the parent of this process
+    threads = threading.active_count()
+    launch.follow_parent()
+    assert threading.active_count() == threads
 
 
 def _alive(pid: int) -> bool:
