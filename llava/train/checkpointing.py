@@ -110,6 +110,27 @@ def check_fits(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> None
         )
 
 
+def check_optimizer(directory: Path, *, engine: bool, zero3: bool, processes: int) -> None:
+    """Raise unless this run can read the optimizer's state: libraries end in a traceback, or go on without one."""
+    latest = directory / "latest"
+    folder = directory / latest.read_text().strip() if latest.is_file() else directory
+    parts = len(list(folder.glob("*_optim_states.pt")))
+    found = _keeper(latest.is_file(), any(folder.glob("zero_pp_rank_*_model_states.pt")), parts)
+    wanted = _keeper(engine, zero3, processes if parts else 0)
+    if found != wanted:
+        raise CheckpointError(
+            f"{directory} holds the optimizer's state of a run {found}, and this one is {wanted}; start it as before, "
+            "or begin another in another --output_dir."
+        )
+
+
+def _keeper(engine: bool, zero3: bool, processes: int) -> str:
+    if not engine:
+        return "without DeepSpeed"
+    shared = f" by {processes} processes" if processes else ""
+    return f"with DeepSpeed{shared}, weights {'partitioned (stage 3)' if zero3 else 'whole'}"
+
+
 def sanitise_generation_config(model: Any) -> None:
     """Drop sampling parameters from a greedy configuration, as Vicuna's is; saving it fails or is skipped otherwise."""
     config = getattr(model, "generation_config", None)

@@ -146,6 +146,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     if checkpoint:
         logger.info("Going on from %s.", checkpoint)
         checkpointing.check_fits(checkpoint, trainer.expected_shapes())
+        zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+        checkpointing.check_optimizer(
+            checkpoint, engine=trainer.is_deepspeed_enabled, zero3=zero3, processes=args.world_size
+        )
     groups = {"model": model_args, "data": data_args, "training": args}
     size = Path(data_args.data_path or data_args.meta_path or "").stat().st_size
     facts = {"template": template, "data_bytes": size, "resumed_from": checkpoint and str(checkpoint)}
