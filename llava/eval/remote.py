@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from queue import SimpleQueue
+from typing import Any, Final, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -20,6 +21,8 @@ from llava.eval.endpoint import address, chat
 from llava.eval.local import question_seed
 from llava.eval.questions import Question
 from llava.eval.settings import Asked, RunSettings
+
+T = TypeVar("T")
 
 GIVE_UP: Final = 8  # questions in a row without an answer: the server is down, or the model's name is wrong
 ACCEPTED: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")  # by every server that takes pictures
@@ -37,6 +40,43 @@ def data_url(content: bytes) -> str:
         open_image(content).save(buffer, "PNG")
         kind, content = "image/png", buffer.getvalue()
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def in_threads(work: Callable[[int], T], items: Iterable[int], count: int) -> Iterator[T]:
+    """What `work` makes of each item, as it comes; `count` are under way at a time.
+
+    Unlike those of a pool, the threads are not waited for when the program ends or the user interrupts it.
+    """
+    asked: SimpleQueue[int | None] = SimpleQueue()
+    answered: SimpleQueue[T | BaseException] = SimpleQueue()
+    over = threading.Event()
+
+    def run() -> None:
+        while (item := asked.get()) is not None and not over.is_set():
+            try:
+                answered.put(work(item))
+            except BaseException as error:  # raised where the answers are waited for
+                answered.put(error)
+
+    for _ in range(count):
+        threading.Thread(target=run, daemon=True).start()
+    waiting, under_way = iter(items), 0
+    try:
+        while True:
+            while under_way < 2 * count and (item := next(waiting, None)) is not None:
+                asked.put(item)
+                under_way += 1
+            if not under_way:
+                return
+            answer = answered.get()
+            under_way -= 1
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
+    finally:
+        over.set()
+        for _ in range(count):
+            asked.put(None)
 
 
 class RemoteModel:
@@ -66,22 +106,12 @@ class RemoteModel:
             except LlavaError as error:
                 return position, "", str(error)
 
-        with ThreadPoolExecutor(self.batch_size) as pool:
-            waiting = iter(order)
-            active: set[Future[Asked]] = set()
-            refused = 0
-            while True:
-                while len(active) < 2 * self.batch_size and (position := next(waiting, None)) is not None:
-                    active.add(pool.submit(one, position))
-                if not active:
-                    return
-                done, active = wait(active, return_when=FIRST_COMPLETED)
-                for position, text, error in (future.result() for future in done):
-                    refused = 0 if error is None else refused + 1
-                    if refused == GIVE_UP:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise RequestError(f"{GIVE_UP} questions in a row got no answer, the last: {error}")
-                    yield position, text, error
+        refused = 0
+        for position, text, error in in_threads(one, order, self.batch_size):
+            refused = 0 if error is None else refused + 1
+            if refused == GIVE_UP:
+                raise RequestError(f"{GIVE_UP} questions in a row got no answer, the last: {error}")
+            yield position, text, error
 
     def body(self, question: Question, url_of: Any, settings: RunSettings) -> dict[str, Any]:
         """The request of one question: its pictures, then its text; a plain text without pictures."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llava.eval import main as evaluate
 from llava.eval import model_vqa_loader
 from llava.eval.endpoint import chat, only_model
 from llava.eval.manifest import manifest_path
-from llava.eval.remote import RemoteModel, data_url
+from llava.eval.remote import RemoteModel, data_url, in_threads
 from llava.eval.settings import RunSettings
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
@@ -123,6 +124,24 @@ def test_llava_eval_asks_a_server(server: FakeServer, tmp_path: Path, capsys: py
     server.answer = lambda body: (400, "no")
     assert evaluate.main([*flags, "--overwrite"]) == 1  # the answers are new, and failed: the old score is not theirs
     assert not (tmp_path / "gqa" / "score.json").exists()
+
+
+def test_work_in_threads_is_not_waited_for_when_it_is_given_up() -> None:
+    release, started = threading.Event(), threading.Event()
+
+    def work(item: int) -> int:
+        if item == 3:
+            started.set()
+            assert release.wait(60)
+        return item * item
+
+    assert sorted(in_threads(lambda item: -item, range(50), 4)) == list(range(-49, 1))
+    answers = in_threads(work, range(10), 2)
+    assert next(answers) in (0, 1) and started.wait(60)
+    answers.close()  # returns though one is at work
+    release.set()
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda item: 1 // item, [1, 0], 2))
 
 
 def test_a_server_with_several_models_wants_a_name(server: FakeServer) -> None:
