@@ -203,7 +203,7 @@ def _objects(data: Bytes, first: int) -> Places | None:
         quotes ^= int(np.count_nonzero(quote)) & 1
         depth = int(level[-1]) if len(level) else depth
     begin, end = (np.concatenate(places) if places else np.empty(0, np.int64) for places in (begins, ends))
-    if depth or quotes or len(begin) != len(end) or not len(begin) or not bool((begin < end).all()):
+    if len(begin) != len(end) or not len(begin):
         return None
     head, tail = data[first : begin[0]].tobytes(), data[end[-1] :].tobytes()
     sound = head.strip() == b"[" and tail.strip() == b"]" and _all_commas(data, end[:-1], begin[1:])

@@ -65,6 +65,7 @@ def test_parquet_rows_are_the_same_records(tmp_path: Path) -> None:
         ("a.json", b"[" * 200_000, "nested too deeply"),
         ("a.json", b"[{};{};{}]", "is not valid JSON"),
         ("a.json", b"[{},{};{}]", "is not valid JSON"),
+        ("a.json", b'[{},{},{},{"a":[}]', "is not valid JSON"),
         ("a.json", b"[{}" + b" " * 70 + b";{}]", "is not valid JSON"),
         ("a.parquet", b"PAR1 or not", "is not valid Parquet"),
     ],
