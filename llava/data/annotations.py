@@ -138,8 +138,10 @@ def _whole(path: Path) -> ListRecords:
         hint = "; a file with one record a line is called *.jsonl" if str(error).startswith("Extra data") else ""
         raise DataError(f"Annotation file {path} is not valid JSON: {str(error).strip()}{hint}.") from error
     if not isinstance(items, list):
-        hint = " (a mixture of data sets is given with --meta_path)" if isinstance(items, dict) else ""
-        raise DataError(f"Annotation file {path} holds {type(items).__name__}; expected an array of objects{hint}.")
+        raise DataError(
+            f"Annotation file {path} holds {type(items).__name__}; expected an array of objects (a mixture of data "
+            "sets is given with --meta_path)."
+        )
     return ListRecords(path, items)
 
 
