@@ -26,13 +26,19 @@ MODERATION_URL: Final = "https://api.openai.com/v1/moderations"
 def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Wrap an entry point: a `LlavaError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
 
-    Any other exception is a defect and keeps its traceback.
+    So does a reader of the output that has left (`| head`), without a word: 141, as the shell has it. Any other
+    exception is a defect and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of the output, at exit
+            return 141
         except LlavaError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - the one place that reports
             return 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,17 @@ def test_guarded_turns_errors_into_a_status(
 def test_guarded_lets_defects_through() -> None:
     with pytest.raises(ZeroDivisionError):
         utils.guarded(lambda argv: 1 // 0)()
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_guarded_is_silent_when_nobody_reads(lines: int) -> None:
+    """Whether the output is written at once, or the last of it at exit."""
+    program = f"import llava.utils as u, sys; sys.exit(u.guarded(lambda argv: print('x' + chr(10) * {lines}) or 0)())"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_require_returns_the_module() -> None:
