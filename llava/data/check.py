@@ -19,7 +19,7 @@ from pathlib import Path
 from llava.data.annotations import SUFFIXES, JsonRecords, Records, read_records
 from llava.data.survey import Findings, Survey
 from llava.errors import DataError
-from llava.utils import guarded, require
+from llava.utils import guarded, require, writing
 
 SHOWN = 1000
 
@@ -131,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report(file, found, time.perf_counter() - begin, shown=None if args.all else SHOWN))  # noqa: T201
         faulty |= bool(found.problems)
         if args.write_clean:
-            kept = write_clean(records, found.problems, args.write_clean)
+            with writing(args.write_clean):
+                kept = write_clean(records, found.problems, args.write_clean)
             print(f"{args.write_clean}: {kept} good records.")  # noqa: T201
     return int(faulty)
 

@@ -26,7 +26,7 @@ from llava.data.records import Record, parse_record
 from llava.errors import LlavaError
 from llava.model.tokenizer import load_tokenizer
 from llava.train.assemble import template_name
-from llava.utils import guarded
+from llava.utils import guarded, writing
 
 LEARNED, READ, IMAGE, CUT = "learned", "read", "image", "cut"
 COLORS: Final = {LEARNED: "\033[32m", READ: "", IMAGE: "\033[33m", CUT: "\033[31m"}
@@ -139,8 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except LlavaError as error:
             pages.append(f"record {index} is bad: {error.args[0]}")
     if args.html:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(as_html(pages, f"{args.file}, template {args.version}"), encoding="utf-8")
+        with writing(args.html):
+            args.html.parent.mkdir(parents=True, exist_ok=True)
+            args.html.write_text(as_html(pages, f"{args.file}, template {args.version}"), encoding="utf-8")
         print(f"{args.html}: {len(pages)} records.")  # noqa: T201 - a program
     else:
         color = args.color == "always" or (

@@ -138,14 +138,6 @@ def sanitise_generation_config(model: Any) -> None:
         config.temperature, config.top_p, config.top_k, config.typical_p = 1.0, 1.0, 50, 1.0
 
 
-def make_output(output_dir: Path) -> None:
-    """Make the folder of a run, before anything is loaded for it."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"--output_dir {output_dir} cannot be made: {error.strerror}; name another one.") from error
-
-
 def dry_run(output_dir: Path, model: Any, tokenizer: Any) -> None:
     """Write and delete all a save writes but the large tensors: hour 20 is not the first time (SAVE-1)."""
     directory = output_dir / DRY_RUN

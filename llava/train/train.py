@@ -31,7 +31,7 @@ from llava.train import adapters, assemble, checkpointing, estimate, reporting, 
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.record import RunFiles, RunRecord, plain
 from llava.train.watch import DataWatch, Watchdog
-from llava.utils import guarded
+from llava.utils import guarded, writing
 
 __all__ = [
     "DataArguments",
@@ -123,7 +123,8 @@ def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> LLaVATrainer:
     """The whole run; everything it leaves is under `--output_dir`."""
     refuse_unsupported(args)
-    checkpointing.make_output(Path(args.output_dir))
+    with writing(Path(args.output_dir)):  # before anything is loaded for it
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     model, tokenizer, template = prepare(model_args, data_args, args)
     make_data = make_mixture_module if data_args.meta_path else make_supervised_data_module
     data = make_data(tokenizer, data_args, get_template(template))

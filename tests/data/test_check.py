@@ -130,6 +130,8 @@ def test_faults_of_the_command_line(
     assert main(["data.json", *more]) == 2
     said = capsys.readouterr()
     assert why in said.err and not said.out  # before records are looked through
+    assert main(["data.json", "--write-clean", "data.json/clean.json"]) == 2
+    assert "Cannot write data.json/clean.json: " in capsys.readouterr().err
     (root / "bad.json").write_text("[{}]")
     assert main(["bad.json", "--write-clean", "x.json"]) == 2
     assert not (root / "x.json").exists()

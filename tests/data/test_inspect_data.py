@@ -46,6 +46,7 @@ def test_in_the_terminal(file: Path, tiny_dirs: dict[str, Path], capsys: pytest.
 
 
 def test_the_page_has_the_tokens_of_training(file: Path, tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
+    assert main([str(file), "--model", str(tiny_dirs["base"]), "--html", str(file / "page.html")]) == 2  # below a file
     page = tmp_path / "views" / "page.html"
     assert main([str(file), "--model", str(tiny_dirs["base"]), "--records", "0", "1", "--html", str(page)]) == 0
     text = page.read_text()

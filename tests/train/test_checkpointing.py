@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava.errors import CheckpointError, TrainingError
+from llava.errors import CheckpointError, ConfigError, TrainingError
 from llava.model.checkpoint import load_bin
 from llava.train import checkpointing, weights
 from llava.train.llava_trainer import LLaVATrainer
@@ -147,7 +147,7 @@ def test_an_optimizer_is_gone_on_with_by_runs_of_its_kind_only(
 
 def test_a_folder_that_cannot_be_made_is_said_before_models_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match="--output_dir .*/file/run cannot be made: Not a directory"):
+    with pytest.raises(ConfigError, match="Cannot write .*/file/run: Not a directory"):
         train(["--use_cpu", "True", "--data_path", "none.json", "--output_dir", str(tmp_path / "file/run")])
 
 
