@@ -10,11 +10,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from llava.serve import controller, model_worker, openai_worker, register_worker
+from llava.serve import controller, gradio_web_server, model_worker, openai_worker, register_worker
+from llava.serve.security import bind_host
 from tests.serve.stubs import MODEL, live_controller, live_worker, until
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "Deployment.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "Deployment.md").read_text(encoding="utf-8")
 CURL = re.findall(r"^curl .*", PAGE, re.MULTILINE)
 
 
@@ -44,6 +47,18 @@ def test_every_command_of_the_page_parses(module: object, name: str) -> None:
     assert found
     for words in found:
         assert module.build_parser().parse_args(shlex.split(words))  # type: ignore[attr-defined]
+
+
+def test_the_parts_of_the_compose_file_can_be_reached_by_each_other() -> None:
+    parts = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    for name, module in (("controller", controller), ("worker", model_worker), ("web", gradio_web_server)):
+        program, *words = parts[name]["command"]
+        args = module.build_parser().parse_args(words)
+        protected = name != "web"  # LLAVA_TOKEN must be set; logins need not
+        assert program == module.__name__
+        assert bind_host(args.host, protected=protected, insecure=args.insecure) == "0.0.0.0"
+        assert str(args.port) == parts[name]["environment"].get("PORT", "10000")
+        assert all(port.startswith("127.0.0.1:") for port in parts[name].get("ports", []))
 
 
 def test_worker_commands_and_their_short_flags_parse() -> None:
