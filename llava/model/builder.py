@@ -130,9 +130,18 @@ def load_pretrained_model(
 
 
 def look_ahead(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
-    """Find, before weights are read, that the tower is not there, or that a full checkpoint holds differences."""
+    """Find, before weights are read, that the tower is not there or does not fit the projector, or that a full
+    checkpoint holds differences."""
     tower: Any = build_vision_tower(config, found.path)
     tower.source(from_checkpoint)
+    _ = tower.image_processor
+    kind = getattr(config, "mm_projector_type", None) or "linear"
+    if tower.hidden_size != config.mm_hidden_size or bool(tower.spec.queries(tower.config)) != (kind == "two_mlp"):
+        raise CheckpointError(
+            f"The vision tower {tower.name!r} ({tower.settings.get('model_type')}) gives features of width "
+            f"{tower.hidden_size}, but the {kind} projector of {found.path} takes {config.mm_hidden_size}; pass the "
+            "tower it was trained with."
+        )
     if found.kind is not Kind.FULL or not ckpt.reads_lazily(found.path):
         return
     for _, norm in ckpt.iter_tensors(found.path, lambda name: name in ckpt.FINAL_NORMS):

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError, ConfigError
+from llava.model import builder
 from llava.model import checkpoint as ckpt
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import Kind, inspect, iter_tensors
@@ -362,6 +363,23 @@ def test_tower_faults(tiny_dirs: dict[str, Path], tmp_path: Path, chat: Path) ->
     edit_config(chat, mm_vision_select_layer=-4, mm_vision_select_feature="cls")
     with pytest.raises(ConfigError, match="patch, cls_patch"):
         load(chat)
+
+
+def test_a_tower_that_does_not_fit_is_refused_unread(
+    tiny_dirs: dict[str, Path], tmp_path: Path, chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "fill", lambda *_, **__: pytest.fail("weights were read"))
+    wide = tiny.make_tower(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(CheckpointError, match=r"features of width 64, but the mlp2x_gelu projector of .* takes 32"):
+        load_pretrained_model(chat, device="cpu", vision_tower=str(wide))
+    for size in (13, 10**6):
+        edit_config(chat, mm_vision_image_size=size)
+        with pytest.raises(CheckpointError, match=f"images of {size} to"):
+            load(chat)
+    for kind in ("mlp100x_gelu", "two_mlp"):
+        edit_config(chat, mm_vision_image_size=56, mm_projector_type=kind)
+        with pytest.raises((CheckpointError, ConfigError), match=f"Unknown .*{kind}|the {kind} projector"):
+            load(chat)
 
 
 def test_no_socket_is_opened(tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

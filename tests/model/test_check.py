@@ -210,11 +210,7 @@ def test_whatever_a_configuration_says_there_is_no_traceback(
         ("chat", {"num_hidden_layers": 10**12}, f"asks for {10**12} layers, but .* holds 25 weights"),
         ("tower", {"num_hidden_layers": 10**12}, f"asks for {10**12} layers, but .* holds 82 weights"),
         ("chat", {"pad_token_id": 384}, "AssertionError: Padding_idx"),
-        (
-            "chat",
-            {"mm_hidden_size": 64},
-            r"configuration: 1 of another shape \(model.mm_projector.0.weight is \(48, 32\)",
-        ),
+        ("chat", {"vocab_size": 400}, r"configuration: 2 of another shape \(lm_head.weight is \(384, 48\)"),
         ("chat", {"max_position_embeddings": 10**9}, None),
     ],
 )

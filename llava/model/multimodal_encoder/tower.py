@@ -33,6 +33,7 @@ from llava.model.weights import empty_weights, fill
 
 logger = logging.getLogger(__name__)
 FEATURES = ("patch", "cls_patch")
+LONGEST_SIDE = 4096  # pixels; what a checkpoint may ask every image to be made into
 
 
 class VisionTower(nn.Module):
@@ -108,7 +109,14 @@ class VisionTower(nn.Module):
     def image_processor(self) -> Any:
         directory = self.directory if self.directory is not None else Path(self.name)
         with described_by(self.checkpoint_dir or self.name):
-            return self.spec.processor(directory, self.image_size)
+            processor = self.spec.processor(directory, self.image_size)
+            sides = sorted(processor.crop_size[side] for side in ("height", "width"))
+        if not self.spec.vision(self.config).patch_size <= sides[0] <= sides[1] <= LONGEST_SIDE:
+            raise CheckpointError(
+                f"The vision tower {self.name!r} would be shown images of {sides[0]} to {sides[1]} px; correct "
+                "mm_vision_image_size, or the tower's preprocessor_config.json."
+            )
+        return processor
 
     @property
     def is_loaded(self) -> bool:

@@ -58,7 +58,7 @@ def build_vision_projector(config: Any) -> nn.Module:
     if kind == "two_mlp":
         image_width = getattr(config, "mm_image_hidden_size", None) or 3200
         return TwoMLPProjector(image_width, width, hidden_size)
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu(_ln)?", kind)
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu(_ln)?", str(kind))
     if match is None:
         raise ConfigError(f"Unknown mm_projector_type {kind!r}; use one of {TYPES}.")
     return gelu_mlp(width, hidden_size, int(match.group(1)), layer_norm=match.group(2) is not None)
