@@ -173,7 +173,7 @@ def _chunks(data: Bytes, first: int) -> Iterator[tuple[int, Bytes]]:
 def _lines(data: Bytes, first: int) -> Places:
     """Lines that hold more than blanks."""
     ends = [np.flatnonzero(chunk == ord("\n")) + offset for offset, chunk in _chunks(data, first)]
-    stops = np.append(np.concatenate(ends), len(data)).astype(np.int64)
+    stops = np.concatenate([*ends, [len(data)]]).astype(np.int64)
     starts = np.concatenate([[first], stops[:-1] + 1])
     some = stops > starts
     plain = some.copy()
