@@ -267,6 +267,8 @@ def together(model: ModelArguments, data: DataArguments, training: TrainingArgum
     if model.unfreeze_mm_vision_tower and (training.lora_enable or model.tune_mm_mlp_adapter):
         other = "--lora_enable" if training.lora_enable else "--tune_mm_mlp_adapter"
         problems.append(f"--unfreeze_mm_vision_tower cannot be saved with {other}; drop one of them.")
+    if data.validates and training.save_strategy == "no" and training.evaluation_strategy == "no":
+        problems.append("--save_strategy no leaves no time to validate at; give --evaluation_strategy steps or epoch.")
     if training.do_eval and not data.validates:
         problems.append("--evaluation_strategy needs --eval_data_path or --validation_fraction, which are missing.")
     if not data.data_path and not data.meta_path:

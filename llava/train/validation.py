@@ -121,6 +121,15 @@ class Answers(transformers.TrainerCallback):
     def __init__(self, trainer: Any, count: int):
         self.trainer, self.count = trainer, count
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rarely = args.evaluation_strategy == IntervalStrategy.STEPS and state.eval_steps > state.max_steps
+        if rarely and state.is_world_process_zero:
+            logger.warning(
+                "The run has %d steps and is validated every %d, so never: give a smaller --save_steps, or "
+                "--save_strategy epoch.",
+                *(state.max_steps, state.eval_steps),
+            )
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lines = []
         for index in range(min(self.count, len(self.trainer.eval_dataset))):

@@ -120,6 +120,7 @@ def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
         (["--evaluation_strategy", "steps"], ["--eval_data_path"]),
         (["--eval_data_path", "x.json", "--validation_fraction", "0.1"], ["--eval_data_path", "--validation_fraction"]),
         (["--validation_fraction", "1"], ["--validation_fraction"]),
+        (["--validation_fraction", "0.1", "--save_strategy", "no"], ["--save_strategy", "--evaluation_strategy"]),
         (["--unfreeze_mm_vision_layers", "2"], ["--unfreeze_mm_vision_tower"]),
         (["--unfreeze_mm_vision_tower", "True"], ["--vision_tower"]),
         (["--global_batch_size", "9"], ["--global_batch_size"]),

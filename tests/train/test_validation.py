@@ -49,6 +49,15 @@ def test_the_question_ends_where_the_last_answer_begins() -> None:
     assert len(validation.open_end({"input_ids": ids, "labels": torch.full((9,), x)})[1]) == 0
 
 
+def test_a_validation_that_never_comes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    answers = validation.Answers(trainer=None, count=1)
+    args = SimpleNamespace(evaluation_strategy="steps")
+    for steps, every in ((10, 10), (9, 10)):
+        state = SimpleNamespace(max_steps=steps, eval_steps=every, is_world_process_zero=True)
+        answers.on_train_begin(args, state, None)
+    assert [text[:52] for text in caplog.messages] == ["The run has 9 steps and is validated every 10, so ne"]
+
+
 def test_the_lowest_loss_is_remembered() -> None:
     state = SimpleNamespace(best_metric=None, best_model_checkpoint=None)
     for loss, name in ((3.0, "a"), (1.0, "b"), (2.0, "c")):
