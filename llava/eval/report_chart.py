@@ -12,7 +12,8 @@ from llava.eval.tasks import TASKS
 from llava.utils import require
 
 MOST: Final = {"mme": 2000.0}  # of a score; 100 elsewhere
-COLORS: Final = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a")
+COLORS: Final = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#8a6d3b", "#2fa3a0", "#6b7680")
+LONGEST: Final = 64  # characters of a name in the legend
 INK: Final = "#37352f"
 
 
@@ -26,7 +27,8 @@ def draw(runs: Sequence[Run]) -> bytes:
     tasks = list(dict.fromkeys(task for found in drawn for task in found))
     if not tasks:
         raise DataError("No benchmark has a score here, so there is nothing to draw.")
-    figure = Figure(figsize=(8.5, 1.2 + (0.26 * len(runs) + 0.2) * len(tasks)), dpi=150, layout="constrained")
+    inches = 1.0 + 0.18 * len(runs) + (0.26 * len(runs) + 0.2) * len(tasks)
+    figure = Figure(figsize=(8.5, inches), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     height = 0.78 / len(runs)
     for at, task in enumerate(tasks):
@@ -68,7 +70,15 @@ def _legend(axes: Any, runs: Sequence[Run]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(color=COLORS[at % len(COLORS)], label=run.name) for at, run in enumerate(runs)]
+    names = [_short(run.name) for run in runs]
+    handles: list[Any] = [Patch(color=COLORS[at % len(COLORS)], label=name) for at, name in enumerate(names)]
     if any(run.published for run in runs):
         handles.append(Line2D([], [], color=INK, marker="|", markersize=9, label="published, with its noise band"))
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
+    columns = 2 if max(map(len, names)) <= LONGEST // 2 else 1
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9)
+
+
+def _short(name: str) -> str:
+    """A name without its middle, where it is too long for the chart."""
+    half = (LONGEST - 1) // 2
+    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from llava.eval import report
+from llava.eval.report_chart import draw
 from llava.eval.report_data import lines, read_run
 from llava.eval.tasks import make_task
 from tests.eval.benchdata import BENCHMARKS, make_everything
@@ -83,6 +85,14 @@ def test_pictures_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_pat
     assert report.main([str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("no picture") == 6 and "only 7 questions" in page
+
+
+def test_long_names_leave_room_for_the_bars(runs: tuple[Path, Path]) -> None:
+    """matplotlib warns when they do not, and a warning is an error here."""
+    run = read_run(runs[0])
+    many = [dataclasses.replace(run, name=f"a-model-of-a-long-name ({'a/long/folder/' * 5}{n})") for n in range(6)]
+    with Image.open(io.BytesIO(draw(many))) as chart:
+        assert chart.width > 1000
 
 
 def test_a_part_of_the_published_questions_is_not_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
