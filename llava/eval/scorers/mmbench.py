@@ -34,6 +34,9 @@ def read_table(path: Path) -> Table:
         raise DataError(f"Cannot read {path}: {error}.") from error
     if not rows or not {"index", "question", "A"} <= rows[0].keys():
         raise DataError(f"{path} has no rows with index, question and A; expected an MMBench TSV.")
+    strange = next((row["index"] for row in rows if not row["index"].isdecimal()), None)
+    if strange is not None:
+        raise DataError(f"{path} has the index {strange!r}; expected whole numbers, as in the published TSV.")
     if len({row["index"] for row in rows}) < len(rows):
         raise DataError(f"{path} has two rows with the same index; expected each once.")
     return rows

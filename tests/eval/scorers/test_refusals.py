@@ -183,6 +183,15 @@ def test_a_broken_answers_file_is_named(tmp_path: Path) -> None:
     assert len(read_results(tmp_path / "a.jsonl")) == 1
 
 
+@pytest.mark.parametrize(
+    ("index", "message"), [("7.0", "the index '7.0'"), ("1", "the same index"), ("", "the index ''")]
+)
+def test_a_damaged_table_of_mmbench_is_named(index: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text(f"index\tquestion\tA\n1\tq\ta\n{index}\tq\ta\n")
+    with pytest.raises(ValueError, match=message):
+        mmbench.read_table(tmp_path / "t.tsv")
+
+
 def test_scorers_and_their_programs_import_no_torch() -> None:
     """In a fresh interpreter: every scorer, entry point and converter."""
     modules = list((ROOT / "llava" / "eval").glob("eval_*.py"))
