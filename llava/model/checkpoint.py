@@ -153,8 +153,10 @@ def weight_files(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     """The files that an index names."""
     where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise CheckpointError(f"{index} should map weights to files under weight_map, and does not; download it again.")
+    if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
+        raise CheckpointError(
+            f"{index} should map weights to files beside it under weight_map, and does not; download it again."
+        )
     return sorted(set(where.values()))
 
 

@@ -42,7 +42,8 @@ def needs_upgrade(config: dict[str, Any]) -> bool:
 
 def agreed(config: dict[str, Any]) -> bool:
     """Ask on the terminal whether to upgrade; without a terminal to ask on, `ConfigError`."""
-    was = f"{config.get('model_type')} / {', '.join(config.get('architectures') or ['no architecture'])}"
+    named = config.get("architectures") or ["no architecture"]
+    was = f"{config.get('model_type')} / {', '.join(map(str, named)) if isinstance(named, list) else named}"
     try:
         answer = input(
             f"The configuration says {was}; the copy will say {current(config)['model_type']}. Continue? [Y/N] "

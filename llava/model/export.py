@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ConfigError
-from llava.model.builder import load_pretrained_model, local_directory
+from llava.model.builder import load_pretrained_model, local_directory, read_config
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
 from llava.model.language_model.builder import language_model_spec
 from llava.model.language_model.llava_llama import LlavaConfig
@@ -57,7 +57,7 @@ def check_exportable(found: Checkpoint) -> None:
             f"{found.path} cannot be exported as hf-llava, because its language model is {found.model_type}; serve it "
             "with this package instead."
         )
-    config = LlavaConfig.from_pretrained(found.path)
+    config = read_config(found)
     tower = cast("VisionTower", build_vision_tower(config, found.path))
     kind = "EVA-CLIP" if is_eva(tower.settings) else str(tower.settings.get("model_type"))
     projector = getattr(config, "mm_projector_type", None) or "linear"

@@ -21,7 +21,8 @@ from llava.utils import require
 logger = logging.getLogger(__name__)
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_PREFIX = "base_model.model."
-HARMLESS = ("peft_version", "qalora_group_size")  # newer PEFT writes them even where they mean nothing
+HARMLESS = ("peft_version", "qalora_group_size", "megatron_core")  # PEFT writes them even where they mean nothing
+IMPORTING = {"megatron_config", "megatron_core"}  # with the first, PEFT imports the module that the second names
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -124,12 +125,12 @@ def adapter_settings(directory: Path) -> Any:
     """The `LoraConfig` of an adapter. What a newer PEFT wrote is left out where it is off, and refused where not."""
     peft = require("peft", "train")
     settings = read_settings(directory)
-    known = {item.name for item in dataclasses.fields(peft.LoraConfig) if item.init}
+    known = {item.name for item in dataclasses.fields(peft.LoraConfig) if item.init} - IMPORTING
     strange = sorted(key for key, value in settings.items() if key not in known | set(HARMLESS) and value)
     if strange:
         raise CheckpointError(
-            f"{directory / ADAPTER_CONFIG} sets {', '.join(strange)}, which peft {peft.__version__} does not have; "
-            "merge the adapter with the release of peft that wrote it."
+            f"{directory / ADAPTER_CONFIG} sets {', '.join(strange)}, which cannot be had with peft "
+            f"{peft.__version__} here; merge the adapter with the release of peft that wrote it."
         )
     return peft.LoraConfig(**{key: value for key, value in settings.items() if key in known})
 
@@ -141,8 +142,12 @@ def attach_adapter(model: nn.Module, directory: Path) -> Any:
     check_adapter(found, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, directory)
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(directory), config=adapter_settings(directory))
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"The adapter of {directory} cannot be put onto this model: {error}") from error
+    except Exception as error:  # for settings that make no sense PEFT raises what it happens to meet
+        text = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"The adapter of {directory} cannot be put onto this model ({type(error).__name__}: {text}); copy "
+            "adapter_config.json and weights from the same step of the training run."
+        ) from error
     used = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if used != set(found):
         name = min(used ^ set(found))

@@ -256,7 +256,9 @@ def test_a_delta_is_refused_and_an_adapter_of_a_language_model_verified(tmp_path
         examine(tmp_path / "adapter", shelf.mpt_base)
 
 
-@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "\x00"])
+@pytest.mark.parametrize(
+    "index", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}', "\x00"]
+)
 def test_an_index_that_is_none_is_named(tiny_dirs: dict[str, Path], tmp_path: Path, index: str) -> None:
     directory = shutil.copytree(tiny_dirs["chat"], tmp_path / "it")
     (directory / "model.safetensors.index.json").write_text(index)

@@ -18,6 +18,7 @@ from llava.model import export
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import Kind, inspect
 from tests import tiny
+from tests.model.test_builder import edit_config
 
 
 @pytest.fixture
@@ -90,6 +91,10 @@ def test_refusals(tmp_path: Path, clip: Path, tiny_dirs: dict[str, Path], capsys
     eva = tiny.make_clip_tower(tmp_path / "eva-tower", q_bias=True)
     with pytest.raises(ConfigError, match="EVA-CLIP"):
         export.export(make(tmp_path / "eva", eva), tmp_path / "out")
+    broken = make(tmp_path / "broken", clip)
+    edit_config(broken, torch_dtype="nonsense")
+    with pytest.raises(CheckpointError, match="describes no model"):
+        export.export(broken, tmp_path / "out")
     with pytest.raises(CheckpointError, match="sees no images"):
         export.export(tiny_dirs["base"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -79,6 +79,9 @@ def test_what_has_no_projector_is_refused(tiny_dirs: dict[str, Path], tmp_path: 
     edit_config(chat, mm_projector_type="linear")
     with pytest.raises(CheckpointError, match="does not fit the configured projector"):
         extract_projector.extract(chat, tmp_path / "out")
+    edit_config(chat, mm_hidden_size=None)
+    with pytest.raises(CheckpointError, match="describes no model"):
+        extract_projector.extract(chat, tmp_path / "out")
     monkeypatch.setattr(extract_projector.ckpt, "load_bin", lambda file: {})
     with pytest.raises(CheckpointError, match="reads back differently"):
         extract_projector.extract(tiny_dirs["chat"], tmp_path / "out")
