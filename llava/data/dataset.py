@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,7 @@ _FAULTS: Final = ("bad", "truncated", "unsupervised")
 _KNOWN_KEYS: Final = frozenset({"id", "image", "conversations"})
 _MAX_BAD: Final = 0.05  # of the records; more than this, and more than _FREE, is a wrong folder and not bad luck
 _FREE: Final = 10
+Merge = Callable[[torch.Tensor], torch.Tensor]
 _NEAR: Final = 1000  # so many records are parsed to find one of the same modality
 
 
@@ -107,10 +108,13 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         if bool(self._flags[0].all()):
             raise DataError(f"{self.data_path} holds no usable record; the reasons are logged above.")
 
-    def report(self) -> dict[str, int]:
-        """How many records of this process and its workers were bad, truncated, or without a supervised token."""
+    def report(self, merge: Merge = torch.Tensor.long) -> dict[str, int]:
+        """How many records of this process and its workers were bad, truncated, or without a supervised token.
+
+        `merge` makes of one flag a fault and record, (F, N), those that any process has set.
+        """
         self.check(wait=True)
-        return dict(zip(_FAULTS, self._flags.sum(1).tolist()))
+        return dict(zip(_FAULTS, merge(self._flags).sum(1).tolist()))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not self.skip_bad:

@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset
 from llava.conversation import Conversation
 from llava.data.annotations import SUFFIXES
 from llava.data.collate import DataCollatorForSupervisedDataset
-from llava.data.dataset import LazySupervisedDataset, check_supervision
+from llava.data.dataset import LazySupervisedDataset, Merge, check_supervision
 from llava.data.template_check import check_template
 from llava.errors import DataError
 
@@ -102,9 +102,9 @@ class MixtureDataset(ConcatDataset[dict[str, torch.Tensor]]):
         known = [part.check(wait=wait) for part in self.parts.values()]  # every part is asked, also after a no
         return all(known)
 
-    def report(self) -> dict[str, int]:
+    def report(self, merge: Merge = torch.Tensor.long) -> dict[str, int]:
         """Sums of the parts' reports; a repeated part counts once."""
-        reports = [part.report() for part in self.parts.values()]
+        reports = [part.report(merge) for part in self.parts.values()]
         return {key: sum(report[key] for report in reports) for key in reports[0]}
 
 

@@ -104,3 +104,11 @@ def init_dist(launcher: str, backend: str = "nccl", port: int | None = None, **k
     if launcher == "slurm":
         kwargs.setdefault("timeout", SLURM_TIMEOUT)
     dist.init_process_group(backend=backend, **kwargs)
+
+
+def any_rank(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Zeros and ones, one where any rank has it; all ranks must call, with tensors of one shape."""
+    shared = flags.to(device, torch.int64, copy=True)
+    if dist.is_initialized():
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared

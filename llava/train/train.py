@@ -8,6 +8,7 @@ Started again with the same command, a stopped run goes on from its newest compl
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ from llava.data.labels import preprocess, preprocess_multimodal
 from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError, TrainingError
 from llava.train import adapters, assemble, checkpointing, estimate, reporting, trainable, validation, zero
+from llava.train.dist_utils import any_rank
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.record import RunFiles, RunRecord, plain
 from llava.train.watch import DataWatch, Watchdog
@@ -157,12 +159,13 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     record = _start_record(trainer, groups, **facts)
     result = watched(trainer, checkpoint)
     finish(trainer, assemble.compute_dtype(args))
+    faults = trainer.train_dataset.report(functools.partial(any_rank, device=args.device))
     if args.should_save:
         record.write(
             steps=result.global_step,
             train_loss=result.training_loss,
             seconds=result.metrics["train_runtime"],
-            data=trainer.train_dataset.report(),
+            data=faults,
         )
     return trainer
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from llava.arguments import DataArguments, TrainingArguments
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
-from llava.data.dataset import LazySupervisedDataset
+from llava.data.dataset import LazySupervisedDataset, Merge
 from llava.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ class Share(Dataset[dict[str, torch.Tensor]]):
     def check(self, *, wait: bool = False) -> bool:
         return bool(self.whole.check(wait=wait))
 
-    def report(self) -> dict[str, int]:
+    def report(self, merge: Merge = torch.Tensor.long) -> dict[str, int]:
         """That of the whole data set."""
-        return cast("dict[str, int]", self.whole.report())
+        return cast("dict[str, int]", self.whole.report(merge))
 
 
 def split(whole: Any, fraction: float, seed: int) -> tuple[Share, Share]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from llava.errors import ConfigError
 from llava.train import dist_utils
+from tests.train import runs
 
 SLURM = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_NODELIST": "host[1-2]", "SLURM_LOCALID": "1"}
 
@@ -69,3 +72,16 @@ def test_a_group_of_one_is_joined_on_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
         assert os.environ["RANK"] == "0"
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_any_rank_finds_is_counted(tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path) -> None:
+    """A picture is opened by the rank that draws it."""
+    records = json.loads((small_data / "pretrain.json").read_text())
+    for index in range(0, 32, 8):
+        records[index]["image"] = "lost.png"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    more = {"data_path": tmp_path / "data.json", "on_bad_sample": "skip", "per_device_train_batch_size": 16}
+    runs.finish(runs.flags(tiny_dirs, small_data, tmp_path / "run", 1, **more), tmp_path / "log", ranks=2)
+    counts = json.loads((tmp_path / "run/run.json").read_text())["data"]
+    assert counts == {"bad": 4, "truncated": 0, "unsupervised": 0}
