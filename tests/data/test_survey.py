@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ def test_parquet_is_looked_at_in_processes_too(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.Table.from_pylist([RECORDS[1], RECORDS[0]]), tmp_path / "a.parquet")
     assert Survey(read_records(tmp_path / "a.parquet"), workers=2).result().words.tolist() == [3, 4]
+
+
+def test_what_is_no_object_has_no_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([3, "ab", record("hi")]))
+    found = Survey(read_records(tmp_path / "a.json")).result()
+    assert found.keys == {"conversations"} and sorted(found.problems) == [0, 1]
+
+
+def test_only_the_process_that_began_a_survey_ends_it(tmp_path: Path) -> None:
+    """A loader's worker is a copy of it."""
+    survey._clear(os.getpid() + 1, [], tmp_path)
+    assert tmp_path.is_dir()
+    survey._clear(os.getpid(), [], tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_a_process_that_dies_is_an_error(file: Path) -> None:
