@@ -28,6 +28,10 @@ fail() {
     exit 2
 }
 
+for number in "${GPUS:-0}" "$NNODES" "$NODE_RANK" "$PORT" "${BATCH:-1}"; do
+    case $number in '' | *[!0-9]*) fail "GPUS, NNODES, NODE_RANK, PORT and BATCH take whole numbers; one is '$number'." ;; esac
+done
+
 # GPUS, else as many as CUDA_VISIBLE_DEVICES names, else the 8 of a published run.
 gpus() {
     if [ -n "${GPUS:-}" ]; then
