@@ -140,7 +140,7 @@ def what_they_left(project: Path) -> None:
     assert len(json.loads((project / "playground/clean.json").read_text())) == 20
     assert "<!doctype html>" in (project / "view.html").read_text()
     mine = project / "work_dirs/mine"
-    assert (mine / "adapter_config.json").is_file()
+    assert (mine / "adapter_config.json").is_file() and "train_runtime" in (mine / "train.log").read_text()
     assert len((mine / "samples.jsonl").read_text().splitlines()) == 1  # one record in fifty of sixty
     assert json.loads((mine / "trainer_state.json").read_text())["best_model_checkpoint"]
     assert json.loads((mine / "run.json").read_text())["samples"] == 59
