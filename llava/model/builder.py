@@ -26,7 +26,15 @@ from llava.model.dispatch import DeviceMap, dispatch, place
 from llava.model.hub import snapshot
 from llava.model.language_model.builder import language_model_spec
 from llava.model.llava_arch import grow_embeddings, load_token_rows, parameter_shapes
-from llava.model.lora import apply_adapter, load_non_lora
+from llava.model.lora import (
+    adapter_shapes,
+    apply_adapter,
+    check_adapter,
+    check_non_lora,
+    check_vocabulary,
+    load_non_lora,
+    read_non_lora,
+)
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.quantization import Quantizer, size_name
@@ -166,6 +174,27 @@ def overlay(model: Any, found: Checkpoint, pack: Callable[[nn.Module], None] | N
             load_non_lora(model, found.path)
         model = apply_adapter(model, found.path, pack)
     return model
+
+
+def check_overlay(found: Checkpoint, base: Checkpoint | None, config: Any, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """Verify what a projector or an adapter adds to a model of these `shapes`; where the projector lies."""
+    if found.kind is Kind.PROJECTOR:
+        file = found.path / ckpt.PROJECTOR_FILE
+        state = ckpt.projector_state(ckpt.load_bin(file), file)
+        wanted = {k.split("mm_projector.", 1)[1]: v for k, v in shapes.items() if "mm_projector." in k}
+        ckpt.compare_shapes({name: tuple(value.shape) for name, value in state.items()}, wanted, file)
+        return file
+    if found.kind is Kind.LORA and base is not None:
+        words = next(name for name in ckpt.EMBEDDINGS if name in shapes)
+        rows = shapes[words][0]
+        rows = max(rows, extend_tokenizer(load_tokenizer(base.path), config, rows))
+        check_vocabulary(found.path, rows)
+        table = (rows, config.hidden_size)
+        shapes = {**shapes, words: table, "lm_head.weight": table}
+        check_non_lora(read_non_lora(found.path), shapes, found.path)
+        check_adapter(adapter_shapes(found.path), shapes, found.path)
+        return found.path / ckpt.NON_LORA_FILE
+    return found.path
 
 
 def all_shapes(source: Path, config: Any, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
@@ -322,6 +351,7 @@ def language_model(
     where = device if isinstance(device, Placement) else Placement({"": device})
     source = base.path if base else found.path
     model = empty_model(found, base, config)
+    check_overlay(found, base, config, parameter_shapes(model))
     tensors = ckpt.iter_tensors(source, lambda name: not name.startswith(ckpt.TOWER_PREFIXES))
     fill(
         model,
@@ -355,13 +385,19 @@ def add_image_tokens(model: Any, tokenizer: Any, config: Any) -> None:
     New rows are the mean of the older ones, so that two loads of one directory are one function.
     """
     rows = model.get_input_embeddings().weight.shape[0]
+    entries = extend_tokenizer(tokenizer, config, rows)
+    if entries > rows:
+        grow_embeddings(model, entries, new_rows=entries - rows)
+
+
+def extend_tokenizer(tokenizer: Any, config: Any, rows: int) -> int:
+    """Add the image tokens the configuration asks for, of a model with `rows` embeddings; the entries there are now."""
     patch = getattr(config, "mm_use_im_patch_token", None)
     if patch or (patch is None and rows > len(tokenizer)):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(config, "mm_use_im_start_end", False):
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-    if len(tokenizer) > rows:
-        grow_embeddings(model, len(tokenizer), new_rows=len(tokenizer) - rows)
+    return len(tokenizer)
 
 
 def context_length(config: Any) -> int:

@@ -90,32 +90,10 @@ def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> l
         if found.kind is Kind.LORA:
             lora.check_adapter(lora.adapter_shapes(found.path), shapes, found.path)
         return parts
-    where = adapted(found, base, config, shapes)
+    where = builder.check_overlay(found, base, config, shapes)
     kind = getattr(config, "mm_projector_type", None) or "linear"
     width = f"{config.mm_hidden_size} to {config.hidden_size}"
     return [*parts, Part("projector", f"{kind}, {width}; {len(projector)} weights verified in {where}", projector)]
-
-
-def adapted(found: Checkpoint, base: Checkpoint | None, config: Any, shapes: Shapes) -> Path:
-    """Verify what a projector or an adapter adds to a model of these `shapes`; where the projector lies."""
-    if found.kind is Kind.PROJECTOR:
-        file = found.path / ckpt.PROJECTOR_FILE
-        state = ckpt.projector_state(ckpt.load_bin(file), file)
-        wanted = {k.split("mm_projector.", 1)[1]: v for k, v in shapes.items() if "mm_projector." in k}
-        ckpt.compare_shapes({name: tuple(value.shape) for name, value in state.items()}, wanted, file)
-        return file
-    if found.kind is Kind.LORA and base is not None:
-        flags = (("mm_use_im_patch_token", 1), ("mm_use_im_start_end", 2))
-        entries = len(load_tokenizer(base.path)) + sum(count for flag, count in flags if getattr(config, flag, False))
-        words = next(name for name in ckpt.EMBEDDINGS if name in shapes)
-        rows = max(shapes[words][0], entries)  # with the image tokens that loading adds
-        lora.check_vocabulary(found.path, rows)
-        table = (rows, config.hidden_size)
-        shapes = {**shapes, words: table, "lm_head.weight": table}
-        lora.check_non_lora(lora.read_non_lora(found.path), shapes, found.path)
-        lora.check_adapter(lora.adapter_shapes(found.path), shapes, found.path)
-        return found.path / ckpt.NON_LORA_FILE
-    return found.path
 
 
 def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tuple[Part, VisionTower]:

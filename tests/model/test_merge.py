@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.arguments import parse_arguments
 from llava.errors import CheckpointError, ConfigError
-from llava.model import lora, merge
+from llava.model import builder, lora, merge
 from llava.model.builder import load_pretrained_model
 from llava.model.check import examine
 from llava.model.checkpoint import Kind, inspect
@@ -61,6 +61,20 @@ def test_bin_and_safetensors_alike(adapter: Path) -> None:
     assert torch.equal(logits(load(adapter)), expected)
 
 
+def test_an_adapter_is_refused_before_its_base_is_read(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "fill", lambda *_, **__: pytest.fail("weights were read"))
+    edit_config(adapter, vocab_size=32000)
+    with pytest.raises(CheckpointError, match="vocabulary of 32000"):
+        load(adapter)
+    edit_config(adapter, vocab_size=384)
+    (adapter / "adapter_model.safetensors").rename(adapter / "kept")
+    with pytest.raises(CheckpointError, match="no adapter_model.safetensors"):
+        load(adapter)
+    (adapter / "non_lora_trainables.bin").unlink()
+    with pytest.raises(CheckpointError, match="lacks non_lora_trainables.bin"):
+        load(adapter)
+
+
 def test_the_base_is_asked_for_and_checked(tiny_dirs: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
     nameless = tiny.make_lora(tmp_path / "nameless", tiny_dirs["chat"], tiny_dirs["base"], name_base=False)
     with pytest.raises(CheckpointError, match="--model-base"):
@@ -93,6 +107,7 @@ def test_a_run_with_image_tokens(tiny_dirs: dict[str, Path], tmp_path: Path) -> 
     assert examine(run).found.kind is Kind.LORA
     assert torch.equal(load(run).model.embed_tokens.weight, rows)
     merge.merge(run, None, tmp_path / "merged")
+    assert examine(run, tmp_path / "merged").found.kind is Kind.LORA  # on a base whose tokenizer has the two
     tokenizer, merged, _, _ = load_pretrained_model(tmp_path / "merged", device="cpu")
     assert len(tokenizer) == 386
     assert torch.equal(merged.model.embed_tokens.weight, rows)
