@@ -54,9 +54,11 @@ def interrupt_cancels(handle: Handle) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def answer(session: ChatSession, text: str, out: TextIO | None) -> Completion:
-    """Ask, stream the answer to `out` as it comes, and keep it in the session."""
+def answer(session: ChatSession, text: str, out: TextIO | None, head: str = "") -> Completion:
+    """Ask, stream the answer to `out` behind `head` as it comes, and keep it in the session."""
     handle = session.ask(text)
+    if head:
+        say(head, out)
     with interrupt_cancels(handle):
         for piece in handle:
             if out is not None:
@@ -88,8 +90,7 @@ def converse(session: ChatSession, *, debug: bool = False) -> int:
             if line.startswith("/"):
                 say(command(session, line) + "\n")
                 continue
-            say(f"{assistant}: ")
-            completion = answer(session, line, sys.stdout)
+            completion = answer(session, line, sys.stdout, f"{assistant}: ")
             say(" [stopped]\n" if completion.finish_reason == "cancelled" else "\n")
             if debug:
                 say(str({"prompt": session.prompt, "outputs": completion.text}) + "\n")

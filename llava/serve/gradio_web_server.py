@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -170,6 +171,13 @@ def share(port: int) -> None:
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    # Servers that share Gradio's own folder delete each other's pictures when one of them ends.
+    with tempfile.TemporaryDirectory(prefix="llava-page-", ignore_cleanup_errors=True) as folder:
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
     require("gradio", "serve")
     from llava.serve.http_server import port_of, serve
     from llava.serve.security import bind_host

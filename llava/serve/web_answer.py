@@ -49,7 +49,7 @@ async def answer(client: ServiceClient, chat: Chat) -> AsyncGenerator[None, None
     except ServeError as error:
         turn.finish_reason, turn.note = "error", explain(error)
     except LlavaError as error:
-        turn.finish_reason, turn.note = "error", str(error)
+        turn.finish_reason, turn.note = "error", str(error.args[0])
     finally:
         turn.running = False
         turn.finish_reason = turn.finish_reason or "cancelled"  # the page was closed

@@ -56,7 +56,7 @@ class ChatTab:
         try:
             turn = await self.site.new_turn(model, text, files or (), mode, controls.sampling_from(sampling))
         except LlavaError as error:
-            yield {self.notice: f"⚠️ {error}"}
+            yield {self.notice: controls.warning(error)}
             return
         async with aclosing(self._run(chat, turn, {self.text: "", self.pictures: None}, request)) as updates:
             async for update in updates:
@@ -70,7 +70,7 @@ class ChatTab:
             yield {self.notice: gr.skip()}
             return
         if not model:
-            yield {self.notice: f"⚠️ {controls.no_model()}"}
+            yield {self.notice: controls.warning(controls.no_model())}
             return
         last = chat.turns.pop()
         turn = Turn(last.text, last.pictures, mode, controls.sampling_from(sampling), model)

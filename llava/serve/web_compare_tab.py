@@ -66,7 +66,7 @@ class CompareTab:
             if not right_model:
                 raise controls.no_model()
         except LlavaError as error:
-            yield {self.notice: f"⚠️ {error}"}
+            yield {self.notice: controls.warning(error)}
             return
         other = Turn(text, turn.pictures, mode, sampling, right_model)
         update = {self.text: "", self.pictures: None, self.notice: "", **self.buttons(vote=False, running=True)}

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import gradio as gr
 
-from llava.errors import RequestError
-from llava.serve.web_chat import Sampling
+from llava.errors import LlavaError, RequestError
+from llava.serve.web_chat import Sampling, escape
 from llava.serve.web_pictures import MODES
 
 DEFAULTS: Final = Sampling()
@@ -43,6 +43,11 @@ class Parameters:
 
 def no_model() -> RequestError:
     return RequestError("No model is chosen; choose one.")
+
+
+def warning(what: LlavaError | str) -> str:
+    """A line of Markdown that says what is wrong; a model's name or a `<image>` in it is shown as it is."""
+    return f"⚠️ {escape(str(what.args[0]) if isinstance(what, LlavaError) else what)}"
 
 
 def sampling_from(values: Sequence[float]) -> Sampling:
@@ -93,6 +98,7 @@ def message_box(elem_id: str, send_id: str) -> tuple[Any, Any]:
     """The text box (Enter submits) and its button, 8 : 1."""
     with gr.Row(elem_classes="ask", equal_height=True):
         text = gr.Textbox(
+            label="Message",  # for screen readers
             show_label=False,
             placeholder="Ask about the picture",
             lines=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, Final
@@ -45,7 +46,8 @@ CSS: Final = """
 .examples button img {width: 52px; height: 40px; object-fit: cover; border-radius: 4px; margin-right: 8px;}
 .message img {max-height: 220px !important; width: auto !important;}
 #picture_box .grid-wrap, #compare_pictures .grid-wrap {padding-top: 32px;}
-button[title="Share"] {display: none;}
+button[title="Share"], .message-buttons:not(:has(button:not([title="Share"]))) {display: none;}
+hr {border-color: var(--border-color-primary) !important;}
 #notice:empty, #compare_notice:empty, #banner:empty {display: none;}
 footer {display: none !important;}
 @media (max-width: 768px) {
@@ -66,12 +68,12 @@ def theme() -> Any:
     """Gradio's default look with fonts that every machine has, so that a page asks no other server for anything."""
     return gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "Consolas", "monospace"], primary_hue="blue"
-    )
+    ).set(block_info_text_color="*neutral_500", input_placeholder_color="*neutral_500")  # Gradio's own are faint
 
 
 def build_page(site: Site, *, embed: bool = False) -> Any:
     """The Gradio application, not yet served. `embed` leaves title and terms out."""
-    folder = Path(tempfile.mkdtemp(prefix="llava-page-"))
+    folder = Path(tempfile.mkdtemp(prefix="llava-page-", dir=os.environ.get("GRADIO_TEMP_DIR")))
     examples = [(str(path), question) for path, question in draw_all(folder)]
     icons = write_icons(folder)
     with gr.Blocks(title="InternVL-Chat", analytics_enabled=False, delete_cache=(3600, _DAY)) as page:
@@ -97,7 +99,7 @@ def _follow_models(page: Any, site: Site, banner: Any, chat: Any, compare: Any) 
         one, left, right = chats
         text = listing.reason or gone(listing, one) or gone(listing, left) or gone(listing, right)
         return [
-            f"⚠️ {text}" if text else "",
+            controls.warning(text) if text else "",
             site.follow(listing, one, current[0]),
             site.follow(listing, left, current[1]),
             site.follow(listing, right, current[2], other_than=current[1] or site.catalog.preferred(listing)),

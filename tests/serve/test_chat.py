@@ -291,14 +291,14 @@ def test_stage_one_says_so(tiny_dirs: dict[str, Path], tmp_path: Path, capsys: p
 def test_a_piped_conversation(
     chat_command: list[str], child_environment: dict[str, str], photo: Path, tmp_path: Path
 ) -> None:
-    lines = [f"/image {photo}", "What is this?", "/image nowhere.png", "Why?", f"/save {tmp_path / 'c.json'}", "/clear"]
+    lines = ["Look: <image>", f"/image {photo}", "What is this?", "/image nowhere.png", "Why?", f"/save {tmp_path / 'c.json'}", "/clear"]
     result = subprocess.run(
         [*chat_command, "--max-new-tokens", "5", "--temperature", "0", "--debug"],
         input="\n".join(lines), capture_output=True, text=True, env=child_environment, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "nowhere.png: there is no such file" in result.stdout and result.stdout.count("ASSISTANT: ") >= 2
-    assert result.stdout.rstrip().endswith("Goodbye.")
+    assert result.stdout.rstrip().endswith("Goodbye.") and "USER: error: The prompt has 1 <image>" in result.stdout
     saved = json.loads((tmp_path / "c.json").read_text())
     assert len(saved["messages"]) == 4 and saved["messages"][0][1] == "<image>\nWhat is this?"
     assert "Traceback" not in result.stderr

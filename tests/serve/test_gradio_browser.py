@@ -248,6 +248,10 @@ def test_the_page_fits(
         other.ask("A rather long question about the picture, with more words than one line of a phone can hold?", box)
         other.sees("the last at 2", view)
         assert other.page.evaluate("document.documentElement.scrollWidth") <= width
+        specks = (
+            """() => [...document.querySelectorAll('.message-buttons')].map(e => e.getBoundingClientRect().width)"""
+        )
+        assert all(width == 0 or width > 8 for width in other.page.evaluate(specks))
         cut = """() => [...document.querySelectorAll('button, label, input, textarea')].filter(
             e => e.offsetParent && e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80))"""
         assert other.page.evaluate(cut) == []

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -162,7 +163,7 @@ def test_an_error_leaves_regenerate_and_clear(tab: ChatTab, service: FakeService
     ("text", "files", "model", "words"),
     [
         ("What?", None, None, "No model is chosen"),
-        ("look <image>", None, "alpha", "1 <image> placeholder(s) but comes with 0 picture(s)"),
+        ("look <image>", None, "alpha", "1 &lt;image&gt; placeholder(s) but comes with 0 picture(s)"),
         ("What?", [("nowhere.png", None)], "alpha", "nowhere.png"),
         ("What?", [("x.png", None)] * 9, "alpha", "at most 8"),
     ],
@@ -373,6 +374,7 @@ def test_a_taken_port_is_said() -> None:
 @pytest.mark.slow
 def test_probes_and_closed_doors(service: FakeService, child_environment: dict[str, str], tmp_path: Path) -> None:
     environment = {**child_environment, server.LOGINS_VARIABLE: "ann:one", "LOGDIR": str(tmp_path)}
+    environment["TMPDIR"] = str(tmp_path)
     with (
         web_server(service, environment, "--embed") as address,
         httpx.Client(base_url=address, trust_env=False, timeout=60) as client,
@@ -387,6 +389,12 @@ def test_probes_and_closed_doors(service: FakeService, child_environment: dict[s
         assert client.post("/login", data={"username": "ann", "password": "one"}).status_code == 200
         config = client.get("/config").json()
         assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
+        (folder,) = tmp_path.glob("llava-page-*")
+        icons = {
+            path for path in map(Path, re.findall(r'"path": "([^"]+)"', json.dumps(config))) if path.suffix == ".svg"
+        }
+        assert icons and all(path.is_file() and path.is_relative_to(folder) for path in icons)
+    assert not folder.exists() and not (tmp_path / "gradio").exists()
     assert config["dependencies"] and {d["api_visibility"] for d in config["dependencies"]} == {"private"}
     assert "google" not in json.dumps(config)  # no fonts from elsewhere
     assert "Terms of use" not in json.dumps(config)  # --embed
