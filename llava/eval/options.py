@@ -64,7 +64,7 @@ def add_api_flags(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse numbers and names that cannot be honoured, before data are read and a model is loaded."""
     for name in ("limit", "batch_size", "num_chunks"):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
     sampling(args)

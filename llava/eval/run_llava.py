@@ -13,7 +13,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
 from llava.eval import options
 from llava.mm_utils import get_model_name_from_path
-from llava.serve.chat_session import ChatSession
+from llava.serve.chat_session import ChatSession, load_picture
 from llava.utils import guarded
 
 PLACEHOLDER = "<image-placeholder>"  # where a picture belongs inside a query
@@ -33,12 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    params = options.sampling(args)
+    options.check(args)
+    sources = [source.strip() for source in args.image_file.split(args.sep)] if args.sep else [args.image_file]
+    pictures = [load_picture(source) for source in sources]  # what is wrong shows before a model is loaded
     engine = options.build_engine(args)
     template = template_for(engine.model.config, get_model_name_from_path(args.model_path), args.conv_mode)
-    session = ChatSession(engine, template, params)
-    for source in args.image_file.split(args.sep):
-        session.attach(source.strip())
+    session = ChatSession(engine, template, options.sampling(args))
+    for source, picture in zip(sources, pictures):
+        session.attach(source, picture)
     print(session.ask(args.query.replace(PLACEHOLDER, DEFAULT_IMAGE_TOKEN)).result().text)
     return 0
 

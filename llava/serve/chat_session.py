@@ -68,9 +68,9 @@ class ChatSession:
         self._system = text
         self.conversation.set_system(text)
 
-    def attach(self, source: str) -> None:
-        """Open a picture for the next message."""
-        self._attached.append((source, load_picture(source)))
+    def attach(self, source: str, picture: Image.Image | None = None) -> None:
+        """Add a picture to the next message; it is opened unless it is given."""
+        self._attached.append((source, load_picture(source) if picture is None else picture))
         if len(self.images) + len(self._attached) == 2:
             logger.warning("This kind of checkpoint is trained on single pictures; answers about several may be poor.")
 

@@ -85,13 +85,15 @@ def test_one_answer_about_two_pictures(
     monkeypatch.setattr(engine, "submit", lambda request: (asked.append(request), submit(request))[1])
     base = flags[:-2]
     one, two = (str(pictures / f"{name}.png") for name in ("red", "blue"))
-    assert run_llava.main([*base, "--image-file", one, "--query", "What is it?"]) == 0
+    assert run_llava.main([*base, "--image-file", one, "--sep", "", "--query", "What is it?"]) == 0
     query = "Is <image-placeholder> like <image-placeholder>?"
     assert run_llava.main([*base, "--image-file", f"{one};{two}", "--sep", ";", "--query", query]) == 0
     assert [len(request.images) for request in asked] == [1, 2]
     assert asked[1].prompt.endswith("Is <image> like <image>? ASSISTANT:") and "<image>\nWhat" in asked[0].prompt
     assert capsys.readouterr().out.count("\n") >= 2
+    monkeypatch.setattr("llava.eval.options.load_engine", lambda *arguments, **options: pytest.fail("loaded"))
     assert run_llava.main([*base, "--image-file", "none.png", "--query", "x"]) == 2
+    assert run_llava.main([*base, "--image-file", one, "--query", "x", "--conv-mode", "v9"]) == 2
 
 
 def test_a_language_model_answers_without_pictures(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
