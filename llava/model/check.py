@@ -121,7 +121,7 @@ def examine(
 
     A text-only language model and a vision tower are verified too; they are what bases and towers are made of.
     """
-    found = ckpt.inspect(path)
+    found = ckpt.inspect(builder.local_directory(path))
     if found.kind is Kind.TOWER or found.model_type in TOWERS:
         found = replace(found, kind=Kind.TOWER)  # also one that a user has registered
         whole = SimpleNamespace(mm_vision_tower=str(found.path), mm_vision_select_layer=-1)

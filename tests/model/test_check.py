@@ -66,6 +66,8 @@ def test_the_program(made: dict[str, Path], capsys: pytest.CaptureFixture[str], 
     assert capsys.readouterr().err.endswith("--model-base lmsys/vicuna-7b-v1.5. [CHECKPOINT]\n")
     assert cli.main(["check", str(made["projector"]), "--model-base", "someone/unknown"]) == 2
     assert "offline mode" in capsys.readouterr().err
+    assert cli.main(["check", "someone/unknown"]) == 2  # a name on the hub, which may be in the cache
+    assert "nor did the Hugging Face cache" in capsys.readouterr().err
     assert "HF_HUB_OFFLINE" not in check.os.environ
 
 
