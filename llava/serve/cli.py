@@ -21,7 +21,7 @@ from llava.eval.runner import report
 from llava.eval.settings import RunSettings
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.chat_batch import run_batch
-from llava.serve.chat_session import ChatSession, is_stage_one
+from llava.serve.chat_session import ChatSession, is_stage_one, load_picture
 from llava.serve.chat_terminal import answer, converse
 from llava.utils import guarded
 
@@ -52,6 +52,8 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--input brings its own prompts and images; leave --prompt, --image-file and --system out.")
     if args.json and args.prompt is None:
         raise ConfigError("--json prints the answer to --prompt; give a --prompt.")
+    if args.input is not None and not args.input.is_file():
+        raise ConfigError(f"--input {args.input} is no file; give JSON Lines of prompts.")
 
 
 def answer_once(session: ChatSession, prompt: str, as_json: bool, debug: bool) -> int:
@@ -91,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check(args)
     params = options.sampling(args)
+    pictures = [(source, load_picture(source)) for source in args.image_file]
     print(f"Loading {args.model_path} …", file=sys.stderr)
     engine = options.build_engine(args)
     config = engine.model.config
@@ -101,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.input is not None:
         return answer_file(engine, args, template, name)
     session = ChatSession(engine, template, params, args.system)
-    for source in args.image_file:
-        session.attach(source)
+    for source, picture in pictures:
+        session.attach(source, picture)
     if args.prompt is not None:
         return answer_once(session, args.prompt, args.json, args.debug)
     return converse(session, debug=args.debug)

@@ -239,6 +239,7 @@ def test_one_prompt_as_text_and_json(
         (["--input", "a", "--output", "b", "--prompt", "c"], "--input brings its own"),
         (["--temperature", "nan"], "temperature is nan"),
         (["--image-file", "nowhere.png", "--prompt", "x"], "nowhere.png"),
+        (["--input", "nowhere.jsonl", "--output", "b"], "nowhere.jsonl is no file"),
         (["--conv-mode", "v1x", "--prompt", "x"], "the nearest is"),
         (["--device", "quantum"], "device"),
     ],
@@ -249,6 +250,7 @@ def test_faults_are_one_sentence(
     status, _, error = run_main(["--model-path", str(tiny_dirs["chat"]), *flags], capsys)
     assert status == 2
     assert error.splitlines()[-1].startswith("error: ") and message in error.splitlines()[-1]
+    assert "nowhere" not in message or "Loading" not in error  # what can be seen before the model is loaded
 
 
 def test_a_file_of_prompts_is_answered_and_resumed(
@@ -291,7 +293,8 @@ def test_stage_one_says_so(tiny_dirs: dict[str, Path], tmp_path: Path, capsys: p
 def test_a_piped_conversation(
     chat_command: list[str], child_environment: dict[str, str], photo: Path, tmp_path: Path
 ) -> None:
-    lines = ["Look: <image>", f"/image {photo}", "What is this?", "/image nowhere.png", "Why?", f"/save {tmp_path / 'c.json'}", "/clear"]
+    lines = ["Look: <image>", f"/image {photo}", "What is this?", "/image nowhere.png", "Why?"]
+    lines += [f"/save {tmp_path / 'c.json'}", "/clear"]
     result = subprocess.run(
         [*chat_command, "--max-new-tokens", "5", "--temperature", "0", "--debug"],
         input="\n".join(lines), capture_output=True, text=True, env=child_environment, timeout=120,
