@@ -100,6 +100,7 @@ async def _status(client: ServiceClient, address: str) -> WorkerStatus | None:
         return await client.status(address)
     except ServeError as error:
         if error.kind is ErrorType.WORKER_UNAVAILABLE:
+            logger.warning("A worker is not at its address %s: %s", address, error.message)  # not for visitors
             raise
         logger.warning("The worker does not describe itself: %s", error.message)
         return None

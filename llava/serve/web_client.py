@@ -115,7 +115,7 @@ class ServiceClient:
         try:
             response = await self._http.post(url, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _unreachable(error, f"{who} at {url.rpartition('/')[0]}") from error
+            raise _unreachable(error, who) from error
         if response.status_code != 200:
             raise from_response(response.status_code, response.content)
         try:

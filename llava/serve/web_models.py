@@ -66,7 +66,7 @@ class ModelCatalog:
             models = await self.client.models()
             workers = await self.client.workers()
         except ServeError as error:
-            logger.warning("No list of models: %s", error.message)
+            logger.warning("No list of models from %s: %s", self.client.controller_url, error.message)
             return Listing(reason=f"No model can be listed: {error.message}. It appears here as soon as it can.")
         self.infos = {name: worker for worker in workers for name in worker.models}
         return Listing(tuple(models), "" if models else _why_empty(workers))
