@@ -21,6 +21,8 @@ from llava.model.tokenizer import load_tokenizer
 from llava.placement import resolve_attention
 
 logger = logging.getLogger(__name__)
+# what a chat model has learned to see with
+SEES = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio")
 VICUNA_V0 = {"v0": "v0", "v0.5": "v0"}
 
 
@@ -108,7 +110,11 @@ def add_vision(model: Any, model_args: ModelArguments, data_args: DataArguments,
     """Load the tower (in `dtype`) and the projector; write what data and checkpoints need into config and arguments."""
     if model_args.mm_vision_image_size:
         model.config.mm_vision_image_size = model_args.mm_vision_image_size
-    model.get_model().initialize_vision_modules(model_args=model_args, dtype=dtype)
+    core = model.get_model()
+    projector, trained = getattr(core, "mm_projector", None), {key: getattr(model.config, key, None) for key in SEES}
+    core.initialize_vision_modules(model_args=model_args, dtype=dtype)
+    if projector is not None:  # of a chat model
+        _compare(trained, model_args, data_args, kept=core.mm_projector is projector)
     data_args.image_processor = model.get_vision_tower().image_processor  # type: ignore[attr-defined]
     data_args.is_multimodal = True
     data_args.mm_use_im_start_end = model_args.mm_use_im_start_end  # type: ignore[attr-defined]
@@ -120,3 +126,16 @@ def add_vision(model: Any, model_args: ModelArguments, data_args: DataArguments,
     config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     config.tune_vit_pos_embedding = model_args.tune_vit_pos_embedding
     return model.get_vision_tower()
+
+
+def _compare(trained: dict[str, Any], model_args: ModelArguments, data_args: DataArguments, *, kept: bool) -> None:
+    """Refuse to replace a chat model's projector by one that has learned nothing; say what else it sees otherwise."""
+    if not kept and not (model_args.pretrain_mm_mlp_adapter or model_args.tune_mm_mlp_adapter):
+        raise ConfigError(
+            f"The projector of {model_args.model_name_or_path} ({trained['mm_projector_type']}) does not fit "
+            f"--mm_projector_type {model_args.mm_projector_type} and this tower, and a new one has learned nothing; "
+            "give its type and tower, a projector with --pretrain_mm_mlp_adapter, or --tune_mm_mlp_adapter True."
+        )
+    for key, value in {**vars(model_args), **vars(data_args)}.items():
+        if kept and trained.get(key) not in (None, value):
+            logger.info("The chat model was trained with --%s %s; this run has %s.", key, trained[key], value)

@@ -152,7 +152,7 @@ def test_the_run_is_recorded(
 
 
 def test_a_chat_checkpoint_is_trained_further_with_its_own_projector(
-    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
     train(runs.flags(tiny_dirs, small_data, out, 2, model_name_or_path=tiny_dirs["chat"], learning_rate=0, max_steps=1))
@@ -161,6 +161,22 @@ def test_a_chat_checkpoint_is_trained_further_with_its_own_projector(
     more = {"vision_tower": None, "model_name_or_path": tiny_dirs["chat"]}
     with pytest.raises(ConfigError, match="--vision_tower"):
         train(runs.flags(tiny_dirs, small_data, tmp_path / "blind", 2, **more))
+    assert "was trained with" not in caplog.text
+    changed = {"model_name_or_path": tiny_dirs["chat"], "mm_projector_type": "linear", "max_steps": 1}
+    with pytest.raises(ConfigError, match=r"\(mlp2x_gelu\) does not fit --mm_projector_type linear"):
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "new", 2, **changed))
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "new", 1, **changed, mm_vision_select_layer=-2))  # learns it
+    train(
+        runs.flags(
+            tiny_dirs,
+            small_data,
+            tmp_path / "new2",
+            2,
+            **{**changed, "mm_projector_type": "mlp2x_gelu"},
+            mm_vision_select_layer=-2,
+        )
+    )
+    assert "was trained with --mm_vision_select_layer -4; this run has -2." in caplog.text
 
 
 def test_a_language_model_alone_is_trained_on_text_with_a_pad_token_of_its_own(
