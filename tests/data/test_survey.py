@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,10 @@ def test_a_process_that_dies_is_an_error(file: Path) -> None:
 def test_a_copy_for_another_process_never_waits(file: Path) -> None:
     running = Survey(read_records(file), workers=1)
     assert pickle.loads(pickle.dumps(running)).ready()  # noqa: S301 - our own
+    limit = time.monotonic() + 120
+    while not running.ready():  # by itself, before anyone asks for the result
+        assert time.monotonic() < limit
+        time.sleep(0.01)
     assert running.result().words[0] == 4
 
 
