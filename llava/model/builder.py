@@ -44,10 +44,7 @@ from llava.placement import Placement, resolve_attention, resolve_device, resolv
 
 logger = logging.getLogger(__name__)
 NEEDED_SETTINGS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
-SIZES = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("d_model", "n_layers", "n_heads"),  # of MPT
-)
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LARGEST_DIFFERENCE = 0.1  # of a delta's last norm; a model's own is near 1
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq", *ckpt.TOWER_PREFIXES)
 
@@ -286,11 +283,13 @@ def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
             f"{found.path} is of type {found.model_type!r}, but --model-base {base.path} of type {base.model_type!r}; "
             "pass the base it was trained on."
         )
+    trained, given = read_config(found), read_config(base)
     for key in SIZES:
-        if key in found.config and found.config[key] != base.config.get(key):
+        ours, theirs = getattr(trained, key, None), getattr(given, key, None)
+        if ours != theirs:
             raise CheckpointError(
-                f"{found.path} was trained on a language model with {key}={found.config[key]}, but --model-base "
-                f"{base.path} has {key}={base.config.get(key)}; pass the base it was trained on."
+                f"{found.path} was trained on a language model with {key}={ours}, but --model-base {base.path} has "
+                f"{key}={theirs}; pass the base it was trained on."
             )
 
 
@@ -306,10 +305,10 @@ def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
     tokens after (M19)."""
     config = copy.copy(config)
     if base is not None:
-        config.vocab_size = int(base.config["vocab_size"])
+        config.vocab_size = read_config(base).vocab_size
     spec = language_model_spec((base or found).model_type, str(found.path))
     source = (base or found).path
-    ckpt.check_depth(config.num_hidden_layers, source)
+    ckpt.check_depth(getattr(config, "num_hidden_layers", None), source)
     with ckpt.described_by(found.path), empty_weights():
         model = spec.model(config)
         if (source / "generation_config.json").is_file():

@@ -82,6 +82,13 @@ def test_the_base_is_asked_for_and_checked(tiny_dirs: dict[str, Path], adapter: 
     assert torch.equal(logits(load(nameless, tiny_dirs["base"])), logits(load(adapter)))
     with pytest.raises(CheckpointError, match="hidden_size=48.*hidden_size=32"):
         load(adapter, tiny.make_base(tmp_path / "narrow", hidden_size=32))
+    plain = shutil.copytree(tiny_dirs["base"], tmp_path / "plain")
+    edit_config(plain, vocab_size=None, num_attention_heads=None)  # as if these were the library's defaults
+    with pytest.raises(CheckpointError, match="num_attention_heads=4, but .* num_attention_heads=32"):
+        load(adapter, plain)
+    edit_config(plain, num_attention_heads=4)
+    with pytest.raises(CheckpointError, match="vocabulary of 384, but this base has 32000"):
+        load(adapter, plain)
     settings = adapter / "adapter_config.json"
     kept = settings.read_text()
     settings.write_text(json.dumps({**json.loads(kept), "base_model_name_or_path": "/home/trainer/vicuna"}))
