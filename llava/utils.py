@@ -95,7 +95,8 @@ def build_logger(name: str, file: str | None = None) -> logging.Logger:
     """Return the logger of a program, with the line format shared by all of them.
 
     With `file`, every record is also written to a file of that name in `LOGDIR` (environment, else
-    `constants.LOGDIR`) that rolls over daily at midnight UTC. Standard output and error stay what they are.
+    `constants.LOGDIR`) that rolls over daily at midnight UTC; thirty days are kept. Standard output and error stay
+    what they are.
     """
     formatter = logging.Formatter(LOG_FORMAT, LOG_DATE_FORMAT)
     root = logging.getLogger()
@@ -114,8 +115,11 @@ def _copy_to_file(path: Path, formatter: logging.Formatter) -> None:
     root = logging.getLogger()
     if any(isinstance(h, logging.FileHandler) and Path(h.baseFilename) == path.absolute() for h in root.handlers):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.handlers.TimedRotatingFileHandler(path, when="midnight", utc=True, encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.handlers.TimedRotatingFileHandler(
+            path, "midnight", backupCount=30, encoding="utf-8", utc=True
+        )
     handler.setFormatter(formatter)
     root.addHandler(handler)
     # Loggers that keep their records to themselves (transformers, uvicorn) would be missing from the file.

@@ -15,7 +15,7 @@ from llava.utils import guarded
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from llava.serve.flags import add_listen_flags
+    from llava.serve.flags import add_listen_flags, positive
     from llava.serve.security import API_KEYS_VARIABLE
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,10 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_listen_flags(parser, 21001)
     add("--dispatch-method", choices=("lottery", "shortest_queue"), default="shortest_queue")
     add("--worker-hosts", nargs="+", default=[], metavar="HOST", help="hosts or networks that workers may be on")
-    add("--heart-beat-expiration", type=float, default=30, help="seconds of silence (default %(default)s)")
-    add("--idle-seconds", type=float, default=60, help="longest silence within a stream (default %(default)s)")
+    add("--heart-beat-expiration", type=positive, default=30, help="seconds of silence (default %(default)s)")
+    add("--idle-seconds", type=positive, default=60, help="longest silence within a stream (default %(default)s)")
     add("--api-keys-file", type=Path, help=f"keys for /v1/, one a line (default: {API_KEYS_VARIABLE}, with commas)")
-    add("--rate-limit", type=float, help="requests a minute for each key (without keys: each address) below /v1/")
+    add("--rate-limit", type=positive, help="requests a minute for each key (without keys: each address) below /v1/")
     add("--allow-image-urls", action="store_true", help="fetch https image addresses sent to /v1/, public hosts only")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import socket
 from pathlib import Path
 
@@ -14,13 +15,21 @@ from llava.serve.security import KeyRing, bind_host, cluster_token
 from llava.utils import build_logger
 
 
+def positive(text: str) -> float:
+    """The type of a flag that is a number greater than 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number greater than 0")
+    return value
+
+
 def add_listen_flags(parser: argparse.ArgumentParser, port: int) -> None:
     add = parser.add_argument
     add("--host", default="localhost", help="address to listen on; beyond this machine only with a token or --insecure")
     add("--port", type=int, default=port, help="0 takes any free one (default %(default)s)")
     add("--token-file", type=Path, help=f"file with the token shared by all parts (default: {TOKEN_VARIABLE})")
     add("--insecure", action="store_true", help="listen on --host even without a token")
-    add("--max-body-mb", type=float, default=32, help="largest request body (default %(default)s)")
+    add("--max-body-mb", type=positive, default=32, help="largest request body (default %(default)s)")
     add("--grace-seconds", type=float, default=30, help="time for running answers when stopped (default %(default)s)")
     add("--log-file", help="also write the log to this file in LOGDIR, rolled over daily")
 

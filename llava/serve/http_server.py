@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 def bind_socket(host: str, port: int) -> socket.socket:
     """A bound TCP socket (port 0: any free one). `ConfigError` when the address is taken or not this machine's."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"There is no port {port}; choose another --port, from 1 to 65535, or 0 for any free one.")
     try:
         info = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(info[0], info[1])

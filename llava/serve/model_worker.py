@@ -18,7 +18,7 @@ from llava.utils import guarded
 
 def build_parser() -> argparse.ArgumentParser:
     from llava.eval.options import add_model_flags
-    from llava.serve.flags import add_listen_flags
+    from llava.serve.flags import add_listen_flags, positive
     from llava.serve.worker_program import add_worker_flags
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_worker_flags(parser, concurrency=5)
     add_model_flags(parser)
     add("--multi-modal", action="store_true", help="obsolete and without effect: the checkpoint says what it is")
-    add("--queue-seconds", type=float, default=120, help="longest wait for the first token (default %(default)s)")
+    add("--queue-seconds", type=positive, default=120, help="longest wait for the first token (default %(default)s)")
     return parser
 
 

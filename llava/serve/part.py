@@ -77,6 +77,6 @@ class Part:
                 if match and not self.address:
                     self.address = match[1]
                 if line.strip():
-                    self._last = line.strip()
+                    self._last = self._last if " | INFO | " in line else line.strip()
                     sys.stderr.write(f"{self.name} | {line}\n")
                     sys.stderr.flush()

@@ -33,6 +33,8 @@ def places(args: argparse.Namespace) -> tuple[int, int]:
     waiting = 8 * limit if args.queue_limit is None else args.queue_limit
     if limit < 1 or waiting < 0:
         raise ConfigError("--limit-model-concurrency must be at least 1 and --queue-limit at least 0.")
+    if args.max_new_tokens_limit < 1 or args.max_images < 0:
+        raise ConfigError("--max-new-tokens-limit must be at least 1 and --max-images at least 0.")
     return limit, waiting
 
 

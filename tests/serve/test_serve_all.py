@@ -93,7 +93,8 @@ def test_a_part_says_where_it_listens_and_is_ended(program: Callable[[str], str]
 
 def test_a_part_that_ends_is_noticed_with_its_last_words(program: Callable[[str], str]) -> None:
     stack = Stack(5)
-    part = stack.start("one", program("sys.exit('error: the disk is full')"), [])
+    last = "sys.stderr.write('error: the disk is full\\nnow | INFO | m | Stopping.\\n'); sys.exit(1)"
+    part = stack.start("one", program(last), [])
     with pytest.raises(PartError, match="The one ended with status 1: error: the disk is full"):
         stack.address_of(part)
     stack.stop()

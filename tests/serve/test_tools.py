@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from llava.engine.request import Request, SamplingParams
-from llava.serve import register_worker, test_message
+from llava.serve import controller, model_worker, register_worker, test_message
 from llava.serve.http_app import Keys, Limits
 from llava.serve.local_model import Settings
 from llava.serve.openai_backend import OpenAIBackend
@@ -69,6 +69,30 @@ def test_test_message_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> 
         assert "No worker serves" in capsys.readouterr().err
     assert test_message.main(["--controller", "http://127.0.0.1:9"]) == 2
     assert "Cannot ask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "words"),
+    [
+        (controller, ["--port", "99999"], "There is no port 99999"),
+        (controller, ["--max-body-mb", "nan"], "nan is not a number greater than 0"),
+        (controller, ["--rate-limit", "-3"], "-3 is not a number greater than 0"),
+        (controller, ["--port", "0", "--log-file", "c.log"], "Cannot write"),
+        (model_worker, ["--max-images", "-1"], "--max-images at least 0"),
+    ],
+)
+def test_numbers_and_folders_that_cannot_be_are_said_at_once(
+    module: Any, flags: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LOGDIR", str(tmp_path / "file" / "logs"))
+    status: Any
+    try:
+        status = module.main([*flags, *(["--model-path", "x"] if module is model_worker else [])])
+    except SystemExit as refusal:  # by argparse
+        status = refusal.code
+    assert status == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_worker_is_registered_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
