@@ -111,8 +111,8 @@ class ChatTab:
         if not chat.turns or chat.running or chat.turns[-1].vote:
             return {self.notice: gr.skip()}
         chat.turns[-1].vote = kind
-        self.site.log.vote(kind, chat, visitor(request))
-        return {self.notice: "Thank you; recorded.", **{b: gr.update(interactive=False) for b in self.votes}}
+        told = self.site.log.vote(kind, chat, visitor(request))
+        return {self.notice: told, **{b: gr.update(interactive=False) for b in self.votes}}
 
     async def export(self, chat: Chat) -> str:
         return export(chat)

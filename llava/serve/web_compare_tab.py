@@ -111,8 +111,8 @@ class CompareTab:
         left.turns[-1].vote = right.turns[-1].vote = kind
         models = [chat.turns[-1].model for chat in (left, right)]
         states = [chat.conversation()[0].dict() for chat in (left, right)]
-        self.site.log.vote(kind, left, visitor(request), models=models, states=states)
-        return {self.notice: "Thank you; recorded.", **{b: gr.update(interactive=False) for b in self.votes}}
+        told = self.site.log.vote(kind, left, visitor(request), models=models, states=states)
+        return {self.notice: told, **{b: gr.update(interactive=False) for b in self.votes}}
 
     def connect(self) -> None:
         """Bind the components' events."""

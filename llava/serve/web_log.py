@@ -41,12 +41,13 @@ class ConversationLog:
             images = [self._save(as_jpeg(picture)) for picture in turn.pictures]
             self._write({"type": "chat", **_facts(chat, turn), **times, "images": images, "ip": address}, finish)
 
-    def vote(self, kind: str, chat: Chat, address: str, **more: Any) -> None:
-        """Record a click on upvote, downvote or flag, or on a button of the comparison."""
+    def vote(self, kind: str, chat: Chat, address: str, **more: Any) -> str:
+        """Record a click on upvote, downvote or flag, or on a button of the comparison; what to tell the visitor."""
         line = {"type": kind, **_facts(chat, chat.turns[-1]), **more}
-        self._write({**line, "ip": address} if self.chats else line, time.time())
+        written = self._write({**line, "ip": address} if self.chats else line, time.time())
+        return "Thank you; recorded." if written else "⚠️ This server cannot record votes at the moment."
 
-    def _write(self, line: dict[str, Any], when: float) -> None:
+    def _write(self, line: dict[str, Any], when: float) -> bool:
         try:
             with self._lock:
                 today = date.today().isoformat()
@@ -55,6 +56,8 @@ class ConversationLog:
                     file.write(json.dumps({"tstamp": round(when, 4), **line}, ensure_ascii=False) + "\n")
         except OSError as error:  # a full disk must not end a conversation
             logger.error("The conversation log cannot be written: %s", error)
+            return False
+        return True
 
     def _save(self, data: bytes) -> str:
         digest = hashlib.md5(data, usedforsecurity=False).hexdigest()

@@ -294,8 +294,8 @@ def test_old_records_are_deleted(tmp_path: Path) -> None:
 
 def test_a_full_disk_does_not_end_a_conversation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    ConversationLog(tmp_path / "file").vote("flag", Chat([said("a", "b")]), "")
-    assert "cannot be written" in caplog.text
+    told = ConversationLog(tmp_path / "file").vote("flag", Chat([said("a", "b")]), "")
+    assert "cannot be written" in caplog.text and "cannot record votes" in told
 
 
 def test_a_saved_picture_has_no_metadata(tmp_path: Path) -> None:
