@@ -38,14 +38,14 @@ class Feature(NamedTuple):
 
 RULES: Final = (
     Rule("python", ">=3.10", "the code uses its syntax"),
-    Rule("torch", ">=2.1", "older releases lack scaled_dot_product_attention as it is used here"),
+    Rule("torch", ">=2.4", "older releases lack calls that training and loading make"),
     Rule("transformers", "==4.36.2", "the models and the Trainer are written against exactly this release"),
     Rule("tokenizers", ">=0.14,<0.19", "transformers 4.36.2 refuses others"),
     Rule("huggingface_hub", ">=0.19.3,<1.0", "transformers 4.36.2 refuses 1.0 and newer"),
     Rule("accelerate", ">=0.26,<1.0", "the Trainer of transformers 4.36.2 passes arguments that 1.0 removed"),
     Rule("peft", ">=0.10,<0.14", "0.14 imports EncoderDecoderCache, which transformers 4.36.2 lacks"),
     Rule("deepspeed", ">=0.14", "older releases do not support this torch"),
-    Rule("bitsandbytes", ">=0.43", "older releases do not load without CUDA"),
+    Rule("bitsandbytes", ">=0.50", "older releases do not compute in 8 bit without CUDA"),
     Rule("gradio", ">=6.0,<7.0", "the web page is written for its current interface"),
 )
 

@@ -77,7 +77,7 @@ def test_known_bad_versions_are_named_with_the_remedy(package: str, version: str
     assert f"problem: {problem}" in page
 
 
-@pytest.mark.parametrize("version", ["2.14.1+cpu", "2.1.0", "2.13.0+cu130", "2.15.0a0+git1234567"])
+@pytest.mark.parametrize("version", ["2.14.1+cpu", "2.4.0", "2.13.0+cu130", "2.15.0a0+git1234567"])
 def test_local_builds_of_torch_are_fine(version: str) -> None:
     assert doctor.known_bad({"torch": version}) == []
 

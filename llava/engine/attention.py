@@ -13,7 +13,7 @@ _SCORES = 2**27  # held at a time, where they are held: 512 MiB
 
 
 def _cpu_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """What the public function runs on a CPU, which gives the sums too; torch before 2.3 has none with masks."""
+    """What the public function runs on a CPU, which gives the sums too; private, so it may be missing or other."""
     found = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     return found if found is not None and "attn_mask" in str(found.default._schema) else None
 

@@ -66,7 +66,7 @@ class PackedRows:
             grouped = grouped.reshape(count, kv_heads, group * longest, size)
             mask = self.causal.repeat(group, 1) if group > 1 else None
             out = attend(grouped, keys, values, mask, self.parts, layer, causal=group == 1)
-            out = out.view(count, kv_heads * group, longest, size)
+            out = out.reshape(count, kv_heads * group, longest, size)
         else:
             keys, values = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (keys, values))
             out = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, is_causal=longest > 1)
