@@ -22,7 +22,8 @@ def load_engine(
     **options: Any,
 ) -> Engine:
     """Load a checkpoint (spec/model.md §11) and wrap it; `options` go to `Engine`, `loading` to
-    `load_pretrained_model`: `vision_tower`, `num_gpus`, `max_memory`, `device_map`, `attn_implementation`, `text_only`.
+    `load_pretrained_model`: `vision_tower`, `num_gpus`, `max_memory`, `device_map`, `attn_implementation`, `text_only`,
+    `progress`.
 
     `device` and `dtype` default to what the machine and the checkpoint suggest, see `llava.placement`.
     """

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 from llava.conversation import get_template, template_for
 from llava.engine import Engine, SamplingParams, load_engine
@@ -94,7 +97,12 @@ def build_model(args: argparse.Namespace) -> tuple[Engine | RemoteModel, str]:
     return engine, template_for(engine.model.config, name, args.conv_mode)
 
 
-def build_engine(args: argparse.Namespace) -> Engine:
+def build_engine(args: argparse.Namespace, progress: Callable[[float], None] | None = None) -> Engine:
+    """The engine of the flags. `progress` is told the share of the weights read; without it, a terminal shows it."""
+    if progress is None:
+        line = "weights read: {percentage:3.0f} %|{bar:30}|"
+        with tqdm(total=1.0, bar_format=line, disable=None, leave=False) as shown:
+            return build_engine(args, lambda share: shown.update(share - shown.n))
     aspect = {"config": None, "pad": "pad", "crop": "crop"}[args.image_aspect_ratio]
     return load_engine(
         args.model_path,
@@ -105,7 +113,7 @@ def build_engine(args: argparse.Namespace) -> Engine:
         load_4bit=args.load_4bit,
         max_batch_size=args.batch_size,
         image_aspect_ratio=aspect,
-        loading=loading_options(args),
+        loading={**loading_options(args), "progress": progress},
     )
 
 

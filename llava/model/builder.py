@@ -74,6 +74,7 @@ def load_pretrained_model(
     num_gpus: int | None = None,
     max_memory: str | None = None,
     text_only: bool = False,
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[Any, Any, Any, int]:
     """Load `(tokenizer, model, image_processor, context_len)`, the model in eval mode with its tower.
 
@@ -81,7 +82,8 @@ def load_pretrained_model(
     own). `load_8bit` and `load_4bit` quantise the decoder's linear layers. `model_name` is accepted for compatibility
     and decides nothing. `dtype`: float32 on CPU, 16 bit on GPUs unless given; the one dtype holds for language model,
     projector and tower. `vision_tower` overrides the tower the checkpoint names. `text_only` loads a language model
-    without a tower, or a LoRA adapter on one; the image processor is then `None`.
+    without a tower, or a LoRA adapter on one; the image processor is then `None`. `progress` is told the share of the
+    weights that has been read, 0 to 1.
 
     `device_map="cpu"` is the same as `device="cpu"`; "auto" means `device`, and several GPUs where `device` is "cuda"
     and one does not hold the weights, or `num_gpus` or `max_memory` ("20GiB" each, or "0=10GiB,1=20GiB") say so; a
@@ -105,10 +107,11 @@ def load_pretrained_model(
         look_ahead(found, config, vision_tower is None)
     bits = 8 if load_8bit else 4 if load_4bit else 0
     quantizer = Quantizer(bits, chosen, target) if bits else None
+    shapes = partial(all_shapes, (base or found).path, config, vision_tower is None)
     where = place(
         target,
         device_map,
-        shapes=partial(all_shapes, (base or found).path, config, vision_tower is None),
+        shapes=shapes,
         dtype=size_name(chosen, bits),
         tied=bool(config.tie_word_embeddings),
         num_gpus=num_gpus,
@@ -120,16 +123,17 @@ def load_pretrained_model(
         put, pack = quantizer.keep, partial(quantizer.pack, where=where.of)
     elif quantizer is not None:
         put = quantizer.place
-    model = language_model(*parts, config, chosen, where, put)
-    if not text_only:
-        add_image_tokens(model, tokenizer, config)
-    model = overlay(model, found, pack)
-    tower = model.get_vision_tower()
-    if tower is not None:
-        device_of_tower = where.of(f"{model.base_model_prefix}.vision_tower")
-        tower.load_model(dtype=chosen, device=device_of_tower, from_checkpoint=vision_tower is None)
-        if found.kind is not Kind.FULL and (found.path / ckpt.PROJECTOR_FILE).is_file():
-            model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
+    with ckpt.progress_of(shapes, progress):
+        model = language_model(*parts, config, chosen, where, put)
+        if not text_only:
+            add_image_tokens(model, tokenizer, config)
+        model = overlay(model, found, pack)
+        tower = model.get_vision_tower()
+        if tower is not None:
+            device_of_tower = where.of(f"{model.base_model_prefix}.vision_tower")
+            tower.load_model(dtype=chosen, device=device_of_tower, from_checkpoint=vision_tower is None)
+    if tower is not None and found.kind is not Kind.FULL and (found.path / ckpt.PROJECTOR_FILE).is_file():
+        model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
     dispatch(model.eval(), where)
     return tokenizer, model, tower.image_processor if tower else None, context_length(config)
 

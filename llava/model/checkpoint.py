@@ -7,15 +7,17 @@ that carries code is refused.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -208,8 +210,44 @@ def reads_lazily(path: Path) -> bool:
     return all(file.suffix == ".safetensors" or _is_zip(file) for file in weight_files(path))
 
 
+_COUNT: Final[ContextVar[Callable[[int], None] | None]] = ContextVar("count", default=None)
+
+
+@contextmanager
+def progress_of(
+    shapes: Callable[[], Mapping[str, tuple[int, ...]]], progress: Callable[[float], None] | None
+) -> Iterator[None]:
+    """Inside, `progress` is told, after each weight that is read, how much of all `shapes` has been: 0 to 1."""
+    if progress is None:
+        yield
+        return
+    total, read = sum(map(math.prod, shapes().values())), 0
+
+    def count(parameters: int) -> None:
+        nonlocal read
+        read += parameters
+        progress(min(1.0, read / total))
+
+    token = _COUNT.set(count)
+    try:
+        yield
+    finally:
+        _COUNT.reset(token)
+    progress(1.0)
+
+
 def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
     """`(name, tensor)` of every weight in a directory, one shard at a time; unwanted ones come as `None`, unread."""
+    count = _COUNT.get()
+    for name, tensor in _stored(path, wanted):
+        read = 0 if tensor is None else tensor.numel()
+        yield name, tensor
+        del tensor  # before the next one is read
+        if count is not None:
+            count(read)
+
+
+def _stored(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
     for file in weight_files(path):
         if file.suffix == ".safetensors":
             yield from _safetensors(file, wanted)

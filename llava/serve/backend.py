@@ -46,8 +46,12 @@ class Backend(Protocol):
     @property
     def info(self) -> ModelInfo | None: ...
 
+    @property
+    def progress(self) -> int | None:
+        """While loading, percent of the weights that has been read; None where that is not known."""
+
     async def start(self, on_change: Callable[[], None]) -> None:
-        """Load or connect in the background; `on_change` after every change of `state`."""
+        """Load or connect in the background; `on_change` after every change of `state` and `progress`."""
 
     async def open(self, body: GenerateBody) -> Answer:
         """Admit and check a request; raises `ServeError` before anything is streamed."""

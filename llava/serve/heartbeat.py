@@ -91,7 +91,7 @@ class HeartBeat:
 
     async def _report(self) -> None:
         status = self._status()
-        known = (tuple(status.model_names), status.state)
+        known = (tuple(status.model_names), status.state, status.progress)
         if self.registered and known == self._announced:
             body: dict[str, Any] = {"worker_name": self.worker_name, "queue_length": status.queue_length}
             reply = await self._client.post("/receive_heart_beat", json=body)

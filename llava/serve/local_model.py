@@ -64,14 +64,17 @@ class Loaded(NamedTuple):
     pictures: Callable[[str], ImageInput | Picture] = Pictures(lambda image: image)
 
 
-def loader(args: argparse.Namespace, model_name: str, settings: Settings) -> Callable[[], Loaded]:
+Load = Callable[[Callable[[float], None]], Loaded]  # is given what to tell the share of the weights it has read
+
+
+def loader(args: argparse.Namespace, model_name: str, settings: Settings) -> Load:
     """What `LocalModel` loads: the checkpoint that the flags of `llava.eval.options` name."""
 
-    def load() -> Loaded:
+    def load(progress: Callable[[float], None]) -> Loaded:
         from llava.eval.options import build_engine
 
         args.batch_size = settings.limit
-        engine = build_engine(args)
+        engine = build_engine(args, progress)
         wraps = bool(getattr(engine.model.config, "mm_use_im_start_end", False))
         info = describe(engine, model_name, args.conv_mode, settings)
 
@@ -88,11 +91,12 @@ class LocalModel:
 
     features: Final = ["delta", "messages"]
 
-    def __init__(self, load: Callable[[], Loaded], settings: Settings) -> None:
+    def __init__(self, load: Load, settings: Settings) -> None:
         self._load = load
         self.settings = settings
         self.scheduler: Scheduler | None = None
         self.info: ModelInfo | None = None
+        self.progress: int | None = None
         self._loaded: Loaded | None = None
         self._load_failed = False
         self._loading: asyncio.Task[None] | None = None
@@ -116,8 +120,16 @@ class LocalModel:
         self._loading = asyncio.ensure_future(self._start(on_change))
 
     async def _start(self, on_change: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(share: float) -> None:  # in the loading thread
+            percent = 5 * int(20 * share)
+            if percent != self.progress:
+                self.progress = percent
+                loop.call_soon_threadsafe(on_change)
+
         try:
-            loaded = await asyncio.to_thread(self._load)
+            loaded = await asyncio.to_thread(self._load, tell)
         except Exception as error:  # the process stays up to say so; its supervisor sees the exit status
             logger.error("The model cannot be loaded: %s", error, exc_info=not isinstance(error, LlavaError))
             self._load_failed = True

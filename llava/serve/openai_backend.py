@@ -31,6 +31,7 @@ class OpenAIBackend:
     """`upstream` ends in `/v1`. Ready while it lists its models; asked again every five seconds."""
 
     features: Final = ["delta", "messages"]
+    progress: Final = None
 
     def __init__(
         self, upstream: str, model: str | None, key: str | None, info: ModelInfo, *, capacity: int, idle: float = 120.0

@@ -151,6 +151,7 @@ class WorkerStatus(Body):
     queue_length: float = Field(strict=True, ge=0, le=2**31)
     state: State = "ready"
     loading: list[Name] = Field(default=[], max_length=64)  # models on their way
+    progress: int | None = Field(default=None, ge=0, le=100)  # percent of their weights that has been read
     features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages"
     info: ModelInfo | None = None
 
@@ -235,6 +236,7 @@ class WorkerView(Body):
 
     models: list[Name]
     loading: list[Name]
+    progress: int | None = None
     state: State
     queue_length: float
     features: list[Name]

@@ -180,6 +180,7 @@ class Registry:
             WorkerView(
                 models=entry.status.model_names if entry.probed else [],
                 loading=entry.status.loading,
+                progress=entry.status.progress,
                 state=entry.status.state if entry.probed else "loading",
                 queue_length=entry.queue_length,
                 features=entry.status.features,

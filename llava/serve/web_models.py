@@ -73,7 +73,8 @@ class ModelCatalog:
 
 
 def _why_empty(workers: list[WorkerView]) -> str:
-    loading = sorted({name for worker in workers for name in worker.loading})
+    far = {name: f"{name} ({w.progress} %)" if w.progress else name for w in workers for name in w.loading}
+    loading = [far[name] for name in sorted(far)]
     if loading:
         return f"The worker is still loading {', '.join(loading)}; it appears here by itself."
     if workers:

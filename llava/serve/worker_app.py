@@ -45,6 +45,7 @@ class Worker:
             queue_length=self.backend.in_use,
             state=state,
             loading=[self.model_name] if state == "loading" else [],
+            progress=self.backend.progress if state == "loading" else None,
             features=self.backend.features,
             info=self.backend.info,
         )

@@ -33,7 +33,11 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> zoo.Shelf:
 
 @torch.no_grad()
 def found(directory: Path, base: Path | None, options: dict[str, Any]) -> tuple[str, torch.Tensor]:
-    model = load_pretrained_model(directory, base, directory.name, device="cpu", dtype="float32", **options)[1]
+    told: list[float] = []
+    options = {"dtype": "float32", "progress": told.append, **options}
+    model = load_pretrained_model(directory, base, directory.name, device="cpu", **options)[1]
+    assert told == sorted(told) and told[-1] == 1.0
+    assert told[-2] > 0.5 and told[0] < 0.5
     if model.get_vision_tower() is None:
         return type(model).__name__, model(IDS.clamp(min=0)).logits
     return type(model).__name__, model(IDS, images=PIXELS).logits

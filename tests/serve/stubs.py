@@ -175,7 +175,8 @@ INFO = ModelInfo(conv_template="vicuna_v1", context_length=100_000, image_tokens
 
 
 def make_worker(engine: StubEngine, settings: Settings = SETTINGS, info: ModelInfo = INFO, **options: Any) -> Worker:
-    return Worker(LocalModel(lambda: Loaded(engine, info), settings), options.pop("name", MODEL), **options)
+    load = options.pop("load", lambda progress: Loaded(engine, info))
+    return Worker(LocalModel(load, settings), options.pop("name", MODEL), **options)
 
 
 @contextlib.contextmanager

@@ -307,7 +307,8 @@ VIEW = {"models": [], "loading": [], "state": "ready", "queue_length": 0, "featu
     [
         (None, "no worker has registered"),
         ([], "no worker has registered"),
-        ([{**VIEW, "state": "loading", "loading": ["vicuna"]}], "still loading vicuna"),
+        ([{**VIEW, "state": "loading", "loading": ["vicuna"]}], "still loading vicuna;"),
+        ([{**VIEW, "state": "loading", "loading": ["vicuna"], "progress": 45}], "still loading vicuna (45 %);"),
         ([{**VIEW, "state": "failed"}], "none is ready (state: failed)"),
     ],
 )

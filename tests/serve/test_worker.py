@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,23 @@ from llava.engine import Engine, Request
 from llava.engine.pictures import Picture
 from llava.errors import ContextLengthError
 from llava.serve.heartbeat import HeartBeat
-from llava.serve.local_model import LocalModel, Settings
+from llava.serve.local_model import Loaded, LocalModel, Settings
 from llava.serve.preparation import Pictures, tokenizer_for
 from llava.serve.protocol import WorkerStatus
-from tests.serve.stubs import StubEngine, b64, frames_of, generate, live_worker, png, post, request_body, until
+from tests.serve.stubs import (
+    INFO,
+    MODEL,
+    StubEngine,
+    b64,
+    frames_of,
+    generate,
+    live_controller,
+    live_worker,
+    png,
+    post,
+    request_body,
+    until,
+)
 
 
 def test_frames_are_as_published_and_the_last_says_why_it_ended() -> None:
@@ -55,6 +69,18 @@ def test_status_has_the_published_keys() -> None:
         "speed": 1.0,
         "queue_length": 0,
     }
+
+
+def test_the_controller_knows_how_far_loading_is() -> None:
+    def load(tell: Callable[[float], None]) -> Loaded:
+        for share, percent in ((0.47, 45), (0.9, 90)):
+            tell(share)
+            until(lambda percent=percent: [view.progress for view in controller.registry.views()] == [percent])
+        return Loaded(StubEngine(), INFO)
+
+    with live_controller() as controller, live_worker(load=load, controller=controller.url):
+        until(lambda: controller.registry.models() == [MODEL])
+        assert [view.progress for view in controller.registry.views()] == [None]
 
 
 def test_requests_of_several_clients_share_the_batch() -> None:

@@ -28,7 +28,10 @@ _SECONDS = 120
 def library() -> ctypes.CDLL | None:
     """The compiled source; None where it is turned off or cannot be built, which is said once. Linux only so far."""
     compiler = find_compiler()
-    if os.environ.get("LLAVA_NATIVE", "1") == "0" or sys.platform != "linux" or compiler is None:
+    if os.environ.get("LLAVA_NATIVE", "1") == "0" or sys.platform != "linux":
+        return None
+    if compiler is None:
+        logger.info("There is no C++ compiler: decoding goes on without the C++ kernel.")
         return None
     try:
         name = f"decode-{fingerprint(compiler)}.so"
