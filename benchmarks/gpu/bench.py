@@ -1,0 +1,91 @@
+"""What the parts of a run share: the device, the measured ceilings, the model, and where results go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.floor import Ceilings
+from benchmarks.gpu.report import Line, Report
+from benchmarks.gpu.runner import Skip, free_memory
+from benchmarks.gpu.timing import free_bytes, median_seconds
+
+GIB = 2**30
+
+
+class Bench:
+    """One run on `device`, with sizes that mean nothing when `quick`.
+
+    `golden` is the directory of the golden data or None, `work` a directory that is deleted afterwards. `ceilings` and
+    `model` are filled by the first part that needs them. On a GPU everything is measured in the card's 16-bit type,
+    on a CPU in float32.
+    """
+
+    def __init__(self, device: torch.device, report: Report, work: Path, *, quick: bool, golden: Path | None) -> None:
+        self.device, self.report, self.work, self.quick, self.golden = device, report, work, quick, golden
+        self.dtype = torch.float32
+        if device.type == "cuda":
+            self.dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        self.ceilings: Ceilings | None = None
+        self.model: Any = None
+        self._part, self._deadline = "", 0.0
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def begin(self, part: str, deadline: float) -> None:
+        """Lines belong to `part` from now on, which should end by `deadline`."""
+        self._part, self._deadline = part, deadline
+
+    def left(self) -> float:
+        """Seconds left of the part's time."""
+        return self._deadline - time.monotonic()
+
+    def line(self, what: str, value: float | str, unit: str = "", **more: Any) -> None:
+        """Record a figure; `more` are the other fields of `Line`."""
+        self.report.add(self._part, Line(what, value, unit, **more))
+
+    def check(self, what: str, good: bool, value: float | str, note: str = "") -> None:
+        """Record whether a result is right; `note` names the tolerance."""
+        self.report.add(self._part, Line(what, value, ok=bool(good), note=note))
+
+    def skip(self, what: str, reason: str) -> None:
+        """Record that a figure is missing."""
+        self.report.add(self._part, Line(what, note=reason))
+
+    def in_time(self, what: str, seconds: float = 0.0) -> bool:
+        """Whether at least `seconds` of the part's time are left; if not, record that `what` is missing."""
+        if self.left() > seconds:
+            return True
+        self.skip(what, "the time of this part was used up")
+        return False
+
+    def seconds(self, work: Callable[[], object], *, repeats: int = 20, clock: bool = False) -> float:
+        """Median seconds of a call, see `median_seconds`."""
+        if self.quick:
+            return median_seconds(work, self.device, warmup=1, repeats=3, budget=0.0, clock=clock)
+        return median_seconds(work, self.device, repeats=repeats, clock=clock)
+
+    def require_memory(self, needed: float, what: str) -> None:
+        """Skip the part when fewer than `needed` bytes are free on the device."""
+        free = free_bytes(self.device)
+        if free < needed:
+            raise Skip(f"{what} needs {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free")
+
+    def release(self) -> None:
+        """Let go of the model."""
+        self.model = None
+        free_memory(self.device)
+
+    def tidy(self) -> None:
+        """Free what the last part left behind, but for the model."""
+        free_memory(self.device)
+
+    def finish(self) -> None:
+        """Print the table and what is to be said about it."""
+        print(f"\n{self.report.table()}\n", *self.report.remarks(), sep="\n", flush=True)

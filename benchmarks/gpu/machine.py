@@ -1,0 +1,98 @@
+"""What machine this is, and the ceilings that floors are computed from, measured in the same run."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from benchmarks.floor import Ceilings
+from benchmarks.gpu.bench import GIB, Bench
+from benchmarks.gpu.timing import free_bytes
+
+PACKAGES: Final = ("torch", "transformers", "tokenizers", "accelerate", "peft", "deepspeed", "bitsandbytes", "numpy")
+LAUNCHES: Final = 1000
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """Software, device and commit of this run."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    found["commit"] = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    found["device"] = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": card.name,
+            "memory_gib": round(card.total_memory / GIB, 1),
+            "free_gib": round(free_bytes(device) / GIB, 1),
+            "multiprocessors": card.multi_processor_count,
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return found
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
+def measure_ceilings(bench: Bench) -> Ceilings:
+    """The rates of a large matrix product, of a copy within the device, and of a copy to it from pinned memory."""
+    device = bench.device
+    width = 512 if bench.quick else 8192
+    left, right = (torch.randn(width, width, device=device, dtype=bench.dtype) for _ in range(2))
+    flops = 2 * width**3 / bench.seconds(lambda: left @ right)
+    del left, right
+    size = 2**24 if bench.quick else min(2 * GIB, free_bytes(device) // 8)
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * size / bench.seconds(lambda: target.copy_(source))
+    size //= 4
+    host = torch.randint(-128, 127, (size,), dtype=torch.int8, pin_memory=bench.cuda)
+    pcie = size / bench.seconds(lambda: target[:size].copy_(host, non_blocking=True))
+    return Ceilings(flops, bandwidth, pcie)
+
+
+def ceilings(bench: Bench) -> Ceilings:
+    """The ceilings of this run, measured at the first call."""
+    if bench.ceilings is None:
+        bench.ceilings = measure_ceilings(bench)
+    return bench.ceilings
+
+
+def launch_seconds(bench: Bench) -> float:
+    """Host seconds that one small eager operation takes, of a thousand that the device is faster than."""
+    x = torch.randn(16, device=bench.device)
+
+    def launch() -> None:
+        for _ in range(LAUNCHES):
+            x.add_(1.0)
+
+    return bench.seconds(launch, repeats=5, clock=True) / LAUNCHES
+
+
+def machine(bench: Bench) -> None:
+    bench.report.versions = versions(bench.device)
+    for name, value in bench.report.versions.items():
+        print(f"  {name}: {value}", flush=True)
+    found = ceilings(bench)
+    kind = str(bench.dtype).removeprefix("torch.")
+    bench.line(f"matrix product in {kind}", found.flops / 1e12, "TFLOP/s")
+    bench.line("copy within the device, read and written", found.bandwidth / 1e12, "TB/s")
+    bench.line("copy from pinned host memory", found.pcie / 1e9, "GB/s")
+    bench.line("one eager launch", 1e6 * launch_seconds(bench), "µs")

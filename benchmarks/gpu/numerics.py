@@ -1,0 +1,128 @@
+"""Attention by each backend, the vision tower and LLaMA's layers in 16 bit, against float64 on the same inputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.full_size import FULL, make_model
+from benchmarks.gpu.bench import GIB, Bench
+from benchmarks.gpu.golden import exact_float32
+from benchmarks.gpu.models import QUICK, pixels_of
+from llava.engine import attention as engine_attention
+from llava.engine.llama import open_language_model
+
+BACKENDS: Final = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+# Largest relative error ||out - reference|| / ||reference||.
+ERROR: Final = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LAYERS: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # through a few layers
+
+
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """||found - reference|| / ||reference||; infinite when anything is not finite."""
+    if not found.isfinite().all():
+        return math.inf
+    return float((found.double() - reference).norm() / reference.norm())
+
+
+def attention(bench: Bench) -> None:
+    """The library's attention by backend and dtype, and the engine's own with the softmax's sums."""
+    heads, tokens = (2, 33) if bench.quick else (32, 640)
+    dtypes = [torch.float32] if not bench.cuda else [torch.float32, torch.float16, torch.bfloat16]
+    with exact_float32():
+        for causal in (False, True):
+            for dtype in dtypes:
+                inputs = [torch.randn(2, heads, tokens, 128, device=bench.device, dtype=dtype) for _ in range(3)]
+                reference = _reference(*inputs, causal)[0]
+                kind = f"{str(dtype).removeprefix('torch.')}{', causal' if causal else ''}"
+                chosen = F.scaled_dot_product_attention(*inputs, is_causal=causal)
+                _judge(bench, f"attention, PyTorch's choice, {kind}", chosen, reference, ERROR[dtype])
+                for name, backend in BACKENDS.items():
+                    _backend(bench, f"attention, {name}, {kind}", backend, inputs, causal, reference, ERROR[dtype])
+                _with_sums(bench, f"the engine's attention, {kind}", inputs, causal, ERROR[dtype])
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention and the logarithms of the softmax's sums, in float64."""
+    query, key, value = query.double(), key.double(), value.double()
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if causal:
+        scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
+    sums = scores.logsumexp(-1)
+    return (scores - sums.unsqueeze(-1)).exp() @ value, sums
+
+
+def _backend(
+    bench: Bench, what: str, backend: SDPBackend, inputs: list[Tensor], causal: bool, reference: Tensor, limit: float
+) -> None:
+    try:
+        with sdpa_kernel(backend):
+            found = F.scaled_dot_product_attention(*inputs, is_causal=causal)
+    except RuntimeError as error:
+        bench.skip(what, f"this backend does not run here ({str(error).splitlines()[0][:80]})")
+        return
+    _judge(bench, what, found, reference, limit)
+
+
+def _with_sums(bench: Bench, what: str, inputs: list[Tensor], causal: bool, limit: float) -> None:
+    out, sums = _reference(*inputs, causal)
+    found, found_sums = engine_attention.attention_and_sums(*inputs, causal=causal)
+    _judge(bench, what, found, out, limit)
+    _judge(bench, f"{what}: logarithms of the sums", found_sums, sums, limit)
+
+
+def _judge(bench: Bench, what: str, found: Tensor, reference: Tensor, limit: float) -> None:
+    error = relative_error(found, reference)
+    bench.check(what, error < limit, f"{error:.2g}", f"relative error, below {limit:g}")
+
+
+@torch.no_grad()
+def layers(bench: Bench) -> None:
+    """Three layers of the tower and two of LLaMA at full width, by the engine and by the library, in 16 bit."""
+    size = QUICK if bench.quick else replace(FULL, layers=2, tower_layers=6)
+    bench.require_memory(0 if bench.quick else 14 * GIB, "layers of full width in 16 bit and float64")
+    torch.manual_seed(0)
+    model = make_model(bench.device, bench.dtype, pixels=pixels_of(bench), size=size)
+    exact = copy.deepcopy(model).double()
+    _refresh_rotary(exact)
+    limit, kind = LAYERS[bench.dtype], str(bench.dtype).removeprefix("torch.")
+    images = torch.randn(2, 3, pixels_of(bench), pixels_of(bench), device=bench.device, dtype=bench.dtype)
+    reference = exact.encode_images(images.double())
+    _judge(bench, f"tower and projector in {kind}", model.encode_images(images), reference, limit)
+    ids = torch.randint(300, size.vocabulary, (1, 32 if bench.quick else 640), device=bench.device)
+    embeds = model.get_input_embeddings()(ids)
+    reference = exact(inputs_embeds=embeds.double(), use_cache=False).logits[0, -1]
+    found = model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+    _judge(bench, f"LLaMA layers in {kind}, the library's forward", found, reference, limit)
+    runner = open_language_model(model)
+    with torch.inference_mode():
+        _, states = runner.prefill([embeds[0]], [()])
+        found = runner.logits(states)[0]
+    _judge(bench, f"LLaMA layers in {kind}, the engine's prefill", found.clone(), reference, limit)
+
+
+def _refresh_rotary(model: Any) -> None:
+    """Rotary tables of the library's layers in float64; a cast leaves those it has cached rounded."""
+    for module in model.modules():
+        refresh: Callable[..., None] | None = getattr(module, "_set_cos_sin_cache", None)
+        if refresh is not None and hasattr(module, "max_seq_len_cached"):
+            refresh(seq_len=module.max_seq_len_cached, device=model.device, dtype=torch.float64)
+
+
+def numerics(bench: Bench) -> None:
+    attention(bench)
+    with exact_float32():
+        layers(bench)

@@ -1,0 +1,149 @@
+"""Running the parts: each guarded, within its time, and followed by the next whatever happens."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.bench import Bench
+
+HARD: Final = 1.5  # a part is stopped after this multiple of its time
+GRACE: Final = 20.0  # seconds it then has to stop; a hung kernel does not, and the process ends
+LEAST: Final = 3.0  # seconds left under which no part starts
+
+
+class Skip(Exception):
+    """Raised by a part that cannot run here; the message is the reason."""
+
+
+class PartTimeout(BaseException):
+    """Raised inside a part that ran past its limit. Not an `Exception`, so that guards inside a part let it through."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named group of measurements that should take `seconds` on one card."""
+
+    name: str
+    seconds: float
+    run: Callable[[Bench], None]
+
+
+class Watchdog:
+    """Raises `PartTimeout` in the thread that made it when a `with` block lasts longer than `seconds`.
+
+    Python code is interrupted at its next instruction; a call that never returns from C, such as a hung kernel, is not.
+    After `grace` seconds more `give_up` is called from the watching thread.
+    """
+
+    def __init__(self, seconds: float, grace: float, give_up: Callable[[], None]) -> None:
+        self.seconds, self.grace, self.give_up = seconds, grace, give_up
+        self._target = threading.get_ident()
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop watching; safe to call twice. `PartTimeout` may arrive in here, so whoever catches it calls this again."""
+        with self._lock:
+            self._ended.set()
+            _raise_in(self._target, None)  # one that was sent and has not arrived
+
+    def _watch(self) -> None:
+        if self._ended.wait(self.seconds):
+            return
+        with self._lock:
+            if not self._ended.is_set():
+                _raise_in(self._target, PartTimeout)
+        if not self._ended.wait(self.grace):
+            self.give_up()
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """Raise `kind` in another thread at its next bytecode instruction; None takes back what has not been raised."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind))
+
+
+def run_parts(parts: Sequence[Part], bench: Bench, deadline: float, grace: float = GRACE) -> None:
+    """Run `parts` in order until `deadline` (of `time.monotonic`); the others are recorded as skipped."""
+    for number, part in enumerate(parts):
+        left = deadline - time.monotonic()
+        if left < LEAST:
+            for dropped in parts[number:]:
+                bench.report.close(dropped.name, "skipped", 0.0, "out of time")
+            return
+        run_part(part, bench, left, grace)
+        bench.tidy()
+
+
+def run_part(part: Part, bench: Bench, left: float, grace: float) -> None:
+    """Run one part, at most `left` seconds, and record what became of it."""
+    start = time.monotonic()
+    soft = min(part.seconds, left)
+    limit = min(HARD * part.seconds, left)
+    print(f"\n{part.name} (at most {soft:.0f} s)", flush=True)
+    bench.begin(part.name, start + soft)
+    bench.report.begin(part.name)
+
+    def seconds() -> float:
+        return time.monotonic() - start
+
+    def give_up() -> None:
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        bench.report.close(part.name, "timeout", seconds(), f"hung: it did not stop within {limit + grace:.0f} s")
+        _leave(bench)
+
+    watchdog = Watchdog(limit, grace, give_up)
+    try:
+        with watchdog:
+            part.run(bench)
+    except PartTimeout:
+        watchdog.stop()
+        bench.report.close(part.name, "timeout", seconds(), f"stopped after {limit:.0f} s")
+        bench.release()
+    except Skip as reason:
+        bench.report.close(part.name, "skipped", seconds(), str(reason))
+    except Exception as error:
+        bench.report.close(part.name, "failed", seconds(), last_lines(error))
+        bench.release()
+    else:
+        bench.report.close(part.name, "ok", seconds())
+
+
+def last_lines(error: BaseException, count: int = 8) -> str:
+    """The end of an error's traceback."""
+    text = "".join(traceback.format_exception(error)).strip().splitlines()
+    return "\n".join(text[-count:])
+
+
+def _leave(bench: Bench) -> None:
+    """End a process whose main thread no longer returns."""
+    bench.finish()
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

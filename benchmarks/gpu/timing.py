@@ -1,0 +1,118 @@
+"""Times by device events, peak memory, and what a step launches and waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.measure import peak_mib
+
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes: between two events on CUDA, by the clock on a CPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    work()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
+def median_seconds(
+    work: Callable[[], object],
+    device: torch.device,
+    *,
+    warmup: int = 2,
+    repeats: int = 20,
+    budget: float = 2.0,
+    clock: bool = False,
+) -> float:
+    """Median seconds of a call after `warmup` ones, of at most `repeats`, at least 3 and about `budget` seconds' worth.
+
+    `clock` takes the wall clock between two synchronisations, for work that the host takes part in.
+    """
+    for _ in range(warmup):
+        work()
+    synchronize(device)
+    found: list[float] = []
+    start = time.perf_counter()
+    while len(found) < repeats and (len(found) < 3 or time.perf_counter() - start < budget):
+        found.append(wall_seconds(work, device) if clock else seconds_of(work, device))
+    return median(found)
+
+
+def wall_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds by the wall clock until the device has finished."""
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device, what PyTorch's allocator holds unused included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest memory of tensors since `reset_peak`; on a CPU the highest resident memory of the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else int(peak_mib() * 2**20)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What CUDA's profiler saw of one call: kernels started, seconds they ran, waits of the host for the device."""
+
+    kernels: float
+    busy_seconds: float
+    waits: float
+
+
+def trace(work: Callable[[], object], device: torch.device, calls: int = 2) -> Trace | None:
+    """Means over `calls`; None where the profiler records nothing of the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            work()
+    events: list[Any] = list(profiler.events() or ())
+    on_device = [
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
+    if not kernels:
+        return None
+    busy = sum(event.time_range.elapsed_us() for event in on_device) / 1e6
+    waits = sum(event.name in _WAITS for event in events)
+    return Trace(len(kernels) / calls, busy / calls, waits / calls)
