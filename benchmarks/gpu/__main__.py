@@ -32,7 +32,7 @@ def build_parser(names: Sequence[str]) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, help="directory of gpu.json (default: a new temporary one, named at the end)")
-    add("--golden", type=Path, help="directory with models/ and train/ of the golden data (default: skip what needs it)")
+    add("--golden", type=Path, help="directory with the golden models/ and train/ (default: skip what needs it)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s, the first visible card")
     add("--quick", action="store_true", help="tiny sizes: checks the benchmark, measures nothing")
     add("--only", nargs="+", choices=names, metavar="PART", help=f"some of {', '.join(names)}")

@@ -52,7 +52,7 @@ def generate(bench: Bench) -> None:
         if not bench.in_time(what):
             continue
         engine = make_engine(model, max_batch_size=count)
-        engine.generate([Request(rows[0][0][:8] + [9], (), SamplingParams(max_new_tokens=4), keep=False)])
+        engine.generate([Request([*rows[0][0][:8], 9], (), SamplingParams(max_new_tokens=4), keep=False)])
         library(bench, model, rows, 2)
         rate = count * new_tokens / _generation_floor(bench, model, count, new_tokens)
         theirs = wall_seconds(lambda: library(bench, model, rows, new_tokens), bench.device)  # noqa: B023

@@ -166,7 +166,7 @@ def golden(bench: Bench) -> None:
     with exact_float32():
         for name, settings in cases["checkpoints"].items():
             if bench.in_time(f"golden cases of {name}"):
-                mine = [case for case in cases["cases"] if case["checkpoint"] == name and not case.get("reference_defect")]
+                mine = [case for case in cases["cases"] if case["checkpoint"] == name]
                 _checkpoint(bench, root, name, settings, mine, stored)
 
 
@@ -180,7 +180,7 @@ def _checkpoint(
 ) -> None:
     """All cases of one checkpoint. Where a tower is stored twice, the checkpoint's own weights count."""
     model, by, wrong = load(root, settings, bench.device), Comparison(), []
-    cases = [case for case in cases if case.get("tower_from", "checkpoint") == "checkpoint"]
+    cases = [case for case in cases if case.get("tower_from") != "path" and not case.get("reference_defect")]
     for case in cases:
         try:
             compare(case, model, stored, by)

@@ -154,7 +154,8 @@ def _median_step(steps: Callable[[], None], bench: Bench) -> float:
     """Median seconds a step over groups of `STEPS`, within about two seconds."""
     steps()
     synchronize(bench.device)
-    found, start = [], time.perf_counter()
+    found: list[float] = []
+    start = time.perf_counter()
     budget = 0.0 if bench.quick else 2.0
     while len(found) < 8 and (len(found) < 2 or time.perf_counter() - start < budget):
         found.append(wall_seconds(steps, bench.device) / STEPS)

@@ -53,19 +53,29 @@ def _output(*command: str) -> str | None:
 
 def measure_ceilings(bench: Bench) -> Ceilings:
     """The rates of a large matrix product, of a copy within the device, and of a copy to it from pinned memory."""
-    device = bench.device
-    width = 512 if bench.quick else 8192
-    left, right = (torch.randn(width, width, device=device, dtype=bench.dtype) for _ in range(2))
-    flops = 2 * width**3 / bench.seconds(lambda: left @ right)
-    del left, right
-    size = 2**24 if bench.quick else min(2 * GIB, free_bytes(device) // 8)
-    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+    size = 2**24 if bench.quick else min(2 * GIB, free_bytes(bench.device) // 8)
+    flops = _product_rate(bench, 512 if bench.quick else 8192)
+    return Ceilings(flops, _copy_rate(bench, size), _upload_rate(bench, size // 4))
+
+
+def _product_rate(bench: Bench, width: int) -> float:
+    """FLOP/s of a square product of random numbers; zeros would be faster."""
+    left, right = (torch.randn(width, width, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    return 2 * width**3 / bench.seconds(lambda: left @ right)
+
+
+def _copy_rate(bench: Bench, size: int) -> float:
+    """Bytes per second read and written."""
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=bench.device)
     target = torch.empty_like(source)
-    bandwidth = 2 * size / bench.seconds(lambda: target.copy_(source))
-    size //= 4
-    host = torch.randint(-128, 127, (size,), dtype=torch.int8, pin_memory=bench.cuda)
-    pcie = size / bench.seconds(lambda: target[:size].copy_(host, non_blocking=True))
-    return Ceilings(flops, bandwidth, pcie)
+    return 2 * size / bench.seconds(lambda: target.copy_(source))
+
+
+def _upload_rate(bench: Bench, size: int) -> float:
+    """Bytes per second from pinned host memory."""
+    source = torch.randint(-128, 127, (size,), dtype=torch.int8, pin_memory=bench.cuda)
+    target = torch.empty(size, dtype=torch.int8, device=bench.device)
+    return size / bench.seconds(lambda: target.copy_(source, non_blocking=True))
 
 
 def ceilings(bench: Bench) -> Ceilings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def full_model(bench: Bench) -> Any:
     return bench.model
 
 
+@functools.cache
 def full_tokenizer(vocabulary: int) -> LlamaTokenizer:
     """A SentencePiece tokenizer of `vocabulary` pieces, so that whatever the model samples has a text."""
     from transformers.convert_slow_tokenizer import import_protobuf  # a second copy of its module cannot be loaded

@@ -26,6 +26,7 @@ BACKENDS: Final = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
+Inputs = tuple[Tensor, Tensor, Tensor]
 # Largest relative error ||out - reference|| / ||reference||.
 ERROR: Final = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LAYERS: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # through a few layers
@@ -45,10 +46,12 @@ def attention(bench: Bench) -> None:
     with exact_float32():
         for causal in (False, True):
             for dtype in dtypes:
-                inputs = [torch.randn(2, heads, tokens, 128, device=bench.device, dtype=dtype) for _ in range(3)]
-                reference = _reference(*inputs, causal)[0]
+                shape = (2, heads, tokens, 128)
+                query, key, value = (torch.randn(shape, device=bench.device, dtype=dtype) for _ in range(3))
+                inputs = query, key, value
+                reference = _reference(query, key, value, causal)[0]
                 kind = f"{str(dtype).removeprefix('torch.')}{', causal' if causal else ''}"
-                chosen = F.scaled_dot_product_attention(*inputs, is_causal=causal)
+                chosen = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
                 _judge(bench, f"attention, PyTorch's choice, {kind}", chosen, reference, ERROR[dtype])
                 for name, backend in BACKENDS.items():
                     _backend(bench, f"attention, {name}, {kind}", backend, inputs, causal, reference, ERROR[dtype])
@@ -66,19 +69,20 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple
 
 
 def _backend(
-    bench: Bench, what: str, backend: SDPBackend, inputs: list[Tensor], causal: bool, reference: Tensor, limit: float
+    bench: Bench, what: str, backend: SDPBackend, inputs: Inputs, causal: bool, reference: Tensor, limit: float
 ) -> None:
     try:
         with sdpa_kernel(backend):
-            found = F.scaled_dot_product_attention(*inputs, is_causal=causal)
+            query, key, value = inputs
+            found = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     except RuntimeError as error:
         bench.skip(what, f"this backend does not run here ({str(error).splitlines()[0][:80]})")
         return
     _judge(bench, what, found, reference, limit)
 
 
-def _with_sums(bench: Bench, what: str, inputs: list[Tensor], causal: bool, limit: float) -> None:
-    out, sums = _reference(*inputs, causal)
+def _with_sums(bench: Bench, what: str, inputs: Inputs, causal: bool, limit: float) -> None:
+    out, sums = _reference(*inputs, causal=causal)
     found, found_sums = engine_attention.attention_and_sums(*inputs, causal=causal)
     _judge(bench, what, found, out, limit)
     _judge(bench, f"{what}: logarithms of the sums", found_sums, sums, limit)

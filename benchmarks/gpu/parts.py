@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from benchmarks.gpu import answers, inference, loading
+from benchmarks.gpu.curves import curves
 from benchmarks.gpu.equality import engine_equals_generate
 from benchmarks.gpu.golden import golden
 from benchmarks.gpu.machine import machine
@@ -19,6 +20,7 @@ PARTS: Final = (
     Part("golden", 20, golden),
     Part("numerics", 15, numerics),
     Part("engine", 30, engine_equals_generate),
+    Part("curves", 40, curves),
     Part("weights", 10, inference.weights),
     Part("prefill", 25, inference.prefill),
     Part("decode", 60, inference.decode),

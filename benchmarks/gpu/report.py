@@ -78,7 +78,9 @@ class PartResult:
             "seconds": round(self.seconds, 2),
             "lines": [line.as_json() for line in self.lines],
         }
-        return found | ({"error" if self.status in ("failed", "timeout") else "reason": self.reason} if self.reason else {})
+        return found | (
+            {"error" if self.status in ("failed", "timeout") else "reason": self.reason} if self.reason else {}
+        )
 
 
 class Report:
@@ -116,7 +118,10 @@ class Report:
         self.write()
         what, measured, bound, share = line.cells()
         kind = "floor" if line.floor is not None else "predicted"
-        print(f"  {what}: {measured}" + (f"; {kind} {bound}" if bound else "") + (f"; {share}" if share else ""), flush=True)
+        print(
+            f"  {what}: {measured}" + (f"; {kind} {bound}" if bound else "") + (f"; {share}" if share else ""),
+            flush=True,
+        )
 
     def close(self, part: str, status: Status, seconds: float, reason: str = "", *, quiet: bool = False) -> None:
         """Record how a part ended, and print it unless it is `quiet` or ended well."""
@@ -144,7 +149,11 @@ class Report:
 
     def remarks(self) -> list[str]:
         """Sentences on what is wrong, what did not run, and what misses 70 % of its floor."""
-        said = [f"WRONG: {line.what}: {' '.join(filter(None, line.cells()[1:3]))}" for line in self.lines() if line.ok is False]
+        said = [
+            f"WRONG: {line.what}: {' '.join(filter(None, line.cells()[1:3]))}"
+            for line in self.lines()
+            if line.ok is False
+        ]
         for name, part in self.parts.items():
             if part.status != "ok" and part.reason != NOT_ASKED:
                 said.append(f"{name} {part.status}: {part.reason}")

@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import gc
 import os
+import shutil
 import sys
 import threading
 import time
@@ -64,7 +65,7 @@ class Watchdog:
         self.stop()
 
     def stop(self) -> None:
-        """Stop watching; safe to call twice. `PartTimeout` may arrive in here, so whoever catches it calls this again."""
+        """Stop watching. `PartTimeout` may arrive in here, so whoever catches it calls this again."""
         with self._lock:
             self._ended.set()
             _raise_in(self._target, None)  # one that was sent and has not arrived
@@ -139,6 +140,7 @@ def last_lines(error: BaseException, count: int = 8) -> str:
 def _leave(bench: Bench) -> None:
     """End a process whose main thread no longer returns."""
     bench.finish()
+    shutil.rmtree(bench.work, ignore_errors=True)
     sys.stdout.flush()
     os._exit(1)
 

@@ -23,7 +23,7 @@ from benchmarks.gpu.models import full_model, make_engine
 from benchmarks.gpu.runner import Skip
 
 CLIENTS: Final = 16
-WORDS: Final = "what color shape red blue circle answer question image cat dog mat small describe why because".split()
+WORDS: Final = ("what", "color", "shape", "red", "blue", "circle", "answer", "question", "image", "cat", "why")
 SAMPLING: Final = {"greedy": {"temperature": 0.0}, "top_p": {"temperature": 0.7, "top_p": 0.9}}
 ROOT: Final = Path(__file__).parents[2]
 

@@ -38,7 +38,9 @@ def tests(bench: Bench) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise Skip(f"the tests took longer than {error.timeout:.0f} s; run pytest {' '.join(TESTS)} by itself") from error
+        raise Skip(
+            f"the tests took longer than {error.timeout:.0f} s; run pytest {' '.join(TESTS)} by itself"
+        ) from error
     lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
     if done.returncode:
         print("\n".join(lines[-25:]), flush=True)

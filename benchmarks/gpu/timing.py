@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import peak_mib
 
-_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+_WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")  # the profiler itself waits for the whole device
 
 
 def synchronize(device: torch.device) -> None:
@@ -32,7 +32,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     work()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1000
+    return float(before.elapsed_time(after)) / 1000
 
 
 def median_seconds(
@@ -98,6 +98,7 @@ class Trace:
 
 def trace(work: Callable[[], object], device: torch.device, calls: int = 2) -> Trace | None:
     """Means over `calls`; None where the profiler records nothing of the device."""
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     synchronize(device)
@@ -108,7 +109,7 @@ def trace(work: Callable[[], object], device: torch.device, calls: int = 2) -> T
     on_device = [
         event
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
     kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
     if not kernels:
