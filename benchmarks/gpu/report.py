@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,10 @@ class Line:
         return self.value / self.floor if self.unit.endswith("/s") else self.floor / self.value
 
     def as_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"what": self.what, "value": self.value, "unit": self.unit}
+        value = self.value
+        if isinstance(value, float) and not math.isfinite(value):
+            value = str(value)  # JSON has no NaN
+        found: dict[str, Any] = {"what": self.what, "value": value, "unit": self.unit}
         optional = {"floor": self.floor, "predicted": self.predicted, "share": self.share, "ok": self.ok}
         found |= {name: value for name, value in optional.items() if value is not None}
         return found | ({"note": self.note} if self.note else {})
