@@ -65,6 +65,17 @@ def resolve_dtype(
     return torch.float16
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device`, pinned and asynchronous on CUDA; the tensor itself where it already is.
+
+    Later work on the current CUDA stream sees the copy complete; the host does not wait for it. A tensor that is pinned
+    already is read by the copy directly, so do not overwrite it before that work has run.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def flash_attention_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether FlashAttention-2 can run: importable, Ampere or newer, 16 bit. A broken install raises its own error."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
