@@ -177,13 +177,19 @@ def parse_memory(text: str, gpus: Sequence[int]) -> dict[int, int]:
     parts = [part.strip().rpartition("=") for part in text.split(",")]
     sizes = {}
     for number, mark, size in parts:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", size.strip().upper())
+        found = parse_size(size)
         plain = mark and number.strip().isdigit()
-        if match is None or match[2] not in MEMORY_UNITS or not (plain or (not mark and len(parts) == 1)):
+        if found is None or not (plain or (not mark and len(parts) == 1)):
             raise ConfigError(f"--max-memory {text!r} is not a size such as 20GiB, nor sizes such as 0=10GiB,1=20GiB.")
         for index in [int(number)] if plain else gpus:
-            sizes[index] = int(float(match[1]) * MEMORY_UNITS[match[2]])
+            sizes[index] = found
     return sizes
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of a size such as "20GiB", "512 MB" or "1000"; None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    return int(float(match[1]) * MEMORY_UNITS[match[2]]) if match is not None and match[2] in MEMORY_UNITS else None
 
 
 Parts = Sequence[tuple[tuple[str, ...], int]]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llava.engine.cache import BoundedStore, CacheSpec, RowCache
+from llava.engine.packing import DecodeStep
 
 SPEC = CacheSpec(layers=2, kv_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -19,9 +20,8 @@ def content(cache: RowCache, row: int) -> Tensor:
 
 def step(cache: RowCache, rows: list[Tensor]) -> None:
     """Write a new column for every row through `update`, as the model does, checking what attention would see."""
-    cache.make_room()
+    mask = DecodeStep([0] * len(rows), cache).visible()
     new = torch.randn(2, 2, len(rows), 1, 1, 2)  # (layers, 2, B, H, 1, D)
-    mask = cache.mask()
     for layer in range(2):
         keys, values = cache.update(new[layer, 0], new[layer, 1], layer)
         assert keys.shape[-2] == cache.get_seq_length() + 1

@@ -60,8 +60,8 @@ def test_any_schedule_equals_one_at_a_time(
     engine = make_engine(
         max_batch_size=data.draw(st.integers(1, 6)),
         max_prefill_tokens=data.draw(st.sampled_from([1, 100, 8192])),
-        cache_bytes=data.draw(st.sampled_from([0, 20_000, 2**29])),
-        kv_bytes=budget,
+        **dict.fromkeys(("prefix_cache_bytes", "feature_cache_bytes"), data.draw(st.sampled_from([0, 20_000, 2**29]))),
+        kv_cache_bytes=budget,
     )
     stores = (engine.features.store, engine.prefiller.prefixes)
     segments: WeakSet[prefixes.Segment] = WeakSet()
@@ -79,7 +79,7 @@ def test_any_schedule_equals_one_at_a_time(
             for _ in range(data.draw(st.integers(least, 3)) if waiting else 0):
                 request = waiting.pop() if waiting else None
                 if request is not None and room is not None and columns(request, engine) > room:
-                    with pytest.raises(RequestError, match="kv_bytes"):
+                    with pytest.raises(RequestError, match="kv_cache_bytes"):
                         engine.submit(request)
                 elif request is not None:
                     submitted.append((request, engine.submit(request)))
@@ -390,7 +390,9 @@ def test_the_next_turn_starts_behind_the_last(make_engine: MakeEngine, solo: Sol
 def test_rows_keep_to_their_budget_and_a_request_beyond_it_is_refused(
     make_engine: MakeEngine, solo: Solo, column_bytes: int
 ) -> None:
-    engine = make_engine(max_batch_size=8, kv_bytes=100 * column_bytes, cache_bytes=0)
+    engine = make_engine(
+        max_batch_size=8, kv_cache_bytes=100 * column_bytes, prefix_cache_bytes=0, feature_cache_bytes=0
+    )
     prompts = [[1, *range(300, 310 + n)] for n in range(6)]
     handles = [engine.submit(Request(ids, params=SamplingParams(20))) for ids in prompts]
     most = 0
@@ -399,7 +401,7 @@ def test_rows_keep_to_their_budget_and_a_request_beyond_it_is_refused(
         assert engine.statistics().row_bytes <= 100 * column_bytes
     assert most == 3  # the shortest three need 33 columns each at most
     assert [handle.result().token_ids for handle in handles] == [solo(ids, [], 20) for ids in prompts]
-    with pytest.raises(RequestError, match="kv_bytes"):
+    with pytest.raises(RequestError, match="kv_cache_bytes"):
         engine.submit(Request([1, *range(300, 380)], params=SamplingParams(30)))
 
 
