@@ -27,8 +27,9 @@ from benchmarks.floor import Ceilings, Cost
 # Operators that run no kernel although their schema does not say that the result shares the input's memory.
 _FREE: Final = frozenset(
     {
-        "_unsafe_view", "_reshape_alias", "_local_scalar_dense", "detach_", "empty", "empty_like", "empty_permuted",
-        "empty_strided", "is_pinned", "is_same_size", "new_empty", "new_empty_strided", "record_stream", "resize_", "set_",
+        "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "detach_", "empty", "empty_like", "empty_permuted",
+        "empty_strided", "is_pinned", "is_same_size", "new_empty", "new_empty_strided", "record_stream", "resize_",
+        "set_",
     }
 )  # fmt: skip
 # Composite operators that a GPU has a single kernel for, also where this build of torch has none.

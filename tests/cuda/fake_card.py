@@ -55,15 +55,14 @@ def fused_attention(
 ) -> Tensor:
     """What `scaled_dot_product_attention` dispatches to on a recent card in 16 bit; without one it chooses "math"."""
     if attn_mask is None:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out: Tensor = flash(query, key, value, dropout_p, is_causal, **options)[0]
-        return out
-    width = key.shape[-2]
-    if any(stride % ALIGNMENT for stride in attn_mask.stride()[:-1]):  # torch then copies the mask at every call
-        attn_mask = F.pad(attn_mask, (0, -width % ALIGNMENT))[..., :width]
-    bias = attn_mask.expand(*query.shape[:-1], width)
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    out = efficient(query, key, value, bias, False, dropout_p, is_causal, **options)[0]
+        kernel, bias = torch.ops.aten._scaled_dot_product_flash_attention, ()
+    else:
+        width = key.shape[-2]
+        if any(stride % ALIGNMENT for stride in attn_mask.stride()[:-1]):  # torch then copies the mask at every call
+            attn_mask = F.pad(attn_mask, (0, -width % ALIGNMENT))[..., :width]
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        bias = (attn_mask.expand(*query.shape[:-1], width), False)
+    out: Tensor = kernel(query, key, value, *bias, dropout_p, is_causal, **options)[0]
     return out
 
 
