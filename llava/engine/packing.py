@@ -57,7 +57,7 @@ class PackedRows:
         ]
         if not self.even:
             columns.append((torch.tensor(starts)[:, None] + torch.minimum(steps, ends[:, None] - 1)).flatten())
-            columns.append((steps < ends[:, None]).flatten().nonzero().squeeze(-1))
+            columns.append(torch.cat([steps[:length] + row * self.longest for row, length in enumerate(lengths)]))
         self.positions, self.last, *self._uploaded = upload_columns(columns, spec.device)
         self._places: dict[torch.device, _OnDevice] = {}
 
