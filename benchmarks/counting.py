@@ -12,27 +12,39 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from benchmarks.floor import Ceilings, Cost
 
 # Operators that run no kernel although their schema does not say that the result shares the input's memory.
 _FREE: Final = frozenset(
     {
-        "_unsafe_view", "_reshape_alias", "_local_scalar_dense", "detach_", "empty", "empty_like", "empty_permuted",
-        "empty_strided", "is_same_size", "new_empty", "new_empty_strided", "resize_", "set_",
+        "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "detach_", "empty", "empty_like", "empty_permuted",
+        "empty_strided", "is_pinned", "is_same_size", "new_empty", "new_empty_strided", "record_stream", "resize_",
+        "set_",
     }
 )  # fmt: skip
 # Composite operators that a GPU has a single kernel for, also where this build of torch has none.
-_FUSED: Final = frozenset({"_fused_rms_norm"})
+_FUSED: Final = frozenset({"aten::_fused_rms_norm"})
+# Operators whose CUDA kernel wants packed rows, and copies a strided input before it runs.
+_PACKS_INPUT: Final = frozenset({"_fused_rms_norm"})
 # Of the first argument, as many bytes are read as are written.
 _LOOKUPS: Final = frozenset({"embedding", "gather", "index", "index_select"})
 # The first argument is written without being read.
 _WRITES: Final = frozenset({"copy_", "fill_", "normal_", "uniform_", "zero_"})
+# The position of the left factor, whose last dimension is summed over.
+_PRODUCTS: Final = {
+    "mm": 0, "bmm": 0, "mv": 0, "dot": 0, "linear": 0, "_int_mm": 0, "_scaled_mm": 0,
+    "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addmv": 1, "_addmm_activation": 1,
+}  # fmt: skip
 # The first argument is written at the places of the values only.
 _SCATTERS: Final = frozenset({"_index_put_impl_", "index_put_"})
 
@@ -54,6 +66,12 @@ class OpCounter(TorchDispatchMode):
         self.flops = 0
         self.bytes = 0
         self.ops: Counter[str] = Counter()
+        self._costs: list[Cost] = []
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """Time on a device if every operator in turn ran at the ceiling that binds it (Williams et al., "Roofline",
+        2009), launches being hidden."""
+        return sum(cost.seconds(ceilings) for cost in self._costs)
 
     def table(self, n: int = 10) -> str:
         """The `n` most frequent operators with their launches, a line each."""
@@ -63,17 +81,24 @@ class OpCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.rpartition("::")[2]
         given = _tensors((args, kwargs))
-        if _is_composite(func, name, given):
+        if _is_composite(func, given[0].device.type if given else "cpu"):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        made = _tensors(out)
-        if not _is_free(func, name) and self._on_device([*given, *made]):
-            self.launches += 1
-            self.ops[name] += 1
-            self.flops += _flops(func, name, args, kwargs, out)
-            self.bytes += _traffic(func, name, given, made)
+        made = _tensors(out) or _mutated(func, args)
+        tensors = [*given, *made]
+        if tensors and not _is_free(func, name, tensors) and self._on_device(tensors):
+            self._count(name, _flops(func, name, args, kwargs, out), _traffic(func, name, given, made))
+            if name in _PACKS_INPUT and not given[0].is_contiguous():
+                self._count("clone", 0, 2 * _size(given[0]))
         return out
+
+    def _count(self, name: str, flops: int, traffic: int) -> None:
+        self.launches += 1
+        self.ops[name] += 1
+        self.flops += flops
+        self.bytes += traffic
+        self._costs.append(Cost(flops, traffic))
 
     def _on_device(self, tensors: Iterable[Tensor]) -> bool:
         return self.device_type is None or any(tensor.device.type == self.device_type for tensor in tensors)
@@ -83,21 +108,31 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _is_composite(func: Any, name: str, given: list[Tensor]) -> bool:
-    """Whether the operator stands for others on the device of its tensors."""
+@cache
+def _is_composite(func: Any, kind: str) -> bool:
+    """Whether the operator stands for others on a device of this kind."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if func.namespace == "prim" or not has(func.name(), "CompositeImplicitAutograd"):
         return False
-    kind = given[0].device.type if given else "cpu"
-    return not (name in _FUSED and kind == "cuda") and not has(func.name(), kind.upper() if kind != "meta" else "Meta")
+    if kind == "cuda" and func._schema.name in _FUSED:
+        return False
+    return not has(func.name(), "Meta" if kind == "meta" else kind.upper())
 
 
-def _is_free(func: Any, name: str) -> bool:
+def _is_free(func: Any, name: str, tensors: list[Tensor]) -> bool:
     """Whether no kernel runs: the result is a view, fresh memory, or no tensor."""
-    if name in _FREE or func.namespace == "prim" or not func._schema.returns:
+    if name == "lift_fresh":  # all that is seen of a tensor made from numbers: on a GPU, it was uploaded
+        return tensors[0].device.type == "cpu"
+    if name in _FREE or func.namespace == "prim":
         return True
     aliases = [returned.alias_info for returned in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _mutated(func: Any, args: Any) -> list[Tensor]:
+    """The arguments that an operator without a result writes to."""
+    pairs = zip(func._schema.arguments, args)
+    return _tensors([value for argument, value in pairs if argument.is_write])
 
 
 def _traffic(func: Any, name: str, given: list[Tensor], made: list[Tensor]) -> int:
@@ -121,47 +156,17 @@ def _size(tensor: Tensor) -> int:
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
-    if "attention" in name:
-        return _attention(func, name, args, kwargs)
-    if name in ("convolution", "_convolution", "cudnn_convolution"):
-        weight, transposed = args[1], name != "cudnn_convolution" and args[6]
-        base = args[0] if transposed else out
-        return int(2 * base.numel() * weight[0].numel())
-    if name == "convolution_backward":
-        wanted = sum(args[10][:2])  # of the input, of the weight
-        return int(2 * wanted * args[0].numel() * args[2][0].numel())
+    """Products by their shapes, convolutions and attention by torch's formulas, causal attention at half."""
     if name in _PRODUCTS:
-        left = args[_PRODUCTS[name]]
-        return int(2 * _first(out).numel() * left.shape[-1])
-    return 0
-
-
-# The position of the left factor, whose last dimension is summed over.
-_PRODUCTS: Final = {
-    "mm": 0, "bmm": 0, "mv": 0, "dot": 0, "linear": 0, "_int_mm": 0, "_scaled_mm": 0,
-    "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addmv": 1, "_addmm_activation": 1,
-}  # fmt: skip
-
-
-def _attention(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> int:
-    """Two products forward, five backward (the scores are computed again)."""
-    bound = dict(_bind(func, args, kwargs))
-    query, key, value = (bound[name] for name in ("query", "key", "value"))
-    layout = (-2, -3) if name.startswith(("_flash_attention", "_efficient_attention")) else (-3, -2)
-    heads, queries = (query.shape[axis] for axis in layout)
-    scores = query.shape[0] * heads * queries * key.shape[layout[1]]
-    qk, pv = 2 * scores * query.shape[-1], 2 * scores * value.shape[-1]
-    total = 3 * qk + 2 * pv if "backward" in name else qk + pv
-    causal = bound.get("is_causal") or bound.get("causal") or bound.get("custom_mask_type")
-    return total // 2 if causal else total
-
-
-def _bind(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Arguments by the names of the schema."""
-    for argument, value in zip(func._schema.arguments, args):
-        yield argument.name, value
-    yield from kwargs.items()
-
-
-def _first(tree: Any) -> Any:
-    return tree[0] if isinstance(tree, (tuple, list)) else tree
+        result = out[0] if isinstance(out, (tuple, list)) else out
+        return int(2 * result.numel() * args[_PRODUCTS[name]].shape[-1])
+    formula = flop_counter.flop_registry.get(func._overloadpacket)
+    if formula is not None:
+        count = int(formula(*args, **kwargs, out_val=out))
+    elif name == "_scaled_dot_product_flash_attention_for_cpu":
+        count = int(flop_counter.sdpa_flop_count(*(part.shape for part in args[:3])))
+    else:
+        return 0
+    named = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+    causal = named.get("is_causal") or named.get("causal") or named.get("custom_mask_type")
+    return count // 2 if causal else count

@@ -23,6 +23,7 @@ from tests.tiny import make_tokenizer
 
 SELECT_LAYER: Final = -4  # features come from the fourth layer from the end; later layers are not built
 STD: Final = 0.02
+WORDS: Final = 260  # the first of the small tokenizer's pieces that are neither special nor bytes
 TOWER_NAME: Final = "InternViT-6B-224px"
 
 
@@ -109,12 +110,13 @@ def chat_config(size: ModelSize, pixels: int) -> LlavaConfig:
 def make_engine(model: LlavaLlamaForCausalLM, **options: Any) -> Engine:
     """An engine whose answers have the length asked for: its small tokenizer's end token is not heeded.
 
-    Prompts are token ids below 384. The rows of the head behind them become zero, so that the model says only tokens
-    that have a text.
+    Prompts are token ids from 260 to 380 (its words). The other rows of the head become zero, so that the model says
+    only words.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
     with torch.no_grad():
+        model.lm_head.weight[:WORDS] = 0
         model.lm_head.weight[len(tokenizer) :] = 0
     engine = Engine(model, tokenizer, model.get_vision_tower().image_processor, **options)  # type: ignore[union-attr]
     engine.special.end = frozenset()
