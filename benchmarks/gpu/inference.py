@@ -24,12 +24,13 @@ from benchmarks.gpu.models import (
     random_image,
     weight_count,
 )
+from benchmarks.gpu.runner import free_memory
 from benchmarks.gpu.timing import free_bytes, peak_bytes, reset_peak, synchronize, trace, wall_seconds
 from llava.engine import Engine, Request, SamplingParams
 from llava.train.flops import Shape, shape_of
 
-GREEDY: Final = {"greedy": SamplingParams(max_new_tokens=400)}
-SAMPLED: Final = {"top_p": SamplingParams(max_new_tokens=400, temperature=0.7, top_p=0.9, seed=1)}
+GREEDY: Final = {"greedy": SamplingParams(max_new_tokens=64)}
+SAMPLED: Final = {"top_p": SamplingParams(max_new_tokens=64, temperature=0.7, top_p=0.9, seed=1)}
 QUESTION: Final = 64  # tokens behind the image
 STEPS: Final = 4  # decode steps timed together, so that the engine may overlap them
 CACHE_ROOM: Final = 3.0  # a growing KV buffer and its predecessor, as a multiple of the tokens held
@@ -105,6 +106,7 @@ def decode(bench: Bench) -> None:
     """Decode steps of 1, 16 and 64 rows with prefixes of their own or one in common, greedy and sampled."""
     model = full_model(bench)
     for rows in (1, 2) if bench.quick else (1, 16, 64):
+        free_memory(bench.device)  # of the engine before
         engine = make_engine(model, max_batch_size=rows)
         for shared in (False, True) if rows > 1 else (False,):
             for sampling, params in (GREEDY | SAMPLED).items():
@@ -126,12 +128,22 @@ def _cache_fits(bench: Bench, model: Any, rows: int, what: str) -> bool:
 
 def _decode(bench: Bench, engine: Engine, rows: int, shared: bool, params: SamplingParams, what: str) -> None:
     """Fill the batch, time its steps, and count what one of them launches and waits for."""
+    handles = [engine.submit(request) for request in decode_requests(bench, engine.model, rows, shared, params)]
+    for _ in range(3):
+        engine.step()
+    if engine.running < rows:
+        bench.skip(what, f"the engine's KV cache holds {engine.running} of the rows at a time")
+    else:
+        _time_decode(bench, engine, rows, shared, what)
+    for handle in handles:
+        handle.cancel()
+    while engine.step():
+        pass
+
+
+def _time_decode(bench: Bench, engine: Engine, rows: int, shared: bool, what: str) -> None:
     size = shape(engine.model)
     prefix, own = SYSTEM + size.image_tokens, QUESTION
-    handles = [engine.submit(request) for request in decode_requests(bench, engine.model, rows, shared, params)]
-    while engine.running < rows:
-        engine.step()
-    engine.step()
 
     def steps() -> None:
         for _ in range(STEPS):
@@ -143,11 +155,7 @@ def _decode(bench: Bench, engine: Engine, rows: int, shared: bool, params: Sampl
     itemsize = bench.dtype.itemsize
     floor = decode_cost(size, rows, own + 3 * STEPS, prefix, itemsize=itemsize).seconds(ceilings(bench))
     bench.line(what, 1000 * seconds, "ms", floor=1000 * floor)
-    _launches(bench, what, engine.step, seconds)
-    for handle in handles:
-        handle.cancel()
-    while engine.step():
-        pass
+    _launches(bench, what, engine.step, seconds, predicted=1)
 
 
 def _median_step(steps: Callable[[], None], bench: Bench) -> float:
@@ -174,17 +182,20 @@ def decode_requests(bench: Bench, model: Any, rows: int, shared: bool, params: S
     return [Request(image_prompt(before, behind), [image], params, keep=False) for behind in questions]
 
 
-def _launches(bench: Bench, what: str, work: Callable[[], object], seconds: float) -> None:
-    """Kernels of one call beside the operators counted, the share of its time they run, and waits of the host."""
+def _launches(bench: Bench, what: str, work: Callable[[], object], seconds: float, **waits: Any) -> None:
+    """Launches of one call beside the operators counted, the share of its time they run, and waits of the host.
+
+    `waits` may hold the `predicted` number of the last.
+    """
     with OpCounter(bench.device.type) as counter:
         work()
     if not bench.cuda:
-        bench.line(f"{what}: operators", counter.launches)
+        bench.line(f"{what}: launches", counter.launches)
         return
     found = trace(work, bench.device)
     if found is None:
-        bench.skip(f"{what}: kernels", "the profiler recorded no kernels")
+        bench.skip(f"{what}: launches", "the profiler recorded no kernels")
         return
-    bench.line(f"{what}: kernels", round(found.kernels), predicted=counter.launches)
-    bench.line(f"{what}: share of the time that the device is busy", 100 * min(1.0, found.busy_seconds / seconds), "%")
-    bench.line(f"{what}: times the host waits", round(found.waits, 1))
+    bench.line(f"{what}: launches", round(found.launches), predicted=counter.launches)
+    bench.line(f"{what}: busy share", 100 * min(1.0, found.busy_seconds / seconds), "%")
+    bench.line(f"{what}: synchronisations", round(found.waits, 1), **waits)

@@ -17,7 +17,7 @@ from benchmarks.full_size import FULL, make_model
 from benchmarks.gpu.bench import GIB, Bench
 from benchmarks.gpu.golden import exact_float32
 from benchmarks.gpu.models import QUICK, pixels_of
-from llava.engine import attention as engine_attention
+from llava.engine.attention import Shared, aligned_mask, attend, attention_with_lse, select_kernel
 from llava.engine.llama import open_language_model
 
 BACKENDS: Final = {
@@ -40,7 +40,7 @@ def relative_error(found: Tensor, reference: Tensor) -> float:
 
 
 def attention(bench: Bench) -> None:
-    """The library's attention by backend and dtype, and the engine's own with the softmax's sums."""
+    """PyTorch's attention by backend and dtype, and the engine's, which gives the log-sum-exp too."""
     heads, tokens = (2, 33) if bench.quick else (32, 640)
     dtypes = [torch.float32] if not bench.cuda else [torch.float32, torch.float16, torch.bfloat16]
     with exact_float32():
@@ -55,17 +55,23 @@ def attention(bench: Bench) -> None:
                 _judge(bench, f"attention, PyTorch's choice, {kind}", chosen, reference, ERROR[dtype])
                 for name, backend in BACKENDS.items():
                     _backend(bench, f"attention, {name}, {kind}", backend, inputs, causal, reference, ERROR[dtype])
-                _with_sums(bench, f"the engine's attention, {kind}", inputs, causal, ERROR[dtype])
+                _engine_attention(bench, kind, inputs, causal, ERROR[dtype])
+                if not causal:
+                    _shared_prefix(bench, kind, inputs, ERROR[dtype])
 
 
-def _reference(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention and the logarithms of the softmax's sums, in float64."""
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention and the log-sum-exp of its scores, in float64."""
     query, key, value = query.double(), key.double(), value.double()
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     if causal:
         scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
-    sums = scores.logsumexp(-1)
-    return (scores - sums.unsqueeze(-1)).exp() @ value, sums
+    if mask is not None:
+        scores = scores + mask.double()
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp() @ value, lse
 
 
 def _backend(
@@ -81,11 +87,32 @@ def _backend(
     _judge(bench, what, found, reference, limit)
 
 
-def _with_sums(bench: Bench, what: str, inputs: Inputs, causal: bool, limit: float) -> None:
-    out, sums = _reference(*inputs, causal=causal)
-    found, found_sums = engine_attention.attention_and_sums(*inputs, causal=causal)
-    _judge(bench, what, found, out, limit)
-    _judge(bench, f"{what}: logarithms of the sums", found_sums, sums, limit)
+def _engine_attention(bench: Bench, kind: str, inputs: Inputs, causal: bool, limit: float) -> None:
+    """The engine's kernels with their log-sum-exp, plain or causal and with rows padded on the left."""
+    query, key, value = inputs
+    masks: dict[str, Tensor | None] = {"": None}
+    if not causal:
+        hidden = torch.tensor([0, 7], device=bench.device)[:, None, None, None]
+        masks[", padded"] = aligned_mask(lambda at: at >= hidden, key.shape[2], key.dtype, bench.device)
+    for padded, mask in masks.items():
+        _, name = select_kernel(bench.device, query.dtype, query.shape[-1], masked=mask is not None)
+        what = f"engine attention, {name}, {kind}{padded}"
+        out, lse = _reference(query, key, value, causal, mask)
+        found, found_lse = attention_with_lse(query, key, value, mask, causal=causal)
+        _judge(bench, what, found, out, limit)
+        _judge(bench, f"{what}: log-sum-exp", found_lse, lse, limit)
+
+
+def _shared_prefix(bench: Bench, kind: str, inputs: Inputs, limit: float) -> None:
+    """One query a row behind a prefix that both rows share, merged with the rows' own keys."""
+    query, key, value = inputs
+    half = key.shape[2] // 2
+    prefix = torch.stack([key[0, :, :half], value[0, :, :half]]).unsqueeze(0)  # (1, 2, h, P, D)
+    own = key[:, :, half:], value[:, :, half:]
+    whole = [torch.cat([prefix[0, k].expand(2, -1, -1, -1), part], dim=2) for k, part in enumerate(own)]
+    expected, _ = _reference(query[:, :, :1], whole[0], whole[1], causal=False)
+    found = attend(query[:, :, :1], *own, None, [Shared(slice(0, 2), prefix)], 0)
+    _judge(bench, f"engine attention behind a shared prefix, {kind}", found, expected, limit)
 
 
 def _judge(bench: Bench, what: str, found: Tensor, reference: Tensor, limit: float) -> None:

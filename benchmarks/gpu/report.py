@@ -44,7 +44,8 @@ class Line:
         if isinstance(value, float) and not math.isfinite(value):
             value = str(value)  # JSON has no NaN
         found: dict[str, Any] = {"what": self.what, "value": value, "unit": self.unit}
-        optional = {"floor": self.floor, "predicted": self.predicted, "share": self.share, "ok": self.ok}
+        share = self.share if self.share is None else round(self.share, 4)
+        optional = {"floor": self.floor, "predicted": self.predicted, "share": share, "ok": self.ok}
         found |= {name: value for name, value in optional.items() if value is not None}
         return found | ({"note": self.note} if self.note else {})
 

@@ -68,21 +68,20 @@ class Watchdog:
         """Stop watching. `PartTimeout` may arrive in here, so whoever catches it calls this again."""
         with self._lock:
             self._ended.set()
-            _raise_in(self._target, None)  # one that was sent and has not arrived
 
     def _watch(self) -> None:
         if self._ended.wait(self.seconds):
             return
         with self._lock:
-            if not self._ended.is_set():
+            if not self._ended.is_set():  # what is raised now arrives in `stop` at the latest, which needs the lock
                 _raise_in(self._target, PartTimeout)
         if not self._ended.wait(self.grace):
             self.give_up()
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Raise `kind` in another thread at its next bytecode instruction; None takes back what has not been raised."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind))
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    """Raise `kind` in another thread at its next bytecode instruction."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 def run_parts(parts: Sequence[Part], bench: Bench, deadline: float, grace: float = GRACE) -> None:

@@ -89,9 +89,9 @@ def peak_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Trace:
-    """What CUDA's profiler saw of one call: kernels started, seconds they ran, waits of the host for the device."""
+    """What CUDA's profiler saw of one call: kernels and copies, seconds they ran, waits of the host for the device."""
 
-    kernels: float
+    launches: float
     busy_seconds: float
     waits: float
 
@@ -111,9 +111,8 @@ def trace(work: Callable[[], object], device: torch.device, calls: int = 2) -> T
         for event in events
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
-    kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
-    if not kernels:
+    if all(event.name.startswith(("Memcpy", "Memset")) for event in on_device):
         return None
     busy = sum(event.time_range.elapsed_us() for event in on_device) / 1e6
     waits = sum(event.name in _WAITS for event in events)
-    return Trace(len(kernels) / calls, busy / calls, waits / calls)
+    return Trace(len(on_device) / calls, busy / calls, waits / calls)
