@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="llava-gpu-") as work, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        bench = Bench(device, report, Path(work), quick=args.quick, golden=args.golden)
+        bench = Bench(device, report, Path(work), quick=args.quick, golden=args.golden and args.golden.resolve())
         for part in PARTS:
             if part not in chosen:
                 report.close(part.name, "skipped", 0.0, NOT_ASKED, quiet=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -145,6 +146,8 @@ def _leave(bench: Bench) -> None:
 
 
 def free_memory(device: torch.device) -> None:
+    """Give unused memory back to the device."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after an error on the device every call of this process fails
+            torch.cuda.empty_cache()

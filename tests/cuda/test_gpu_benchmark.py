@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import parts as all_parts
-from benchmarks.gpu import runner
+from benchmarks.gpu import runner, timing
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.golden import Comparison, Mismatch
 from benchmarks.gpu.report import Line, Report
@@ -224,8 +225,7 @@ run_parts([Part("a", 100, endless), Part("b", 100, endless)], bench, time.monoto
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment, text=True) as process:
         assert process.stdout is not None
-        while select.select([process.stdout], [], [], LONG)[0] and process.stdout.readline() != "ready\n":
-            assert process.poll() is None
+        assert "ready\n" in iter(process.stdout.readline, "")
         process.send_signal(signal.SIGKILL)
     parts = stored(tmp_path)["parts"]
     assert [line["value"] for line in parts["a"]["lines"]] == [0.0, 1.0, 2.0]
@@ -307,3 +307,29 @@ def test_without_a_card_one_sentence_says_so(capsys: pytest.CaptureFixture[str])
 def test_golden_data_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main([*CPU_QUICK, "--golden", str(tmp_path)]) == 2
     assert "models/cases.json" in capsys.readouterr().err
+
+
+def test_a_trace_counts_launches_and_waits_but_no_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls, as the profiler reports them."""
+    from torch.autograd import DeviceType
+
+    def event(name: str, kind: Any, microseconds: float = 0.0, annotation: bool = False) -> SimpleNamespace:
+        span = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=kind, time_range=span, is_user_annotation=annotation)
+
+    gpu, host = DeviceType.CUDA, DeviceType.CPU
+    events = [event("gemm", gpu, 40.0), event("Memcpy HtoD", gpu, 4.0), event("step", gpu, 90.0, annotation=True)] * 2
+    events += [event("cudaStreamSynchronize", host), event("cudaDeviceSynchronize", host), event("aten::mm", host)]
+
+    @contextlib.contextmanager
+    def profile(**options: Any) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(events=lambda: events)
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    calls: list[int] = []
+    found = timing.trace(lambda: calls.append(1), torch.device("cpu"), calls=2)
+    assert found is not None and len(calls) == 2
+    assert (found.launches, found.waits) == (2.0, 0.5)
+    assert found.busy_seconds == pytest.approx(44e-6)
+    del events[0], events[2]  # no kernels left
+    assert timing.trace(lambda: None, torch.device("cpu")) is None
