@@ -45,7 +45,7 @@ def measure(directory: Path, dtype: torch.dtype, turns: int, tokens: int, width:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     config = LlavaConfig.from_pretrained(directory)
     model = LlavaLlamaForCausalLM.from_pretrained(directory, config=config, torch_dtype=dtype).eval()
-    engine = Engine(model, tokenizer, cache_bytes=0)
+    engine = Engine(model, tokenizer, prefix_cache_bytes=0, feature_cache_bytes=0)
     engine.special.end = frozenset()  # answers of a fixed length on both sides
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     rates = Rates(floor=1 / decode_floor(model, peaks(dtype, width)))

@@ -65,6 +65,17 @@ def resolve_dtype(
     return torch.float16
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device`, pinned and asynchronous on CUDA; the tensor itself where it already is.
+
+    Later work on the current CUDA stream sees the copy complete; the host does not wait for it. A tensor that is pinned
+    already is read by the copy directly, so do not overwrite it before that work has run.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def flash_attention_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether FlashAttention-2 can run: importable, Ampere or newer, 16 bit. A broken install raises its own error."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
@@ -166,13 +177,19 @@ def parse_memory(text: str, gpus: Sequence[int]) -> dict[int, int]:
     parts = [part.strip().rpartition("=") for part in text.split(",")]
     sizes = {}
     for number, mark, size in parts:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", size.strip().upper())
+        found = parse_size(size)
         plain = mark and number.strip().isdigit()
-        if match is None or match[2] not in MEMORY_UNITS or not (plain or (not mark and len(parts) == 1)):
+        if found is None or not (plain or (not mark and len(parts) == 1)):
             raise ConfigError(f"--max-memory {text!r} is not a size such as 20GiB, nor sizes such as 0=10GiB,1=20GiB.")
         for index in [int(number)] if plain else gpus:
-            sizes[index] = int(float(match[1]) * MEMORY_UNITS[match[2]])
+            sizes[index] = found
     return sizes
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of a size such as "20GiB", "512 MB" or "1000"; None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    return int(float(match[1]) * MEMORY_UNITS[match[2]]) if match is not None and match[2] in MEMORY_UNITS else None
 
 
 Parts = Sequence[tuple[tuple[str, ...], int]]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llava import placement
 from llava.errors import ConfigError
-from llava.placement import offline, resolve_attention, resolve_device, resolve_dtype
+from llava.placement import offline, resolve_attention, resolve_device, resolve_dtype, to_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -59,6 +59,28 @@ def test_with_a_gpu(ampere: None) -> None:
     assert resolve_attention(CUDA, torch.float16) == "flash_attention_2"
     assert resolve_attention(CUDA, torch.float32) == "sdpa"
     assert resolve_attention(CUDA, torch.bfloat16, "flash_attention_2") == "flash_attention_2"
+
+
+def test_to_device_pins_only_what_goes_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    tensor, pinned, there = torch.arange(6.0), torch.arange(6.0), torch.arange(6.0)
+
+    def to(self: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        assert self is (pinned if device.type == "cuda" else tensor)
+        calls.append(f"to {device} {non_blocking}")
+        return there
+
+    def pin(self: torch.Tensor) -> torch.Tensor:
+        assert self is tensor
+        calls.append("pin")
+        return pinned
+
+    assert to_device(tensor, CPU) is tensor
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert to_device(tensor, CUDA) is there
+    assert to_device(tensor, torch.device("mps")) is there
+    assert calls == ["pin", "to cuda True", "to mps False"]
 
 
 def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def run(lm: LanguageModel, prefiller: Prefiller, job: Job) -> None:
         )
     for token in output[0, 1:].tolist():
         reason = job.accept(token)
-        if reason is not None:
-            job.finish(reason)
+        if reason is not None or job.detokenize():
+            job.finish(reason or "stop")
             return
     job.finish("stop")

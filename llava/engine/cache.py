@@ -14,8 +14,10 @@ from transformers.cache_utils import Cache
 from llava.engine.attention import Shared
 from llava.engine.prefixes import Chain, Span, tokens_of
 from llava.engine.split import SplitLayers
+from llava.engine.upload import upload_columns
 
 _SLACK = 64
+_IDLE_BYTES = 64 * 2**20  # a buffer up to this size is kept while no row is there
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class CacheSpec:
     dtype: torch.dtype
     device: torch.device  # of the embeddings
     layer_devices: tuple[torch.device, ...] = ()  # where they are not all that one
+    context_length: int | None = None  # no row grows longer
 
     @property
     def column_bytes(self) -> int:
@@ -62,7 +65,7 @@ class RowCache(Cache):
         self.lengths: list[int] = []
         self.chains: list[Chain] = []
         self.start = self.end = 0
-        self._shared: list[Shared] | None = None
+        self._shared: dict[torch.device, list[Shared]] = {}
 
     @classmethod
     def for_prefill(cls, spec: CacheSpec, rows: int, prefix: int, columns: int) -> RowCache:
@@ -94,24 +97,19 @@ class RowCache(Cache):
         self.end += 1
         self.lengths = [length + 1 for length in self.lengths]
 
-    def mask(self) -> Tensor | None:
-        """(B, width + 1) bool for a decode step, its new column included; None when no row is padded."""
-        width = self.end - self.start
-        if all(length == width for length in self.lengths):
-            return None
-        lengths = torch.tensor(self.lengths).unsqueeze(1)  # (B, 1)
-        mask = torch.arange(width + 1) >= width - lengths
-        return mask.to(self.data.device)
-
     def positions(self) -> list[int]:
-        """The position of every row's next token: what is before it, shared or its own."""
-        return [tokens_of(chain) + length for chain, length in zip(self.chains, self.lengths, strict=True)]
+        """The position of every row's next token."""
+        return [self.position(row) for row in range(len(self.lengths))]
 
-    def shared(self) -> list[Shared]:
-        """The segments that rows have in common, for `attend`."""
-        if self._shared is None:
-            self._shared = shared_parts(self.chains, self.data.device)
-        return self._shared
+    def position(self, row: int) -> int:
+        """How many tokens a row has behind it, shared or its own."""
+        return tokens_of(self.chains[row]) + self.lengths[row]
+
+    def shared(self, device: torch.device) -> list[Shared]:
+        """The segments that rows have in common, for `attend` in a layer on `device`."""
+        if device not in self._shared:
+            self._shared[device] = shared_parts(self.chains, device)
+        return self._shared[device]
 
     def row(self, index: int) -> Tensor:
         """(layers, 2, kv_heads, length, head_dim) of a row's own columns, a view."""
@@ -127,7 +125,7 @@ class RowCache(Cache):
             row[..., self.end - length : self.end, :] = source[:, :, index, :, :length]
         self.lengths.extend(lengths)
         self.chains.extend(chains or [()] * len(lengths))
-        self._shared = None
+        self._shared = {}
         self._trim()
 
     def drop(self, row: int) -> None:
@@ -139,12 +137,18 @@ class RowCache(Cache):
             self.chains[row] = self.chains[last]
         self.lengths.pop()
         self.chains.pop()
-        self._shared = None
+        self._shared = {}
         self._trim()
 
     def make_room(self) -> None:
         """Guarantee a free column for the next step."""
         self._reserve(len(self.lengths), 0)
+
+    def release(self) -> None:
+        """Give the buffer's memory back when no row is left; a small one is kept for the next."""
+        if not self.lengths and self.data.nbytes > _IDLE_BYTES:
+            self.data = self.spec.empty(0, 0)
+            self.start = self.end = 0
 
     def _trim(self) -> None:
         self.start = self.end - max(self.lengths, default=0)
@@ -162,6 +166,8 @@ class RowCache(Cache):
         if rows > capacity:
             capacity = max(rows, 2 * capacity)
         columns = width + max(_SLACK, width // 2)
+        if self.spec.context_length is not None:
+            columns = max(width + 1, min(columns, self.spec.context_length))
         if self.budget is not None and capacity * columns * self.spec.column_bytes > self.budget:
             capacity = max(rows, rows_now)
             columns = max(width + 1, min(columns, self.budget // (capacity * self.spec.column_bytes)))
@@ -180,7 +186,7 @@ def shared_parts(chains: Sequence[Chain], device: torch.device) -> list[Shared]:
     parts = []
     for span, rows in found.items():
         together = rows[-1] - rows[0] == len(rows) - 1
-        where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=device)
+        where = slice(rows[0], rows[-1] + 1) if together else upload_columns([rows], device)[0]
         parts.append(Shared(where, span.data))
     return parts
 

@@ -17,21 +17,22 @@ from operator import index
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.engine import beams
 from llava.engine.cache import RowCache
 from llava.engine.features import FeatureEncoder
 from llava.engine.llama import open_language_model
+from llava.engine.memory import cache_bounds
 from llava.engine.pictures import identify
 from llava.engine.prefill import Prefiller, Prompt
 from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams, Statistics
-from llava.engine.sampling import choose, make_generator
+from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
 from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import tokenizer_image_token
 
-_MIB = 2**20
 _NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
 
 
@@ -50,25 +51,29 @@ class Job:
     keep: bool
     columns: int  # of keys and values, at most
     tokens: list[int] = field(default_factory=list)
+    read: int = 0  # tokens that were turned into text
 
-    def accept(self, token: int | None) -> FinishReason | None:
-        """Take the next token, None when there is none to be had; the reason if it was the last."""
-        if token is None:
+    def accept(self, token: int) -> FinishReason | None:
+        """Take the next token; the reason if it is known to be the last without looking at the text."""
+        if token == NO_TOKEN:
             return "error"
         self.tokens.append(token)
-        reason: FinishReason | None = None
         if token in self.end_ids:
-            reason = "stop"
-        else:
-            self.handle.push(self.stream.push(self.detokenizer.push(token)))
-            if self.stream.stopped:
-                reason = "stop"
-            elif len(self.tokens) >= self.max_new_tokens:
-                reason = "length"
-        return reason
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_new_tokens else None
+
+    def detokenize(self) -> bool:
+        """Turn new tokens into text and hand it over; true when a stop string has ended the answer."""
+        for token in self.tokens[self.read :]:
+            if token not in self.end_ids and not self.stream.stopped:
+                self.handle.push(self.stream.push(self.detokenizer.push(token)))
+        self.read = len(self.tokens)
+        return self.stream.stopped
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """Hand over the rest of the text and the completion."""
+        if self.detokenize() and reason == "length":
+            reason = "stop"
         self.handle.push(self.stream.push(self.detokenizer.flush(), final=True))
         self.handle.completion = Completion(
             self.stream.text, tuple(self.tokens), reason, self.handle.prompt_tokens, error
@@ -79,9 +84,9 @@ class Engine:
     """Continuous batching over one model; `model` is put in evaluation mode.
 
     `image_aspect_ratio` defaults to the model's own setting. `max_prefill_tokens` bounds what one forward computes of
-    prompts, and what running rows wait for between two of their tokens. `cache_bytes` bounds, each, the store of image
-    features and the store of prompt beginnings; `kv_bytes` the running rows' own keys and values, beyond which requests
-    wait (None: only batch size and context bound them).
+    prompts, and what running rows wait for between two of their tokens. `kv_cache_bytes` bounds the keys and values of
+    the running rows, beyond which requests wait; `prefix_cache_bytes` those of prompt prefixes, and
+    `feature_cache_bytes` the image features, that are kept for later requests (`llava.engine.memory` has the defaults).
 
     Threads may share an engine: they take turns in `step`, and in what calls it (`generate`, `stream`, a handle's
     `result`), and all of their requests share the batch. A new model's weights may be
@@ -97,8 +102,9 @@ class Engine:
         max_batch_size: int = 16,
         max_prefill_tokens: int = 8192,
         image_aspect_ratio: str | None = None,
-        cache_bytes: int = 512 * _MIB,
-        kv_bytes: int | None = None,
+        kv_cache_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
+        feature_cache_bytes: int | None = None,
     ) -> None:
         if max_batch_size < 1:
             raise ConfigError(f"The batch size is {max_batch_size}; it must be at least 1.")
@@ -107,16 +113,21 @@ class Engine:
         self.image_processor = image_processor
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
-        self.kv_bytes = kv_bytes
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
         self.lm = open_language_model(model)
         self.special = SpecialTokens(tokenizer, model.generation_config)
-        self.features = FeatureEncoder(model, image_processor, aspect_ratio=self.image_aspect_ratio, budget=cache_bytes)
-        self.prefiller = Prefiller(self.lm, self.features, max_tokens=max_prefill_tokens, prefix_budget=cache_bytes)
+        bounds = cache_bounds(self.lm.spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes)
+        self.kv_cache_bytes = bounds.kv
+        self.features = FeatureEncoder(
+            model, image_processor, aspect_ratio=self.image_aspect_ratio, budget=bounds.features
+        )
+        self.prefiller = Prefiller(self.lm, self.features, max_tokens=max_prefill_tokens, prefix_budget=bounds.prefix)
         self.generated_tokens = 0
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._cache = RowCache(self.lm.spec, budget=self.kv_bytes)
+        self._cache = RowCache(self.lm.spec, budget=self.kv_cache_bytes)
+        # While the device computes a step, the tokens of the one before become text; a CPU has no such time.
+        self._overlaps = self.lm.spec.device.type == "cuda"
         self._turn = threading.RLock()
 
     def submit(self, request: Request) -> Handle:
@@ -135,10 +146,11 @@ class Engine:
             )
         params = request.params
         new_tokens = min(params.max_new_tokens, context - length)
-        if self.kv_bytes is not None and (length + new_tokens) * self.lm.spec.column_bytes > self.kv_bytes:
+        if self.kv_cache_bytes is not None and (length + new_tokens) * self.lm.spec.column_bytes > self.kv_cache_bytes:
             raise RequestError(
-                f"The prompt of {length} tokens and {new_tokens} new ones need more memory than the {self.kv_bytes} "
-                "bytes set for keys and values; ask for fewer new tokens, or raise kv_bytes."
+                f"The prompt of {length} tokens and {new_tokens} new ones need more memory than the "
+                f"{self.kv_cache_bytes} bytes of the KV cache; ask for fewer new tokens, or raise --kv-cache-memory "
+                "(kv_cache_bytes)."
             )
         handle = Handle(self.step, length)
         job = Job(
@@ -164,7 +176,10 @@ class Engine:
             self._admit()
             if self._running:
                 self._decode()
-            return bool(self._running or self._waiting)
+            busy = bool(self._running or self._waiting)
+            if not busy:
+                self._cache.release()
+            return busy
 
     @property
     def running(self) -> int:
@@ -179,7 +194,7 @@ class Engine:
                     job.finish("error", error)
             self._running.clear()
             self._waiting.clear()
-            self._cache = RowCache(self.lm.spec, budget=self.kv_bytes)
+            self._cache = RowCache(self.lm.spec, budget=self.kv_cache_bytes)
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """Answer all requests, in order. `progress` is called with the number newly finished after each step.
@@ -283,7 +298,7 @@ class Engine:
                 break
             columns = max(columns, job.columns)
             bytes_needed = (len(self._running) + len(jobs) + 1) * columns * self.lm.spec.column_bytes
-            if self.kv_bytes is not None and bytes_needed > self.kv_bytes:
+            if self.kv_cache_bytes is not None and bytes_needed > self.kv_cache_bytes:
                 break
             jobs.append(self._waiting.popleft())
             before = job.prompt
@@ -302,8 +317,9 @@ class Engine:
                     beams.run(self.lm, self.prefiller, job)
             for part in self.prefiller.run([job.prompt for job in batch], expected):
                 self._cache.join(part.data, part.lengths, part.chains)
-                self._running.extend(batch[index] for index in part.indices)
-                self._accept(len(self._running) - len(part.indices), part.logits)
+                started = [batch[index] for index in part.indices]
+                self._running.extend(started)
+                self._accept(len(self._running) - len(started), _sampler(started).sample(part.logits))
         except Exception as error:
             for job in jobs:
                 if not job.handle.done and job not in self._running:
@@ -312,16 +328,29 @@ class Engine:
 
     def _decode(self) -> None:
         """One token for every running row."""
-        self._accept(0, self.lm.decode([job.tokens[-1] for job in self._running], self._cache))
+        sampler = _sampler(self._running)
+        logits = self.lm.decode([job.tokens[-1] for job in self._running], self._cache, sampler)
+        self._accept(0, sampler.sample(logits))
 
-    def _accept(self, first: int, logits: torch.Tensor) -> None:
-        """Choose the next token of rows `first` onwards from logits (n, V), and release rows that are done."""
+    def _accept(self, first: int, tokens: Tensor) -> None:
+        """Take the next `tokens` (n,) of rows `first` onwards, and release rows that are done.
+
+        With `_overlaps` the device is still computing them, and a stop string in the text of the last step's tokens is
+        found only now: then the row's new token is dropped.
+        """
         jobs = self._running[first:]
-        tokens = choose(logits, [job.params for job in jobs], [job.generator for job in jobs])
-        self.generated_tokens += len(tokens)
-        reasons = [job.accept(token) for job, token in zip(jobs, tokens, strict=True)]
+        if self._overlaps:
+            for job in jobs:
+                job.detokenize()
+        found = tokens.tolist()
         for offset in reversed(range(len(jobs))):
-            reason = reasons[offset]
+            job = jobs[offset]
+            reason: FinishReason | None = "stop"
+            if not job.stream.stopped:
+                self.generated_tokens += 1
+                reason = job.accept(found[offset])
+                if reason is None and not self._overlaps and job.detokenize():
+                    reason = "stop"
             if reason is not None:
                 self._release(first + offset, reason, _NOT_FINITE if reason == "error" else None)
 
@@ -329,8 +358,13 @@ class Engine:
         """Free a row; the last row takes its number, in the cache and here."""
         job = self._running[row]
         if job.keep and reason in ("stop", "length"):
-            self.prefiller.keep(job.prompt, job.tokens[:-1], self._cache.chains[row], self._cache.row(row))
+            cached = job.tokens[: self._cache.position(row) - job.handle.prompt_tokens]
+            self.prefiller.keep(job.prompt, cached, self._cache.chains[row], self._cache.row(row))
         self._cache.drop(row)
         self._running[row] = self._running[-1]
         self._running.pop()
         job.finish(reason, error)
+
+
+def _sampler(jobs: Sequence[Job]) -> Sampler:
+    return Sampler([job.params for job in jobs], [job.generator for job in jobs])

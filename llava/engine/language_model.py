@@ -1,6 +1,6 @@
 """The decoder and head of a causal language model, as the engine uses them, through the library's own forward.
 
-This serves every model. LLaMA, where it runs on one device, has a faster way in `llava.engine.llama`.
+This serves every model. LLaMA has a faster way in `llava.engine.llama`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from llava.engine.cache import CacheSpec, RowCache
+from llava.engine.packing import DecodeStep
 from llava.engine.prefixes import Chain, tokens_of
+from llava.engine.sampling import Sampler
+from llava.engine.upload import upload_columns
 
 
 class LanguageModel:
@@ -33,11 +36,13 @@ class LanguageModel:
             dtype=model.dtype,
             device=model.device,
             layer_devices=layer_devices(self.core, config.num_hidden_layers) if split else (),
+            context_length=self.context_length,
         )
 
-    def embed(self, ids: Sequence[int]) -> Tensor:
+    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Text tokens (T,) to embeddings (T, D)."""
-        embeddings: Tensor = self.core.get_input_embeddings()(torch.tensor(ids, device=self.spec.device))
+        at = ids if isinstance(ids, Tensor) else upload_columns([ids], self.spec.device)[0]
+        embeddings: Tensor = self.core.get_input_embeddings()(at)
         return embeddings
 
     def logits(self, states: Tensor) -> Tensor:
@@ -51,7 +56,7 @@ class LanguageModel:
         The data are (layers, 2, n, kv_heads, T, head_dim), every row from column 0.
         """
         behind = tokens_of(chains[0])
-        lengths = torch.tensor([len(row) for row in rows])
+        last = upload_columns([[len(row) - 1 for row in rows]], self.spec.device)[0]
         embeds = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (n, L, D)
         cache = RowCache.for_prefill(self.spec, len(rows), behind, behind + embeds.shape[1])
         for row, chain in enumerate(chains):
@@ -61,18 +66,20 @@ class LanguageModel:
                 at += span.tokens
         positions = torch.arange(behind, behind + embeds.shape[1], device=embeds.device).unsqueeze(0)
         states = self._forward(embeds, cache, positions)
-        return cache.data, states[torch.arange(len(rows)), lengths - 1]
+        return cache.data, states[torch.arange(len(rows), device=states.device), last.to(states.device)]
 
     def prefill_segment(self, row: Tensor, chain: Chain) -> Tensor:
         """Keys and values (layers, 2, kv_heads, L, head_dim) of embeddings (L, D) behind `chain`."""
         data, _ = self.prefill([row], [chain])
         return data[:, :, 0, :, tokens_of(chain) :].clone()
 
-    def decode(self, ids: Sequence[int], cache: RowCache) -> Tensor:
-        """The next token of every row: its keys and values join the cache, its logits (B, V) come back."""
-        cache.make_room()
-        positions = torch.tensor(cache.positions(), device=self.spec.device).unsqueeze(1)  # (B, 1)
-        states = self._forward(self.embed(ids).unsqueeze(1), cache, positions, cache.mask())
+    def decode(self, ids: Sequence[int], cache: RowCache, sampler: Sampler | None = None) -> Tensor:
+        """The next token of every row: its keys and values join the cache, its logits (B, V) come back.
+
+        What `sampler` needs on the device is uploaded on the way.
+        """
+        step = DecodeStep(ids, cache, sampler)
+        states = self._forward(self.embed(step.ids).unsqueeze(1), cache, step.positions.unsqueeze(1), step.visible())
         cache.advance()
         return self.logits(states[:, -1])
 

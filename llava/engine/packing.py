@@ -2,94 +2,147 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.engine.attention import attend
+from llava.engine.attention import Shared, aligned_mask, attend
 from llava.engine.cache import CacheSpec, RowCache, shared_parts
 from llava.engine.prefixes import Chain, tokens_of
+from llava.engine.sampling import Sampler
+from llava.engine.upload import Numbers, upload_columns
+
+
+@dataclass
+class _OnDevice:
+    """What attention needs on the device of a layer. `gather` (n * T,) are places in the pack, `real` (N,) places in
+    the rectangle; both are None where no row is padded."""
+
+    lengths: Tensor
+    gather: Tensor | None
+    real: Tensor | None
+    parts: list[Shared]
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PackedRows:
     """Rows of `lengths` tokens behind `chains`, packed one after the other (N tokens) for a prefill.
 
     `data` (layers, 2, n, kv_heads, T, head_dim) receives their keys and values; T is the longest row, and what lies
-    behind a shorter row's end repeats its last token: finite, and hidden from it by causality. `last` are the places of
-    the rows' last tokens.
+    behind a shorter row's end repeats its last token: finite, and hidden from it by causality. `positions` (N,) are
+    those of the tokens, `last` (n,) the places of the rows' last tokens in the pack, `end` the largest position + 1.
+    All indices are made on the host and uploaded once.
     """
 
     def __init__(self, spec: CacheSpec, lengths: Sequence[int], chains: Sequence[Chain]) -> None:
-        device = spec.device
-        count, longest = len(lengths), max(lengths)
-        self.lengths = torch.tensor(lengths, device=device)
-        self.even = min(lengths) == longest
-        self.data = spec.empty(count, longest)
+        self.lengths, self.chains, self.spec = list(lengths), chains, spec
+        self.longest = max(lengths)
+        self.even = min(lengths) == self.longest
+        self.data = spec.empty(len(lengths), self.longest)
         behind = [tokens_of(chain) for chain in chains]
-        self.positions = [first + at for first, length in zip(behind, lengths, strict=True) for at in range(length)]
-        starts = self.lengths.cumsum(0) - self.lengths
-        self.last = starts + self.lengths - 1  # (n,)
-        steps = torch.arange(longest, device=device)
-        self.gather = starts[:, None] + torch.minimum(steps, self.lengths[:, None] - 1)  # (n, T) places in the pack
-        self.real = steps < self.lengths[:, None]  # (n, T)
-        self.parts = shared_parts(chains, device)
-        zero = torch.zeros((), dtype=spec.dtype, device=device)
-        self.causal = zero.expand(longest, longest).masked_fill(steps > steps[:, None], -math.inf)  # (T, T)
-        self.ends = None if self.even else zero.expand(count, longest).masked_fill(~self.real, -math.inf)[:, None, None]
+        self.end = max(first + length for first, length in zip(behind, lengths, strict=True))
+        starts, total = [], 0
+        for length in lengths:
+            starts.append(total)
+            total += length
+        steps = torch.arange(self.longest)
+        ends = torch.tensor(self.lengths)
+        columns: list[Numbers] = [
+            torch.cat([steps[:length] + first for first, length in zip(behind, lengths, strict=True)]),
+            torch.tensor(starts) + ends - 1,
+            ends,
+        ]
+        if not self.even:
+            columns.append((torch.tensor(starts)[:, None] + torch.minimum(steps, ends[:, None] - 1)).flatten())
+            columns.append(torch.cat([steps[:length] + row * self.longest for row, length in enumerate(lengths)]))
+        self.positions, self.last, *self._uploaded = upload_columns(columns, spec.device)
+        self._places: dict[torch.device, _OnDevice] = {}
 
     def attention(self, layer: int, query: Tensor, keys_values: Tensor, last: bool) -> Tensor:
         """Queries (N, heads, head_dim), or with `last` those of the last tokens (n, …), to their contexts (N, D).
 
         `keys_values` (N, 2, kv_heads, head_dim) are stored on the way.
         """
-        count, longest = self.gather.shape
-        rows = self._rows(keys_values).permute(2, 0, 3, 1, 4)  # (2, n, kv_heads, T, head_dim)
-        self.data[layer] = rows
-        keys, values = self.data[layer]
+        places = self._on(query.device)
+        count, longest = len(self.lengths), self.longest
+        rows = self._rows(keys_values, places).permute(2, 0, 3, 1, 4)  # (2, n, kv_heads, T, head_dim)
+        stored = self.data[layer].copy_(rows)
+        keys, values = stored[0], stored[1]
         kv_heads, size = keys.shape[1], keys.shape[3]
         if last:
             if not len(query):
                 return query
             grouped = query.view(count, kv_heads, -1, size)
-            if self.parts:
-                out = attend(grouped, keys, values, self.ends, self.parts, layer)
+            mask = None if self.even else self._mask("ends", places)
+            if places.parts:
+                out = attend(grouped, keys, values, mask, places.parts, layer)
             else:
-                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.ends)
+                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
             return out.reshape(count, -1)
-        query = self._rows(query)  # (n, T, heads, head_dim)
+        query = self._rows(query, places)  # (n, T, heads, head_dim)
         group = query.shape[2] // kv_heads
-        if self.parts:
+        if places.parts:
             grouped = query.view(count, longest, kv_heads, group, size).permute(0, 2, 3, 1, 4)
             grouped = grouped.reshape(count, kv_heads, group * longest, size)
-            mask = self.causal.repeat(group, 1) if group > 1 else None
-            out = attend(grouped, keys, values, mask, self.parts, layer, causal=group == 1)
+            mask = self._mask("causal", places, group) if group > 1 else None
+            out = attend(grouped, keys, values, mask, places.parts, layer, causal=group == 1)
             out = out.reshape(count, kv_heads * group, longest, size)
         else:
             keys, values = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (keys, values))
             out = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, is_causal=longest > 1)
-        out = out.transpose(1, 2).reshape(count, longest, -1)  # (n, T, D)
-        return out.view(count * longest, -1) if self.even else out[self.real]
+        out = out.transpose(1, 2).reshape(count * longest, -1)  # (n * T, D)
+        return out if places.real is None else out.index_select(0, places.real)
 
-    def _rows(self, packed: Tensor) -> Tensor:
+    def _rows(self, packed: Tensor, places: _OnDevice) -> Tensor:
         """(N, …) to (n, T, …)."""
-        return packed.view(*self.gather.shape, *packed.shape[1:]) if self.even else packed[self.gather]
+        padded = packed if places.gather is None else packed.index_select(0, places.gather)
+        return padded.view(len(self.lengths), self.longest, *packed.shape[1:])
+
+    def _on(self, device: torch.device) -> _OnDevice:
+        if device not in self._places:
+            lengths, *padding = (one.to(device, non_blocking=True) for one in self._uploaded)
+            gather, real = padding or (None, None)
+            self._places[device] = _OnDevice(lengths, gather, real, shared_parts(self.chains, device))
+        return self._places[device]
+
+    def _mask(self, kind: str, places: _OnDevice, group: int = 1) -> Tensor:
+        """ "ends" hides what lies behind each row's end, (n, 1, 1, T); "causal" what lies behind each of the `group`
+        times T queries, (group * T, T)."""
+        if kind not in places.masks:
+            lengths, longest = places.lengths, self.longest
+            if kind == "ends":
+                last = lengths[:, None, None, None] - 1
+            else:
+                last = torch.arange(longest, dtype=torch.int32, device=lengths.device).repeat(group)[:, None]
+            places.masks[kind] = aligned_mask(lambda columns: columns <= last, longest, self.spec.dtype, lengths.device)
+        return places.masks[kind]
 
 
 class DecodeStep:
-    """One token a row, behind what the cache holds."""
+    """One new token a row, behind what the cache holds.
 
-    def __init__(self, cache: RowCache) -> None:
+    `ids` and `positions` (B,) lie on the device of the embeddings. With them travels what `sampler` needs of the host:
+    there is one upload a step.
+    """
+
+    def __init__(self, ids: Sequence[int], cache: RowCache, sampler: Sampler | None = None) -> None:
         cache.make_room()
         self.cache = cache
-        self.parts = cache.shared()
-        self.mask: Tensor | None = None
-        mask = cache.mask()
-        if mask is not None:
-            hidden = torch.zeros(mask.shape, dtype=cache.spec.dtype, device=mask.device).masked_fill(~mask, -math.inf)
-            self.mask = hidden[:, None, None]  # (B, 1, 1, W)
+        self.width = cache.end - cache.start + 1
+        self.end = max(cache.positions()) + 1
+        hidden = [self.width - 1 - length for length in cache.lengths]  # columns of other rows, on the left
+        columns: list[Numbers] = [ids, cache.positions(), *([hidden] if any(hidden) else [])]
+        device = cache.spec.device
+        sampled = sampler.columns() if sampler is not None and device.type == "cuda" else []
+        uploaded = upload_columns([*columns, *sampled], device)
+        self.ids, self.positions, *padding = uploaded[: len(columns)]
+        if sampler is not None and sampled:
+            sampler.receive(uploaded[len(columns) :])
+        self._hidden = padding[0] if padding else None
+        self._masks: dict[torch.device, Tensor | None] = {}
 
     def attention(self, layer: int, query: Tensor, keys_values: Tensor, last: bool) -> Tensor:
         """Queries (B, heads, head_dim) and new `keys_values` (B, 2, kv_heads, head_dim) to contexts (B, D)."""
@@ -98,8 +151,25 @@ class DecodeStep:
         rows[:, :, :, cache.end] = keys_values.transpose(0, 1)
         keys, values = rows[..., cache.start : cache.end + 1, :]
         grouped = query.view(count, keys.shape[1], -1, keys.shape[3])
-        if self.parts:
-            out = attend(grouped, keys, values, self.mask, self.parts, layer)
+        mask, parts = self._mask(query.device), cache.shared(query.device)
+        if parts:
+            out = attend(grouped, keys, values, mask, parts, layer)
         else:
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask)
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return out.reshape(count, -1)
+
+    def visible(self) -> Tensor | None:
+        """(B, W) bool: the columns each row sees, its new one included; None where no row is padded."""
+        if self._hidden is None:
+            return None
+        return torch.arange(self.width, dtype=torch.int32, device=self._hidden.device) >= self._hidden[:, None]
+
+    def _mask(self, device: torch.device) -> Tensor | None:
+        """`visible` as attention adds it, (B, 1, 1, W), on `device`."""
+        if device not in self._masks:
+            mask = None
+            if self._hidden is not None:
+                hidden = self._hidden.to(device, non_blocking=True)[:, None, None, None]
+                mask = aligned_mask(lambda columns: columns >= hidden, self.width, self.cache.spec.dtype, device)
+            self._masks[device] = mask
+        return self._masks[device]

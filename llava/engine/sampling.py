@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or temperature and nucleus sampling from a generator of the request's own."""
+"""Sampling of the next token: greedy, or temperature and top-p from a generator of the request's own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from llava.engine.request import SamplingParams
+from llava.engine.upload import upload_columns
 
+NO_TOKEN: Final = -1  # in place of a token where the logits are not finite
 _COLDEST: Final = 1e-6  # a float32 logit divided by less may not be finite any more
 
 
 def make_generator(params: SamplingParams) -> torch.Generator | None:
     """A CPU generator for a sampled request (seeded from the system when no seed is given), None for a greedy one.
 
-    One generator a request, on the CPU, so that neither neighbours in the batch nor the device change its draws.
+    Every request has its own, so that its neighbours in the batch do not change its draws.
     """
     if params.temperature == 0.0:
         return None
@@ -28,30 +30,96 @@ def make_generator(params: SamplingParams) -> torch.Generator | None:
     return generator
 
 
-def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Probabilities (V,) float32: softmax(logits / temperature) on the smallest top set of mass >= `top_p`.
+class Sampler:
+    """Chooses the next token of every row of one step.
+
+    On CUDA all rows are sampled together and the logits stay there: each request's generator gives one number, and
+    `columns` are what has to be uploaded, best together with the step's other numbers (`upload_columns`). Elsewhere
+    the sampled rows are processed one by one on the CPU.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]) -> None:
+        self.params = params
+        self.generators = generators
+        self._uploaded: Sequence[Tensor] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        return all(generator is None for generator in self.generators)
+
+    def columns(self) -> list[list[float]]:
+        """Temperature (0: greedy), top_p and a uniform draw in [0, 1) of every row; nothing for greedy rows alone."""
+        if self.is_greedy:
+            return []
+        draws = [0.0 if one is None else float(torch.rand((), generator=one)) for one in self.generators]
+        return [[float(one.temperature) for one in self.params], [float(one.top_p) for one in self.params], draws]
+
+    def receive(self, columns: Sequence[Tensor]) -> None:
+        """Take `columns` as tensors (B,) float32 on the device of the logits."""
+        self._uploaded = columns
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Tokens (B,) int64 from logits (B, V), on their device; `NO_TOKEN` where the largest is no finite number."""
+        best = logits.argmax(dim=-1)  # (B,); a NaN counts as the largest
+        finite = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite()
+        tokens = best
+        if not self.is_greedy and logits.is_cuda:
+            columns = self._uploaded or upload_columns(self.columns(), logits.device)
+            temperature, top_p, draws = (one.to(logits.device, non_blocking=True) for one in columns)
+            tokens = torch.where(temperature > 0, sample_top_p(logits, temperature, top_p, draws), best)
+        elif not self.is_greedy:
+            rows = zip(best.tolist(), finite.tolist(), logits.cpu(), self.params, self.generators, strict=True)
+            tokens = torch.tensor(
+                [
+                    token if generator is None or not known else _draw(row, options, generator)
+                    for token, known, row, options, generator in rows
+                ],
+                device=logits.device,
+            )
+        return tokens.masked_fill_(~finite, NO_TOKEN)
+
+
+def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
+    """One token (B,) of every row of `logits` (B, V) by inverse transform sampling, without leaving the device.
+
+    `temperature`, `top_p` and `draws`, uniform in [0, 1), are (B,) float32.
+    """
+    probabilities = torch.softmax(logits.float() / temperature.clamp(min=_COLDEST).unsqueeze(-1), dim=-1)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered  # mass of the strictly more probable tokens
+    outside = (before >= top_p.unsqueeze(-1)) & (top_p < 1.0).unsqueeze(-1)
+    mass = ordered.masked_fill(outside, 0.0).cumsum(-1)  # (B, V), flat behind the last token kept
+    total = mass[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding may lift a draw to the total itself
+    target = torch.minimum(draws.unsqueeze(-1) * total, below)
+    at = torch.searchsorted(mass, target, right=True).clamp_(max=logits.shape[-1] - 1)  # NaN is past the end
+    return order.gather(-1, at).squeeze(-1)
+
+
+def _draw(logits: Tensor, options: SamplingParams, generator: torch.Generator) -> int:
+    """One token of a row of `logits` (V,) on the CPU: what `torch.multinomial` draws, the seed being the same.
+
+    It divides every probability by an exponential number and takes the largest quotient. The generator gives a number
+    for every token; only those of the tokens that are left are made exponential, which is most of its time.
+    """
+    tokens, probabilities = top_p_candidates(logits, options.temperature, options.top_p)
+    uniform = torch.rand(len(logits), dtype=torch.float64, generator=generator)
+    exponential = torch.log1p(-uniform[tokens]).neg_().float()
+    return int(tokens[(probabilities / exponential).argmax()])
+
+
+def top_p_candidates(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """The smallest set of tokens (K,) whose softmax(logits / temperature) sums to `top_p` or more, and its summands.
 
     The most probable token always stays (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
     """
     probabilities = torch.softmax(logits.float() / max(temperature, _COLDEST), dim=-1)  # (V,)
     if top_p >= 1.0:
-        return probabilities
-    ordered, order = probabilities.sort(descending=True, stable=True)
+        return torch.arange(len(probabilities)), probabilities
+    # Tokens below (1 - top_p) / V weigh less than 1 - top_p together, so all of them lie outside the set and need no
+    # sorting; half of it leaves room for rounding.
+    candidates = (probabilities >= 0.5 * (1.0 - top_p) / len(probabilities)).nonzero().squeeze(-1)
+    ordered, order = probabilities[candidates].sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the strictly more probable tokens
-    ordered = ordered.masked_fill(before >= top_p, 0.0)
-    kept = torch.zeros_like(probabilities).scatter_(0, order, ordered)
-    return kept / kept.sum()
-
-
-def choose(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]
-) -> list[int | None]:
-    """Next token of every row from logits (B, V); None for a row whose largest logit is no finite number."""
-    best = logits.argmax(dim=-1)  # (B,); a NaN counts as the largest
-    finite = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite().tolist()
-    tokens = [token if known else None for token, known in zip(best.tolist(), finite, strict=True)]
-    for row, (options, generator) in enumerate(zip(params, generators, strict=True)):
-        if generator is not None and tokens[row] is not None:
-            probabilities = nucleus(logits[row].cpu(), options.temperature, options.top_p)
-            tokens[row] = int(torch.multinomial(probabilities, 1, generator=generator))
-    return tokens
+    inside = before < top_p
+    return candidates[order[inside]], ordered[inside]

@@ -38,6 +38,7 @@ class SplitLayers:
 
     def __getitem__(self, index: Any) -> Any:
         """One layer's tensor for a whole number in the first place, else all layers'."""
+        index = index if isinstance(index, tuple) else (index,)
         layer = index[0]
         if not isinstance(layer, int):
             return SplitLayers([part[index] for part in self.parts])

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from llava.conversation import get_template, template_for
 from llava.engine import Engine, SamplingParams, load_engine
+from llava.engine.memory import add_cache_flags, cache_options
 from llava.errors import ConfigError
 from llava.eval.endpoint import address, only_model
 from llava.eval.remote import RemoteModel
@@ -27,6 +28,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, required: bool = True) -
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
     add_loading_flags(parser)
+    add_cache_flags(parser)
     parser.add_argument("--conv-mode", help="template name (default: the one the checkpoint was trained with)")
     parser.add_argument(
         "--image-aspect-ratio",
@@ -113,6 +115,7 @@ def build_engine(args: argparse.Namespace, progress: Callable[[float], None] | N
         load_4bit=args.load_4bit,
         max_batch_size=args.batch_size,
         image_aspect_ratio=aspect,
+        **cache_options(args),
         loading={**loading_options(args), "progress": progress},
     )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from llava.engine.cache import BoundedStore, CacheSpec, RowCache
+from llava.engine.packing import DecodeStep
 
 SPEC = CacheSpec(layers=2, kv_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -19,9 +22,8 @@ def content(cache: RowCache, row: int) -> Tensor:
 
 def step(cache: RowCache, rows: list[Tensor]) -> None:
     """Write a new column for every row through `update`, as the model does, checking what attention would see."""
-    cache.make_room()
+    mask = DecodeStep([0] * len(rows), cache).visible()
     new = torch.randn(2, 2, len(rows), 1, 1, 2)  # (layers, 2, B, H, 1, D)
-    mask = cache.mask()
     for layer in range(2):
         keys, values = cache.update(new[layer, 0], new[layer, 1], layer)
         assert keys.shape[-2] == cache.get_seq_length() + 1
@@ -79,6 +81,30 @@ def test_an_idle_cache_is_reused() -> None:
         cache.drop(0)
     cache.join(torch.randn(2, 2, 3, 1, 60, 2), [60, 1, 2])
     assert cache.data.data_ptr() == buffer and cache.lengths == [60, 1, 2]
+
+
+def test_no_column_lies_beyond_the_context() -> None:
+    cache = RowCache(replace(SPEC, context_length=100))
+    cache.join(torch.randn(2, 2, 2, 1, 70, 2), [70, 10])
+    assert cache.data.shape[4] == 100  # not 70 * 1.5
+    for _ in range(30):
+        cache.make_room()
+        cache.advance()
+    assert cache.lengths == [100, 40] and cache.data.shape[4] == 100
+
+
+def test_an_empty_cache_releases_a_large_buffer() -> None:
+    large = CacheSpec(layers=2, kv_heads=8, head_dim=1024, dtype=torch.float32, device=torch.device("cpu"))
+    for spec, kept in ((SPEC, True), (large, False)):
+        cache = RowCache(spec)
+        cache.join(spec.empty(1, 1000), [1000])
+        cache.release()
+        assert cache.data.nbytes > 0, "a row is left"
+        cache.drop(0)
+        cache.release()
+        assert (cache.data.nbytes > 0) is kept
+        cache.join(spec.empty(1, 5), [5])
+        assert cache.lengths == [5]
 
 
 def test_store_keeps_to_its_budget() -> None:

@@ -73,7 +73,7 @@ def test_logits_are_the_librarys(variant: str) -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
-    """By the CPU's kernel, and by scores, as on other devices, for a few heads at a time."""
+    """By the CPU's kernel, and from materialised scores, as on other devices, for a few heads at a time."""
     rows, kv_heads, queries, width = (data.draw(st.integers(1, top)) for top in (4, 3, 4, 5))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     query = torch.randn(rows, kv_heads, queries, 8)
@@ -89,7 +89,7 @@ def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
     lengths = [width] * rows if causal else lengths
     given = (query, own[0], own[1], None if causal else mask, shared, 0)
     got = attend(*given, causal=causal)
-    with mock.patch.multiple(attention, _flash=None, _SCORES=40):
+    with mock.patch.multiple(attention, _cpu_flash=None, _SCORES=40):
         torch.testing.assert_close(attend(*given, causal=causal), got)
     for row, length in enumerate(lengths):
         keys, values = own[:, row, :, :length]
@@ -105,9 +105,6 @@ def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
 def test_the_librarys_forward_serves_the_rest() -> None:
     eager = make_model(attn_implementation="eager")
     assert type(open_language_model(eager)) is LanguageModel
-    spread = make_model()
-    spread.hf_device_map = {"": "cpu"}
-    assert type(open_language_model(spread)) is LanguageModel
     hooked = make_model()
     hooked.model.layers[1]._hf_hook = object()
     assert type(open_language_model(hooked)) is LanguageModel
