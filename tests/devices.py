@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.cuda import events as events_
 from tests.cuda.events import Events, Kind
-from tests.cuda.kernels import KERNELS
+from tests.cuda.kernels import KERNELS, check_capability
 
 GIB = 2**30
 COPIES = ("aten::_to_copy", "aten::copy_")
@@ -157,13 +157,13 @@ class Card:
         finally:
             self.recorders[:] = [one for one in self.recorders if one is not found]
 
-    def note(self, kind: Kind, what: str) -> None:
-        """Record an event; every kind but uploads and copies between cards completes what is in flight."""
+    def note(self, kind: Kind, what: str, *, waits: bool = True) -> None:
+        """Record an event; one that the host waits for completes what is in flight."""
         if self.recorders:
             place = events_.place(kind, what)
             for recorder in self.recorders:
                 recorder.append(place)
-        if kind not in ("upload", "peer"):
+        if waits:
             self.complete()
 
     def complete(self) -> None:
@@ -258,6 +258,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden = events_.hidden_sync(func, args, kwargs)
         if hidden is not None:
             card.note(*hidden)
+    if func in KERNELS:
+        check_capability(func, card.capability, ours[0].dtype)
     run = KERNELS.get(func, func)
     with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
         result = run(*change(args, inner), **{key: change(value, inner) for key, value in kwargs.items()})
@@ -308,20 +310,20 @@ def copied(
     if there == here or empty:
         return
     if there is not None and here is not None:
-        card.note("peer", f"{here} to {there}")
+        card.note("peer", f"{here} to {there}", waits=False)
     elif there is not None:
         direct = same_dtype and source.is_contiguous()  # otherwise torch converts on the host first, into new memory
         if card.is_pinned(source) and non_blocking and direct:
-            card.note("upload", name)
+            card.note("upload", name, waits=False)
             card.leaving.append((source, source.clone(), "upload"))
         elif card.is_pinned(source) and direct:
             card.note("sync", "pinned upload without non_blocking")
         else:
             card.note("sync", "pageable upload" if not card.is_pinned(source) else "upload that converts on the host")
     else:
-        card.note("download", name)
-        asynchronous = non_blocking and same_dtype and (name == "aten::_to_copy" or card.is_pinned(to))
-        if asynchronous and to.is_contiguous():
+        direct = same_dtype and to.is_contiguous() and (name == "aten::_to_copy" or card.is_pinned(to))
+        card.note("download", name, waits=not (non_blocking and direct))
+        if non_blocking and direct:
             with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
                 card.arriving.append((to, to.clone()))
                 to.fill_(math.nan if to.is_floating_point() else -(2**6) if to.dtype != torch.bool else True)

@@ -141,3 +141,9 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention.default: flash,
     aten._scaled_dot_product_efficient_attention.default: efficient,
 }
+
+
+def check_capability(func: Any, capability: tuple[int, int], dtype: torch.dtype) -> None:
+    """Cards older than Ampere have no FlashAttention, and no fused attention in bfloat16."""
+    if capability < (8, 0) and (KERNELS[func] is flash or dtype == torch.bfloat16):
+        raise RuntimeError(f"{func} in {dtype} needs an Ampere GPU or newer; this card is {capability}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from llava.engine import Engine, Request, SamplingParams
-from llava.model.builder import load_pretrained_model
+from llava.engine.sampling import Sampler, sample_top_p
+from llava.placement import FREE_FOR_WEIGHTS
 from llava.serve.chat_session import ChatSession
 from tests import devices
 from tests.cuda.conftest import KINDS, load
@@ -23,9 +25,17 @@ IMAGE = Image.new("RGB", (60, 40), (200, 30, 60))
 QUESTIONS = ("What color is the shape?", "Is there a circle?", "Why? Describe the image.", "What is it?", "Name it.")
 
 
+def sample_together(self: Sampler, logits: Tensor) -> Tensor:
+    """What a `Sampler` does on CUDA, where a seed does not give the tokens that it gives on the CPU."""
+    columns = [torch.tensor(column) for column in self.columns()]
+    best = logits.argmax(dim=-1)
+    return torch.where(columns[0] > 0, sample_top_p(logits, *columns), best) if columns else best
+
+
 def on_both(run: Callable[[str], Any]) -> tuple[Any, Any]:
     """What `run(device)` gives on the CPU, and on a pretended card."""
-    expected = run("cpu")
+    with mock.patch.object(Sampler, "sample", sample_together):
+        expected = run("cpu")
     with devices.pretended_cuda():
         return expected, run("cuda")
 
@@ -57,7 +67,7 @@ def answers(engine: Engine) -> dict[str, Any]:
     return {
         "greedy": [one.token_ids for one in engine.generate(batch())],
         "sampled": [one.token_ids for one in engine.generate(batch(temperature=0.9, top_p=0.8))],
-        "stream": list(engine.stream(Request("<image> Stream this.", [PIXELS[2]], SamplingParams(max_new_tokens=8)))),
+        "stream": "".join(engine.stream(Request("<image> Say.", [PIXELS[2]], SamplingParams(max_new_tokens=8)))),
         "chat": two_turns(engine),
         "beams": [one.token_ids for one in engine.generate([beams])],
     }
@@ -129,12 +139,11 @@ def test_a_model_spread_over_cards(checkpoints: Checkpoints) -> None:
     """The loader chooses cards by their free memory; every layer's keys and values stay on its card."""
     model, tokenizer, processor = load(checkpoints, "llama sdpa", "cpu")
     expected = [one.token_ids for one in Engine(model, tokenizer, processor).generate(batch())]
-    size = sum(parameter.nbytes for parameter in model.parameters())
     with devices.pretended_cuda(count=4) as card:
-        card.free_bytes = dict.fromkeys(range(4), int(0.6 * size))
+        room = {0: 340_000, 1: 130_000, 2: 230_000, 3: 0}  # tower, projector and embeddings; a layer; the other one
+        card.free_bytes = {index: int(size / FREE_FOR_WEIGHTS) for index, size in room.items()}
         model, tokenizer, processor = load(checkpoints, "llama sdpa", "cuda")
-        used = {str(parameter.device) for parameter in model.parameters()}
-        assert len(used) > 1
+        assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:0", "cuda:1", "cuda:2"}
         engine = Engine(model, tokenizer, processor)
         assert [one.token_ids for one in engine.generate(batch())] == expected
-        assert len({str(place) for place in engine.lm.spec.layer_devices}) > 1
+        assert [str(place) for place in engine.lm.spec.layer_devices] == ["cuda:1", "cuda:2"]
