@@ -62,9 +62,7 @@ def steady_steps(engine: Engine, given: Sequence[Request], card: devices.Card, c
 @pytest.mark.parametrize("prefix", ["own", "text", "images"])
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("count", [1, 4, 16])
-def test_one_upload_and_one_download(
-    parts: Parts, card: devices.Card, count: int, sampling: str, prefix: str
-) -> None:
+def test_one_upload_and_one_download(parts: Parts, card: devices.Card, count: int, sampling: str, prefix: str) -> None:
     engine = Engine(*parts, max_batch_size=16)
     steps = steady_steps(engine, requests(count, prefix, sampling), card)
     assert steps, "no step without a request that starts or ends"
