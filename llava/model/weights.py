@@ -88,7 +88,7 @@ def _set_tensor(
 ) -> None:
     """Replace the parameter or buffer `name` by `value` on `device`, in `dtype` (integers and booleans keep theirs).
 
-    On CUDA `uploader` copies it asynchronously. On a CPU a `value` of `dtype` is used itself, so that a memory-mapped file
+    On CUDA `uploader` copies it asynchronously. On a CPU a `value` of `dtype` is used itself, so a memory-mapped file
     is read only when the model runs.
     """
     if device.type != "cuda":
