@@ -70,8 +70,8 @@ def supports_bfloat16(device: torch.device) -> bool:
 
     PyTorch's own check also counts the slow emulation of older cards (V100, T4), and looks at the current device.
     """
-    if False:
-        return torch.cuda.is_bf16_supported()
+    if torch.version.hip:
+        return bool(torch.cuda.is_bf16_supported())
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -60,26 +60,25 @@ def test_with_a_gpu(ampere: None) -> None:
     assert resolve_attention(CUDA, torch.bfloat16, "flash_attention_2") == "flash_attention_2"
 
 
-def test_to_device_pins_only_what_goes_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_device_pins_only_what_goes_from_the_cpu_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    tensor, pinned, there = torch.arange(6.0), torch.arange(6.0), torch.arange(6.0)
+    tensor, pinned, there = torch.arange(6.0), torch.arange(6.0), torch.empty(6, device="meta")
 
     def to(self: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
-        assert self is (pinned if device.type == "cuda" else tensor)
-        calls.append(f"to {device} {non_blocking}")
+        source = "pinned" if self is pinned else str(self.device)
+        calls.append(f"{source} to {device}, {non_blocking}")
         return there
 
     def pin(self: torch.Tensor) -> torch.Tensor:
         assert self is tensor
-        calls.append("pin")
         return pinned
 
     assert to_device(tensor, CPU) is tensor
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch.Tensor, "to", to)
-    assert to_device(tensor, CUDA) is there
-    assert to_device(tensor, torch.device("mps")) is there
-    assert calls == ["pin", "to cuda True", "to mps False"]
+    for source, device in ((tensor, CUDA), (tensor, torch.device("mps")), (there, CUDA)):
+        assert to_device(source, device) is there
+    assert calls == ["pinned to cuda, True", "cpu to mps, False", "meta to cuda, False"]
 
 
 def test_bfloat16_is_a_matter_of_the_chosen_card(monkeypatch: pytest.MonkeyPatch) -> None:

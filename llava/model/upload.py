@@ -28,7 +28,7 @@ class CudaStaging:
 
     def record(self, device: torch.device) -> Event:
         """An event behind the work queued so far on the current stream of `device`."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
 
@@ -58,7 +58,8 @@ class PinnedUploader:
 
     Two buffers of `buffer_bytes` take turns: while copies out of one are in flight, the other is filled. Small tensors
     share a buffer and large ones are split, so the host waits only when it is a whole buffer ahead of the device.
-    Buffers are allocated when first used.
+    Buffers are allocated when first used. An uploader may be dropped without `finish`: PyTorch does not reuse pinned
+    memory before the copies out of it are done.
     """
 
     def __init__(self, buffer_bytes: int = BUFFER_BYTES, staging: CudaStaging | None = None) -> None:
