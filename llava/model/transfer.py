@@ -1,4 +1,4 @@
-"""Host-device transfers of small integer tensors, batched so that a step waits for the device at most once."""
+"""Transfers of small tensors and numbers between host and device, batched so that the host waits at most once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from llava.placement import to_device
+
+Numbers = Sequence[int] | Sequence[float] | Tensor
+
+_ALIGNMENT = 8  # bytes; the largest element that is sent
 
 
 def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -23,14 +29,33 @@ def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy integer or boolean CPU tensors of any shape to `device` in a single transfer; dtypes are kept.
+    """Copy CPU tensors of any shapes and dtypes to `device`.
 
-    On CUDA the host does not wait: the driver stages pageable memory before the call returns, so the source may be
-    freed at once. Other backends may read the source later and copy synchronously.
+    To CUDA they travel as one pinned buffer, and the host does not wait.
     """
-    if device.type == "cpu":
-        return list(tensors)
-    joined = torch.cat([tensor.reshape(-1).long() for tensor in tensors])
-    sent = joined.to(device, non_blocking=device.type == "cuda")
-    parts = torch.split(sent, [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+    if device.type != "cuda" or not tensors:
+        return [tensor.to(device) for tensor in tensors]
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    sizes = [-(-len(part) // _ALIGNMENT) * _ALIGNMENT for part in parts]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8)
+    for part, room in zip(parts, torch.split(packed, sizes), strict=True):
+        room[: len(part)] = part
+    sent = torch.split(to_device(packed, device), sizes)
+    return [
+        room[: len(part)].view(tensor.dtype).view(tensor.shape)
+        for tensor, part, room in zip(tensors, parts, sent, strict=True)
+    ]
+
+
+def upload_columns(columns: Sequence[Numbers], device: torch.device) -> list[Tensor]:
+    """Copy `columns` of numbers, each of a length of its own, to `device` as `upload` does.
+
+    Floats become float32; integers int64, and int32 on CUDA, which takes such indices too.
+    """
+    integers = torch.int32 if device.type == "cuda" else torch.int64
+    tensors = [torch.as_tensor(one, dtype=torch.float32 if _is_float(one) else integers) for one in columns]
+    return upload(tensors, device)
+
+
+def _is_float(column: Numbers) -> bool:
+    return column.is_floating_point() if isinstance(column, Tensor) else isinstance(column[0], float)

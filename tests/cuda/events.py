@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = str(ROOT / "llava") + "/"
 LIBRARY = str(Path(torch.__file__).parent) + "/"
-HELPERS = (PACKAGE + "placement.py", PACKAGE + "engine/upload.py")  # what these copy is the caller's doing
+HELPERS = (PACKAGE + "placement.py", PACKAGE + "model/transfer.py")  # what these copy is the caller's doing
 HERE = (f"{ROOT}/tests/devices.py", f"{ROOT}/tests/cuda/events.py", f"{ROOT}/tests/cuda/kernels.py")
 
 Kind = Literal["upload", "download", "sync", "wait", "peer"]

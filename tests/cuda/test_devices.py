@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.splice import splice_row
+from llava.model.splice import check_slots
 from tests import devices
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -159,7 +159,7 @@ def test_an_event_has_its_place(card: devices.Card) -> None:
     x = rand(4)
     with card.record() as found:
         x[x > 0.5]
-        splice_row(rand(3, 2), torch.arange(3, device="cuda") == 1, [rand(2, 2)])
+        check_slots(torch.arange(3, device="cuda").unsqueeze(0), 1)
     assert [(place.kind, place.file) for place in found[:1]] == [("sync", HERE)]
     assert found[0].line == line_of("x[x > 0.5]") and "boolean mask" in found[0].what
     assert {place.file for place in found[1:]} == {"llava/model/splice.py"} and len(found.downloads) == 1
