@@ -20,7 +20,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
 
@@ -81,6 +80,21 @@ def test_to_device_pins_only_what_goes_to_cuda(monkeypatch: pytest.MonkeyPatch) 
     assert to_device(tensor, CUDA) is there
     assert to_device(tensor, torch.device("mps")) is there
     assert calls == ["pin", "to cuda True", "to mps False"]
+
+
+def test_bfloat16_is_a_matter_of_the_chosen_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current device, nor of PyTorch's own check, which is true of cards that emulate it."""
+    cards = {0: (8, 0), 1: (7, 0), 2: (7, 5), 3: (9, 0)}  # A100, V100, T4, H100
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[device.index or 0])
+    found = {index: resolve_dtype(torch.device("cuda", index), "auto", torch.bfloat16) for index in cards}
+    assert found == {0: torch.bfloat16, 1: torch.float16, 2: torch.float16, 3: torch.bfloat16}
+    assert resolve_dtype(CUDA, None, torch.bfloat16) is torch.bfloat16
+    assert resolve_dtype(torch.device("cuda:1"), "bfloat16") is torch.bfloat16  # as requested
+    assert resolve_dtype(torch.device("mps"), None, torch.bfloat16) is torch.float16
+    monkeypatch.setattr(torch.version, "hip", "6.2")  # AMD numbers its architectures in its own way
+    assert resolve_dtype(torch.device("cuda:1"), None, torch.bfloat16) is torch.bfloat16
 
 
 def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ class PackedRows:
             if kind == "ends":
                 last = lengths[:, None, None, None] - 1
             else:
-                last = torch.arange(longest, dtype=torch.int32, device=lengths.device).repeat(group)[:, None]
+                last = torch.arange(longest, device=lengths.device).repeat(group)[:, None]
             places.masks[kind] = aligned_mask(lambda columns: columns <= last, longest, self.spec.dtype, lengths.device)
         return places.masks[kind]
 
@@ -162,7 +162,7 @@ class DecodeStep:
         """(B, W) bool: the columns each row sees, its new one included; None where no row is padded."""
         if self._hidden is None:
             return None
-        return torch.arange(self.width, dtype=torch.int32, device=self._hidden.device) >= self._hidden[:, None]
+        return torch.arange(self.width, device=self._hidden.device) >= self._hidden[:, None]
 
     def _mask(self, device: torch.device) -> Tensor | None:
         """`visible` as attention adds it, (B, 1, 1, W), on `device`."""
