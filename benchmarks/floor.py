@@ -144,9 +144,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one picture with its questions needs at least: tokens by the stage they pass through.
+    """What one image with its questions needs at least: tokens by the stage they pass through.
 
-    `prefix` is system prompt and picture, once; `own` all tokens of the questions that are nowhere else; `answers` the
+    `prefix` is system prompt and image, once; `own` all tokens of the questions that are nowhere else; `answers` the
     questions; `steps` the decode steps after the first token, each reading all weights once for the whole batch.
     """
 
