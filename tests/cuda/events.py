@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = str(ROOT / "llava") + "/"
 LIBRARY = str(Path(torch.__file__).parent) + "/"
 HELPERS = (PACKAGE + "placement.py", PACKAGE + "engine/upload.py")  # what these copy is the caller's doing
-HERE = (str(Path(__file__).parent / "events.py"), str(Path(__file__).parent / "kernels.py"), str(ROOT / "tests/devices.py"))  # fmt: skip
+HERE = (f"{ROOT}/tests/devices.py", f"{ROOT}/tests/cuda/events.py", f"{ROOT}/tests/cuda/kernels.py")
 
 Kind = Literal["upload", "download", "sync", "wait", "peer"]
 """

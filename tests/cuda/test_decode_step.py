@@ -62,15 +62,24 @@ def steady_steps(engine: Engine, given: Sequence[Request], card: devices.Card, c
 @pytest.mark.parametrize("prefix", ["own", "text", "images"])
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("count", [1, 4, 16])
-def test_one_upload_and_one_download(
-    parts: Parts, card: devices.Card, count: int, sampling: str, prefix: str
-) -> None:
+def test_one_upload_and_one_download(parts: Parts, card: devices.Card, count: int, sampling: str, prefix: str) -> None:
     engine = Engine(*parts, max_batch_size=16)
     steps = steady_steps(engine, requests(count, prefix, sampling), card)
     assert steps, "no step without a request that starts or ends"
     for events in steps:
         counts = (len(events.uploads), len(events.downloads), len(events.syncs))
         assert counts == (1, 1, 0) and len(events.waits) <= 1, f"\n{events.table()}"
+
+
+@pytest.mark.parametrize("kind", ["llama eager", "mpt"])
+def test_the_librarys_forward_waits_no_more(
+    checkpoints: dict[str, tuple[Path, Any]], card: devices.Card, kind: str
+) -> None:
+    engine = Engine(*load(checkpoints, kind, "cuda"))
+    steps = steady_steps(engine, requests(4, "images", "sampled"), card)
+    assert steps
+    for events in steps:
+        assert (len(events.uploads), len(events.downloads), len(events.syncs)) == (1, 1, 0), f"\n{events.table()}"
 
 
 def test_a_steady_step_is_found(parts: Parts, card: devices.Card) -> None:

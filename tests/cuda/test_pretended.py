@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.engine import Engine, Request, SamplingParams
+from llava.engine import Engine, Request, SamplingParams, attention
 from llava.engine.sampling import Sampler, sample_top_p
 from llava.placement import FREE_FOR_WEIGHTS
 from llava.serve.chat_session import ChatSession
@@ -133,6 +133,35 @@ def test_bfloat16(checkpoints: Checkpoints) -> None:
 
     expected, got = on_both(run)
     assert got == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "kernels"),
+    [
+        ("float32", (9, 0), {"efficient"}),
+        ("bfloat16", (9, 0), {"efficient", "flash"}),
+        ("float16", (7, 5), {"efficient"}),
+    ],
+)
+def test_shared_prefixes_run_on_fused_kernels(
+    checkpoints: Checkpoints, dtype: str, capability: tuple[int, int], kernels: set[str]
+) -> None:
+    """And nothing is left to the fallback that materialises scores, whose tokens would be the same."""
+    ran: set[str] = set()
+
+    def counted(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (ran.add(kernel.__name__), kernel(*args, **kwargs))[1]
+
+    attention._is_ampere.cache_clear()
+    fallback = mock.patch.object(attention, "attention_from_scores", side_effect=AssertionError("the fallback ran"))
+    counting = mock.patch.dict(devices.KERNELS, {name: counted(kernel) for name, kernel in devices.KERNELS.items()})
+    with devices.pretended_cuda() as card, fallback, counting:
+        card.capability = capability
+        model, tokenizer, processor = load(checkpoints, "llama sdpa", "cuda", dtype=dtype)
+        engine = Engine(model, tokenizer, processor)
+        engine.generate(batch())
+        assert engine.statistics().prefix_bytes > 0 and ran == kernels
+    attention._is_ampere.cache_clear()
 
 
 def test_a_model_spread_over_cards(checkpoints: Checkpoints) -> None:

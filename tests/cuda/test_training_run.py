@@ -52,5 +52,7 @@ def test_a_run(tiny_dirs: dict[str, Path], data: Path, tmp_path: Path, stage: in
     assert len(losses) == 3 and found == pytest.approx(losses, abs=2e-4)
     assert tensors.keys() == weights.keys()
     for name, value in weights.items():
-        torch.testing.assert_close(tensors[name], value, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            tensors[name], value, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert events.downloads and {type(tensor) for tensor in tensors.values()} == {torch.Tensor}
