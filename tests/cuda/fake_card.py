@@ -37,7 +37,7 @@ def fake_card(patch: pytest.MonkeyPatch) -> FakeTensorMode:
     for name, value in described.items():
         patch.setattr(torch.cuda, name, lambda *args, _value=value, **kwargs: _value)
     patch.setattr(fake_tensor, "init_gpu_context", lambda device: None, raising=False)
-    patch.setattr(FakeTensorMode, "avoid_device_init", True)
+    patch.setattr(FakeTensorMode, "avoid_device_init", True, raising=False)
     patch.setattr(Tensor, "pin_memory", lambda self, device=None: self)
     patch.setattr(F, "scaled_dot_product_attention", fused_attention)
     patch.setattr(attention, "_cuda_efficient", efficient_attention)
