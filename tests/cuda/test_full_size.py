@@ -29,7 +29,7 @@ from llava.train.flops import Learns, Shape, shape_of, step_flops
 from tests.cuda.fake_card import fake_card
 
 ROWS = 16
-OWN = 704  # tokens of a row after the step: an image of 336 px, 64 of text, 64 generated
+OWN = 701  # tokens of a row after the step: an image of 336 px, text, an answer; no multiple of 16
 EVEN = [OWN - 1] * ROWS
 MIXED = [*EVEN[1:], 600]  # a row that is shorter than the others needs a mask
 PREFIXES = (640, 104)  # tokens of two segments that all rows stand behind
@@ -179,5 +179,5 @@ def test_the_tower_computes_what_its_floor_says(card: Card, images: int, pixels:
 
 def test_the_tower_is_bound_by_its_products(card: Card) -> None:
     counter, floor = card.encode(1, 336), tower_cost(card.shape)
-    assert counter.launches <= 930, counter.table(20)
+    assert counter.launches <= 940, counter.table(20)  # 889, and 45 copies of contexts in torch 2.11
     assert floor.seconds(H200) >= 0.85 * counter.seconds(H200), counter.table(20)
