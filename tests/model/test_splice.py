@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llava.errors import RequestError
 from llava.model.builder import load_pretrained_model
 from llava.model.splice import check_slots, encode_slots, splice_batch, splice_prompt
 from llava.model.transfer import to_host, upload
-from tests.devices import KIND, Elsewhere, Pretence
+from tests import devices
 
 WIDTH, FEATURES = 3, 4
 
@@ -223,71 +224,56 @@ def test_more_rows_do_not_wait_more_often(
     assert "index.Tensor" not in few
 
 
-class Downloads(Pretence):
-    """Counts copies from the pretended device to the CPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        remote = bool(args) and isinstance(args[0], Elsewhere)
-        self.count += remote and isinstance(result, Tensor) and not isinstance(result, Elsewhere)
-        return result
-
-
 @pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch) -> Downloads:
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("waits for the device")
-
-    for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__"):
-        monkeypatch.setattr(Elsewhere, name, refuse)
-    return Downloads()
+def card() -> Iterator[devices.Card]:
+    with devices.pretended_cuda() as made:
+        yield made
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_batch_on_a_device_is_fetched_once(downloads: Downloads, side: str) -> None:
+def test_a_batch_on_a_device_is_fetched_once(card: devices.Card, side: str) -> None:
     rows = [[1, IMAGE_TOKEN_INDEX, 2], [3], [4, IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX, 5], [6, 7]]
     batch = Batch(rows, [torch.randn(n, WIDTH) for n in (2, 3, 1, 4, 2)], side)
     ids, mask, labels = batch.padded()
     embeds = table()[ids.clamp(min=0)]
     want = splice_batch(ids, embeds, batch.slots, attention_mask=mask, labels=labels)
-    device = torch.device(f"{KIND}:1")
-    with downloads:
-        ids, mask, labels, embeds, *slots = (Elsewhere(t, device) for t in (ids, mask, labels, embeds, *batch.slots))
+    ids, mask, labels, embeds, *slots = (part.to("cuda") for part in (ids, mask, labels, embeds, *batch.slots))
+    with card.record() as events:
         out = splice_batch(ids, embeds, slots, attention_mask=mask, labels=labels)
-    assert downloads.count == 1
+    assert (len(events.downloads), len(events.uploads), len(events.syncs)) == (1, 1, 0), events.table()
     for name in ("inputs_embeds", "attention_mask", "position_ids", "labels"):
         found = getattr(out, name)
-        assert found.device == device
-        assert torch.equal(found.inner, getattr(want, name))
+        assert found.device == embeds.device
+        assert torch.equal(found.cpu(), getattr(want, name))
         assert found.dtype == getattr(want, name).dtype
 
 
-def test_a_prompt_known_on_the_host_is_only_sent(downloads: Downloads, tiny_dirs: dict[str, Path]) -> None:
+def test_a_prompt_known_on_the_host_is_only_sent(card: devices.Card, tiny_dirs: dict[str, Path]) -> None:
+    ids, features = [1, IMAGE_TOKEN_INDEX, 5, 6], torch.randn(2, 48)
     model = load_pretrained_model(tiny_dirs["chat"], device="cpu")[1]
-    ids, features = [1, IMAGE_TOKEN_INDEX, 5, 6], torch.randn(2, model.config.hidden_size)
     want = model.embed_prompt(ids, [features])
     assert torch.equal(model.embed_prompt(torch.tensor(ids), [features]), want)
-    table = model.get_input_embeddings()
-    device = torch.device(f"{KIND}:1")
-    with downloads, torch.no_grad():
-        table.weight = torch.nn.Parameter(Elsewhere(table.weight.detach(), device), requires_grad=False)
-        sent = model.embed_prompt(ids, [Elsewhere(features, device)])
-        assert downloads.count == 0
-    assert torch.equal(sent.inner, want)
+    remote = load_pretrained_model(tiny_dirs["chat"], device="cuda", dtype="float32")[1]
+    features = features.to("cuda")
+    with card.record() as events:
+        sent = remote.embed_prompt(ids, [features])
+    assert not events.waits and len(events.uploads) == 1, events.table()
+    assert torch.equal(sent.detach().cpu(), want)
 
 
-def test_transfers_keep_order_shape_and_dtype(downloads: Downloads) -> None:
-    device = torch.device(f"{KIND}:0")
+def test_transfers_keep_order_shape_and_dtype(card: devices.Card) -> None:
+    device = torch.device("cuda", 0)
     given = [torch.arange(6).view(2, 3), torch.tensor([[True], [False]]), torch.arange(2, dtype=torch.int32)]
+    given += [torch.tensor(0.5), torch.rand(3, 5, dtype=torch.bfloat16).t(), torch.empty(0, 4)]
     assert all(a is b for a, b in zip(to_host(given[0], None), (given[0], None)))
     assert all(a is b for a, b in zip(upload(given, torch.device("cpu")), given))
-    with downloads:
+    with card.record() as events:
         sent = upload(given, device)
+        assert len(events.uploads) == 1 and not events.waits, events.table()
         ids, nothing, local, mask = to_host(sent[0], None, given[1], sent[1])
     assert [(t.dtype, t.shape, t.device) for t in sent] == [(t.dtype, t.shape, device) for t in given]
-    assert downloads.count == 1
+    assert all(torch.equal(there.cpu(), here) for there, here in zip(sent, given, strict=True))
+    assert len(events.downloads) == 1
     assert nothing is None
     assert local is given[1]
     assert ids is not None and mask is not None
