@@ -2,7 +2,8 @@
 
     with OpCounter() as counter:
         model(x)
-    print(counter.launches, counter.flops, counter.bytes, counter.table(10), sep="\n")
+    print(counter.launches, counter.flops, counter.bytes)
+    print(counter.table(10))
 
 The counts come from the operators that reach the backend, so they are the same on a GPU and under `FakeTensorMode` with
 tensors that only claim to be on one.
@@ -40,13 +41,13 @@ _PACKS_INPUT: Final = frozenset({"_fused_rms_norm"})
 _LOOKUPS: Final = frozenset({"embedding", "gather", "index", "index_select"})
 # The first argument is written without being read.
 _WRITES: Final = frozenset({"copy_", "fill_", "normal_", "uniform_", "zero_"})
+# The first argument is written at the places of the values only.
+_SCATTERS: Final = frozenset({"_index_put_impl_", "index_put_"})
 # The position of the left factor, whose last dimension is summed over.
 _PRODUCTS: Final = {
     "mm": 0, "bmm": 0, "mv": 0, "dot": 0, "linear": 0, "_int_mm": 0, "_scaled_mm": 0,
     "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addmv": 1, "_addmm_activation": 1,
 }  # fmt: skip
-# The first argument is written at the places of the values only.
-_SCATTERS: Final = frozenset({"_index_put_impl_", "index_put_"})
 
 
 class OpCounter(TorchDispatchMode):
@@ -131,8 +132,8 @@ def _is_free(func: Any, name: str, tensors: list[Tensor]) -> bool:
 
 def _mutated(func: Any, args: Any) -> list[Tensor]:
     """The arguments that an operator without a result writes to."""
-    pairs = zip(func._schema.arguments, args)
-    return _tensors([value for argument, value in pairs if argument.is_write])
+    pairs = zip((argument.alias_info for argument in func._schema.arguments), args)
+    return _tensors([value for alias, value in pairs if alias is not None and alias.is_write])
 
 
 def _traffic(func: Any, name: str, given: list[Tensor], made: list[Tensor]) -> int:

@@ -66,7 +66,7 @@ def prefill_cost(shape: Shape, tokens: float, rows: float = 1, *, shared: float 
     attention = 4 * shape.layers * shape.hidden * (shared + tokens / 2)  # a token
     flops = rows * (tokens * (2 * weights + attention) + 2 * head)
     key_values = (rows * tokens + shared) * column_bytes(shape, itemsize)
-    return Cost(flops, (weights + head) * itemsize + key_values)
+    return Cost(flops, _read_weights(shape) * itemsize + key_values)
 
 
 def decode_cost(shape: Shape, rows: float, own: float, shared: float = 0, *, itemsize: int = 2) -> Cost:
@@ -74,16 +74,20 @@ def decode_cost(shape: Shape, rows: float, own: float, shared: float = 0, *, ite
 
     Weights are read once for all rows, and so is the shared prefix; of the embedding only a row's own vector is.
     """
-    weights = shape.layers * shape.layer_weights + shape.vocabulary * shape.hidden
+    weights = _read_weights(shape)
     attention = 4 * shape.layers * shape.hidden * (own + shared)
-    return Cost(
-        rows * (2 * weights + attention), weights * itemsize + (rows * own + shared) * column_bytes(shape, itemsize)
-    )
+    key_values = (rows * own + shared) * column_bytes(shape, itemsize)
+    return Cost(rows * (2 * weights + attention), weights * itemsize + key_values)
 
 
 def column_bytes(shape: Shape, itemsize: int = 2) -> int:
     """Bytes of the keys and values of one token."""
     return 2 * shape.layers * shape.key_value * itemsize
+
+
+def _read_weights(shape: Shape) -> int:
+    """Parameters of the layers and the head: all that is read whole, unlike the embedding."""
+    return shape.layers * shape.layer_weights + shape.vocabulary * shape.hidden
 
 
 def load_cost(size: float, ceilings: Ceilings) -> float:
@@ -112,8 +116,7 @@ def train_cost(
         frozen = Learns(language=False, projector=False)  # its language part is a forward and one backward product
         flops += (step_flops(shape, frozen, **{**batch, "images": 0, "supervised": 0})) / 2
     passes = 2 + learns.language + recompute
-    weights = shape.layers * shape.layer_weights + shape.vocabulary * shape.hidden
-    return Cost(flops, (passes * weights + shape.tower_weights + 3 * shape.projector_weights) * itemsize)
+    return Cost(flops, (passes * _read_weights(shape) + shape.tower_weights + 3 * shape.projector_weights) * itemsize)
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one picture with its questions needs at least: tokens by the stage they pass through.
+    """What one image with its questions needs at least: tokens by the stage they pass through.
 
-    `prefix` is system prompt and picture, once; `own` all tokens of the questions that are nowhere else; `answers` the
+    `prefix` is system prompt and image, once; `own` all tokens of the questions that are nowhere else; `answers` the
     questions; `steps` the decode steps after the first token, each reading all weights once for the whole batch.
     """
 
@@ -161,9 +164,9 @@ def answers_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: i
         prefill_cost(shape, work.prefix, itemsize=itemsize),
         prefill_cost(shape, work.own / work.answers, work.answers, shared=work.prefix, itemsize=itemsize),
     ]
-    if work.steps:
-        rows = work.answers * (work.new_tokens - 1) / work.steps
-        phases.append(decode_cost(shape, rows, work.own / work.answers, work.prefix, itemsize=itemsize) * work.steps)
+    tokens = work.new_tokens - 1  # after the first, which comes from the prefill
+    together = decode_cost(shape, work.answers, work.own / work.answers, work.prefix, itemsize=itemsize) * tokens
+    phases.append(together + Cost(0, (work.steps - tokens) * _read_weights(shape) * itemsize))
     return sum(phase.seconds(ceilings) for phase in phases)
 
 

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import no_init_weights
 
 from llava.engine import Engine
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.tower import VisionTower
-from llava.model.weights import empty_weights
 from tests.tiny import make_tokenizer
 
 SELECT_LAYER: Final = -4  # features come from the fourth layer from the end; later layers are not built
@@ -66,11 +66,13 @@ def make_model(
 
     Each weight is allocated once, in `dtype` on `device`, so the peak is the model's own size.
     """
-    with empty_weights():
+    with no_init_weights(), torch.device("meta"):
         model = LlavaLlamaForCausalLM(chat_config(size or FULL, pixels))
-    tower = model.get_vision_tower()
-    assert tower is not None
-    _build_tower(tower)
+        tower = model.get_vision_tower()
+        assert tower is not None
+        _build_tower(tower)
+    for layer in model.model.layers:
+        layer.self_attn._init_rope()  # the only buffers; their values are needed
     _materialize(model, torch.device(device), dtype)
     return model.eval()
 
@@ -126,7 +128,7 @@ def make_engine(model: LlavaLlamaForCausalLM, **options: Any) -> Engine:
 def _build_tower(tower: VisionTower) -> None:
     """Build the layers up to the selected one, without weights and without looking for the tower's directory."""
     tower.directory = None
-    model = tower.empty(copy.deepcopy(tower.config), Path(tower.name))
+    model = tower.spec.build(copy.deepcopy(tower.config), tower.depth)
     tower.vision_tower = model.requires_grad_(False).eval()
 
 

@@ -13,7 +13,7 @@ from llava.engine.attention import Shared, aligned_mask, attend
 from llava.engine.cache import CacheSpec, RowCache, shared_parts
 from llava.engine.prefixes import Chain, tokens_of
 from llava.engine.sampling import Sampler
-from llava.engine.upload import Numbers, upload_columns
+from llava.model.transfer import Numbers, upload_columns
 
 
 @dataclass

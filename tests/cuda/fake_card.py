@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava.engine import product
+from llava.engine import attention, product
 
 MEMORY: Final = 141 * 10**9
 ALIGNMENT: Final = 16  # elements between the rows of a mask that the memory-efficient kernel reads
@@ -37,9 +37,10 @@ def fake_card(patch: pytest.MonkeyPatch) -> FakeTensorMode:
     for name, value in described.items():
         patch.setattr(torch.cuda, name, lambda *args, _value=value, **kwargs: _value)
     patch.setattr(fake_tensor, "init_gpu_context", lambda device: None, raising=False)
-    patch.setattr(FakeTensorMode, "avoid_device_init", True)
+    patch.setattr(FakeTensorMode, "avoid_device_init", True, raising=False)
     patch.setattr(Tensor, "pin_memory", lambda self, device=None: self)
     patch.setattr(F, "scaled_dot_product_attention", fused_attention)
+    patch.setattr(attention, "_cuda_efficient", efficient_attention)
     patch.setattr(product, "fuse", stacked)
     return FakeTensorMode()
 
@@ -64,6 +65,15 @@ def fused_attention(
         bias = (attn_mask.expand(*query.shape[:-1], width), False)
     out: Tensor = kernel(query, key, value, *bias, dropout_p, is_causal, **options)[0]
     return out
+
+
+def efficient_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *args: Any, **options: Any
+) -> Any:
+    """The operator with the demand that its kernel makes on the card."""
+    aligned = bias is None or not any(stride % ALIGNMENT for stride in bias.stride()[:-1])
+    assert aligned, f"attn_bias is not correctly aligned: strides {bias.stride()}"
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, *args, **options)
 
 
 def stacked(modules: Sequence[nn.Linear], name: str) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from benchmarks import counting
 from benchmarks.counting import OpCounter
 from benchmarks.floor import (
     A100,
@@ -99,9 +100,15 @@ def test_time_is_bound_operator_by_operator() -> None:
     assert counter.seconds(ceilings) == pytest.approx(max(5.12, counter.bytes / 10 - 102.4) + 102.4)
 
 
-def test_a_fused_norm_is_one_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(torch.ops.aten, "_fused_rms_norm"):
-        pytest.skip("this torch has no fused rms_norm")
+@pytest.mark.skipif(not hasattr(torch.ops.aten, "_fused_rms_norm"), reason="this torch has no fused rms_norm")
+@pytest.mark.parametrize("built_for_cuda", [False, True])
+def test_a_fused_norm_is_one_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch, built_for_cuda: bool) -> None:
+    """Also where torch has no such kernel because it was built for the CPU alone."""
+    counting._is_composite.cache_clear()
+    if built_for_cuda:  # then the dispatcher knows it
+        if torch.version.cuda is None:
+            pytest.skip("torch is built for the CPU alone")
+        monkeypatch.setattr(counting, "_FUSED", frozenset())
     with fake_card(monkeypatch), torch.inference_mode():
         x, weight = torch.empty(4, 16, device="cuda"), torch.empty(8, device="cuda")
         with OpCounter("cuda") as packed:
@@ -168,6 +175,7 @@ def test_a_random_model_answers_without_a_checkpoint() -> None:
     assert features.shape == (2, 16, QUICK.hidden) and features.isfinite().all()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     engine = make_engine(model, max_batch_size=2)
+    assert not engine.special.end  # answers have the length that is asked for
     image, prompt = torch.randn(3, 56, 56), [1, -200, 300, 301]
     answers = engine.generate([Request(prompt, [image], SamplingParams(6)), Request([1, 300], [], SamplingParams(3))])
     assert [len(answer.token_ids) for answer in answers] == [6, 3]

@@ -23,12 +23,16 @@ from llava.engine.features import FeatureEncoder
 from llava.engine.llama import FastLlama
 from llava.engine.pictures import Picture
 from llava.engine.prefixes import Segment, Span
+from llava.engine.request import SamplingParams
+from llava.engine.sampling import Sampler
 from llava.train.flops import Learns, Shape, shape_of, step_flops
 from tests.cuda.fake_card import fake_card
 
 ROWS = 16
+OWN = 701  # tokens of a row after the step: an image of 336 px, text, an answer; no multiple of 16
+EVEN = [OWN - 1] * ROWS
+MIXED = [*EVEN[1:], 600]  # a row that is shorter than the others needs a mask
 PREFIXES = (640, 104)  # tokens of two segments that all rows stand behind
-MIXED = [64] * (ROWS - 1) + [40]  # a row that is shorter than the others needs a mask
 HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # torch 2.9; before, a norm takes six kernels
 
 pytestmark = pytest.mark.skipif(not HAS_FUSED_NORM, reason="rms_norm has no kernel of its own in this torch")
@@ -56,7 +60,7 @@ class Card:
         data = self.lm.spec.empty(1, tokens)[:, :, 0]
         return Span(Segment(tuple(range(tokens)), tuple(range(tokens + 1)), data), tokens)
 
-    def decode(self, lengths: list[int], prefixes: tuple[int, ...] = ()) -> OpCounter:
+    def decode(self, lengths: list[int], prefixes: tuple[int, ...]) -> OpCounter:
         """A step of rows that have `lengths` cached tokens of their own behind the prefixes; counted once."""
         key = tuple(lengths), prefixes
         if key not in self.counted:
@@ -94,7 +98,7 @@ def card() -> Iterator[Card]:
         yield Card(mode, lm, shape_of(model.config, model.get_vision_tower()))
 
 
-def close(expected: float, share: float = 0.02) -> object:
+def close(expected: float, share: float) -> object:
     return pytest.approx(expected, rel=share)
 
 
@@ -110,25 +114,33 @@ def test_weights_take_the_memory_of_16_bits(card: Card) -> None:
     assert sum(weight.nbytes for weight in weights) == close(24.5e9, 0.005)
 
 
-@pytest.mark.parametrize("lengths", [[64] * ROWS, MIXED], ids=["even", "mixed"])
-@pytest.mark.parametrize(("segments", "most"), [(0, 520), (1, 800), (2, 1050)])
-@pytest.mark.xfail(strict=False, reason="unfused norms and materialised scores")
+@pytest.mark.parametrize("lengths", [EVEN, MIXED], ids=["even", "mixed"])
+@pytest.mark.parametrize(("segments", "most"), [(0, 520), (1, 710), (2, 905)])
 def test_launches_of_a_decode_step(card: Card, lengths: list[int], segments: int, most: int) -> None:
+    """Each budget is too small for one operator more in every layer."""
     counter = card.decode(lengths, PREFIXES[:segments])
     assert counter.launches <= most, counter.table(20)
 
 
-@pytest.mark.parametrize(("segments", "own"), [(0, 704), (1, 65), (2, 65)])
-def test_a_decode_step_computes_what_its_floor_says(card: Card, segments: int, own: int) -> None:
-    counter = card.decode([own - 1] * ROWS, PREFIXES[:segments])
-    assert counter.flops == close(decode_cost(card.shape, ROWS, own, sum(PREFIXES[:segments])).flops)
+@pytest.mark.parametrize("segments", [0, 1, 2])
+def test_a_decode_step_computes_and_reads_what_its_floor_says(card: Card, segments: int) -> None:
+    counter, prefixes = card.decode(EVEN, PREFIXES[:segments]), PREFIXES[:segments]
+    floor = decode_cost(card.shape, ROWS, OWN, sum(prefixes))
+    assert counter.flops == close(floor.flops, 0.001)
+    assert counter.bytes == close(floor.bytes, 0.02)
+    assert floor.seconds(H200) >= 0.98 * counter.seconds(H200)
 
 
-@pytest.mark.parametrize(("segments", "own"), [(0, 704), (1, 65), (2, 65)])
-@pytest.mark.xfail(strict=False, reason="unfused norms and materialised scores")
-def test_a_decode_step_moves_the_bytes_that_its_floor_says(card: Card, segments: int, own: int) -> None:
-    counter = card.decode([own - 1] * ROWS, PREFIXES[:segments])
-    assert counter.bytes == close(decode_cost(card.shape, ROWS, own, sum(PREFIXES[:segments])).bytes)
+def test_sampling_stays_on_the_device(card: Card) -> None:
+    """Rows are sampled together: as many launches for sixteen as for two, and nothing waits for a number."""
+    launches = []
+    for rows in (2, ROWS):
+        sampler = Sampler([SamplingParams(8, temperature=0.7, top_p=0.9)] * rows, [torch.Generator()] * rows)
+        with card.mode, OpCounter("cuda") as counter:
+            sampler.receive([torch.empty(rows, device="cuda") for _ in range(3)])
+            assert sampler.sample(card.empty(rows, card.shape.vocabulary)).shape == (rows,)
+        launches.append(counter.launches)
+    assert launches[0] == launches[1] <= 40
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 640), (1, 1088), (4, 640)])
@@ -141,17 +153,16 @@ def test_a_prefill_computes_what_its_floor_says(card: Card, rows: int, tokens: i
     assert floor.flops == close(forward, 0.002)
 
 
-@pytest.mark.xfail(strict=False, reason="unfused norms")
 def test_a_prefill_is_bound_by_its_products(card: Card) -> None:
-    """Products and attention take seven eighths of the time that every operator takes at its own ceiling."""
     counter, floor = card.prefill([640]), prefill_cost(card.shape, 640)
-    assert counter.launches <= 530, counter.table(20)
-    assert floor.seconds(H200) >= 0.86 * counter.seconds(H200), counter.table(20)
+    assert counter.launches <= 515, counter.table(20)
+    assert floor.seconds(H200) >= 0.87 * counter.seconds(H200), counter.table(20)
 
 
-@pytest.mark.xfail(strict=False, raises=Exception, reason="a boolean index waits for the device in every layer")
-def test_a_prefill_of_rows_of_mixed_length_does_not_wait_for_the_device(card: Card) -> None:
-    assert card.prefill([640, 500, 64]).flops > card.prefill([640]).flops
+def test_rows_of_mixed_length_need_few_launches_more(card: Card) -> None:
+    """And no index whose size only the device knows: fake tensors fail on one."""
+    counter = card.prefill([640, 500, 64])
+    assert counter.launches <= 615, counter.table(20)
 
 
 @pytest.mark.parametrize(("images", "pixels"), [(1, 336), (16, 336), (1, 448)])
@@ -166,8 +177,7 @@ def test_the_tower_computes_what_its_floor_says(card: Card, images: int, pixels:
     assert floor.flops == close(forward - 2 * projector, 0.002)
 
 
-@pytest.mark.xfail(strict=False, reason="unfused norms")
 def test_the_tower_is_bound_by_its_products(card: Card) -> None:
     counter, floor = card.encode(1, 336), tower_cost(card.shape)
-    assert counter.launches <= 1250, counter.table(20)
-    assert floor.seconds(H200) >= 0.86 * counter.seconds(H200), counter.table(20)
+    assert counter.launches <= 940, counter.table(20)  # 889, and 45 copies of contexts in torch 2.11
+    assert floor.seconds(H200) >= 0.85 * counter.seconds(H200), counter.table(20)
