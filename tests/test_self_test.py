@@ -25,7 +25,7 @@ from llava.engine.native.build import library
 from llava.engine.pictures import identify
 from llava.engine.request import SamplingParams
 from llava.model import checkpoint
-from llava.model.language_model import packed
+from llava.model.language_model import causal_lm, packed
 from llava.model.multimodal_encoder.builder import ENVIRONMENT
 from llava.self_test import checkpoints, hardware, inference, runner
 from llava.self_test.checkpoints import KINDS
@@ -255,6 +255,19 @@ def test_a_gradient_that_is_not_rotated_back(run: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(packed._Rotate, "backward", staticmethod(lambda ctx, *grads: (grads[0], None, None)))
     _, lines = run("llama")
     assert failed(lines, "llama") == set(TRAINING)
+
+
+def test_gradients_twice_as_large(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's first step does not depend on their size, so the losses are the same."""
+    compute = causal_lm.target_loss
+
+    def doubled(*args: Any) -> Tensor:
+        loss = compute(*args)
+        return loss + (loss - loss.detach())
+
+    monkeypatch.setattr(causal_lm, "target_loss", doubled)
+    _, lines = run("mpt")
+    assert failed(lines, "mpt") == set(TRAINING)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
