@@ -1,14 +1,122 @@
-"""What the machine allows: measured peaks, and the operations and bytes that a workload cannot do without."""
+"""Lower bounds on time: the ceilings of a device, and the operations and bytes that a workload cannot do without."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from benchmarks.synthetic import Size
+from llava.train.flops import Learns, Shape, step_flops
+
+PATCH_PIXELS: Final = 3 * 14 * 14  # of the patch embedding
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Dense 16-bit FLOP/s, bytes per second of device memory, and bytes per second from the host."""
+
+    flops: float
+    bandwidth: float
+    pcie: float
+
+
+H200: Final = Ceilings(788e12, 4.3e12, 55e9)  # measured on such a card; the host link is a guess from PCIe 5.0 x16
+A100: Final = Ceilings(270e12, 1.8e12, 25e9)  # the 80 GB card: all three are guesses from its data sheet
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations, a multiply-add counting as two, and bytes of device memory read or written at least."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """Time at the ceilings, computing and reading overlapped."""
+        return max(self.flops / ceilings.flops, self.bytes / ceilings.bandwidth)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(self.flops * factor, self.bytes * factor)
+
+
+def tower_cost(shape: Shape, images: float = 1, *, itemsize: int = 2) -> Cost:
+    """Vision tower and projector over a batch of images; the activations between layers are left out of the bytes."""
+    positions, width = shape.tower_positions, shape.tower_hidden
+    layer = 2 * (4 * width**2 + 2 * width * shape.tower_intermediate) + 4 * width * positions  # a token
+    embedding = 2 * PATCH_PIXELS * width * (positions - 1)
+    projector = 2 * shape.projector_weights * shape.image_tokens
+    flops = images * (positions * shape.tower_layers * layer + embedding + projector)
+    return Cost(flops, (shape.tower_weights + shape.projector_weights) * itemsize)
+
+
+def prefill_cost(shape: Shape, tokens: float, rows: float = 1, *, shared: float = 0, itemsize: int = 2) -> Cost:
+    """`rows` prompts of `tokens` tokens each, behind `shared` cached tokens, with the logits of the last token.
+
+    Every layer counts for every token, as in the usual model FLOPs. An engine that computes only the last token in the
+    last layer's MLP saves up to 1 / layers of this.
+    """
+    weights, head = shape.layers * shape.layer_weights, shape.vocabulary * shape.hidden
+    attention = 4 * shape.layers * shape.hidden * (shared + tokens / 2)  # a token
+    flops = rows * (tokens * (2 * weights + attention) + 2 * head)
+    key_values = (rows * tokens + shared) * column_bytes(shape, itemsize)
+    return Cost(flops, _read_weights(shape) * itemsize + key_values)
+
+
+def decode_cost(shape: Shape, rows: float, own: float, shared: float = 0, *, itemsize: int = 2) -> Cost:
+    """One token for each of `rows`, with `own` cached tokens a row behind `shared` ones that all rows have in common.
+
+    Weights are read once for all rows, and so is the shared prefix; of the embedding only a row's own vector is.
+    """
+    weights = _read_weights(shape)
+    attention = 4 * shape.layers * shape.hidden * (own + shared)
+    key_values = (rows * own + shared) * column_bytes(shape, itemsize)
+    return Cost(rows * (2 * weights + attention), weights * itemsize + key_values)
+
+
+def column_bytes(shape: Shape, itemsize: int = 2) -> int:
+    """Bytes of the keys and values of one token."""
+    return 2 * shape.layers * shape.key_value * itemsize
+
+
+def _read_weights(shape: Shape) -> int:
+    """Parameters of the layers and the head: all that is read whole, unlike the embedding."""
+    return shape.layers * shape.layer_weights + shape.vocabulary * shape.hidden
+
+
+def load_cost(size: float, ceilings: Ceilings) -> float:
+    """Seconds to copy `size` bytes of weights from the host."""
+    return size / ceilings.pcie
+
+
+def train_cost(
+    shape: Shape,
+    learns: Learns,
+    *,
+    tokens: float,
+    length: float,
+    images: float,
+    supervised: float,
+    recompute: bool = False,
+    itemsize: int = 2,
+) -> Cost:
+    """A training step over `tokens` positions; `recompute` adds the second forward of gradient checkpointing.
+
+    The bytes are one reading of the weights for each pass; gradients and optimizer states are left out.
+    """
+    batch = {"tokens": tokens, "length": length, "images": images, "supervised": supervised}
+    flops = step_flops(shape, learns, **batch)
+    if recompute:
+        frozen = Learns(language=False, projector=False)  # its language part is a forward and one backward product
+        flops += (step_flops(shape, frozen, **{**batch, "images": 0, "supervised": 0})) / 2
+    passes = 2 + learns.language + recompute
+    return Cost(flops, (passes * _read_weights(shape) + shape.tower_weights + 3 * shape.projector_weights) * itemsize)
 
 
 @dataclass(frozen=True)
@@ -36,9 +144,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one picture with its questions needs at least: tokens by the stage they pass through.
+    """What one image with its questions needs at least: tokens by the stage they pass through.
 
-    `prefix` is system prompt and picture, once; `own` all tokens of the questions that are nowhere else; `answers` the
+    `prefix` is system prompt and image, once; `own` all tokens of the questions that are nowhere else; `answers` the
     questions; `steps` the decode steps after the first token, each reading all weights once for the whole batch.
     """
 
@@ -49,23 +157,28 @@ class Work:
     new_tokens: int
 
 
+def answers_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: int = 2) -> float:
+    """Seconds an image with its questions takes at the ceilings: each phase by itself, the next after it."""
+    phases = [
+        tower_cost(shape, itemsize=itemsize),
+        prefill_cost(shape, work.prefix, itemsize=itemsize),
+        prefill_cost(shape, work.own / work.answers, work.answers, shared=work.prefix, itemsize=itemsize),
+    ]
+    tokens = work.new_tokens - 1  # after the first, which comes from the prefill
+    together = decode_cost(shape, work.answers, work.own / work.answers, work.prefix, itemsize=itemsize) * tokens
+    phases.append(together + Cost(0, (work.steps - tokens) * _read_weights(shape) * itemsize))
+    return sum(phase.seconds(ceilings) for phase in phases)
+
+
 def floor_seconds(size: Size, work: Work, peak: Peaks, dtype: torch.dtype) -> float:
-    """Seconds a picture with its questions takes at the peaks, caches and every overhead left out."""
-    tokens = (size.pixels // 14) ** 2 + 1
-    tower = size.tower_layers - 3  # select layer -4
-    tower_ops = tower * (24 * tokens * size.tower_width**2 + 4 * tokens**2 * size.tower_width)
-    projector_ops = 2 * (tokens - 1) * (size.tower_width * size.width + size.width**2)
-    intermediate = size.width * 8 // 3 // 64 * 64
-    layer = 4 * size.width**2 + 3 * size.width * intermediate
-    weights = size.layers * layer
-    passed = work.prefix + work.own
-    attention = 4 * size.layers * size.width * (work.prefix**2 / 2 + work.own * work.prefix)
-    head = size.vocabulary * size.width
-    prefill_ops = 2 * passed * weights + attention + 2 * work.answers * head
-    decode_ops = 2 * work.answers * (work.new_tokens - 1) * (weights + head)
-    decode_bytes = work.steps * (weights + head) * dtype.itemsize
-    decode = max(decode_ops / peak.operations, decode_bytes / peak.read)
-    return (tower_ops + projector_ops + prefill_ops) / peak.operations + decode
+    """Seconds an image with its questions takes at the measured peaks, for the synthetic model of this size."""
+    tokens = (size.pixels // 14) ** 2
+    shape = Shape(
+        size.width, size.width * 8 // 3 // 64 * 64, size.layers, size.width // 64, size.width // 64, size.vocabulary,
+        tower_hidden=size.tower_width, tower_intermediate=4 * size.tower_width, tower_layers=size.tower_layers - 3,
+        tower_positions=tokens + 1, image_tokens=tokens,
+    )  # fmt: skip
+    return answers_seconds(shape, work, Ceilings(peak.operations, peak.read, peak.read), itemsize=dtype.itemsize)
 
 
 def decode_floor(model: torch.nn.Module, peak: Peaks) -> float:

@@ -50,7 +50,7 @@ def resolve_dtype(
 ) -> torch.dtype:
     """The dtype of weights: as requested; else float32 on CPU, and 16 bit on a GPU.
 
-    On CUDA the checkpoint's own 16-bit type is kept when the card has it, otherwise float16 is used.
+    On CUDA the checkpoint's own 16-bit type is kept when the card computes in it, otherwise float16 is used.
     """
     if isinstance(requested, torch.dtype):
         return requested
@@ -60,9 +60,19 @@ def resolve_dtype(
         return DTYPES[requested]
     if device.type == "cpu":
         return torch.float32
-    if stored is torch.bfloat16 and device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if stored is torch.bfloat16 and device.type == "cuda" and supports_bfloat16(device):
         return torch.bfloat16
     return torch.float16
+
+
+def supports_bfloat16(device: torch.device) -> bool:
+    """Whether the GPU `device` computes in bfloat16 natively: NVIDIA since Ampere, all of ROCm.
+
+    PyTorch's own check also counts the slow emulation of older cards (V100, T4), and looks at the current device.
+    """
+    if torch.version.hip:
+        return bool(torch.cuda.is_bf16_supported())
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

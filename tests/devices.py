@@ -1,72 +1,124 @@
-"""Pretended devices, for what only a machine with several GPUs could show: tensors that must not meet across devices.
+"""A pretended CUDA machine: the code takes its CUDA branches, on numbers computed on the CPU.
 
-A tensor `on("xla:1", t)` keeps its numbers on the CPU and says it is elsewhere. Inside `Pretence()` an operation whose
-tensors say they are on different devices fails, as it does on GPUs; `.to` carries between them.
+    with devices.pretended_cuda(count=2) as card:
+        model = load_pretrained_model(path, device="cuda")[1]
+        with card.record() as events:
+            ...
+    print(events.table())
+
+A `DeviceTensor` keeps its numbers in a CPU tensor and says that it is on "cuda:0". Operations on tensors of different
+devices fail, as on GPUs; copies between host and card, and whatever else makes the host wait, are recorded with the
+line that caused it (`tests.cuda.events`). Memory that an asynchronous copy has not filled yet holds garbage until the
+host waits, and pinned memory must not change before that. Fused CUDA attention is computed by `tests.cuda.kernels`.
+
+To torch's C++ code a `DeviceTensor` is on "meta:0": autograd runs such tensors without a device thread, and factories
+that derive their device from a tensor come back here, which tells a pretended card from the real meta device by its
+number. So autocast, which looks at the C++ device, does nothing to these tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
-KIND = "xla"  # a device type this build of torch cannot run and does not try to start
-CARRIERS = ("aten._to_copy.", "aten.copy_.", "aten.to.")
-INDEXED = ("index.Tensor", "index_put_.default")  # these take indices from the CPU
+from tests.cuda import events as events_
+from tests.cuda.events import Events, Kind
+from tests.cuda.kernels import KERNELS, check_capability
 
-
-def unwrap(leaf: Any) -> Any:
-    if isinstance(leaf, torch.device) and leaf.type == KIND:
-        return torch.device("cpu")
-    return leaf.inner if isinstance(leaf, Elsewhere) else leaf
+GIB = 2**30
+COPIES = ("aten::_to_copy", "aten::copy_")
+HOST_INDICES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+RESIZING = ("aten::resize_", "aten::set_")
 
 
-class Elsewhere(Tensor):
+class DeviceTensor(Tensor):
+    """A tensor that says it is on a pretended card; `inner` holds its numbers on the CPU."""
+
     inner: Tensor
+    where: torch.device
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device: torch.device) -> Elsewhere:
-        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=device
+    def __new__(cls, inner: Tensor, device: torch.device) -> DeviceTensor:
+        made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=torch.device("meta", device.index),
         )
-        made.inner = inner
+        made.inner, made.where = inner, device
         return made
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"{self.inner!r} on {self.device}"
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.where
 
-    def __getitem__(self, index: Any) -> Elsewhere:  # torch's own asks for the device itself
-        return Elsewhere(self.inner[tree_map(unwrap, index)], self.device)
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: DeviceTensor) -> None:
+        torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner, self.where = value.inner, value.where
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{self.inner!r} on {self.where}"
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.inner[tree_map(unwrap, index)] = unwrap(value)
+        if isinstance(value, bool | int | float):  # on CUDA torch keeps such a value on the host
+            value = torch.full((), value, dtype=self.dtype)
+        super().__setitem__(index, value)
 
-    def __int__(self) -> int:
-        return int(self.inner)
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if self.dim() == 0 else repr(self), spec)
 
-    def __bool__(self) -> bool:
-        return bool(self.inner)
-
-    def __float__(self) -> float:
-        return float(self.inner)
-
-    def nonzero(self) -> Elsewhere:  # type: ignore[override]
-        return Elsewhere(self.inner.nonzero(), self.device)
-
-    def __invert__(self) -> Elsewhere:
-        return Elsewhere(~self.inner, self.device)
-
-    def contiguous(self) -> Elsewhere:  # type: ignore[override]
-        return Elsewhere(self.inner.contiguous(), self.device)
-
-    def item(self) -> Any:
-        return self.inner.item()
+    def get_device(self) -> int:
+        return int(self.where.index)
 
     def tolist(self) -> Any:
+        note("download", "tolist")
         return self.inner.tolist()
+
+    def new(self, *args: Any) -> Tensor:
+        if args and not isinstance(args[0], int):
+            return torch.tensor(args[0], dtype=self.dtype, device=self.where)
+        return torch.empty(args, dtype=self.dtype, device=self.where)
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"can't convert {self.where} device type tensor to numpy; use Tensor.cpu() first")
+
+    __array__ = numpy
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def record_stream(self, stream: Any) -> None:
+        pass
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,37 +126,414 @@ class Elsewhere(Tensor):
 
 
 class Pretence(TorchDispatchMode):
-    """Needed where plain tensors are sent to, or made on, a pretended device."""
-
-    def __enter__(self) -> Any:
-        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(…, device=…)` then comes by here too
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch._C._set_only_lift_cpu_tensors(False)
-        super().__exit__(*error)
+    """Sends what is made on, or copied to, a pretended card through `compute`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
 
 
+@dataclass(eq=False)
+class Card:
+    """The pretended machine: `count` equal cards, their memory, and what happens on them."""
+
+    count: int = 1
+    name: str = "Pretended H200"
+    capability: tuple[int, int] = (9, 0)
+    total_bytes: int = 139 * GIB
+    free_bytes: dict[int, int] = field(default_factory=dict)  # by card; the others have all of theirs
+    current: int = 0
+    recorders: list[Events] = field(default_factory=list)
+    pinned: dict[int, Any] = field(default_factory=dict)  # storages of pinned memory by address, kept alive
+    arriving: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # host memory, and what will be in it
+    leaving: list[tuple[Tensor, Tensor, str]] = field(default_factory=list)  # host memory, and what is read from it
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[Events]:
+        """Collect the events of a `with` block."""
+        found = Events()
+        self.recorders.append(found)
+        try:
+            yield found
+        finally:
+            self.recorders[:] = [one for one in self.recorders if one is not found]
+
+    def note(self, kind: Kind, what: str, *, waits: bool = True) -> None:
+        """Record an event; one that the host waits for completes what is in flight."""
+        if self.recorders:
+            place = events_.place(kind, what)
+            for recorder in self.recorders:
+                recorder.append(place)
+        if waits:
+            self.complete()
+
+    def complete(self) -> None:
+        """What a wait does: downloads are there, and pinned memory that was read may change."""
+        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+            for host, value in self.arriving:
+                host.copy_(value)
+            self.arriving.clear()
+            leaving, self.leaving = self.leaving, []
+            for host, value, place in leaving:
+                if not torch.equal(as_bytes(host), as_bytes(value)):
+                    raise RuntimeError(f"pinned memory changed before the host waited for its {place}")
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return not isinstance(tensor, DeviceTensor) and tensor.untyped_storage().data_ptr() in self.pinned
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.pinned[storage.data_ptr()] = storage
+        return tensor
+
+    def resolve(self, device: Any) -> torch.device | None:
+        """The card that `device` (as torch functions take it) names, with its number; None for other devices."""
+        if isinstance(device, int) and not isinstance(device, bool):
+            device = torch.device("cuda", device)
+        if not isinstance(device, str | torch.device):
+            return None
+        device = torch.device(device)
+        if device.type == "meta" and device.index is not None:  # what C++ code calls a card
+            return torch.device("cuda", device.index)
+        if device.type != "cuda":
+            return None
+        index = self.current if device.index is None else device.index
+        if not 0 <= index < self.count:
+            raise RuntimeError(f"CUDA error: invalid device ordinal {index} of {self.count}")
+        return torch.device("cuda", index)
+
+
+_cards: list[Card] = []
+
+
+def note(kind: Kind, what: str) -> None:
+    for card in _cards[-1:]:
+        card.note(kind, what)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def leaves(part: Any) -> Iterator[Any]:
+    """What an operator's arguments hold, lists opened (torch's own pytrees take half of the time of a test)."""
+    if isinstance(part, list | tuple):
+        for one in part:
+            yield from leaves(one)
+    else:
+        yield part
+
+
+def change(part: Any, how: Callable[[Any], Any]) -> Any:
+    """`part` with `how` applied to what it holds."""
+    if isinstance(part, list | tuple):
+        return type(part)([change(one, how) for one in part])
+    return how(part)
+
+
+def inner(leaf: Any) -> Any:
+    if isinstance(leaf, torch.device) and _cards[-1].resolve(leaf) is not None:
+        return torch.device("cpu")
+    return leaf.inner if isinstance(leaf, DeviceTensor) else leaf
+
+
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run `func` on the CPU, after checking that its tensors are said to be on one device; so is the result."""
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-    checked = tensors[:1] if any(name in str(func) for name in INDEXED) else tensors
-    places = {tensor.device for tensor in checked if tensor.dim() or isinstance(tensor, Elsewhere)}
-    if len(places) > 1 and not str(func).startswith(CARRIERS):
-        raise RuntimeError(f"{func} got tensors on {', '.join(sorted(map(str, places)))}")
-    asked = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.device)]
-    target = asked[0] if asked else tensors[0].device if tensors else None
-    wrappers = {id(t.inner): t for t in tensors if isinstance(t, Elsewhere)}
+    card = _cards[-1]
+    given = list(leaves((args, tuple(kwargs.values()))))
+    tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+    ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
+    asked = [leaf for leaf in given if isinstance(leaf, torch.device)]
+    target = card.resolve(asked[0]) if asked else ours[0].where if ours else None
+    pin = bool(kwargs.pop("pin_memory", False)) if "pin_memory" in kwargs else False
+    if not ours and target is None:
+        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+            result = func(*args, **kwargs)
+        return card.pin(result) if pin else result
+    name = func._schema.name
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    if name not in COPIES:
+        check_devices(func, tensors)
+        hidden = events_.hidden_sync(func, args, kwargs)
+        if hidden is not None:
+            card.note(*hidden)
+    if func in KERNELS:
+        check_capability(func, card.capability, ours[0].dtype)
+    run = KERNELS.get(func, func)
     with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
-        result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+        result = run(*change(args, inner), **{key: change(value, inner) for key, value in kwargs.items()})
+    if name in COPIES:
+        copied(card, name, args, kwargs, result, target)
+    return wrap(result, target, ours, name)
 
-    def wrap(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or target is None or target.type != KIND:
+
+def wrap(result: Any, target: torch.device | None, ours: list[DeviceTensor], name: str) -> Any:
+    """Say of the tensors in `result` that they are on `target`; those that were arguments stay the same objects."""
+    known = {id(tensor.inner): tensor for tensor in ours}
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or target is None:
             return leaf
-        known = wrappers.get(id(leaf))
-        return known if known is not None and known.device == target else Elsewhere(leaf, target)
+        same = known.get(id(leaf))
+        if same is None:
+            return DeviceTensor(leaf, target)
+        if same.shape != leaf.shape or same.stride() != leaf.stride():
+            raise NotImplementedError(f"{name} changes the shape of a pretended tensor in place")
+        return same
 
-    return tree_map(wrap, result)
+    return change(result, one)
+
+
+def check_devices(func: Any, tensors: list[Tensor]) -> None:
+    """All on one device, except for CPU scalars, and indices, which may be on the CPU."""
+    if func._schema.name in HOST_INDICES:
+        tensors = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
+    places = {tensor.device for tensor in tensors if tensor.dim() or isinstance(tensor, DeviceTensor)}
+    if len(places) > 1:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {func} got tensors on "
+            f"{', '.join(sorted(map(str, places)))}"
+        )
+
+
+def copied(
+    card: Card, name: str, args: Any, kwargs: dict[str, Any], result: Tensor, target: torch.device | None
+) -> None:
+    """Record what a copy means to the host, and put off the arrival of one that it does not wait for."""
+    to, source = (result, args[0]) if name == "aten::_to_copy" else (args[0], args[1])
+    there, here = target, source.where if isinstance(source, DeviceTensor) else None
+    if name == "aten::copy_":
+        there = to.where if isinstance(to, DeviceTensor) else None
+    same_dtype, empty = to.dtype == source.dtype, source.numel() == 0
+    non_blocking = bool(kwargs.get("non_blocking", args[2] if name == "aten::copy_" and len(args) > 2 else False))
+    if there == here or empty:
+        return
+    if there is not None and here is not None:
+        card.note("peer", f"{here} to {there}", waits=False)
+    elif there is not None:
+        direct = same_dtype and source.is_contiguous()  # otherwise torch converts on the host first, into new memory
+        if card.is_pinned(source) and non_blocking and direct:
+            card.note("upload", name, waits=False)
+            card.leaving.append((source, source.clone(), "upload"))
+        elif card.is_pinned(source) and direct:
+            card.note("sync", "pinned upload without non_blocking")
+        else:
+            card.note("sync", "pageable upload" if not card.is_pinned(source) else "upload that converts on the host")
+    else:
+        direct = same_dtype and to.is_contiguous() and (name == "aten::_to_copy" or card.is_pinned(to))
+        card.note("download", name, waits=not (non_blocking and direct))
+        if non_blocking and direct:
+            with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+                card.arriving.append((to, to.clone()))
+                to.fill_(math.nan if to.is_floating_point() else -(2**6) if to.dtype != torch.bool else True)
+
+
+class Stream:
+    """A stream on which everything is done at once."""
+
+    def __init__(self, device: Any = None, priority: int = 0, **more: Any) -> None:
+        self.device = _cards[-1].resolve("cuda" if device is None else device)
+        self.cuda_stream = 0
+
+    def synchronize(self) -> None:
+        note("wait", "stream.synchronize")
+
+    def query(self) -> bool:
+        _cards[-1].complete()
+        return True
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or Event()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+class Event:
+    """An event that has happened; the host may wait for it all the same."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        _cards[-1].complete()
+        return True
+
+    def synchronize(self) -> None:
+        note("wait", "event.synchronize")
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def enter_no_grad(self: Any) -> None:
+    """What `torch.inference_mode` does here, since tensors with `__torch_dispatch__` know no inference mode."""
+    self.pretended = torch.no_grad() if self.mode else contextlib.nullcontext()
+    self.pretended.__enter__()
+
+
+def exit_no_grad(self: Any, *error: Any) -> None:
+    self.pretended.__exit__(*error)
+
+
+@contextlib.contextmanager
+def pretended_cuda(count: int = 1) -> Iterator[Card]:
+    """A machine with `count` pretended cards, in this thread and in those that it starts."""
+    card = Card(count)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cuda_functions(card).items():
+            patch.setattr(torch.cuda, name, value)
+        for name, value in accelerator_functions(card).items():
+            if hasattr(torch, "accelerator"):  # torch 2.6
+                patch.setattr(torch.accelerator, name, value, raising=False)
+        for owner, name, value in tensor_functions(card):
+            patch.setattr(owner, name, value)
+        patch.setattr(torch.inference_mode, "__enter__", enter_no_grad)
+        patch.setattr(torch.inference_mode, "__exit__", exit_no_grad)
+        run = threading.Thread.run
+
+        def run_pretending(self: threading.Thread) -> None:
+            with Pretence():
+                run(self)
+
+        patch.setattr(threading.Thread, "run", run_pretending)
+        _cards.append(card)
+        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(…, device=…)` then shows its copy
+        try:
+            with Pretence():
+                yield card
+        finally:
+            torch._C._set_only_lift_cpu_tensors(False)
+            _cards.remove(card)
+
+
+def cuda_functions(card: Card) -> dict[str, Any]:
+    """What of `torch.cuda` would ask a driver."""
+
+    def number(device: Any = None) -> int:
+        found = card.resolve("cuda" if device is None else device)
+        assert found is not None
+        return int(found.index)
+
+    def set_device(device: Any) -> None:
+        card.current = number(device)
+
+    def exchange(index: int) -> int:
+        before = card.current
+        card.current = before if index < 0 else index
+        return before
+
+    def properties(device: Any = None) -> SimpleNamespace:
+        major, minor = card.capability
+        return SimpleNamespace(
+            name=card.name, major=major, minor=minor, total_memory=card.total_bytes, multi_processor_count=132
+        )
+
+    def memory(device: Any = None) -> tuple[int, int]:
+        return card.free_bytes.get(number(device), card.total_bytes), card.total_bytes
+
+    return {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device_count": lambda: card.count,
+        "current_device": lambda: card.current,
+        "set_device": set_device,
+        "_exchange_device": exchange,
+        "_maybe_exchange_device": exchange,
+        "get_device_capability": lambda device=None: card.capability,
+        "get_device_name": lambda device=None: card.name,
+        "get_device_properties": properties,
+        "is_bf16_supported": lambda including_emulation=True: including_emulation or card.capability >= (8, 0),
+        "mem_get_info": memory,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "synchronize": lambda device=None: card.note("wait", "torch.cuda.synchronize"),
+        "is_current_stream_capturing": lambda: False,
+        "Stream": Stream,
+        "Event": Event,
+        "stream": lambda stream: stream or Stream(),
+        "set_stream": lambda stream: None,
+        "current_stream": lambda device=None: Stream(device),
+        "default_stream": lambda device=None: Stream(device),
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),  # random numbers come from the CPU's generator
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "get_rng_state_all": lambda: [torch.get_rng_state()] * card.count,
+        "set_rng_state_all": lambda states: None,
+    }
+
+
+def accelerator_functions(card: Card) -> dict[str, Any]:
+    """The same of `torch.accelerator`."""
+    return {
+        "is_available": lambda: True,
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "device_count": lambda: card.count,
+        "current_device_index": lambda: card.current,
+        "current_stream": lambda device=None: Stream(device),
+        "synchronize": lambda device=None: card.note("wait", "torch.accelerator.synchronize"),
+    }
+
+
+def tensor_functions(card: Card) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """What of `torch` asks CUDA before it comes to an operator: those functions are given the C++ device."""
+
+    def backend(device: Any) -> Any:
+        found = card.resolve(device)
+        return device if found is None else torch.device("meta", found.index)
+
+    def making(name: str) -> tuple[Any, str, Callable[..., Any]]:
+        plain = getattr(torch, name)
+
+        def make(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
+            made = plain(*args, device=None if device is None else backend(device), **kwargs)
+            return card.pin(made.clone()) if pin_memory else made
+
+        return torch, name, make
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and not isinstance(args[0], Tensor | torch.dtype):
+            args = (backend(args[0]), *args[1:])
+        if "device" in kwargs:
+            kwargs["device"] = backend(kwargs["device"])
+        moved: Tensor = torch._C.TensorBase.to(self, *args, **kwargs)
+        return moved
+
+    def cuda(self: Tensor, device: Any = None, non_blocking: bool = False, **more: Any) -> Tensor:
+        return to(self, "cuda" if device is None else device, non_blocking=non_blocking, **more)
+
+    def pin_memory(self: Tensor, device: Any = None) -> Tensor:
+        if isinstance(self, DeviceTensor):
+            raise RuntimeError(f"cannot pin '{self.type()}': only dense CPU tensors can be pinned")
+        return self if card.is_pinned(self) else card.pin(self.clone())
+
+    def new_tensor(self: Tensor, data: Any, *, dtype: Any = None, device: Any = None, **more: Any) -> Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=self.device if device is None else device, **more)
+
+    return [
+        *map(making, ("tensor", "as_tensor", "asarray")),
+        (Tensor, "to", to),
+        (Tensor, "cuda", cuda),
+        (Tensor, "pin_memory", pin_memory),
+        (Tensor, "is_pinned", lambda self, device=None: card.is_pinned(self)),
+        (Tensor, "new_tensor", new_tensor),
+    ]

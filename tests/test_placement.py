@@ -20,7 +20,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
 
@@ -61,26 +60,40 @@ def test_with_a_gpu(ampere: None) -> None:
     assert resolve_attention(CUDA, torch.bfloat16, "flash_attention_2") == "flash_attention_2"
 
 
-def test_to_device_pins_only_what_goes_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_device_pins_only_what_goes_from_the_cpu_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    tensor, pinned, there = torch.arange(6.0), torch.arange(6.0), torch.arange(6.0)
+    tensor, pinned, there = torch.arange(6.0), torch.arange(6.0), torch.empty(6, device="meta")
 
     def to(self: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
-        assert self is (pinned if device.type == "cuda" else tensor)
-        calls.append(f"to {device} {non_blocking}")
+        source = "pinned" if self is pinned else str(self.device)
+        calls.append(f"{source} to {device}, {non_blocking}")
         return there
 
     def pin(self: torch.Tensor) -> torch.Tensor:
         assert self is tensor
-        calls.append("pin")
         return pinned
 
     assert to_device(tensor, CPU) is tensor
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch.Tensor, "to", to)
-    assert to_device(tensor, CUDA) is there
-    assert to_device(tensor, torch.device("mps")) is there
-    assert calls == ["pin", "to cuda True", "to mps False"]
+    for source, device in ((tensor, CUDA), (tensor, torch.device("mps")), (there, CUDA)):
+        assert to_device(source, device) is there
+    assert calls == ["pinned to cuda, True", "cpu to mps, False", "meta to cuda, False"]
+
+
+def test_bfloat16_is_a_matter_of_the_chosen_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current device, nor of PyTorch's own check, which is true of cards that emulate it."""
+    cards = {0: (8, 0), 1: (7, 0), 2: (7, 5), 3: (9, 0)}  # A100, V100, T4, H100
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[device.index or 0])
+    found = {index: resolve_dtype(torch.device("cuda", index), "auto", torch.bfloat16) for index in cards}
+    assert found == {0: torch.bfloat16, 1: torch.float16, 2: torch.float16, 3: torch.bfloat16}
+    assert resolve_dtype(CUDA, None, torch.bfloat16) is torch.bfloat16
+    assert resolve_dtype(torch.device("cuda:1"), "bfloat16") is torch.bfloat16  # as requested
+    assert resolve_dtype(torch.device("mps"), None, torch.bfloat16) is torch.float16
+    monkeypatch.setattr(torch.version, "hip", "6.2")  # AMD numbers its architectures in its own way
+    assert resolve_dtype(torch.device("cuda:1"), None, torch.bfloat16) is torch.bfloat16
 
 
 def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:

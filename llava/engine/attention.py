@@ -154,7 +154,7 @@ def aligned_mask(visible: Callable[[Tensor], Tensor], width: int, dtype: torch.d
     Rows are stored `ALIGNMENT` elements apart or a multiple of it, as fused kernels want them: without that, torch
     copies the mask into such a layout in every layer.
     """
-    columns = torch.arange(-(-width // ALIGNMENT) * ALIGNMENT, dtype=torch.int32, device=device)
+    columns = torch.arange(-(-width // ALIGNMENT) * ALIGNMENT, device=device)
     seen = visible(columns)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
     return mask[..., :width]

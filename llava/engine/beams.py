@@ -17,7 +17,8 @@ def run(lm: LanguageModel, prefiller: Prefiller, job: Job) -> None:
     params = job.params
     sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
     embeds = prefiller.embed(job.prompt)  # (L, D)
-    with torch.random.fork_rng(enabled=params.temperature > 0):
+    devices = [embeds.device] if embeds.is_cuda else []  # by default all cards, each of which would be initialised
+    with torch.random.fork_rng(devices, enabled=params.temperature > 0):
         if params.seed is not None:
             torch.manual_seed(params.seed)
         output = lm.model.generate(

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from llava.engine.attention import Shared
 from llava.engine.prefixes import Chain, Span, tokens_of
 from llava.engine.split import SplitLayers
-from llava.engine.upload import upload_columns
+from llava.model.transfer import upload_columns
 
 _SLACK = 64
 _IDLE_BYTES = 64 * 2**20  # a buffer up to this size is kept while no row is there

@@ -15,7 +15,7 @@ from llava.engine.cache import CacheSpec, RowCache
 from llava.engine.packing import DecodeStep
 from llava.engine.prefixes import Chain, tokens_of
 from llava.engine.sampling import Sampler
-from llava.engine.upload import upload_columns
+from llava.model.transfer import upload_columns
 
 
 class LanguageModel:

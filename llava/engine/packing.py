@@ -13,7 +13,7 @@ from llava.engine.attention import Shared, aligned_mask, attend
 from llava.engine.cache import CacheSpec, RowCache, shared_parts
 from llava.engine.prefixes import Chain, tokens_of
 from llava.engine.sampling import Sampler
-from llava.engine.upload import Numbers, upload_columns
+from llava.model.transfer import Numbers, upload_columns
 
 
 @dataclass
@@ -57,7 +57,7 @@ class PackedRows:
         ]
         if not self.even:
             columns.append((torch.tensor(starts)[:, None] + torch.minimum(steps, ends[:, None] - 1)).flatten())
-            columns.append((steps < ends[:, None]).flatten().nonzero().squeeze(-1))
+            columns.append(torch.cat([steps[:length] + row * self.longest for row, length in enumerate(lengths)]))
         self.positions, self.last, *self._uploaded = upload_columns(columns, spec.device)
         self._places: dict[torch.device, _OnDevice] = {}
 
@@ -116,7 +116,7 @@ class PackedRows:
             if kind == "ends":
                 last = lengths[:, None, None, None] - 1
             else:
-                last = torch.arange(longest, dtype=torch.int32, device=lengths.device).repeat(group)[:, None]
+                last = torch.arange(longest, device=lengths.device).repeat(group)[:, None]
             places.masks[kind] = aligned_mask(lambda columns: columns <= last, longest, self.spec.dtype, lengths.device)
         return places.masks[kind]
 
@@ -162,7 +162,7 @@ class DecodeStep:
         """(B, W) bool: the columns each row sees, its new one included; None where no row is padded."""
         if self._hidden is None:
             return None
-        return torch.arange(self.width, dtype=torch.int32, device=self._hidden.device) >= self._hidden[:, None]
+        return torch.arange(self.width, device=self._hidden.device) >= self._hidden[:, None]
 
     def _mask(self, device: torch.device) -> Tensor | None:
         """`visible` as attention adds it, (B, 1, 1, W), on `device`."""

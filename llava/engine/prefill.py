@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -127,8 +126,7 @@ class Prefiller:
         pictures = prompt.pictures[first : first + ids.count(IMAGE_TOKEN_INDEX)]
         if not pictures:
             return self.lm.embed(ids)
-        at = torch.tensor(ids, device=self.lm.spec.device)
-        embeddings: Tensor = self.lm.model.embed_prompt(at, [features[picture.digest] for picture in pictures])
+        embeddings: Tensor = self.lm.model.embed_prompt(ids, [features[picture.digest] for picture in pictures])
         return embeddings
 
     def _batches(self, works: Sequence[Work], lengths: Sequence[int]) -> Iterator[list[int]]:

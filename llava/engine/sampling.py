@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.engine.request import SamplingParams
-from llava.engine.upload import upload_columns
+from llava.model.transfer import upload_columns
 
 NO_TOKEN: Final = -1  # in place of a token where the logits are not finite
 _COLDEST: Final = 1e-6  # a float32 logit divided by less may not be finite any more

@@ -18,21 +18,15 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
 from llava.errors import CheckpointError, RequestError
 from llava.model.checkpoint import EMBEDDINGS, compare_shapes, load_bin, projector_state
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import (
-    Images,
-    check_slots,
-    encode_slots,
-    encode_used_slots,
-    splice_batch,
-    splice_row,
-    splice_rows,
-)
+from llava.model.splice import Images, Layout, encode_slots, encode_used_slots, splice_batch, splice_prompt
+from llava.model.transfer import to_host, upload
 from llava.model.zero import gathered
 
 if TYPE_CHECKING:
@@ -163,15 +157,24 @@ class LlavaMetaForCausalLM(nn.Module):
         projected: Tensor = projector(features)
         return projected
 
-    def embed_prompt(self, input_ids: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Embed one row `(T,)` of ids, its placeholders replaced by `features` (each `(n_i, D)`): `(L, D)`."""
-        image_at = input_ids == IMAGE_TOKEN_INDEX
-        if int(image_at.sum()) != len(features):
-            raise RequestError(
-                f"The prompt has {int(image_at.sum())} <image> placeholders, but {len(features)} images were given."
-            )
-        embeds = self.get_model().get_input_embeddings()(input_ids.masked_fill(image_at, 0))
-        return splice_row(embeds, image_at, features)[0]
+    def embed_prompt(self, input_ids: Sequence[int] | Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Embed one row of T ids, its placeholders replaced by `features` (each `(n_i, D)`): `(L, D)`.
+
+        Give the ids as a list or a CPU tensor where they are known on the host: nothing then waits for the device.
+        """
+        embedding = self.get_model().get_input_embeddings()
+        device = embedding.weight.device
+        if isinstance(input_ids, Tensor):
+            device = input_ids.device if input_ids.device.type != "cpu" else device
+            input_ids = input_ids.tolist()
+
+        def embed(ids: list[int]) -> Tensor:
+            index = torch.tensor(ids, dtype=torch.long)
+            # Offloaded weights are on the meta device; their hook moves the ids to where it computes.
+            embeds: Tensor = embedding(index if device.type == "meta" else upload([index], device)[0])
+            return embeds
+
+        return splice_prompt(input_ids, features, embed)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -183,33 +186,33 @@ class LlavaMetaForCausalLM(nn.Module):
         images: Images | None,
         padding_side: str = "right",
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
-        """Splice features into a batch (§8.3). Arguments and result: `(input_ids, position_ids, attention_mask,
+        """Splice features into a batch. Arguments and result: `(input_ids, position_ids, attention_mask,
         past_key_values, inputs_embeds, labels)`; `input_ids` comes back `None` when embeddings replace it.
 
         Ids without a placeholder pass through unchanged when there is no image or the step continues a past.
         """
         past = past_length_of(past_key_values)
-        has_placeholder = bool((input_ids == IMAGE_TOKEN_INDEX).any())
+        ids, host_mask, host_labels = to_host(input_ids, attention_mask, labels)
+        has_placeholder = bool((cast("Tensor", ids) == IMAGE_TOKEN_INDEX).any())
         if images is None or self.get_vision_tower() is None or (past and not has_placeholder):
             if has_placeholder:
                 raise RequestError(NO_IMAGE)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         slots = encode_slots(images, self.encode_images)
         spliced = splice_batch(
-            input_ids,
+            cast("Tensor", ids),
             self._embed_text(input_ids),
             slots,
-            attention_mask=attention_mask,
-            labels=labels,
+            attention_mask=host_mask,
+            labels=host_labels,
             past_length=past,
             padding_side=padding_side,
         )
-        mask = spliced.attention_mask
-        keep_mask = attention_mask is not None or not bool(mask.all())
+        keep_mask = attention_mask is not None or not spliced.full
         return (
             None,
             spliced.position_ids if keep_mask or past else None,
-            mask if keep_mask else None,
+            spliced.attention_mask if keep_mask else None,
             past_key_values,
             spliced.inputs_embeds,
             spliced.labels,
@@ -217,17 +220,28 @@ class LlavaMetaForCausalLM(nn.Module):
 
     def pack_inputs_and_labels(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, images: Images | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The spliced rows of a batch without padding, `(L_b, D)`, and their labels `(L_b,)`."""
+    ) -> tuple[Tensor, list[int], Tensor]:
+        """Splice a batch and lay its rows end to end without padding: embeddings `(N, D)`, the length of each row, and
+        labels `(N,)` on the CPU."""
+        ids, mask, host_labels = to_host(input_ids, attention_mask, labels)
+        assert ids is not None and host_labels is not None
         embeds = self._embed_text(input_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = mask.to(embeds.device, torch.bool)
+        slots: Sequence[Tensor] = []
         if images is not None and self.get_vision_tower() is not None:
-            slots = encode_used_slots(images, self.encode_images, check_slots(input_ids, len(images)))
-            return splice_rows(input_ids, embeds, slots, mask, labels)
-        if bool((input_ids == IMAGE_TOKEN_INDEX).any()):
+            layout = Layout.of(ids, mask, len(images))
+            slots = encode_used_slots(images, self.encode_images, layout.counts)
+        elif bool((ids == IMAGE_TOKEN_INDEX).any()):
             raise RequestError(NO_IMAGE)
-        return [row[kept] for row, kept in zip(embeds, mask)], [row[kept] for row, kept in zip(labels, mask)]
+        else:
+            layout = Layout.of(ids, mask)
+        rows = layout.splice(embeds, slots)
+        ignored = [host_labels.new_full((len(slot),), IGNORE_INDEX) for slot in slots]
+        row_labels = layout.splice(host_labels, ignored)
+        return (
+            torch.cat([piece for row in rows for piece in row]),
+            [sum(map(len, row)) for row in rows],
+            torch.cat([piece for row in row_labels for piece in row]),
+        )
 
     def _embed_text(self, input_ids: Tensor) -> Tensor:
         """Word embeddings `(B, T, D)`, zero id at placeholders; with start and end tokens under projector tuning only

@@ -141,7 +141,10 @@ def attach_adapter(model: nn.Module, directory: Path) -> Any:
     found = adapter_shapes(directory)
     check_adapter(found, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, directory)
     try:
-        adapted = peft.PeftModel.from_pretrained(model, str(directory), config=adapter_settings(directory))
+        # Without torch_device PEFT reads the file onto the first GPU it sees, even for a model on the CPU.
+        adapted = peft.PeftModel.from_pretrained(
+            model, str(directory), config=adapter_settings(directory), torch_device="cpu"
+        )
     except Exception as error:  # for settings that make no sense PEFT raises what it happens to meet
         text = " ".join(str(error).split())[:300]
         raise CheckpointError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import ConfigError
+from llava.placement import to_device
 from llava.utils import require
 
 PREFIXES = ("model.layers.", "transformer.blocks.")  # of LLaMA, of MPT
@@ -74,33 +75,44 @@ class Quantizer:
             scheme = {"quant_type": self.quant_type, "compress_statistics": self.double_quant}
             layer = bnb.nn.Linear4bit(width_in, width_out, bias=False, compute_dtype=self.dtype, device="meta",
                                       **scheme)  # fmt: skip
-            packed, state = self._pack(weight) if device.type == "cpu" else (weight.to(self.dtype), None)
-            layer.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, module=layer,
-                                             bnb_quantized=state is not None, **scheme).to(device)  # fmt: skip
-            layer.quant_state = layer.weight.quant_state
+            packed, state = self._pack(weight) if device.type == "cpu" else self._quantize_4bit(weight, device)
+            layer.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True,
+                                             **scheme)  # fmt: skip
+            layer.quant_state = state
         else:
             layer = bnb.nn.Linear8bitLt(width_in, width_out, bias=False, has_fp16_weights=False, threshold=6.0,
                                         device="meta")  # fmt: skip
-            codes, scales = self._rows(weight) if device.type == "cpu" else (weight.to(torch.float16), None)
-            layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False).to(device)
-            if scales is not None:
-                layer.weight.CB, layer.weight.SCB = codes, scales
+            codes, scales = self._quantize_rows(weight, device)
+            layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
         layer.bias = bias
         module: nn.Module = layer
         return module
 
-    def _rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales, as the library's `Int8Params` makes them of the whole `weight`, some rows at a time.
+    def _quantize_rows(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """int8 codes `(out, in)` and float32 row scales `(out,)` on `device`, as `Int8Params.to` makes them.
 
-        Its way on a CPU takes eleven bytes a weight.
+        The library's `.to` quantises only what comes from the CPU: a weight that is on a GPU already (an adapter was
+        merged into it there) would stay in 16 bit until the first forward pass. On a CPU its way takes eleven bytes a
+        weight, so rows are quantised a slice at a time there.
         """
         quantize = require("bitsandbytes", "quant").functional.int8_vectorwise_quant
-        codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
-        step = max(1, SLICE // weight.shape[1])
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
+        scales = torch.empty(len(weight), dtype=torch.float32, device=device)
+        step = max(1, SLICE // weight.shape[1]) if device.type == "cpu" else len(weight)
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
-            codes[rows], scales[rows], _ = quantize(weight[rows].to(torch.float16))
+            part = to_device(weight[rows], device).to(torch.float16).contiguous()  # the CUDA kernel ignores strides
+            codes[rows], scales[rows], _ = quantize(part)
         return codes, scales
+
+    def _quantize_4bit(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Any]:
+        """Packed codes uint8 `(ceil(out * in / 2), 1)` and their state on `device`, as `Params4bit.to` makes them."""
+        quantize = require("bitsandbytes", "quant").functional.quantize_4bit
+        whole = to_device(weight, device).to(self.dtype).contiguous()
+        packed, state = quantize(
+            whole, blocksize=BLOCK, compress_statistics=self.double_quant, quant_type=self.quant_type
+        )
+        return packed, state
 
     def _pack(self, weight: Tensor) -> tuple[Tensor, Any]:
         """What `quantize_4bit` of the library gives for the whole `weight`, made a slice at a time.
@@ -136,19 +148,24 @@ class Quantizer:
 
         Layer by layer, so that no two are there in 16 or 32 bit. PEFT's products are computed in float32.
         """
-        for name, module in list(model.named_modules()):
-            linear = getattr(module, "base_layer", module)
-            inside = ".base_layer" in name or ".lora_" in name
-            if inside or not name.startswith(PREFIXES) or not isinstance(linear, nn.Linear):
-                continue
-            device = where(name)
-            linear.weight.data = linear.weight.to(device, self.dtype)
-            if linear is not module:
-                layer: Any = module.to(device)
-                layer.merge(safe_merge=True)
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, linear)
-            self.place(model, f"{name}.weight", linear.weight.data, device)
+        for name in [name for name, _ in model.named_modules()]:  # a list of modules would keep every weight alive
+            if ".base_layer" not in name and ".lora_" not in name and name.startswith(PREFIXES):
+                self._merge_and_place(model, name, where)
+
+    def _merge_and_place(self, model: nn.Module, name: str, where: Callable[[str], torch.device]) -> None:
+        """Merge the adapter of the module `name`, where it has one, and quantise it; only linear layers are changed."""
+        module = model.get_submodule(name)
+        linear = getattr(module, "base_layer", module)
+        if not isinstance(linear, nn.Linear):
+            return
+        device = where(name)
+        linear.weight.data = to_device(linear.weight.data, device).to(self.dtype)
+        if linear is not module:
+            layer: Any = module.to(device)
+            layer.merge(safe_merge=True)
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, linear)
+        self.place(model, f"{name}.weight", linear.weight.data, device)
 
 
 def size_name(dtype: torch.dtype, bits: int = 0) -> str:

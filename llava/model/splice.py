@@ -1,32 +1,92 @@
-"""Putting image features where their placeholders stand: pure tensor functions (spec/model.md §8.3).
+"""Splice image features into text embeddings at their placeholders: pure tensor functions.
 
 A *slot* is the block of features `(n, D)` that one placeholder takes. Every placeholder uses one slot and every row
 without a placeholder uses one too (it stays out of the text), so that each row keeps the projector in its graph.
+
+Where things go is decided on the host, from one copy of the ids and the mask; embeddings are then moved by views and
+one concatenation. A batch on an accelerator waits for the device once, not once a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import RequestError
+from llava.model.transfer import to_host, upload
 
 Images = Tensor | Sequence[Tensor]
+PADDING, TEXT, IMAGE = range(3)  # kinds of input tokens
 
 
 @dataclass(frozen=True)
 class Spliced:
     """A batch after the splice, padded to one length T: embeddings `(B, T, D)`, mask `(B, T)` bool, positions and
-    labels `(B, T)` int64 (`labels` is `None` when none were given)."""
+    labels `(B, T)` int64 (`labels` is `None` when none were given). `full`: every entry of the mask is true."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     labels: Tensor | None
+    full: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tokens of a batch `(B, T)` are: for each row, runs of `(kind, length)`; a placeholder is a run of its
+    own. `counts` holds the placeholders of each row."""
+
+    rows: list[list[tuple[int, int]]]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, input_ids: Tensor, mask: Tensor | None, slots: int | None = None) -> Layout:
+        """Describe `input_ids` and `mask` (`(B, T)`, on the CPU); padding is where the mask is 0.
+
+        Raises `RequestError` when the rows do not use `slots` slots or the mask hides a placeholder. Without `slots`
+        the batch has no images.
+        """
+        counts = check_slots(input_ids, slots) if slots is not None else [0] * len(input_ids)
+        kinds = torch.where(input_ids == IMAGE_TOKEN_INDEX, IMAGE, TEXT)
+        if mask is not None:
+            if bool(((kinds == IMAGE) & ~mask.bool()).any()):
+                raise RequestError("attention_mask is 0 at an <image> placeholder; it must be 1 there.")
+            kinds = torch.where(mask.bool(), kinds, PADDING)
+        starts = torch.ones_like(kinds, dtype=torch.bool)  # (B, T), where a run begins
+        starts[:, 1:] = (kinds[:, 1:] != kinds[:, :-1]) | (kinds[:, 1:] == IMAGE)
+        at = starts.flatten().nonzero().flatten()
+        lengths = torch.diff(at, append=at.new_tensor([kinds.numel()]))
+        rows: list[list[tuple[int, int]]] = [[] for _ in counts]
+        for start, kind, length in torch.stack([at, kinds.flatten()[at], lengths], dim=1).tolist():
+            rows[start // kinds.shape[1]].append((kind, length))
+        return cls(rows, counts)
+
+    def splice(self, values: Tensor, slots: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Split `values` `(B, T, ...)` into runs, drop padding, and put `slots` `(n, ...)` at placeholders.
+
+        Returns the pieces of each row, to be concatenated. A row without a placeholder gets an empty slice of its
+        slot: its graph keeps tower and projector, its numbers do not change.
+        """
+        parts = iter(torch.split(values.flatten(0, 1), [length for row in self.rows for _, length in row]))
+        unused = iter(slots)
+        spliced = []
+        for row, count in zip(self.rows, self.counts, strict=True):
+            pieces: list[Tensor] = []
+            for kind, _ in row:
+                part = next(parts)
+                if kind == TEXT:
+                    pieces.append(part)
+                elif kind == IMAGE:
+                    pieces.append(next(unused).to(values))
+            if count == 0 and slots:
+                pieces.append(next(unused)[:0].to(values))
+            spliced.append(pieces)
+        return spliced
 
 
 def encode_slots(images: Images, encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -48,14 +108,19 @@ def encode_slots(images: Images, encode: Callable[[Tensor], Tensor]) -> list[Ten
 
 
 def encode_used_slots(images: Images, encode: Callable[[Tensor], Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """As `encode_slots`, but slots of rows without a placeholder (`counts` by row) are not computed: they get another
-    one's block, which no text shows. One image is always encoded, so that every rank runs tower and projector (Z3-1).
+    """Encode only the slots that text refers to; `counts` holds the placeholders of each row.
+
+    The slot of a row without a placeholder gets the block of another slot, which no text shows. One image is always
+    encoded, so that every rank runs tower and projector and takes part in their collectives.
     """
     used = [count > 0 for count in counts for _ in range(max(1, count))]
     if all(used):
         return encode_slots(images, encode)
     chosen = [slot for slot, wanted in enumerate(used) if wanted] or [0]
-    some = images[chosen] if isinstance(images, Tensor) else [images[slot] for slot in chosen]
+    if isinstance(images, Tensor):
+        some: Images = images.index_select(0, upload([torch.tensor(chosen)], images.device)[0])
+    else:
+        some = [images[slot] for slot in chosen]
     blocks = dict(zip(chosen, encode_slots(some, encode), strict=True))
     return [blocks.get(slot, blocks[chosen[0]]) for slot in range(len(used))]
 
@@ -65,8 +130,8 @@ def _shapes(images: Images) -> str:
 
 
 def check_slots(input_ids: Tensor, slots: int) -> list[int]:
-    """The number of placeholders in each row; the rows must use exactly `slots` slots (M8)."""
-    counts = [int(count) for count in (input_ids == IMAGE_TOKEN_INDEX).sum(dim=1)]
+    """Return the number of placeholders in each row; raise `RequestError` unless the rows use `slots` slots."""
+    counts: list[int] = (input_ids == IMAGE_TOKEN_INDEX).sum(dim=1).tolist()
     used = sum(max(1, count) for count in counts)
     if used != slots:
         raise RequestError(
@@ -76,49 +141,18 @@ def check_slots(input_ids: Tensor, slots: int) -> list[int]:
     return counts
 
 
-def splice_row(embeds: Tensor, image_at: Tensor, slots: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Replace the marked positions of one row by slots.
-
-    `embeds` `(T, D)`, `image_at` `(T,)` bool. Returns the expanded embeddings `(L, D)` and, for each of the L
-    positions, the index it comes from or -1 for a feature `(L,)` int64.
-    """
-    pieces: list[Tensor] = []
-    origin: list[Tensor] = []
-    start = 0
-    index = torch.arange(len(embeds), device=embeds.device)
-    for slot, position in zip(slots, image_at.nonzero().flatten().tolist(), strict=True):
-        pieces += [embeds[start:position], slot.to(embeds.device, embeds.dtype)]
-        origin += [index[start:position], index.new_full((len(slot),), -1)]
-        start = position + 1
-    pieces.append(embeds[start:])
-    origin.append(index[start:])
-    return torch.cat(pieces), torch.cat(origin)
-
-
-def splice_rows(
-    input_ids: Tensor, embeds: Tensor, slots: Sequence[Tensor], mask: Tensor, labels: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Splice each row of a batch (`input_ids`, `mask`, `labels` `(B, T)`, `embeds` `(B, T, D)`), padding left out.
-
-    Returns embeddings `(L_b, D)` and labels `(L_b,)`, -100 at features; no labels for none.
-    """
-    rows, row_labels, next_slot = [], [], 0
-    for row, count in enumerate(check_slots(input_ids, len(slots))):
-        taken = slots[next_slot : next_slot + max(1, count)]
-        next_slot += max(1, count)
-        kept = mask[row].nonzero().flatten()
-        if count == 0 and len(kept):
-            # an empty slice of the unused slot: the graph keeps tower and projector, the numbers do not change
-            expanded, origin = embeds[row, kept], kept
-            expanded = torch.cat([expanded, taken[0][:0].to(expanded)])
-        else:
-            image_at = input_ids[row, kept] == IMAGE_TOKEN_INDEX
-            expanded, origin = splice_row(embeds[row, kept], image_at, taken if count else [])
-            origin = torch.where(origin < 0, origin, kept[origin.clamp(min=0)])
-        rows.append(expanded)
-        if labels is not None:
-            row_labels.append(torch.where(origin < 0, IGNORE_INDEX, labels[row].to(embeds.device)[origin.clamp(min=0)]))
-    return rows, row_labels
+def splice_prompt(ids: Sequence[int], slots: Sequence[Tensor], embed: Callable[[list[int]], Tensor]) -> Tensor:
+    """Embed one prompt: `embed` turns the M text ids into `(M, D)`, `slots` replace the placeholders: `(L, D)`."""
+    at = [index for index, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+    if len(at) != len(slots):
+        raise RequestError(f"The prompt has {len(at)} <image> placeholders, but {len(slots)} images were given.")
+    text = embed([token for token in ids if token != IMAGE_TOKEN_INDEX])
+    borders = [-1, *at, len(ids)]
+    first, *others = torch.split(text, [end - start - 1 for start, end in pairwise(borders)])
+    pieces = [first]
+    for slot, part in zip(slots, others, strict=True):
+        pieces += [slot.to(text), part]
+    return torch.cat(pieces)
 
 
 def splice_batch(
@@ -136,38 +170,44 @@ def splice_batch(
     Mask, labels and positions are expanded position by position like the text, with True, -100 and consecutive
     positions at features. Padding of the input is dropped and made anew on `padding_side` (left also when the input
     was padded left), with zero vectors and -100. With a past, positions continue after the past's real tokens and the
-    mask covers the past too.
+    mask covers the past too. Give ids, mask and labels on the CPU where they are known there.
     """
-    batch, length = input_ids.shape
-    device = embeds.device
-    past = torch.ones(batch, past_length, dtype=torch.bool, device=device)
-    mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        mask = attention_mask[:, -length:].to(device, torch.bool)
-        if attention_mask.shape[1] == past_length + length:
-            past = attention_mask[:, :past_length].to(device, torch.bool)
+    ids, given, host_labels = to_host(input_ids, attention_mask, labels)
+    assert ids is not None
+    batch, length = ids.shape
+    past, mask = torch.ones(batch, past_length, dtype=torch.bool), None
+    if given is not None:
+        mask = given[:, -length:].bool()
+        if given.shape[1] == past_length + length:
+            past = given[:, :past_length].bool()
         if bool((~mask[:, 0] & mask[:, -1]).any()):
             padding_side = "left"
-    rows, row_labels = splice_rows(input_ids, embeds, slots, mask, labels)
-    valid = _pad([torch.ones(len(row), dtype=torch.bool, device=device) for row in rows], padding_side, False)
-    full_mask = torch.cat([past, valid], dim=1)
-    positions = (full_mask.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]
+    layout = Layout.of(ids, mask, len(slots))
+    rows = layout.splice(embeds, slots)
+    lengths = [sum(map(len, row)) for row in rows]
+    valid = [[torch.ones(count, dtype=torch.bool)] for count in lengths]
+    full_mask = torch.cat([past, _pad(valid, lengths, padding_side, False)], dim=1)
+    host = [full_mask, (full_mask.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]]
+    if host_labels is not None:
+        row_labels = layout.splice(host_labels, [host_labels.new_full((len(slot),), IGNORE_INDEX) for slot in slots])
+        host.append(_pad(row_labels, lengths, padding_side, IGNORE_INDEX))
+    tensors = upload(host, embeds.device)
     return Spliced(
-        inputs_embeds=_pad(rows, padding_side, 0.0),
-        attention_mask=full_mask,
-        position_ids=positions,
-        labels=_pad(row_labels, padding_side, IGNORE_INDEX) if labels is not None else None,
+        inputs_embeds=_pad(rows, lengths, padding_side, 0.0),
+        attention_mask=tensors[0],
+        position_ids=tensors[1],
+        labels=tensors[2] if labels is not None else None,
+        full=bool(full_mask.all()),
     )
 
 
-def _pad(rows: Sequence[Tensor], side: str, value: float | bool) -> Tensor:
-    """Stack rows `(L_i, …)` to `(B, max L, …)`, padded on one side."""
-    longest = max(len(row) for row in rows)
-    out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), value)
-    if all(len(row) == longest for row in rows):
-        return torch.stack(list(rows))
-    padded = []
-    for row, blank in zip(rows, out):
-        pad = blank[len(row) :]
-        padded.append(torch.cat([pad, row] if side == "left" else [row, pad]))
-    return torch.stack(padded)
+def _pad(rows: Sequence[Sequence[Tensor]], lengths: Sequence[int], side: str, value: float | bool) -> Tensor:
+    """Concatenate the pieces of each row `(L_i, ...)` and pad the rows on one side: `(B, max L, ...)`."""
+    longest = max(lengths)
+    like = rows[0][0]
+    blank = like.new_full((longest - min(lengths), *like.shape[1:]), value)
+    pieces: list[Tensor] = []
+    for row, length in zip(rows, lengths, strict=True):
+        pad = blank[: longest - length]
+        pieces += [pad, *row] if side == "left" else [*row, pad]
+    return torch.cat(pieces).view(len(rows), longest, *like.shape[1:])

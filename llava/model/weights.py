@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
 from llava.errors import CheckpointError
+from llava.model.upload import PinnedUploader
 
 
 @contextmanager
@@ -44,6 +45,7 @@ def fill(
     wanted = dict(model.named_parameters())
     found: set[str] = set()
     unexpected, wrong = [], []
+    uploader = PinnedUploader()
     for name, tensor in tensors:
         target = wanted.get(name)
         found.add(name)
@@ -53,23 +55,51 @@ def fill(
         elif target.shape != tensor.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(target.shape)}")
         elif place is None or not place(model, name, tensor, where(name)):
-            set_module_tensor_to_device(model, name, where(name), value=tensor, dtype=dtype)
+            _set_tensor(model, name, where(name), tensor, dtype, uploader)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     missing = []
     for name, parameter in model.named_parameters():
         if name not in found and name.startswith(optional):
             zeros = torch.zeros(parameter.shape, device=where(name))
-            set_module_tensor_to_device(model, name, where(name), value=zeros, dtype=dtype)
+            _set_tensor(model, name, where(name), zeros, dtype, uploader)
         elif name not in found:
             missing.append(name)
+    _check_fit(source, {"missing": missing, "unexpected": unexpected, "of another shape": wrong})
+    for buffer_name, buffer in model.named_buffers():
+        if buffer.device != where(buffer_name):
+            _set_tensor(model, buffer_name, where(buffer_name), buffer, buffer.dtype, uploader)
+    uploader.finish()
+
+
+def _check_fit(source: str, misfits: dict[str, list[str]]) -> None:
+    """Raise a `CheckpointError` that counts the `misfits` of each kind, and names three of them."""
     problems = [
         f"{len(names)} {label} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        for label, names in misfits.items()
         if names
     ]
     if problems:
         raise CheckpointError(f"The weights in {source} do not fit the configuration: {'; '.join(problems)}.")
-    for buffer_name, buffer in model.named_buffers():
-        if buffer.device != where(buffer_name):
-            set_module_tensor_to_device(model, buffer_name, where(buffer_name), value=buffer)
+
+
+def _set_tensor(
+    model: nn.Module, name: str, device: torch.device, value: Tensor, dtype: torch.dtype, uploader: PinnedUploader
+) -> None:
+    """Replace the parameter or buffer `name` by `value` on `device`, in `dtype` (integers and booleans keep theirs).
+
+    On CUDA `uploader` copies it asynchronously. On a CPU a `value` of `dtype` is used itself, so a memory-mapped file
+    is read only when the model runs.
+    """
+    if device.type != "cuda":
+        set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)
+        return
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    kept = not (value.is_floating_point() or value.is_complex())
+    copied = uploader.upload(value, device, value.dtype if kept else dtype)
+    if attribute in module._buffers:
+        module._buffers[attribute] = copied
+        return
+    old = module.get_parameter(attribute)
+    module._parameters[attribute] = type(old)(copied, requires_grad=old.requires_grad)

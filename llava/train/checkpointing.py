@@ -191,10 +191,22 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Undo `random_state`."""
+    """Restore what `random_state` returned.
+
+    On another number of CUDA devices than the checkpoint's, the devices both have are restored, with a warning.
+    """
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.random.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.random.set_rng_state_all(state["cuda"])
+    saved = state.get("cuda", [])
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(saved) != visible:
+        logger.warning(
+            "The checkpoint holds the random state of %d CUDA device(s) and %d are visible: the resumed run will not "
+            "repeat the original one exactly. Resume with as many visible devices for an exact repetition.",
+            len(saved),
+            visible,
+        )
+    for device, device_state in zip(range(visible), saved):
+        torch.cuda.random.set_rng_state(device_state, device)

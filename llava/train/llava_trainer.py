@@ -216,14 +216,14 @@ class LLaVATrainer(transformers.Trainer):
         labels, ids = inputs["labels"], inputs["input_ids"]
         mask = inputs.get("attention_mask")
         supervised = (labels[:, 1:] != IGNORE_INDEX).sum()
-        tokens = ids.new_tensor(ids.numel()) if mask is None else mask.sum()
-        images = tokens.new_tensor(len(inputs.get("images", ())))
+        tokens = ids.new_full((), ids.numel()) if mask is None else mask.sum()
+        images = tokens.new_full((), len(inputs.get("images", ())))  # filled on the device: nothing waits
         tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
         if tower is not None:
             tokens = tokens + (ids == IMAGE_TOKEN_INDEX).sum() * (tower.num_features - 1)
-        counts = torch.stack(
-            [tokens, supervised, tokens.new_tensor(len(ids)), (supervised == 0).long(), images]
-        ).double()
+        # int64 is exact, and MPS has no float64
+        samples = tokens.new_full((), len(ids))
+        counts = torch.stack([tokens, supervised, samples, (supervised == 0).long(), images])
         self._counts = counts if self._counts is None else self._counts + counts
         self._batch += 1
 
@@ -232,7 +232,7 @@ class LLaVATrainer(transformers.Trainer):
         if "loss" in logs and self._counts is not None and self._clock is not None:
             seconds = time.perf_counter() - self._clock
             total = self._nested_gather(self._counts.unsqueeze(0)).sum(0).tolist()
-            tokens, supervised, samples, unsupervised, images = total
+            tokens, supervised, samples, unsupervised, images = map(float, total)
             logs["supervised_tokens"] = int(supervised)
             if unsupervised:
                 logs["unsupervised_batches"] = int(unsupervised)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,6 +81,30 @@ def test_an_idle_cache_is_reused() -> None:
         cache.drop(0)
     cache.join(torch.randn(2, 2, 3, 1, 60, 2), [60, 1, 2])
     assert cache.data.data_ptr() == buffer and cache.lengths == [60, 1, 2]
+
+
+def test_no_column_lies_beyond_the_context() -> None:
+    cache = RowCache(replace(SPEC, context_length=100))
+    cache.join(torch.randn(2, 2, 2, 1, 70, 2), [70, 10])
+    assert cache.data.shape[4] == 100  # not 70 * 1.5
+    for _ in range(30):
+        cache.make_room()
+        cache.advance()
+    assert cache.lengths == [100, 40] and cache.data.shape[4] == 100
+
+
+def test_an_empty_cache_releases_a_large_buffer() -> None:
+    large = CacheSpec(layers=2, kv_heads=8, head_dim=1024, dtype=torch.float32, device=torch.device("cpu"))
+    for spec, kept in ((SPEC, True), (large, False)):
+        cache = RowCache(spec)
+        cache.join(spec.empty(1, 1000), [1000])
+        cache.release()
+        assert cache.data.nbytes > 0, "a row is left"
+        cache.drop(0)
+        cache.release()
+        assert (cache.data.nbytes > 0) is kept
+        cache.join(spec.empty(1, 5), [5])
+        assert cache.lengths == [5]
 
 
 def test_store_keeps_to_its_budget() -> None:

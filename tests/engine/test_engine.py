@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava.engine import Engine, Handle, Request, SamplingParams, load_engine, prefixes
+from llava.engine import Engine, Handle, Request, SamplingParams, cache, load_engine, prefixes
 from llava.errors import ConfigError, RequestError
 from llava.model.builder import load_pretrained_model
 from tests.engine.conftest import Solo
@@ -63,6 +63,7 @@ def test_any_schedule_equals_one_at_a_time(
         **dict.fromkeys(("prefix_cache_bytes", "feature_cache_bytes"), data.draw(st.sampled_from([0, 20_000, 2**29]))),
         kv_cache_bytes=budget,
     )
+    engine._overlaps = data.draw(st.booleans())  # as on CUDA, where tokens become text one step later
     stores = (engine.features.store, engine.prefiller.prefixes)
     segments: WeakSet[prefixes.Segment] = WeakSet()
 
@@ -423,3 +424,48 @@ def test_a_long_prompt_is_computed_in_pieces_and_does_not_hold_up_the_others(
     assert engine.generated_tokens - tokens == 3  # one of the three was let in: its first, and one for each row
     assert running.result().token_ids == solo([1, 300], [], 30)
     assert [one.result().token_ids for one in later] == [solo([1, n, *range(200, 220)], [], 2) for n in (40, 41, 42)]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_stop_string_ends_the_answer_and_what_is_kept_is_what_was_computed(
+    make_engine: MakeEngine, overlaps: bool
+) -> None:
+    """With `_overlaps` the text is looked at while the next token is computed, which must not show."""
+    prompt = [1, 300, *range(310, 330)]
+    whole = make_engine().generate([Request(prompt, params=SamplingParams(40))])[0]
+    stop = whole.text[8:11]
+    engine = make_engine()
+    engine._overlaps = overlaps
+    params = SamplingParams(40, stop=(stop,))
+    answer, other = engine.generate([Request(prompt, params=params), Request([1, 301, 302], params=SamplingParams(40))])
+    alone = make_engine().generate([Request(prompt, params=params)])[0]
+    assert answer == alone and answer.finish_reason == "stop" and stop not in answer.text
+    assert answer.token_ids == whole.token_ids[: len(answer.token_ids)] and len(answer.token_ids) < 40
+    assert other == make_engine().generate([Request([1, 301, 302], params=SamplingParams(40))])[0]
+    again = [*prompt, *whole.token_ids[:30]]
+    turn = engine.generate([Request(again, params=SamplingParams(5))])[0]
+    assert turn.token_ids == make_engine().generate([Request(again, params=SamplingParams(5))])[0].token_ids
+    assert engine.statistics().shared_tokens > len(prompt)  # the answer's own tokens are found, too
+
+
+def test_a_stream_is_a_step_late_at_most_when_it_overlaps(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine._overlaps = True
+    handle = engine.submit(Request([1, 300, 301], params=SamplingParams(30)))
+    pieces, lengths = "", []
+    while engine.step():
+        pieces += handle.take()
+        lengths.append(len(pieces))
+    assert len(set(lengths)) > 5  # it streams
+    assert (pieces + handle.take()) == handle.result().text
+
+
+def test_an_idle_engine_gives_the_memory_of_its_rows_back(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    engine.generate([Request([1, 300, 301], params=SamplingParams(3))])
+    assert engine.statistics().row_bytes > 0  # a little is kept for the next request
+    monkeypatch.setattr(cache, "_IDLE_BYTES", 0)
+    assert engine.generate([Request([1, 300, 301], params=SamplingParams(3))])
+    assert engine.statistics().row_bytes == 0

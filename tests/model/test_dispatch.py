@@ -1,4 +1,4 @@
-"""One model on several devices gives what it gives on one (users.md MGPU-1 to MGPU-3), shown on pretended devices."""
+"""One model on several devices gives what it gives on one, shown on pretended CUDA cards."""
 
 from __future__ import annotations
 
@@ -19,23 +19,20 @@ from llava.placement import Placement
 from tests import devices, tiny
 from tests.model.test_builder import IDS, PIXELS, load
 
-APART = {"model.vision_tower": "xla:0", "model.mm_projector": "xla:1", "model": "xla:2", "lm_head": "xla:3"}
+APART = {"model.vision_tower": "cuda:0", "model.mm_projector": "cuda:1", "model": "cuda:2", "lm_head": "cuda:3"}
 IN_ORDER = {
-    "": "xla:0",
-    "model.layers.0": "xla:1",
-    "model.layers.1": "xla:2",
-    "model.norm": "xla:3",
-    "lm_head": "xla:3",
+    "": "cuda:0",
+    "model.layers.0": "cuda:1",
+    "model.layers.1": "cuda:2",
+    "model.norm": "cuda:3",
+    "lm_head": "cuda:3",
 }
-MPT_IN_ORDER = {"": "xla:0", "transformer.blocks.0": "xla:1", "transformer.blocks.1": "xla:2"}
+MPT_IN_ORDER = {"": "cuda:0", "transformer.blocks.0": "cuda:1", "transformer.blocks.1": "cuda:2"}
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "resolve_device", torch.device)
-    step: Any = Engine.step
-    monkeypatch.setattr(Engine, "step", torch.no_grad()(step.__wrapped__))  # wrapped tensors know no inference mode
-    with devices.Pretence():
+def pretended() -> Iterator[None]:
+    with devices.pretended_cuda(count=4):
         yield
 
 
@@ -46,14 +43,14 @@ def answer(model: Any) -> torch.Tensor:
 
 
 def test_the_pretence_notices_what_a_gpu_would() -> None:
-    with devices.Pretence():
-        near, far = torch.ones(2, 2, device="xla:0"), torch.ones(2, 2, device="xla:1")
-        with pytest.raises(RuntimeError, match=r"aten.add.Tensor got tensors on xla:0, xla:1"):
+    with devices.pretended_cuda(count=2):
+        near, far = torch.ones(2, 2, device="cuda:0"), torch.ones(2, 2, device="cuda:1")
+        with pytest.raises(RuntimeError, match=r"aten.add.Tensor got tensors on cuda:0, cuda:1"):
             near + far
-        with pytest.raises(RuntimeError, match=r"xla:0"):
+        with pytest.raises(RuntimeError, match=r"cuda:0"):
             near @ torch.ones(2, 2)
-        assert (near + far.to("xla:0")).device == torch.device("xla:0")
-        assert (near + far.to("xla:0")).cpu().tolist() == [[2, 2], [2, 2]]
+        assert (near + far.to("cuda:0")).device == torch.device("cuda:0")
+        assert (near + far.to("cuda:0")).cpu().tolist() == [[2, 2], [2, 2]]
 
 
 @pytest.mark.parametrize("device_map", [APART, IN_ORDER], ids=["by part", "in order"])
@@ -64,7 +61,7 @@ def test_a_four_way_split_gives_the_same(
     alone = load(tiny_dirs["chat"])
     tokenizer, split, processor, _ = load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map=device_map)
     used = {str(parameter.device) for parameter in split.parameters()}
-    assert used == {"xla:0", "xla:1", "xla:2", "xla:3"}
+    assert used == {"cuda:0", "cuda:1", "cuda:2", "cuda:3"}
     got = split(IDS, images=PIXELS).logits
     assert got.device.type == "cpu"
     torch.testing.assert_close(got, alone(IDS, images=PIXELS).logits, atol=1e-5, rtol=1e-5)
@@ -82,7 +79,7 @@ def test_a_four_way_split_gives_the_same(
     with pytest.raises(IndexError, match="layer 2 of 2"):
         cache[2, 0]
     for move in (split.cpu, split.half, lambda: split.to("cpu")):
-        with pytest.raises(ConfigError, match=r"spread over xla:0, .*cannot be moved"):
+        with pytest.raises(ConfigError, match=r"spread over cuda:0, .*cannot be moved"):
             move()
 
 
@@ -99,7 +96,7 @@ def test_mpt_and_its_tied_head(tiny_dirs: dict[str, Path], tmp_path: Path, prete
     chat = tiny.make_mpt_chat(tmp_path, tiny_dirs["tower"])
     alone = load(chat)
     tokenizer, split, _, _ = load_pretrained_model(chat, device="cpu", device_map=MPT_IN_ORDER)
-    assert {str(p.device) for p in split.parameters()} == {"xla:0", "xla:1", "xla:2"}
+    assert {str(p.device) for p in split.parameters()} == {"cuda:0", "cuda:1", "cuda:2"}
     torch.testing.assert_close(split(IDS, images=PIXELS).logits, alone(IDS, images=PIXELS).logits)
     assert torch.equal(answer(split), answer(alone))
     requests = [Request(prompt, params=SamplingParams(max_new_tokens=5)) for prompt in ("Why?", "What is it?")]
@@ -108,15 +105,12 @@ def test_mpt_and_its_tied_head(tiny_dirs: dict[str, Path], tmp_path: Path, prete
 
 
 def budgets(*sizes: int) -> dict[torch.device, int]:
-    return {torch.device("xla", index): size for index, size in enumerate(sizes)}
+    return {torch.device("cuda", index): size for index, size in enumerate(sizes)}
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, pretended: None) -> Any:
     """A machine with pretended GPUs; the returned function sets the bytes of each."""
-    monkeypatch.setattr(builder, "resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def offer(*sizes: int) -> None:
         monkeypatch.setattr(dispatch, "gpu_budgets", lambda num, limit: budgets(*sizes[:num]))
@@ -130,17 +124,17 @@ def test_one_gpu_if_it_fits_else_as_few_as_hold_it(tiny_dirs: dict[str, Path], g
         return {name: str(parameter.device) for name, parameter in model.named_parameters()}
 
     gpus(10**9, 10**9)
-    assert set(where().values()) == {"xla:0"}
+    assert set(where().values()) == {"cuda:0"}
     gpus(330_000, 400_000, 400_000, 400_000)
     found = where()
-    assert set(found.values()) == {"xla:0", "xla:1"}
-    assert {d for n, d in found.items() if "tower" in n or "projector" in n or "embed" in n} == {"xla:0"}
-    assert found["model.norm.weight"] == found["lm_head.weight"] == "xla:1"
+    assert set(found.values()) == {"cuda:0", "cuda:1"}
+    assert {d for n, d in found.items() if "tower" in n or "projector" in n or "embed" in n} == {"cuda:0"}
+    assert found["model.norm.weight"] == found["lm_head.weight"] == "cuda:1"
     gpus(300_000, 100_000)
-    with pytest.raises(ConfigError, match=r"do not fit .*xla:0 0.0, xla:1 0.0.*--load-4bit"):
+    with pytest.raises(ConfigError, match=r"do not fit .*cuda:0 0.0, cuda:1 0.0.*--load-4bit"):
         where()
     gpus(10**9, 10**9, 10**9)
-    assert set(where(num_gpus=1).values()) == {"xla:0"}
+    assert set(where(num_gpus=1).values()) == {"cuda:0"}
 
 
 def test_the_parts_are_all_of_the_model(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:

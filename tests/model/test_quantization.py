@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,13 @@ def test_an_adapter_is_merged_layer_by_layer_before_it_is_packed(
     save_file(halves, base / "model.safetensors", metadata={"format": "pt"})
     adapter = make_lora(tmp_path / "run", make_chat(tmp_path / "chat", tiny_dirs["tower"], **sizes), base)
     full = load_pretrained_model(adapter, device="cpu")[1]
-    place, most = Quantizer.place, []
+    place, most, seen = Quantizer.place, [], []
 
     def watch(self: Quantizer, model: nn.Module, name: str, *rest: Any) -> bool:
         names = (name for name, _ in model.named_parameters() if name.startswith("model.layers."))
         matrices = (model.get_parameter(name) for name in names if ".lora_" not in name)
+        assert [ref().shape for ref in seen if ref() is not None] == []  # those packed before are freed
+        seen.append(weakref.ref(model.get_parameter(name)))
         most.append(sum(weight.ndim == 2 and weight.dtype is torch.float32 for weight in matrices))
         return place(self, model, name, *rest)
 
@@ -114,6 +117,66 @@ def test_rows_are_packed_as_the_library_packs_the_whole(monkeypatch: pytest.Monk
     cpu = torch.device("cpu")
     ours = Quantizer(8, dtype, cpu).layer(weight, None, cpu).weight
     assert torch.equal(ours.data, whole.data) and torch.equal(ours.CB, whole.CB) and torch.equal(ours.SCB, whole.SCB)
+
+
+def test_eight_bits_do_not_wait_for_the_first_forward_pass() -> None:
+    """The library quantises in `.to` only what comes from the CPU; a weight on its device must be packed too."""
+    import bitsandbytes as bnb
+
+    there = torch.device("meta")  # like a GPU, it is not the CPU
+    weight = torch.empty((6, 64), dtype=torch.bfloat16, device=there)
+    left = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False).to(there)
+    assert left.dtype is torch.float16  # why the layer does not rely on it
+    found = Quantizer(8, torch.bfloat16, torch.device("cuda")).layer(weight, None, there).weight
+    assert found.dtype is found.CB.dtype is torch.int8 and found.SCB.dtype is torch.float32
+    assert (found.shape, found.SCB.shape) == ((6, 64), (6,))
+    assert {found.device, found.CB.device, found.SCB.device} == {there}
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_eight_bits_give_what_quantising_at_first_use_gave(monkeypatch: pytest.MonkeyPatch, contiguous: bool) -> None:
+    import bitsandbytes as bnb
+
+    kernel, dense = bnb.functional.int8_vectorwise_quant, []
+
+    def quantize(matrix: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+        dense.append(matrix.is_contiguous())  # the CUDA kernel reads rows without looking at strides
+        return kernel(matrix, *rest, **kwargs)
+
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn((64, 32), generator=draw).to(torch.bfloat16)
+    weight = weight if contiguous else weight.t().contiguous().t()
+    inputs = torch.randn((2, 5, 32), generator=draw)
+    inputs[0, :, 3] = 20.0  # a column of outliers
+    late = bnb.nn.Linear8bitLt(32, 64, bias=False, has_fp16_weights=False, threshold=6.0, device="meta").eval()
+    late.weight = bnb.nn.Int8Params(
+        weight.half(), requires_grad=False, has_fp16_weights=False
+    )  # as on a GPU, not moved
+    with monkeypatch.context() as patch:
+        patch.setattr(bnb.functional, "int8_vectorwise_quant", quantize)
+        early = Quantizer(8, torch.bfloat16, torch.device("cpu")).layer(weight, None, torch.device("cpu")).eval()
+    assert dense == [True]
+    assert late.weight.dtype is torch.float16 and early.weight.dtype is torch.int8
+    for _ in range(2):
+        assert torch.equal(early(inputs), late(inputs))
+    assert torch.equal(early.weight, late.weight)
+    assert torch.equal(early.state.SCB, late.state.SCB)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_four_bits_are_packed_wherever_the_weight_is(double_quant: bool) -> None:
+    import bitsandbytes as bnb
+
+    there, dtype = torch.device("meta"), torch.bfloat16
+    packer = Quantizer(4, dtype, torch.device("cuda"), double_quant=double_quant)
+    found = packer.layer(torch.empty((64, 64), dtype=torch.float16, device=there), None, there).weight
+    assert (found.dtype, found.shape, found.device) == (torch.uint8, (2048, 1), there)
+    weight = torch.randn((64, 64), generator=torch.Generator().manual_seed(1)).to(dtype)
+    whole = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=double_quant).to("cpu")
+    packed, state = packer._quantize_4bit(weight, torch.device("cpu"))
+    assert torch.equal(packed, whole.data)
+    theirs, ours = (one.as_dict(packed=True) for one in (whole.quant_state, state))
+    assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_without_the_library_it_is_one_sentence(tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

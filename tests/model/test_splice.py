@@ -1,18 +1,25 @@
-"""The splice against a literal implementation of the contract's rule (spec/model.md §8.3), over random batches."""
+"""The splice against a token-by-token implementation, over random batches, and how often it waits for a device."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import RequestError
-from llava.model.splice import check_slots, encode_slots, splice_batch
+from llava.model.builder import load_pretrained_model
+from llava.model.splice import check_slots, encode_slots, splice_batch, splice_prompt
+from llava.model.transfer import to_host, upload
+from tests import devices
 
 WIDTH, FEATURES = 3, 4
 
@@ -153,3 +160,122 @@ def test_gradients_reach_text_and_features_but_not_an_unused_slot() -> None:
     assert unused.grad.abs().sum() == 0
     assert embeds.grad is not None
     assert embeds.grad[0, 1].abs().sum() == 0
+
+
+def test_a_masked_placeholder_is_refused() -> None:
+    ids, mask = torch.tensor([[1, IMAGE_TOKEN_INDEX]]), torch.tensor([[1, 0]])
+    with pytest.raises(RequestError, match="attention_mask is 0 at an <image> placeholder"):
+        splice_batch(ids, torch.zeros(1, 2, WIDTH), [torch.ones(2, WIDTH)], attention_mask=mask)
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=batches())
+def test_a_prompt_is_a_row_of_a_batch(batch: Batch) -> None:
+    slots = iter(batch.slots)
+    for row, want in zip(batch.rows, literal(batch)[0]):
+        taken = [next(slots) for _ in range(max(1, row.count(IMAGE_TOKEN_INDEX)))]
+        used = taken[: row.count(IMAGE_TOKEN_INDEX)]
+        assert torch.equal(splice_prompt(row, used, lambda ids: table()[torch.tensor(ids, dtype=torch.long)]), want)
+
+
+class Waits(TorchDispatchMode):
+    """Records operations whose result the host needs, which wait for the device when their tensors are on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        chosen = name == "index.Tensor" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if chosen or name in ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "equal"):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+def waits_of(monkeypatch: pytest.MonkeyPatch, model: Any, rows: int, *, ragged: bool, training: bool) -> list[str]:
+    ids = torch.randint(3, 300, (rows, 9))
+    ids[::2, 1] = IMAGE_TOKEN_INDEX
+    mask = torch.ones_like(ids)
+    if ragged:
+        mask[1::2, 6:] = 0
+    images = torch.randn(rows, 3, 56, 56)
+    labels = ids.masked_fill((ids < 0) | (mask == 0), IGNORE_INDEX)
+    with monkeypatch.context() as patch, Waits() as waits:
+        tolist = Tensor.tolist
+        patch.setattr(Tensor, "tolist", lambda tensor: (waits.found.append("tolist"), tolist(tensor))[1])
+        loss = model.train(training)(ids, attention_mask=mask, labels=labels, images=images).loss
+        loss.backward()
+    return waits.found
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_more_rows_do_not_wait_more_often(
+    tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, ragged: bool, training: bool
+) -> None:
+    """Checked on CPU tensors, where the same operations run on what was copied to the host."""
+    model = load_pretrained_model(tiny_dirs["chat"], device="cpu")[1]
+    model.config.use_cache = False
+    few, many = (waits_of(monkeypatch, model, rows, ragged=ragged, training=training) for rows in (2, 8))
+    assert many == few
+    # The layout of the batch, the supervised positions, and outside packed training the library's attention mask.
+    assert few.count("nonzero") == (2 if training else 3)
+    assert "index.Tensor" not in few
+
+
+@pytest.fixture
+def card() -> Iterator[devices.Card]:
+    with devices.pretended_cuda() as made:
+        yield made
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_batch_on_a_device_is_fetched_once(card: devices.Card, side: str) -> None:
+    rows = [[1, IMAGE_TOKEN_INDEX, 2], [3], [4, IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX, 5], [6, 7]]
+    batch = Batch(rows, [torch.randn(n, WIDTH) for n in (2, 3, 1, 4, 2)], side)
+    ids, mask, labels = batch.padded()
+    embeds = table()[ids.clamp(min=0)]
+    want = splice_batch(ids, embeds, batch.slots, attention_mask=mask, labels=labels)
+    ids, mask, labels, embeds, *slots = (part.to("cuda") for part in (ids, mask, labels, embeds, *batch.slots))
+    with card.record() as events:
+        out = splice_batch(ids, embeds, slots, attention_mask=mask, labels=labels)
+    assert (len(events.downloads), len(events.uploads), len(events.syncs)) == (1, 1, 0), events.table()
+    for name in ("inputs_embeds", "attention_mask", "position_ids", "labels"):
+        found = getattr(out, name)
+        assert found.device == embeds.device
+        assert torch.equal(found.cpu(), getattr(want, name))
+        assert found.dtype == getattr(want, name).dtype
+
+
+def test_a_prompt_known_on_the_host_is_only_sent(card: devices.Card, tiny_dirs: dict[str, Path]) -> None:
+    ids, features = [1, IMAGE_TOKEN_INDEX, 5, 6], torch.randn(2, 48)
+    model = load_pretrained_model(tiny_dirs["chat"], device="cpu")[1]
+    want = model.embed_prompt(ids, [features])
+    assert torch.equal(model.embed_prompt(torch.tensor(ids), [features]), want)
+    remote = load_pretrained_model(tiny_dirs["chat"], device="cuda", dtype="float32")[1]
+    features = features.to("cuda")
+    with card.record() as events:
+        sent = remote.embed_prompt(ids, [features])
+    assert not events.waits and len(events.uploads) == 1, events.table()
+    assert torch.equal(sent.detach().cpu(), want)
+
+
+def test_transfers_keep_order_shape_and_dtype(card: devices.Card) -> None:
+    device = torch.device("cuda", 0)
+    given = [torch.arange(6).view(2, 3), torch.tensor([[True], [False]]), torch.arange(2, dtype=torch.int32)]
+    given += [torch.tensor(0.5), torch.rand(3, 5, dtype=torch.bfloat16).t(), torch.empty(0, 4)]
+    assert all(a is b for a, b in zip(to_host(given[0], None), (given[0], None)))
+    assert all(a is b for a, b in zip(upload(given, torch.device("cpu")), given))
+    with card.record() as events:
+        sent = upload(given, device)
+        assert len(events.uploads) == 1 and not events.waits, events.table()
+        ids, nothing, local, mask = to_host(sent[0], None, given[1], sent[1])
+    assert [(t.dtype, t.shape, t.device) for t in sent] == [(t.dtype, t.shape, device) for t in given]
+    assert all(torch.equal(there.cpu(), here) for there, here in zip(sent, given, strict=True))
+    assert len(events.downloads) == 1
+    assert nothing is None
+    assert local is given[1]
+    assert ids is not None and mask is not None
+    assert torch.equal(ids, given[0])
+    assert torch.equal(mask.bool(), given[1])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import transformers
 
-from llava.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, use_fused_adamw
 from llava.errors import ConfigError
 
 MODEL = {
@@ -178,3 +181,40 @@ def test_unique_prefixes_are_accepted_as_in_published_scripts(tmp_path: Path) ->
 def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
     more = ("--global_batch_size", "24", "--per_device_train_batch_size", "3")
     assert parse_arguments(given(tmp_path, *more))[2].gradient_accumulation_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("more", "optimizer"),
+    [
+        ([], "adamw_torch_fused"),
+        (["--optim", "adamw_torch"], "adamw_torch"),
+        (["--optim=adamw_torch"], "adamw_torch"),
+        (["--optim", "adafactor"], "adafactor"),
+        (["--optim", "adamw_torch_fused"], "adamw_torch_fused"),
+    ],
+)
+def test_on_cuda_the_default_optimizer_is_fused_unless_one_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    more: list[str],
+    optimizer: str,
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda _: torch.device("cuda", 0)))
+    monkeypatch.setattr(TrainingArguments, "process_index", 0)
+    with caplog.at_level("INFO", "llava.arguments"):
+        training = parse_arguments(given(tmp_path, *more))[2]
+    assert training.optim == optimizer
+    assert training.to_dict()["optim"] == optimizer
+    assert caplog.text.count("adamw_torch_fused on CUDA") == (not more)
+
+
+@pytest.mark.parametrize(
+    "other", [{"device": torch.device("cpu")}, {"device": torch.device("mps")}, {"fp16": True}, {"deepspeed_plugin": 1}]
+)
+def test_elsewhere_the_default_optimizer_stays(other: dict[str, Any]) -> None:
+    settings = {"device": torch.device("cuda"), "fp16": False, "deepspeed_plugin": None, "process_index": 0}
+    for given, optimizer in ((settings, "adamw_torch_fused"), (settings | other, "adamw_torch")):
+        args: Any = SimpleNamespace(optim="adamw_torch", **given)
+        use_fused_adamw(args)
+        assert args.optim == optimizer

@@ -226,6 +226,23 @@ def test_a_disk_that_gives_back_something_else_stops_the_run_at_its_start(
         checkpointing.dry_run(tmp_path, SimpleNamespace(config=saved), saved)
 
 
+@pytest.mark.parametrize(("saved", "visible"), [(4, 2), (2, 4), (0, 2), (2, 0), (3, 3)])
+def test_random_state_is_restored_on_the_devices_that_both_have(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, saved: int, visible: int
+) -> None:
+    restored: dict[int, Any] = {}
+    state = checkpointing.random_state()
+    if saved:
+        state["cuda"] = [torch.tensor([number], dtype=torch.uint8) for number in range(saved)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda.random, "set_rng_state", lambda value, device: restored.update({device: int(value)}))
+    checkpointing.set_random_state(state)
+    both = min(saved, visible)
+    assert restored == dict(zip(range(both), range(both)))
+    assert caplog.text.count("will not repeat") == (saved != visible)
+
+
 def test_a_damaged_random_state_is_said(tmp_path: Path) -> None:
     (tmp_path / "rng_state.pth").write_bytes(b"not a state")
     trainer: Any = SimpleNamespace(_rng_file=lambda directory: tmp_path / "rng_state.pth")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from llava.model.builder import load_pretrained_model
 from llava.train import pace
 from llava.train.flops import Learns, Shape, step_flops
+from llava.train.llava_trainer import LLaVATrainer
 
 SHAPE = Shape(64, 128, 2, 4, 4, 1000)
 
@@ -38,3 +40,17 @@ def test_the_model_tells_its_shape_and_what_learns(tiny_dirs: dict[str, Path]) -
     weights = sum(p.numel() for name, p in model.named_parameters() if "vision" not in name and "projector" not in name)
     assert found.shape.language_weights == weights
     assert found.shape.projector_weights == sum(p.numel() for p in model.get_model().mm_projector.parameters())
+
+
+def test_counts_are_exact_whole_numbers_on_any_device() -> None:
+    """int64: exact beyond the 24 bits of float32, and MPS has no float64."""
+    tower = SimpleNamespace(num_features=2**24)
+    trainer: Any = SimpleNamespace(model=SimpleNamespace(get_vision_tower=lambda: tower), _counts=None, _batch=0)
+    ids = torch.tensor([[1, -200, 5], [1, 6, 0]])
+    labels = torch.tensor([[-100, -100, 5], [-100, 6, -100]])
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": ids != 0, "images": torch.zeros(2, 3, 2, 2)}
+    LLaVATrainer._count(trainer, inputs)
+    LLaVATrainer._count(trainer, {"input_ids": ids[1:], "labels": torch.full((1, 3), -100)})
+    assert trainer._counts.dtype == torch.int64
+    assert trainer._counts.tolist() == [5 + 2**24 - 1 + 3, 2, 3, 1, 2]
+    assert trainer._batch == 2

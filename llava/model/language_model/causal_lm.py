@@ -16,6 +16,7 @@ from llava.errors import ConfigError
 from llava.model.language_model.packed import Rows
 from llava.model.llava_arch import LlavaMetaForCausalLM, past_length_of
 from llava.model.splice import Images
+from llava.model.transfer import upload
 
 
 @dataclass
@@ -131,12 +132,13 @@ class ChatModel(LlavaMetaForCausalLM):
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, images: Images | None
     ) -> Tensor:
         """The training loss, computed over the real tokens of the batch alone."""
-        rows, row_labels = self.pack_inputs_and_labels(input_ids, attention_mask, labels, images)
-        embeds = torch.cat(rows)  # (N, D)
-        layout = Rows([len(row) for row in rows], embeds.device)
-        hidden = self.get_model()(inputs_embeds=embeds, rows=layout)  # (N, D)
-        targets = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE_INDEX) for row in row_labels])  # (N,)
-        return target_loss(hidden, targets.to(hidden.device), self.lm_head)
+        embeds, lengths, packed_labels = self.pack_inputs_and_labels(input_ids, attention_mask, labels, images)
+        hidden = self.get_model()(inputs_embeds=embeds, rows=Rows(lengths, embeds.device))  # (N, D)
+        targets = F.pad(packed_labels[1:], (0, 1), value=IGNORE_INDEX)  # (N,), on the host
+        targets[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX  # a row's last token does not predict the next row
+        supervised = (targets != IGNORE_INDEX).nonzero().flatten()
+        supervised, targets = upload([supervised, targets[supervised]], hidden.device)
+        return mean_loss(self.lm_head(hidden.index_select(0, supervised)), targets)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -180,17 +182,13 @@ def supervised_loss(hidden: Tensor, labels: Tensor, head: nn.Module, logits: Ten
 
     `hidden` `(B, T, D)`, `labels` `(B, T)`. Without `logits` only supervised positions are projected.
     """
-    targets = labels[:, 1:].to(hidden.device)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(hidden.device)  # (B * T,)
+    supervised = (targets != IGNORE_INDEX).nonzero().flatten()  # on CUDA the one wait of this loss
     if logits is None:
-        return target_loss(hidden[:, :-1], targets, head)
-    supervised = targets != IGNORE_INDEX
-    return mean_loss(logits[:, :-1][supervised], targets[supervised])
-
-
-def target_loss(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    """Mean cross-entropy of `head(hidden)` where `targets` are not -100; `hidden` `(..., D)`, `targets` `(...)`."""
-    supervised = targets != IGNORE_INDEX
-    return mean_loss(head(hidden[supervised]), targets[supervised])
+        logits = head(hidden.flatten(0, 1).index_select(0, supervised))
+    else:
+        logits = logits.flatten(0, 1).index_select(0, supervised)
+    return mean_loss(logits, targets.index_select(0, supervised))
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
+from llava.model.transfer import upload
 from llava.utils import require
 
 TOLERATED = 0.8  # rows share an attention call when the shortest has at least this share of the longest's tokens
@@ -42,7 +43,6 @@ class Rows:
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
-        self.starts = torch.tensor(starts, dtype=torch.int32, device=device)  # (rows + 1,)
         order = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])
         self.groups: list[Group] = []
         taken: list[Tensor] = []
@@ -58,9 +58,11 @@ class Rows:
                 places[starts[row] : starts[row] + length] = torch.arange(offset, offset + length)
                 offset += longest
             self.groups.append(Group(len(members), longest))
-        self.to_groups = torch.cat(taken).to(device)
-        self.from_groups = places.to(device)
-        self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)  # (N,)
+        positions = torch.cat([torch.arange(length) for length in self.lengths])  # (N,)
+        borders = torch.tensor(starts, dtype=torch.int32)  # (rows + 1,)
+        self.starts, self.to_groups, self.from_groups, self.positions = upload(
+            [borders, torch.cat(taken), places, positions], device
+        )
         self.padded = starts[-1] != offset or len(self.groups) > 1
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         self._rotary: tuple[Tensor, Tensor] | None = None

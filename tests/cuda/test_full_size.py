@@ -1,0 +1,183 @@
+"""Vicuna-7B with InternViT-6B on a GPU that is only claimed to be there: launches, operations and bytes of the engine.
+
+Tensors have shapes and no numbers (`tests.cuda.fake_card`), so all layers of the full size run in seconds and without
+memory. What is counted is what torch would launch on a card of compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.counting import OpCounter
+from benchmarks.floor import H200, decode_cost, prefill_cost, tower_cost
+from benchmarks.full_size import make_model
+from llava.engine.cache import RowCache
+from llava.engine.features import FeatureEncoder
+from llava.engine.llama import FastLlama
+from llava.engine.pictures import Picture
+from llava.engine.prefixes import Segment, Span
+from llava.engine.request import SamplingParams
+from llava.engine.sampling import Sampler
+from llava.train.flops import Learns, Shape, shape_of, step_flops
+from tests.cuda.fake_card import fake_card
+
+ROWS = 16
+OWN = 701  # tokens of a row after the step: an image of 336 px, text, an answer; no multiple of 16
+EVEN = [OWN - 1] * ROWS
+MIXED = [*EVEN[1:], 600]  # a row that is shorter than the others needs a mask
+PREFIXES = (640, 104)  # tokens of two segments that all rows stand behind
+HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # torch 2.9; before, a norm takes six kernels
+
+pytestmark = pytest.mark.skipif(not HAS_FUSED_NORM, reason="rms_norm has no kernel of its own in this torch")
+
+
+@dataclass
+class Card:
+    """The full model on the claimed GPU."""
+
+    mode: FakeTensorMode
+    lm: FastLlama
+    shape: Shape
+    counted: dict[tuple[tuple[int, ...], tuple[int, ...]], OpCounter] = field(default_factory=dict)
+
+    @contextmanager
+    def counting(self) -> Iterator[OpCounter]:
+        with self.mode, torch.inference_mode(), OpCounter("cuda") as counter:
+            yield counter
+
+    def empty(self, *shape: int) -> Tensor:
+        with self.mode:
+            return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+
+    def span(self, tokens: int) -> Span:
+        data = self.lm.spec.empty(1, tokens)[:, :, 0]
+        return Span(Segment(tuple(range(tokens)), tuple(range(tokens + 1)), data), tokens)
+
+    def decode(self, lengths: list[int], prefixes: tuple[int, ...]) -> OpCounter:
+        """A step of rows that have `lengths` cached tokens of their own behind the prefixes; counted once."""
+        key = tuple(lengths), prefixes
+        if key not in self.counted:
+            with self.mode, torch.inference_mode():
+                cache, chain = RowCache(self.lm.spec), tuple(map(self.span, prefixes))
+                cache.join(self.lm.spec.empty(len(lengths), max(lengths)), lengths, [chain] * len(lengths))
+                cache.make_room()
+            with self.counting() as self.counted[key]:
+                assert self.lm.decode([5] * len(lengths), cache).shape == (len(lengths), self.shape.vocabulary)
+        return self.counted[key]
+
+    def prefill(self, lengths: list[int]) -> OpCounter:
+        rows = [self.empty(length, self.shape.hidden) for length in lengths]
+        with self.counting() as counter:
+            _, states = self.lm.prefill(rows, [()] * len(rows))
+            assert self.lm.logits(states).shape == (len(rows), self.shape.vocabulary)
+        return counter
+
+    def encode(self, images: int, pixels: int) -> OpCounter:
+        encoder = FeatureEncoder(self.lm.model, None, aspect_ratio=None, budget=0)
+        shown = [Picture(bytes([image]), self.empty(3, pixels, pixels)) for image in range(images)]
+        with self.counting() as counter:
+            features = encoder.encode(shown)
+        assert {found.shape for found in features.values()} == {((pixels // 14) ** 2, self.shape.hidden)}
+        return counter
+
+
+@pytest.fixture(scope="module")
+def card() -> Iterator[Card]:
+    with pytest.MonkeyPatch.context() as patch:
+        mode = fake_card(patch)
+        with mode, torch.inference_mode():
+            model = make_model("cuda")
+            lm = FastLlama(model)
+        yield Card(mode, lm, shape_of(model.config, model.get_vision_tower()))
+
+
+def close(expected: float, share: float) -> object:
+    return pytest.approx(expected, rel=share)
+
+
+def skipped(shape: Shape, rows: int, tokens: int) -> float:
+    """Operations that a prefill saves in its last layer, which only the last token of a row passes whole."""
+    after_attention = shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+    return rows * (tokens - 1) * (2 * after_attention + 2 * shape.hidden * tokens)
+
+
+def test_weights_take_the_memory_of_16_bits(card: Card) -> None:
+    weights = list(card.lm.model.parameters())
+    assert {(weight.dtype, weight.device.type) for weight in weights} == {(torch.bfloat16, "cuda")}
+    assert sum(weight.nbytes for weight in weights) == close(24.5e9, 0.005)
+
+
+@pytest.mark.parametrize("lengths", [EVEN, MIXED], ids=["even", "mixed"])
+@pytest.mark.parametrize(("segments", "most"), [(0, 520), (1, 710), (2, 905)])
+def test_launches_of_a_decode_step(card: Card, lengths: list[int], segments: int, most: int) -> None:
+    """Each budget is too small for one operator more in every layer."""
+    counter = card.decode(lengths, PREFIXES[:segments])
+    assert counter.launches <= most, counter.table(20)
+
+
+@pytest.mark.parametrize("segments", [0, 1, 2])
+def test_a_decode_step_computes_and_reads_what_its_floor_says(card: Card, segments: int) -> None:
+    counter, prefixes = card.decode(EVEN, PREFIXES[:segments]), PREFIXES[:segments]
+    floor = decode_cost(card.shape, ROWS, OWN, sum(prefixes))
+    assert counter.flops == close(floor.flops, 0.001)
+    assert counter.bytes == close(floor.bytes, 0.02)
+    assert floor.seconds(H200) >= 0.98 * counter.seconds(H200)
+
+
+def test_sampling_stays_on_the_device(card: Card) -> None:
+    """Rows are sampled together: as many launches for sixteen as for two, and nothing waits for a number."""
+    launches = []
+    for rows in (2, ROWS):
+        sampler = Sampler([SamplingParams(8, temperature=0.7, top_p=0.9)] * rows, [torch.Generator()] * rows)
+        with card.mode, OpCounter("cuda") as counter:
+            sampler.receive([torch.empty(rows, device="cuda") for _ in range(3)])
+            assert sampler.sample(card.empty(rows, card.shape.vocabulary)).shape == (rows,)
+        launches.append(counter.launches)
+    assert launches[0] == launches[1] <= 40
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 640), (1, 1088), (4, 640)])
+def test_a_prefill_computes_what_its_floor_says(card: Card, rows: int, tokens: int) -> None:
+    counter, floor = card.prefill([tokens] * rows), prefill_cost(card.shape, tokens, rows)
+    assert counter.flops == close(floor.flops - skipped(card.shape, rows, tokens), 0.002)
+    forward = step_flops(
+        card.shape, Learns(False, False), tokens=rows * tokens, length=tokens, images=0, supervised=rows
+    ) / 2  # fmt: skip
+    assert floor.flops == close(forward, 0.002)
+
+
+def test_a_prefill_is_bound_by_its_products(card: Card) -> None:
+    counter, floor = card.prefill([640]), prefill_cost(card.shape, 640)
+    assert counter.launches <= 515, counter.table(20)
+    assert floor.seconds(H200) >= 0.87 * counter.seconds(H200), counter.table(20)
+
+
+def test_rows_of_mixed_length_need_few_launches_more(card: Card) -> None:
+    """And no index whose size only the device knows: fake tensors fail on one."""
+    counter = card.prefill([640, 500, 64])
+    assert counter.launches <= 615, counter.table(20)
+
+
+@pytest.mark.parametrize(("images", "pixels"), [(1, 336), (16, 336), (1, 448)])
+def test_the_tower_computes_what_its_floor_says(card: Card, images: int, pixels: int) -> None:
+    patches = (pixels // 14) ** 2
+    shape = replace(card.shape, tower_positions=patches + 1, image_tokens=patches)
+    counter, floor = card.encode(images, pixels), tower_cost(shape, images)
+    assert counter.flops == close(floor.flops, 0.002)
+    learns = Learns(False, False)
+    forward = step_flops(shape, learns, tokens=0, length=0, images=images, supervised=0)
+    projector = 2 * shape.projector_weights * patches * images  # which the step counts with its gradients
+    assert floor.flops == close(forward - 2 * projector, 0.002)
+
+
+def test_the_tower_is_bound_by_its_products(card: Card) -> None:
+    counter, floor = card.encode(1, 336), tower_cost(card.shape)
+    assert counter.launches <= 940, counter.table(20)  # 889, and 45 copies of contexts in torch 2.11
+    assert floor.seconds(H200) >= 0.85 * counter.seconds(H200), counter.table(20)

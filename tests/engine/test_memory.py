@@ -1,0 +1,70 @@
+"""Memory bounds of the engine's caches: defaults from free memory, flags, and models split over devices."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llava.engine import memory
+from llava.engine.cache import CacheSpec
+from llava.engine.memory import CacheBounds, add_cache_flags, cache_bounds, cache_options
+
+GIB = 2**30
+CPU = CacheSpec(layers=32, kv_heads=32, head_dim=128, dtype=torch.bfloat16, device=torch.device("cpu"))  # 512 KiB
+CARD = replace(CPU, device=torch.device("cuda", 0), context_length=2048)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Free bytes by card, for the test to set."""
+    room: dict[int, int] = {}
+    monkeypatch.setattr(memory, "free_memory", lambda device: room[device.index])
+    return room
+
+
+def test_a_cpu_has_the_bounds_it_always_had() -> None:
+    assert cache_bounds(CPU) == CacheBounds(None, 512 * 2**20, 512 * 2**20)
+    assert cache_bounds(CPU, kv=5, features=0) == CacheBounds(5, 512 * 2**20, 0)
+
+
+def test_on_cuda_they_follow_from_free_memory(free: dict[int, int]) -> None:
+    free[0] = 100 * GIB
+    assert cache_bounds(CARD) == CacheBounds(int(0.35 * 100 * GIB), 20 * GIB, int(0.02 * 100 * GIB))
+    assert cache_bounds(CARD, 1, 2, 3) == CacheBounds(1, 2, 3)
+    free[0] = 1000 * GIB
+    assert cache_bounds(CARD).features == 2 * GIB  # hundreds of images
+
+
+def test_one_full_context_fits_where_there_is_room(free: dict[int, int]) -> None:
+    free[0] = 2 * GIB  # 35 % of it would hold 1,433 tokens
+    assert cache_bounds(CARD).kv == 2048 * CARD.column_bytes == GIB
+    free[0] = GIB
+    assert cache_bounds(CARD).kv == int(0.7 * GIB)
+
+
+def test_the_fullest_card_bounds_a_model_that_is_split(free: dict[int, int]) -> None:
+    cards = [torch.device("cuda", index) for index in (0, 1)]
+    split = replace(CARD, layer_devices=(cards[0],) * 8 + (cards[1],) * 24)
+    free.update({0: 10 * GIB, 1: 24 * GIB})
+    assert cache_bounds(split).prefix == int(0.2 * 32 * GIB)  # 24 of 32 layers are on the second
+    free[0] = 4 * GIB
+    assert cache_bounds(split).prefix == int(0.2 * 16 * GIB)
+
+
+def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_cache_flags(parser)
+    args = parser.parse_args(["--kv-cache-memory", "8GiB", "--prefix-cache-memory", "512 MB"])
+    assert cache_options(args) == {
+        "kv_cache_bytes": 8 * GIB,
+        "prefix_cache_bytes": 512 * 10**6,
+        "feature_cache_bytes": None,
+    }
+    assert cache_options(argparse.Namespace()) == dict.fromkeys(cache_options(args))
+    assert "35 % of the free memory" in " ".join(parser.format_help().split())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-cache-memory", "much"])
+    assert "'much' is not a size such as 8GiB or 512MiB" in capsys.readouterr().err
