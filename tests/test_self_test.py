@@ -30,6 +30,7 @@ from llava.model.multimodal_encoder.builder import ENVIRONMENT
 from llava.self_test import checkpoints, hardware, inference, runner
 from llava.self_test.checkpoints import KINDS
 from llava.self_test.report import CheckFailed, CheckSkipped, Report, isolated, within
+from tests import devices
 from tests.test_package import ROOT
 
 CPU = torch.device("cpu")
@@ -117,9 +118,10 @@ def skip_quantisation(name: str, extra: str) -> None:
         raise CheckSkipped("left out of this test")
 
 
-def failed(lines: dict[str, dict[str, tuple[str, str]]], kind: str) -> set[str]:
-    assert lines[kind].keys() == LINES[kind]
-    assert {word for subject, checks in lines.items() if subject != kind for word, _ in checks.values()} == {"ok"}
+def failed(lines: dict[str, dict[str, tuple[str, str]]], kind: str, *, native: bool = True) -> set[str]:
+    assert lines[kind].keys() == (LINES[kind] if native else LINES[kind] - set(NATIVE))
+    rest = {word for subject, checks in lines.items() if subject != kind for word, _ in checks.values()}
+    assert rest == ({"ok"} if native else {"ok", "skip"})
     return {name for name, (word, _) in lines[kind].items() if word == "FAIL"}
 
 
@@ -259,15 +261,60 @@ def test_a_gradient_that_is_not_rotated_back(run: Any, monkeypatch: pytest.Monke
 
 def test_gradients_twice_as_large(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW's first step does not depend on their size, so the losses are the same."""
-    compute = causal_lm.target_loss
+    compute = causal_lm.supervised_loss
 
-    def doubled(*args: Any) -> Tensor:
-        loss = compute(*args)
-        return loss + (loss - loss.detach())
+    def doubled(hidden: Tensor, labels: Tensor, head: Any, logits: Tensor | None = None) -> Tensor:
+        loss = compute(hidden, labels, head, logits)
+        return loss + (loss - loss.detach()) if logits is None else loss  # in training alone
 
-    monkeypatch.setattr(causal_lm, "target_loss", doubled)
+    monkeypatch.setattr(causal_lm, "supervised_loss", doubled)
     _, lines = run("mpt")
     assert failed(lines, "mpt") == set(TRAINING)
+
+
+# --- a pretended card -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, dict[str, tuple[str, str]]]]]:
+    """Runs the checks of one kind of checkpoint by their CUDA branches. A pretended card knows neither autocast nor
+    bitsandbytes."""
+    monkeypatch.setattr(runner, "check_rates", lambda *args: None)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
+    monkeypatch.setattr(inference, "require_package", skip_quantisation)
+    attention._is_ampere.cache_clear()
+
+    def command(kind: str) -> dict[str, dict[str, tuple[str, str]]]:
+        monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
+        lines: list[str] = []
+        with devices.pretended_cuda():
+            runner.self_test(torch.device("cuda"), lines.append)
+        return parse("\n".join(lines))
+
+    yield command
+    attention._is_ampere.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_passes(kind: str, run_on_cuda: Any) -> None:
+    lines = run_on_cuda(kind)
+    assert lines[kind].keys() == LINES[kind] - set(NATIVE)
+    left_out = {"training bfloat16", "8 bit", "4 bit"}
+    assert {word for name, (word, _) in lines[kind].items() if name not in left_out} == {"ok"}
+    assert lines["device"]["cuda"][1].startswith("Pretended H200, 139 GiB, compute capability 9.0, torch ")
+    assert lines["C++ kernel"]["decoding"] == ("skip", "only used on the CPU")
+
+
+def test_an_attention_kernel_with_a_wrong_log_sum_exp(run_on_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    kernel = devices.KERNELS[name]
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out, lse, *rest = kernel(*args, **kwargs)
+        return out, lse * 0.5, *rest
+
+    monkeypatch.setitem(devices.KERNELS, name, wrong)
+    assert failed(run_on_cuda("clip"), "clip", native=False) == {EVERY[1], *EVERY[3:]}
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
