@@ -1,4 +1,7 @@
-"""Which versions and devices are here, and what they allow: `llava doctor`, exit status 1 on a mix known to fail."""
+"""Which versions and devices are here, and what they allow: `llava doctor`, exit status 1 on a mix known to fail.
+
+`llava doctor --self-test` computes on a device what the CPU computes in float32, and compares.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from typing import Final, NamedTuple
 
 from packaging.specifiers import SpecifierSet
 
 from llava import __version__
-from llava.errors import DependencyError
+from llava.errors import ConfigError, DependencyError
 from llava.utils import guarded
 
 
@@ -209,9 +213,37 @@ def report(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+def self_test(device: str | None) -> int:
+    """Print the lines of the self-test; exit status 1 when a check failed. An absent device is a `ConfigError`."""
+    check_versions()
+    from llava.placement import resolve_device
+    from llava.self_test.runner import self_test as run
+
+    return 1 if run(resolve_device(device), partial(print, flush=True)) else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description="Print which versions and devices are here and what they allow; exit status 1 on a mix known to "
+        "fail. With --self-test, check this device instead: exit status 1 when a check fails."
+    )
+    found.add_argument(
+        "--self-test",
+        action="store_true",
+        help="load tiny models of every kind and compare logits, tokens, sampling, training and quantisation with "
+        "float32 on the CPU; takes under a minute and downloads nothing",
+    )
+    found.add_argument("--device", help="cuda, cuda:N, mps or cpu for --self-test; default: the best there is")
+    return found
+
+
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    args = parser().parse_args(argv)
+    if args.self_test:
+        return self_test(args.device)
+    if args.device is not None:
+        raise ConfigError("--device chooses what --self-test runs on; give both, or neither.")
     facts = gather()
     print(report(facts))
     return 1 if known_bad(facts.versions) or "torch" in facts.broken else 0

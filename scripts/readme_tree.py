@@ -60,6 +60,7 @@ GLOSSES = {
     "llava/model/multimodal_encoder/intern_vit/": "the one InternViT",
     "llava/model/multimodal_projector/": "from image features to word embeddings",
     "llava/py.typed": "marks the package as typed",
+    "llava/self_test/": "the checks of llava doctor --self-test",
     "llava/serve/": "talking with a model: terminal, controller, workers, web page, OpenAI-compatible server",
     "llava/serve/examples/": "pictures to try, drawn when the page starts",
     "llava/train/": "both stages of training",

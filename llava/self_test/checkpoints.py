@@ -1,0 +1,217 @@
+"""Tiny checkpoints with seeded random weights, one of each kind that the loader accepts, in the published layouts.
+
+Head sizes are those of the published models (128 for Vicuna and InternViT, 64 for CLIP), so that the device picks the
+same kernels. The weights are large enough for every position and every image to change the logits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM
+from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
+from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+
+PIXELS: Final = 112  # side of an image: 64 patches of 14x14
+EOS: Final = 2
+VOCABULARY: Final = 320
+SELECT_LAYER: Final = -2  # of three tower layers, the last is neither loaded nor run
+TOWER_WIDTH: Final = 256
+ADAPTER_RANK: Final = 8
+ADAPTER_ALPHA: Final = 16
+LLAMA: Final[Mapping[str, Any]] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": EOS,
+}
+GROUPED: Final[Mapping[str, Any]] = {"num_attention_heads": 4, "num_key_value_heads": 2}  # grouped-query attention
+MPT: Final[Mapping[str, Any]] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 192,
+    "n_heads": 3,
+    "n_layers": 2,
+    "max_seq_len": 512,
+    "pad_token_id": 0,
+    "eos_token_id": EOS,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory, the base it needs, if any, and the weights by name that a loaded model must have.
+
+    `exact` is false where loading computes weights (a merged adapter), so that they are equal up to rounding only.
+    """
+
+    path: Path
+    base: Path | None
+    weights: Mapping[str, Tensor]
+    exact: bool = True
+
+
+def make_tokenizer(directory: Path) -> None:
+    """One token a byte, and fillers up to the size of the vocabulary."""
+    pieces = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [f"<{index}>" for index in range(len(pieces), VOCABULARY)]
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+
+
+def randomize(module: nn.Module, seed: int) -> None:
+    """Matrices that multiply the size of a vector by 1.25, the head's by 2; norms near 1, small biases."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() < 2:
+                parameter.copy_(noise * 0.1 + (0.0 if name.endswith("bias") else 1.0))
+            elif "embed" in name:
+                parameter.copy_(noise)
+            else:
+                gain = 2.0 if "lm_head" in name or "wte" in name else 1.25
+                parameter.copy_(noise * gain / parameter[0].numel() ** 0.5)
+
+
+def make_tower(directory: Path, kind: str, seed: int) -> dict[str, Tensor]:
+    """A tower directory, and the weights of it that reach the features, by the loaded tower's names."""
+    sizes: dict[str, Any] = {
+        "hidden_size": TOWER_WIDTH,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "image_size": PIXELS,
+        "patch_size": 14,
+    }
+    tower: nn.Module
+    if kind == "clip":
+        tower = CLIPVisionModel(CLIPVisionConfig(**sizes, num_attention_heads=4))
+        CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=PIXELS).save_pretrained(directory)
+    else:
+        tower = InternVisionModel(InternVisionConfig(**sizes, num_attention_heads=2))
+    randomize(tower, seed)
+    tower.save_pretrained(directory)  # type: ignore[operator]
+    unused = ("layers.2.", "post_layernorm.")
+    return {name: value for name, value in tower.state_dict().items() if not any(part in name for part in unused)}
+
+
+def chat_settings(tower: Path) -> dict[str, Any]:
+    return {
+        "mm_vision_tower": str(tower),
+        "mm_hidden_size": TOWER_WIDTH,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": SELECT_LAYER,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_image_size": PIXELS,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "use_mm_proj": True,
+    }
+
+
+def save(directory: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
+    """A directory with configuration, weights and tokenizer."""
+    config.save_pretrained(directory)
+    save_file(
+        {name: value.clone() for name, value in weights.items()}, directory / "model.safetensors", {"format": "pt"}
+    )
+    make_tokenizer(directory)
+
+
+def make_weights(root: Path, kind: str, seed: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """The configuration of a chat model, its weights without those of the tower, and those of the tower."""
+    tower_directory = root / f"{'clip' if kind == 'clip' else 'intern_vit_6b'}-tower"
+    tower = make_tower(tower_directory, kind, seed)
+    settings = {**chat_settings(tower_directory), **({} if kind != "clip" else GROUPED)}
+    model: Any
+    if kind == "mpt":
+        model = LlavaMptForCausalLM(LlavaMptConfig(**MPT, **settings))
+    else:
+        model = LlavaLlamaForCausalLM(LlavaConfig(**{**LLAMA, **settings}))
+    randomize(model, seed + 1)
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = 0.0  # never the most probable: answers have the length that is asked for
+    prefix = f"{model.base_model_prefix}.vision_tower.vision_tower."
+    return model.config, dict(model.state_dict()), {f"{prefix}{name}": value for name, value in tower.items()}
+
+
+def make_chat(root: Path, kind: str, seed: int) -> Checkpoint:
+    """A full chat checkpoint beside its tower: `kind` is llama (with InternViT), clip or mpt."""
+    config, weights, tower = make_weights(root, kind, seed)
+    save(root / "chat", config, weights)
+    return Checkpoint(root / "chat", None, {**weights, **tower})
+
+
+def make_projector(root: Path, kind: str, seed: int) -> Checkpoint:
+    """What stage 1 of training leaves, a configuration and `mm_projector.bin`, and the LLaMA directory it needs."""
+    config, weights, tower = make_weights(root, kind, seed)
+    projector = {name: value for name, value in weights.items() if "mm_projector." in name}
+    save(root / "base", LlamaConfig(**LLAMA), {n: value for n, value in weights.items() if n not in projector})
+    config.save_pretrained(root / "projector")
+    torch.save(projector, root / "projector" / "mm_projector.bin")
+    return Checkpoint(root / "projector", root / "base", {**weights, **tower})
+
+
+def make_adapter(root: Path, kind: str, seed: int) -> Checkpoint:
+    """What a LoRA run leaves: the adapter, the projector in `non_lora_trainables.bin`, and the base it names."""
+    made = make_projector(root, kind, seed)
+    config = LlavaConfig.from_pretrained(made.path)
+    generator = torch.Generator().manual_seed(seed + 2)
+    weights, adapter, modules = dict(made.weights), {}, ("q_proj", "v_proj")
+    for name, weight in made.weights.items():
+        if name.split(".")[-2] in modules and "vision_tower" not in name:
+            down = torch.randn(ADAPTER_RANK, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+            up = torch.randn(weight.shape[0], ADAPTER_RANK, generator=generator) / weight.shape[0] ** 0.5
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            adapter.update({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up})
+            weights[name] = weight + ADAPTER_ALPHA / ADAPTER_RANK * up @ down
+    directory = root / "adapter"
+    config.save_pretrained(directory)
+    save_file(adapter, directory / "adapter_model.safetensors", {"format": "pt"})
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": ADAPTER_RANK, "lora_alpha": ADAPTER_ALPHA,
+                "target_modules": list(modules), "base_model_name_or_path": str(made.base)}  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    projector = {f"base_model.{n}": value for n, value in weights.items() if "mm_projector." in n}
+    torch.save(projector, directory / "non_lora_trainables.bin")
+    return Checkpoint(directory, None, weights, exact=False)
+
+
+KINDS: Final[Mapping[str, Callable[[Path, str, int], Checkpoint]]] = {
+    "llama": make_chat,
+    "clip": make_chat,
+    "mpt": make_chat,
+    "projector": make_projector,
+    "adapter": make_adapter,
+}
+
+
+def make(kind: str, root: Path) -> Checkpoint:
+    """The checkpoint called `kind`, under `root / kind`."""
+    directory = root / kind
+    directory.mkdir(parents=True)
+    return KINDS[kind](directory, kind, 10 * list(KINDS).index(kind))

@@ -1,0 +1,154 @@
+"""What the device is, which kernels it runs, and how fast it copies and multiplies."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from llava.engine.attention import select_kernel
+from llava.engine.native.build import find_compiler, library
+from llava.placement import native_decode_rows, resolve_attention, resolve_dtype
+from llava.self_test.inference import (
+    FLOAT32_LIMIT,
+    HALF_LIMITS,
+    REFERENCE,
+    Case,
+    Role,
+    engine_error,
+    make_engine,
+    make_requests,
+)
+from llava.self_test.report import CheckFailed, CheckSkipped, using_threads, within
+
+HEAD_DIM: Final = 128  # of the published models
+SECONDS: Final = 0.3  # that a rate is measured for
+
+
+def half_dtype(device: torch.device) -> torch.dtype:
+    """The 16-bit dtype to use on `device`."""
+    return torch.bfloat16 if device.type == "cpu" else resolve_dtype(device, None, torch.bfloat16)
+
+
+def describe_device(device: torch.device, threads: int) -> str:
+    """The device, and the torch that runs it."""
+    text = platform.machine()
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        text = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
+    elif device.type == "cpu":
+        text = f"{text}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    return f"{text}, torch {torch.__version__}"
+
+
+def check_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernels of the engine's attention, without and with a mask, and those of the model outside the engine."""
+    names = [select_kernel(device, dtype, HEAD_DIM, masked=masked)[1] for masked in (False, True)]
+    return f"engine {', masked '.join(dict.fromkeys(names))}; model {resolve_attention(device, dtype)}"
+
+
+def check_native(device: torch.device) -> str:
+    """Whether decoding runs in the C++ kernel, which is for the CPU alone."""
+    if device.type != "cpu":
+        raise CheckSkipped("only used on the CPU")
+    if os.environ.get("LLAVA_NATIVE", "1") == "0":
+        raise CheckSkipped("not used: LLAVA_NATIVE=0 turns it off")
+    if sys.platform != "linux":
+        raise CheckSkipped("not used: it is built on Linux only")
+    compiler = find_compiler()
+    if compiler is None:
+        raise CheckSkipped("not used: there is no C++ compiler; install g++ or clang")
+    if library() is None:
+        raise CheckFailed(f"{compiler} could not build it; the warning above says why")
+    return f"in use for up to {native_decode_rows(torch.float32)} rows, built by {compiler}"
+
+
+def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
+    """Several batch sizes through the C++ kernel, with an image in common, against the library's forward."""
+
+    def step(*args: Any) -> Tensor:
+        with using_threads(threads):
+            logits: Tensor = run(*args)
+        return logits
+
+    loaded, errors, sizes = case.models[Role(REFERENCE.device, dtype)], [], [1, 3, native_decode_rows(dtype)]
+    for size in sizes:
+        engine = make_engine(loaded, max_batch_size=size)
+        native: Any = getattr(engine.lm, "native", None)
+        if native is None:
+            raise CheckSkipped("the C++ kernel is not in use")
+        run = native.step
+        with patch.object(native, "step", side_effect=step) as called:
+            errors.append(engine_error(engine, case.models[REFERENCE], make_requests(size, new_tokens=4)))
+        if called.call_count == 0:
+            raise CheckFailed(f"a batch of {size} was not decoded by the C++ kernel")
+    limit = FLOAT32_LIMIT if dtype == torch.float32 else HALF_LIMITS[dtype]
+    return f"{within(errors, limit)}, {', '.join(map(str, sizes))} rows"
+
+
+def copy_rate(device: torch.device) -> str:
+    """Reading and writing the device's own memory, both counted."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return f"{2 * size / seconds_of(lambda: target.copy_(source), device) / 1e9:.0f} GB/s"
+
+
+def upload_rate(device: torch.device) -> str:
+    """From pinned memory of the host."""
+    if device.type != "cuda":
+        raise CheckSkipped("CUDA only")
+    size = 2**28
+    source = torch.ones(size, dtype=torch.uint8).pin_memory()
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    return f"{size / seconds_of(lambda: target.copy_(source, non_blocking=True), device) / 1e9:.1f} GB/s"
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> str:
+    """A square product. float32 is computed without TF32."""
+    side = 1024 if device.type == "cpu" else 8192 if dtype != torch.float32 else 4096
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return f"{2 * side**3 / seconds_of(lambda: torch.mm(left, right, out=out), device) / 1e12:.2f} TFLOP/s"
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """The time of one call, the best of some that take `SECONDS` in all."""
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    work()
+    while time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def figure(measure: Callable[[], str]) -> Callable[[], str]:
+    """A measurement that is skipped, not failed, where it cannot be made (no memory left, for instance)."""
+
+    def check() -> str:
+        try:
+            return measure()
+        except CheckSkipped:
+            raise
+        except Exception as error:
+            raise CheckSkipped(f"not measured: {type(error).__name__}: {error}") from error
+
+    return check

@@ -1,0 +1,283 @@
+"""Loading, logits, tokens, sampling and quantisation, against float32 on the CPU.
+
+The reference is the library's own forward and `generate`; what is checked is the device, and the engine on it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+from unittest.mock import patch
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava.engine import Engine, Request, SamplingParams
+from llava.engine.sampling import Sampler
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.self_test.checkpoints import EOS, Checkpoint, make
+from llava.self_test.report import CheckFailed, CheckSkipped, within
+
+FLOAT32_LIMIT: Final = 1e-4
+HALF_LIMITS: Final = {torch.bfloat16: 0.05, torch.float16: 0.02}
+QUANTIZED_LIMITS: Final = {8: 0.1, 4: 0.4}
+NEW_TOKENS: Final = 12
+TOP_P: Final = 0.6
+ROUNDING: Final = 1e-3  # of probability: a token this close to the edge of the top-p set may fall on either side
+
+
+class Loaded(NamedTuple):
+    """What `load_pretrained_model` returns."""
+
+    tokenizer: Any
+    model: Any
+    processor: Any
+
+
+class Role(NamedTuple):
+    """Where and how a model runs. The reference runs the library's own attention and never goes through the engine."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str = "auto"
+
+
+REFERENCE: Final = Role(torch.device("cpu"), torch.float32, "eager")
+
+
+@dataclass
+class Case:
+    """A kind of checkpoint, made under `root`, and the models that `check_loader` has loaded from it."""
+
+    kind: str
+    root: Path
+    models: dict[Role, Loaded] = field(default_factory=dict)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return make(self.kind, self.root)
+
+    @cached_property
+    def answers(self) -> list[tuple[int, ...]]:
+        """Greedy tokens of each of `make_requests()`, by the reference's `generate`."""
+        return [generate(self.models[REFERENCE], request) for request in make_requests()]
+
+    def load(self, role: Role, **options: Any) -> Loaded:
+        path, base = self.checkpoint.path, self.checkpoint.base
+        settings = {"device": role.device, "dtype": role.dtype, "attn_implementation": role.attention, **options}
+        tokenizer, model, processor, _ = load_pretrained_model(str(path), base and str(base), **settings)
+        return Loaded(tokenizer, model, processor)
+
+
+def make_requests(count: int = 5, new_tokens: int = NEW_TOKENS) -> list[Request]:
+    """One request with an image of its own, one without an image, and the rest about one image in common."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (2, 8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+    common, other = (Image.fromarray(one).resize((120, 90), Image.Resampling.NEAREST) for one in pixels)
+    params = SamplingParams(max_new_tokens=new_tokens)
+    alone = [Request("<image>\nQuestion 0: what?", [other], params), Request("Question 0: why?", (), params)]
+    shared = [f"<image>\nQuestion {number}: " + "what? " * (1 + number % 3) for number in range(max(1, count - 2))]
+    return [*(Request(prompt, [common], params) for prompt in shared), *alone][:count]
+
+
+def inputs(loaded: Loaded, request: Request) -> tuple[list[int], dict[str, Tensor]]:
+    """Token ids and the keyword argument with the images, as the library's forward takes them."""
+    prompt, images, model = cast("str", request.prompt), cast("list[Image.Image]", request.images), loaded.model
+    ids = tokenizer_image_token(prompt, loaded.tokenizer)
+    if not images:
+        return ids, {}
+    return ids, {"images": process_images(images, loaded.processor, model.config).to(model.device, model.dtype)}
+
+
+@torch.no_grad()
+def generate(loaded: Loaded, request: Request) -> tuple[int, ...]:
+    """Greedy tokens of the library's `generate`."""
+    ids, images = inputs(loaded, request)
+    tokens = loaded.model.generate(
+        torch.tensor([ids], device=loaded.model.device),
+        do_sample=False,
+        max_new_tokens=request.params.max_new_tokens,
+        eos_token_id=EOS,
+        **images,
+    )
+    return tuple(tokens[0, len(ids) :].tolist())
+
+
+@torch.no_grad()
+def forward_logits(loaded: Loaded, request: Request, tokens: Sequence[int]) -> Tensor:
+    """Logits (T, V) from which each of the T new `tokens` was chosen, by one forward, in float32 on the CPU."""
+    ids, images = inputs(loaded, request)
+    row = torch.tensor([[*ids, *tokens[:-1]]], device=loaded.model.device)
+    logits: Tensor = loaded.model(input_ids=row, **images).logits[0, -len(tokens) :]
+    return logits.float().cpu()
+
+
+@contextmanager
+def recorded_logits() -> Iterator[dict[int | None, list[Tensor]]]:
+    """Collects the logits (V,) that engines choose tokens from, in float32 on the CPU, by the seed of the request."""
+    found: dict[int | None, list[Tensor]] = defaultdict(list)
+    sample = Sampler.sample
+
+    def record(sampler: Sampler, logits: Tensor) -> Tensor:
+        for row, params in zip(logits.float().cpu(), sampler.params, strict=True):
+            found[params.seed].append(row)
+        return sample(sampler, logits)
+
+    with patch.object(Sampler, "sample", record):
+        yield found
+
+
+def make_engine(loaded: Loaded, **options: Any) -> Engine:
+    return Engine(loaded.model, loaded.tokenizer, loaded.processor, **options)
+
+
+def answer(engine: Engine, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+    """New tokens of each request."""
+    completions = engine.generate(requests)
+    for completion in completions:
+        if completion.error:
+            raise CheckFailed(completion.error)
+    return [completion.token_ids for completion in completions]
+
+
+def engine_error(engine: Engine, reference: Loaded, requests: Sequence[Request]) -> float:
+    """Largest relative error of the engine's logits for all requests in one batch, against one forward each."""
+    labelled = [replace(one, params=replace(one.params, seed=seed)) for seed, one in enumerate(requests)]
+    with recorded_logits() as recorded:
+        tokens = answer(engine, labelled)
+    found = [torch.stack(recorded[seed][: len(row)]) for seed, row in enumerate(tokens)]
+    return relative_error(found, [forward_logits(reference, *one) for one in zip(requests, tokens, strict=True)])
+
+
+def forward_error(loaded: Loaded, reference: Loaded, requests: Sequence[Request], tokens: Any) -> float:
+    """Largest relative error of the logits of one forward each, behind the same tokens."""
+    pairs = list(zip(requests, tokens, strict=True))
+    return relative_error(
+        [forward_logits(loaded, *one) for one in pairs], [forward_logits(reference, *one) for one in pairs]
+    )
+
+
+def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest of `|a - b| / |b|` over all rows (V,), NaN if there is one."""
+    one, other = torch.cat(list(found)).double(), torch.cat(list(wanted)).double()
+    return float(((one - other).norm(dim=1) / other.norm(dim=1)).max())
+
+
+def require_package(name: str, extra: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise CheckSkipped(f"{name} is not installed: pip install 'llava[{extra}]'")
+
+
+def check_loader(case: Case, roles: Sequence[Role]) -> str:
+    """Load the checkpoint in every role; all weights must be on the device, and be those of the checkpoint."""
+    if case.kind == "adapter":
+        require_package("peft", "train")
+    case.models.update({role: case.load(role) for role in roles})
+    for role in roles:
+        found = dict(case.models[role].model.named_parameters(remove_duplicate=False))
+        strange = sorted(case.checkpoint.weights.keys() ^ found.keys())
+        if strange:
+            raise CheckFailed(f"{strange[0]} is {'not expected' if strange[0] in found else 'missing'}")
+        for name, weight in found.items():
+            wanted = case.checkpoint.weights[name].to(role.dtype)
+            elsewhere = weight.device.type != role.device.type or role.device.index not in (None, weight.device.index)
+            if elsewhere or weight.dtype != role.dtype:
+                raise CheckFailed(f"{name} is {weight.dtype} on {weight.device}")
+            rounding = 0.0 if case.checkpoint.exact else 4 * torch.finfo(role.dtype).eps * float(wanted.abs().max())
+            if wanted.shape != weight.shape or not float((weight.detach().cpu() - wanted).abs().max()) <= rounding:
+                raise CheckFailed(f"{name} differs from the checkpoint, loaded as {role.dtype} on {role.device}")
+    kinds = ", ".join(dict.fromkeys(str(role.dtype).removeprefix("torch.") for role in roles))
+    return f"{len(found)} weights equal in {kinds}"
+
+
+def check_logits(case: Case, role: Role) -> str:
+    """Forward and engine against the reference."""
+    loaded, reference, requests = case.models[role], case.models[REFERENCE], make_requests()
+    forward = forward_error(loaded, reference, requests, case.answers)
+    engine = engine_error(make_engine(loaded), reference, requests)
+    limit = FLOAT32_LIMIT if role.dtype == torch.float32 else HALF_LIMITS[role.dtype]
+    return within([forward, engine], limit)
+
+
+def check_tokens(case: Case, role: Role) -> str:
+    """The engine, one request at a time, and `generate` on the device against `generate` of the reference."""
+    loaded, requests, wanted = case.models[role], make_requests(), case.answers
+    compare(wanted, [generate(loaded, request) for request in requests], "generate on this device")
+    compare(wanted, [answer(make_engine(loaded), [request])[0] for request in requests], "the engine")
+    return f"{sum(map(len, wanted))} tokens of {len(requests)} requests"
+
+
+def check_batch(case: Case, role: Role) -> str:
+    """All requests in one batch, where those about one image share its keys and values."""
+    engine = make_engine(case.models[role])
+    compare(case.answers, answer(engine, make_requests()), "the batch")
+    shared = engine.statistics().shared_tokens
+    if shared == 0:
+        raise CheckFailed("no token of the common image was shared")
+    return f"{len(case.answers)} requests, {shared} prompt tokens shared"
+
+
+def compare(wanted: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]], who: str) -> None:
+    """Raise `CheckFailed` with the first token that differs."""
+    for number, (right, row) in enumerate(zip(wanted, found, strict=True)):
+        if right != row:
+            at = next(at for at, (one, other) in enumerate(zip_longest(right, row)) if one != other)
+            raise CheckFailed(f"{who} differs from generate on the CPU at token {at} of request {number}")
+
+
+def sampled_requests() -> list[Request]:
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=1.0, top_p=TOP_P)
+    return [replace(make_requests()[0], params=replace(params, seed=seed)) for seed in range(6)]
+
+
+def check_seeds(case: Case, role: Role) -> str:
+    """A seed gives the same tokens again, whatever shares the batch and wherever the request stands in it."""
+    requests, loaded = sampled_requests(), case.models[role]
+    first = answer(make_engine(loaded), requests)
+    again = answer(make_engine(loaded), [*make_requests(3), *reversed(requests)])[3:][::-1]
+    for seed, (one, other) in enumerate(zip(first, again, strict=True)):
+        if one != other:
+            raise CheckFailed(f"seed {seed} gave other tokens at another place in the batch")
+    if len(set(first)) < len(first):
+        raise CheckFailed("two seeds gave the same tokens")
+    return f"{len(first)} seeds, twice"
+
+
+def check_top_p(case: Case, role: Role) -> str:
+    """Every sampled token lies in the smallest set of tokens whose probabilities sum to `TOP_P`."""
+    reference, sizes = case.models[REFERENCE], []
+    requests = sampled_requests()
+    for request, tokens in zip(requests, answer(make_engine(case.models[role]), requests), strict=True):
+        probabilities = forward_logits(reference, request, tokens).double().softmax(dim=-1)  # (T, V)
+        chosen = probabilities.gather(1, torch.tensor(tokens).unsqueeze(1))  # (T, 1)
+        before = torch.where(probabilities > chosen, probabilities, 0.0).sum(dim=1)
+        if bool((before >= TOP_P + ROUNDING).any()):
+            raise CheckFailed(f"a token was sampled behind {before.max():.2f} of the probability, with top_p {TOP_P}")
+        ordered = probabilities.sort(dim=1, descending=True).values
+        sizes += (ordered.cumsum(dim=1) - ordered < TOP_P).sum(dim=1).tolist()
+    return f"{len(sizes)} tokens within sets of {sum(sizes) / len(sizes):.0f} on average"
+
+
+def check_quantized(case: Case, role: Role, bits: int) -> str:
+    """Forward and engine with quantised weights against the same model without."""
+    require_package("bitsandbytes", "quant")
+    if role.device.type == "mps":
+        raise CheckSkipped("bitsandbytes runs on CUDA and CPU only")
+    plain, requests = case.models[role], make_requests(3)
+    loaded = case.load(role, **{f"load_{bits}bit": True})
+    layers = [module for module in loaded.model.modules() if type(module).__module__.startswith("bitsandbytes")]
+    if not layers:
+        raise CheckFailed("no layer was quantised")
+    tokens = [generate(loaded, request) for request in requests]
+    forward = forward_error(loaded, plain, requests, tokens)
+    engine = engine_error(make_engine(loaded), plain, requests)
+    return within([forward, engine], QUANTIZED_LIMITS[bits])
