@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -189,13 +190,16 @@ def _start_zero(bench: Bench) -> subprocess.Popen[bytes] | None:
         bench.skip("training under ZeRO-3", reason)
         return None
     argv = _flags(bench, "zero3", use_cpu=None, max_steps=2, deepspeed=ROOT / "scripts" / "zero3.json")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    # What torchrun would set. Its workers have sessions of their own, so they would outlive a launcher that is killed.
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **rank, **rendezvous, **settings}
     if not bench.cuda:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with (bench.work / "zero3.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, *launcher, str(ROOT / "llava" / "train" / "train.py"), *argv],
+            [sys.executable, str(ROOT / "llava" / "train" / "train.py"), *argv],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
@@ -203,6 +207,13 @@ def _start_zero(bench: Bench) -> subprocess.Popen[bytes] | None:
             cwd=bench.work,
             start_new_session=True,
         )
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def _finish_zero(bench: Bench, process: subprocess.Popen[bytes] | None, reference: list[float]) -> None:
