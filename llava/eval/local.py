@@ -6,9 +6,11 @@ import dataclasses
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llava.conversation import get_template, stop_strings
+from llava.data.images import preprocess_image
 from llava.engine import Engine, Handle, Request
 from llava.engine.pictures import Picture, identify
 from llava.engine.prompt import render_question
@@ -23,17 +25,23 @@ FOLLOW_UP_TOKENS = 64
 
 @dataclass(frozen=True)
 class _Pending:
-    """A question under way; `first` is its first answer when it is asked for the second time."""
+    """A question under way; `first` is its first answer when it is asked for the second time.
+
+    `request` is there only if the question is to be asked a second time: it holds the images, which are otherwise
+    freed as soon as the engine has the answer.
+    """
 
     position: int
-    request: Request
+    request: Request | None = None
     first: str | None = None
 
-    def again(self, first: str, follow_up: str) -> _Pending:
+    def again(self, first: str, follow_up: str) -> tuple[Request, _Pending]:
         """The same question with its answer and the words that ask for the letter."""
+        assert self.request is not None
+        prompt = f"{self.request.prompt}{first}{follow_up}"
         params = dataclasses.replace(self.request.params, max_new_tokens=FOLLOW_UP_TOKENS)
-        request = dataclasses.replace(self.request, prompt=f"{self.request.prompt}{first}{follow_up}", params=params)
-        return _Pending(self.position, request, first)
+        request = dataclasses.replace(self.request, prompt=prompt, params=params, keep=False)
+        return request, _Pending(self.position, first=first)
 
     def whole(self, text: str) -> str:
         """What is recorded."""
@@ -64,46 +72,64 @@ class LocalModel:
 
     def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
         """Yield (position, answer, error or None) as questions finish."""
-        engine, template = self.engine, get_template(settings.template)
-        stop = (*settings.params.stop, *stop_strings(template))
+        engine, follow_up = self.engine, settings.follow_up
         active: dict[Handle, _Pending] = {}
-        pictures = prefetch(questions, order, settings.source, settings.num_workers)
-        opened: Loaded = []
-        named: list[Picture] = []
+        submitted = self._submit(questions, order, settings)
         more = True
         while more or active:
             while more and len(active) < 2 * engine.max_batch_size:
-                item = next(pictures, None)
+                item = next(submitted, None)
                 if item is None:
                     more = False
-                    break
-                position, images = item
-                try:
-                    if isinstance(images, LlavaError):
-                        raise images
-                    if images is not opened:  # neighbours with equal pictures share them
-                        opened, named = images, [identify(image) for image in images]
-                    question = questions[position]
-                    text = question.text or question.prompt
-                    prompt = render_question(template, text, len(named), engine.model.config)
-                    params = dataclasses.replace(settings.params, stop=stop, seed=question_seed(settings, question))
-                    request = Request(prompt, named, params)
-                    active[engine.submit(request)] = _Pending(position, request)
-                except LlavaError as error:
-                    yield position, "", str(error)
+                elif isinstance(item[1], LlavaError):
+                    yield item[0].position, "", str(item[1])
+                else:
+                    active[item[1]] = item[0]
             engine.step()
             for handle in [handle for handle in active if handle.done]:
                 done, pending = handle.result(), active.pop(handle)
                 if done.error:
                     yield pending.position, "", done.error
-                elif settings.follow_up and pending.first is None:
-                    again = pending.again(done.text, settings.follow_up)
+                elif follow_up and pending.first is None:
+                    request, again = pending.again(done.text, follow_up)
                     try:
-                        active[engine.submit(again.request)] = again
+                        active[engine.submit(request)] = again
                     except LlavaError as error:
                         yield pending.position, "", str(error)
                 else:
                     yield pending.position, pending.whole(done.text), None
+
+    def _submit(
+        self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings
+    ) -> Iterator[tuple[_Pending, Handle | LlavaError]]:
+        """Submit one question whenever the next item is asked for; only the latest one's images are held here."""
+        engine, template = self.engine, get_template(settings.template)
+        stop = (*settings.params.stop, *stop_strings(template))
+        asked_twice = settings.follow_up is not None
+        preprocess = None
+        if engine.image_processor is not None:
+            preprocess = partial(
+                preprocess_image, processor=engine.image_processor, aspect_ratio=engine.image_aspect_ratio
+            )
+        opened: Loaded = []
+        named: list[Picture] = []
+        for position, images in prefetch(questions, order, settings.source, settings.num_workers, preprocess):
+            try:
+                if isinstance(images, LlavaError):
+                    raise images
+                if images is not opened:  # neighbours with equal images share them
+                    opened, named = images, [identify(image) for image in images]
+                question = questions[position]
+                text = question.text or question.prompt
+                prompt = render_question(template, text, len(named), engine.model.config)
+                params = dataclasses.replace(settings.params, stop=stop, seed=question_seed(settings, question))
+                # Nothing continues an answer but a follow-up: keys and values of finished rows would only push shared
+                # prefixes out of the prefix cache.
+                request = Request(prompt, named, params, keep=asked_twice)
+                submitted: Handle | LlavaError = engine.submit(request)
+                yield _Pending(position, request if asked_twice else None), submitted
+            except LlavaError as error:
+                yield _Pending(position), error
 
 
 def question_seed(settings: RunSettings, question: Question) -> int | None:

@@ -296,3 +296,11 @@ def test_fetch_image_refuses_other_schemes() -> None:
     for url in ("http://example.org/a.png", "file:///etc/passwd", "/etc/passwd.png", "data:image/png;base64,AAAA"):
         with pytest.raises(ImageError, match="only https"):
             fetch_image(url)
+
+
+def test_pillow_is_looked_for_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's image processors ask for it again and again, and each answer parses package metadata."""
+    image = noise(30, 20)
+    want = preprocess_image(image, processor(56), "pad")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"asked for {name} again"))
+    assert torch.equal(preprocess_image(image, processor(56), "pad"), want)

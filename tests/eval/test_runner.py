@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from llava.conversation import get_template, stop_strings
-from llava.data.images import open_image
+from llava.data.images import open_image, preprocess_image
 from llava.engine import Engine, Request, SamplingParams, load_engine
+from llava.engine.pictures import Picture, identify
 from llava.engine.prompt import render_question
-from llava.errors import ConfigError
+from llava.errors import ConfigError, ImageError
 from llava.eval.local import LocalModel, question_seed
 from llava.eval.manifest import checkpoint_fingerprint, manifest_path
 from llava.eval.pictures import prefetch
@@ -201,3 +206,133 @@ def test_memory_holds_two_batches_of_requests(
     for _ in LocalModel(engine).ask(questions, range(len(questions)), settings):
         live -= 1
     assert live == 0 and most <= 2 * engine.max_batch_size
+
+
+def test_images_are_preprocessed_by_the_workers(
+    engine: Engine, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same pixels, so the same answers and as many cache hits; the engine's thread only takes them over."""
+    for number in range(20):
+        Image.new("RGB", (30, 20), (number, 90, 10 * number)).save(tmp_path / f"{number}.png")
+    questions = [Question(n, f"What is it? {n}", (f"{n // 2}.png",)) for n in range(40)]
+    settings = dataclasses.replace(settings, image_folder=tmp_path)
+    found = []
+    for workers in (0, 2):
+        fresh = Engine(engine.model, engine.tokenizer, engine.image_processor, max_batch_size=4)
+        with monkeypatch.context() as patch:
+            if workers:
+                patch.setattr(
+                    "llava.engine.features.preprocess_image", lambda *_: pytest.fail("on the engine's thread")
+                )
+            path = tmp_path / f"{workers}.jsonl"
+            outcome = run(fresh, questions, path, dataclasses.replace(settings, num_workers=workers))
+        assert not outcome.failures
+        done = fresh.statistics()
+        identity = json.loads(manifest_path(path).read_text())["identity"]
+        found.append((path.read_bytes(), identity, done.computed_tokens, done.shared_tokens, done.encoded_images))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", None])
+def test_workers_give_the_pixels_and_digests_of_this_process(
+    engine: Engine, settings: RunSettings, aspect_ratio: str | None
+) -> None:
+    names = ("red", "green", "blue", "gray")
+    questions = [Question(n, str(n), (f"{names[n % 4]}.png", "red.png")) for n in range(16)]
+
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        return preprocess_image(image, engine.image_processor, aspect_ratio)
+
+    for position, images in prefetch(questions, range(16), settings.source, 2, preprocess):
+        assert not isinstance(images, ImageError)
+        for name, found in zip(questions[position].images, images, strict=True):
+            want = identify(preprocess(settings.source.open(name)))
+            assert isinstance(found, Picture) and isinstance(found.content, torch.Tensor)
+            assert found.digest == want.digest
+            assert torch.equal(found.content, want.content)
+    assert all(
+        isinstance(image, Image.Image)
+        for _, images in prefetch(questions, range(16), settings.source, 0, preprocess)
+        for image in images
+    )
+
+
+def test_an_image_that_cannot_be_preprocessed_fails_its_question_alone(settings: RunSettings) -> None:
+    questions = [Question(n, str(n), ("red.png" if n % 2 else "blue.png",)) for n in range(16)]
+    refused = open_image(settings.image_folder / "red.png").getpixel((0, 0))
+
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        if image.getpixel((0, 0)) == refused:
+            raise ImageError("A canvas is too large.")
+        return torch.zeros(3, 2, 2)
+
+    for position, images in prefetch(questions, range(16), settings.source, 2, preprocess):
+        assert isinstance(images, ImageError) == bool(position % 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """Images of one color a name, each referenced weakly."""
+
+    opened: dict[str, weakref.ref[Image.Image]] = dataclasses.field(default_factory=dict)
+
+    def open(self, name: str) -> Image.Image:
+        image = Image.new("RGB", (30, 30), (int(name), 0, 0))
+        self.opened[name] = weakref.ref(image)
+        return image
+
+    def read(self, name: str) -> bytes:
+        raise NotImplementedError
+
+    def alive(self) -> set[str]:
+        return {name for name, reference in self.opened.items() if reference() is not None}
+
+
+@pytest.mark.parametrize("follow_up", [None, " So:"])
+def test_finished_questions_free_their_images(
+    engine: Engine, settings: RunSettings, monkeypatch: pytest.MonkeyPatch, follow_up: str | None
+) -> None:
+    source, handles = Tracked(), weakref.WeakKeyDictionary[Any, str]()
+    settings = dataclasses.replace(settings, pictures=source, num_workers=0, follow_up=follow_up)
+    questions = [Question(n, "x" * (n % 7 + 1), (str(n),)) for n in range(30)]
+    submit, submitted, latest = engine.submit, [], "none"
+
+    def tracking(request: Request) -> Any:
+        handle = submit(request)
+        assert isinstance(request.images[0], Picture)
+        handles[handle] = next(n for n, ref in source.opened.items() if ref() is request.images[0].content)
+        submitted.append(handles[handle])
+        return handle
+
+    monkeypatch.setattr(engine, "submit", tracking)
+    gc.collect()
+    gc.disable()  # freed by their last reference, not at some later collection
+    try:
+        answered = set()
+        for position, _, error in LocalModel(engine).ask(questions, range(30), settings):
+            assert error is None
+            answered.add(str(position))
+            latest = max(source.opened, key=int)
+            unfinished = {name for handle, name in handles.items() if not handle.done}
+            kept = source.alive() - unfinished
+            assert kept <= ({latest} if follow_up is None else {latest} | (source.alive() - answered) | {str(position)})
+    finally:
+        gc.enable()
+    assert len(answered) == 30
+    assert source.alive() == set()
+
+
+@pytest.mark.parametrize("follow_up", [None, " So:"])
+def test_only_rows_that_are_continued_are_kept(
+    engine: Engine,
+    questions: list[Question],
+    settings: RunSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    follow_up: str | None,
+) -> None:
+    kept: list[bool] = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request: (kept.append(request.keep), submit(request))[1])
+    list(LocalModel(engine).ask(questions, range(21), dataclasses.replace(settings, follow_up=follow_up)))
+    assert kept.count(True) == (0 if follow_up is None else 21)
+    assert kept.count(False) == 21

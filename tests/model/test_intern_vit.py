@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +199,41 @@ def test_configuration_refuses_what_its_weights_cannot_be(tmp_path: Path) -> Non
         '{"model_type": "internvl", "vision_config": {"model_type": "intern_vit_6b", "num_hidden_layers": 45}}'
     )
     assert InternVisionConfig.from_pretrained(tmp_path).num_hidden_layers == 45
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("grid", [(4, 9, 9), (16, 24, 24), (24, 16, 16), (5, 3, 8), (1, 4, 2), (16, 17, 1), (7, 2, 7)])
+def test_tuned_positions_are_resampled_without_the_backward_of_interpolation(
+    deterministic: None, monkeypatch: pytest.MonkeyPatch, grid: tuple[int, int, int]
+) -> None:
+    """That backward raises on CUDA under deterministic algorithms. Forward and gradient are those of interpolation."""
+    size, height, width = grid
+    table = torch.randn(1, 1 + size**2, 6, requires_grad=True)
+    toward = torch.randn(1, 1 + height * width, 6)
+    interpolate = torch.nn.functional.interpolate
+
+    patches = table[:, 1:].reshape(1, size, size, 6).permute(0, 3, 1, 2)
+    patches = interpolate(patches, size=(height, width), mode="bicubic", align_corners=False)
+    want = torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+    want.backward(toward)
+    want_gradient, table.grad = table.grad, None
+
+    def forward_only(points: torch.Tensor, **settings: Any) -> torch.Tensor:
+        assert not (points.requires_grad and torch.is_grad_enabled())
+        return interpolate(points, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", forward_only)
+    with torch.autocast("cpu", torch.bfloat16):  # must not reach the product
+        found = resample_positions(table, height, width)
+    found.backward(toward)
+    torch.testing.assert_close(found, want, atol=2e-6, rtol=1e-5)
+    assert table.grad is not None
+    torch.testing.assert_close(table.grad, want_gradient, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(resample_positions(table, height, width), want)

@@ -6,6 +6,7 @@ Shapes: B images, N tokens (class token first), C width.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -90,9 +91,25 @@ def resample_positions(table: Tensor, height: int, width: int) -> Tensor:
     if (height, width) == (grid, grid):
         return table
     patches = table[:, 1:].float().reshape(1, grid, grid, channels).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=(height, width), mode="bicubic", align_corners=False)
+    needs_grad = torch.is_grad_enabled() and table.requires_grad
+    if needs_grad and (table.device.type != "cpu" or torch.are_deterministic_algorithms_enabled()):
+        # The backward pass of bicubic interpolation has no deterministic implementation on CUDA; a product has one.
+        with torch.autocast(table.device.type, enabled=False):
+            rows_weight = bicubic_weight(grid, height).to(table.device, non_blocking=table.is_cuda)
+            columns_weight = bicubic_weight(grid, width).to(table.device, non_blocking=table.is_cuda)
+            patches = rows_weight @ patches @ columns_weight.T
+    else:
+        patches = F.interpolate(patches, size=(height, width), mode="bicubic", align_corners=False)
     patches = patches.reshape(1, channels, height * width).permute(0, 2, 1).to(table.dtype)
     return torch.cat([table[:, :1], patches], dim=1)
+
+
+@functools.lru_cache(maxsize=32)
+def bicubic_weight(size: int, target: int) -> Tensor:
+    """The matrix `(target, size)` that resamples `size` points to `target`, as bicubic `F.interpolate` does."""
+    points = torch.eye(size, device="cpu").view(1, size, size, 1)
+    with torch.no_grad():
+        return F.interpolate(points, size=(target, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous()
 
 
 class InternAttention(nn.Module):
