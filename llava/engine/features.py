@@ -12,6 +12,7 @@ from llava.data.images import preprocess_image
 from llava.engine.cache import BoundedStore
 from llava.engine.pictures import ImageInput, Picture
 from llava.errors import RequestError
+from llava.placement import to_device
 
 _ENCODE_AT_ONCE = 16
 
@@ -53,7 +54,8 @@ class FeatureEncoder:
 
     def _compute(self, group: Sequence[tuple[bytes, Tensor]]) -> dict[bytes, Tensor]:
         batch = torch.stack([pixels for _, pixels in group])  # (K, 3, S, S)
-        features = self.model.encode_images(batch.to(self.model.device, self.model.dtype))  # (K, n, D)
+        sent = to_device(batch, self.model.device).to(self.model.dtype)
+        features = self.model.encode_images(sent)  # (K, n, D)
         self.encoded += len(group)
         computed = {digest: row.clone() for (digest, _), row in zip(group, features, strict=True)}
         for digest, row in computed.items():

@@ -89,3 +89,17 @@ def test_a_steady_step_is_found(parts: Parts, card: devices.Card) -> None:
         steps = steady_steps(engine, requests(4, prefix, "greedy"), card)
         assert len(steps) == 6 and all(events.downloads for events in steps)
         assert (engine.statistics().prefix_bytes > 0) is (prefix != "own")
+
+
+@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_a_prefill_with_images_waits_for_nothing_but_its_tokens(
+    parts: Parts, card: devices.Card, sampling: str, count: int
+) -> None:
+    """Rows of different lengths behind two images: pixels, ids and indices are sent without waiting."""
+    engine = Engine(*parts, max_batch_size=16)
+    handles = [engine.submit(request) for request in requests(count, "images", sampling)]
+    with torch.no_grad(), card.record() as events:
+        engine._admit()
+    assert engine.running + sum(handle.done for handle in handles) == count
+    assert not events.syncs and len(events.downloads) == 1, f"\n{events.table()}"
