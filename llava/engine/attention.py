@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _SCORES = 2**27  # scores held at a time by the fallback: 512 MiB in float32
-ALIGNMENT: Final = 16  # elements: fused kernels want the rows of a mask to start at multiples of it
+ALIGNMENT: Final = 16  # elements: fused kernels require the rows of a mask to start at multiples of it
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
 
@@ -55,8 +55,8 @@ def attend(
     `query` is (n, kv_heads, M, head_dim): the M queries of a row and key head (tokens times heads in a group). `keys`
     and `values` are the rows' own (n, kv_heads, W, head_dim), `mask` is added to their scores and broadcasts to
     (n, 1, M, W); `causal` says that queries and own keys are the same tokens, each of which sees those up to itself.
-    Every part is attended to by itself, and the outputs are merged by their log-sum-exp (Dao et al.,
-    "FlashAttention", 2022), so a part is read once for all rows and no scores are materialised.
+    Attention is computed per part and merged by log-sum-exp (Dao et al., "FlashAttention", 2022), so each part is read
+    once for all rows and no scores are materialised.
     """
     out, lse = attention_with_lse(query, keys, values, mask, causal=causal)
     for part in shared:
@@ -85,8 +85,8 @@ def attention_with_lse(
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, *, masked: bool) -> tuple[Kernel, str]:
     """The kernel that computes `attention_with_lse` for such tensors, and its name.
 
-    FlashAttention takes no mask and needs 16 bit and an Ampere card or newer; the memory-efficient kernel takes both
-    masks and float32. Anything else (MPS, ROCm, unusual head sizes) materialises its scores.
+    FlashAttention takes no mask, and needs 16-bit tensors and an Ampere GPU or newer; the memory-efficient kernel
+    supports masks and float32. Anything else (MPS, ROCm, unusual head sizes) materialises its scores.
     """
     if device.type == "cpu" and _cpu_flash is not None:
         return _flash_on_cpu, "flash (CPU)"
@@ -122,7 +122,7 @@ def _flash_on_cuda(
 def _efficient_on_cuda(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """`mask` as `aligned_mask` makes it: the kernel reads its rows in vectors, and pads nothing by itself."""
+    """`mask` comes from `aligned_mask`: the kernel reads its rows in vectors and does not pad."""
     count, heads, queries, _ = query.shape
     bias = None if mask is None else mask.expand(count, heads, queries, keys.shape[2])
     out, lse, *_ = _cuda_efficient(query, keys, values, bias, True, is_causal=causal)
@@ -149,10 +149,10 @@ def attention_from_scores(
 
 
 def aligned_mask(visible: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where `visible` of the columns (W',) says true and -inf elsewhere, (…, W).
+    """0 where `visible`, called with the columns (W',), is true and -inf elsewhere, (…, W).
 
-    Rows are stored `ALIGNMENT` elements apart or a multiple of it, as fused kernels want them: without that, torch
-    copies the mask into such a layout in every layer.
+    The stride of its rows is a multiple of `ALIGNMENT` elements, as fused kernels require: otherwise torch copies the
+    mask into such a layout in every layer.
     """
     columns = torch.arange(-(-width // ALIGNMENT) * ALIGNMENT, device=device)
     seen = visible(columns)

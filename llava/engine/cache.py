@@ -17,7 +17,7 @@ from llava.engine.split import SplitLayers
 from llava.model.transfer import upload_columns
 
 _SLACK = 64
-_IDLE_BYTES = 64 * 2**20  # a buffer up to this size is kept while no row is there
+_IDLE_BYTES = 64 * 2**20  # a buffer up to this size is kept when idle
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class RowCache(Cache):
         return tokens_of(self.chains[row]) + self.lengths[row]
 
     def shared(self, device: torch.device) -> list[Shared]:
-        """The segments that rows have in common, for `attend` in a layer on `device`."""
+        """The prefixes shared by rows, for `attend` in a layer on `device`."""
         if device not in self._shared:
             self._shared[device] = shared_parts(self.chains, device)
         return self._shared[device]
@@ -145,7 +145,7 @@ class RowCache(Cache):
         self._reserve(len(self.lengths), 0)
 
     def release(self) -> None:
-        """Give the buffer's memory back when no row is left; a small one is kept for the next."""
+        """Free the buffer when idle; a small one is kept."""
         if not self.lengths and self.data.nbytes > _IDLE_BYTES:
             self.data = self.spec.empty(0, 0)
             self.start = self.end = 0

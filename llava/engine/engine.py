@@ -24,7 +24,7 @@ from llava.engine import beams
 from llava.engine.cache import RowCache
 from llava.engine.features import FeatureEncoder
 from llava.engine.llama import open_language_model
-from llava.engine.memory import cache_bounds
+from llava.engine.memory import cache_bounds, format_size
 from llava.engine.pictures import identify
 from llava.engine.prefill import Prefiller, Prompt
 from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams, Statistics
@@ -51,10 +51,10 @@ class Job:
     keep: bool
     columns: int  # of keys and values, at most
     tokens: list[int] = field(default_factory=list)
-    read: int = 0  # tokens that were turned into text
+    read: int = 0  # tokens decoded to text
 
     def accept(self, token: int) -> FinishReason | None:
-        """Take the next token; the reason if it is known to be the last without looking at the text."""
+        """Append the next token; return the finish reason if no text is needed to know it."""
         if token == NO_TOKEN:
             return "error"
         self.tokens.append(token)
@@ -63,7 +63,7 @@ class Job:
         return "length" if len(self.tokens) >= self.max_new_tokens else None
 
     def detokenize(self) -> bool:
-        """Turn new tokens into text and hand it over; true when a stop string has ended the answer."""
+        """Decode new tokens to text and hand it over; true when a stop string has ended the answer."""
         for token in self.tokens[self.read :]:
             if token not in self.end_ids and not self.stream.stopped:
                 self.handle.push(self.stream.push(self.detokenizer.push(token)))
@@ -84,9 +84,9 @@ class Engine:
     """Continuous batching over one model; `model` is put in evaluation mode.
 
     `image_aspect_ratio` defaults to the model's own setting. `max_prefill_tokens` bounds what one forward computes of
-    prompts, and what running rows wait for between two of their tokens. `kv_cache_bytes` bounds the keys and values of
-    the running rows, beyond which requests wait; `prefix_cache_bytes` those of prompt prefixes, and
-    `feature_cache_bytes` the image features, that are kept for later requests (`llava.engine.memory` has the defaults).
+    prompts, and what running rows wait for between two of their tokens. `kv_cache_bytes` limits the KV cache of running
+    requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image features kept
+    for later requests. `llava.engine.memory` has the defaults.
 
     Threads may share an engine: they take turns in `step`, and in what calls it (`generate`, `stream`, a handle's
     `result`), and all of their requests share the batch. A new model's weights may be
@@ -100,7 +100,7 @@ class Engine:
         image_processor: Any = None,
         *,
         max_batch_size: int = 16,
-        max_prefill_tokens: int = 8192,
+        max_prefill_tokens: int | None = None,
         image_aspect_ratio: str | None = None,
         kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
@@ -112,21 +112,22 @@ class Engine:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_batch_size = max_batch_size
-        self.max_prefill_tokens = max_prefill_tokens
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
         self.lm = open_language_model(model)
         self.special = SpecialTokens(tokenizer, model.generation_config)
-        bounds = cache_bounds(self.lm.spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes)
-        self.kv_cache_bytes = bounds.kv
+        bounds = cache_bounds(self.lm.spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens)
+        self.kv_cache_bytes, self.max_prefill_tokens = bounds.kv, bounds.prefill_tokens
         self.features = FeatureEncoder(
             model, image_processor, aspect_ratio=self.image_aspect_ratio, budget=bounds.features
         )
-        self.prefiller = Prefiller(self.lm, self.features, max_tokens=max_prefill_tokens, prefix_budget=bounds.prefix)
+        self.prefiller = Prefiller(
+            self.lm, self.features, max_tokens=bounds.prefill_tokens, prefix_budget=bounds.prefix
+        )
         self.generated_tokens = 0
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._cache = RowCache(self.lm.spec, budget=self.kv_cache_bytes)
-        # While the device computes a step, the tokens of the one before become text; a CPU has no such time.
+        # Detokenise the previous step while the GPU computes this one; on a CPU there is nothing to overlap.
         self._overlaps = self.lm.spec.device.type == "cuda"
         self._turn = threading.RLock()
 
@@ -146,11 +147,12 @@ class Engine:
             )
         params = request.params
         new_tokens = min(params.max_new_tokens, context - length)
-        if self.kv_cache_bytes is not None and (length + new_tokens) * self.lm.spec.column_bytes > self.kv_cache_bytes:
+        needed = (length + new_tokens) * self.lm.spec.column_bytes
+        if self.kv_cache_bytes is not None and needed > self.kv_cache_bytes:
             raise RequestError(
-                f"The prompt of {length} tokens and {new_tokens} new ones need more memory than the "
-                f"{self.kv_cache_bytes} bytes of the KV cache; ask for fewer new tokens, or raise --kv-cache-memory "
-                "(kv_cache_bytes)."
+                f"The request needs {format_size(needed)} of KV cache ({length} prompt + {new_tokens} new tokens), and "
+                f"the limit is {format_size(self.kv_cache_bytes)}; ask for fewer new tokens, or raise "
+                "--kv-cache-memory (kv_cache_bytes)."
             )
         handle = Handle(self.step, length)
         job = Job(
@@ -335,8 +337,8 @@ class Engine:
     def _accept(self, first: int, tokens: Tensor) -> None:
         """Take the next `tokens` (n,) of rows `first` onwards, and release rows that are done.
 
-        With `_overlaps` the device is still computing them, and a stop string in the text of the last step's tokens is
-        found only now: then the row's new token is dropped.
+        With `_overlaps` the GPU is still computing them, and a stop string in the previous step's text is only found
+        now: then the row's new token is dropped.
         """
         jobs = self._running[first:]
         if self._overlaps:

@@ -1,6 +1,6 @@
 """The decoder and head of a causal language model, as the engine uses them, through the library's own forward.
 
-This serves every model. LLaMA has a faster way in `llava.engine.llama`.
+This serves every model. LLaMA has a faster path in `llava.engine.llama`.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class LanguageModel:
         return data[:, :, 0, :, tokens_of(chain) :].clone()
 
     def decode(self, ids: Sequence[int], cache: RowCache, sampler: Sampler | None = None) -> Tensor:
-        """The next token of every row: its keys and values join the cache, its logits (B, V) come back.
+        """Run one token per row: append its keys and values to the cache and return logits (B, V).
 
-        What `sampler` needs on the device is uploaded on the way.
+        The parameters of `sampler` share the host-to-device copy of the token ids.
         """
         step = DecodeStep(ids, cache, sampler)
         states = self._forward(self.embed(step.ids).unsqueeze(1), cache, step.positions.unsqueeze(1), step.visible())

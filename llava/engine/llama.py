@@ -62,9 +62,9 @@ class Layer:
 
 
 class RmsNorm:
-    """Root mean square norm, computed in float32 and scaled in the model's dtype, as the library's.
+    """Root mean square norm, computed in float32 and scaled in the model's dtype, as in transformers.
 
-    On CUDA torch's fused kernel, which scales before it rounds: one launch instead of six, and a smaller error.
+    On CUDA it is torch's fused kernel, which scales before rounding: one launch instead of six, and a smaller error.
     """
 
     def __init__(self, module: Any) -> None:
@@ -97,7 +97,7 @@ class FastLlama(LanguageModel):
 
     @staticmethod
     def runs(model: Any) -> bool:
-        """LLaMA as the library defines it, every layer whole on one device, and attention not forced to "eager"."""
+        """Whether this class can run `model`: LLaMA layers, each on one device, and attention that is not "eager"."""
         core = model.get_decoder()
         if not isinstance(core, LlamaModel):
             return False
@@ -132,8 +132,10 @@ class FastLlama(LanguageModel):
         return logits
 
     def _run(self, x: Tensor, rotation: Rotation, attention: Attention, wanted: Tensor | slice | None) -> Tensor:
-        """Embeddings (N, D), turned by `rotation`, to the final states of the `wanted` rows; None: only keys and
-        values. Where the next layer is on another device, the activations move there."""
+        """Embeddings (N, D) to the final states of the `wanted` rows; None: only keys and values are computed.
+
+        `rotation` rotates queries and keys. Activations follow the layers from device to device.
+        """
         heads, kv_heads, size = self.heads, self.spec.kv_heads, self.spec.head_dim
         cos, sin = (part.to(x.device, non_blocking=True) for part in rotation)
         for index, layer in enumerate(self.layers):
@@ -156,8 +158,8 @@ class FastLlama(LanguageModel):
         return self.norm(x.to(self.norm.weight.device, non_blocking=True))
 
     def _rotation(self, positions: Tensor, end: int) -> Rotation:
-        """Cosines and signed sines (N, 1, head_dim) of `positions` (N,), all below `end`, from the model's own tables
-        (so with its rope scaling)."""
+        """Cosines and signed sines (N, 1, head_dim) of `positions` (N,), all below `end`, from the model's own tables,
+        rope scaling included."""
         like = self.layers[0].norm.weight  # of the tables' device and dtype
         cos, sin = self.rotary(like, seq_len=end)
         at = positions.to(cos.device, non_blocking=True)
@@ -167,6 +169,6 @@ class FastLlama(LanguageModel):
 
 
 def _only_moves(module: Any) -> bool:
-    """Whether a module has no hooks of accelerate, or one that moves its inputs between devices and nothing else."""
+    """Whether the module has no accelerate hook, or one that only moves its inputs between devices."""
     hook = getattr(module, "_hf_hook", None)
     return hook is None or (type(hook) is AlignDevicesHook and not hook.offload)

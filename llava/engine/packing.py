@@ -18,8 +18,10 @@ from llava.model.transfer import Numbers, upload_columns
 
 @dataclass
 class _OnDevice:
-    """What attention needs on the device of a layer. `gather` (n * T,) are places in the pack, `real` (N,) places in
-    the rectangle; both are None where no row is padded."""
+    """What attention needs on the device of a layer.
+
+    `gather` (n * T,) indexes the packed tokens, `real` (N,) the padded ones; both are None without padding.
+    """
 
     lengths: Tensor
     gather: Tensor | None
@@ -32,9 +34,9 @@ class PackedRows:
     """Rows of `lengths` tokens behind `chains`, packed one after the other (N tokens) for a prefill.
 
     `data` (layers, 2, n, kv_heads, T, head_dim) receives their keys and values; T is the longest row, and what lies
-    behind a shorter row's end repeats its last token: finite, and hidden from it by causality. `positions` (N,) are
-    those of the tokens, `last` (n,) the places of the rows' last tokens in the pack, `end` the largest position + 1.
-    All indices are made on the host and uploaded once.
+    follows the end of a shorter row repeats its last token: finite, and hidden from it by causality. `positions` (N,)
+    are those of the tokens, `last` (n,) the packed indices of the rows' last tokens, `end` the largest position + 1.
+    All indices are computed on the host and uploaded once.
     """
 
     def __init__(self, spec: CacheSpec, lengths: Sequence[int], chains: Sequence[Chain]) -> None:
@@ -109,8 +111,8 @@ class PackedRows:
         return self._places[device]
 
     def _mask(self, kind: str, places: _OnDevice, group: int = 1) -> Tensor:
-        """ "ends" hides what lies behind each row's end, (n, 1, 1, T); "causal" what lies behind each of the `group`
-        times T queries, (group * T, T)."""
+        """The mask of one `kind`: "ends" hides what follows each row's end, (n, 1, 1, T); "causal" what follows each of
+        the `group` * T queries, (group * T, T)."""
         if kind not in places.masks:
             lengths, longest = places.lengths, self.longest
             if kind == "ends":
@@ -122,10 +124,10 @@ class PackedRows:
 
 
 class DecodeStep:
-    """One new token a row, behind what the cache holds.
+    """One new token per row, after the tokens in the cache.
 
-    `ids` and `positions` (B,) lie on the device of the embeddings. With them travels what `sampler` needs of the host:
-    there is one upload a step.
+    `ids` and `positions` (B,) are on the device of the embeddings. The parameters of `sampler` share their
+    host-to-device copy: there is one per step.
     """
 
     def __init__(self, ids: Sequence[int], cache: RowCache, sampler: Sampler | None = None) -> None:

@@ -33,9 +33,9 @@ def make_generator(params: SamplingParams) -> torch.Generator | None:
 class Sampler:
     """Chooses the next token of every row of one step.
 
-    On CUDA all rows are sampled together and the logits stay there: each request's generator gives one number, and
-    `columns` are what has to be uploaded, best together with the step's other numbers (`upload_columns`). Elsewhere
-    the sampled rows are processed one by one on the CPU.
+    On CUDA all rows are sampled together and the logits stay on the GPU: each request's generator draws one number,
+    and `columns` returns the values to upload, ideally in the step's single copy (`upload_columns`). Elsewhere the
+    sampled rows are processed one by one on the CPU. The same seed draws different tokens in the two ways.
     """
 
     def __init__(self, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]) -> None:
@@ -48,7 +48,7 @@ class Sampler:
         return all(generator is None for generator in self.generators)
 
     def columns(self) -> list[list[float]]:
-        """Temperature (0: greedy), top_p and a uniform draw in [0, 1) of every row; nothing for greedy rows alone."""
+        """Temperature (0: greedy), top_p and a uniform draw in [0, 1) of every row; empty if all rows are greedy."""
         if self.is_greedy:
             return []
         draws = [0.0 if one is None else float(torch.rand((), generator=one)) for one in self.generators]
@@ -59,7 +59,7 @@ class Sampler:
         self._uploaded = columns
 
     def sample(self, logits: Tensor) -> Tensor:
-        """Tokens (B,) int64 from logits (B, V), on their device; `NO_TOKEN` where the largest is no finite number."""
+        """Tokens (B,) int64 from logits (B, V), on their device; `NO_TOKEN` where the largest logit is not finite."""
         best = logits.argmax(dim=-1)  # (B,); a NaN counts as the largest
         finite = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite()
         tokens = best
@@ -99,8 +99,8 @@ def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tens
 def _draw(logits: Tensor, options: SamplingParams, generator: torch.Generator) -> int:
     """One token of a row of `logits` (V,) on the CPU: what `torch.multinomial` draws, the seed being the same.
 
-    It divides every probability by an exponential number and takes the largest quotient. The generator gives a number
-    for every token; only those of the tokens that are left are made exponential, which is most of its time.
+    That divides every probability by an exponential variate and takes the largest quotient. The generator draws one
+    value per vocabulary entry, but only those of the candidates need the logarithm, which would take most of the time.
     """
     tokens, probabilities = top_p_candidates(logits, options.temperature, options.top_p)
     uniform = torch.rand(len(logits), dtype=torch.float64, generator=generator)
@@ -109,7 +109,7 @@ def _draw(logits: Tensor, options: SamplingParams, generator: torch.Generator) -
 
 
 def top_p_candidates(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """The smallest set of tokens (K,) whose softmax(logits / temperature) sums to `top_p` or more, and its summands.
+    """Ids and probabilities (K,) of the smallest set of tokens whose softmax(logits / temperature) sums to `top_p`.
 
     The most probable token always stays (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
     """

@@ -1,4 +1,4 @@
-"""Transfers of small tensors and numbers between host and device, batched so that the host waits at most once."""
+"""Batched host/device transfers of small tensors and numbers: at most one synchronisation."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ def to_host(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy CPU tensors of any shapes and dtypes to `device`.
-
-    To CUDA they travel as one pinned buffer, and the host does not wait.
-    """
+    """Copy CPU tensors of any shapes and dtypes to `device`; to CUDA in one asynchronous copy from a pinned buffer."""
     if device.type != "cuda" or not tensors:
         return [tensor.to(device) for tensor in tensors]
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]

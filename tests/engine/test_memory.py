@@ -33,7 +33,7 @@ def test_a_cpu_has_the_bounds_it_always_had() -> None:
 def test_on_cuda_they_follow_from_free_memory(free: dict[int, int]) -> None:
     free[0] = 100 * GIB
     assert cache_bounds(CARD) == CacheBounds(int(0.35 * 100 * GIB), 20 * GIB, int(0.02 * 100 * GIB))
-    assert cache_bounds(CARD, 1, 2, 3) == CacheBounds(1, 2, 3)
+    assert cache_bounds(CARD, 1, 2, 3, 4) == CacheBounds(1, 2, 3, 4)
     free[0] = 1000 * GIB
     assert cache_bounds(CARD).features == 2 * GIB  # hundreds of images
 
@@ -42,7 +42,17 @@ def test_one_full_context_fits_where_there_is_room(free: dict[int, int]) -> None
     free[0] = 2 * GIB  # 35 % of it would hold 1,433 tokens
     assert cache_bounds(CARD).kv == 2048 * CARD.column_bytes == GIB
     free[0] = GIB
-    assert cache_bounds(CARD).kv == int(0.7 * GIB)
+    assert cache_bounds(CARD).kv == GIB // 2
+
+
+def test_a_prefill_leaves_room_on_a_small_card(free: dict[int, int]) -> None:
+    """Its own keys and values exist beside the KV cache until they are copied into it."""
+    free[0] = 100 * GIB
+    assert cache_bounds(CARD).prefill_tokens == 8192
+    free[0] = 10 * GIB
+    assert cache_bounds(CARD).prefill_tokens == GIB // CARD.column_bytes == 2048
+    free[0] = GIB // 2
+    assert cache_bounds(CARD).prefill_tokens == 512
 
 
 def test_the_fullest_card_bounds_a_model_that_is_split(free: dict[int, int]) -> None:
@@ -64,7 +74,7 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
         "feature_cache_bytes": None,
     }
     assert cache_options(argparse.Namespace()) == dict.fromkeys(cache_options(args))
-    assert "35 % of the free memory" in " ".join(parser.format_help().split())
+    assert "35 % of the memory that is free after loading" in " ".join(parser.format_help().split())
     with pytest.raises(SystemExit):
         parser.parse_args(["--kv-cache-memory", "much"])
-    assert "'much' is not a size such as 8GiB or 512MiB" in capsys.readouterr().err
+    assert "expected a size such as 8GiB or 512MiB, got 'much'" in capsys.readouterr().err
