@@ -122,6 +122,24 @@ def resolve_attention(
     return requested
 
 
+def runs_fused_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `torch.nn.functional.rms_norm` is one kernel for these tensors: on CUDA since torch 2.9.
+
+    In older releases it is several, and in 2.4 it squares in 16 bits, where float16 overflows at 256.
+    """
+    return x.is_cuda and x.dtype == weight.dtype and hasattr(torch.ops.aten, "_fused_rms_norm")
+
+
+def avoid_cudnn_attention(device: torch.device) -> None:
+    """Keep `scaled_dot_product_attention` from choosing cuDNN on CUDA, for the whole process.
+
+    Recent releases prefer it on Hopper, and it builds an execution plan for every new shape, which takes longer than
+    the step: batches of text have a new shape nearly every time.
+    """
+    if device.type == "cuda" and hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def prefers_matrix_vector(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether one token alone is multiplied faster as a vector: in 16 bit on a CPU, whose matrix product reads the
     weights at a third of the memory's speed, and the vector product at all of it."""

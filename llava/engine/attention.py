@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _SCORES = 2**27  # scores held at a time by the fallback: 512 MiB in float32
@@ -58,6 +59,8 @@ def attend(
     Attention is computed per part and merged by log-sum-exp (Dao et al., "FlashAttention", 2022), so each part is read
     once for all rows and no scores are materialised.
     """
+    if not shared:
+        return attention(query, keys, values, mask, causal=causal)
     out, lse = attention_with_lse(query, keys, values, mask, causal=causal)
     for part in shared:
         packed = _pack(query[part.rows]).unsqueeze(0)  # (1, h, m * M, D)
@@ -69,6 +72,21 @@ def attend(
         if isinstance(part.rows, Tensor):  # these were copies
             out[part.rows], lse[part.rows] = mine, ours.squeeze(-1)
     return out
+
+
+def attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
+    """Attention (n, h, M, D) of (n, h, M, D) over (n, h, W, D), by the fused kernel of `select_kernel` on CUDA.
+
+    PyTorch's own choice goes by the current device, not the tensors', and on Hopper falls on cuDNN, which builds an
+    execution plan for every new shape: in decoding, at every step.
+    """
+    if query.is_cuda:
+        kernel, _ = select_kernel(query.device, query.dtype, query.shape[-1], masked=mask is not None)
+        if kernel is not attention_from_scores:
+            return kernel(query, keys, values, mask, causal)[0]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
 
 
 def attention_with_lse(

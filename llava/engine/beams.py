@@ -17,7 +17,8 @@ def run(lm: LanguageModel, prefiller: Prefiller, job: Job) -> None:
     params = job.params
     sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
     embeds = prefiller.embed(job.prompt)  # (L, D)
-    devices = [embeds.device] if embeds.is_cuda else []  # the default would initialise every GPU
+    # The default would initialise every GPU.
+    devices = {device for device in (lm.spec.device, *lm.spec.layer_devices) if device.type == "cuda"}
     with torch.random.fork_rng(devices, enabled=params.temperature > 0):
         if params.seed is not None:
             torch.manual_seed(params.seed)

@@ -163,6 +163,8 @@ class RowCache(Cache):
         if rows <= capacity and width <= self.end < columns:
             return
         rows_now, live = len(self.lengths), self.end - self.start
+        if not rows_now:
+            self.data = self.spec.empty(0, 0)  # frees the old buffer before the new one is allocated
         if rows > capacity:
             capacity = max(rows, 2 * capacity)
         columns = width + max(_SLACK, width // 2)
@@ -172,8 +174,9 @@ class RowCache(Cache):
             capacity = max(rows, rows_now)
             columns = max(width + 1, min(columns, self.budget // (capacity * self.spec.column_bytes)))
         grown = self.spec.empty(capacity, columns)
-        grown[:, :, :rows_now, :, : width - live] = 0
-        grown[:, :, :rows_now, :, width - live : width] = self.data[:, :, :rows_now, :, self.start : self.end]
+        if rows_now:
+            grown[:, :, :rows_now, :, : width - live] = 0
+            grown[:, :, :rows_now, :, width - live : width] = self.data[:, :, :rows_now, :, self.start : self.end]
         self.data, self.start, self.end = grown, width - live, width
 
 

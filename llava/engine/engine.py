@@ -32,6 +32,7 @@ from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
 from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import tokenizer_image_token
+from llava.placement import avoid_cudnn_attention
 
 _NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
 
@@ -114,6 +115,9 @@ class Engine:
         self.max_batch_size = max_batch_size
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
         self.lm = open_language_model(model)
+        if self.lm.spec.device.type == "cuda":
+            avoid_cudnn_attention(self.lm.spec.device)
+            torch.cuda.empty_cache()  # fused weights left the segments of the separate ones behind
         self.special = SpecialTokens(tokenizer, model.generation_config)
         bounds = cache_bounds(self.lm.spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens)
         self.kv_cache_bytes, self.max_prefill_tokens = bounds.kv, bounds.prefill_tokens

@@ -26,7 +26,7 @@ from llava.engine.prefixes import Chain
 from llava.engine.product import Product
 from llava.engine.sampling import Sampler
 from llava.model.language_model.packed import LlamaDecoderLayer
-from llava.placement import native_decode_rows
+from llava.placement import native_decode_rows, runs_fused_rms_norm
 
 Attention = Callable[[int, Tensor, Tensor, bool], Tensor]
 Rotation = tuple[Tensor, Tensor]
@@ -71,7 +71,7 @@ class RmsNorm:
         self.weight, self.eps = module.weight, module.variance_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if runs_fused_rms_norm(x, self.weight):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
         scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()

@@ -17,12 +17,16 @@ _MIB: Final = 2**20
 _STORE_BYTES: Final = 512 * _MIB  # of the prefix cache and of the feature cache where free memory is unknown
 _PREFILL_TOKENS: Final = 8192
 _LEAST_PREFILL_TOKENS: Final = 512
-# Fractions of the free memory. The rest is for activations and for the second KV buffer while one grows.
+# Fractions of the free memory. A KV cache that grows by half holds 1.67 times its final size for a moment; what is left
+# is for activations.
 _KV_SHARE: Final = 0.35
 _PREFIX_SHARE: Final = 0.2
 _FEATURE_SHARE: Final = 0.02
 _PREFILL_SHARE: Final = 0.1
-_MOST_OF_IT: Final = 0.5
+_CONTEXT_SHARE: Final = 0.45  # of the KV cache where its usual share does not hold one full context
+_LEAST_PREFIX_SHARE: Final = 0.05
+_CACHES_SHARE: Final = 0.85  # of both, while the KV cache grows
+_GROWTH: Final = 5 / 3
 _FLAGS: Final = {
     "kv_cache_memory": "limit of the KV cache of running requests; others wait (default: 35 %% of the memory that is "
     "free after loading, or one full context if that is more, on CUDA; unlimited elsewhere)",
@@ -73,9 +77,11 @@ def _from_free_memory(spec: CacheSpec, free: Callable[[torch.device], int]) -> C
     room = min(free(device) * spec.layers // count for device, count in layers.items())  # for keys and values
     context = (spec.context_length or 0) * spec.column_bytes
     prefill = int(_PREFILL_SHARE * room) // spec.column_bytes  # its keys and values are copied to the KV cache later
+    kv = max(int(_KV_SHARE * room), min(context, int(_CONTEXT_SHARE * room)))
+    prefix = max(_LEAST_PREFIX_SHARE, min(_PREFIX_SHARE, _CACHES_SHARE - _GROWTH * kv / room)) if room else 0.0
     return CacheBounds(
-        kv=max(int(_KV_SHARE * room), min(context, int(_MOST_OF_IT * room))),
-        prefix=int(_PREFIX_SHARE * room),
+        kv=kv,
+        prefix=int(prefix * room),
         features=min(4 * _STORE_BYTES, int(_FEATURE_SHARE * free(spec.device))),
         prefill_tokens=max(_LEAST_PREFILL_TOKENS, min(_PREFILL_TOKENS, prefill)),
     )

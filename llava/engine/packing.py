@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llava.engine.attention import Shared, aligned_mask, attend
+from llava.engine.attention import Shared, aligned_mask, attend, attention
 from llava.engine.cache import CacheSpec, RowCache, shared_parts
 from llava.engine.prefixes import Chain, tokens_of
 from llava.engine.sampling import Sampler
@@ -79,11 +78,7 @@ class PackedRows:
                 return query
             grouped = query.view(count, kv_heads, -1, size)
             mask = None if self.even else self._mask("ends", places)
-            if places.parts:
-                out = attend(grouped, keys, values, mask, places.parts, layer)
-            else:
-                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-            return out.reshape(count, -1)
+            return attend(grouped, keys, values, mask, places.parts, layer).reshape(count, -1)
         query = self._rows(query, places)  # (n, T, heads, head_dim)
         group = query.shape[2] // kv_heads
         if places.parts:
@@ -94,7 +89,7 @@ class PackedRows:
             out = out.reshape(count, kv_heads * group, longest, size)
         else:
             keys, values = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (keys, values))
-            out = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, is_causal=longest > 1)
+            out = attention(query.transpose(1, 2), keys, values, causal=longest > 1)
         out = out.transpose(1, 2).reshape(count * longest, -1)  # (n * T, D)
         return out if places.real is None else out.index_select(0, places.real)
 
@@ -154,11 +149,7 @@ class DecodeStep:
         keys, values = rows[..., cache.start : cache.end + 1, :]
         grouped = query.view(count, keys.shape[1], -1, keys.shape[3])
         mask, parts = self._mask(query.device), cache.shared(query.device)
-        if parts:
-            out = attend(grouped, keys, values, mask, parts, layer)
-        else:
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return out.reshape(count, -1)
+        return attend(grouped, keys, values, mask, parts, layer).reshape(count, -1)
 
     def visible(self) -> Tensor | None:
         """(B, W) bool: the columns each row sees, its new one included; None where no row is padded."""

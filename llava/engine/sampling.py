@@ -88,11 +88,10 @@ def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tens
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the strictly more probable tokens
     outside = (before >= top_p.unsqueeze(-1)) & (top_p < 1.0).unsqueeze(-1)
-    mass = ordered.masked_fill(outside, 0.0).cumsum(-1)  # (B, V), flat behind the last token kept
-    total = mass[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # rounding may lift a draw to the total itself
-    target = torch.minimum(draws.unsqueeze(-1) * total, below)
-    at = torch.searchsorted(mass, target, right=True).clamp_(max=logits.shape[-1] - 1)  # NaN is past the end
+    mass = ordered.masked_fill(outside, 0.0).cumsum(-1)  # (B, V)
+    at = torch.searchsorted(mass, draws.unsqueeze(-1) * mass[:, -1:], right=True)
+    # Rounding may lift a draw past the last token that is kept, and NaN is past the end.
+    at = torch.minimum(at, (~outside).sum(-1, keepdim=True) - 1)
     return order.gather(-1, at).squeeze(-1)
 
 

@@ -40,7 +40,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.quantization import Quantizer, size_name
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import empty_weights, fill
-from llava.placement import Placement, resolve_attention, resolve_device, resolve_dtype
+from llava.placement import Placement, avoid_cudnn_attention, resolve_attention, resolve_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
 NEEDED_SETTINGS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
@@ -96,6 +96,7 @@ def load_pretrained_model(
     if isinstance(device_map, str) and device_map != "auto":
         device = device_map
     target = resolve_device(device)
+    avoid_cudnn_attention(target)
     found = ckpt.inspect(local_directory(model_path))
     base = base_of(found, model_base, text_only)
     config = read_config(base or found) if text_only else model_config(found, vision_tower)

@@ -28,6 +28,7 @@ from llava.data.dataset import LazySupervisedDataset, make_supervised_data_modul
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError, TrainingError
+from llava.placement import avoid_cudnn_attention
 from llava.train import adapters, assemble, checkpointing, estimate, reporting, trainable, validation, zero
 from llava.train.dist_utils import any_rank
 from llava.train.llava_trainer import LLaVATrainer
@@ -57,6 +58,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Training
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    avoid_cudnn_attention(args.device)
     set_seed(args.seed)  # every rank draws the same projector
     template = assemble.template_name(model_args.version)
     model: Any = assemble.load_base(model_args, args)

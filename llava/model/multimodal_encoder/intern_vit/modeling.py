@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
+from llava.placement import runs_fused_rms_norm
 
 
 class InternRMSNorm(nn.Module):
@@ -32,7 +33,7 @@ class InternRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.dtype == self.weight.dtype:
+        if runs_fused_rms_norm(x, self.weight):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         x32 = x.float()
         return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
