@@ -41,7 +41,7 @@ NATIVE = ("C++ kernel float32", "C++ kernel bfloat16")
 TRAINING = ("training float32", "training bfloat16")
 SAMPLING = ("sampling, same seed", "sampling, top_p")
 LINES = {
-    "llama": {*EVERY, *NATIVE, *TRAINING, **SAMPLING, "8-bit", "4-bit"},
+    "llama": {*EVERY, *NATIVE, *TRAINING, *SAMPLING, "8-bit", "4-bit"},
     "clip": {*EVERY, *NATIVE},
     "mpt": {*EVERY, *TRAINING},
     "projector": set(EVERY),
@@ -272,7 +272,7 @@ def test_gradients_twice_as_large(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert failed(lines, "mpt") == set(TRAINING)
 
 
-# --- a simulated GPU ---------------------------------------------------------------------------------------------------
+# --- a simulated GPU --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
