@@ -1,12 +1,12 @@
-"""Kernel launches, floating-point operations and memory traffic of a piece of code, operator by operator.
+"""Count kernel launches, floating-point operations and memory traffic of code, per operator.
 
     with OpCounter() as counter:
         model(x)
     print(counter.launches, counter.flops, counter.bytes)
     print(counter.table(10))
 
-The counts come from the operators that reach the backend, so they are the same on a GPU and under `FakeTensorMode` with
-tensors that only claim to be on one.
+The counts come from the operators that reach the backend, so they are the same on a GPU and under `FakeTensorMode`
+with fake CUDA tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.floor import Ceilings, Cost
 
-# Operators that run no kernel although their schema does not say that the result shares the input's memory.
+# Operators without a kernel that the schema does not mark as views.
 _FREE: Final = frozenset(
     {
         "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "detach_", "empty", "empty_like", "empty_permuted",
@@ -33,17 +33,17 @@ _FREE: Final = frozenset(
         "set_",
     }
 )  # fmt: skip
-# Composite operators that a GPU has a single kernel for, also where this build of torch has none.
+# Composite operators that are one kernel on a GPU, even where this build of torch has none.
 _FUSED: Final = frozenset({"aten::_fused_rms_norm"})
-# Operators whose CUDA kernel wants packed rows, and copies a strided input before it runs.
+# Operators whose CUDA kernel needs contiguous rows and copies a strided input first.
 _PACKS_INPUT: Final = frozenset({"_fused_rms_norm"})
-# Of the first argument, as many bytes are read as are written.
+# Operators that read only as many bytes of the first argument as they write.
 _LOOKUPS: Final = frozenset({"embedding", "gather", "index", "index_select"})
-# The first argument is written without being read.
+# Operators that write the first argument without reading it.
 _WRITES: Final = frozenset({"copy_", "fill_", "normal_", "uniform_", "zero_"})
-# The first argument is written at the places of the values only.
+# Operators that write only the indexed elements of the first argument.
 _SCATTERS: Final = frozenset({"_index_put_impl_", "index_put_"})
-# The position of the left factor, whose last dimension is summed over.
+# Matmuls, with the position of the left factor (its last dimension is summed over).
 _PRODUCTS: Final = {
     "mm": 0, "bmm": 0, "mv": 0, "dot": 0, "linear": 0, "_int_mm": 0, "_scaled_mm": 0,
     "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1, "addmv": 1, "_addmm_activation": 1,
@@ -51,13 +51,13 @@ _PRODUCTS: Final = {
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts what runs inside a `with` block; entering again adds to the counts.
+    """Count what runs inside a `with` block; entering it again adds to the counts.
 
     `launches` counts operators that run a kernel or a copy: views, allocations and metadata do not, and composite
-    operators count as what they are made of, unless the device has a kernel for the whole. `flops` counts two a
-    multiply-add of matrix products, convolutions and attention (causal attention at half its square). `bytes` counts
-    each operator's distinct inputs once and its outputs once, each at the view's own size, as if nothing stayed in a
-    cache. `ops` are the launches by operator. With `device_type`, operators without a tensor there are left out.
+    operators count as their parts, unless the device has a kernel for the whole. `flops` counts two per multiply-add
+    of matmuls, convolutions and attention (causal attention at half the full square). `bytes` counts each operator's
+    distinct inputs once and its outputs once, each at the size of the view, as if nothing were cached. `ops` holds the
+    launches per operator. With `device_type`, operators without a tensor on such a device are ignored.
     """
 
     def __init__(self, device_type: str | None = None) -> None:
@@ -70,12 +70,12 @@ class OpCounter(TorchDispatchMode):
         self._costs: list[Cost] = []
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """Time on a device if every operator in turn ran at the ceiling that binds it (Williams et al., "Roofline",
-        2009), launches being hidden."""
+        """Time on a device if each operator ran at its roofline (Williams et al., "Roofline", 2009) and launches were
+        hidden."""
         return sum(cost.seconds(ceilings) for cost in self._costs)
 
     def table(self, n: int = 10) -> str:
-        """The `n` most frequent operators with their launches, a line each."""
+        """The `n` most frequent operators and their launches, one per line."""
         return "\n".join(f"{count:7d}  {name}" for name, count in self.ops.most_common(n))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,7 +111,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 @cache
 def _is_composite(func: Any, kind: str) -> bool:
-    """Whether the operator stands for others on a device of this kind."""
+    """Whether the operator is decomposed on devices of this type."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if func.namespace == "prim" or not has(func.name(), "CompositeImplicitAutograd"):
         return False
@@ -122,7 +122,7 @@ def _is_composite(func: Any, kind: str) -> bool:
 
 def _is_free(func: Any, name: str, tensors: list[Tensor]) -> bool:
     """Whether no kernel runs: the result is a view, fresh memory, or no tensor."""
-    if name == "lift_fresh":  # all that is seen of a tensor made from numbers: on a GPU, it was uploaded
+    if name == "lift_fresh":  # the only trace of `torch.tensor(values)`: on a GPU, an upload
         return tensors[0].device.type == "cpu"
     if name in _FREE or func.namespace == "prim":
         return True
@@ -137,7 +137,7 @@ def _mutated(func: Any, args: Any) -> list[Tensor]:
 
 
 def _traffic(func: Any, name: str, given: list[Tensor], made: list[Tensor]) -> int:
-    """Bytes read and written; memory that an expanded view repeats counts once."""
+    """Bytes read and written; memory repeated by an expanded view counts once."""
     written = sum(map(_size, made))
     inputs = list({id(tensor): tensor for tensor in given}.values())
     if name in _LOOKUPS:
@@ -157,7 +157,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
-    """Products by their shapes, convolutions and attention by torch's formulas, causal attention at half."""
+    """FLOPs: matmuls by shape, convolutions and attention by torch's formulas, causal attention at half."""
     if name in _PRODUCTS:
         result = out[0] if isinstance(out, (tuple, list)) else out
         return int(2 * result.numel() * args[_PRODUCTS[name]].shape[-1])

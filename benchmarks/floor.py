@@ -1,4 +1,4 @@
-"""Lower bounds on time: the ceilings of a device, and the operations and bytes that a workload cannot do without."""
+"""Roofline lower bounds: device ceilings and the minimum FLOPs and bytes of a workload."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ class Ceilings:
     pcie: float
 
 
-H200: Final = Ceilings(788e12, 4.3e12, 55e9)  # measured on such a card; the host link is a guess from PCIe 5.0 x16
-A100: Final = Ceilings(270e12, 1.8e12, 25e9)  # the 80 GB card: all three are guesses from its data sheet
+H200: Final = Ceilings(788e12, 4.3e12, 55e9)  # measured on an H200; the host link is estimated for PCIe 5.0 x16
+# 80 GB. Estimates, derated from the data sheet, which says 312 TFLOP/s and 2.0 TB/s.
+A100: Final = Ceilings(270e12, 1.8e12, 25e9)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations, a multiply-add counting as two, and bytes of device memory read or written at least."""
+    """Minimum FLOPs (two per multiply-add) and minimum bytes of device memory read or written."""
 
     flops: float
     bytes: float
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """Time at the ceilings, computing and reading overlapped."""
+        """Time at the ceilings, with compute and memory traffic overlapped."""
         return max(self.flops / ceilings.flops, self.bytes / ceilings.bandwidth)
 
     def __add__(self, other: Cost) -> Cost:
@@ -47,9 +48,9 @@ class Cost:
 
 
 def tower_cost(shape: Shape, images: float = 1, *, itemsize: int = 2) -> Cost:
-    """Vision tower and projector over a batch of images; the activations between layers are left out of the bytes."""
+    """Vision tower and projector over a batch of images; the bytes exclude activations between layers."""
     positions, width = shape.tower_positions, shape.tower_hidden
-    layer = 2 * (4 * width**2 + 2 * width * shape.tower_intermediate) + 4 * width * positions  # a token
+    layer = 2 * (4 * width**2 + 2 * width * shape.tower_intermediate) + 4 * width * positions  # per token
     embedding = 2 * PATCH_PIXELS * width * (positions - 1)
     projector = 2 * shape.projector_weights * shape.image_tokens
     flops = images * (positions * shape.tower_layers * layer + embedding + projector)
@@ -57,22 +58,22 @@ def tower_cost(shape: Shape, images: float = 1, *, itemsize: int = 2) -> Cost:
 
 
 def prefill_cost(shape: Shape, tokens: float, rows: float = 1, *, shared: float = 0, itemsize: int = 2) -> Cost:
-    """`rows` prompts of `tokens` tokens each, behind `shared` cached tokens, with the logits of the last token.
+    """Prefill of `rows` prompts of `tokens` tokens each after `shared` cached tokens, with logits of the last token.
 
     Every layer counts for every token, as in the usual model FLOPs. An engine that computes only the last token in the
     last layer's MLP saves up to 1 / layers of this.
     """
     weights, head = shape.layers * shape.layer_weights, shape.vocabulary * shape.hidden
-    attention = 4 * shape.layers * shape.hidden * (shared + tokens / 2)  # a token
+    attention = 4 * shape.layers * shape.hidden * (shared + tokens / 2)  # per token
     flops = rows * (tokens * (2 * weights + attention) + 2 * head)
     key_values = (rows * tokens + shared) * column_bytes(shape, itemsize)
     return Cost(flops, _read_weights(shape) * itemsize + key_values)
 
 
 def decode_cost(shape: Shape, rows: float, own: float, shared: float = 0, *, itemsize: int = 2) -> Cost:
-    """One token for each of `rows`, with `own` cached tokens a row behind `shared` ones that all rows have in common.
+    """A decode step of `rows` rows, each with `own` cached tokens after a prefix of `shared` tokens common to all rows.
 
-    Weights are read once for all rows, and so is the shared prefix; of the embedding only a row's own vector is.
+    Weights and the shared prefix are read once for all rows; the embedding contributes one vector per row.
     """
     weights = _read_weights(shape)
     attention = 4 * shape.layers * shape.hidden * (own + shared)
@@ -86,7 +87,7 @@ def column_bytes(shape: Shape, itemsize: int = 2) -> int:
 
 
 def _read_weights(shape: Shape) -> int:
-    """Parameters of the layers and the head: all that is read whole, unlike the embedding."""
+    """Parameters of the layers and the head, which are read entirely, unlike the embedding."""
     return shape.layers * shape.layer_weights + shape.vocabulary * shape.hidden
 
 
@@ -108,12 +109,12 @@ def train_cost(
 ) -> Cost:
     """A training step over `tokens` positions; `recompute` adds the second forward of gradient checkpointing.
 
-    The bytes are one reading of the weights for each pass; gradients and optimizer states are left out.
+    The bytes are one read of the weights per pass; they exclude gradients and optimizer states.
     """
     batch = {"tokens": tokens, "length": length, "images": images, "supervised": supervised}
     flops = step_flops(shape, learns, **batch)
     if recompute:
-        frozen = Learns(language=False, projector=False)  # its language part is a forward and one backward product
+        frozen = Learns(language=False, projector=False)  # its language part is a forward and one backward matmul
         flops += (step_flops(shape, frozen, **{**batch, "images": 0, "supervised": 0})) / 2
     passes = 2 + learns.language + recompute
     return Cost(flops, (passes * _read_weights(shape) + shape.tower_weights + 3 * shape.projector_weights) * itemsize)
@@ -144,7 +145,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What one image with its questions needs at least: tokens by the stage they pass through.
+    """Minimum work for one image with its questions: tokens per stage.
 
     `prefix` is system prompt and image, once; `own` all tokens of the questions that are nowhere else; `answers` the
     questions; `steps` the decode steps after the first token, each reading all weights once for the whole batch.
@@ -158,20 +159,20 @@ class Work:
 
 
 def answers_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: int = 2) -> float:
-    """Seconds an image with its questions takes at the ceilings: each phase by itself, the next after it."""
+    """Seconds per image with its questions at the ceilings; phases run one after another."""
     phases = [
         tower_cost(shape, itemsize=itemsize),
         prefill_cost(shape, work.prefix, itemsize=itemsize),
         prefill_cost(shape, work.own / work.answers, work.answers, shared=work.prefix, itemsize=itemsize),
     ]
-    tokens = work.new_tokens - 1  # after the first, which comes from the prefill
+    tokens = work.new_tokens - 1  # the first comes from the prefill
     together = decode_cost(shape, work.answers, work.own / work.answers, work.prefix, itemsize=itemsize) * tokens
     phases.append(together + Cost(0, (work.steps - tokens) * _read_weights(shape) * itemsize))
     return sum(phase.seconds(ceilings) for phase in phases)
 
 
 def floor_seconds(size: Size, work: Work, peak: Peaks, dtype: torch.dtype) -> float:
-    """Seconds an image with its questions takes at the measured peaks, for the synthetic model of this size."""
+    """Seconds per image with its questions at the measured peaks, for the synthetic model of this size."""
     tokens = (size.pixels // 14) ** 2
     shape = Shape(
         size.width, size.width * 8 // 3 // 64 * 64, size.layers, size.width // 64, size.width // 64, size.vocabulary,

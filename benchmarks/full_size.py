@@ -1,7 +1,7 @@
-"""Vicuna-7B with InternViT-6B, or a small model of the same kind, as random weights made directly on a device.
+"""Vicuna-7B with InternViT-6B, or a small model of the same kind, with random weights created on a device.
 
-Nothing is read or written: for measurements on a GPU, where 24.5 GB of weights would take longer to load than to use,
-and for traces under `FakeTensorMode`, where they take no memory.
+Nothing is read from disk: for measurements on a GPU, where loading 24.5 GB of weights would take longer than using
+them, and for traces under `FakeTensorMode`, where they take no memory.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def chat_config(size: ModelSize, pixels: int) -> LlavaConfig:
 
 
 def make_engine(model: LlavaLlamaForCausalLM, **options: Any) -> Engine:
-    """An engine whose answers have the length asked for: its small tokenizer's end token is not heeded.
+    """An engine whose answers have the requested length: EOS is ignored.
 
-    Prompts are token ids from 260 to 380 (its words). The other rows of the head become zero, so that the model says
-    only words.
+    Prompts are token ids from 260 to 380 (the words of the small tokenizer). The other rows of the head are zeroed, so
+    the model generates only words.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
@@ -134,7 +134,7 @@ def _build_tower(tower: VisionTower) -> None:
 
 @torch.no_grad()
 def _materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace parameters without memory by random ones on `device`, and move the buffers there."""
+    """Replace meta parameters by random ones on `device`, and move the buffers there."""
     for module in model.modules():
         kind = type(module).__name__
         for name, parameter in module.named_parameters(recurse=False):

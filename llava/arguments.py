@@ -283,17 +283,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def use_fused_adamw(args: TrainingArguments) -> None:
-    """Replace the default AdamW by its fused form where that runs: same update, without temporary copies.
+    """Use fused AdamW instead of the default where possible: same update, no temporary copies.
 
-    On CUDA the default updates all parameters at once through lists of temporaries (foreach), several bytes a
-    parameter at the peak of the step. DeepSpeed brings its own flat partitions. Under float16 the default stays: the
-    gradient scaler hands overflowing steps to a fused optimizer, and the learning rate schedule would count them.
+    On CUDA the default (foreach) updates all parameters at once through lists of temporaries, several bytes per
+    parameter at the peak. DeepSpeed has its own flat partitions. float16 keeps the default: the gradient scaler passes
+    overflowing steps on to a fused optimizer, and the learning rate schedule would count them.
     """
     if args.optim != "adamw_torch" or args.device.type != "cuda" or args.fp16 or args.deepspeed_plugin is not None:
         return
     args.optim = OptimizerNames.ADAMW_TORCH_FUSED
     if args.process_index == 0:
-        logger.info("Using --optim adamw_torch_fused on CUDA; give --optim adamw_torch for the unfused optimizer.")
+        logger.info("Using --optim adamw_torch_fused on CUDA; pass --optim adamw_torch for the unfused optimizer.")
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

@@ -1,6 +1,6 @@
-"""Which versions and devices are here, and what they allow: `llava doctor`, exit status 1 on a mix known to fail.
+"""Report versions, devices and available features; exit 1 on a combination known not to work: `llava doctor`.
 
-`llava doctor --self-test` computes on a device what the CPU computes in float32, and compares.
+`llava doctor --self-test` compares a device with float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def report(facts: Facts) -> str:
 
 
 def self_test(device: str | None) -> int:
-    """Print the lines of the self-test; exit status 1 when a check failed. An absent device is a `ConfigError`."""
+    """Run the self-test; the exit status is 1 if a check fails. Raises `ConfigError` for an absent device."""
     check_versions()
     from llava.placement import resolve_device
     from llava.self_test.runner import self_test as run
@@ -224,16 +224,16 @@ def self_test(device: str | None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        description="Print which versions and devices are here and what they allow; exit status 1 on a mix known to "
-        "fail. With --self-test, check this device instead: exit status 1 when a check fails."
+        description="Report versions, devices and available features; exit 1 on a combination known not to work. "
+        "With --self-test, check a device instead; exit 1 if a check fails."
     )
     found.add_argument(
         "--self-test",
         action="store_true",
-        help="load tiny models of every kind and compare logits, tokens, sampling, training and quantisation with "
+        help="run tiny models of every kind and compare logits, tokens, sampling, training and quantisation with "
         "float32 on the CPU; takes under a minute and downloads nothing",
     )
-    found.add_argument("--device", help="cuda, cuda:N, mps or cpu for --self-test; default: the best there is")
+    found.add_argument("--device", help="cuda, cuda:N, mps or cpu for --self-test (default: the best available)")
     return found
 
 
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.self_test:
         return self_test(args.device)
     if args.device is not None:
-        raise ConfigError("--device chooses what --self-test runs on; give both, or neither.")
+        raise ConfigError("--device requires --self-test.")
     facts = gather()
     print(report(facts))
     return 1 if known_bad(facts.versions) or "torch" in facts.broken else 0

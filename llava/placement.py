@@ -50,7 +50,7 @@ def resolve_dtype(
 ) -> torch.dtype:
     """The dtype of weights: as requested; else float32 on CPU, and 16 bit on a GPU.
 
-    On CUDA the checkpoint's own 16-bit type is kept when the card computes in it, otherwise float16 is used.
+    On CUDA the checkpoint's own 16-bit type is kept when the GPU supports it, otherwise float16 is used.
     """
     if isinstance(requested, torch.dtype):
         return requested
@@ -68,7 +68,7 @@ def resolve_dtype(
 def supports_bfloat16(device: torch.device) -> bool:
     """Whether the GPU `device` computes in bfloat16 natively: NVIDIA since Ampere, all of ROCm.
 
-    PyTorch's own check also counts the slow emulation of older cards (V100, T4), and looks at the current device.
+    PyTorch's own check also counts the slow emulation on older GPUs (V100, T4), and looks at the current device.
     """
     if torch.version.hip:
         return bool(torch.cuda.is_bf16_supported())
@@ -76,10 +76,10 @@ def supports_bfloat16(device: torch.device) -> bool:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on `device`, pinned and asynchronous on CUDA; the tensor itself where it already is.
+    """A copy on `device`, or the tensor itself if it is already there.
 
-    Later work on the current CUDA stream sees the copy complete; the host does not wait for it. A tensor that is pinned
-    already is read by the copy directly, so do not overwrite it before that work has run.
+    On CUDA, one asynchronous copy from a pinned buffer: later work on the current stream sees the complete copy. A
+    tensor that is already pinned is read directly, so do not overwrite it before that work has run.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)

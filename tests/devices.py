@@ -1,4 +1,4 @@
-"""A pretended CUDA machine: the code takes its CUDA branches, on numbers computed on the CPU.
+"""A simulated CUDA machine: code takes its CUDA branches, with values computed on the CPU.
 
     with devices.pretended_cuda(count=2) as card:
         model = load_pretrained_model(path, device="cuda")[1]
@@ -6,14 +6,14 @@
             ...
     print(events.table())
 
-A `DeviceTensor` keeps its numbers in a CPU tensor and says that it is on "cuda:0". Operations on tensors of different
-devices fail, as on GPUs; copies between host and card, and whatever else makes the host wait, are recorded with the
-line that caused it (`tests.cuda.events`). Memory that an asynchronous copy has not filled yet holds garbage until the
-host waits, and pinned memory must not change before that. Fused CUDA attention is computed by `tests.cuda.kernels`.
+A `DeviceTensor` keeps its values in a CPU tensor and reports the device "cuda:0". Operations on tensors of different
+devices fail, as on GPUs. Copies between host and device, and other synchronisations, are recorded with the line that
+caused them (`tests.cuda.events`). The target of an asynchronous copy holds garbage until the host waits, and pinned
+memory must not change before that. Fused CUDA attention is computed by `tests.cuda.kernels`.
 
 To torch's C++ code a `DeviceTensor` is on "meta:0": autograd runs such tensors without a device thread, and factories
-that derive their device from a tensor come back here, which tells a pretended card from the real meta device by its
-number. So autocast, which looks at the C++ device, does nothing to these tensors.
+that derive their device from a tensor come back here, which tells a simulated GPU from the real meta device by its
+index. So autocast, which looks at the C++ device, does not affect these tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESIZING = ("aten::resize_", "aten::set_")
 
 
 class DeviceTensor(Tensor):
-    """A tensor that says it is on a pretended card; `inner` holds its numbers on the CPU."""
+    """A tensor that reports a simulated GPU as its device; `inner` holds its values on the CPU."""
 
     inner: Tensor
     where: torch.device
@@ -126,7 +126,7 @@ class DeviceTensor(Tensor):
 
 
 class Pretence(TorchDispatchMode):
-    """Sends what is made on, or copied to, a pretended card through `compute`."""
+    """Route creation on, and copies to, a simulated GPU through `compute`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
@@ -134,18 +134,18 @@ class Pretence(TorchDispatchMode):
 
 @dataclass(eq=False)
 class Card:
-    """The pretended machine: `count` equal cards, their memory, and what happens on them."""
+    """The simulated machine: `count` equal GPUs, their memory, and recorded events."""
 
     count: int = 1
     name: str = "Pretended H200"
     capability: tuple[int, int] = (9, 0)
     total_bytes: int = 139 * GIB
-    free_bytes: dict[int, int] = field(default_factory=dict)  # by card; the others have all of theirs
+    free_bytes: dict[int, int] = field(default_factory=dict)  # by GPU; default: all of it
     current: int = 0
     recorders: list[Events] = field(default_factory=list)
     pinned: dict[int, Any] = field(default_factory=dict)  # storages of pinned memory by address, kept alive
-    arriving: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # host memory, and what will be in it
-    leaving: list[tuple[Tensor, Tensor, str]] = field(default_factory=list)  # host memory, and what is read from it
+    arriving: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # host memory and its future values
+    leaving: list[tuple[Tensor, Tensor, str]] = field(default_factory=list)  # host memory and the values read from it
 
     @contextlib.contextmanager
     def record(self) -> Iterator[Events]:
@@ -158,7 +158,7 @@ class Card:
             self.recorders[:] = [one for one in self.recorders if one is not found]
 
     def note(self, kind: Kind, what: str, *, waits: bool = True) -> None:
-        """Record an event; one that the host waits for completes what is in flight."""
+        """Record an event; if the host waits for it, complete the copies in flight."""
         if self.recorders:
             place = events_.place(kind, what)
             for recorder in self.recorders:
@@ -167,7 +167,7 @@ class Card:
             self.complete()
 
     def complete(self) -> None:
-        """What a wait does: downloads are there, and pinned memory that was read may change."""
+        """Complete the copies in flight: downloads arrive, and pinned memory may change."""
         with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
             for host, value in self.arriving:
                 host.copy_(value)
@@ -186,13 +186,13 @@ class Card:
         return tensor
 
     def resolve(self, device: Any) -> torch.device | None:
-        """The card that `device` (as torch functions take it) names, with its number; None for other devices."""
+        """The GPU that `device` (as accepted by torch functions) names, with its index; None for other devices."""
         if isinstance(device, int) and not isinstance(device, bool):
             device = torch.device("cuda", device)
         if not isinstance(device, str | torch.device):
             return None
         device = torch.device(device)
-        if device.type == "meta" and device.index is not None:  # what C++ code calls a card
+        if device.type == "meta" and device.index is not None:  # a simulated GPU as seen by C++ code
             return torch.device("cuda", device.index)
         if device.type != "cuda":
             return None
@@ -215,7 +215,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def leaves(part: Any) -> Iterator[Any]:
-    """What an operator's arguments hold, lists opened (torch's own pytrees take half of the time of a test)."""
+    """Flatten an operator's arguments (torch's own pytrees would take half the time of a test)."""
     if isinstance(part, list | tuple):
         for one in part:
             yield from leaves(one)
@@ -224,7 +224,7 @@ def leaves(part: Any) -> Iterator[Any]:
 
 
 def change(part: Any, how: Callable[[Any], Any]) -> Any:
-    """`part` with `how` applied to what it holds."""
+    """`part` with `how` applied to its leaves."""
     if isinstance(part, list | tuple):
         return type(part)([change(one, how) for one in part])
     return how(part)
@@ -237,7 +237,7 @@ def inner(leaf: Any) -> Any:
 
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run `func` on the CPU, after checking that its tensors are said to be on one device; so is the result."""
+    """Run `func` on the CPU after checking that its tensors report one device; the result reports it too."""
     card = _cards[-1]
     given = list(leaves((args, tuple(kwargs.values()))))
     tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
@@ -269,7 +269,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def wrap(result: Any, target: torch.device | None, ours: list[DeviceTensor], name: str) -> Any:
-    """Say of the tensors in `result` that they are on `target`; those that were arguments stay the same objects."""
+    """Wrap the tensors in `result` as being on `target`; those that were arguments stay the same objects."""
     known = {id(tensor.inner): tensor for tensor in ours}
 
     def one(leaf: Any) -> Any:
@@ -279,14 +279,14 @@ def wrap(result: Any, target: torch.device | None, ours: list[DeviceTensor], nam
         if same is None:
             return DeviceTensor(leaf, target)
         if same.shape != leaf.shape or same.stride() != leaf.stride():
-            raise NotImplementedError(f"{name} changes the shape of a pretended tensor in place")
+            raise NotImplementedError(f"{name} changes the shape of a simulated tensor in place")
         return same
 
     return change(result, one)
 
 
 def check_devices(func: Any, tensors: list[Tensor]) -> None:
-    """All on one device, except for CPU scalars, and indices, which may be on the CPU."""
+    """Require one device, except for CPU scalars and for indices, which may be on the CPU."""
     if func._schema.name in HOST_INDICES:
         tensors = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
     places = {tensor.device for tensor in tensors if tensor.dim() or isinstance(tensor, DeviceTensor)}
@@ -300,7 +300,7 @@ def check_devices(func: Any, tensors: list[Tensor]) -> None:
 def copied(
     card: Card, name: str, args: Any, kwargs: dict[str, Any], result: Tensor, target: torch.device | None
 ) -> None:
-    """Record what a copy means to the host, and put off the arrival of one that it does not wait for."""
+    """Record a copy, and defer its arrival if the host does not wait for it."""
     to, source = (result, args[0]) if name == "aten::_to_copy" else (args[0], args[1])
     there, here = target, source.where if isinstance(source, DeviceTensor) else None
     if name == "aten::copy_":
@@ -330,7 +330,7 @@ def copied(
 
 
 class Stream:
-    """A stream on which everything is done at once."""
+    """A stream on which work completes immediately."""
 
     def __init__(self, device: Any = None, priority: int = 0, **more: Any) -> None:
         self.device = _cards[-1].resolve("cuda" if device is None else device)
@@ -363,7 +363,7 @@ class Stream:
 
 
 class Event:
-    """An event that has happened; the host may wait for it all the same."""
+    """A completed event; waiting for it is still recorded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -386,7 +386,7 @@ class Event:
 
 
 def enter_no_grad(self: Any) -> None:
-    """What `torch.inference_mode` does here, since tensors with `__torch_dispatch__` know no inference mode."""
+    """Replacement for `torch.inference_mode`, which does not support tensors with `__torch_dispatch__`."""
     self.pretended = torch.no_grad() if self.mode else contextlib.nullcontext()
     self.pretended.__enter__()
 
@@ -397,7 +397,7 @@ def exit_no_grad(self: Any, *error: Any) -> None:
 
 @contextlib.contextmanager
 def pretended_cuda(count: int = 1) -> Iterator[Card]:
-    """A machine with `count` pretended cards, in this thread and in those that it starts."""
+    """A machine with `count` simulated GPUs, in this thread and in those that it starts."""
     card = Card(count)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cuda_functions(card).items():
@@ -427,7 +427,7 @@ def pretended_cuda(count: int = 1) -> Iterator[Card]:
 
 
 def cuda_functions(card: Card) -> dict[str, Any]:
-    """What of `torch.cuda` would ask a driver."""
+    """Replacements for the `torch.cuda` functions that query a driver."""
 
     def number(device: Any = None) -> int:
         found = card.resolve("cuda" if device is None else device)
@@ -475,7 +475,7 @@ def cuda_functions(card: Card) -> dict[str, Any]:
         "default_stream": lambda device=None: Stream(device),
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
-        "get_rng_state": lambda device=None: torch.get_rng_state(),  # random numbers come from the CPU's generator
+        "get_rng_state": lambda device=None: torch.get_rng_state(),  # random values come from the CPU's generator
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "get_rng_state_all": lambda: [torch.get_rng_state()] * card.count,
         "set_rng_state_all": lambda states: None,
@@ -483,7 +483,7 @@ def cuda_functions(card: Card) -> dict[str, Any]:
 
 
 def accelerator_functions(card: Card) -> dict[str, Any]:
-    """The same of `torch.accelerator`."""
+    """The same for `torch.accelerator`."""
     return {
         "is_available": lambda: True,
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
@@ -495,7 +495,7 @@ def accelerator_functions(card: Card) -> dict[str, Any]:
 
 
 def tensor_functions(card: Card) -> list[tuple[Any, str, Callable[..., Any]]]:
-    """What of `torch` asks CUDA before it comes to an operator: those functions are given the C++ device."""
+    """Replacements for the functions that query CUDA before they dispatch: they get the C++ device."""
 
     def backend(device: Any) -> Any:
         found = card.resolve(device)

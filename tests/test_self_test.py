@@ -1,4 +1,4 @@
-"""`llava doctor --self-test`: it passes on this machine's CPU, and each fault below makes the right lines fail."""
+"""`llava doctor --self-test`: it passes on the CPU, and each fault below fails the expected checks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NATIVE = ("C++ kernel float32", "C++ kernel bfloat16")
 TRAINING = ("training float32", "training bfloat16")
 SAMPLING = ("sampling, same seed", "sampling, top_p")
 LINES = {
-    "llama": {*EVERY, *NATIVE, *TRAINING, *SAMPLING, "8 bit", "4 bit"},
+    "llama": {*EVERY, *NATIVE, *TRAINING, *SAMPLING, "8-bit", "4-bit"},
     "clip": {*EVERY, *NATIVE},
     "mpt": {*EVERY, *TRAINING},
     "projector": set(EVERY),
@@ -82,7 +82,7 @@ def flags() -> list[Any]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs the command for one kind of checkpoint: its exit status, and its lines. No connection may be opened."""
+    """Run the command for one kind of checkpoint: exit status and lines. No connection may be opened."""
 
     needs_native()
 
@@ -239,7 +239,7 @@ def test_a_sampler_that_forgets_top_p(run: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sampling, "top_p_candidates", lambda logits, heat, top_p: candidates(logits, heat, 1.0))
     _, lines = run("llama")
     assert failed(lines, "llama") == {"sampling, top_p"}
-    assert "with top_p 0.6" in lines["llama"]["sampling, top_p"][1]
+    assert "top_p is 0.6" in lines["llama"]["sampling, top_p"][1]
 
 
 def test_a_sampler_that_forgets_the_seed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,25 +260,25 @@ def test_a_gradient_that_is_not_rotated_back(run: Any, monkeypatch: pytest.Monke
 
 
 def test_gradients_twice_as_large(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AdamW's first step does not depend on their size, so the losses are the same."""
+    """AdamW's first step does not depend on the scale of gradients, so the losses are equal."""
     compute = causal_lm.supervised_loss
 
     def doubled(hidden: Tensor, labels: Tensor, head: Any, logits: Tensor | None = None) -> Tensor:
         loss = compute(hidden, labels, head, logits)
-        return loss + (loss - loss.detach()) if logits is None else loss  # in training alone
+        return loss + (loss - loss.detach()) if logits is None else loss  # in training only
 
     monkeypatch.setattr(causal_lm, "supervised_loss", doubled)
     _, lines = run("mpt")
     assert failed(lines, "mpt") == set(TRAINING)
 
 
-# --- a pretended card -------------------------------------------------------------------------------------------------
+# --- a simulated GPU --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, dict[str, tuple[str, str]]]]]:
-    """Runs the checks of one kind of checkpoint by their CUDA branches. A pretended card knows neither autocast nor
-    bitsandbytes."""
+    """Run the checks of one kind of checkpoint through their CUDA branches. The simulated GPU supports neither
+    autocast nor bitsandbytes."""
     monkeypatch.setattr(runner, "check_rates", lambda *args: None)
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
     monkeypatch.setattr(inference, "require_package", skip_quantisation)
@@ -299,7 +299,7 @@ def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dic
 def test_a_card_passes(kind: str, run_on_cuda: Any) -> None:
     lines = run_on_cuda(kind)
     assert lines[kind].keys() == LINES[kind] - set(NATIVE)
-    left_out = {"training bfloat16", "8 bit", "4 bit"}
+    left_out = {"training bfloat16", "8-bit", "4-bit"}
     assert {word for name, (word, _) in lines[kind].items() if name not in left_out} == {"ok"}
     assert lines["device"]["cuda"][1].startswith("Pretended H200, 139 GiB, compute capability 9.0, torch ")
     assert lines["C++ kernel"]["decoding"] == ("skip", "only used on the CPU")
@@ -350,7 +350,7 @@ def test_quantised_layers_with_a_wrong_scale(bits: int, case: inference.Case, mo
 
 
 def test_products_in_tf32_are_beyond_the_limit_of_float32(case: inference.Case) -> None:
-    """Weights with the ten bits of a TF32 mantissa stand for products that round their inputs so."""
+    """Weights rounded to the ten mantissa bits of TF32 emulate a TF32 matmul."""
     loaded, reference = case.load(EXACT), case.models[inference.REFERENCE]
     requests, tokens = inference.make_requests(2), case.answers[:2]
     assert inference.forward_error(loaded, reference, requests, tokens) < inference.FLOAT32_LIMIT / 10
@@ -362,7 +362,7 @@ def test_products_in_tf32_are_beyond_the_limit_of_float32(case: inference.Case) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_decided_by_a_margin(kind: str, tmp_path: Path) -> None:
-    """So that rounding on another device does not change them, and each prompt and image has an answer of its own."""
+    """Rounding on another device does not change them, and each prompt and image has a distinct answer."""
     made = inference.Case(kind, tmp_path)
     made.models[inference.REFERENCE] = made.load(inference.REFERENCE)
     assert len(set(made.answers)) == len(made.answers)

@@ -1,8 +1,8 @@
 """Correctness and speed on one GPU, in eight minutes at most: `python -m benchmarks.gpu --out RESULTS --golden GOLDEN`.
 
-Floors follow from ceilings that the same run measures; a line says what share of its floor is reached. Every line is
-printed and written to OUT/gpu.json as soon as it is known. `--device cpu --quick` runs every part at sizes that mean
-nothing. The exit status is 1 when a result is wrong or a part fails.
+Floors are computed from ceilings measured in the same run; each line gives the fraction of its floor. Every line is
+printed and written to OUT/gpu.json immediately. `--device cpu --quick` runs every part at toy sizes. The exit status is
+1 if a result is wrong or a part fails.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ def build_parser(names: Sequence[str]) -> argparse.ArgumentParser:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, help="directory of gpu.json (default: a new temporary one, named at the end)")
-    add("--golden", type=Path, help="directory with the golden models/ and train/ (default: skip what needs it)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s, the first visible card")
-    add("--quick", action="store_true", help="tiny sizes: checks the benchmark, measures nothing")
-    add("--only", nargs="+", choices=names, metavar="PART", help=f"some of {', '.join(names)}")
-    add("--seconds", type=float, default=SECONDS, help="parts that do not start by then are left out (%(default).0f)")
+    add("--out", type=Path, help="directory for gpu.json (default: a new temporary directory)")
+    add(
+        "--golden",
+        type=Path,
+        help="golden data with models/ and train/ (default: skip the parts that need it)",
+    )
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s, the first visible GPU")
+    add("--quick", action="store_true", help="toy sizes: checks the benchmark, measures nothing")
+    add("--only", nargs="+", choices=names, metavar="PART", help=f"parts to run: {', '.join(names)} (default: all)")
+    add("--seconds", type=float, default=SECONDS, help="time limit; later parts are skipped (default: %(default).0f)")
     return parser
 
 
@@ -50,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("No CUDA GPU is visible; try --device cpu --quick, which only checks the benchmark.", file=sys.stderr)
+        print("No CUDA GPU is visible; --device cpu --quick checks the benchmark without one.", file=sys.stderr)
         return 2
     if args.golden is not None and not (args.golden / "models" / "cases.json").is_file():
-        print(f"--golden {args.golden} has no models/cases.json; give the directory golden/.", file=sys.stderr)
+        print(f"--golden {args.golden}: expected a golden data directory with models/cases.json.", file=sys.stderr)
         return 2
     from benchmarks.gpu.bench import Bench
     from benchmarks.gpu.report import NOT_ASKED, Report
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(out / "gpu.json", [part.name for part in PARTS])
     chosen = [part for part in PARTS if args.only is None or part.name in args.only]
     if args.quick and args.device == "cpu":
-        torch.set_num_threads(1)  # threads that meet after every tiny product take longer than one alone
+        torch.set_num_threads(1)  # thread synchronisation costs more than tiny matmuls
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="llava-gpu-") as work, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_parts(chosen, bench, start + args.seconds)
         bench.release()
     bench.finish()
-    print(f"\n{time.monotonic() - start:.0f} s; {report.file}")
+    print(f"\nFinished in {time.monotonic() - start:.0f} s. Results: {report.file}")
     return 0 if report.good else 1
 
 

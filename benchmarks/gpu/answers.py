@@ -1,4 +1,4 @@
-"""Whole answers: the engine beside the library's `generate`, and many short questions about an image."""
+"""Whole answers: the engine against transformers' `generate`, and many short questions per image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH: Final = 16
 
 @torch.inference_mode()
 def library(bench: Bench, model: Any, rows: list[tuple[list[int], torch.Tensor]], new_tokens: int) -> list[list[int]]:
-    """New tokens of the library's greedy `generate` for equally long prompts with an image each, in one batch."""
+    """New tokens of transformers' greedy `generate` for prompts of equal length with one image each, in one batch."""
     ids = torch.tensor([row for row, _ in rows], device=bench.device)
     images = torch.stack([image for _, image in rows]).to(bench.device, bench.dtype)
     out = model.generate(
@@ -39,7 +39,7 @@ def library(bench: Bench, model: Any, rows: list[tuple[list[int], torch.Tensor]]
 
 
 def generate(bench: Bench) -> None:
-    """Tokens a second of `generate` and of the engine, one answer and sixteen, the image's encoding included."""
+    """Tokens per second of `generate` and of the engine for 1 and 16 answers, including image encoding."""
     model = full_model(bench)
     new_tokens, generator = 4 if bench.quick else 32, torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
@@ -59,16 +59,16 @@ def generate(bench: Bench) -> None:
         params = SamplingParams(max_new_tokens=new_tokens)
         requests = [Request(ids, [image], params, keep=False) for ids, image in rows]
         ours = wall_seconds(lambda: engine.generate(requests), bench.device)  # noqa: B023
-        bench.line(f"{what}, the library's generate", count * new_tokens / theirs, "tokens/s", floor=rate)
-        bench.line(f"{what}, the engine", count * new_tokens / ours, "tokens/s", floor=rate, note=_ratio(theirs, ours))
+        bench.line(f"{what}, transformers generate", count * new_tokens / theirs, "tokens/s", floor=rate)
+        bench.line(f"{what}, engine", count * new_tokens / ours, "tokens/s", floor=rate, note=_ratio(theirs, ours))
 
 
 def _ratio(theirs: float, ours: float) -> str:
-    return f"{theirs / ours:.2f} times as fast"
+    return f"{theirs / ours:.2f}x as fast"
 
 
 def _generation_floor(bench: Bench, model: Any, rows: int, new_tokens: int) -> float:
-    """Seconds that encoding, prefill and decode steps of `rows` answers take at least."""
+    """Lower bound in seconds of encoding, prefill and decode steps of `rows` answers."""
     size, itemsize = shape(model), bench.dtype.itemsize
     tokens = SYSTEM + size.image_tokens + QUESTION
     phases = [tower_cost(size, rows, itemsize=itemsize), prefill_cost(size, tokens, rows, itemsize=itemsize)]
@@ -77,7 +77,7 @@ def _generation_floor(bench: Bench, model: Any, rows: int, new_tokens: int) -> f
 
 
 def pope(bench: Bench) -> None:
-    """18 short questions about each image, batch 16, on the engine, and one at a time with `generate`."""
+    """18 short questions per image: the engine at batch 16, and `generate` one at a time."""
     model = full_model(bench)
     engine = make_engine(model, max_batch_size=BATCH)
     pixels, images = pixels_of(bench), 1 if bench.quick else 4
@@ -86,7 +86,7 @@ def pope(bench: Bench) -> None:
     together(engine, prompts(POPE, -1, pixels), POPE.new_tokens)
     rows = [row for turn in range(images) for row in prompts(POPE, turn, pixels)]
     seconds = wall_seconds(lambda: together(engine, rows, POPE.new_tokens), bench.device) / len(rows)
-    what = f"{POPE.questions} questions an image, {POPE.new_tokens} new tokens"
+    what = f"{POPE.questions} questions per image, {POPE.new_tokens} new tokens"
     bench.line(f"{what}, batch {BATCH}", 1 / seconds, "questions/s", floor=1 / floor)
     if not bench.in_time(f"{what}, one at a time"):
         return
@@ -98,5 +98,5 @@ def pope(bench: Bench) -> None:
             library(bench, model, [row], POPE.new_tokens)
 
     alone = wall_seconds(one_at_a_time, bench.device) / len(few)
-    bench.line(f"{what}, one at a time with the library's generate", 1 / alone, "questions/s")
+    bench.line(f"{what}, one at a time with transformers generate", 1 / alone, "questions/s")
     bench.line(f"{what}: batch {BATCH} against one at a time", alone / seconds, "x")

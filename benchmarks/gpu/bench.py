@@ -1,4 +1,4 @@
-"""What the parts of a run share: the device, the measured ceilings, the model, and where results go."""
+"""State shared by the parts of a run: the device, the measured ceilings, the model, and the report."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ GIB = 2**30
 
 
 class Bench:
-    """One run on `device`, with sizes that mean nothing when `quick`.
+    """One run on `device`, at toy sizes if `quick`.
 
-    `golden` is the directory of the golden data or None, `work` a directory that is deleted afterwards. `ceilings` and
-    `model` are filled by the first part that needs them. On a GPU everything is measured in the card's 16-bit type,
-    on a CPU in float32.
+    `golden` is the golden data directory or None, `work` a directory that is deleted afterwards. `ceilings` and `model`
+    are set by the first part that needs them. Measurements use the 16-bit dtype of the GPU, or float32 on the CPU.
     """
 
     def __init__(self, device: torch.device, report: Report, work: Path, *, quick: bool, golden: Path | None) -> None:
@@ -39,7 +38,7 @@ class Bench:
         return self.device.type == "cuda"
 
     def begin(self, part: str, deadline: float) -> None:
-        """Lines belong to `part` from now on, which should end by `deadline`."""
+        """Assign later lines to `part`, which should end by `deadline`."""
         self._part, self._deadline = part, deadline
 
     def left(self) -> float:
@@ -47,7 +46,7 @@ class Bench:
         return self._deadline - time.monotonic()
 
     def line(self, what: str, value: float | str, unit: str = "", **more: Any) -> None:
-        """Record a figure; `more` are the other fields of `Line`."""
+        """Record a measurement; `more` are the other fields of `Line`."""
         self.report.add(self._part, Line(what, value, unit, **more))
 
     def check(self, what: str, good: bool, value: float | str, note: str = "") -> None:
@@ -55,14 +54,14 @@ class Bench:
         self.report.add(self._part, Line(what, value, ok=bool(good), note=note))
 
     def skip(self, what: str, reason: str) -> None:
-        """Record that a figure is missing."""
+        """Record that `what` was not measured."""
         self.report.add(self._part, Line(what, note=reason))
 
     def in_time(self, what: str, seconds: float = 0.0) -> bool:
-        """Whether at least `seconds` of the part's time are left; if not, record that `what` is missing."""
+        """Whether at least `seconds` of the part's time are left; if not, record `what` as not measured."""
         if self.left() > seconds:
             return True
-        self.skip(what, "the time of this part was used up")
+        self.skip(what, "the part reached its time limit")
         return False
 
     def seconds(self, work: Callable[[], object], *, repeats: int = 20, clock: bool = False) -> float:
@@ -72,20 +71,20 @@ class Bench:
         return median_seconds(work, self.device, repeats=repeats, clock=clock)
 
     def require_memory(self, needed: float, what: str) -> None:
-        """Skip the part when fewer than `needed` bytes are free on the device."""
+        """Skip the part if fewer than `needed` bytes are free on the device."""
         free = free_bytes(self.device)
         if free < needed:
             raise Skip(f"{what} needs {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free")
 
     def release(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         self.model = None
         free_memory(self.device)
 
     def tidy(self) -> None:
-        """Free what the last part left behind, but for the model."""
+        """Free everything but the model."""
         free_memory(self.device)
 
     def finish(self) -> None:
-        """Print the table and what is to be said about it."""
+        """Print the table and the summary."""
         print(f"\n{self.report.table()}\n", *self.report.remarks(), sep="\n", flush=True)

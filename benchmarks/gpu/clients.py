@@ -1,8 +1,8 @@
-"""Clients of a model worker in a process of their own: `python -m benchmarks.gpu.clients`, a JSON job on stdin.
+"""Clients of a model worker in a separate process: `python -m benchmarks.gpu.clients`, a JSON job on stdin.
 
-The job is `{"host", "port", "path", "bodies"}`. All bodies are posted at once, each over its own connection, and the
-answer is one JSON list on stdout: seconds from the first sending to each request's start, first text and end, with the
-number of tokens and an error. Only the standard library is used, so that the process starts at once.
+The job is `{"host", "port", "path", "bodies"}`. All bodies are posted concurrently, each over its own connection. The
+result is one JSON list on stdout with, per request, the seconds from the start of the job to its start, first text and
+end, the number of tokens, and an error. It uses only the standard library, so it starts quickly.
 """
 
 from __future__ import annotations

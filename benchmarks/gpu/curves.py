@@ -1,4 +1,4 @@
-"""Short training runs on the device: the golden curves, and each precision and method beside float32 on the CPU."""
+"""Short training runs on the device: the golden curves, and each precision and method against float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from benchmarks.gpu.runner import Skip
 ROOT: Final = Path(__file__).parents[2]
 PRECISIONS: Final[
     dict[str, tuple[dict[str, Any], float]]
-] = {  # flags, and by how much a loss may differ from float32 on the CPU
+] = {  # flags, and the largest difference of a loss from float32 on the CPU
     "float32": ({}, 2e-3),
     "float32, checkpointing": ({"gradient_checkpointing": True}, 2e-3),
     "bf16": ({"bf16": True}, 0.02),
     "fp16": ({"fp16": True}, 0.05),
 }
 LORA: Final[dict[str, Any]] = {"lora_enable": True, "lora_r": 8, "learning_rate": 1e-2}
-ADAPTERS: Final = {"LoRA": LORA, "QLoRA, 4 bit": {**LORA, "bits": 4, "bf16": True}}
+ADAPTERS: Final = {"LoRA": LORA, "QLoRA, 4-bit": {**LORA, "bits": 4, "bf16": True}}
 ZERO_SECONDS: Final = 60.0
 
 
 @contextlib.contextmanager
 def fresh_accelerator() -> Iterator[None]:
-    """Several runs in one process: the library keeps device and precision of the first."""
+    """Reset Accelerate's state, which keeps device and precision of the first run in a process."""
     from accelerate.state import AcceleratorState, GradientState
 
     names = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU")
@@ -56,7 +56,7 @@ def fresh_accelerator() -> Iterator[None]:
 
 
 def train(argv: Sequence[str], order: Sequence[int] | None = None) -> list[dict[str, Any]]:
-    """Run the training program in this process; its logged steps. `order` deals the samples."""
+    """Run the training program in this process; return its logged steps. `order` sets the order of the samples."""
     import torch.utils.data
 
     from llava.train import llava_trainer
@@ -78,14 +78,14 @@ def train(argv: Sequence[str], order: Sequence[int] | None = None) -> list[dict[
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
-    """The steps that a run logged, with their losses."""
+    """The logged steps of a run, with their losses."""
     state = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
 def curves(bench: Bench) -> None:
     if bench.cuda and torch.cuda.device_count() > 1:
-        raise Skip("training takes one card a process: set CUDA_VISIBLE_DEVICES to one of them")
+        raise Skip("training uses one GPU per process: set CUDA_VISIBLE_DEVICES to one of them")
     zero = _start_zero(bench)
     try:
         with exact_float32():
@@ -140,7 +140,7 @@ def _saved_weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def _flags(bench: Bench, name: str, **more: Any) -> list[str]:
-    """The command line of a stage-2 run on a tiny model and a few images, made at the first call."""
+    """Command line of a stage 2 run on a tiny model and a few images, created at the first call."""
     from tests import tiny
     from tests.train import runs
 
@@ -159,14 +159,14 @@ def _losses(bench: Bench, name: str, **more: Any) -> list[float]:
 
 
 def _variants(bench: Bench) -> list[float]:
-    """Precisions beside float32 on the CPU, adapters by themselves; the losses on the CPU."""
+    """Compare each precision with float32 on the CPU, and train each adapter; return the losses on the CPU."""
     reference = _losses(bench, "reference", use_cpu=True)
     for name, (flags, limit) in PRECISIONS.items():
         what = f"training in {name} against float32 on the CPU"
         if flags.get("fp16") and not bench.cuda:
             bench.skip(what, "float16 training needs a GPU")
         elif flags.get("bf16") and bench.cuda and bench.dtype is not torch.bfloat16:
-            bench.skip(what, "this card has no bfloat16")
+            bench.skip(what, "this GPU does not support bfloat16")
         elif bench.in_time(what):
             found = _losses(bench, name, **flags)
             far = max(abs(a - b) for a, b in zip(found, reference, strict=True))
@@ -183,14 +183,14 @@ def _variants(bench: Bench) -> list[float]:
 
 
 def _start_zero(bench: Bench) -> subprocess.Popen[bytes] | None:
-    """Two steps under ZeRO-3, in a process beside: starting it takes longer than anything else here."""
+    """Two steps under ZeRO-3, in a separate process, since its launch is the slowest step of this part."""
     missing = importlib.util.find_spec("deepspeed") is None
     if missing or bench.quick:
-        reason = "deepspeed is not installed" if missing else "left out of quick runs: its launch takes too long"
+        reason = "deepspeed is not installed" if missing else "skipped in quick runs: its launch takes too long"
         bench.skip("training under ZeRO-3", reason)
         return None
     argv = _flags(bench, "zero3", use_cpu=None, max_steps=2, deepspeed=ROOT / "scripts" / "zero3.json")
-    # What torchrun would set. Its workers have sessions of their own, so they would outlive a launcher that is killed.
+    # As set by torchrun, whose workers have their own sessions and would outlive a killed launcher.
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -210,21 +210,21 @@ def _start_zero(bench: Bench) -> subprocess.Popen[bytes] | None:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now."""
+    """A free port of the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
 
 
 def _finish_zero(bench: Bench, process: subprocess.Popen[bytes] | None, reference: list[float]) -> None:
-    """The first loss is that of one process without ZeRO, before any step."""
+    """The first loss, before any step, must equal that of one process without ZeRO."""
     if process is None:
         return
     what = "training under ZeRO-3: first loss against float32 on the CPU"
     try:
         code = process.wait(max(5.0, min(ZERO_SECONDS, bench.left())))
     except subprocess.TimeoutExpired:
-        bench.skip(what, "it did not end in time")
+        bench.skip(what, "it did not finish in time")
         return
     if code:
         log = (bench.work / "zero3.log").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""The engine's answers beside those of the library's `generate`, one at a time, in float32 on the device."""
+"""Engine answers against transformers' `generate`, one at a time, in float32 on the device."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.engine import Engine, Request, SamplingParams
 from llava.model.builder import load_pretrained_model
 
-TIE: Final = 1e-3  # logits closer than this may be ordered either way by another order of sums
+TIE: Final = 1e-3  # logits closer than this may swap under another summation order
 PIXELS: Final = 56
 Row = tuple[list[int], list[Tensor]]
 Answer = tuple[list[int], Tensor | None]
 
 
 def lively_model(bench: Bench) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and image processor of a tiny checkpoint with weights so large that every token matters."""
+    """Model, tokenizer and image processor of a tiny checkpoint with large weights, so all tokens affect the logits."""
     from tests.tiny import make_chat, make_tower
 
     tower, chat = bench.work / "lively-tower", bench.work / "lively-chat"
@@ -47,7 +47,7 @@ def mixed_rows(count: int, seed: int) -> list[Row]:
 
 
 def shared_rows(count: int, seed: int) -> list[Row]:
-    """Questions of different lengths about one image behind one system prompt."""
+    """Questions of different lengths about one image after one system prompt."""
     generator = torch.Generator().manual_seed(seed)
     system = torch.randint(260, 380, (40,), generator=generator).tolist()
     image = torch.randn(3, PIXELS, PIXELS, generator=generator)
@@ -75,7 +75,7 @@ def alone(model: Any, row: Row, params: SamplingParams) -> Answer:
 
 
 def compare(engine: Engine, rows: Sequence[Row], answers: Sequence[Answer], params: SamplingParams) -> tuple[int, int]:
-    """How many of the engine's answers are wrong, and how many others differ behind a tie only."""
+    """Number of wrong engine answers, and of answers that differ only after tied logits."""
     requests = [Request(ids, images, params) for ids, images in rows]
     wrong = ties = 0
     for (expected, logits), done in zip(answers, engine.generate(requests)):
@@ -90,7 +90,7 @@ def compare(engine: Engine, rows: Sequence[Row], answers: Sequence[Answer], para
 
 
 def _is_tie(found: list[int], expected: list[int], logits: Tensor) -> bool:
-    """Whether the first tokens that differ have the same logit but for rounding."""
+    """Whether the first differing tokens have equal logits up to rounding."""
     at = next((k for k, pair in enumerate(zip(found, expected)) if pair[0] != pair[1]), None)
     if at is None:
         return False
@@ -110,9 +110,9 @@ def engine_equals_generate(bench: Bench) -> None:
                 first = compare(engine, rows, answers, greedy)
                 _report(bench, f"engine equals generate: {what}", len(rows), *first)
                 again = compare(engine, rows[::-1], answers[::-1], greedy)
-                _report(bench, f"engine equals generate: {what}, prefixes stored", len(rows), *again)
+                _report(bench, f"engine equals generate: {what}, prefixes cached", len(rows), *again)
         engine = Engine(model, tokenizer, processor, max_batch_size=8)
-        rows = shared_rows(3, 3)  # beams of the library take one image a row
+        rows = shared_rows(3, 3)  # transformers' beam search takes one image per row
         beams = replace(greedy, num_beams=3)
         found = compare(engine, rows, [alone(model, row, beams) for row in rows], beams)
         _report(bench, "engine equals generate: 3 beams", len(rows), *found)
@@ -120,18 +120,18 @@ def engine_equals_generate(bench: Bench) -> None:
 
 
 def _report(bench: Bench, what: str, count: int, wrong: int, ties: int) -> None:
-    note = f"{ties} behind a tie of two logits" if ties else ""
+    note = f"{ties} differ only after tied logits" if ties else ""
     bench.check(what, not wrong, f"{count - wrong} of {count} answers", note)
 
 
 def _seeds(bench: Bench, engine: Engine, rows: Sequence[Row], tokens: int) -> None:
-    """A sampled answer depends on its seed, and on nothing that shares the batch."""
+    """A sampled answer depends on its seed, not on the rest of the batch."""
     params = [SamplingParams(tokens, temperature=0.8, top_p=0.9, seed=seed) for seed in range(len(rows))]
     requests = [Request(ids, images, options) for (ids, images), options in zip(rows, params)]
     together = [done.token_ids for done in engine.generate(requests)]
     by_itself = [engine.generate([request])[0].token_ids for request in requests]
     same = sum(one == other for one, other in zip(together, by_itself))
-    bench.check("sampled answers with seeds, in a batch and alone", same == len(rows), f"{same} of {len(rows)}")
+    bench.check("seeded sampling, batched and alone", same == len(rows), f"{same} of {len(rows)}")
     others = [replace(request, params=replace(request.params, seed=99 + k)) for k, request in enumerate(requests)]
     changed = sum(a != b.token_ids for a, b in zip(together, engine.generate(others)))
-    bench.check("other seeds give other answers", changed > 0, f"{changed} of {len(rows)}")
+    bench.check("different seeds return different answers", changed > 0, f"{changed} of {len(rows)}")

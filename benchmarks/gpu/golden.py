@@ -1,4 +1,4 @@
-"""The golden numbers of small checkpoints, computed on the device in float32 without TF32."""
+"""Golden values of small checkpoints, computed on the device in float32 without TF32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.runner import Skip
 from llava.model.builder import load_pretrained_model
 
-NO_GOLDEN: Final = "no golden data: give their directory with --golden"
+NO_GOLDEN: Final = "no golden data: pass its directory with --golden"
 ATOL: Final = 5e-4  # of features and logits, absolute and relative
 LOSS_TOL: Final = 2e-4
 WEIGHT_TOL: Final = 1e-6
@@ -24,7 +24,7 @@ WEIGHT_TOL: Final = 1e-6
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 products in float32, not in TF32."""
+    """Disable TF32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -35,11 +35,11 @@ def exact_float32() -> Iterator[None]:
 
 
 class Mismatch(Exception):
-    """A number that is not the stored one."""
+    """A value that differs from the stored one."""
 
 
 class Comparison:
-    """Compares with stored numbers and remembers the largest difference, as a share of its tolerance."""
+    """Compare with stored values and record the largest difference as a fraction of its tolerance."""
 
     def __init__(self) -> None:
         self.worst = 0.0
@@ -56,7 +56,7 @@ class Comparison:
             raise Mismatch(f"differs by up to {share:.2f} times the tolerance")
 
     def summary(self, found: Tensor, stored: dict[str, Any], atol: float, rtol: float) -> None:
-        """A tensor against its stored shape, some of its values, mean and standard deviation."""
+        """Compare a tensor with its stored shape, mean, standard deviation and some of its values."""
         if list(found.shape) != stored["shape"]:
             raise Mismatch(f"shape {list(found.shape)} instead of {stored['shape']}")
         flat = found.detach().double().flatten().cpu()
@@ -101,7 +101,7 @@ def load(root: Path, settings: dict[str, Any], device: torch.device) -> Any:
 
 
 def compare(case: dict[str, Any], model: Any, stored: dict[str, Tensor], by: Comparison) -> None:
-    """Compute one case; `Mismatch` when it is not as stored."""
+    """Compute one case; raises `Mismatch` if it differs from the stored values."""
     images = None
     if case.get("images"):
         images = torch.stack([image(*spec) for spec in case["images"]]).to(model.device)
@@ -157,7 +157,7 @@ def _compare_logits(
 
 @torch.no_grad()
 def golden(bench: Bench) -> None:
-    """Every golden case of every checkpoint."""
+    """Check all golden cases of all checkpoints."""
     from safetensors.torch import load_file
 
     root = copy_models(bench)
@@ -178,7 +178,7 @@ def _checkpoint(
     cases: list[dict[str, Any]],
     stored: dict[str, Tensor],
 ) -> None:
-    """All cases of one checkpoint. Where a tower is stored twice, the checkpoint's own weights count."""
+    """Check all cases of one checkpoint. If a tower is stored twice, the checkpoint's own weights are used."""
     model, by, wrong = load(root, settings, bench.device), Comparison(), []
     cases = [case for case in cases if case.get("tower_from") != "path" and not case.get("reference_defect")]
     for case in cases:

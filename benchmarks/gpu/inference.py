@@ -1,4 +1,4 @@
-"""Weights made on the card, the vision tower, prefill, and decode steps, each against its floor."""
+"""Model creation, vision tower, prefill and decode steps, each against its floor."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from llava.train.flops import Shape, shape_of
 
 GREEDY: Final = {"greedy": SamplingParams(max_new_tokens=64)}
 SAMPLED: Final = {"top_p": SamplingParams(max_new_tokens=64, temperature=0.7, top_p=0.9, seed=1)}
-QUESTION: Final = 64  # tokens behind the image
-STEPS: Final = 4  # decode steps timed together, so that the engine may overlap them
-CACHE_ROOM: Final = 3.0  # a growing KV buffer and its predecessor, as a multiple of the tokens held
+QUESTION: Final = 64  # tokens after the image
+STEPS: Final = 4  # decode steps timed together, so that steps can overlap
+CACHE_ROOM: Final = 3.0  # a growing KV buffer plus its predecessor, as a multiple of the cached tokens
 
 
 def weights(bench: Bench) -> None:
-    """How long making the model takes, and that its memory is that of its weights."""
+    """Model creation time, and peak memory against weight size."""
     bench.release()
     reset_peak(bench.device)
     start = time.perf_counter()
@@ -45,10 +45,10 @@ def weights(bench: Bench) -> None:
     synchronize(bench.device)
     seconds = time.perf_counter() - start
     count = sum(parameter.numel() for parameter in model.parameters())
-    bench.line(f"{count / 1e9:.1f} B random weights made on the device", seconds, "s")
+    bench.line(f"{count / 1e9:.1f} B random weights created on the device", seconds, "s")
     size = count * bench.dtype.itemsize
     if bench.cuda:
-        bench.line("peak memory of that", peak_bytes(bench.device) / GIB, "GiB", predicted=size / GIB)
+        bench.line("peak memory of creation", peak_bytes(bench.device) / GIB, "GiB", predicted=size / GIB)
     else:
         bench.line("memory of the weights", size / GIB, "GiB", predicted=weight_count(shape(model)) * 4 / GIB)
 
@@ -103,21 +103,21 @@ def _tower(bench: Bench, model: Any) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """Decode steps of 1, 16 and 64 rows with prefixes of their own or one in common, greedy and sampled."""
+    """Decode steps of 1, 16 and 64 rows with separate or shared prefixes, greedy and sampled."""
     model = full_model(bench)
     for rows in (1, 2) if bench.quick else (1, 16, 64):
-        free_memory(bench.device)  # of the engine before
+        free_memory(bench.device)  # of the previous engine
         engine = make_engine(model, max_batch_size=rows)
         for shared in (False, True) if rows > 1 else (False,):
             for sampling, params in (GREEDY | SAMPLED).items():
-                kind = "one shared image" if shared else "own KV"
+                kind = "one shared image" if shared else "separate prefixes"
                 what = f"decode step, {rows} row(s), {kind}, {sampling}"
                 if bench.in_time(what) and _cache_fits(bench, model, rows, what):
                     _decode(bench, engine, rows, shared, params, what)
 
 
 def _cache_fits(bench: Bench, model: Any, rows: int, what: str) -> bool:
-    """Whether keys and values of `rows` fit; a line says so if not."""
+    """Whether keys and values of `rows` fit in memory; if not, record a skip."""
     tokens = rows * (SYSTEM + QUESTION + shape(model).image_tokens)
     needed = tokens * column_bytes(shape(model), bench.dtype.itemsize) * CACHE_ROOM
     free = free_bytes(bench.device)
@@ -127,12 +127,12 @@ def _cache_fits(bench: Bench, model: Any, rows: int, what: str) -> bool:
 
 
 def _decode(bench: Bench, engine: Engine, rows: int, shared: bool, params: SamplingParams, what: str) -> None:
-    """Fill the batch, time its steps, and count what one of them launches and waits for."""
+    """Fill the batch, time its steps, and count the launches and synchronisations of one step."""
     handles = [engine.submit(request) for request in decode_requests(bench, engine.model, rows, shared, params)]
     for _ in range(3):
         engine.step()
     if engine.running < rows:
-        bench.skip(what, f"the engine's KV cache holds {engine.running} of the rows at a time")
+        bench.skip(what, f"the engine's KV cache holds only {engine.running} of the rows at a time")
     else:
         _time_decode(bench, engine, rows, shared, what)
     for handle in handles:
@@ -159,7 +159,7 @@ def _time_decode(bench: Bench, engine: Engine, rows: int, shared: bool, what: st
 
 
 def _median_step(steps: Callable[[], None], bench: Bench) -> float:
-    """Median seconds a step over groups of `STEPS`, within about two seconds."""
+    """Median seconds per step over groups of `STEPS` steps, measured for about two seconds."""
     steps()
     synchronize(bench.device)
     found: list[float] = []
@@ -171,7 +171,7 @@ def _median_step(steps: Callable[[], None], bench: Bench) -> float:
 
 
 def decode_requests(bench: Bench, model: Any, rows: int, shared: bool, params: SamplingParams) -> list[Request]:
-    """Prompts with as many tokens as an image and a question have: random text each, or one image in common."""
+    """Prompts as long as an image and a question: separate random prompts, or a shared image."""
     generator = torch.Generator().manual_seed(rows)
     vocabulary, image_tokens = model.config.vocab_size, shape(model).image_tokens
     if not shared:
@@ -183,9 +183,9 @@ def decode_requests(bench: Bench, model: Any, rows: int, shared: bool, params: S
 
 
 def _launches(bench: Bench, what: str, work: Callable[[], object], seconds: float, **waits: Any) -> None:
-    """Launches of one call beside the operators counted, the share of its time they run, and waits of the host.
+    """Launches of one call against the operator count, GPU busy fraction, and host synchronisations.
 
-    `waits` may hold the `predicted` number of the last.
+    `waits` may hold the `predicted` number of synchronisations.
     """
     with OpCounter(bench.device.type) as counter:
         work()
@@ -197,5 +197,5 @@ def _launches(bench: Bench, what: str, work: Callable[[], object], seconds: floa
         bench.skip(f"{what}: launches", "the profiler recorded no kernels")
         return
     bench.line(f"{what}: launches", round(found.launches), predicted=counter.launches)
-    bench.line(f"{what}: busy share", 100 * min(1.0, found.busy_seconds / seconds), "%")
+    bench.line(f"{what}: busy fraction", 100 * min(1.0, found.busy_seconds / seconds), "%")
     bench.line(f"{what}: synchronisations", round(found.waits, 1), **waits)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint from disk onto the card, in 16 bit and packed to 8 and 4 bit."""
+"""Loading a checkpoint from disk onto the GPU, in 16-bit precision and quantised to 8-bit and 4-bit."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from benchmarks.gpu.timing import peak_bytes, reset_peak, wall_seconds
 from llava.model.builder import load_pretrained_model
 
 SIX_GB: Final = replace(FULL, layers=7, tower_layers=13)  # 10 layers of the tower are used
-# Largest relative error of logits against those of the same weights in 16 bit.
+# Largest relative error of logits against the same weights in 16-bit precision.
 ERROR: Final = {8: 0.1, 4: 0.5}
 
 
 def checkpoint(bench: Bench) -> Path:
-    """A chat checkpoint of 6 GB with its tower inside, written at the first call."""
+    """A 6 GB chat checkpoint including its tower, written at the first call."""
     directory = bench.work / "chat"
     if directory.is_dir():
         return directory
@@ -34,7 +34,7 @@ def checkpoint(bench: Bench) -> Path:
     size = QUICK if bench.quick else SIX_GB
     bench.require_memory(0 if bench.quick else 7e9, "the checkpoint to write")
     if not bench.quick and shutil.disk_usage(bench.work).free < 7e9:
-        raise Skip(f"the checkpoint takes 6 GB, which the disk of {bench.work} does not have")
+        raise Skip(f"the checkpoint needs 7 GB of free disk space at {bench.work}")
     torch.manual_seed(0)
     model = make_model(bench.device, bench.dtype, pixels=pixels_of(bench), size=size)
     model.save_pretrained(directory, max_shard_size="20GB")
@@ -48,7 +48,7 @@ def load(bench: Bench, **options: Any) -> Any:
 
 
 def loading(bench: Bench) -> None:
-    """Seconds from a file in the page cache to a model on the device, against the copy from pinned memory."""
+    """Load time from the page cache to the device, against the copy from pinned memory."""
     directory = checkpoint(bench)
     free_memory(bench.device)
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
@@ -66,7 +66,7 @@ def loading(bench: Bench) -> None:
 
 
 def quantized(bench: Bench) -> None:
-    """8 and 4 bit: seconds to load, memory, decode steps, and logits against those in 16 bit."""
+    """8-bit and 4-bit: load time, memory, decode steps, and logits against 16-bit precision."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise Skip("bitsandbytes is not installed")
     model = load(bench)
@@ -75,7 +75,7 @@ def quantized(bench: Bench) -> None:
     weights = model.config, [parameter.nbytes for parameter in model.parameters()]
     del model
     for bits in (8, 4):
-        if not bench.in_time(f"{bits} bit"):
+        if not bench.in_time(f"{bits}-bit"):
             continue
         free_memory(bench.device)
         before = _allocated(bench)
@@ -83,14 +83,14 @@ def quantized(bench: Bench) -> None:
         packed: list[Any] = []
         options = {f"load_{bits}bit": True}
         seconds = wall_seconds(lambda: packed.append(load(bench, **options)), bench.device)  # noqa: B023
-        bench.line(f"{bits} bit: load", seconds, "s")
+        bench.line(f"{bits}-bit: load", seconds, "s")
         if bench.cuda:
             held, peak = (_allocated(bench) - before) / GIB, (peak_bytes(bench.device) - before) / GIB
-            bench.line(f"{bits} bit: memory", held, "GiB", note=f"{sum(weights[1]) / GIB:.3g} GiB in 16 bit")
-            bench.line(f"{bits} bit: peak memory of loading", peak, "GiB")
+            bench.line(f"{bits}-bit: memory", held, "GiB", note=f"{sum(weights[1]) / GIB:.3g} GiB in 16-bit precision")
+            bench.line(f"{bits}-bit: peak memory of loading", peak, "GiB")
         found = _logits(bench, packed[0])
         error = ((found - expected).norm() / expected.norm()).item()
-        bench.check(f"{bits} bit: logits, relative error", error < ERROR[bits], f"{error:.3f}", f"below {ERROR[bits]}")
+        bench.check(f"{bits}-bit: logits, relative error", error < ERROR[bits], f"{error:.3f}", f"below {ERROR[bits]}")
         _decode(bench, packed.pop(), bits)
 
 
@@ -107,7 +107,7 @@ def _logits(bench: Bench, model: Any) -> torch.Tensor:
 
 
 def _decode(bench: Bench, model: Any, bits: int) -> None:
-    """A decode step of one row, against the 16-bit floor."""
+    """Time a decode step of one row, against the 16-bit floor."""
     engine = make_engine(model, max_batch_size=1)
     params = GREEDY["greedy"]
     handle = engine.submit(decode_requests(bench, model, 1, False, params)[0])
@@ -117,5 +117,5 @@ def _decode(bench: Bench, model: Any, bits: int) -> None:
     size = shape(model)
     tokens, itemsize = SYSTEM + size.image_tokens + QUESTION, bench.dtype.itemsize
     floor = decode_cost(size, 1, tokens, itemsize=itemsize).seconds(ceilings(bench))
-    label = "in 16 bit" if bits == 16 else "floor of 16 bit"
-    bench.line(f"{bits} bit: decode step, 1 row", 1000 * seconds, "ms", predicted=1000 * floor, note=label)
+    label = "16-bit precision" if bits == 16 else "16-bit floor"
+    bench.line(f"{bits}-bit: decode step, 1 row", 1000 * seconds, "ms", predicted=1000 * floor, note=label)

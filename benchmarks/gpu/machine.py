@@ -1,4 +1,4 @@
-"""What machine this is, and the ceilings that floors are computed from, measured in the same run."""
+"""Machine description, and the measured ceilings from which floors are computed."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def _output(*command: str) -> str | None:
 
 
 def measure_ceilings(bench: Bench) -> Ceilings:
-    """The rates of a large matrix product, of a copy within the device, and of a copy to it from pinned memory."""
+    """Rates of a large matmul, a device copy, and a copy from pinned host memory."""
     size = 2**24 if bench.quick else min(2 * GIB, free_bytes(bench.device) // 8)
     flops = _product_rate(bench, 512 if bench.quick else 8192)
     return Ceilings(flops, _copy_rate(bench, size), _upload_rate(bench, size // 4))
 
 
 def _product_rate(bench: Bench, width: int) -> float:
-    """FLOP/s of a square product of random numbers; zeros would be faster."""
+    """FLOP/s of a square matmul of random values; zeros would be faster."""
     left, right = (torch.randn(width, width, device=bench.device, dtype=bench.dtype) for _ in range(2))
     return 2 * width**3 / bench.seconds(lambda: left @ right)
 
@@ -86,7 +86,7 @@ def ceilings(bench: Bench) -> Ceilings:
 
 
 def launch_seconds(bench: Bench) -> float:
-    """Host seconds that one small eager operation takes, of a thousand that the device is faster than."""
+    """Host time per launch in seconds, averaged over 1,000 small operations."""
     x = torch.randn(16, device=bench.device)
 
     def launch() -> None:
@@ -102,7 +102,7 @@ def machine(bench: Bench) -> None:
         print(f"  {name}: {value}", flush=True)
     found = ceilings(bench)
     kind = str(bench.dtype).removeprefix("torch.")
-    bench.line(f"matrix product in {kind}", found.flops / 1e12, "TFLOP/s")
-    bench.line("copy within the device, read and written", found.bandwidth / 1e12, "TB/s")
+    bench.line(f"matmul {kind}", found.flops / 1e12, "TFLOP/s")
+    bench.line("device copy, reads plus writes", found.bandwidth / 1e12, "TB/s")
     bench.line("copy from pinned host memory", found.pcie / 1e9, "GB/s")
     bench.line("one eager launch", 1e6 * launch_seconds(bench), "µs")

@@ -1,4 +1,4 @@
-"""The model that inference is measured with, its engine, and prompts for it."""
+"""The benchmarked model, its engine, and prompts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pixels_of(bench: Bench) -> int:
 
 
 def planned_shape(bench: Bench) -> Shape:
-    """The shape of the model, without making it."""
+    """The shape of the model, without creating it."""
     config = chat_config(size_of(bench), pixels_of(bench))
     return shape_of(config, build_vision_tower(config))
 
@@ -53,10 +53,10 @@ def weight_count(shape: Shape) -> int:
 
 
 def full_model(bench: Bench) -> Any:
-    """Vicuna-7B with InternViT-6B, made on the device at the first call; the part is skipped where it does not fit."""
+    """Vicuna-7B with InternViT-6B, created on the device at the first call; skips the part if it does not fit."""
     if bench.model is None:
         needed = weight_count(planned_shape(bench)) * bench.dtype.itemsize * WORKSPACE
-        bench.require_memory(needed, "the model in 16 bit" if bench.cuda else "the model")
+        bench.require_memory(needed, "the model in 16-bit precision" if bench.cuda else "the model")
         torch.manual_seed(0)
         bench.model = make_model(bench.device, bench.dtype, pixels=pixels_of(bench), size=size_of(bench))
     return bench.model
@@ -64,8 +64,8 @@ def full_model(bench: Bench) -> Any:
 
 @functools.cache
 def full_tokenizer(vocabulary: int) -> LlamaTokenizer:
-    """A SentencePiece tokenizer of `vocabulary` pieces, so that whatever the model samples has a text."""
-    from transformers.convert_slow_tokenizer import import_protobuf  # a second copy of its module cannot be loaded
+    """A SentencePiece tokenizer of `vocabulary` pieces, so that every token can be decoded."""
+    from transformers.convert_slow_tokenizer import import_protobuf  # its protobuf module cannot be loaded twice
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.model"
@@ -79,7 +79,7 @@ def full_tokenizer(vocabulary: int) -> LlamaTokenizer:
 
 
 def make_engine(model: Any, **options: Any) -> Engine:
-    """An engine whose answers have the length asked for: no token ends them."""
+    """An engine that ignores end-of-sequence."""
     tokenizer = full_tokenizer(model.config.vocab_size)
     engine = Engine(model, tokenizer, model.get_vision_tower().image_processor, **options)
     engine.special.end = frozenset()

@@ -1,4 +1,4 @@
-"""Attention by each backend, the vision tower and LLaMA's layers in 16 bit, against float64 on the same inputs."""
+"""Attention backends, vision tower and LLaMA layers in 16-bit precision, against float64 on the same inputs."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ LAYERS: Final = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:
-    """||found - reference|| / ||reference||; infinite when anything is not finite."""
+    """||found - reference|| / ||reference||; infinity if any value is not finite."""
     if not found.isfinite().all():
         return math.inf
     return float((found.double() - reference).norm() / reference.norm())
 
 
 def attention(bench: Bench) -> None:
-    """PyTorch's attention by backend and dtype, and the engine's, which gives the log-sum-exp too."""
+    """PyTorch's attention by backend and dtype, and the engine's, which also returns the log-sum-exp."""
     heads, tokens = (2, 33) if bench.quick else (32, 640)
     dtypes = [torch.float32] if not bench.cuda else [torch.float32, torch.float16, torch.bfloat16]
     with exact_float32():
@@ -52,7 +52,7 @@ def attention(bench: Bench) -> None:
                 reference = _reference(query, key, value, causal)[0]
                 kind = f"{str(dtype).removeprefix('torch.')}{', causal' if causal else ''}"
                 chosen = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-                _judge(bench, f"attention, PyTorch's choice, {kind}", chosen, reference, ERROR[dtype])
+                _judge(bench, f"attention, PyTorch default, {kind}", chosen, reference, ERROR[dtype])
                 for name, backend in BACKENDS.items():
                     _backend(bench, f"attention, {name}, {kind}", backend, inputs, causal, reference, ERROR[dtype])
                 _engine_attention(bench, kind, inputs, causal, ERROR[dtype])
@@ -104,7 +104,7 @@ def _engine_attention(bench: Bench, kind: str, inputs: Inputs, causal: bool, lim
 
 
 def _shared_prefix(bench: Bench, kind: str, inputs: Inputs, limit: float) -> None:
-    """One query a row behind a prefix that both rows share, merged with the rows' own keys."""
+    """One query per row after a prefix shared by both rows, merged with each row's own keys."""
     query, key, value = inputs
     half = key.shape[2] // 2
     prefix = torch.stack([key[0, :, :half], value[0, :, :half]]).unsqueeze(0)  # (1, 2, h, P, D)
@@ -112,7 +112,7 @@ def _shared_prefix(bench: Bench, kind: str, inputs: Inputs, limit: float) -> Non
     whole = [torch.cat([prefix[0, k].expand(2, -1, -1, -1), part], dim=2) for k, part in enumerate(own)]
     expected, _ = _reference(query[:, :, :1], whole[0], whole[1], causal=False)
     found = attend(query[:, :, :1], *own, None, [Shared(slice(0, 2), prefix)], 0)
-    _judge(bench, f"engine attention behind a shared prefix, {kind}", found, expected, limit)
+    _judge(bench, f"engine attention after a shared prefix, {kind}", found, expected, limit)
 
 
 def _judge(bench: Bench, what: str, found: Tensor, reference: Tensor, limit: float) -> None:
@@ -122,9 +122,9 @@ def _judge(bench: Bench, what: str, found: Tensor, reference: Tensor, limit: flo
 
 @torch.no_grad()
 def layers(bench: Bench) -> None:
-    """Three layers of the tower and two of LLaMA at full width, by the engine and by the library, in 16 bit."""
+    """Three tower layers and two LLaMA layers at full width in 16-bit precision, by the engine and transformers."""
     size = QUICK if bench.quick else replace(FULL, layers=2, tower_layers=6)
-    bench.require_memory(0 if bench.quick else 14 * GIB, "layers of full width in 16 bit and float64")
+    bench.require_memory(0 if bench.quick else 14 * GIB, "layers of full width in 16-bit precision and float64")
     torch.manual_seed(0)
     model = make_model(bench.device, bench.dtype, pixels=pixels_of(bench), size=size)
     exact = copy.deepcopy(model).double()
@@ -137,16 +137,16 @@ def layers(bench: Bench) -> None:
     embeds = model.get_input_embeddings()(ids)
     reference = exact(inputs_embeds=embeds.double(), use_cache=False).logits[0, -1]
     found = model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
-    _judge(bench, f"LLaMA layers in {kind}, the library's forward", found, reference, limit)
+    _judge(bench, f"LLaMA layers in {kind}, transformers forward", found, reference, limit)
     runner = open_language_model(model)
     with torch.inference_mode():
         _, states = runner.prefill([embeds[0]], [()])
         found = runner.logits(states)[0]
-    _judge(bench, f"LLaMA layers in {kind}, the engine's prefill", found.clone(), reference, limit)
+    _judge(bench, f"LLaMA layers in {kind}, engine prefill", found.clone(), reference, limit)
 
 
 def _refresh_rotary(model: Any) -> None:
-    """Rotary tables of the library's layers in float64; a cast leaves those it has cached rounded."""
+    """Recompute the rotary tables of transformers' layers in float64; a cast alone would keep the rounded cache."""
     for module in model.modules():
         refresh: Callable[..., None] | None = getattr(module, "_set_cos_sin_cache", None)
         if refresh is not None and hasattr(module, "max_seq_len_cached"):

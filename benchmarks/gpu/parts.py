@@ -1,4 +1,4 @@
-"""The parts in the order they run, with the seconds each should take on one card."""
+"""The parts in the order they run, with the expected seconds of each on one GPU."""
 
 from __future__ import annotations
 

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 Status = Literal["ok", "failed", "skipped", "timeout"]
-NOT_ASKED: Final = "not asked for"
-ENOUGH: Final = 0.7  # share of a floor below which a line is named at the end
+NOT_ASKED: Final = "not selected"
+ENOUGH: Final = 0.7  # lines below this fraction of their floor are listed at the end
 
 
 @dataclass(frozen=True)
 class Line:
-    """One figure.
+    """One measurement or check.
 
-    `floor` is the bound the hardware sets, in the same unit: the least time, or the highest rate where the unit ends in
-    "/s". `predicted` is what was computed beforehand without being a bound, such as kernel launches. `ok` tells whether
-    a correctness check held; it is None for what is only measured. A line without a value says in `note` why.
+    `floor` is the hardware bound in the same unit: the least time, or the highest rate if the unit ends in "/s".
+    `predicted` is an expected value that is no bound, such as the number of kernel launches. `ok` is the result of a
+    correctness check, None for a measurement. A line without a value explains why in `note`.
     """
 
     what: str
@@ -34,7 +34,7 @@ class Line:
 
     @property
     def share(self) -> float | None:
-        """Share of the floor reached, 1.0 at the floor."""
+        """Fraction of the floor reached, 1.0 at the floor."""
         if self.floor is None or not isinstance(self.value, (int, float)) or not (self.value and self.floor):
             return None
         return self.value / self.floor if self.unit.endswith("/s") else self.floor / self.value
@@ -50,11 +50,11 @@ class Line:
         return found | ({"note": self.note} if self.note else {})
 
     def cells(self) -> tuple[str, str, str, str]:
-        """What, measured, floor or prediction, and share, as text."""
+        """What, measured, floor or prediction, and fraction, as text."""
         measured = _amount(self.value, self.unit) if self.value is not None else f"not measured: {self.note}"
         bound = self.floor if self.floor is not None else self.predicted
         share = self.share
-        outcome = "" if self.ok is None else "right" if self.ok else "WRONG"
+        outcome = "" if self.ok is None else "ok" if self.ok else "FAIL"
         return (
             self.what,
             measured + (f" ({self.note})" if self.note and self.value is not None else ""),
@@ -70,7 +70,7 @@ def _amount(value: float | str, unit: str) -> str:
 
 @dataclass
 class PartResult:
-    """What became of one part."""
+    """Result of one part."""
 
     status: Status = "skipped"
     seconds: float = 0.0
@@ -91,7 +91,7 @@ class PartResult:
 class Report:
     """The results of all `names`, kept in `file`, which is replaced atomically at each change.
 
-    Every part is there from the start, so a run that is killed leaves a valid file with every line known so far.
+    All parts are listed from the start, so a killed run leaves a valid file with all lines so far.
     """
 
     def __init__(self, file: Path, names: Sequence[str]) -> None:
@@ -113,7 +113,7 @@ class Report:
         beside.replace(self.file)
 
     def begin(self, part: str) -> None:
-        """Record that a part runs, in the words that hold should the process end inside it."""
+        """Record that a part runs, with the status to keep if the process dies."""
         self.parts[part].status, self.parts[part].reason = "failed", "the process ended inside this part"
         self.write()
 
@@ -129,7 +129,7 @@ class Report:
         )
 
     def close(self, part: str, status: Status, seconds: float, reason: str = "", *, quiet: bool = False) -> None:
-        """Record how a part ended, and print it unless it is `quiet` or ended well."""
+        """Record how a part ended, and print it unless it is `quiet` or ok."""
         result = self.parts[part]
         result.status, result.seconds, result.reason = status, seconds, reason
         self.write()
@@ -142,20 +142,20 @@ class Report:
 
     @property
     def good(self) -> bool:
-        """Whether no part failed or timed out and every correctness check held."""
+        """Whether no part failed or timed out and all correctness checks passed."""
         ended = all(part.status in ("ok", "skipped") for part in self.parts.values())
         return ended and all(line.ok is not False for line in self.lines())
 
     def table(self) -> str:
         """All lines as a Markdown table for benchmarks/README.md."""
-        rows = ["| what | measured | floor or prediction | share |", "|---|---|---|---|"]
+        rows = ["| what | measured | floor or prediction | fraction |", "|---|---|---|---|"]
         rows += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line.cells()) + " |" for line in self.lines()]
         return "\n".join(rows)
 
     def remarks(self) -> list[str]:
-        """Sentences on what is wrong, what did not run, and what misses 70 % of its floor."""
+        """Summary of failures, skips and results below 70 % of their floor."""
         said = [
-            f"WRONG: {line.what}: {' '.join(filter(None, line.cells()[1:3]))}"
+            f"FAIL: {line.what}: {' '.join(filter(None, line.cells()[1:3]))}"
             for line in self.lines()
             if line.ok is False
         ]

@@ -1,4 +1,4 @@
-"""Running the parts: each guarded, within its time, and followed by the next whatever happens."""
+"""Run the parts, each with its own error guard and time limit."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ import torch
 if TYPE_CHECKING:
     from benchmarks.gpu.bench import Bench
 
-HARD: Final = 1.5  # a part is stopped after this multiple of its time
-GRACE: Final = 20.0  # seconds it then has to stop; a hung kernel does not, and the process ends
-LEAST: Final = 3.0  # seconds left under which no part starts
+HARD: Final = 1.5  # a part is stopped after this multiple of its expected time
+GRACE: Final = 20.0  # seconds to stop; if it does not (a hung kernel), the process exits
+LEAST: Final = 3.0  # no part starts with fewer seconds left
 
 
 class Skip(Exception):
@@ -32,12 +32,12 @@ class Skip(Exception):
 
 
 class PartTimeout(BaseException):
-    """Raised inside a part that ran past its limit. Not an `Exception`, so that guards inside a part let it through."""
+    """Raised inside a part at its time limit. Not an `Exception`, so that guards inside a part do not catch it."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named group of measurements that should take `seconds` on one card."""
+    """A named group of measurements that should take `seconds` on one GPU."""
 
     name: str
     seconds: float
@@ -45,10 +45,10 @@ class Part:
 
 
 class Watchdog:
-    """Raises `PartTimeout` in the thread that made it when a `with` block lasts longer than `seconds`.
+    """Raise `PartTimeout` in the creating thread when a `with` block takes longer than `seconds`.
 
     Python code is interrupted at its next instruction; a call that never returns from C, such as a hung kernel, is not.
-    After `grace` seconds more `give_up` is called from the watching thread.
+    After `grace` more seconds the watching thread calls `give_up`.
     """
 
     def __init__(self, seconds: float, grace: float, give_up: Callable[[], None]) -> None:
@@ -66,7 +66,7 @@ class Watchdog:
         self.stop()
 
     def stop(self) -> None:
-        """Stop watching. `PartTimeout` may arrive in here, so whoever catches it calls this again."""
+        """Stop watching. `PartTimeout` may be raised in here; the handler must then call this again."""
         with self._lock:
             self._ended.set()
 
@@ -74,7 +74,7 @@ class Watchdog:
         if self._ended.wait(self.seconds):
             return
         with self._lock:
-            if not self._ended.is_set():  # what is raised now arrives in `stop` at the latest, which needs the lock
+            if not self._ended.is_set():  # `stop` needs the lock, so the exception arrives there at the latest
                 _raise_in(self._target, PartTimeout)
         if not self._ended.wait(self.grace):
             self.give_up()
@@ -98,7 +98,7 @@ def run_parts(parts: Sequence[Part], bench: Bench, deadline: float, grace: float
 
 
 def run_part(part: Part, bench: Bench, left: float, grace: float) -> None:
-    """Run one part, at most `left` seconds, and record what became of it."""
+    """Run one part for at most `left` seconds, and record its result."""
     start = time.monotonic()
     soft = min(part.seconds, left)
     limit = min(HARD * part.seconds, left)
@@ -111,7 +111,7 @@ def run_part(part: Part, bench: Bench, left: float, grace: float) -> None:
 
     def give_up() -> None:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        bench.report.close(part.name, "timeout", seconds(), f"hung: it did not stop within {limit + grace:.0f} s")
+        bench.report.close(part.name, "timeout", seconds(), f"hung: did not stop within {limit + grace:.0f} s")
         _leave(bench)
 
     watchdog = Watchdog(limit, grace, give_up)
@@ -132,7 +132,7 @@ def run_part(part: Part, bench: Bench, left: float, grace: float) -> None:
 
 
 def last_lines(error: BaseException, count: int = 8) -> str:
-    """The end of an error's traceback."""
+    """The last lines of an error's traceback."""
     text = "".join(traceback.format_exception(error)).strip().splitlines()
     return "\n".join(text[-count:])
 
@@ -146,8 +146,8 @@ def _leave(bench: Bench) -> None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give unused memory back to the device."""
+    """Release unused cached memory of the device."""
     gc.collect()
     if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # after an error on the device every call of this process fails
+        with contextlib.suppress(RuntimeError):  # after a device error every later call fails
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Sixteen clients of a model worker over loopback, greedy and sampled: time to the first token, and tokens a second."""
+"""Sixteen clients of a model worker over loopback, greedy and sampled: time to first token and tokens per second."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT: Final = Path(__file__).parents[2]
 
 @contextmanager
 def worker(engine: Any, limit: int) -> Iterator[int]:
-    """The model worker's application on an engine that is ready, on a port of loopback; the port."""
+    """Run the model worker's application with a ready engine on a loopback port; yields the port."""
     try:
         from llava.serve.http_app import Keys, Limits
         from llava.serve.local_model import Loaded, LocalModel, Settings, describe
@@ -56,7 +56,7 @@ def worker(engine: Any, limit: int) -> Iterator[int]:
 
 
 def bodies(count: int, tokens: int, seed: int, sampling: dict[str, float]) -> list[dict[str, Any]]:
-    """Requests with a JPEG of 640 x 480 and a short question each."""
+    """Requests, each with a 640 x 480 JPEG and a short question."""
     import numpy as np
     from PIL import Image
 
@@ -85,7 +85,7 @@ def bodies(count: int, tokens: int, seed: int, sampling: dict[str, float]) -> li
 
 
 def ask_all(port: int, requests: list[dict[str, Any]], timeout: float) -> list[dict[str, Any]]:
-    """What the clients saw, from a process of their own."""
+    """Run the clients in a separate process; return their results."""
     from llava.serve.http_app import STREAM_PATH
 
     job = {"host": "127.0.0.1", "port": port, "path": STREAM_PATH, "bodies": requests}
@@ -116,7 +116,7 @@ def serving(bench: Bench) -> None:
     with worker(engine, count) as port:
         ask_all(port, bodies(2, 4, 0, SAMPLING["greedy"]), 60)
         for seed, (name, sampling) in enumerate(SAMPLING.items(), 1):
-            what = f"{count} clients of a worker, an image each, {tokens} new tokens, {name}"
+            what = f"{count} clients of a worker, one image each, {tokens} new tokens, {name}"
             if not bench.in_time(what):
                 continue
             seen = ask_all(port, bodies(count, tokens, seed, sampling), max(30.0, bench.left()))
@@ -129,7 +129,7 @@ def serving(bench: Bench) -> None:
 
 
 def _floor(bench: Bench, model: Any, rows: int, new_tokens: int) -> float:
-    """Seconds of encoding, prefill and decode steps, with prompts of 110 tokens of text."""
+    """Lower bound in seconds of encoding, prefill and decode steps, with 110 text tokens per prompt."""
     size, itemsize = shape(model), bench.dtype.itemsize
     tokens = 110 + size.image_tokens
     phases = [tower_cost(size, rows, itemsize=itemsize), prefill_cost(size, tokens, rows, itemsize=itemsize)]

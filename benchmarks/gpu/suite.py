@@ -1,4 +1,4 @@
-"""The project's own tests of the engine, run where the card is visible."""
+"""The project's own engine tests, run with the GPU visible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEEDED: Final = ("pytest", "hypothesis", "sentencepiece")
 
 
 def tests(bench: Bench) -> None:
-    """`pytest` in a process of its own, after the memory of this one is free."""
+    """Run `pytest` in a separate process, after freeing the memory of this one."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise Skip(f"the tests need {', '.join(missing)}, which is not installed")

@@ -1,4 +1,4 @@
-"""Times by device events, peak memory, and what a step launches and waits for."""
+"""Times by CUDA events, peak memory, and launches and synchronisations of a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that one call takes: between two events on CUDA, by the clock on a CPU."""
+    """Seconds of one call: between two events on CUDA, by the clock on the CPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         work()
@@ -44,9 +44,9 @@ def median_seconds(
     budget: float = 2.0,
     clock: bool = False,
 ) -> float:
-    """Median seconds of a call after `warmup` ones, of at most `repeats`, at least 3 and about `budget` seconds' worth.
+    """Median seconds per call after `warmup` calls, over 3 to `repeats` calls within about `budget` seconds.
 
-    `clock` takes the wall clock between two synchronisations, for work that the host takes part in.
+    `clock` measures wall time between synchronisations, for work that involves the host.
     """
     for _ in range(warmup):
         work()
@@ -59,7 +59,7 @@ def median_seconds(
 
 
 def wall_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds by the wall clock until the device has finished."""
+    """Wall-clock seconds until the device has finished."""
     start = time.perf_counter()
     work()
     synchronize(device)
@@ -67,7 +67,7 @@ def wall_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device, what PyTorch's allocator holds unused included."""
+    """Free memory of the device, including memory cached by PyTorch's allocator."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -83,13 +83,13 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory of tensors since `reset_peak`; on a CPU the highest resident memory of the process."""
+    """Peak memory of tensors since `reset_peak`; on the CPU, peak resident memory of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else int(peak_mib() * 2**20)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What CUDA's profiler saw of one call: kernels and copies, seconds they ran, waits of the host for the device."""
+    """Profile of one call: kernels and copies, their seconds on the device, and host synchronisations."""
 
     launches: float
     busy_seconds: float
@@ -97,7 +97,7 @@ class Trace:
 
 
 def trace(work: Callable[[], object], device: torch.device, calls: int = 2) -> Trace | None:
-    """Means over `calls`; None where the profiler records nothing of the device."""
+    """Means over `calls`; None if the profiler records no kernels."""
     from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,4 +1,4 @@
-"""Training steps of both stages at full size: seconds against the floor, model FLOPs utilisation, and peak memory."""
+"""Training steps of both stages at full size: time against the floor, model FLOPs utilisation, peak memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llava.train.flops import Learns
 
 @dataclass(frozen=True)
 class Stage:
-    """What learns, and one micro-batch: `rows` of one image and `text` tokens."""
+    """Trainable parts, and one micro-batch: `rows` rows of one image and `text` tokens each."""
 
     name: str
     learns: Learns
@@ -41,7 +41,7 @@ LEAST_ROWS: Final = 4
 
 
 def training(bench: Bench) -> None:
-    """Both stages on one model, each without and with gradient checkpointing where memory allows."""
+    """Both stages on one model, without and with gradient checkpointing if memory allows."""
     bench.release()
     for stage in STAGES:
         for checkpointing in (False, True):
@@ -53,7 +53,7 @@ def training(bench: Bench) -> None:
 
 
 def _measure(bench: Bench, stage: Stage, checkpointing: bool, what: str) -> None:
-    """As many rows as memory allows, at most those of the stage."""
+    """Time a step with as many rows as memory allows, at most those of the stage."""
     model = full_model(bench)
     rows = 2 if bench.quick else stage.rows
     held = sum(parameter.nbytes for parameter in model.parameters())
@@ -69,11 +69,11 @@ def _measure(bench: Bench, stage: Stage, checkpointing: bool, what: str) -> None
     try:
         _steps(bench, model, stage, setup, what)
     except torch.cuda.OutOfMemoryError:
-        bench.skip(what, f"out of memory with {rows} rows, which were estimated to need {needed / GIB:.0f} GiB")
+        bench.skip(what, f"out of memory with {rows} rows, estimated to need {needed / GIB:.0f} GiB")
 
 
 def _setup(bench: Bench, model: Any, stage: Stage, rows: int, checkpointing: bool) -> Setup:
-    """The step as the memory estimate sees it."""
+    """The step, as described for the memory estimate."""
     size = shape(model)
     supervised = (stage.text - 10) / (stage.text - 1 + size.image_tokens)
     return Setup(
@@ -89,7 +89,7 @@ def _setup(bench: Bench, model: Any, stage: Stage, rows: int, checkpointing: boo
 
 
 def _steps(bench: Bench, model: Any, stage: Stage, setup: Setup, what: str) -> None:
-    """Time whole steps under autocast with a fused AdamW, as a training run makes them."""
+    """Time full steps with autocast and fused AdamW (no DeepSpeed)."""
     batch = image_batch(setup.rows, model.config.vocab_size, pixels_of(bench), stage.text)
     flops = work(_prepared(bench, model, stage, setup.checkpointing), batch)
     on_device = {name: tensor.to(bench.device) for name, tensor in batch.items()}
@@ -110,7 +110,7 @@ def _steps(bench: Bench, model: Any, stage: Stage, setup: Setup, what: str) -> N
 
 
 def _prepared(bench: Bench, model: Any, stage: Stage, checkpointing: bool) -> Any:
-    """Set what learns and its precision, as the training program does."""
+    """Set trainable parts and precision, as the training program does."""
     flags = SimpleNamespace(
         tune_mm_mlp_adapter=not stage.learns.language,
         freeze_backbone=False,

@@ -154,10 +154,9 @@ def preprocess_image(image: Image.Image, processor: Any, aspect_ratio: str | Non
 
 @functools.cache
 def _check_for_pillow_once() -> None:
-    """Let transformers' image processors ask whether Pillow is installed once a process.
+    """Cache transformers' check for Pillow.
 
-    They ask seven times an image, under the two names replaced here, and every answer parses package metadata
-    (0.7 ms): as much time as the preprocessing itself.
+    It runs seven times per image and parses package metadata each time (0.7 ms), as long as preprocessing itself.
     """
     from transformers import image_utils
     from transformers.utils import import_utils

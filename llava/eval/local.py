@@ -25,10 +25,10 @@ FOLLOW_UP_TOKENS = 64
 
 @dataclass(frozen=True)
 class _Pending:
-    """A question under way; `first` is its first answer when it is asked for the second time.
+    """A question in flight. `first`: the first answer, if this is the follow-up.
 
-    `request` is there only if the question is to be asked a second time: it holds the images, which are otherwise
-    freed as soon as the engine has the answer.
+    `request` is kept only if a follow-up comes: it holds the images, which are otherwise freed once the engine has the
+    answer.
     """
 
     position: int
@@ -102,7 +102,7 @@ class LocalModel:
     def _submit(
         self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings
     ) -> Iterator[tuple[_Pending, Handle | LlavaError]]:
-        """Submit one question whenever the next item is asked for; only the latest one's images are held here."""
+        """Lazily submit one question per item; holds only the current images."""
         engine, template = self.engine, get_template(settings.template)
         stop = (*settings.params.stop, *stop_strings(template))
         asked_twice = settings.follow_up is not None
@@ -123,8 +123,7 @@ class LocalModel:
                 text = question.text or question.prompt
                 prompt = render_question(template, text, len(named), engine.model.config)
                 params = dataclasses.replace(settings.params, stop=stop, seed=question_seed(settings, question))
-                # Nothing continues an answer but a follow-up: keys and values of finished rows would only push shared
-                # prefixes out of the prefix cache.
+                # Finished answers are kept only for follow-ups; otherwise they would evict shared prefixes.
                 request = Request(prompt, named, params, keep=asked_twice)
                 submitted: Handle | LlavaError = engine.submit(request)
                 yield _Pending(position, request if asked_twice else None), submitted

@@ -52,9 +52,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser, *, temperature: float, m
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """How to go through the questions."""
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument(
-        "--num-workers", type=int, default=4, help="processes that open and preprocess images ahead of the model"
-    )
+    parser.add_argument("--num-workers", type=int, default=4, help="worker processes that load and preprocess images")
     parser.add_argument("--limit", type=int, help="ask only this many questions")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="continue an answers file even without its manifest")

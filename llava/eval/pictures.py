@@ -1,4 +1,4 @@
-"""Images of a benchmark: where they are, and opening and preprocessing them in worker processes ahead of the model."""
+"""Images of a benchmark: where they are, and loading and preprocessing them in worker processes."""
 
 from __future__ import annotations
 
@@ -79,10 +79,9 @@ def opened(source: PictureSource, names: Sequence[str]) -> Loaded:
 
 
 class _Pictures:
-    """What torch's loader iterates: the images of one question after the other, preprocessed if so asked.
+    """Dataset of each question's images, optionally preprocessed.
 
-    Pixels leave a worker as arrays, through a pipe: tensors would stay in shared memory until their question ends, and
-    containers have 64 MB of it by default. The pipe costs about half a millisecond an image more.
+    Workers send arrays through a pipe, since shared memory in containers is 64 MB by default (+0.5 ms per image).
     """
 
     def __init__(
@@ -109,7 +108,7 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _unpacked(item: Any) -> Loaded:
-    """What a worker made of a question's images; digests come with the pixels, so that nothing is hashed here."""
+    """Rebuild images from a worker; the digest travels with the pixels."""
     if isinstance(item, LlavaError):
         return item
     return [Picture(digest, torch.from_numpy(array)) for digest, array in item]
@@ -127,10 +126,10 @@ def prefetch(
     workers: int,
     preprocess: Preprocess | None = None,
 ) -> Iterator[tuple[int, Loaded]]:
-    """Yield (position, images) in `order`; neighbours with equal images share one opening.
+    """Yield (position, images) in `order`; consecutive questions with equal images load them once.
 
-    At most `workers` processes (none for a handful of images) stay a few images ahead of whoever consumes this. With
-    `preprocess` they yield pixels; without workers images are left to be preprocessed where they are needed.
+    At most `workers` processes (none for a handful of images) stay a few images ahead of the consumer. With
+    `preprocess` they return pixels; without workers, images are preprocessed where they are used.
     """
     groups = [(names, list(found)) for names, found in groupby(order, key=lambda at: questions[at].images)]
     loader = _loader(source, [names for names, _ in groups], workers, preprocess)

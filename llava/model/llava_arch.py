@@ -160,7 +160,7 @@ class LlavaMetaForCausalLM(nn.Module):
     def embed_prompt(self, input_ids: Sequence[int] | Tensor, features: Sequence[Tensor]) -> Tensor:
         """Embed one row of T ids, its placeholders replaced by `features` (each `(n_i, D)`): `(L, D)`.
 
-        Give the ids as a list or a CPU tensor where they are known on the host: nothing then waits for the device.
+        Pass ids that are known on the host as a list or a CPU tensor: no synchronisation is then needed.
         """
         embedding = self.get_model().get_input_embeddings()
         device = embedding.weight.device
@@ -170,7 +170,7 @@ class LlavaMetaForCausalLM(nn.Module):
 
         def embed(ids: list[int]) -> Tensor:
             index = torch.tensor(ids, dtype=torch.long)
-            # Offloaded weights are on the meta device; their hook moves the ids to where it computes.
+            # Offloaded weights are on the meta device; their hook moves the ids to its execution device.
             embeds: Tensor = embedding(index if device.type == "meta" else upload([index], device)[0])
             return embeds
 
@@ -221,7 +221,7 @@ class LlavaMetaForCausalLM(nn.Module):
     def pack_inputs_and_labels(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, images: Images | None
     ) -> tuple[Tensor, list[int], Tensor]:
-        """Splice a batch and lay its rows end to end without padding: embeddings `(N, D)`, the length of each row, and
+        """Splice a batch and concatenate its rows without padding: embeddings `(N, D)`, the length of each row, and
         labels `(N,)` on the CPU."""
         ids, mask, host_labels = to_host(input_ids, attention_mask, labels)
         assert ids is not None and host_labels is not None

@@ -141,7 +141,7 @@ def attach_adapter(model: nn.Module, directory: Path) -> Any:
     found = adapter_shapes(directory)
     check_adapter(found, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, directory)
     try:
-        # Without torch_device PEFT reads the file onto the first GPU it sees, even for a model on the CPU.
+        # Without torch_device, PEFT loads the file onto the first visible GPU, even for a model on the CPU.
         adapted = peft.PeftModel.from_pretrained(
             model, str(directory), config=adapter_settings(directory), torch_device="cpu"
         )

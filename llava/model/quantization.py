@@ -1,7 +1,7 @@
 """8-bit and 4-bit linear layers of the language model, through bitsandbytes (arXiv:2208.07339, arXiv:2305.14314).
 
-Only the decoder's linear layers are quantised; tower, projector, embeddings and head stay in 16 or 32 bit (users.md
-QUANT-1). Each weight is quantised as it is read, so the 16-bit model is never in memory, nor many copies of a weight.
+Only the decoder's linear layers are quantised; tower, projector, embeddings and head keep 16-bit or 32-bit
+precision. Each weight is quantised as it is read, so neither the 16-bit model nor extra copies are ever in memory.
 """
 
 from __future__ import annotations
@@ -89,11 +89,10 @@ class Quantizer:
         return module
 
     def _quantize_rows(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """int8 codes `(out, in)` and float32 row scales `(out,)` on `device`, as `Int8Params.to` makes them.
+        """int8 codes `(out, in)` and float32 row scales `(out,)` on `device`, as `Int8Params.to` creates them.
 
-        The library's `.to` quantises only what comes from the CPU: a weight that is on a GPU already (an adapter was
-        merged into it there) would stay in 16 bit until the first forward pass. On a CPU its way takes eleven bytes a
-        weight, so rows are quantised a slice at a time there.
+        `Int8Params.to` quantises only CPU tensors, so a weight already on the GPU (with a merged adapter) would stay
+        16-bit until the first forward. On the CPU it needs 11 bytes per weight, so rows go in slices.
         """
         quantize = require("bitsandbytes", "quant").functional.int8_vectorwise_quant
         codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
@@ -106,7 +105,7 @@ class Quantizer:
         return codes, scales
 
     def _quantize_4bit(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Any]:
-        """Packed codes uint8 `(ceil(out * in / 2), 1)` and their state on `device`, as `Params4bit.to` makes them."""
+        """Packed codes uint8 `(ceil(out * in / 2), 1)` and their state on `device`, as `Params4bit.to` creates them."""
         quantize = require("bitsandbytes", "quant").functional.quantize_4bit
         whole = to_device(weight, device).to(self.dtype).contiguous()
         packed, state = quantize(
@@ -148,12 +147,12 @@ class Quantizer:
 
         Layer by layer, so that no two are there in 16 or 32 bit. PEFT's products are computed in float32.
         """
-        for name in [name for name, _ in model.named_modules()]:  # a list of modules would keep every weight alive
+        for name in [name for name, _ in model.named_modules()]:  # a list of modules would keep all weights alive
             if ".base_layer" not in name and ".lora_" not in name and name.startswith(PREFIXES):
                 self._merge_and_place(model, name, where)
 
     def _merge_and_place(self, model: nn.Module, name: str, where: Callable[[str], torch.device]) -> None:
-        """Merge the adapter of the module `name`, where it has one, and quantise it; only linear layers are changed."""
+        """Merge the adapter (if any) of the module `name` and quantise it; only linear layers are changed."""
         module = model.get_submodule(name)
         linear = getattr(module, "base_layer", module)
         if not isinstance(linear, nn.Linear):

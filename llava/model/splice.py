@@ -3,8 +3,8 @@
 A *slot* is the block of features `(n, D)` that one placeholder takes. Every placeholder uses one slot and every row
 without a placeholder uses one too (it stays out of the text), so that each row keeps the projector in its graph.
 
-Where things go is decided on the host, from one copy of the ids and the mask; embeddings are then moved by views and
-one concatenation. A batch on an accelerator waits for the device once, not once a row.
+The layout is computed on the host from one device-to-host copy of ids and mask: one synchronisation per batch.
+Embeddings are then assembled from views by one concatenation.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Spliced:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tokens of a batch `(B, T)` are: for each row, runs of `(kind, length)`; a placeholder is a run of its
-    own. `counts` holds the placeholders of each row."""
+    """Runs of token kinds in each row of a batch `(B, T)`, as `(kind, length)`; each placeholder is its own run.
+    `counts` holds the number of placeholders in each row."""
 
     rows: list[list[tuple[int, int]]]
     counts: list[int]
@@ -70,7 +70,7 @@ class Layout:
         """Split `values` `(B, T, ...)` into runs, drop padding, and put `slots` `(n, ...)` at placeholders.
 
         Returns the pieces of each row, to be concatenated. A row without a placeholder gets an empty slice of its
-        slot: its graph keeps tower and projector, its numbers do not change.
+        slot, which keeps tower and projector in the graph without changing values.
         """
         parts = iter(torch.split(values.flatten(0, 1), [length for row in self.rows for _, length in row]))
         unused = iter(slots)
@@ -110,8 +110,8 @@ def encode_slots(images: Images, encode: Callable[[Tensor], Tensor]) -> list[Ten
 def encode_used_slots(images: Images, encode: Callable[[Tensor], Tensor], counts: Sequence[int]) -> list[Tensor]:
     """Encode only the slots that text refers to; `counts` holds the placeholders of each row.
 
-    The slot of a row without a placeholder gets the block of another slot, which no text shows. One image is always
-    encoded, so that every rank runs tower and projector and takes part in their collectives.
+    The slot of a row without a placeholder reuses the features of another slot, which do not affect values. One image
+    is always encoded, so that every rank runs tower and projector and joins their collectives.
     """
     used = [count > 0 for count in counts for _ in range(max(1, count))]
     if all(used):
@@ -168,9 +168,9 @@ def splice_batch(
     """Splice a batch: `input_ids`, `attention_mask`, `labels` `(B, T)`, `embeds` `(B, T, D)` of the text.
 
     Mask, labels and positions are expanded position by position like the text, with True, -100 and consecutive
-    positions at features. Padding of the input is dropped and made anew on `padding_side` (left also when the input
+    positions at features. Padding of the input is dropped and added again on `padding_side` (left also when the input
     was padded left), with zero vectors and -100. With a past, positions continue after the past's real tokens and the
-    mask covers the past too. Give ids, mask and labels on the CPU where they are known there.
+    mask covers the past too. Pass ids, mask and labels on the CPU where available.
     """
     ids, given, host_labels = to_host(input_ids, attention_mask, labels)
     assert ids is not None

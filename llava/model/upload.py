@@ -13,21 +13,21 @@ ALIGNMENT = 256  # bytes; a multiple of every element size
 
 
 class Event(Protocol):
-    """A point in a device's stream of work."""
+    """A marker in a device's stream of work."""
 
     def synchronize(self) -> None:
         """Wait until all work queued before the event is done."""
 
 
 class CudaStaging:
-    """Pinned host memory and CUDA events: all that `PinnedUploader` needs of CUDA beyond tensor copies."""
+    """Pinned host memory and CUDA events, the CUDA features that `PinnedUploader` needs besides tensor copies."""
 
     def allocate(self, nbytes: int) -> Tensor:
         """Page-locked host memory, uint8 `(nbytes,)`."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def record(self, device: torch.device) -> Event:
-        """An event behind the work queued so far on the current stream of `device`."""
+        """An event recorded after the work queued so far on the current stream of `device`."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
@@ -35,7 +35,7 @@ class CudaStaging:
 
 @dataclass
 class _Buffer:
-    """A staging buffer, filled from its start; it may be refilled once all `events` are complete."""
+    """A staging buffer; it may be refilled once all `events` are complete."""
 
     data: Tensor  # uint8
     used: int = 0  # bytes
@@ -54,12 +54,12 @@ class _Buffer:
 
 
 class PinnedUploader:
-    """Uploads tensors of any size; reading one from memory or a mapped file overlaps the transfer of those before.
+    """Upload tensors of any size; reading a tensor from memory or a mapped file overlaps earlier transfers.
 
-    Two buffers of `buffer_bytes` take turns: while copies out of one are in flight, the other is filled. Small tensors
-    share a buffer and large ones are split, so the host waits only when it is a whole buffer ahead of the device.
-    Buffers are allocated when first used. An uploader may be dropped without `finish`: PyTorch does not reuse pinned
-    memory before the copies out of it are done.
+    Double buffering with `buffer_bytes` per buffer: while copies from one are in flight, the other is filled. Small
+    tensors share a buffer and large ones are split, so the host waits only when it is a whole buffer ahead of the
+    device. Buffers are allocated at first use. An uploader may be dropped without `finish`: PyTorch does not reuse
+    pinned memory until copies from it are complete.
     """
 
     def __init__(self, buffer_bytes: int = BUFFER_BYTES, staging: CudaStaging | None = None) -> None:
@@ -70,10 +70,10 @@ class PinnedUploader:
 
     @torch.no_grad()
     def upload(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """A contiguous copy of `tensor` on `device` in `dtype`; the caller may overwrite a CPU `tensor` at once.
+        """A contiguous copy of `tensor` on `device` in `dtype`; the caller may overwrite a CPU `tensor` immediately.
 
-        Work queued later on the current stream of `device` sees the copy complete; `finish` waits for it. The narrower
-        of the two dtypes crosses the bus: the device converts to a dtype as wide or wider, the host to a narrower one.
+        Work queued later on the current stream of `device` sees the complete copy; `finish` waits for it. The narrower
+        dtype is transferred: the device widens, the host narrows.
         """
         if tensor.device.type != "cpu":
             return tensor.to(device, dtype).contiguous()
@@ -85,7 +85,7 @@ class PinnedUploader:
             buffer = self._buffer(staged.itemsize)
             stop = min(total, start + buffer.room(staged.itemsize))
             host = buffer.take(stop - start, staged).copy_(source[start:stop])
-            if staged != dtype:  # `copy_` alone would convert on the host, into memory that is not pinned
+            if staged != dtype:  # `copy_` alone would convert on the host, into pageable memory
                 host = host.to(device, non_blocking=True)
             destination[start:stop].copy_(host, non_blocking=True)
             buffer.devices.add(device)
@@ -93,7 +93,7 @@ class PinnedUploader:
         return result
 
     def finish(self) -> None:
-        """Wait until every upload has arrived."""
+        """Wait until all uploads are complete."""
         for buffer in (self.in_flight, self.filling):
             if buffer is not None:
                 self._record(buffer)
@@ -113,12 +113,12 @@ class PinnedUploader:
         return _Buffer(self.staging.allocate(self.buffer_bytes))
 
     def _record(self, buffer: _Buffer) -> None:
-        """Mark the end of the copies out of `buffer`, on each device they go to."""
+        """Record events after the copies from `buffer`, one per target device."""
         buffer.events += [self.staging.record(device) for device in buffer.devices]
         buffer.devices.clear()
 
     def _reclaim(self, buffer: _Buffer) -> None:
-        """Wait until `buffer` has been read, and start it anew."""
+        """Wait until `buffer` has been read, then reset it."""
         for event in buffer.events:
             event.synchronize()
         buffer.events, buffer.used = [], 0

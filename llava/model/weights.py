@@ -73,7 +73,7 @@ def fill(
 
 
 def _check_fit(source: str, misfits: dict[str, list[str]]) -> None:
-    """Raise a `CheckpointError` that counts the `misfits` of each kind, and names three of them."""
+    """Raise a `CheckpointError` with the count and the first three names of each kind of `misfits`."""
     problems = [
         f"{len(names)} {label} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for label, names in misfits.items()
@@ -88,8 +88,8 @@ def _set_tensor(
 ) -> None:
     """Replace the parameter or buffer `name` by `value` on `device`, in `dtype` (integers and booleans keep theirs).
 
-    On CUDA `uploader` copies it asynchronously. On a CPU a `value` of `dtype` is used itself, so a memory-mapped file
-    is read only when the model runs.
+    On CUDA `uploader` copies it asynchronously. On the CPU a `value` that already has `dtype` is used without a copy,
+    so a memory-mapped file is read only when the model runs.
     """
     if device.type != "cuda":
         set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)

@@ -1,1 +1,1 @@
-"""The checks of `llava doctor --self-test`: tiny models on the user's device, against float32 on the CPU."""
+"""Checks of `llava doctor --self-test`: tiny models on the device, against float32 on the CPU."""

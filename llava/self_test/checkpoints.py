@@ -1,7 +1,7 @@
-"""Tiny checkpoints with seeded random weights, one of each kind that the loader accepts, in the published layouts.
+"""Tiny checkpoints with seeded random weights in the published layouts, one per kind that the loader accepts.
 
-Head sizes are those of the published models (128 for Vicuna and InternViT, 64 for CLIP), so that the device picks the
-same kernels. The weights are large enough for every position and every image to change the logits.
+Head sizes match the published models (128 for Vicuna and InternViT, 64 for CLIP), so the device picks the same kernels.
+The weights are large enough that every position and every image affects the logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCaus
 from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
 from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
 
-PIXELS: Final = 112  # side of an image: 64 patches of 14x14
+PIXELS: Final = 112  # side of an image: 8 x 8 patches of 14 pixels
 EOS: Final = 2
 VOCABULARY: Final = 320
 SELECT_LAYER: Final = -2  # of three tower layers, the last is neither loaded nor run
@@ -61,9 +61,9 @@ MPT: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory, the base it needs, if any, and the weights by name that a loaded model must have.
+    """A checkpoint directory, its base (if any), and the expected weights of the loaded model, by name.
 
-    `exact` is false where loading computes weights (a merged adapter), so that they are equal up to rounding only.
+    `exact` is false where loading computes weights (a merged adapter), which then match only up to rounding.
     """
 
     path: Path
@@ -73,7 +73,7 @@ class Checkpoint:
 
 
 def make_tokenizer(directory: Path) -> None:
-    """One token a byte, and fillers up to the size of the vocabulary."""
+    """Save a byte-level tokenizer padded to the vocabulary size."""
     pieces = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     pieces += [f"<{index}>" for index in range(len(pieces), VOCABULARY)]
     tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
@@ -84,7 +84,7 @@ def make_tokenizer(directory: Path) -> None:
 
 
 def randomize(module: nn.Module, seed: int) -> None:
-    """Matrices that multiply the size of a vector by 1.25, the head's by 2; norms near 1, small biases."""
+    """Random weights with gain 1.25 (LM head 2); norms near 1, small biases."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -99,7 +99,7 @@ def randomize(module: nn.Module, seed: int) -> None:
 
 
 def make_tower(directory: Path, kind: str, seed: int) -> dict[str, Tensor]:
-    """A tower directory, and the weights of it that reach the features, by the loaded tower's names."""
+    """Save a tower; return the weights that affect the features, by their names in the loaded tower."""
     sizes: dict[str, Any] = {
         "hidden_size": TOWER_WIDTH,
         "intermediate_size": 512,
@@ -135,7 +135,7 @@ def chat_settings(tower: Path) -> dict[str, Any]:
 
 
 def save(directory: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
-    """A directory with configuration, weights and tokenizer."""
+    """Save configuration, weights and tokenizer in `directory`."""
     config.save_pretrained(directory)
     save_file(
         {name: value.clone() for name, value in weights.items()}, directory / "model.safetensors", {"format": "pt"}
@@ -144,7 +144,7 @@ def save(directory: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def make_weights(root: Path, kind: str, seed: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-    """The configuration of a chat model, its weights without those of the tower, and those of the tower."""
+    """Configuration of a chat model, its weights without the tower, and the weights of the tower."""
     tower_directory = root / f"{'clip' if kind == 'clip' else 'intern_vit_6b'}-tower"
     tower = make_tower(tower_directory, kind, seed)
     settings = {**chat_settings(tower_directory), **({} if kind != "clip" else GROUPED)}
@@ -155,20 +155,20 @@ def make_weights(root: Path, kind: str, seed: int) -> tuple[Any, dict[str, Tenso
         model = LlavaLlamaForCausalLM(LlavaConfig(**{**LLAMA, **settings}))
     randomize(model, seed + 1)
     with torch.no_grad():
-        model.lm_head.weight[EOS] = 0.0  # never the most probable: answers have the length that is asked for
+        model.lm_head.weight[EOS] = 0.0  # EOS is never chosen, so answers have the requested length
     prefix = f"{model.base_model_prefix}.vision_tower.vision_tower."
     return model.config, dict(model.state_dict()), {f"{prefix}{name}": value for name, value in tower.items()}
 
 
 def make_chat(root: Path, kind: str, seed: int) -> Checkpoint:
-    """A full chat checkpoint beside its tower: `kind` is llama (with InternViT), clip or mpt."""
+    """A full chat checkpoint and its tower directory; `kind` is llama (with InternViT), clip or mpt."""
     config, weights, tower = make_weights(root, kind, seed)
     save(root / "chat", config, weights)
     return Checkpoint(root / "chat", None, {**weights, **tower})
 
 
 def make_projector(root: Path, kind: str, seed: int) -> Checkpoint:
-    """What stage 1 of training leaves, a configuration and `mm_projector.bin`, and the LLaMA directory it needs."""
+    """A stage 1 checkpoint (configuration and `mm_projector.bin`) and the LLaMA base it needs."""
     config, weights, tower = make_weights(root, kind, seed)
     projector = {name: value for name, value in weights.items() if "mm_projector." in name}
     save(root / "base", LlamaConfig(**LLAMA), {n: value for n, value in weights.items() if n not in projector})
@@ -178,7 +178,7 @@ def make_projector(root: Path, kind: str, seed: int) -> Checkpoint:
 
 
 def make_adapter(root: Path, kind: str, seed: int) -> Checkpoint:
-    """What a LoRA run leaves: the adapter, the projector in `non_lora_trainables.bin`, and the base it names."""
+    """A LoRA checkpoint: the adapter, the projector in `non_lora_trainables.bin`, and the base named in its config."""
     made = make_projector(root, kind, seed)
     config = LlavaConfig.from_pretrained(made.path)
     generator = torch.Generator().manual_seed(seed + 2)
@@ -211,7 +211,7 @@ KINDS: Final[Mapping[str, Callable[[Path, str, int], Checkpoint]]] = {
 
 
 def make(kind: str, root: Path) -> Checkpoint:
-    """The checkpoint called `kind`, under `root / kind`."""
+    """Create the checkpoint `kind` under `root / kind`."""
     directory = root / kind
     directory.mkdir(parents=True)
     return KINDS[kind](directory, kind, 10 * list(KINDS).index(kind))

@@ -1,4 +1,4 @@
-"""What the device is, which kernels it runs, and how fast it copies and multiplies."""
+"""The device, its attention kernels, and its copy and matmul rates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llava.self_test.inference import (
 from llava.self_test.report import CheckFailed, CheckSkipped, using_threads, within
 
 HEAD_DIM: Final = 128  # of the published models
-SECONDS: Final = 0.3  # that a rate is measured for
+SECONDS: Final = 0.3  # to measure each rate for
 
 
 def half_dtype(device: torch.device) -> torch.dtype:
@@ -38,7 +38,7 @@ def half_dtype(device: torch.device) -> torch.dtype:
 
 
 def describe_device(device: torch.device, threads: int) -> str:
-    """The device, and the torch that runs it."""
+    """Name and properties of the device, and the torch version."""
     text = platform.machine()
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
@@ -49,29 +49,29 @@ def describe_device(device: torch.device, threads: int) -> str:
 
 
 def check_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """The kernels of the engine's attention, without and with a mask, and those of the model outside the engine."""
+    """Attention kernels of the engine, without and with a mask, and of the model outside the engine."""
     names = [select_kernel(device, dtype, HEAD_DIM, masked=masked)[1] for masked in (False, True)]
     return f"engine {', masked '.join(dict.fromkeys(names))}; model {resolve_attention(device, dtype)}"
 
 
 def check_native(device: torch.device) -> str:
-    """Whether decoding runs in the C++ kernel, which is for the CPU alone."""
+    """Whether decoding runs in the C++ kernel (CPU only)."""
     if device.type != "cpu":
         raise CheckSkipped("only used on the CPU")
     if os.environ.get("LLAVA_NATIVE", "1") == "0":
-        raise CheckSkipped("not used: LLAVA_NATIVE=0 turns it off")
+        raise CheckSkipped("not used: disabled by LLAVA_NATIVE=0")
     if sys.platform != "linux":
-        raise CheckSkipped("not used: it is built on Linux only")
+        raise CheckSkipped("not used: Linux only")
     compiler = find_compiler()
     if compiler is None:
-        raise CheckSkipped("not used: there is no C++ compiler; install g++ or clang")
+        raise CheckSkipped("not used: no C++ compiler found; install g++ or clang")
     if library() is None:
-        raise CheckFailed(f"{compiler} could not build it; the warning above says why")
+        raise CheckFailed(f"{compiler} could not build it; see the warning above")
     return f"in use for up to {native_decode_rows(torch.float32)} rows, built by {compiler}"
 
 
 def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
-    """Several batch sizes through the C++ kernel, with an image in common, against the library's forward."""
+    """Several batch sizes through the C++ kernel, sharing an image, against transformers' forward."""
 
     def step(*args: Any) -> Tensor:
         with using_threads(threads):
@@ -94,7 +94,7 @@ def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
 
 
 def copy_rate(device: torch.device) -> str:
-    """Reading and writing the device's own memory, both counted."""
+    """Device copy bandwidth, reads plus writes."""
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -102,7 +102,7 @@ def copy_rate(device: torch.device) -> str:
 
 
 def upload_rate(device: torch.device) -> str:
-    """From pinned memory of the host."""
+    """Host-to-device bandwidth from pinned memory."""
     if device.type != "cuda":
         raise CheckSkipped("CUDA only")
     size = 2**28
@@ -112,7 +112,7 @@ def upload_rate(device: torch.device) -> str:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> str:
-    """A square product. float32 is computed without TF32."""
+    """Throughput of a square matmul; float32 runs without TF32."""
     side = 1024 if device.type == "cpu" else 8192 if dtype != torch.float32 else 4096
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
@@ -121,7 +121,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """The time of one call, the best of some that take `SECONDS` in all."""
+    """Seconds of one call: the fastest of the calls made within `SECONDS`."""
     best, end = float("inf"), time.perf_counter() + SECONDS
     work()
     while time.perf_counter() < end:
@@ -141,7 +141,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def figure(measure: Callable[[], str]) -> Callable[[], str]:
-    """A measurement that is skipped, not failed, where it cannot be made (no memory left, for instance)."""
+    """Wrap a measurement so that an error, such as out of memory, skips it instead of failing."""
 
     def check() -> str:
         try:

@@ -1,6 +1,6 @@
 """Loading, logits, tokens, sampling and quantisation, against float32 on the CPU.
 
-The reference is the library's own forward and `generate`; what is checked is the device, and the engine on it.
+The reference is transformers' forward and `generate`; the device, and the engine running on it, are under test.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HALF_LIMITS: Final = {torch.bfloat16: 0.05, torch.float16: 0.02}
 QUANTIZED_LIMITS: Final = {8: 0.1, 4: 0.4}
 NEW_TOKENS: Final = 12
 TOP_P: Final = 0.6
-ROUNDING: Final = 1e-3  # of probability: a token this close to the edge of the top-p set may fall on either side
+ROUNDING: Final = 1e-3  # probability: a token this close to the edge of the top-p set may fall on either side
 
 
 class Loaded(NamedTuple):
@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
 
 
 class Role(NamedTuple):
-    """Where and how a model runs. The reference runs the library's own attention and never goes through the engine."""
+    """Device and dtype of a model. The reference uses eager attention and never runs in the engine."""
 
     device: torch.device
     dtype: torch.dtype
@@ -56,7 +56,7 @@ REFERENCE: Final = Role(torch.device("cpu"), torch.float32, "eager")
 
 @dataclass
 class Case:
-    """A kind of checkpoint, made under `root`, and the models that `check_loader` has loaded from it."""
+    """A checkpoint of one kind, created under `root`, and the models that `check_loader` loaded from it."""
 
     kind: str
     root: Path
@@ -68,7 +68,7 @@ class Case:
 
     @cached_property
     def answers(self) -> list[tuple[int, ...]]:
-        """Greedy tokens of each of `make_requests()`, by the reference's `generate`."""
+        """Greedy tokens of each of `make_requests()` from `generate` of the reference."""
         return [generate(self.models[REFERENCE], request) for request in make_requests()]
 
     def load(self, role: Role, **options: Any) -> Loaded:
@@ -79,7 +79,7 @@ class Case:
 
 
 def make_requests(count: int = 5, new_tokens: int = NEW_TOKENS) -> list[Request]:
-    """One request with an image of its own, one without an image, and the rest about one image in common."""
+    """One request with its own image, one without an image, and the rest sharing one image."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (2, 8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
     common, other = (Image.fromarray(one).resize((120, 90), Image.Resampling.NEAREST) for one in pixels)
@@ -90,7 +90,7 @@ def make_requests(count: int = 5, new_tokens: int = NEW_TOKENS) -> list[Request]
 
 
 def inputs(loaded: Loaded, request: Request) -> tuple[list[int], dict[str, Tensor]]:
-    """Token ids and the keyword argument with the images, as the library's forward takes them."""
+    """Token ids and the `images` keyword argument of the model's forward."""
     prompt, images, model = cast("str", request.prompt), cast("list[Image.Image]", request.images), loaded.model
     ids = tokenizer_image_token(prompt, loaded.tokenizer)
     if not images:
@@ -100,7 +100,7 @@ def inputs(loaded: Loaded, request: Request) -> tuple[list[int], dict[str, Tenso
 
 @torch.no_grad()
 def generate(loaded: Loaded, request: Request) -> tuple[int, ...]:
-    """Greedy tokens of the library's `generate`."""
+    """Greedy tokens from transformers' `generate`."""
     ids, images = inputs(loaded, request)
     tokens = loaded.model.generate(
         torch.tensor([ids], device=loaded.model.device),
@@ -114,7 +114,7 @@ def generate(loaded: Loaded, request: Request) -> tuple[int, ...]:
 
 @torch.no_grad()
 def forward_logits(loaded: Loaded, request: Request, tokens: Sequence[int]) -> Tensor:
-    """Logits (T, V) from which each of the T new `tokens` was chosen, by one forward, in float32 on the CPU."""
+    """Logits (T, V) that predict each of the T new `tokens`, from one forward, as float32 on the CPU."""
     ids, images = inputs(loaded, request)
     row = torch.tensor([[*ids, *tokens[:-1]]], device=loaded.model.device)
     logits: Tensor = loaded.model(input_ids=row, **images).logits[0, -len(tokens) :]
@@ -123,7 +123,7 @@ def forward_logits(loaded: Loaded, request: Request, tokens: Sequence[int]) -> T
 
 @contextmanager
 def recorded_logits() -> Iterator[dict[int | None, list[Tensor]]]:
-    """Collects the logits (V,) that engines choose tokens from, in float32 on the CPU, by the seed of the request."""
+    """Collect the logits (V,) that engines sample from, as float32 on the CPU, by the seed of the request."""
     found: dict[int | None, list[Tensor]] = defaultdict(list)
     sample = Sampler.sample
 
@@ -150,7 +150,7 @@ def answer(engine: Engine, requests: Sequence[Request]) -> list[tuple[int, ...]]
 
 
 def engine_error(engine: Engine, reference: Loaded, requests: Sequence[Request]) -> float:
-    """Largest relative error of the engine's logits for all requests in one batch, against one forward each."""
+    """Largest relative error of the engine's logits for all requests in one batch, against one forward per request."""
     labelled = [replace(one, params=replace(one.params, seed=seed)) for seed, one in enumerate(requests)]
     with recorded_logits() as recorded:
         tokens = answer(engine, labelled)
@@ -159,7 +159,7 @@ def engine_error(engine: Engine, reference: Loaded, requests: Sequence[Request])
 
 
 def forward_error(loaded: Loaded, reference: Loaded, requests: Sequence[Request], tokens: Any) -> float:
-    """Largest relative error of the logits of one forward each, behind the same tokens."""
+    """Largest relative error of the logits, one forward per request, after the same tokens."""
     pairs = list(zip(requests, tokens, strict=True))
     return relative_error(
         [forward_logits(loaded, *one) for one in pairs], [forward_logits(reference, *one) for one in pairs]
@@ -167,7 +167,7 @@ def forward_error(loaded: Loaded, reference: Loaded, requests: Sequence[Request]
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest of `|a - b| / |b|` over all rows (V,), NaN if there is one."""
+    """The largest of `|a - b| / |b|` over all rows (V,); NaN if any is NaN."""
     one, other = torch.cat(list(found)).double(), torch.cat(list(wanted)).double()
     return float(((one - other).norm(dim=1) / other.norm(dim=1)).max())
 
@@ -178,7 +178,7 @@ def require_package(name: str, extra: str) -> None:
 
 
 def check_loader(case: Case, roles: Sequence[Role]) -> str:
-    """Load the checkpoint in every role; all weights must be on the device, and be those of the checkpoint."""
+    """Load the checkpoint in every role; all weights must be on the device and equal those of the checkpoint."""
     if case.kind == "adapter":
         require_package("peft", "train")
     case.models.update({role: case.load(role) for role in roles})
@@ -186,7 +186,7 @@ def check_loader(case: Case, roles: Sequence[Role]) -> str:
         found = dict(case.models[role].model.named_parameters(remove_duplicate=False))
         strange = sorted(case.checkpoint.weights.keys() ^ found.keys())
         if strange:
-            raise CheckFailed(f"{strange[0]} is {'not expected' if strange[0] in found else 'missing'}")
+            raise CheckFailed(f"{strange[0]} is {'unexpected' if strange[0] in found else 'missing'}")
         for name, weight in found.items():
             wanted = case.checkpoint.weights[name].to(role.dtype)
             elsewhere = weight.device.type != role.device.type or role.device.index not in (None, weight.device.index)
@@ -200,7 +200,7 @@ def check_loader(case: Case, roles: Sequence[Role]) -> str:
 
 
 def check_logits(case: Case, role: Role) -> str:
-    """Forward and engine against the reference."""
+    """Logits of forward and engine against the reference."""
     loaded, reference, requests = case.models[role], case.models[REFERENCE], make_requests()
     forward = forward_error(loaded, reference, requests, case.answers)
     engine = engine_error(make_engine(loaded), reference, requests)
@@ -217,17 +217,17 @@ def check_tokens(case: Case, role: Role) -> str:
 
 
 def check_batch(case: Case, role: Role) -> str:
-    """All requests in one batch, where those about one image share its keys and values."""
+    """All requests in one batch; those with the same image share its keys and values."""
     engine = make_engine(case.models[role])
     compare(case.answers, answer(engine, make_requests()), "the batch")
     shared = engine.statistics().shared_tokens
     if shared == 0:
-        raise CheckFailed("no token of the common image was shared")
+        raise CheckFailed("no prompt tokens were shared")
     return f"{len(case.answers)} requests, {shared} prompt tokens shared"
 
 
 def compare(wanted: Sequence[tuple[int, ...]], found: Sequence[tuple[int, ...]], who: str) -> None:
-    """Raise `CheckFailed` with the first token that differs."""
+    """Raise `CheckFailed` at the first token that differs."""
     for number, (right, row) in enumerate(zip(wanted, found, strict=True)):
         if right != row:
             at = next(at for at, (one, other) in enumerate(zip_longest(right, row)) if one != other)
@@ -240,16 +240,16 @@ def sampled_requests() -> list[Request]:
 
 
 def check_seeds(case: Case, role: Role) -> str:
-    """A seed gives the same tokens again, whatever shares the batch and wherever the request stands in it."""
+    """A seed reproduces its tokens, whatever the rest of the batch and the position of the request in it."""
     requests, loaded = sampled_requests(), case.models[role]
     first = answer(make_engine(loaded), requests)
     again = answer(make_engine(loaded), [*make_requests(3), *reversed(requests)])[3:][::-1]
     for seed, (one, other) in enumerate(zip(first, again, strict=True)):
         if one != other:
-            raise CheckFailed(f"seed {seed} gave other tokens at another place in the batch")
+            raise CheckFailed(f"seed {seed} produced different tokens at a different batch position")
     if len(set(first)) < len(first):
-        raise CheckFailed("two seeds gave the same tokens")
-    return f"{len(first)} seeds, twice"
+        raise CheckFailed("two seeds produced the same tokens")
+    return f"{len(first)} seeds reproduced"
 
 
 def check_top_p(case: Case, role: Role) -> str:
@@ -261,14 +261,15 @@ def check_top_p(case: Case, role: Role) -> str:
         chosen = probabilities.gather(1, torch.tensor(tokens).unsqueeze(1))  # (T, 1)
         before = torch.where(probabilities > chosen, probabilities, 0.0).sum(dim=1)
         if bool((before >= TOP_P + ROUNDING).any()):
-            raise CheckFailed(f"a token was sampled behind {before.max():.2f} of the probability, with top_p {TOP_P}")
+            found = f"more probable tokens sum to {before.max():.2f}, top_p is {TOP_P}"
+            raise CheckFailed(f"sampled outside the top-p set: {found}")
         ordered = probabilities.sort(dim=1, descending=True).values
         sizes += (ordered.cumsum(dim=1) - ordered < TOP_P).sum(dim=1).tolist()
-    return f"{len(sizes)} tokens within sets of {sum(sizes) / len(sizes):.0f} on average"
+    return f"{len(sizes)} tokens in the top-p set (mean size {sum(sizes) / len(sizes):.0f})"
 
 
 def check_quantized(case: Case, role: Role, bits: int) -> str:
-    """Forward and engine with quantised weights against the same model without."""
+    """Forward and engine with quantised weights, against the same model unquantised."""
     require_package("bitsandbytes", "quant")
     if role.device.type == "mps":
         raise CheckSkipped("bitsandbytes runs on CUDA and CPU only")

@@ -1,4 +1,4 @@
-"""One line for every check, as soon as it is known, and the counts at the end."""
+"""Print one line per check as it finishes, and a summary."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llava.model.multimodal_encoder.builder import ENVIRONMENT as TOWER_VARIABLE
 
 
 class CheckFailed(Exception):
-    """The result of a check is wrong; the text says what was found and what was expected."""
+    """A check failed; the message says what was found and what was expected."""
 
 
 class CheckSkipped(Exception):
-    """A check does not apply here; the text says why."""
+    """A check does not apply here; the message says why."""
 
 
 @dataclass
@@ -34,14 +34,14 @@ class Report:
     started: float = field(default_factory=time.perf_counter)
 
     def run(self, subject: str, name: str, check: Callable[[], str]) -> None:
-        """Run one check, which returns its result as text. Whatever it raises becomes a line, and the rest runs."""
+        """Run `check`, which returns its result as text. An exception is reported and later checks still run."""
         try:
             status, result = "ok", check()
             self.passed += 1
         except CheckSkipped as reason:
             status, result = "skip", str(reason)
             self.skipped += 1
-        except Exception as error:  # a check may fail in any way that the device and its libraries can
+        except Exception as error:  # the device and its libraries may raise anything
             expected = isinstance(error, CheckFailed)
             status, result = "FAIL", str(error) if expected else f"{type(error).__name__}: {error}"
             self.failed += 1
@@ -54,7 +54,7 @@ class Report:
 
 
 def within(errors: Sequence[float], limit: float) -> str:
-    """The largest of `errors` beside its limit. Raises `CheckFailed` when it is larger, or when one is not a number."""
+    """The largest of `errors` and its limit as text. Raises `CheckFailed` when it exceeds the limit or is NaN."""
     largest = max(errors, key=lambda error: (math.isnan(error), error))
     text = f"relative error {largest:.1e}, limit {limit:.0e}"
     if not largest <= limit:
@@ -64,15 +64,14 @@ def within(errors: Sequence[float], limit: float) -> str:
 
 @contextmanager
 def isolated() -> Iterator[int]:
-    """Exact float32 products (TF32 off) and one thread inside; global state is restored, random numbers included.
+    """Disable TF32, use one thread, and restore global state (random state included) afterwards.
 
-    The models are too small to be worth more threads, which wait for each other where other programs run. Gives the
-    number of threads that there were.
+    The models are too small for several threads to pay off on a busy machine. Yields the previous thread count.
     """
     threads = torch.get_num_threads()
     precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     dtype, verbosity = torch.get_default_dtype(), library_logging.get_verbosity()
-    tower = os.environ.pop(TOWER_VARIABLE, None)  # it would take the place of every tower
+    tower = os.environ.pop(TOWER_VARIABLE, None)  # it would override every tower
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.set_default_dtype(torch.float32)
@@ -93,7 +92,7 @@ def isolated() -> Iterator[int]:
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Run with `count` threads inside."""
+    """Use `count` threads, then restore the previous count."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

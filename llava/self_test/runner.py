@@ -1,4 +1,4 @@
-"""The self-test of `llava doctor`, one line a check: every kind of checkpoint, on one device."""
+"""The self-test of `llava doctor`: every kind of checkpoint on one device, one line per check."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llava.self_test.report import Report, isolated, using_threads
 
 
 def self_test(device: torch.device, write: Callable[[str], None]) -> int:
-    """Run all checks on `device`, one line each through `write`; the number of those that failed.
+    """Run all checks on `device`, passing one line per check to `write`; return the number of failures.
 
-    Nothing is downloaded: the models are made here, in a temporary directory.
+    Nothing is downloaded: the models are created in a temporary directory.
     """
     report = Report(write)
     exact, half = Role(device, torch.float32), Role(device, hardware.half_dtype(device))
@@ -41,11 +41,11 @@ def check_hardware(report: Report, exact: Role, half: Role, threads: int) -> Non
 
 
 def check_kind(report: Report, kind: str, root: Path, exact: Role, half: Role, threads: int) -> None:
-    """All checks of one kind of checkpoint; sampling, training, quantisation and the C++ kernel for some only."""
+    """All checks of one kind of checkpoint; only some kinds check sampling, training, quantisation and C++."""
     case = Case(kind, root)
     run = partial(report.run, kind)
     run("loader", lambda: inference.check_loader(case, [REFERENCE, exact, half]))
-    if not case.models:  # the line above says why
+    if not case.models:  # already reported by the loader check
         return
     run(f"logits {short(exact.dtype)}", lambda: inference.check_logits(case, exact))
     run("greedy tokens", lambda: inference.check_tokens(case, exact))
@@ -61,11 +61,11 @@ def check_kind(report: Report, kind: str, root: Path, exact: Role, half: Role, t
         run("sampling, same seed", lambda: inference.check_seeds(case, exact))
         run("sampling, top_p", lambda: inference.check_top_p(case, exact))
         for bits in (8, 4):
-            run(f"{bits} bit", partial(inference.check_quantized, case, half, bits))
+            run(f"{bits}-bit", partial(inference.check_quantized, case, half, bits))
 
 
 def check_rates(report: Report, device: torch.device, half: torch.dtype) -> None:
-    """Figures to compare with those of the card's data sheet."""
+    """Rates to compare with the data sheet of the GPU; they never fail."""
     rates: dict[str, Callable[[], str]] = {"copy": partial(hardware.copy_rate, device)}
     if device.type == "cuda":
         rates["copy from host"] = partial(hardware.upload_rate, device)

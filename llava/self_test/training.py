@@ -1,4 +1,4 @@
-"""One optimizer step, against the library's forward and backward in float32 on the CPU."""
+"""One optimizer step, against transformers' forward and backward in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 def make_batch(loaded: Loaded) -> dict[str, Any]:
-    """Rows of several lengths, one of them without an image; the second half of each is supervised."""
+    """A padded batch of different lengths, one row without an image; the second half of each row is supervised."""
     given = [inputs(loaded, request) for request in make_requests()]
     rows = [[*ids, *range(40, 44 + number)] for number, (ids, _) in enumerate(given)]
     longest = max(map(len, rows))
@@ -34,7 +34,7 @@ def make_batch(loaded: Loaded) -> dict[str, Any]:
     lengths = torch.tensor([[len(row)] for row in rows])
     places = torch.arange(longest)
     unsupervised = (places >= lengths) | (places < lengths // 2) | (ids < 0)
-    blank = torch.zeros_like(next(images["images"] for _, images in given if images))  # of the row without an image
+    blank = torch.zeros_like(next(images["images"] for _, images in given if images))  # for the row without an image
     device = loaded.model.device
     return {
         "input_ids": ids.to(device),
@@ -45,7 +45,7 @@ def make_batch(loaded: Loaded) -> dict[str, Any]:
 
 
 def train_step(loaded: Loaded, *, packed: bool, autocast: torch.dtype | None = None) -> Step:
-    """Loss, backward and AdamW on everything but the tower; `packed` takes the training path, else the library's."""
+    """Loss, backward and AdamW for everything but the tower; packed or as in transformers."""
     model, batch = loaded.model, make_batch(loaded)
     model.train(packed)
     parameters = [value for name, value in model.named_parameters() if "vision_tower" not in name]
@@ -71,13 +71,13 @@ def train_step(loaded: Loaded, *, packed: bool, autocast: torch.dtype | None = N
 
 
 def check_step(case: Case, role: Role, autocast: torch.dtype | None = None) -> str:
-    """Losses and gradients of the model of `role`, in float32, against the reference; both are loaded anew."""
+    """Losses and gradients of the model of `role`, with float32 weights, against the reference; both are reloaded."""
     if autocast is not None and not torch.amp.is_autocast_available(role.device.type):
-        raise CheckSkipped(f"this torch has no mixed precision on {role.device.type}")
+        raise CheckSkipped(f"this torch does not support autocast on {role.device.type}")
     wanted = train_step(case.load(REFERENCE), packed=False)
     found = train_step(case.load(role), packed=True, autocast=autocast)
     if not found.after < found.before:
-        raise CheckFailed(f"the loss went from {found.before:.4f} to {found.after:.4f}")
+        raise CheckFailed(f"the loss did not fall: {found.before:.4f} to {found.after:.4f}")
     losses = [(found.before, wanted.before), (found.after, wanted.after)]
     errors = [abs(one - other) / other for one, other in losses]
     errors.append(float(((found.norms - wanted.norms) / wanted.norms).abs().max()))

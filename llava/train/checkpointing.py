@@ -193,7 +193,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned.
 
-    On another number of CUDA devices than the checkpoint's, the devices both have are restored, with a warning.
+    If the number of CUDA devices differs from the checkpoint's, the devices in both are restored, with a warning.
     """
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
@@ -204,7 +204,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     if len(saved) != visible:
         logger.warning(
             "The checkpoint holds the random state of %d CUDA device(s) and %d are visible: the resumed run will not "
-            "repeat the original one exactly. Resume with as many visible devices for an exact repetition.",
+            "reproduce the original exactly. To reproduce it, resume with the same number of visible devices.",
             len(saved),
             visible,
         )

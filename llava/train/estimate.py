@@ -246,7 +246,7 @@ def setup_of(flags: Namespace, gpus: int, data: sizes.Data) -> Setup:
         checkpointing=flags.gradient_checkpointing,
         dropout=flags.lora_dropout > 0,
         accumulation=flags.gradient_accumulation_steps,
-        foreach=bool(flags.fp16),  # elsewhere CUDA runs the fused AdamW (llava.arguments.use_fused_adamw)
+        foreach=bool(flags.fp16),  # otherwise CUDA uses fused AdamW (llava.arguments.use_fused_adamw)
     )
 
 

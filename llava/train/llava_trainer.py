@@ -217,7 +217,7 @@ class LLaVATrainer(transformers.Trainer):
         mask = inputs.get("attention_mask")
         supervised = (labels[:, 1:] != IGNORE_INDEX).sum()
         tokens = ids.new_full((), ids.numel()) if mask is None else mask.sum()
-        images = tokens.new_full((), len(inputs.get("images", ())))  # filled on the device: nothing waits
+        images = tokens.new_full((), len(inputs.get("images", ())))  # filled on the device: no synchronisation
         tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
         if tower is not None:
             tokens = tokens + (ids == IMAGE_TOKEN_INDEX).sum() * (tower.num_features - 1)

@@ -1,4 +1,4 @@
-"""Checkpoints of every kind on tiny models, and a pretended card."""
+"""Tiny checkpoints of every kind, and a simulated GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.threads import one_thread
 
 __all__ = ["one_thread"]
 
-# Large weights, so that every position and image changes the tokens; heads of 16.
+# Large weights, so that every position and image affects the tokens; head size 16.
 LIVELY = {"initializer_range": 0.25, "hidden_size": 64}
 Parts = tuple[Any, Any, Any]
 
@@ -27,7 +27,7 @@ def card() -> Iterator[devices.Card]:
 
 @pytest.fixture(scope="session")
 def checkpoints(tiny_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """By name, the path of a checkpoint and that of its base (None for a complete one)."""
+    """Paths of each checkpoint and its base (None for a complete one), by name."""
     root = tmp_path_factory.mktemp("cuda")
     tower = tiny_dirs["tower"]
     chat = tiny.make_chat(root / "chat", tower, **LIVELY)

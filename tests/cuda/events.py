@@ -1,4 +1,4 @@
-"""What a pretended card makes the host do: uploads, downloads, hidden synchronisations, each with its place."""
+"""Events recorded on a simulated GPU: uploads, downloads and hidden synchronisations, with source locations."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = str(ROOT / "llava") + "/"
 LIBRARY = str(Path(torch.__file__).parent) + "/"
-HELPERS = (PACKAGE + "placement.py", PACKAGE + "model/transfer.py")  # what these copy is the caller's doing
+HELPERS = (PACKAGE + "placement.py", PACKAGE + "model/transfer.py")  # copies made here are attributed to the caller
 HERE = (f"{ROOT}/tests/devices.py", f"{ROOT}/tests/cuda/events.py", f"{ROOT}/tests/cuda/kernels.py")
 
 Kind = Literal["upload", "download", "sync", "wait", "peer"]
 """
 upload: a copy of pinned host memory with `non_blocking`, for which the host does not wait.
-download: numbers that come to the host: `.cpu()`, `.tolist()`, `.item()`, `bool()`, a copy into host memory.
-sync: the host waits although no numbers were asked for: a pageable upload, `nonzero`, a boolean index.
+download: values copied to the host: `.cpu()`, `.tolist()`, `.item()`, `bool()`, a copy into host memory.
+sync: the host waits although no values were requested: a pageable upload, `nonzero`, a boolean index.
 wait: an explicit `synchronize()` of a device, a stream or an event.
-peer: a copy from one card to another.
+peer: a copy from one GPU to another.
 """
 
-# Operators that read a count or a flag back from the device before they can go on.
+# Operators that read a count or a flag back from the device before they continue.
 HIDDEN = {
     "aten::nonzero",
     "aten::masked_select",
@@ -42,7 +42,7 @@ INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_p
 
 @dataclass(frozen=True)
 class Place:
-    """One event: what the host did, and the line of `llava/` (of the caller outside torch, if none) that caused it."""
+    """One event and the line that caused it: in `llava/`, or else in the caller outside torch."""
 
     kind: Kind
     file: str  # relative to the repository
@@ -91,7 +91,7 @@ class Events(list[Place]):
 
 
 def place(kind: Kind, what: str) -> Place:
-    """An event of the code that runs now."""
+    """An event at the current source location."""
     frame: Any = sys._getframe(1)
     outside = None
     while frame is not None:
@@ -107,7 +107,7 @@ def place(kind: Kind, what: str) -> Place:
 
 
 def hidden_sync(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kind, str] | None:
-    """Whether an operator on tensors of a card makes the host wait, copies apart."""
+    """The hidden synchronisation of an operator on simulated CUDA tensors, if any; copies are handled elsewhere."""
     name = func._schema.name
     if name in READS:
         return "download", name

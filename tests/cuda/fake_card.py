@@ -1,4 +1,4 @@
-"""A GPU that is only claimed to be there: tensors on "cuda" with shapes and no numbers, on a machine without one."""
+"""A fake GPU: "cuda" tensors with shapes but no values, on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ALIGNMENT: Final = 16  # elements between the rows of a mask that the memory-eff
 
 
 def fake_card(patch: pytest.MonkeyPatch) -> FakeTensorMode:
-    """Patch torch to describe one H200, and return the mode under which tensors may be made on it.
+    """Patch torch to describe one H200, and return the mode under which tensors can be created on it.
 
-    Whatever needs numbers (`.item()`, `.tolist()`, a boolean index) fails there.
+    Whatever needs values (`.item()`, `.tolist()`, a boolean index) fails.
     """
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
     described = {
@@ -54,7 +54,7 @@ def fused_attention(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """What `scaled_dot_product_attention` dispatches to on a recent card in 16 bit; without one it chooses "math"."""
+    """The kernels that `scaled_dot_product_attention` selects on a recent GPU in 16-bit, instead of "math"."""
     if attn_mask is None:
         kernel, bias = torch.ops.aten._scaled_dot_product_flash_attention, ()
     else:
@@ -70,12 +70,12 @@ def fused_attention(
 def efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *args: Any, **options: Any
 ) -> Any:
-    """The operator with the demand that its kernel makes on the card."""
+    """The operator, with the alignment check of its CUDA kernel."""
     aligned = bias is None or not any(stride % ALIGNMENT for stride in bias.stride()[:-1])
     assert aligned, f"attn_bias is not correctly aligned: strides {bias.stride()}"
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, *args, **options)
 
 
 def stacked(modules: Sequence[nn.Linear], name: str) -> Tensor:
-    """Stands for `product.fuse`, which compares addresses of memory."""
+    """Replaces `product.fuse`, which compares memory addresses."""
     return torch.cat([module.get_parameter(name).data for module in modules])

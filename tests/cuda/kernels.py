@@ -1,7 +1,7 @@
-"""CPU computations of the attention operators that only CUDA has, with the demands that the real kernels make.
+"""CPU versions of the CUDA-only attention operators, with the input checks of the real kernels.
 
-Each takes and returns plain CPU tensors. What the real kernel refuses raises here too, and what it leaves undefined is
-NaN here, so that code which passes on the pretended card does not depend on luck on a real one.
+Each takes and returns plain CPU tensors. Inputs that the real kernel rejects raise here too, and values it leaves
+undefined are NaN here, so that code passing on the simulated GPU does not rely on undefined values on a real one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def alignment(dtype: torch.dtype) -> int:
-    """Elements in 16 bytes, the unit that vectorised loads of the attention bias need."""
+    """Elements per 16 bytes, the alignment required by vectorised loads of the attention bias."""
     return 16 // dtype.itemsize
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """What both kernels demand of (B, H, M, D), (B, H, W, D) and (B, H, W, Dv)."""
+    """Requirements of both kernels on (B, H, M, D), (B, H, W, D) and (B, H, W, Dv)."""
     shapes = ", ".join(str(tuple(part.shape)) for part in (query, key, value))
     if any(part.dim() != 4 for part in (query, key, value)):
         raise RuntimeError(f"fused attention takes 4-D query, key and value, got {shapes}")
@@ -68,7 +68,7 @@ def flash(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """`aten._scaled_dot_product_flash_attention`: 16 bit only, no mask, heads of a multiple of 8 and at most 256."""
+    """`aten._scaled_dot_product_flash_attention`: 16-bit only, no mask, head size a multiple of 8 up to 256."""
     check_inputs(query, key, value)
     size = query.shape[-1]
     if query.dtype not in HALF:
@@ -76,9 +76,9 @@ def flash(
     if size % 8 or size > 256 or value.shape[-1] != size:
         raise RuntimeError(f"FlashAttention takes heads of a multiple of 8 up to 256, got {size}")
     if is_causal and query.shape[2] != key.shape[2]:
-        raise RuntimeError("FlashAttention aligns the causal mask at the last key; give as many queries as keys")
+        raise RuntimeError("FlashAttention aligns the causal mask at the last key; pass as many queries as keys")
     if dropout_p:
-        raise RuntimeError("the pretended FlashAttention has no dropout")
+        raise RuntimeError("the simulated FlashAttention has no dropout")
     out, sums = attention(query, key, value, None, is_causal, scale)
     empty = torch.empty(0)
     state = torch.zeros(2, dtype=torch.int64)
@@ -97,14 +97,14 @@ def efficient(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """`aten._scaled_dot_product_efficient_attention`; the rows of log-sum-exp behind the last query hold NaN."""
+    """`aten._scaled_dot_product_efficient_attention`; the log-sum-exp after the last query is NaN."""
     check_inputs(query, key, value)
     for name, part in (("query", query), ("key", key), ("value", value)):
         check_strides(name, part, 4 if part.dtype in HALF else 1)
     if attn_bias is not None:
         check_bias(attn_bias, query, key)
     if dropout_p:
-        raise RuntimeError("the pretended efficient attention has no dropout")
+        raise RuntimeError("the simulated efficient attention has no dropout")
     out, sums = attention(query, key, value, attn_bias, is_causal, scale)
     batch, heads, queries = sums.shape
     padded = -(-queries // LSE_ALIGNMENT) * LSE_ALIGNMENT if compute_log_sumexp else 0
@@ -114,7 +114,7 @@ def efficient(
 
 
 def check_strides(name: str, tensor: Tensor, unit: int) -> None:
-    """Strides of batches, heads and rows must be multiples of `unit` elements; those of single entries do not count."""
+    """Strides of batches, heads and rows must be multiples of `unit` elements; dimensions of size 1 are ignored."""
     for dim, label in enumerate(("strideB", "strideH", "strideM")):
         if tensor.shape[dim] > 1 and tensor.stride(dim) % unit:
             raise RuntimeError(
@@ -144,6 +144,6 @@ KERNELS: dict[Any, Callable[..., Any]] = {
 
 
 def check_capability(func: Any, capability: tuple[int, int], dtype: torch.dtype) -> None:
-    """Cards older than Ampere have no FlashAttention, and no fused attention in bfloat16."""
+    """GPUs older than Ampere have no FlashAttention and no fused attention in bfloat16."""
     if capability < (8, 0) and (KERNELS[func] is flash or dtype == torch.bfloat16):
-        raise RuntimeError(f"{func} in {dtype} needs an Ampere GPU or newer; this card is {capability}")
+        raise RuntimeError(f"{func} in {dtype} needs an Ampere GPU or newer; this GPU is {capability}")

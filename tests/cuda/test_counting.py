@@ -1,4 +1,4 @@
-"""The counters and floors of the benchmarks, against figures worked out by hand."""
+"""The counters and floors of the benchmarks, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_bytes_are_those_that_are_touched() -> None:
     assert bytes_of(lambda: x[:2].mul_(x[2:4])) == 3 * 2 * row
     assert bytes_of(lambda: x.fill_(0)) == 6 * row
     assert bytes_of(lambda: x[:3].copy_(x[3:])) == 2 * 3 * row
-    assert bytes_of(lambda: x.add(x[:1].expand(6, 8))) == (6 + 6 + 1) * row  # the repeated row is one in memory
+    assert bytes_of(lambda: x.add(x[:1].expand(6, 8))) == (6 + 6 + 1) * row  # the expanded row is stored once
     assert bytes_of(lambda: F.embedding(ids, table)) == 2 * 2 * row + ids.nbytes
     assert bytes_of(lambda: table[ids]) == 2 * 2 * row + ids.nbytes
     assert bytes_of(lambda: table.index_put_((ids,), x[:2])) == 2 * 2 * row + ids.nbytes
@@ -103,11 +103,11 @@ def test_time_is_bound_operator_by_operator() -> None:
 @pytest.mark.skipif(not hasattr(torch.ops.aten, "_fused_rms_norm"), reason="this torch has no fused rms_norm")
 @pytest.mark.parametrize("built_for_cuda", [False, True])
 def test_a_fused_norm_is_one_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch, built_for_cuda: bool) -> None:
-    """Also where torch has no such kernel because it was built for the CPU alone."""
+    """Also with CPU-only builds of torch, which have no such kernel."""
     counting._is_composite.cache_clear()
     if built_for_cuda:  # then the dispatcher knows it
         if torch.version.cuda is None:
-            pytest.skip("torch is built for the CPU alone")
+            pytest.skip("torch is built for the CPU only")
         monkeypatch.setattr(counting, "_FUSED", frozenset())
     with fake_card(monkeypatch), torch.inference_mode():
         x, weight = torch.empty(4, 16, device="cuda"), torch.empty(8, device="cuda")
@@ -142,7 +142,7 @@ def shape_at(pixels: int) -> Shape:
 
 
 def test_floors_of_two_cards() -> None:
-    """Milliseconds worked out beforehand from widths and depths, and seconds a step."""
+    """Milliseconds computed independently from widths and depths, and seconds per step."""
     small, large = shape_at(336), shape_at(448)
 
     def ms(cost: Cost) -> tuple[float, float]:
@@ -175,7 +175,7 @@ def test_a_random_model_answers_without_a_checkpoint() -> None:
     assert features.shape == (2, 16, QUICK.hidden) and features.isfinite().all()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     engine = make_engine(model, max_batch_size=2)
-    assert not engine.special.end  # answers have the length that is asked for
+    assert not engine.special.end  # EOS is ignored
     image, prompt = torch.randn(3, 56, 56), [1, -200, 300, 301]
     answers = engine.generate([Request(prompt, [image], SamplingParams(6)), Request([1, 300], [], SamplingParams(3))])
     assert [len(answer.token_ids) for answer in answers] == [6, 3]

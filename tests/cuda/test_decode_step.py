@@ -1,4 +1,4 @@
-"""What a decode step makes the host wait for: one upload and one download, whatever the batch."""
+"""Synchronisations of a decode step: one upload and one download, whatever the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cuda.conftest import Parts, load
 from tests.cuda.events import Events
 
 PIXELS = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-COMMON = [1, *range(300, 330)]  # a beginning that is worth sharing
+COMMON = [1, *range(300, 330)]  # long enough to be shared
 SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9}}
 
 
@@ -26,7 +26,7 @@ def parts(checkpoints: dict[str, tuple[Path, Any]]) -> Parts:
 
 
 def requests(count: int, prefix: str, sampling: str) -> list[Request]:
-    """`count` prompts of different lengths: each by itself, behind one beginning, or behind one of two images."""
+    """`count` prompts of different lengths: separate, after one shared prefix, or after one of two images."""
     made = []
     for number in range(count):
         params = SamplingParams(max_new_tokens=40, seed=number, **SAMPLING[sampling])
@@ -83,7 +83,7 @@ def test_the_librarys_forward_waits_no_more(
 
 
 def test_a_steady_step_is_found(parts: Parts, card: devices.Card) -> None:
-    """The assertion above looks at steps that do something."""
+    """The assertion above covers steps that do work."""
     engine = Engine(*parts, max_batch_size=16)
     for prefix in ("own", "text", "images"):
         steps = steady_steps(engine, requests(4, prefix, "greedy"), card)
@@ -96,7 +96,7 @@ def test_a_steady_step_is_found(parts: Parts, card: devices.Card) -> None:
 def test_a_prefill_with_images_waits_for_nothing_but_its_tokens(
     parts: Parts, card: devices.Card, sampling: str, count: int
 ) -> None:
-    """Rows of different lengths behind two images: pixels, ids and indices are sent without waiting."""
+    """Rows of different lengths after two images: pixels, ids and indices are sent asynchronously."""
     engine = Engine(*parts, max_batch_size=16)
     handles = [engine.submit(request) for request in requests(count, "images", sampling)]
     with torch.no_grad(), card.record() as events:

@@ -1,4 +1,4 @@
-"""The pretended card notices what a real one would: otherwise the tests on it prove nothing."""
+"""The simulated GPU detects what a real one would; otherwise the tests on it prove nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HERE = "tests/cuda/test_devices.py"
 
 
 def line_of(code: str) -> int:
-    """The number of the only line of this file that is `code`, blanks apart."""
+    """Number of the only line of this file that equals `code`, ignoring indentation."""
     with open(__file__) as file:  # noqa: PTH123
         [number] = [number for number, line in enumerate(file, 1) if line.strip() == code]
     return number

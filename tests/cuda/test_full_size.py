@@ -1,7 +1,7 @@
-"""Vicuna-7B with InternViT-6B on a GPU that is only claimed to be there: launches, operations and bytes of the engine.
+"""Vicuna-7B with InternViT-6B on a fake GPU: launches, operations and bytes of the engine.
 
-Tensors have shapes and no numbers (`tests.cuda.fake_card`), so all layers of the full size run in seconds and without
-memory. What is counted is what torch would launch on a card of compute capability 9.0.
+Tensors have shapes but no values (`tests.cuda.fake_card`), so the full-size model runs in seconds and without memory.
+The counts are what torch would launch on a GPU of compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROWS = 16
 OWN = 701  # tokens of a row after the step: an image of 336 px, text, an answer; no multiple of 16
 EVEN = [OWN - 1] * ROWS
 MIXED = [*EVEN[1:], 600]  # a row that is shorter than the others needs a mask
-PREFIXES = (640, 104)  # tokens of two segments that all rows stand behind
+PREFIXES = (640, 104)  # tokens of two segments shared by all rows
 HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # torch 2.9; before, a norm takes six kernels
 
 pytestmark = pytest.mark.skipif(not HAS_FUSED_NORM, reason="rms_norm has no kernel of its own in this torch")
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(not HAS_FUSED_NORM, reason="rms_norm has no kern
 
 @dataclass
 class Card:
-    """The full model on the claimed GPU."""
+    """The full model on the fake GPU."""
 
     mode: FakeTensorMode
     lm: FastLlama
@@ -61,7 +61,7 @@ class Card:
         return Span(Segment(tuple(range(tokens)), tuple(range(tokens + 1)), data), tokens)
 
     def decode(self, lengths: list[int], prefixes: tuple[int, ...]) -> OpCounter:
-        """A step of rows that have `lengths` cached tokens of their own behind the prefixes; counted once."""
+        """A step of rows with `lengths` own cached tokens after the prefixes; counted once."""
         key = tuple(lengths), prefixes
         if key not in self.counted:
             with self.mode, torch.inference_mode():
@@ -103,7 +103,7 @@ def close(expected: float, share: float) -> object:
 
 
 def skipped(shape: Shape, rows: int, tokens: int) -> float:
-    """Operations that a prefill saves in its last layer, which only the last token of a row passes whole."""
+    """Operations saved in the last layer of a prefill, which only the last token of each row runs in full."""
     after_attention = shape.hidden**2 + 3 * shape.hidden * shape.intermediate
     return rows * (tokens - 1) * (2 * after_attention + 2 * shape.hidden * tokens)
 
@@ -117,7 +117,7 @@ def test_weights_take_the_memory_of_16_bits(card: Card) -> None:
 @pytest.mark.parametrize("lengths", [EVEN, MIXED], ids=["even", "mixed"])
 @pytest.mark.parametrize(("segments", "most"), [(0, 520), (1, 710), (2, 905)])
 def test_launches_of_a_decode_step(card: Card, lengths: list[int], segments: int, most: int) -> None:
-    """Each budget is too small for one operator more in every layer."""
+    """Each budget is too small for one more operator per layer."""
     counter = card.decode(lengths, PREFIXES[:segments])
     assert counter.launches <= most, counter.table(20)
 
@@ -132,7 +132,7 @@ def test_a_decode_step_computes_and_reads_what_its_floor_says(card: Card, segmen
 
 
 def test_sampling_stays_on_the_device(card: Card) -> None:
-    """Rows are sampled together: as many launches for sixteen as for two, and nothing waits for a number."""
+    """Rows are sampled together: as many launches for sixteen as for two, and no synchronisation."""
     launches = []
     for rows in (2, ROWS):
         sampler = Sampler([SamplingParams(8, temperature=0.7, top_p=0.9)] * rows, [torch.Generator()] * rows)
@@ -160,7 +160,7 @@ def test_a_prefill_is_bound_by_its_products(card: Card) -> None:
 
 
 def test_rows_of_mixed_length_need_few_launches_more(card: Card) -> None:
-    """And no index whose size only the device knows: fake tensors fail on one."""
+    """No index has a size known only to the device: fake tensors would fail."""
     counter = card.prefill([640, 500, 64])
     assert counter.launches <= 615, counter.table(20)
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark on the CPU: all of its parts at tiny sizes, and a runner that no part can bring down."""
+"""The GPU benchmark on the CPU: all parts at toy sizes, and a runner that survives any failing part."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
             continue
         assert part["status"] == "ok" and part["lines"], (name, part)
         assert all(line.get("ok", True) for line in part["lines"]), name
-    assert "| what | measured | floor or prediction | share |" in done.stdout
+    assert "| what | measured | floor or prediction | fraction |" in done.stdout
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -96,7 +96,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def run(bench: Bench, *works: Callable[[Bench], None], seconds: float = LONG, grace: float = LONG) -> dict[str, Any]:
-    """Run `works` as parts a, b, c of `seconds` each; what is stored afterwards."""
+    """Run `works` as parts a, b, c of `seconds` each; return the stored results."""
     parts = [Part(name, seconds, work) for name, work in zip("abc", works)]
     run_parts(parts, bench, time.monotonic() + LONG, grace)
     parts_stored: dict[str, Any] = stored(bench.report.file.parent)["parts"]
@@ -150,7 +150,7 @@ def test_a_part_over_its_limit_is_stopped_and_the_next_runs(bench: Bench, stubbo
 
 
 def test_a_part_that_hangs_ends_the_run_with_all_known_lines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wait in C is not interrupted; here leaving the process is what lets it go on."""
+    """A wait in C is not interrupted; only exiting the process ends it."""
     gone = threading.Event()
     left: list[dict[str, Any]] = []
 
@@ -169,7 +169,7 @@ def test_a_part_that_hangs_ends_the_run_with_all_known_lines(bench: Bench, monke
 
 
 def test_no_interruption_arrives_after_a_part_has_ended() -> None:
-    """The limit falls on the end of the block again and again; an interruption outside of the guard fails the test."""
+    """The limit coincides with the end of the block many times; an interruption outside the guard fails the test."""
     for number in range(400):
         watchdog = Watchdog(0.0005, LONG, lambda: None)
         try:
@@ -196,7 +196,7 @@ def test_a_part_knows_when_its_time_is_used_up(bench: Bench) -> None:
 
     parts = run(bench, long, seconds=LONG)
     assert parts["a"]["lines"] == [
-        {"what": "second", "value": None, "unit": "", "note": "the time of this part was used up"}
+        {"what": "second", "value": None, "unit": "", "note": "the part reached its time limit"}
     ]
 
 
@@ -265,9 +265,9 @@ def test_the_exit_status_follows_correctness(
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     assert program.main([*CPU_QUICK, "--out", str(tmp_path)]) == status
     out = capsys.readouterr().out
-    assert "| what | measured | floor or prediction | share |" in out
+    assert "| what | measured | floor or prediction | fraction |" in out
     assert ("| speed | 4 ms | 3 ms | 75% |" in out) == (good in works)
-    assert ("WRONG: tokens: 3 of 4" in out) == (wrong in works)
+    assert ("FAIL: tokens: 3 of 4" in out) == (wrong in works)
     assert str(tmp_path / "gpu.json") in out
 
 
@@ -278,8 +278,8 @@ def test_only_the_parts_asked_for_run(
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     assert program.main([*CPU_QUICK, "--out", str(tmp_path), "--only", "two"]) == 0
     parts = stored(tmp_path)["parts"]
-    assert parts["one"]["reason"] == "not asked for" and parts["two"]["status"] == "ok"
-    assert "not asked for" not in capsys.readouterr().out
+    assert parts["one"]["reason"] == "not selected" and parts["two"]["status"] == "ok"
+    assert "not selected" not in capsys.readouterr().out
 
 
 def test_shares_and_what_misses_its_floor(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,7 +300,7 @@ def test_shares_and_what_misses_its_floor(bench: Bench, capsys: pytest.CaptureFi
     assert out.rstrip().endswith("Below 70% of the floor:\n- step: 60%")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
 def test_without_a_card_one_sentence_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main([]) == 2
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""On a pretended card every kind of model gives the CPU's tokens, losses and gradients, by its CUDA branches."""
+"""On a simulated GPU the CUDA branches of every model return the CPU's tokens, losses and gradients."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ QUESTIONS = ("What color is the shape?", "Is there a circle?", "Why? Describe th
 
 
 def sample_together(self: Sampler, logits: Tensor) -> Tensor:
-    """What a `Sampler` does on CUDA, where a seed does not give the tokens that it gives on the CPU."""
+    """A `Sampler` as on CUDA, where a seed does not return the tokens it returns on the CPU."""
     columns = [torch.tensor(column) for column in self.columns()]
     best = logits.argmax(dim=-1)
     return torch.where(columns[0] > 0, sample_top_p(logits, *columns), best) if columns else best
 
 
 def on_both(run: Callable[[str], Any]) -> tuple[Any, Any]:
-    """What `run(device)` gives on the CPU, and on a pretended card."""
+    """Results of `run(device)` on the CPU and on a simulated GPU."""
     with mock.patch.object(Sampler, "sample", sample_together):
         expected = run("cpu")
     with devices.pretended_cuda():
@@ -41,7 +41,7 @@ def on_both(run: Callable[[str], Any]) -> tuple[Any, Any]:
 
 
 def batch(**sampling: Any) -> list[Request]:
-    """Questions about two images, in prompts that begin alike, and one without an image."""
+    """Questions about two images, in prompts with a common prefix, and one without an image."""
     requests = []
     for number, question in enumerate(QUESTIONS):
         params = SamplingParams(max_new_tokens=10, seed=number if sampling else None, **sampling)
@@ -51,7 +51,7 @@ def batch(**sampling: Any) -> list[Request]:
 
 
 def two_turns(engine: Engine) -> list[tuple[int, ...]]:
-    """A conversation about an image that the engine preprocesses; the second turn starts behind the first."""
+    """A conversation about an image that the engine preprocesses; the second turn continues the first."""
     chat, said = ChatSession(engine, "v1", SamplingParams(max_new_tokens=6)), []
     chat.attach("red.png", IMAGE)
     for text in ("What is this?", "And why?"):
@@ -62,7 +62,7 @@ def two_turns(engine: Engine) -> list[tuple[int, ...]]:
 
 
 def answers(engine: Engine) -> dict[str, Any]:
-    """Everything that the engine does, by what it is."""
+    """Results of every engine feature, by name."""
     beams = Request("<image>\nWhat color?", [PIXELS[0]], SamplingParams(max_new_tokens=5, num_beams=3))
     return {
         "greedy": [one.token_ids for one in engine.generate(batch())],
@@ -125,7 +125,7 @@ def test_training(checkpoints: Checkpoints, kind: str, checkpointing: bool) -> N
 
 
 def test_bfloat16(checkpoints: Checkpoints) -> None:
-    """First tokens only: those behind depend on how sums are rounded."""
+    """First tokens only: later ones depend on rounding."""
 
     def run(device: str) -> list[tuple[int, ...]]:
         model, tokenizer, processor = load(checkpoints, "llama sdpa", device, dtype="bfloat16")
@@ -146,7 +146,7 @@ def test_bfloat16(checkpoints: Checkpoints) -> None:
 def test_shared_prefixes_run_on_fused_kernels(
     checkpoints: Checkpoints, dtype: str, capability: tuple[int, int], kernels: set[str]
 ) -> None:
-    """And nothing is left to the fallback that materialises scores, whose tokens would be the same."""
+    """The fallback that materialises scores, whose tokens would be the same, never runs."""
     ran: set[str] = set()
 
     def counted(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,7 +165,7 @@ def test_shared_prefixes_run_on_fused_kernels(
 
 
 def test_a_model_spread_over_cards(checkpoints: Checkpoints) -> None:
-    """The loader chooses cards by their free memory; every layer's keys and values stay on its card."""
+    """The loader chooses GPUs by free memory; each layer's keys and values stay on its GPU."""
     model, tokenizer, processor = load(checkpoints, "llama sdpa", "cpu")
     expected = [one.token_ids for one in Engine(model, tokenizer, processor).generate(batch())]
     with devices.pretended_cuda(count=4) as card:

@@ -1,4 +1,4 @@
-"""The training program on a pretended card: the losses and the checkpoint of a run on the CPU."""
+"""The training program on a simulated GPU: losses and checkpoint equal those of a CPU run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.train import runs
 
 
 def forget_devices() -> None:
-    """Accelerate remembers the device of a process's first run."""
+    """Accelerate keeps the device of the first run in a process."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 

@@ -240,7 +240,7 @@ def test_random_state_is_restored_on_the_devices_that_both_have(
     checkpointing.set_random_state(state)
     both = min(saved, visible)
     assert restored == dict(zip(range(both), range(both)))
-    assert caplog.text.count("will not repeat") == (saved != visible)
+    assert caplog.text.count("will not reproduce") == (saved != visible)
 
 
 def test_a_damaged_random_state_is_said(tmp_path: Path) -> None:

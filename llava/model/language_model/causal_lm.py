@@ -183,7 +183,7 @@ def supervised_loss(hidden: Tensor, labels: Tensor, head: nn.Module, logits: Ten
     `hidden` `(B, T, D)`, `labels` `(B, T)`. Without `logits` only supervised positions are projected.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(hidden.device)  # (B * T,)
-    supervised = (targets != IGNORE_INDEX).nonzero().flatten()  # on CUDA the one wait of this loss
+    supervised = (targets != IGNORE_INDEX).nonzero().flatten()  # the only synchronisation of this loss on CUDA
     if logits is None:
         logits = head(hidden.flatten(0, 1).index_select(0, supervised))
     else:

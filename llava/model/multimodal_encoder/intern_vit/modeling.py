@@ -24,7 +24,7 @@ from llava.placement import runs_fused_rms_norm
 class InternRMSNorm(nn.Module):
     """`weight * cast(x / rms(x))`: the cast to the input dtype happens before the product.
 
-    On CUDA torch's fused kernel, which casts last: one launch instead of six, and a smaller error.
+    On CUDA this is torch's fused kernel, which casts last: one launch instead of six, and a smaller error.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -94,7 +94,7 @@ def resample_positions(table: Tensor, height: int, width: int) -> Tensor:
     patches = table[:, 1:].float().reshape(1, grid, grid, channels).permute(0, 3, 1, 2)
     needs_grad = torch.is_grad_enabled() and table.requires_grad
     if needs_grad and (table.device.type != "cpu" or torch.are_deterministic_algorithms_enabled()):
-        # The backward pass of bicubic interpolation has no deterministic implementation on CUDA; a product has one.
+        # The backward pass of bicubic interpolation has no deterministic implementation on CUDA; a matmul does.
         with torch.autocast(table.device.type, enabled=False):
             rows_weight = bicubic_weight(grid, height).to(table.device, non_blocking=table.is_cuda)
             columns_weight = bicubic_weight(grid, width).to(table.device, non_blocking=table.is_cuda)
