@@ -21,7 +21,7 @@ def load_engine(
     loading: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Engine:
-    """Load a checkpoint (spec/model.md §11) and wrap it; `options` go to `Engine`, `loading` to
+    """Load a checkpoint and wrap it in an engine; `options` go to `Engine`, `loading` to
     `load_pretrained_model`: `vision_tower`, `num_gpus`, `max_memory`, `device_map`, `attn_implementation`, `text_only`,
     `progress`.
 
