@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -45,20 +45,22 @@ class Part:
 
 
 class Watchdog:
-    """Raise `PartTimeout` in the creating thread when a `with` block takes longer than `seconds`.
+    """Raise `PartTimeout` in the main thread when a `with` block there takes longer than `seconds`.
 
-    Python code is interrupted at its next instruction; a call that never returns from C, such as a hung kernel, is not.
+    A signal interrupts Python code and waits; a call that never returns from C, such as one on a hung kernel, goes on.
     After `grace` more seconds the watching thread calls `give_up`.
     """
+
+    SIGNAL: Final = signal.SIGUSR1  # not SIGALRM, which pytest-timeout uses
 
     def __init__(self, seconds: float, grace: float, give_up: Callable[[], None]) -> None:
         self.seconds, self.grace, self.give_up = seconds, grace, give_up
         self._target = threading.get_ident()
         self._ended = threading.Event()
-        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._before = signal.signal(self.SIGNAL, self._interrupt)
         self._thread.start()
         return self
 
@@ -67,22 +69,20 @@ class Watchdog:
 
     def stop(self) -> None:
         """Stop watching. `PartTimeout` may be raised in here; the handler must then call this again."""
-        with self._lock:
-            self._ended.set()
+        self._ended.set()
+        self._thread.join()  # it sends no signal after this
+        signal.signal(self.SIGNAL, self._before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._ended.is_set():
+            raise PartTimeout
 
     def _watch(self) -> None:
         if self._ended.wait(self.seconds):
             return
-        with self._lock:
-            if not self._ended.is_set():  # `stop` needs the lock, so the exception arrives there at the latest
-                _raise_in(self._target, PartTimeout)
+        signal.pthread_kill(self._target, self.SIGNAL)
         if not self._ended.wait(self.grace):
             self.give_up()
-
-
-def _raise_in(thread: int, kind: type[BaseException]) -> None:
-    """Raise `kind` in another thread at its next bytecode instruction."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 def run_parts(parts: Sequence[Part], bench: Bench, deadline: float, grace: float = GRACE) -> None:
