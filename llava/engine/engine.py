@@ -131,8 +131,8 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._cache = RowCache(self.lm.spec, budget=self.kv_cache_bytes)
-        # Detokenise the previous step while the GPU computes this one; on a CPU there is nothing to overlap.
-        self._overlaps = self.lm.spec.device.type == "cuda"
+        # There the previous step is detokenised while the GPU computes this one.
+        self._on_cuda = self.lm.spec.device.type == "cuda"
         self._turn = threading.RLock()
 
     def submit(self, request: Request) -> Handle:
@@ -183,7 +183,7 @@ class Engine:
             if self._running:
                 self._decode()
             busy = bool(self._running or self._waiting)
-            if not busy:
+            if not busy and self._on_cuda:  # on a CPU, new memory costs more than the old one is worth
                 self._cache.release()
             return busy
 
@@ -341,11 +341,11 @@ class Engine:
     def _accept(self, first: int, tokens: Tensor) -> None:
         """Take the next `tokens` (n,) of rows `first` onwards, and release rows that are done.
 
-        With `_overlaps` the GPU is still computing them, and a stop string in the previous step's text is only found
+        With `_on_cuda` the GPU is still computing them, and a stop string in the previous step's text is only found
         now: then the row's new token is dropped.
         """
         jobs = self._running[first:]
-        if self._overlaps:
+        if self._on_cuda:
             for job in jobs:
                 job.detokenize()
         found = tokens.tolist()
@@ -355,7 +355,7 @@ class Engine:
             if not job.stream.stopped:
                 self.generated_tokens += 1
                 reason = job.accept(found[offset])
-                if reason is None and not self._overlaps and job.detokenize():
+                if reason is None and not self._on_cuda and job.detokenize():
                     reason = "stop"
             if reason is not None:
                 self._release(first + offset, reason, _NOT_FINITE if reason == "error" else None)

@@ -63,7 +63,7 @@ def test_any_schedule_equals_one_at_a_time(
         **dict.fromkeys(("prefix_cache_bytes", "feature_cache_bytes"), data.draw(st.sampled_from([0, 20_000, 2**29]))),
         kv_cache_bytes=budget,
     )
-    engine._overlaps = data.draw(st.booleans())  # as on CUDA, where tokens become text one step later
+    engine._on_cuda = data.draw(st.booleans())  # as on CUDA, where tokens become text one step later
     stores = (engine.features.store, engine.prefiller.prefixes)
     segments: WeakSet[prefixes.Segment] = WeakSet()
 
@@ -430,12 +430,12 @@ def test_a_long_prompt_is_computed_in_pieces_and_does_not_hold_up_the_others(
 def test_a_stop_string_ends_the_answer_and_what_is_kept_is_what_was_computed(
     make_engine: MakeEngine, overlaps: bool
 ) -> None:
-    """With `_overlaps` the text is looked at while the next token is computed, which must not show."""
+    """With `_on_cuda` the text is looked at while the next token is computed, which must not show."""
     prompt = [1, 300, *range(310, 330)]
     whole = make_engine().generate([Request(prompt, params=SamplingParams(40))])[0]
     stop = whole.text[8:11]
     engine = make_engine()
-    engine._overlaps = overlaps
+    engine._on_cuda = overlaps
     params = SamplingParams(40, stop=(stop,))
     answer, other = engine.generate([Request(prompt, params=params), Request([1, 301, 302], params=SamplingParams(40))])
     alone = make_engine().generate([Request(prompt, params=params)])[0]
@@ -450,7 +450,7 @@ def test_a_stop_string_ends_the_answer_and_what_is_kept_is_what_was_computed(
 
 def test_a_stream_is_a_step_late_at_most_when_it_overlaps(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    engine._overlaps = True
+    engine._on_cuda = True
     handle = engine.submit(Request([1, 300, 301], params=SamplingParams(30)))
     pieces, lengths = "", []
     while engine.step():
@@ -467,5 +467,6 @@ def test_an_idle_engine_gives_the_memory_of_its_rows_back(
     engine.generate([Request([1, 300, 301], params=SamplingParams(3))])
     assert engine.statistics().row_bytes > 0  # a little is kept for the next request
     monkeypatch.setattr(cache, "_IDLE_BYTES", 0)
+    engine._on_cuda = True
     assert engine.generate([Request([1, 300, 301], params=SamplingParams(3))])
     assert engine.statistics().row_bytes == 0
