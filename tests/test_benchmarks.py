@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import agreement, decode, run, soak, soak_requests
+from benchmarks import agreement, decode, run, sampling, soak, soak_requests
 from benchmarks import eval as evaluation
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
 from tests.tiny import CHAT
@@ -54,6 +54,11 @@ def test_both_ways_answer_every_shape_alike(capsys: pytest.CaptureFixture[str]) 
 def test_one_stream_says_the_same_both_ways(tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert decode.main([str(tiny_dirs["base"]), "--turns", "1", "--tokens", "4", "--quick"]) == 0
     assert "| float32 (same tokens) |" in capsys.readouterr().out
+
+
+def test_both_ways_of_sampling_draw_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sampling.main(["--turns", "3", "--rows", "2", "--vocabulary", "500"]) == 0
+    assert "6 of 6 tokens the same" in capsys.readouterr().out
 
 
 def test_a_soak_knows_a_last_frame_from_two_and_from_none() -> None:
