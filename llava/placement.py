@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -72,6 +73,12 @@ def supports_bfloat16(device: torch.device) -> bool:
     """
     if torch.version.hip:
         return bool(torch.cuda.is_bf16_supported())
+    return is_ampere(device)
+
+
+@functools.cache
+def is_ampere(device: torch.device) -> bool:
+    """Whether the CUDA GPU `device` is of compute capability 8.0 (Ampere) or newer."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -90,7 +97,7 @@ def flash_attention_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether FlashAttention-2 can run: importable, Ampere or newer, 16 bit. A broken install raises its own error."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return importlib.util.find_spec("flash_attn") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return importlib.util.find_spec("flash_attn") is not None and is_ampere(device)
 
 
 def resolve_attention(

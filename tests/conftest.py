@@ -48,7 +48,9 @@ def vicuna_tokenizer_file() -> Path:
 def _restore_global_state() -> Iterator[None]:
     """A test may change the default dtype, the seed or the default template; the next one must not notice."""
     import llava.conversation as conversation
+    from llava.placement import is_ampere
 
+    is_ampere.cache_clear()  # tests stand in for several GPUs
     dtype, template = torch.get_default_dtype(), conversation.default_conversation
     torch.manual_seed(0)
     yield

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from llava.placement import is_ampere
 
 _SCORES = 2**27  # scores held at a time by the fallback: 512 MiB in float32
 ALIGNMENT: Final = 16  # elements: fused kernels require the rows of a mask to start at multiples of it
@@ -110,17 +111,12 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, *, ma
         return _flash_on_cpu, "flash (CPU)"
     if device.type == "cuda" and torch.version.hip is None and head_dim % 8 == 0 and head_dim <= 256:
         half = dtype in (torch.float16, torch.bfloat16)
-        ampere = _is_ampere(device)
+        ampere = is_ampere(device)
         if _cuda_flash is not None and half and ampere and not masked:
             return _flash_on_cuda, "flash"
         if _cuda_efficient is not None and (ampere or dtype is not torch.bfloat16):
             return _efficient_on_cuda, "memory-efficient"
     return attention_from_scores, "materialised scores"
-
-
-@cache
-def _is_ampere(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash_on_cpu(

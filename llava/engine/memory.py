@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -99,10 +99,9 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=_size, metavar="SIZE", help=f"such as 8GiB: {text}")
 
 
-def cache_options(args: argparse.Namespace | Mapping[str, Any]) -> dict[str, int | None]:
+def cache_options(args: argparse.Namespace) -> dict[str, int | None]:
     """Keyword arguments of `Engine`, from flags that may be absent."""
-    values = args if isinstance(args, Mapping) else vars(args)
-    return {name.replace("memory", "bytes"): values.get(name) for name in _FLAGS}
+    return {name.replace("memory", "bytes"): getattr(args, name, None) for name in _FLAGS}
 
 
 def format_size(size: int) -> str:

@@ -77,6 +77,7 @@ def environment() -> dict[str, Any]:
     """Versions, hardware and code commit of this process."""
     import torch  # here, so that merging and scoring need none
 
+    gpus = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -87,7 +88,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "commit": code_commit(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": ", ".join(sorted(gpus)) or None,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava.engine import Engine, Request, SamplingParams, attention
 from llava.engine.sampling import Sampler, sample_top_p
-from llava.placement import FREE_FOR_WEIGHTS
+from llava.placement import FREE_FOR_WEIGHTS, is_ampere
 from llava.serve.chat_session import ChatSession
 from tests import devices
 from tests.cuda.conftest import KINDS, load
@@ -152,7 +152,7 @@ def test_shared_prefixes_run_on_fused_kernels(
     def counted(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: (ran.add(kernel.__name__), kernel(*args, **kwargs))[1]
 
-    attention._is_ampere.cache_clear()
+    is_ampere.cache_clear()
     fallback = mock.patch.object(attention, "attention_from_scores", side_effect=AssertionError("the fallback ran"))
     counting = mock.patch.dict(devices.KERNELS, {name: counted(kernel) for name, kernel in devices.KERNELS.items()})
     with devices.pretended_cuda() as card, fallback, counting:
@@ -161,7 +161,7 @@ def test_shared_prefixes_run_on_fused_kernels(
         engine = Engine(model, tokenizer, processor)
         engine.generate(batch())
         assert engine.statistics().prefix_bytes > 0 and ran == kernels
-    attention._is_ampere.cache_clear()
+    is_ampere.cache_clear()
 
 
 def test_a_model_spread_over_cards(checkpoints: Checkpoints) -> None:
