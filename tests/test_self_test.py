@@ -276,13 +276,12 @@ def test_gradients_twice_as_large(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, dict[str, tuple[str, str]]]]]:
+def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, dict[str, tuple[str, str]]]]:
     """Run the checks of one kind of checkpoint through their CUDA branches. The simulated GPU supports neither
     autocast nor bitsandbytes."""
     monkeypatch.setattr(runner, "check_rates", lambda *args: None)
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
     monkeypatch.setattr(inference, "require_package", skip_quantisation)
-    attention._is_ampere.cache_clear()
 
     def command(kind: str) -> dict[str, dict[str, tuple[str, str]]]:
         monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
@@ -291,8 +290,7 @@ def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dic
             runner.self_test(torch.device("cuda"), lines.append)
         return parse("\n".join(lines))
 
-    yield command
-    attention._is_ampere.cache_clear()
+    return command
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -431,11 +429,11 @@ def test_global_state_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch
 def test_a_card_and_its_attention_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     card = type("Card", (), {"name": "T4", "total_memory": 15 * 2**30, "major": 7, "minor": 5})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(attention, "_is_ampere", lambda device: False)
+    monkeypatch.setattr(attention, "is_ampere", lambda device: False)
     device = torch.device("cuda")
     assert hardware.describe_device(device, 1).startswith("T4, 15 GiB, compute capability 7.5, torch ")
     assert hardware.check_attention(device, torch.float16) == "engine memory-efficient; model sdpa"
-    monkeypatch.setattr(attention, "_is_ampere", lambda device: True)
+    monkeypatch.setattr(attention, "is_ampere", lambda device: True)
     assert hardware.check_attention(device, torch.float16).startswith("engine flash, masked memory-efficient; model ")
 
 
