@@ -16,8 +16,8 @@ from PIL import Image
 
 from llava.conversation import get_template, stop_strings, template_for
 from llava.engine import Engine, Request, SamplingParams, load_engine
-from llava.engine.prompt import render_question
-from llava.eval.tasks.easy_vqa import EasyVQA
+from llava.engine.sequence import render_question
+from llava.eval.benchmarks.easy_vqa import EasyVQA
 from llava.utils import guarded
 
 LEAST: Final = {8: 97.0, 4: 90.0}

@@ -98,8 +98,7 @@ def run(path: Path, only: str, workers: int, batches: int, grouped: bool) -> dic
     import torch
     from transformers.trainer_utils import seed_worker
 
-    from llava.data.collate import DataCollatorForSupervisedDataset
-    from llava.data.dataset import LazySupervisedDataset, start_worker
+    from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, start_worker
     from llava.data.sampler import LengthGroupedSampler
     from tests.tiny import make_tokenizer
 

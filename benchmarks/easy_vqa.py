@@ -18,7 +18,7 @@ import torch
 from benchmarks.agreement import requests_for
 from llava.data.images import preprocess_image
 from llava.engine import Engine, Request, load_engine
-from llava.eval.tasks.easy_vqa import EasyVQA
+from llava.eval.benchmarks.easy_vqa import EasyVQA
 from llava.mm_utils import tokenizer_image_token
 from llava.utils import guarded
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.measure import peak_mib, resident_mib, settings
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionModel
 from llava.model.tokenizer import load_tokenizer
 from llava.utils import require
 

@@ -20,12 +20,11 @@ import torch
 
 from benchmarks.measure import resident_mib
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
-from llava.train import estimate, trainable
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
+from llava.train import estimate
 from llava.train.estimate import Setup
 from llava.train.flops import shape_of
-from llava.train.pace import learns_of
+from llava.train.throughput import learns_of
 
 PIXELS, TEXT, IMAGE = 112, 448, 64
 M_MMAP_THRESHOLD = -3
@@ -81,10 +80,10 @@ def build(folder: Path, given: dict[str, Any]) -> Any:
     }
     args = SimpleNamespace(freeze_llm=False, freeze_mm_mlp_adapter=False, lora_bias="none", **lora)
     if lora["lora_enable"]:
-        from llava.train import adapters
+        from llava.train import model_setup
 
-        adapters.wrap(model, SimpleNamespace(model_name_or_path="none"), args)  # type: ignore[arg-type]
-    trainable.set_trainable(model, flags, args)  # type: ignore[arg-type]
+        model_setup.wrap(model, SimpleNamespace(model_name_or_path="none"), args)  # type: ignore[arg-type]
+    model_setup.set_trainable(model, flags, args)  # type: ignore[arg-type]
     if given.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llava.engine.request import SamplingParams
 from llava.engine.sampling import Sampler, make_generator
+from llava.engine.sequence import SamplingParams
 
 SCALES = (1.0, 2.0, 4.0)
 

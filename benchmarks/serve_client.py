@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from llava.conversation import conv_templates
-from llava.serve.http_app import STREAM_PATH
-from llava.serve.protocol import FrameReader
+from llava.serve.common.middleware import STREAM_PATH
+from llava.serve.common.protocol import FrameReader
 from tests.tiny import CORPUS
 
 WORDS = CORPUS.replace("\n", " ").split()

@@ -26,9 +26,9 @@ from benchmarks.reference_way import use_reference_tower
 from llava.data.images import process_images
 from llava.mm_utils import load_image_from_base64, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.serve.http_app import STREAM_PATH
-from llava.serve.http_server import bind_socket, serve
-from llava.serve.protocol import encode_frame
+from llava.serve.common.middleware import STREAM_PATH
+from llava.serve.common.protocol import encode_frame
+from llava.serve.common.server import bind_socket, serve
 
 AT_ONCE = 5
 

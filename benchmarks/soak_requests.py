@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from llava.serve.protocol import FrameReader
+from llava.serve.common.protocol import FrameReader
 from tests.tiny import CHAT
 
 Kind = Literal["whole", "cancelled", "malformed"]

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
 from tests.tiny import make_tokenizer
 
 

@@ -15,7 +15,7 @@ from benchmarks.reference_way import loss_at_all_positions, use_reference_way
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.train.flops import shape_of, step_flops
-from llava.train.pace import learns_of
+from llava.train.throughput import learns_of
 
 TEXTS = (640, 310, 150, 90)  # tokens
 

@@ -28,7 +28,9 @@ COMMANDS: Final = {
     "serve": Command("llava.serve.main", "serve models: web page, OpenAI-compatible API, workers"),
     "chat": Command("llava.serve.cli", "talk with a model about an image, in the terminal"),
     "check": Command("llava.check", "say what a directory of weights or an annotation file is, and if it is whole"),
-    "inspect-data": Command("llava.data.inspect_data", "show what training sees of a record: ids, masks, images, cuts"),
+    "inspect-data": Command(
+        "llava.train.inspect_data", "show what training sees of a record: ids, masks, images, cuts"
+    ),
     "export": Command("llava.model.export", "write a checkpoint in the layout of another program"),
     "extract-projector": Command("llava.model.extract_projector", "take the projector out of a trained model"),
     "doctor": Command("llava.doctor", "say which versions and devices are here and what they allow"),

@@ -20,9 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llava.errors import DataError
-from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
-from llava.model.multimodal_encoder.intern_vit.tower import IMAGENET_MEAN, IMAGENET_STD
+from llava.model.multimodal_encoder.intern_vit_6b import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InternVisionConfig,
+    InternVisionModel,
+)
 from llava.utils import guarded
 from playground.assets import EASY_VQA, PRETRAINED, staged
 from playground.prepare_easy_vqa import VALUES

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from llava.errors import DataError
-from llava.eval.scorers.easy_vqa import normalize
+from llava.eval.benchmarks.easy_vqa import normalize
 from llava.utils import guarded, require
 from playground.assets import package_directory
 from playground.prepare_easy_vqa import INSTALL

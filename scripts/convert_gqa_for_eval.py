@@ -1,4 +1,4 @@
-"""Write GQA answers as the official predictions file: see `llava/eval/scorers/gqa.py`."""
+"""Write GQA answers as the official predictions file: see `llava/eval/benchmarks/gqa.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.eval.benchmarks.gqa import convert
 from llava.eval.program import file_flag, program
-from llava.eval.scorers.gqa import convert
 
 main = program(__doc__, convert, file_flag("--src"), file_flag("--dst"))
 

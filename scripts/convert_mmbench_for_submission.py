@@ -1,4 +1,4 @@
-"""Write MMBench answers as the table its server takes: see `llava/eval/scorers/mmbench.py`."""
+"""Write MMBench answers as the table its server takes: see `llava/eval/benchmarks/mmbench.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.eval.benchmarks.mmbench import convert
 from llava.eval.program import file_flag, flag, program
-from llava.eval.scorers.mmbench import convert
 
 FLAGS = map(file_flag, ("--annotation-file", "--result-dir", "--upload-dir"))
 main = program(__doc__, convert, *FLAGS, flag("--experiment", required=True))

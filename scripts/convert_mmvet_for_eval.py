@@ -1,4 +1,4 @@
-"""Write MM-Vet answers as its grading notebook reads them: see `llava/eval/scorers/mm_vet.py`."""
+"""Write MM-Vet answers as its grading notebook reads them: see `llava/eval/benchmarks/judged.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.eval.benchmarks.judged import convert
 from llava.eval.program import file_flag, program
-from llava.eval.scorers.mm_vet import convert
 
 main = program(__doc__, convert, file_flag("--src"), file_flag("--dst"))
 

@@ -1,4 +1,4 @@
-"""Score SEED-Bench answers and write the upload: see `llava/eval/scorers/seed.py`."""
+"""Score SEED-Bench answers and write the upload: see `llava/eval/benchmarks/seed.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.eval.benchmarks.seed import evaluate
 from llava.eval.program import file_flag, program
-from llava.eval.scorers.seed import evaluate
 
 FLAGS = map(file_flag, ("--annotation-file", "--result-file", "--result-upload-file"))
 main = program(__doc__, evaluate, *FLAGS)

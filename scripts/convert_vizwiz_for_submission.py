@@ -1,4 +1,4 @@
-"""Write VizWiz answers as its server takes them: see `llava/eval/scorers/vqa.py`."""
+"""Write VizWiz answers as its server takes them: see `llava/eval/benchmarks/vqa.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.eval.benchmarks.vqa import submit_vizwiz
 from llava.eval.program import file_flag, program
-from llava.eval.scorers.vqa import submit_vizwiz
 
 FLAGS = map(file_flag, ("--annotation-file", "--result-file", "--result-upload-file"))
 main = program(__doc__, submit_vizwiz, *FLAGS)

@@ -1,4 +1,4 @@
-"""Write VQAv2 answers as its server takes them: see `llava/eval/scorers/vqa.py`."""
+"""Write VQAv2 answers as its server takes them: see `llava/eval/benchmarks/vqa.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llava.eval.benchmarks.vqa import submit_vqav2
 from llava.eval.program import file_flag, flag, program
-from llava.eval.scorers.vqa import submit_vqav2
 
 FOLDER = file_flag("--dir", default=Path("./playground/data/eval/vqav2"))
 main = program(__doc__, submit_vqav2, FOLDER, flag("--ckpt", required=True), flag("--split", required=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.scorers import pope
+from llava.eval.benchmarks import pope
 from tests.test_package import ROOT
 
 GROUPS = ("model", "model-448", "model-branches", "embedded", "prompt", "image", "train")

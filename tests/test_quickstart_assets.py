@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llava.errors import DataError, DependencyError
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionModel
 from playground import convert_smollm2, pretrain_nano_vit, show_answers
 from playground.assets import package_directory, staged
 from playground.prepare_easy_vqa import COLORS, SHAPES, balance, conversations, facts, label_images, prepare

@@ -22,8 +22,7 @@ from llava import doctor
 from llava.engine import attention, llama, sampling
 from llava.engine.native import decoder
 from llava.engine.native.build import library
-from llava.engine.pictures import identify
-from llava.engine.request import SamplingParams
+from llava.engine.sequence import SamplingParams, identify
 from llava.model import checkpoint
 from llava.model.language_model import causal_lm, packed
 from llava.model.multimodal_encoder.builder import ENVIRONMENT

@@ -31,8 +31,7 @@ from transformers import (
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM
-from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
 
 TOWER = "intern_vit_6b_tiny_224px"
 BASE = "vicuna-tiny"

@@ -32,11 +32,11 @@ ROOT: Final = Path(__file__).parents[2]
 def worker(engine: Any, limit: int) -> Iterator[int]:
     """Run the model worker's application with a ready engine on a loopback port; yields the port."""
     try:
-        from llava.serve.http_app import Keys, Limits
-        from llava.serve.local_model import Loaded, LocalModel, Settings, describe
-        from llava.serve.preparation import Pictures, tokenizer_for
-        from llava.serve.security import KeyRing
-        from llava.serve.worker_app import Worker, make_worker_app
+        from llava.serve.common.middleware import Keys, Limits
+        from llava.serve.common.security import KeyRing
+        from llava.serve.worker.app import Worker, make_worker_app
+        from llava.serve.worker.local_backend import Loaded, LocalModel, Settings, describe
+        from llava.serve.worker.preprocess import Pictures, tokenizer_for
         from tests.serve.stubs import Live, until
     except ImportError as error:
         raise Skip(f"serving needs a package that is not installed: {error}") from error
@@ -86,7 +86,7 @@ def bodies(count: int, tokens: int, seed: int, sampling: dict[str, float]) -> li
 
 def ask_all(port: int, requests: list[dict[str, Any]], timeout: float) -> list[dict[str, Any]]:
     """Run the clients in a separate process; return their results."""
-    from llava.serve.http_app import STREAM_PATH
+    from llava.serve.common.middleware import STREAM_PATH
 
     job = {"host": "127.0.0.1", "port": port, "path": STREAM_PATH, "bodies": requests}
     command = [sys.executable, "-m", "benchmarks.gpu.clients"]

@@ -18,7 +18,7 @@ from benchmarks.gpu.runner import free_memory
 from benchmarks.gpu.timing import free_bytes, median_seconds, peak_bytes, reset_peak
 from benchmarks.train_step import image_batch, work
 from llava.constants import IGNORE_INDEX
-from llava.train import estimate, trainable
+from llava.train import estimate, model_setup
 from llava.train.estimate import Setup
 from llava.train.flops import Learns
 
@@ -120,8 +120,8 @@ def _prepared(bench: Bench, model: Any, stage: Stage, checkpointing: bool) -> An
         unfreeze_mm_vision_layers=0,
     )
     args = SimpleNamespace(lora_enable=False, freeze_llm=False, freeze_mm_mlp_adapter=False, lora_bias="none")
-    trainable.set_trainable(model, flags, args)  # type: ignore[arg-type]
-    trainable.set_precision(model, bench.dtype, engine=False)
+    model_setup.set_trainable(model, flags, args)  # type: ignore[arg-type]
+    model_setup.set_precision(model, bench.dtype, engine=False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()

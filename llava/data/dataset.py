@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.trainer_utils import seed_worker
 
@@ -18,13 +20,51 @@ from llava import conversation
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, get_template, image_placeholder
 from llava.data.annotations import read_records
-from llava.data.collate import DataCollatorForSupervisedDataset
 from llava.data.images import open_image, preprocess_image
-from llava.data.labels import Example, build_example, place_images, truncate
+from llava.data.labels import Example, build_example, check_template, place_images, truncate
 from llava.data.records import Record, Turn, parse_record
 from llava.data.survey import Findings, Survey
-from llava.data.template_check import check_template
 from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Right-pads ids and labels to the longest row, cut to the tokenizer's `model_max_length`."""
+
+    tokenizer: Any
+
+    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """`input_ids`, `labels` (B, T) int64, `attention_mask` (B, T) bool and, with images, `images`.
+
+        `images` (K, 3, S, S) are the slots of all rows in order, a row bringing one or as many as it has images; a
+        list when sizes differ. Raises `DataError` when only some rows have one.
+        """
+        limit = self.tokenizer.model_max_length
+        rows = [truncate(Example(item["input_ids"], item["labels"]), limit) for item in instances]
+        pad = self.tokenizer.pad_token_id or 0  # any id will do, the mask hides it
+        input_ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)  # (B, T)
+        labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE_INDEX)  # (B, T)
+        lengths = torch.tensor([len(row.input_ids) for row in rows])  # (B,)
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]  # (B, T)
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+        images = [slot for item in instances if "image" in item for slot in _slots(item["image"])]
+        if images:
+            with_image = sum("image" in item for item in instances)
+            if with_image < len(instances):
+                raise DataError(
+                    f"{with_image} of {len(instances)} rows of a batch carry an image; a multimodal run needs one in "
+                    "each, zeros for text."
+                )
+            batch["images"] = torch.stack(images) if len({image.shape for image in images}) == 1 else images
+        return batch
+
+
+def _slots(image: torch.Tensor) -> list[torch.Tensor]:
+    return list(image) if image.ndim == 4 else [image]
+
+
+# --- The supervised dataset -------------------------------------------------------------------------------------------
+
 
 logger = logging.getLogger(__name__)
 

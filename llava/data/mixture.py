@@ -20,9 +20,8 @@ from torch.utils.data import ConcatDataset
 
 from llava.conversation import Conversation
 from llava.data.annotations import SUFFIXES
-from llava.data.collate import DataCollatorForSupervisedDataset
-from llava.data.dataset import LazySupervisedDataset, Merge, check_supervision
-from llava.data.template_check import check_template
+from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, Merge, check_supervision
+from llava.data.labels import check_template
 from llava.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The inference engine: `load_engine`, `Engine`, `Request`, `SamplingParams`, `Completion`.
 
-Fetched at first use, so that a program that only cleans text (`llava.engine.stopping`) does not load torch.
+Fetched at first use, so that a program that only cleans text (`llava.engine.detokenizer`) does not load torch.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from llava.engine.engine import Engine
-    from llava.engine.loading import load_engine
-    from llava.engine.request import Completion, Handle, Request, SamplingParams, Statistics
+    from llava.engine.engine import Engine, load_engine
+    from llava.engine.sequence import Completion, Handle, Request, SamplingParams, Statistics
 
 __all__ = ["Completion", "Engine", "Handle", "Request", "SamplingParams", "Statistics", "load_engine"]
 
-_HOME: Final = MappingProxyType({**dict.fromkeys(__all__, "request"), "Engine": "engine", "load_engine": "loading"})
+_HOME: Final = MappingProxyType({**dict.fromkeys(__all__, "sequence"), "Engine": "engine", "load_engine": "engine"})
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from llava.engine.engine import Job
-    from llava.engine.language_model import LanguageModel
+    from llava.engine.model_runner import LanguageModel
     from llava.engine.prefill import Prefiller
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -22,14 +23,13 @@ from torch import Tensor
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.engine import beams
 from llava.engine.cache import RowCache
+from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream
 from llava.engine.features import FeatureEncoder
 from llava.engine.llama import open_language_model
 from llava.engine.memory import cache_bounds, format_size
-from llava.engine.pictures import identify
 from llava.engine.prefill import Prefiller, Prompt
-from llava.engine.request import Completion, FinishReason, Handle, Request, SamplingParams, Statistics
 from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
-from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
+from llava.engine.sequence import Completion, FinishReason, Handle, Request, SamplingParams, Statistics, identify
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import tokenizer_image_token
 from llava.placement import avoid_cudnn_attention
@@ -91,7 +91,7 @@ class Engine:
 
     Threads may share an engine: they take turns in `step`, and in what calls it (`generate`, `stream`, a handle's
     `result`), and all of their requests share the batch. A new model's weights may be
-    laid out anew in memory (`llava.engine.product`), so make the engine after the last change to the modules.
+    laid out anew in memory (`llava.engine.linear`), so make the engine after the last change to the modules.
     """
 
     def __init__(
@@ -374,3 +374,41 @@ class Engine:
 
 def _sampler(jobs: Sequence[Job]) -> Sampler:
     return Sampler([job.params for job in jobs], [job.generator for job in jobs])
+
+
+# --- From a checkpoint directory to a ready engine --------------------------------------------------------------------
+
+
+def load_engine(
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    max_batch_size: int = 16,
+    loading: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Engine:
+    """Load a checkpoint and wrap it in an engine; `options` go to `Engine`, `loading` to
+    `load_pretrained_model`: `vision_tower`, `num_gpus`, `max_memory`, `device_map`, `attn_implementation`, `text_only`,
+    `progress`.
+
+    `device` and `dtype` default to what the machine and the checkpoint suggest, see `llava.placement`.
+    """
+    from llava.mm_utils import get_model_name_from_path
+    from llava.model.builder import load_pretrained_model
+    from llava.placement import resolve_device
+
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        str(model_path),
+        None if model_base is None else str(model_base),
+        get_model_name_from_path(str(model_path)),
+        load_8bit,
+        load_4bit,
+        device=str(resolve_device(device)),
+        dtype=dtype,
+        **(loading or {}),
+    )
+    return Engine(model, tokenizer, image_processor, max_batch_size=max_batch_size, **options)

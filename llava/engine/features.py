@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava.data.images import preprocess_image
 from llava.engine.cache import BoundedStore
-from llava.engine.pictures import ImageInput, Picture
+from llava.engine.sequence import ImageInput, Picture
 from llava.errors import RequestError
 from llava.placement import to_device
 

@@ -19,11 +19,11 @@ from transformers import LlamaModel
 from transformers.models.llama import modeling_llama
 
 from llava.engine.cache import RowCache
-from llava.engine.language_model import LanguageModel
+from llava.engine.linear import Product
+from llava.engine.model_runner import LanguageModel
 from llava.engine.native.decoder import NativeDecoder
 from llava.engine.packing import DecodeStep, PackedRows
-from llava.engine.prefixes import Chain
-from llava.engine.product import Product
+from llava.engine.prefix_cache import Chain
 from llava.engine.sampling import Sampler
 from llava.model.language_model.packed import LlamaDecoderLayer
 from llava.placement import native_decode_rows, runs_fused_rms_norm

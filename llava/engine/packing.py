@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava.engine.attention import Shared, aligned_mask, attend, attention
 from llava.engine.cache import CacheSpec, RowCache, shared_parts
-from llava.engine.prefixes import Chain, tokens_of
+from llava.engine.prefix_cache import Chain, tokens_of
 from llava.engine.sampling import Sampler
 from llava.model.transfer import Numbers, upload_columns
 

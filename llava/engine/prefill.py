@@ -14,19 +14,22 @@ from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.engine.features import FeatureEncoder
-from llava.engine.language_model import LanguageModel
-from llava.engine.prefixes import (
+from llava.engine.model_runner import LanguageModel
+from llava.engine.prefix_cache import (
     MIN_SHARED,
     Chain,
     Elements,
     PrefixStore,
+    Prompt,
     Segment,
     Span,
+    Work,
     common_length,
+    is_picture,
     running_sum,
+    share,
     tokens_of,
 )
-from llava.engine.sharing import Prompt, Work, is_picture, share
 
 __all__ = ["Prefilled", "Prefiller", "Prompt"]
 

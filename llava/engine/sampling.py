@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from llava.engine.request import SamplingParams
+from llava.engine.sequence import SamplingParams
 from llava.model.transfer import upload_columns
 
 NO_TOKEN: Final = -1  # in place of a token where the logits are not finite

@@ -1,8 +1,8 @@
-"""Have a judge compare two answers to questions without pictures: see `llava/eval/reviews.py`."""
+"""Have a judge compare two answers to questions without pictures: see `llava/eval/judging/reviews.py`."""
 
 import sys
 
-from llava.eval.reviews import no_context, review_program
+from llava.eval.judging.reviews import no_context, review_program
 
 main = review_program(__doc__, no_context, "gpt-4", fallback=True)
 

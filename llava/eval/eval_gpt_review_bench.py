@@ -1,8 +1,8 @@
-"""Have a judge compare two answers about pictures known by captions (LLaVA-Bench): see `llava/eval/reviews.py`."""
+"""Have a judge compare two answers about pictures known by captions (LLaVA-Bench); see `llava.eval.judging.reviews`."""
 
 import sys
 
-from llava.eval.reviews import caption_context, review_program
+from llava.eval.judging.reviews import caption_context, review_program
 
 main = review_program(__doc__, caption_context, "gpt-4-0314", "llava_bench_")
 

@@ -1,8 +1,8 @@
-"""Have a judge compare two answers about pictures known by captions and boxes (COCO): see `llava/eval/reviews.py`."""
+"""Have a judge compare two answers about pictures known by captions and boxes (COCO); see `llava.eval.judging.reviews`."""
 
 import sys
 
-from llava.eval.reviews import box_context, review_program
+from llava.eval.judging.reviews import box_context, review_program
 
 main = review_program(__doc__, box_context, "gpt-4-0314")
 

@@ -2,8 +2,8 @@
 
 import sys
 
+from llava.eval.benchmarks import gqa
 from llava.eval.program import file_flag, program
-from llava.eval.scorers import gqa
 
 main = program(__doc__, gqa.evaluate, file_flag("--question-file"), file_flag("--result-file"))
 

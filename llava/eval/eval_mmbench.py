@@ -2,8 +2,8 @@
 
 import sys
 
+from llava.eval.benchmarks import mmbench
 from llava.eval.program import file_flag, program
-from llava.eval.scorers import mmbench
 
 main = program(__doc__, mmbench.evaluate, file_flag("--annotation-file"), file_flag("--result-file"))
 

@@ -2,8 +2,8 @@
 
 import sys
 
+from llava.eval.benchmarks import mme
 from llava.eval.program import file_flag, program
-from llava.eval.scorers import mme
 
 _NAMES = ("--results-dir", "--annotation-dir", "--result-file", "--output-dir")
 main = program(__doc__, mme.evaluate, *(file_flag(name, required=False) for name in _NAMES))

@@ -2,8 +2,8 @@
 
 import sys
 
+from llava.eval.benchmarks import pope
 from llava.eval.program import file_flag, program
-from llava.eval.scorers import pope
 
 _FLAGS = map(file_flag, ("--annotation-dir", "--question-file", "--result-file"))
 main = program(__doc__, pope.evaluate, *_FLAGS)

@@ -2,8 +2,8 @@
 
 import sys
 
+from llava.eval.benchmarks.science_qa import OPTIONS, evaluate, letters
 from llava.eval.program import file_flag, flag, program
-from llava.eval.scorers.science_qa import OPTIONS, evaluate, letters
 
 _OUTPUTS = (file_flag("--output-file", required=False), file_flag("--output-result", required=False))
 _CHOICE = (flag("--split", default="test"), flag("--options", type=letters, default=OPTIONS))

@@ -2,8 +2,8 @@
 
 import sys
 
+from llava.eval.benchmarks import textvqa
 from llava.eval.program import file_flag, program
-from llava.eval.scorers import textvqa
 
 _ONE_OF = {"required": False}
 _FILES = (file_flag("--annotation-file"), file_flag("--result-file", **_ONE_OF), file_flag("--result-dir", **_ONE_OF))

@@ -2,8 +2,8 @@
 
 import sys
 
+from llava.eval.benchmarks import vqa
 from llava.eval.program import file_flag, program
-from llava.eval.scorers import vqa
 
 main = program(__doc__, vqa.evaluate, file_flag("--annotation-file"), file_flag("--result-file"))
 

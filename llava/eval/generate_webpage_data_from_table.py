@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import ConfigError
-from llava.eval.files import by_key, read_results, read_rows, require_same, write_json, write_text
-from llava.eval.markdown_html import to_html
+from llava.eval.judging.page import PAGE, to_html
+from llava.eval.judging.reviews import SCORES
 from llava.eval.program import file_flag, flag, program
-from llava.eval.review_page import PAGE
-from llava.eval.scorers.review import SCORES
+from llava.eval.run.files import by_key, read_results, read_rows, require_same, write_json, write_text
 
 Rows = Mapping[Any, Mapping[str, Any]]
 

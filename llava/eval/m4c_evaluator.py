@@ -1,12 +1,95 @@
-"""The published import path of `llava.eval.scorers.scene_text`."""
+"""The published import path of `llava.eval.m4c_evaluator`."""
 
-from llava.eval.scorers.scene_text import (
-    EvalAIAnswerProcessor,
-    STVQAAccuracyEvaluator,
-    STVQAANLSEvaluator,
-    TextCapsBleu4Evaluator,
-    TextVQAAccuracyEvaluator,
-)
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava.errors import DataError, DependencyError
+from llava.eval.benchmarks.parsing import normalize, soft_accuracy
+
+Pair = Mapping[str, Any]
+
+
+class EvalAIAnswerProcessor:
+    """`EvalAIAnswerProcessor()(text)` is `normalize(text)`."""
+
+    def __call__(self, text: str) -> str:
+        return normalize(text)
+
+
+class Evaluator(ABC):
+    """Mean of a score of single answers."""
+
+    @abstractmethod
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        """Score of one answer, 0 to 1."""
+
+    def eval_pred_list(self, pred_list: Sequence[Pair]) -> float:
+        if not pred_list:
+            raise DataError("There are no answers to score.")
+        return sum(self.score(pair["pred_answer"], pair["gt_answers"]) for pair in pred_list) / len(pred_list)
+
+
+class TextVQAAccuracyEvaluator(Evaluator):
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        return soft_accuracy(answer, references)
+
+
+class STVQAAccuracyEvaluator(Evaluator):
+    """1 when the normalised answer is any of the references."""
+
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        return float(normalize(answer) in map(normalize, references))
+
+
+class STVQAANLSEvaluator(Evaluator):
+    """1 − edit distance / longer length with the nearest reference, 0 below one half; case and ends do not count."""
+
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        best = max(similarity(answer.lower().strip(), other.lower().strip()) for other in references)
+        return best if best >= 0.5 else 0.0
+
+
+def similarity(left: str, right: str) -> float:
+    """1 − Levenshtein distance / longer length; two empty texts are equal (defect M20)."""
+    longer = max(len(left), len(right))
+    return 1 - edit_distance(left, right) / longer if longer else 1.0
+
+
+def edit_distance(left: str, right: str) -> int:
+    """Insertions, deletions and substitutions that turn `left` into `right`."""
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(right, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
+    return row[-1]
+
+
+class TextCapsBleu4Evaluator:
+    """Corpus BLEU-4 after the Penn Treebank tokenizer, both of the package pycocoevalcap, which needs Java."""
+
+    def __init__(self) -> None:
+        try:
+            bleu = importlib.import_module("pycocoevalcap.bleu.bleu")
+            tokenizer = importlib.import_module("pycocoevalcap.tokenizer.ptbtokenizer")
+        except ImportError as error:
+            raise DependencyError("BLEU-4 needs pycocoevalcap and Java: pip install pycocoevalcap") from error
+        self._tokenize = tokenizer.PTBTokenizer().tokenize
+        self._bleu = bleu.Bleu(4)
+
+    def eval_pred_list(self, pred_list: Sequence[Pair]) -> float:
+        references = {n: [{"caption": text} for text in pair["gt_answers"]] for n, pair in enumerate(pred_list)}
+        answers = {n: [{"caption": pair["pred_answer"]}] for n, pair in enumerate(pred_list)}
+        scores, _ = self._bleu.compute_score(self._tokenize(references), self._tokenize(answers))
+        return float(scores[3])
+
+
+# --- The published import path of `llava ------------------------------------------------------------------------------
+
 
 __all__ = [
     "EvalAIAnswerProcessor",

@@ -19,13 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import ConfigError, LlavaError
-from llava.eval import launch, options, prepare
-from llava.eval.files import write_json
-from llava.eval.questions import Question
-from llava.eval.runner import report, run
-from llava.eval.shards import merge, shard_path, shards_folder
-from llava.eval.tasks import ALL, TASKS, make_tasks
-from llava.eval.tasks.base import Task
+from llava.eval import options
+from llava.eval.benchmarks import prepare
+from llava.eval.benchmarks.base import Task
+from llava.eval.benchmarks.registry import ALL, TASKS, make_tasks
+from llava.eval.run import launch
+from llava.eval.run.files import write_json
+from llava.eval.run.questions import Question
+from llava.eval.run.runner import report, run
+from llava.eval.run.shards import merge, shard_path, shards_folder
 from llava.utils import guarded
 
 Asked = list[tuple[Task, Sequence[Question]]]

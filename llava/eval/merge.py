@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava.errors import ConfigError
 from llava.eval.program import file_flag, flag, program
-from llava.eval.shards import WHOLE, merge, shard_path
+from llava.eval.run.shards import WHOLE, merge, shard_path
 
 
 def join(answers_dir: Path, num_chunks: int, output: Path | None) -> str:

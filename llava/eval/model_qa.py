@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaLi
 
 from llava.conversation import default_conversation
 from llava.errors import CheckpointError
-from llava.eval.answers import Row, answer_id
-from llava.eval.files import read_rows, write_jsonl
+from llava.eval.run.answers import Row, answer_id
+from llava.eval.run.files import read_rows, write_jsonl
 from llava.mm_utils import KeywordsStoppingCriteria
 from llava.placement import resolve_device
 from llava.utils import guarded

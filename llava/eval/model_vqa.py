@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from llava.eval.model_vqa_loader import answer_file, build_parser
-from llava.eval.questions import read_questions
+from llava.eval.run.questions import read_questions
 from llava.utils import guarded
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from llava.conversation import conv_templates
 from llava.errors import DataError
-from llava.eval import launch, options
-from llava.eval.pictures import PictureSource
-from llava.eval.questions import Question, get_chunk, read_questions
-from llava.eval.runner import report, run
+from llava.eval import options
+from llava.eval.run import launch
+from llava.eval.run.images import PictureSource
+from llava.eval.run.questions import Question, get_chunk, read_questions
+from llava.eval.run.runner import report, run
 from llava.utils import guarded
 
 logger = logging.getLogger(__name__)

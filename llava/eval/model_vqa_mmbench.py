@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval import mmbench_rounds
+from llava.eval.benchmarks import mmbench
+from llava.eval.benchmarks.mmbench import read_table
 from llava.eval.model_vqa_loader import answer_file, build_parser
-from llava.eval.questions import Question
-from llava.eval.scorers.mmbench import read_table
+from llava.eval.run.questions import Question
 from llava.utils import guarded
 
 
@@ -28,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = functools.lru_cache(maxsize=1)(read_table)
 
     def read(path: Path) -> list[Question]:
-        return mmbench_rounds.questions(
+        return mmbench.questions(
             table(path), all_rounds=args.all_rounds, single_pred_prompt=args.single_pred_prompt, lang=args.lang
         )
 
-    return answer_file(args, read, lambda path: mmbench_rounds.pictures(table(path)))
+    return answer_file(args, read, lambda path: mmbench.pictures(table(path)))
 
 
 if __name__ == "__main__":

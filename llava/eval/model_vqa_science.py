@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from llava.eval.model_vqa_loader import answer_file, build_parser
-from llava.eval.questions import read_science_questions
+from llava.eval.run.questions import read_science_questions
 from llava.utils import guarded
 
 FOLLOW_UP = " ###\nANSWER:"

@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from llava.conversation import get_template, template_for
 from llava.engine import Engine, SamplingParams, load_engine
+from llava.engine.arguments import add_loading_flags, loading_options
 from llava.engine.memory import add_cache_flags, cache_options
 from llava.errors import ConfigError
-from llava.eval.endpoint import address, only_model
-from llava.eval.remote import RemoteModel
-from llava.eval.settings import RunSettings
+from llava.eval.run.endpoint import address, only_model
+from llava.eval.run.remote_model import RemoteModel
+from llava.eval.run.settings import RunSettings
 from llava.mm_utils import get_model_name_from_path
-from llava.model.flags import add_loading_flags, loading_options
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava.errors import RequestError
-from llava.eval.answers import Row, answer_id
-from llava.eval.files import read_rows, write_text
-from llava.eval.judge import Judge, base_url
+from llava.eval.judging.judge import Judge, base_url
+from llava.eval.run.answers import Row, answer_id
+from llava.eval.run.files import read_rows, write_text
 from llava.utils import guarded
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import ConfigError
-from llava.eval.files import write_text
-from llava.eval.report_chart import draw
-from llava.eval.report_data import Run, csv_text, lines, markdown, read_run
-from llava.eval.report_diff import difference
-from llava.eval.report_page import page
-from llava.eval.samples import samples
-from llava.eval.tasks import TASKS
+from llava.eval.benchmarks.registry import TASKS
+from llava.eval.reporting.chart import draw
+from llava.eval.reporting.data import Run, csv_text, lines, markdown, read_run
+from llava.eval.reporting.diff import difference
+from llava.eval.reporting.page import page
+from llava.eval.reporting.samples import samples
+from llava.eval.run.files import write_text
 from llava.utils import guarded
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
+from llava.engine.chat import ChatSession, load_picture
 from llava.eval import options
 from llava.mm_utils import get_model_name_from_path
-from llava.serve.chat_session import ChatSession, load_picture
 from llava.utils import guarded
 
 PLACEHOLDER = "<image-placeholder>"  # where a picture belongs inside a query

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from llava.eval.files import write_json, write_jsonl
-from llava.eval.scorers.science_qa import OPTIONS, Problem, read_problems
+from llava.eval.benchmarks.science_qa import OPTIONS, Problem, read_problems
+from llava.eval.run.files import write_json, write_jsonl
 
 INPUTS: Final = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
 OUTPUTS: Final = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA", "LEPA")

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from llava.eval.judging.reviews import summarize
 from llava.eval.program import file_flag, flag, program
-from llava.eval.scorers.review import summarize
 
 _WHICH = (
     flag("-v", "--version"),

@@ -24,7 +24,6 @@ from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.dispatch import DeviceMap, dispatch, place
 from llava.model.hub import snapshot
-from llava.model.language_model.builder import language_model_spec
 from llava.model.llava_arch import grow_embeddings, load_token_rows, parameter_shapes
 from llava.model.lora import (
     adapter_shapes,
@@ -38,6 +37,7 @@ from llava.model.lora import (
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.quantization import Quantizer, size_name
+from llava.model.registry import language_model_spec
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import empty_weights, fill
 from llava.placement import Placement, avoid_cudnn_attention, resolve_attention, resolve_device, resolve_dtype

@@ -118,8 +118,8 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
         return Kind.INTERNVL_CHAT
     if model_type == "llava" and "mm_vision_tower" not in config:
         return Kind.HF_LLAVA
-    from llava.model.language_model.builder import LANGUAGE_MODELS
     from llava.model.multimodal_encoder.builder import TOWERS  # imports this module
+    from llava.model.registry import LANGUAGE_MODELS
 
     if model_type in TOWERS:
         return Kind.TOWER

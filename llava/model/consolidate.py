@@ -21,7 +21,7 @@ from llava.model import delta
 from llava.model.builder import read_config
 from llava.model.check import language_parts
 from llava.model.checkpoint import Kind
-from llava.model.language_model.builder import language_model_spec
+from llava.model.registry import language_model_spec
 from llava.model.saving import write_config
 from llava.model.source import WeightSource
 from llava.utils import guarded

@@ -21,12 +21,11 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ConfigError
 from llava.model.builder import load_pretrained_model, local_directory, read_config
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
-from llava.model.language_model.builder import language_model_spec
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
-from llava.model.probe import compare, probe, probe_inputs
-from llava.model.saving import cast_parameters, new_directory, write_weights
+from llava.model.registry import language_model_spec
+from llava.model.saving import cast_parameters, compare, new_directory, probe, probe_inputs, write_weights
 from llava.utils import guarded
 
 if TYPE_CHECKING:

@@ -23,10 +23,9 @@ from llava.errors import CheckpointError
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
-from llava.model.language_model.builder import language_model_spec
-from llava.model.probe import compare, probe
 from llava.model.quantization import PREFIXES
-from llava.model.saving import cast_parameters, new_directory
+from llava.model.registry import language_model_spec
+from llava.model.saving import cast_parameters, compare, new_directory, probe
 from llava.model.tokenizer import load_tokenizer
 from llava.placement import resolve_attention
 from llava.utils import guarded

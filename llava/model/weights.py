@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
 from llava.errors import CheckpointError
-from llava.model.upload import PinnedUploader
+from llava.model.transfer import PinnedUploader
 
 
 @contextmanager

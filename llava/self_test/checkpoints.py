@@ -26,8 +26,7 @@ from transformers import (
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM
-from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
 
 PIXELS: Final = 112  # side of an image: 8 x 8 patches of 14 pixels
 EOS: Final = 2

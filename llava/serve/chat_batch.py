@@ -6,10 +6,10 @@ from pathlib import Path
 
 from llava.engine import Engine
 from llava.errors import DataError
-from llava.eval.answers import Row
-from llava.eval.questions import Question, read_lines
-from llava.eval.runner import Outcome, run
-from llava.eval.settings import RunSettings
+from llava.eval.run.answers import Row
+from llava.eval.run.questions import Question, read_lines
+from llava.eval.run.runner import Outcome, run
+from llava.eval.run.settings import RunSettings
 
 
 def read_prompts(path: Path) -> list[Question]:
@@ -29,7 +29,7 @@ def read_prompts(path: Path) -> list[Question]:
 
 
 def run_batch(engine: Engine, source: Path, output: Path, settings: RunSettings) -> Outcome:
-    """Answer every prompt of `source` into `output`, in order; see `llava.eval.runner.run` for resuming."""
+    """Answer every prompt of `source` into `output`, in order; see `llava.eval.run.runner.run` for resuming."""
 
     def make_row(question: Question, text: str, error: str | None) -> Row:
         return {

@@ -12,8 +12,8 @@ from types import FrameType
 from typing import TextIO
 
 from llava.engine import Completion, Handle
+from llava.engine.chat import ChatSession, parse_setting
 from llava.errors import LlavaError
-from llava.serve.chat_session import ChatSession, parse_setting
 
 HELP = """\
 /image PATH|URL       attach a picture to the next message (repeatable)

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from llava.conversation import template_for
 from llava.engine import Engine
+from llava.engine.chat import ChatSession, is_stage_one, load_picture
 from llava.errors import ConfigError
 from llava.eval import options
-from llava.eval.runner import report
-from llava.eval.settings import RunSettings
+from llava.eval.run.runner import report
+from llava.eval.run.settings import RunSettings
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.chat_batch import run_batch
-from llava.serve.chat_session import ChatSession, is_stage_one, load_picture
 from llava.serve.chat_terminal import answer, converse
 from llava.utils import guarded
 

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.serve.packages import require_server
+from llava.serve.common.requirements import require_server
 from llava.utils import guarded
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from llava.serve.flags import add_listen_flags, positive
-    from llava.serve.security import API_KEYS_VARIABLE
+    from llava.serve.common.arguments import add_listen_flags, positive
+    from llava.serve.common.security import API_KEYS_VARIABLE
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -35,14 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     require_server()
     args = build_parser().parse_args(argv)
-    from llava.serve.api_server import ApiServer, add_api_routes
-    from llava.serve.controller_app import Controller, controller_routes, with_lifespan
-    from llava.serve.flags import keys_of, limits_of, open_socket
-    from llava.serve.http_app import guard
-    from llava.serve.http_server import serve
-    from llava.serve.registry import Registry
-    from llava.serve.security import API_KEYS_VARIABLE, LOOPBACK_HOSTS, AddressRule, read_secrets
-    from llava.serve.worker_client import Times, WorkerClient
+    from llava.serve.common.arguments import keys_of, limits_of, open_socket
+    from llava.serve.common.middleware import guard
+    from llava.serve.common.security import API_KEYS_VARIABLE, LOOPBACK_HOSTS, AddressRule, read_secrets
+    from llava.serve.common.server import serve
+    from llava.serve.control.app import Controller, controller_routes, with_lifespan
+    from llava.serve.control.openai_api import ApiServer, add_api_routes
+    from llava.serve.control.registry import Registry
+    from llava.serve.control.worker_client import Times, WorkerClient
 
     sock, token = open_socket(args)
     api_keys = read_secrets(args.api_keys_file, API_KEYS_VARIABLE)

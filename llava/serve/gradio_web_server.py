@@ -24,7 +24,7 @@ from llava.errors import ConfigError
 from llava.utils import build_logger, guarded, require
 
 if TYPE_CHECKING:
-    from llava.serve.web_site import Site
+    from llava.serve.web.site import Site
 
 logger = logging.getLogger(__name__)
 FIRST_PORT: Final = 7860
@@ -66,7 +66,7 @@ def check(args: argparse.Namespace, logins: Sequence[tuple[str, str]]) -> None:
 
 def read_logins(file: Path | None) -> list[tuple[str, str]]:
     """(user, password) of everyone who may see the page; none: no login is asked for."""
-    from llava.serve.security import read_secrets
+    from llava.serve.common.security import read_secrets
 
     logins = []
     for line in read_secrets(file, LOGINS_VARIABLE):
@@ -78,12 +78,12 @@ def read_logins(file: Path | None) -> list[tuple[str, str]]:
 
 
 def build_site(args: argparse.Namespace) -> Site:
-    from llava.serve.security import cluster_token
-    from llava.serve.web_client import ServiceClient
-    from llava.serve.web_log import ConversationLog
-    from llava.serve.web_models import ModelCatalog
-    from llava.serve.web_moderation import Moderator
-    from llava.serve.web_site import Site
+    from llava.serve.common.security import cluster_token
+    from llava.serve.web.client import ServiceClient
+    from llava.serve.web.log import ConversationLog
+    from llava.serve.web.models import ModelCatalog
+    from llava.serve.web.moderation import Moderator
+    from llava.serve.web.site import Site
 
     token = cluster_token(args.token_file)
     client = ServiceClient(args.controller_url, token=token, idle_timeout=args.idle_timeout)
@@ -100,7 +100,7 @@ def build_app(
     import fastapi
     import gradio
 
-    from llava.serve.web_page import CSS, build_page, theme
+    from llava.serve.web.page import CSS, build_page, theme
 
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = fastapi.FastAPI(**closed)
@@ -144,7 +144,7 @@ def add_probes(app: Any, site: Site) -> None:
 
 def listen(host: str, port: int | None) -> socket.socket:
     """A socket bound to `port`, or to the first free port from 7860 up; raises `ConfigError` when it is taken."""
-    from llava.serve.http_server import bind_socket
+    from llava.serve.common.server import bind_socket
 
     if port is not None:
         return bind_socket(host, port)
@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     require("gradio", "serve")
-    from llava.serve.http_server import port_of, serve
-    from llava.serve.security import bind_host
+    from llava.serve.common.security import bind_host
+    from llava.serve.common.server import port_of, serve
 
     build_logger("llava.serve")
     logins = read_logins(args.auth_file)

@@ -11,7 +11,7 @@ from llava.errors import ConfigError
 from llava.utils import guarded
 
 PARTS: Final = {
-    "all": ("llava.serve.serve_all", "controller, one worker and the web page, in one command"),
+    "all": ("llava.serve.launcher.serve_all", "controller, one worker and the web page, in one command"),
     "controller": ("llava.serve.controller", "the list of workers, and the OpenAI-compatible API"),
     "worker": ("llava.serve.model_worker", "one model"),
     "web": ("llava.serve.gradio_web_server", "the web page"),

@@ -12,14 +12,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from llava.serve.packages import require_server
+from llava.serve.common.requirements import require_server
 from llava.utils import guarded
 
 
 def build_parser() -> argparse.ArgumentParser:
     from llava.eval.options import add_model_flags
-    from llava.serve.flags import add_listen_flags, positive
-    from llava.serve.worker_program import add_worker_flags
+    from llava.serve.common.arguments import add_listen_flags, positive
+    from llava.serve.worker.program import add_worker_flags
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_server()
     args = build_parser().parse_args(argv)
     from llava.mm_utils import get_model_name_from_path
-    from llava.serve.flags import open_socket
-    from llava.serve.local_model import LocalModel, Settings, loader
-    from llava.serve.worker_app import Worker
-    from llava.serve.worker_program import places, run
+    from llava.serve.common.arguments import open_socket
+    from llava.serve.worker.app import Worker
+    from llava.serve.worker.local_backend import LocalModel, Settings, loader
+    from llava.serve.worker.program import places, run
 
     limit, queue_limit = places(args)
     settings = Settings(

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.serve.packages import require_server
+from llava.serve.common.requirements import require_server
 from llava.utils import guarded
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from llava.serve.flags import add_listen_flags
-    from llava.serve.worker_program import add_worker_flags
+    from llava.serve.common.arguments import add_listen_flags
+    from llava.serve.worker.program import add_worker_flags
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -37,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_server()
     args = build_parser().parse_args(argv)
     from llava.conversation import get_template
-    from llava.serve.flags import open_socket
-    from llava.serve.openai_backend import OpenAIBackend
-    from llava.serve.protocol import ModelInfo
-    from llava.serve.security import read_secrets
-    from llava.serve.worker_app import Worker
-    from llava.serve.worker_program import places, run
+    from llava.serve.common.arguments import open_socket
+    from llava.serve.common.protocol import ModelInfo
+    from llava.serve.common.security import read_secrets
+    from llava.serve.worker.app import Worker
+    from llava.serve.worker.openai_backend import OpenAIBackend
+    from llava.serve.worker.program import places, run
 
     get_template(args.conv_mode)
     limit, queue_limit = places(args)

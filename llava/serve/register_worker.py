@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     require("httpx", "serve")
-    from llava.serve.client import Client
+    from llava.serve.common.client import Client
 
     body = {"worker_name": args.worker_name, "check_heart_beat": args.check_heart_beat, "worker_status": None}
     with Client(args.token_file) as client:

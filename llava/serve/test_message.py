@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     require("httpx", "serve")
-    from llava.serve.client import Client
+    from llava.serve.common.client import Client
 
     with Client(args.token_file) as client:
         if args.worker_address:

@@ -29,7 +29,7 @@ from llava.data.sampler import (
 )
 from llava.errors import TrainingError
 from llava.model.checkpoint import PROJECTOR_FILE, load_bin
-from llava.train import adapters, checkpointing, pace, validation, weights, zero
+from llava.train import checkpointing, model_setup, throughput, validation, weights, zero
 
 __all__ = [
     "LLaVATrainer",
@@ -102,7 +102,7 @@ class LLaVATrainer(transformers.Trainer):
         self._counts: torch.Tensor | None = None
         self._grad_norm: float | None = None
         self._engine: Any = None
-        self._pace: pace.Pace | None = None
+        self._pace: throughput.Pace | None = None
         self._begun: tuple[int, float] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_EpochOrder(self))
@@ -245,14 +245,14 @@ class LLaVATrainer(transformers.Trainer):
 
     def _speed(self, seconds: float, counted: dict[str, float]) -> dict[str, Any]:
         """Tokens and samples a second, MFU on known devices, and the time left at the pace since the start."""
-        self._pace = self._pace or pace.pace_of(self.model, self.args)
+        self._pace = self._pace or throughput.pace_of(self.model, self.args)
         step, now = self.state.global_step, time.perf_counter()
         begun, since = self._begun or (step, now)
         self._begun = (begun, since)
         speed: dict[str, Any] = self._pace.line(seconds=seconds, **counted)
         if step > begun:
             left = (now - since) / (step - begun) * (self.state.max_steps - step)
-            speed["time_left"] = pace.hours_and_minutes(left)
+            speed["time_left"] = throughput.hours_and_minutes(left)
         return speed
 
     # --- saving and resuming ------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class LLaVATrainer(transformers.Trainer):
                 self.model.config.save_pretrained(directory)
                 weights.write_bin(weights.projector_file(directory, final=not _internal_call), state)
         elif self.saves == "lora":
-            adapters.save(self.model, self.tokenizer, directory, keep=keep)
+            model_setup.save(self.model, self.tokenizer, directory, keep=keep)
         elif self.is_deepspeed_enabled:
             state = weights.all_tensors(self.model, keep=keep)
             if keep:
@@ -293,7 +293,7 @@ class LLaVATrainer(transformers.Trainer):
         if self.saves == "projector":
             return weights.shapes(weights.projector_parameters(self.model, self.model.config))
         if self.saves == "lora":
-            return adapters.shapes(self.model)
+            return model_setup.shapes(self.model)
         return weights.shapes(list(self.model.named_parameters()))
 
     def _save_checkpoint(self, model: Any, trial: Any, metrics: Any = None) -> None:
@@ -323,7 +323,7 @@ class LLaVATrainer(transformers.Trainer):
             state = load_bin(Path(resume_from_checkpoint) / PROJECTOR_FILE)
             weights.copy_named(dict((model or self.model).named_parameters()), state)
         elif self.saves == "lora":
-            adapters.load(model or self.model, Path(resume_from_checkpoint))
+            model_setup.load(model or self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -23,17 +23,16 @@ from transformers import set_seed
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava.conversation import get_template
-from llava.data.collate import DataCollatorForSupervisedDataset
-from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
+from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, make_supervised_data_module
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError, TrainingError
 from llava.placement import avoid_cudnn_attention
-from llava.train import adapters, assemble, checkpointing, estimate, reporting, trainable, validation, zero
+from llava.train import checkpointing, estimate, model_setup, reporting, validation, zero
 from llava.train.dist_utils import any_rank
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.record import RunFiles, RunRecord, plain
-from llava.train.watch import DataWatch, Watchdog
+from llava.train.run_metadata import RunFiles, RunRecord, plain
+from llava.train.watchdog import DataWatch, Watchdog
 from llava.utils import guarded, writing
 
 __all__ = [
@@ -60,20 +59,20 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Training
         torch.use_deterministic_algorithms(True)
     avoid_cudnn_attention(args.device)
     set_seed(args.seed)  # every rank draws the same projector
-    template = assemble.template_name(model_args.version)
-    model: Any = assemble.load_base(model_args, args)
-    adapted = adapters.wrap(model, model_args, args) if args.lora_enable else model
-    tokenizer = assemble.load_training_tokenizer(model_args, args)
-    assemble.set_pad_token(model, tokenizer, model_args.version, may_grow=not args.lora_enable)
-    dtype = assemble.compute_dtype(args)
+    template = model_setup.template_name(model_args.version)
+    model: Any = model_setup.load_base(model_args, args)
+    adapted = model_setup.wrap(model, model_args, args) if args.lora_enable else model
+    tokenizer = model_setup.load_training_tokenizer(model_args, args)
+    model_setup.set_pad_token(model, tokenizer, model_args.version, may_grow=not args.lora_enable)
+    dtype = model_setup.compute_dtype(args)
     if model_args.vision_tower is not None:
-        assemble.add_vision(model, model_args, data_args, dtype)
+        model_setup.add_vision(model, model_args, data_args, dtype)
         model.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
         model.initialize_vision_tokenizer(model_args, tokenizer)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    trainable.set_trainable(model, model_args, args)
-    trainable.set_precision(model, dtype, engine=bool(args.deepspeed), packed=args.bits != 16)
+    model_setup.set_trainable(model, model_args, args)
+    model_setup.set_precision(model, dtype, engine=bool(args.deepspeed), packed=args.bits != 16)
     model.config.conv_template = template
     checkpointing.sanitise_generation_config(model)
     return adapted, tokenizer, template
@@ -83,8 +82,8 @@ def _check_saving(model: Any, tokenizer: Any, model_args: ModelArguments, args: 
     if not args.should_save:
         return
     output_dir = Path(args.output_dir)
-    learning, total = trainable.count(model)
-    width = assemble.compute_dtype(args).itemsize
+    learning, total = model_setup.count(model)
+    width = model_setup.compute_dtype(args).itemsize
     final = (learning if model_args.tune_mm_mlp_adapter or args.lora_enable else total) * width
     checkpoint = 0 if args.save_strategy == "no" else final + learning * (BYTES_OF_ADAM + 4)
     checkpointing.dry_run(output_dir, model, tokenizer)
@@ -94,7 +93,7 @@ def _check_saving(model: Any, tokenizer: Any, model_args: ModelArguments, args: 
 def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -> RunRecord:
     """Say in the log, and keep in run.json, what is about to happen."""
     args = trainer.args
-    learning, total = trainable.count(trainer.model)
+    learning, total = model_setup.count(trainer.model)
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     samples = len(trainer.train_dataset)
     logger.info(
@@ -160,7 +159,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     facts = {"template": template, "data_bytes": size, "resumed_from": checkpoint and str(checkpoint)}
     record = _start_record(trainer, groups, **facts)
     result = watched(trainer, checkpoint)
-    finish(trainer, assemble.compute_dtype(args))
+    finish(trainer, model_setup.compute_dtype(args))
     faults = trainer.train_dataset.report(functools.partial(any_rank, device=args.device))
     if args.should_save:
         record.write(
@@ -188,7 +187,7 @@ def finish(trainer: LLaVATrainer, dtype: torch.dtype) -> None:
     trainer.save_state()
     trainer.model.config.use_cache = True
     if not trainer.is_deepspeed_enabled and trainer.saves == "full":
-        trainable.as_saved(trainer.model, dtype)
+        model_setup.as_saved(trainer.model, dtype)
     trainer.save_model()
     logger.info("Saved to %s.", trainer.args.output_dir)
 

@@ -1,6 +1,6 @@
 """What training writes, checked: all weights, or the projector alone; and reading it back (spec/train.md §10).
 
-What a LoRA run writes is in `llava.train.adapters`.
+What a LoRA run writes is in `llava.train.model_setup`.
 """
 
 from __future__ import annotations

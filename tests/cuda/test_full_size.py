@@ -21,10 +21,9 @@ from benchmarks.full_size import make_model
 from llava.engine.cache import RowCache
 from llava.engine.features import FeatureEncoder
 from llava.engine.llama import FastLlama
-from llava.engine.pictures import Picture
-from llava.engine.prefixes import Segment, Span
-from llava.engine.request import SamplingParams
+from llava.engine.prefix_cache import Segment, Span
 from llava.engine.sampling import Sampler
+from llava.engine.sequence import Picture, SamplingParams
 from llava.train.flops import Learns, Shape, shape_of, step_flops
 from tests.cuda.fake_card import fake_card
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from llava.engine import Engine, Request, SamplingParams, attention
+from llava.engine.chat import ChatSession
 from llava.engine.sampling import Sampler, sample_top_p
 from llava.placement import FREE_FOR_WEIGHTS, is_ampere
-from llava.serve.chat_session import ChatSession
 from tests import devices
 from tests.cuda.conftest import KINDS, load
 

@@ -18,8 +18,7 @@ from transformers import LlamaTokenizer
 from llava import conversation
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.data.collate import DataCollatorForSupervisedDataset
-from llava.data.dataset import LazySupervisedDataset, make_supervised_data_module
+from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, make_supervised_data_module
 from llava.errors import ConfigError, DataError, ImageError, TemplateError
 from tests.data import zoo
 from tests.data.test_images import encoded, noise, processor

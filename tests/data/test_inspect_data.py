@@ -11,8 +11,8 @@ import pytest
 
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import LazySupervisedDataset
-from llava.data.inspect_data import main
 from llava.model.tokenizer import load_tokenizer
+from llava.train.inspect_data import main
 from tests.data.test_dataset import arguments, record
 
 RECORDS = [

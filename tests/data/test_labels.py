@@ -18,9 +18,16 @@ from transformers import LlamaTokenizer
 from llava import conversation
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates, get_template
-from llava.data.labels import Example, build_example, preprocess, preprocess_multimodal, training_spans, truncate
+from llava.data.labels import (
+    Example,
+    build_example,
+    check_template,
+    preprocess,
+    preprocess_multimodal,
+    training_spans,
+    truncate,
+)
 from llava.data.records import Turn
-from llava.data.template_check import check_template
 from llava.data.tokens import tokenize
 from llava.errors import DataError, TemplateError
 from llava.mm_utils import tokenizer_image_token

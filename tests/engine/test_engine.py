@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava.engine import Engine, Handle, Request, SamplingParams, cache, load_engine, prefixes
+from llava.engine import Engine, Handle, Request, SamplingParams, cache, load_engine, prefix_cache
 from llava.errors import ConfigError, RequestError
 from llava.model.builder import load_pretrained_model
 from tests.engine.conftest import Solo
@@ -27,7 +27,7 @@ from tests.engine.conftest import Solo
 PICTURES = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 TOKENS = st.integers(3, 383)
 MakeEngine = Callable[..., Engine]
-SEGMENT = prefixes.Segment
+SEGMENT = prefix_cache.Segment
 
 
 @st.composite
@@ -65,16 +65,16 @@ def test_any_schedule_equals_one_at_a_time(
     )
     engine._on_cuda = data.draw(st.booleans())  # as on CUDA, where tokens become text one step later
     stores = (engine.features.store, engine.prefiller.prefixes)
-    segments: WeakSet[prefixes.Segment] = WeakSet()
+    segments: WeakSet[prefix_cache.Segment] = WeakSet()
 
-    def remember(*parts: Any) -> prefixes.Segment:
+    def remember(*parts: Any) -> prefix_cache.Segment:
         segment = SEGMENT(*parts)
         segments.add(segment)
         return segment
 
     waiting = data.draw(st.lists(requests(), min_size=3, max_size=8))
     submitted = []
-    with mock.patch.object(prefixes, "Segment", remember):
+    with mock.patch.object(prefix_cache, "Segment", remember):
         while waiting or any(not handle.done for _, handle in submitted):
             least = int(all(handle.done for _, handle in submitted))  # there is something to do in every step
             for _ in range(data.draw(st.integers(least, 3)) if waiting else 0):

@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava.engine import attention
 from llava.engine.attention import Shared, attend
 from llava.engine.cache import RowCache
-from llava.engine.language_model import LanguageModel
+from llava.engine.linear import Product
 from llava.engine.llama import FastLlama, open_language_model
-from llava.engine.prefixes import PrefixStore, Span
-from llava.engine.product import Product
+from llava.engine.model_runner import LanguageModel
+from llava.engine.prefix_cache import PrefixStore, Span
 from llava.placement import prefers_matrix_vector
 from tests.tiny import llama_settings
 

@@ -13,7 +13,7 @@ import torch
 from llava.engine.cache import RowCache
 from llava.engine.llama import FastLlama
 from llava.engine.native import build
-from llava.engine.prefixes import PrefixStore, Span
+from llava.engine.prefix_cache import PrefixStore, Span
 from tests.engine.test_llama import VARIANTS, make_model
 
 BEGIN = list(range(3, 43))

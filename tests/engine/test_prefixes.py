@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava.engine.prefixes import MIN_SHARED, Chain, PrefixStore, Segment, tokens_of
+from llava.engine.prefix_cache import MIN_SHARED, Chain, PrefixStore, Segment, tokens_of
 
 SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(
     lambda ids: tuple(id for id in ids for _ in "12345678")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava.engine.stopping import Detokenizer, SpecialTokens, TextStream
+from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from llava.eval.questions import LETTER_SUFFIX, SHORT_SUFFIX
-from llava.eval.scorers.mme import TASKS
+from llava.eval.benchmarks.mme import TASKS
+from llava.eval.run.questions import LETTER_SUFFIX, SHORT_SUFFIX
 from tests.eval.conftest import write_jsonl
 
 ASK = f"\n{SHORT_SUFFIX}"

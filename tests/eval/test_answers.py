@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava.errors import DataError
-from llava.eval.answers import AnswersWriter, answer_id, answer_row, complete_answers, read_answers
-from llava.eval.questions import Question
+from llava.eval.run.answers import AnswersWriter, answer_id, answer_row, complete_answers, read_answers
+from llava.eval.run.questions import Question
 
 QUESTIONS = [Question(number // 2, f"question {number} ü", ("x.png",)) for number in range(12)]
 MAKE = answer_row("model")

@@ -13,9 +13,8 @@ from PIL import Image
 
 from llava.errors import ConfigError, DataError
 from llava.eval import main as evaluate
-from llava.eval.scorers.easy_vqa import Item, normalize, question_only, score, table
-from llava.eval.tasks import make_task
-from llava.eval.tasks.easy_vqa import EasyVQA
+from llava.eval.benchmarks.easy_vqa import EasyVQA, Item, normalize, question_only, score, table
+from llava.eval.benchmarks.registry import make_task
 from tests.eval.conftest import read_jsonl
 
 TRAINING = [("is it red?", "yes"), ("is it red?", "no"), ("is it red?", "no"), ("what shape?", "circle")]
@@ -70,7 +69,7 @@ def test_official_split_and_baseline() -> None:
 
 
 def test_scorer_needs_no_torch() -> None:
-    code = "import sys, llava.eval.scorers.easy_vqa; sys.exit('torch' in sys.modules)"
+    code = "import sys, llava.eval.benchmarks.easy_vqa; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -10,9 +10,9 @@ import pytest
 from llava.engine import Engine, SamplingParams
 from llava.errors import ImageError
 from llava.eval import model_qa, model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
-from llava.eval.pictures import Cells, prefetch
-from llava.eval.questions import Question
-from llava.eval.settings import RunSettings
+from llava.eval.run.images import Cells, prefetch
+from llava.eval.run.questions import Question
+from llava.eval.run.settings import RunSettings
 from tests.eval.benchdata import make_mmbench_en, make_science_qa, make_textvqa
 from tests.eval.conftest import read_jsonl, write_jsonl
 

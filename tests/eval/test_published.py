@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llava.eval.published import COLUMNS, MME_BAND, ROWS, band, find
-from llava.eval.tasks import TASKS
+from llava.eval.benchmarks.registry import TASKS
+from llava.eval.reporting.published import COLUMNS, MME_BAND, ROWS, band, find
 
 
 def test_rows_are_those_of_the_model_zoo() -> None:

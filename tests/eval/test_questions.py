@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
-from llava.eval.files import read_json
-from llava.eval.questions import (
+from llava.eval.run.files import read_json
+from llava.eval.run.questions import (
     Question,
     get_chunk,
     read_questions,

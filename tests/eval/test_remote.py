@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.engine.request import SamplingParams
+from llava.engine.sequence import SamplingParams
 from llava.errors import ConfigError, ImageError, RequestError
 from llava.eval import main as evaluate
 from llava.eval import model_vqa_loader
-from llava.eval.endpoint import chat, only_model
-from llava.eval.manifest import manifest_path
-from llava.eval.remote import RemoteModel, data_url, in_threads
-from llava.eval.settings import RunSettings
+from llava.eval.run.endpoint import chat, only_model
+from llava.eval.run.manifest import manifest_path
+from llava.eval.run.remote_model import RemoteModel, data_url, in_threads
+from llava.eval.run.settings import RunSettings
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 from tests.eval.fake_server import FakeServer

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from llava.eval import report
-from llava.eval.report_chart import draw
-from llava.eval.report_data import lines, read_run
-from llava.eval.tasks import make_task
+from llava.eval.benchmarks.registry import make_task
+from llava.eval.reporting.chart import draw
+from llava.eval.reporting.data import lines, read_run
 from tests.eval.benchdata import BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
 

@@ -16,11 +16,11 @@ from llava.eval import (
     qa_baseline_gpt35,
     summarize_gpt_review,
 )
-from llava.eval.answers import lock
-from llava.eval.endpoint import headers
-from llava.eval.judge import OPENAI, Judge, base_url
-from llava.eval.reviews import RULES
-from llava.eval.scorers import review
+from llava.eval.judging import reviews
+from llava.eval.judging.judge import OPENAI, Judge, base_url
+from llava.eval.judging.reviews import RULES
+from llava.eval.run.answers import lock
+from llava.eval.run.endpoint import headers
 from tests.eval.conftest import read_jsonl, write_jsonl
 from tests.eval.fake_server import FakeServer
 
@@ -177,7 +177,7 @@ SCORES |= {"\n\n7.5 6\nx": (7.5, 6), "So:\nsteps\n(1, 2)": (1, 2), "I give 8 9":
 
 @pytest.mark.parametrize(("reply", "wanted"), SCORES.items())
 def test_reading_scores(reply: str, wanted: tuple[float, float]) -> None:
-    assert review.parse_scores(reply) == wanted
+    assert reviews.parse_scores(reply) == wanted
 
 
 def test_summary_chooses_files_and_leaves_failures_out(

@@ -16,15 +16,14 @@ from PIL import Image
 from llava.conversation import get_template, stop_strings
 from llava.data.images import open_image, preprocess_image
 from llava.engine import Engine, Request, SamplingParams, load_engine
-from llava.engine.pictures import Picture, identify
-from llava.engine.prompt import render_question
+from llava.engine.sequence import Picture, identify, render_question
 from llava.errors import ConfigError, ImageError
-from llava.eval.local import LocalModel, question_seed
-from llava.eval.manifest import checkpoint_fingerprint, manifest_path
-from llava.eval.pictures import prefetch
-from llava.eval.questions import Question, read_questions
-from llava.eval.runner import report, run, work_order
-from llava.eval.settings import RunSettings
+from llava.eval.run.images import prefetch
+from llava.eval.run.local_model import LocalModel, question_seed
+from llava.eval.run.manifest import checkpoint_fingerprint, manifest_path
+from llava.eval.run.questions import Question, read_questions
+from llava.eval.run.runner import report, run, work_order
+from llava.eval.run.settings import RunSettings
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 
 
@@ -182,7 +181,7 @@ def test_pictures_are_opened_once_for_neighbours_and_not_all_ahead(
 ) -> None:
     opened: list[Any] = []
     real = open_image
-    monkeypatch.setattr("llava.eval.pictures.open_image", lambda path: (opened.append(path.name), real(path))[1])
+    monkeypatch.setattr("llava.eval.run.images.open_image", lambda path: (opened.append(path.name), real(path))[1])
     questions = [Question(n, str(n), (f"{('red', 'green', 'blue', 'gray')[n // 5 % 4]}.png",)) for n in range(40)]
     stream = prefetch(questions, range(40), settings.source, 0)
     next(stream)

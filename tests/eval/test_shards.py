@@ -20,16 +20,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava.engine.request import SamplingParams
+from llava.engine.sequence import SamplingParams
 from llava.errors import ConfigError, DataError
-from llava.eval import launch, merge
-from llava.eval.answers import AnswersWriter, lock
-from llava.eval.manifest import check_resume, manifest_path
-from llava.eval.questions import Question
-from llava.eval.runner import run
-from llava.eval.settings import Asked, RunSettings
-from llava.eval.shards import merge as merge_parts
-from llava.eval.shards import shard_path, shards_folder
+from llava.eval import merge
+from llava.eval.run import launch
+from llava.eval.run.answers import AnswersWriter, lock
+from llava.eval.run.manifest import check_resume, manifest_path
+from llava.eval.run.questions import Question
+from llava.eval.run.runner import run
+from llava.eval.run.settings import Asked, RunSettings
+from llava.eval.run.shards import merge as merge_parts
+from llava.eval.run.shards import shard_path, shards_folder
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 from tests.test_package import ROOT
 
@@ -226,7 +227,8 @@ def test_every_shard_has_a_gpu_and_failed_ones_are_named(tmp_path: Path, monkeyp
 
 
 ORPHAN = (
-    "import time; from llava.eval.launch import follow_parent; follow_parent(); print(1, flush=True); time.sleep(99)"
+    "import time; from llava.eval.run.launch import follow_parent; "
+    "follow_parent(); print(1, flush=True); time.sleep(99)"
 )
 
 

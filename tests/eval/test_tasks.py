@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from llava.engine.request import SamplingParams
+from llava.engine.sequence import SamplingParams
 from llava.eval import main as evaluate
-from llava.eval.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question, read_science_questions
-from llava.eval.runner import run as answer_all
-from llava.eval.settings import Asked, RunSettings
-from llava.eval.shards import shard_path, shards_folder
-from llava.eval.tasks import TASKS, make_task, make_tasks
+from llava.eval.benchmarks.registry import TASKS, make_task, make_tasks
+from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question, read_science_questions
+from llava.eval.run.runner import run as answer_all
+from llava.eval.run.settings import Asked, RunSettings
+from llava.eval.run.shards import shard_path, shards_folder
 from tests.eval.benchdata import ASK, BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
 from tests.eval.fake_server import FakeServer
@@ -41,7 +41,7 @@ def run(tiny_dirs: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPat
         patch.setenv("OPENAI_BASE_URL", judge.url)
         patch.setenv("NO_PROXY", "127.0.0.1")
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        patch.setattr("llava.eval.tasks.easy_vqa.package_data", lambda: data / "easy_vqa")
+        patch.setattr("llava.eval.benchmarks.easy_vqa.package_data", lambda: data / "easy_vqa")
         flags = ["--tasks", "all", "--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--max-new-tokens", "2"]
         assert evaluate.main([*flags, "--eval-data", str(data), "--output-dir", str(output)]) == 0
         yield output
@@ -89,7 +89,7 @@ class Yes:
 def test_a_dead_shard_or_a_missing_answer_is_named_and_nothing_is_scored(
     name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava.eval.tasks.easy_vqa.package_data", lambda: data / "easy_vqa")
+    monkeypatch.setattr("llava.eval.benchmarks.easy_vqa.package_data", lambda: data / "easy_vqa")
     questions = make_task(name, data / BENCHMARKS[name][0]).questions()
     answers = tmp_path / name / "answers.jsonl"
     dead = shard_path(shards_folder(answers), 1, 2)

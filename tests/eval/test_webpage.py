@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava.eval import generate_webpage_data_from_table as pages
-from llava.eval.markdown_html import to_html
+from llava.eval.judging.page import to_html
 from tests.eval.conftest import write_jsonl
 
 

@@ -20,8 +20,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.check import examine, report
 from llava.model.checkpoint import Kind
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
 from llava.model.weights import empty_weights
 from tests import tiny
 from tests.model import zoo

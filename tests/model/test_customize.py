@@ -16,10 +16,10 @@ from transformers import Dinov2Config, Dinov2Model, MistralConfig, MistralForCau
 from llava.engine import Engine, Request, SamplingParams
 from llava.errors import CheckpointError
 from llava.mm_utils import tokenizer_image_token
+from llava.model import registry as language_models
 from llava.model.builder import load_pretrained_model
 from llava.model.check import examine
 from llava.model.checkpoint import Kind
-from llava.model.language_model import builder as language_models
 from llava.model.multimodal_encoder import builder
 from tests import tiny
 from tests.model.test_builder import edit_config

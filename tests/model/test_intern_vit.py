@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from transformers import PretrainedConfig
 
 from llava.errors import ConfigError
-from llava.model.multimodal_encoder.intern_vit.configuration import InternVisionConfig
-from llava.model.multimodal_encoder.intern_vit.modeling import (
+from llava.model.multimodal_encoder.intern_vit_6b import (
     DropPath,
     InternAttention,
     InternRMSNorm,
+    InternVisionConfig,
     InternVisionModel,
     resample_positions,
 )

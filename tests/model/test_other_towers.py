@@ -17,8 +17,8 @@ from transformers import CLIPImageProcessor
 from llava.errors import ConfigError
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import TOWER as CLIP
-from llava.model.multimodal_encoder.intern_vit.modeling import InternVisionModel
-from llava.model.multimodal_encoder.internvl_14b.tower import TOWER as INTERNVL
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionModel
+from llava.model.multimodal_encoder.internvl_14b import TOWER as INTERNVL
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, LlamaForCausalLM
 
 from llava.model.multimodal_encoder.clip_encoder import TOWER as CLIP
-from llava.model.multimodal_encoder.internvl_14b.tower import TOWER as INTERNVL
+from llava.model.multimodal_encoder.internvl_14b import TOWER as INTERNVL
 from tests import tiny
 
 TOWER_KEYS = "model.vision_tower.vision_tower."

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from llava.serve.http_server import bind_socket, port_of
+from llava.serve.common.server import bind_socket, port_of
 from tests.serve.stubs import until
 
 

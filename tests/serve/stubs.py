@@ -18,19 +18,19 @@ import httpx
 import uvicorn
 from PIL import Image
 
-from llava.engine.request import Completion, Handle, Request
+from llava.engine.sequence import Completion, Handle, Request
 from llava.errors import ContextLengthError
-from llava.serve.api_server import ApiServer, add_api_routes
-from llava.serve.controller_app import Controller, controller_routes, with_lifespan
-from llava.serve.heartbeat import HeartBeat
-from llava.serve.http_app import Keys, Limits, guard
-from llava.serve.http_server import bind_socket, port_of
-from llava.serve.local_model import Loaded, LocalModel, Settings
-from llava.serve.protocol import FrameReader, ModelInfo
-from llava.serve.registry import Registry
-from llava.serve.security import AddressRule, KeyRing
-from llava.serve.worker_app import Worker, make_worker_app
-from llava.serve.worker_client import Times, WorkerClient
+from llava.serve.common.middleware import Keys, Limits, guard
+from llava.serve.common.protocol import FrameReader, ModelInfo
+from llava.serve.common.security import AddressRule, KeyRing
+from llava.serve.common.server import bind_socket, port_of
+from llava.serve.control.app import Controller, controller_routes, with_lifespan
+from llava.serve.control.openai_api import ApiServer, add_api_routes
+from llava.serve.control.registry import Registry
+from llava.serve.control.worker_client import Times, WorkerClient
+from llava.serve.worker.app import Worker, make_worker_app
+from llava.serve.worker.heartbeat import HeartBeat
+from llava.serve.worker.local_backend import Loaded, LocalModel, Settings
 
 MODEL = "stub"
 PATIENCE = 60.0

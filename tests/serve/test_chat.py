@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 
 from llava.conversation import get_template, stop_strings
-from llava.engine import Engine, Request, SamplingParams
+from llava.engine import Engine, Request, SamplingParams, chat
+from llava.engine.chat import ChatSession, is_stage_one, load_picture, parse_setting
 from llava.errors import ConfigError, ImageError, RequestError
-from llava.serve import chat_session, cli
-from llava.serve.chat_session import ChatSession, is_stage_one, load_picture, parse_setting
+from llava.serve import cli
 from llava.serve.chat_terminal import command, interrupt_cancels, role_name
 
 
@@ -188,7 +188,7 @@ def test_stage_one_is_told_by_the_config(config: dict[str, Any], stage_one: bool
 
 def test_addresses_go_through_the_guarded_fetcher(photo: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(chat_session, "fetch_image", lambda url: (asked.append(url), Image.new("RGB", (2, 2)))[1])
+    monkeypatch.setattr(chat, "fetch_image", lambda url: (asked.append(url), Image.new("RGB", (2, 2)))[1])
     assert load_picture("https://example.org/a.png").size == (2, 2)
     local = tmp_path / "https.png"
     shutil.copy(photo, local)

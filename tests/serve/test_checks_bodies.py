@@ -15,10 +15,10 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from llava.serve.http_app import Limits
-from llava.serve.local_model import Settings
-from llava.serve.security import OPEN_PATHS
-from llava.serve.worker_app import worker_routes
+from llava.serve.common.middleware import Limits
+from llava.serve.common.security import OPEN_PATHS
+from llava.serve.worker.app import worker_routes
+from llava.serve.worker.local_backend import Settings
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,

@@ -9,10 +9,10 @@ import threading
 import httpx
 import pytest
 
-from llava.serve.protocol import WorkerStatus
-from llava.serve.registry import Registry
-from llava.serve.security import AddressRule
-from llava.serve.worker_client import Times
+from llava.serve.common.protocol import WorkerStatus
+from llava.serve.common.security import AddressRule
+from llava.serve.control.registry import Registry
+from llava.serve.control.worker_client import Times
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,

@@ -25,7 +25,7 @@ from llava.data import download
 from llava.data.images import preprocess_image
 from llava.engine import load_engine
 from llava.errors import CheckpointError
-from llava.serve import api_server
+from llava.serve.control import openai_api
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,
@@ -189,7 +189,7 @@ def ask(controller: LiveController, address: str) -> int:
 @pytest.mark.parametrize("allowed", [False, True], ids=["by default", "when allowed"])
 def test_check_25_addresses_are_fetched_only_when_allowed(monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
     fetched = []
-    monkeypatch.setattr(api_server, "download", lambda address, *_, **__: fetched.append(address) or png())
+    monkeypatch.setattr(openai_api, "download", lambda address, *_, **__: fetched.append(address) or png())
     with live_controller(allow_urls=allowed) as controller, live_worker(controller=controller.url) as served:
         until(lambda: controller.registry.models() == [MODEL])
         for address in ("http://pictures.example/a.png", "https://pictures.example/a.png"):
@@ -354,7 +354,7 @@ def test_check_27_a_fetch_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert ask(controller, f"{bad.url}/a.png") == 400
                 assert bad.hits == 1
                 assert peak() - before < 128 * 2**20
-        monkeypatch.setattr(api_server, "download", functools.partial(download.download, timeout=0.5))
+        monkeypatch.setattr(openai_api, "download", functools.partial(download.download, timeout=0.5))
         for drip in (unsized, b"HTTP/1.1 200 OK\r\n"):  # in the body, and before it
             with decoy(drip) as slow:
                 slow.drip = b"X: y\r\n"

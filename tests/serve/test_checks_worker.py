@@ -12,9 +12,9 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from llava.serve.local_model import Settings
-from llava.serve.protocol import WorkerStatus
-from llava.serve.worker_client import Times
+from llava.serve.common.protocol import WorkerStatus
+from llava.serve.control.worker_client import Times
+from llava.serve.worker.local_backend import Settings
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,

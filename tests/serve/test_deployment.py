@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from llava.serve import controller, gradio_web_server, model_worker, openai_worker, register_worker
-from llava.serve.security import bind_host
+from llava.serve.common.security import bind_host
 from tests.serve.stubs import MODEL, live_controller, live_worker, until
 
 ROOT = Path(__file__).resolve().parents[2]

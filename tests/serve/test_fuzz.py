@@ -13,7 +13,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import GenerationMode
 
-from llava.serve.local_model import Settings
+from llava.serve.worker.local_backend import Settings
 from tests.serve.stubs import MODEL, StubEngine, live_controller, live_worker, until
 
 CASES = int(os.environ.get("LLAVA_FUZZ", "12"))

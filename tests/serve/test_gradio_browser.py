@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llava.serve.examples.draw import draw_all
-from llava.serve.protocol import ErrorType, ServeError
+from llava.serve.common.protocol import ErrorType, ServeError
+from llava.serve.web.examples import draw_all
 from tests.serve.fake_service import FakeService, web_server
 from tests.serve.stubs import until
 

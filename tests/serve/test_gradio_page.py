@@ -21,20 +21,20 @@ from fastapi import FastAPI
 
 from llava.errors import ConfigError
 from llava.serve import gradio_web_server as server
-from llava.serve import web_controls as controls
-from llava.serve.heartbeat import HeartBeat
-from llava.serve.http_app import Keys, Limits, guard
-from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.registry import Registry
-from llava.serve.security import AddressRule
-from llava.serve.web_chat import Chat
-from llava.serve.web_chat_tab import ChatTab
-from llava.serve.web_client import ServiceClient
-from llava.serve.web_compare_tab import VOTES, CompareTab, merged
-from llava.serve.web_log import ConversationLog
-from llava.serve.web_models import Listing, ModelCatalog
-from llava.serve.web_site import Site, gone
-from llava.serve.worker_app import make_worker_app
+from llava.serve.common.middleware import Keys, Limits, guard
+from llava.serve.common.protocol import ErrorType, ServeError
+from llava.serve.common.security import AddressRule
+from llava.serve.control.registry import Registry
+from llava.serve.web import controls
+from llava.serve.web.chat import Chat
+from llava.serve.web.chat_tab import ChatTab
+from llava.serve.web.client import ServiceClient
+from llava.serve.web.compare_tab import VOTES, CompareTab, merged
+from llava.serve.web.log import ConversationLog
+from llava.serve.web.models import Listing, ModelCatalog
+from llava.serve.web.site import Site, gone
+from llava.serve.worker.app import make_worker_app
+from llava.serve.worker.heartbeat import HeartBeat
 from tests.serve.fake_service import FakeService, web_server
 from tests.serve.stubs import MODEL, Live, StubEngine, make_worker, png, until
 
@@ -427,8 +427,8 @@ def test_every_start_order_ends_with_the_model_listed() -> None:
 
 def start_order(order: tuple[str, ...]) -> list[tuple[str, Live]]:
     """A controller, a worker and a page that know each other's addresses, none of them started."""
-    from llava.serve.controller_app import Controller, controller_routes, with_lifespan
-    from llava.serve.worker_client import WorkerClient
+    from llava.serve.control.app import Controller, controller_routes, with_lifespan
+    from llava.serve.control.worker_client import WorkerClient
 
     def controller(_: int) -> Any:
         registry = Registry("shortest_queue")

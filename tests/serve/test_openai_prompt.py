@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llava.conversation import conv_templates
-from llava.serve.openai_prompt import parse, render
-from llava.serve.openai_schema import ChatBody, ChatMessage
-from llava.serve.protocol import ErrorType, FrameReader, Message, ServeError, encode_frame
+from llava.serve.common.openai_prompt import parse, render
+from llava.serve.common.openai_schema import ChatBody, ChatMessage
+from llava.serve.common.protocol import ErrorType, FrameReader, Message, ServeError, encode_frame
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:a"}}
 

@@ -14,8 +14,8 @@ import pytest
 
 from llava.engine import Engine, Request, SamplingParams
 from llava.eval import main as evaluate
-from llava.serve.openai_prompt import render
-from llava.serve.openai_schema import ChatMessage
+from llava.serve.common.openai_prompt import render
+from llava.serve.common.openai_schema import ChatMessage
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import read_jsonl
 from tests.serve.programs import START, Program, alive, children, program

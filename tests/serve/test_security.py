@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from llava.errors import ConfigError
-from llava.serve.security import (
+from llava.serve.common.security import (
     AddressRule,
     KeyRing,
     RateLimiter,

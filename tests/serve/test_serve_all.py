@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from llava.serve import main as serve
-from llava.serve import serve_all
-from llava.serve.part import Part, PartError
-from llava.serve.serve_all import Stack, build_parser, listed, web_arguments
+from llava.serve.launcher import serve_all
+from llava.serve.launcher.child_process import Part, PartError
+from llava.serve.launcher.serve_all import Stack, build_parser, listed, web_arguments
 from tests.serve.fake_service import FakeService
 from tests.serve.programs import alive, children
 from tests.serve.stubs import until
@@ -140,7 +140,7 @@ def test_a_part_does_not_outlive_whoever_started_it(program: Callable[[str], str
     deaf = program("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS + "time.sleep(600)")
     lines = f"""
         import time
-        from llava.serve.part import Part
+        from llava.serve.launcher.child_process import Part
         part = Part("one", "{deaf}", [], grace=0.1)
         while not part.address:
             time.sleep(0.01)

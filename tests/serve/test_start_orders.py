@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llava.serve.http_server import bind_socket, port_of
-from llava.serve.serve_all import listed
+from llava.serve.common.server import bind_socket, port_of
+from llava.serve.launcher.serve_all import listed
 from tests.serve.programs import START, program
 from tests.serve.stubs import until
 

@@ -12,14 +12,14 @@ from typing import Any
 import httpx
 import pytest
 
-from llava.engine.request import Request, SamplingParams
+from llava.engine.sequence import Request, SamplingParams
 from llava.serve import controller, model_worker, register_worker, test_message
-from llava.serve.http_app import Keys, Limits
-from llava.serve.local_model import Settings
-from llava.serve.openai_backend import OpenAIBackend
-from llava.serve.protocol import ModelInfo
-from llava.serve.scheduler import Scheduler
-from llava.serve.worker_app import Worker, make_worker_app
+from llava.serve.common.middleware import Keys, Limits
+from llava.serve.common.protocol import ModelInfo
+from llava.serve.worker.app import Worker, make_worker_app
+from llava.serve.worker.local_backend import Settings
+from llava.serve.worker.openai_backend import OpenAIBackend
+from llava.serve.worker.scheduler import Scheduler
 from tests.serve.stubs import (
     MODEL,
     Live,

@@ -17,13 +17,13 @@ from PIL import Image
 
 from llava.conversation import get_template
 from llava.errors import ImageError, RequestError
-from llava.serve.examples.draw import PICTURES, draw_all
-from llava.serve.protocol import ErrorType, ModelInfo, ServeError, WorkerStatus
-from llava.serve.web_answer import choose_template, request_body
-from llava.serve.web_chat import CURSOR, Chat, Sampling, Turn, escape
-from llava.serve.web_icons import SHAPES, write_icons
-from llava.serve.web_log import ConversationLog
-from llava.serve.web_pictures import MAX_PICTURES, MODES, Picture, as_jpeg, load_picture, load_pictures
+from llava.serve.common.protocol import ErrorType, ModelInfo, ServeError, WorkerStatus
+from llava.serve.web.answer import choose_template, request_body
+from llava.serve.web.chat import CURSOR, Chat, Sampling, Turn, escape
+from llava.serve.web.examples import PICTURES, draw_all
+from llava.serve.web.images import MAX_PICTURES, MODES, Picture, as_jpeg, load_picture, load_pictures
+from llava.serve.web.log import ConversationLog
+from llava.serve.web.page import SHAPES, write_icons
 
 SYSTEM = get_template("vicuna_v1").system
 

@@ -14,13 +14,13 @@ import httpx
 import pytest
 
 from llava.errors import ConfigError
-from llava.serve.protocol import ErrorType, ServeError
-from llava.serve.web_answer import answer
-from llava.serve.web_chat import Chat, Turn
-from llava.serve.web_client import USER_AGENT, ServiceClient
-from llava.serve.web_errors import SENTENCES, explain, from_frame, from_response
-from llava.serve.web_models import LIFETIME, ModelCatalog
-from llava.serve.web_moderation import Moderator
+from llava.serve.common.protocol import ErrorType, ServeError
+from llava.serve.web.answer import answer
+from llava.serve.web.chat import Chat, Turn
+from llava.serve.web.client import USER_AGENT, ServiceClient
+from llava.serve.web.errors import SENTENCES, explain, from_frame, from_response
+from llava.serve.web.models import LIFETIME, ModelCatalog
+from llava.serve.web.moderation import Moderator
 from tests.serve.fake_service import FakeService
 
 

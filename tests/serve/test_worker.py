@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from llava.engine import Engine, Request
-from llava.engine.pictures import Picture
+from llava.engine.sequence import Picture
 from llava.errors import ContextLengthError
-from llava.serve.heartbeat import HeartBeat
-from llava.serve.local_model import Loaded, LocalModel, Settings
-from llava.serve.preparation import Pictures, tokenizer_for
-from llava.serve.protocol import WorkerStatus
+from llava.serve.common.protocol import WorkerStatus
+from llava.serve.worker.heartbeat import HeartBeat
+from llava.serve.worker.local_backend import Loaded, LocalModel, Settings
+from llava.serve.worker.preprocess import Pictures, tokenizer_for
 from tests.serve.stubs import (
     INFO,
     MODEL,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.train.loss_plot import plot_loss, smoothed, smoothing
+from llava.train.run_metadata import plot_loss, smoothed, smoothing
 
 
 def test_smoothing_has_no_bias_to_the_start_and_follows_the_mean() -> None:

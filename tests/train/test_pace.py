@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava.model.builder import load_pretrained_model
-from llava.train import pace
+from llava.train import throughput
 from llava.train.flops import Learns, Shape, step_flops
 from llava.train.llava_trainer import LLaVATrainer
 
@@ -19,22 +19,22 @@ SHAPE = Shape(64, 128, 2, 4, 4, 1000)
 
 def test_a_line_says_what_was_done_in_its_time() -> None:
     counted = {"tokens": 3000.0, "samples": 6.0, "supervised": 600.0, "images": 0.0}
-    line = pace.Pace(SHAPE, Learns(), None).line(seconds=2.0, **counted)
+    line = throughput.Pace(SHAPE, Learns(), None).line(seconds=2.0, **counted)
     assert line == {"tokens_per_second": 1500.0, "samples_per_second": 3.0}
     work = step_flops(SHAPE, Learns(), tokens=3000, length=500, images=0, supervised=600)
-    assert pace.Pace(SHAPE, Learns(), work).line(seconds=2.0, **counted)["mfu"] == 0.5
-    assert "mfu" not in pace.Pace(None, Learns(), 1e12).line(seconds=2.0, **counted)
+    assert throughput.Pace(SHAPE, Learns(), work).line(seconds=2.0, **counted)["mfu"] == 0.5
+    assert "mfu" not in throughput.Pace(None, Learns(), 1e12).line(seconds=2.0, **counted)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (36_610, "10:10:10")])
 def test_time_left(seconds: float, text: str) -> None:
-    assert pace.hours_and_minutes(seconds) == text
+    assert throughput.hours_and_minutes(seconds) == text
 
 
 def test_the_model_tells_its_shape_and_what_learns(tiny_dirs: dict[str, Path]) -> None:
     model = load_pretrained_model(tiny_dirs["chat"], device="cpu")[1].requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
-    found = pace.pace_of(model, SimpleNamespace(device=torch.device("cpu"), world_size=2))
+    found = throughput.pace_of(model, SimpleNamespace(device=torch.device("cpu"), world_size=2))
     assert found.peak is None and found.learns == Learns(language=False, projector=True)
     assert found.shape == Shape(48, 96, 2, 4, 2, 384, 32, 64, 3, 17, 16)
     weights = sum(p.numel() for name, p in model.named_parameters() if "vision" not in name and "projector" not in name)

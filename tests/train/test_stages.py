@@ -15,7 +15,7 @@ from PIL import Image
 from llava.arguments import ModelArguments, TrainingArguments
 from llava.errors import CheckpointError, ConfigError, DataError, LlavaError, TemplateError, TrainingError
 from llava.model.builder import load_pretrained_model
-from llava.train import assemble, trainable
+from llava.train import model_setup
 from llava.train.train import main, refuse_unsupported, train
 from tests import tiny
 from tests.train import runs
@@ -36,7 +36,7 @@ def chatty(dirs: Dirs, tmp_path: Path, **given: Any) -> tuple[Any, ModelArgument
     args = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, **{k: v for k, v in given.items() if not hasattr(ModelArguments, k)}
     )
-    model = assemble.load_base(model_args, args)
+    model = model_setup.load_base(model_args, args)
     model.get_model().initialize_vision_modules(model_args)
     return model, model_args, args
 
@@ -69,13 +69,13 @@ def test_the_table_of_what_is_trained(
     tiny_dirs: Dirs, tmp_path: Path, given: dict[str, bool], learns: set[str]
 ) -> None:
     model, model_args, args = chatty(tiny_dirs, tmp_path, **given)
-    trainable.set_trainable(model, model_args, args)
+    model_setup.set_trainable(model, model_args, args)
     assert parts_that_learn(model) == learns
 
 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(TrainingError, match="nothing would be trained"):
-        trainable.count(torch.nn.Linear(2, 2).requires_grad_(False))
+        model_setup.count(torch.nn.Linear(2, 2).requires_grad_(False))
 
 
 def test_one_process_a_gpu_is_asked_for() -> None:
@@ -96,13 +96,13 @@ def test_positions_can_only_be_tuned_where_there_is_a_table(tiny_dirs: Dirs, tmp
     clip = tiny.make_clip_tower(tmp_path / "clip-vit")
     model, model_args, args = chatty({**tiny_dirs, "tower": clip}, tmp_path, tune_vit_pos_embedding=True)
     with pytest.raises(ConfigError, match="needs an InternViT tower"):
-        trainable.set_trainable(model, model_args, args)
+        model_setup.set_trainable(model, model_args, args)
 
 
 def test_masters_are_float32_and_frozen_weights_16_bit(tiny_dirs: Dirs, tmp_path: Path) -> None:
     model, model_args, args = chatty(tiny_dirs, tmp_path, tune_mm_mlp_adapter=True, bf16=True)
-    trainable.set_trainable(model, model_args, args)
-    trainable.set_precision(model, torch.bfloat16, engine=False)
+    model_setup.set_trainable(model, model_args, args)
+    model_setup.set_precision(model, torch.bfloat16, engine=False)
     for name, parameter in model.named_parameters():
         assert parameter.dtype is (torch.float32 if "mm_projector" in name else torch.bfloat16), name
 
@@ -213,11 +213,11 @@ def test_tuned_positions_learn_and_are_saved(tiny_dirs: Dirs, small_data: Path, 
 
 def test_the_tower_learns_in_full_or_its_last_layers(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     model, model_args, args = chatty(tiny_dirs, tmp_path, unfreeze_mm_vision_tower=True)
-    trainable.set_trainable(model, model_args, args)
+    model_setup.set_trainable(model, model_args, args)
     assert all(parameter.requires_grad for parameter in model.get_vision_tower().parameters())
     model_args.unfreeze_mm_vision_layers = 4
     with pytest.raises(ConfigError, match="has 3 layers that are used"):
-        trainable.set_trainable(model, model_args, args)
+        model_setup.set_trainable(model, model_args, args)
 
     out = tmp_path / "run"
     more = {"unfreeze_mm_vision_tower": True, "unfreeze_mm_vision_layers": 1, "max_steps": 2}

@@ -11,18 +11,18 @@ import pytest
 
 from llava.data import survey
 from llava.errors import DataError
-from llava.train import watch
+from llava.train import watchdog
 from llava.train.train import train
-from llava.train.watch import Watchdog
+from llava.train.watchdog import Watchdog
 from tests.train import runs
 
 HANG = """
 import sys, time
 from llava.data.dataset import LazySupervisedDataset
-from llava.train import watch
+from llava.train import watchdog
 from llava.train.train import main
 
-watch.GRACE = 3.0
+watchdog.GRACE = 3.0
 load, drawn = LazySupervisedDataset.__getitem__, []
 
 def hang_here(self, index):
@@ -49,10 +49,10 @@ def test_a_fault_found_beside_the_run_ends_it(
 
 
 def test_the_watchdog_waits_for_a_beat_and_not_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "GRACE", 0.05)
+    monkeypatch.setattr(watchdog, "GRACE", 0.05)
     left: list[int] = []
     dog = Watchdog(0.4, 3, left.append)
-    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)  # it would end us
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)  # it would end us
     dog.on_train_begin(None, None, None)
     begin = time.monotonic()
     while time.monotonic() - begin < 0.8:
@@ -62,7 +62,7 @@ def test_the_watchdog_waits_for_a_beat_and_not_longer(monkeypatch: pytest.Monkey
         assert time.monotonic() - begin < 60
         time.sleep(0.01)
     dog.stop()
-    assert left == [watch.STATUS]
+    assert left == [watchdog.STATUS]
 
 
 @pytest.mark.slow

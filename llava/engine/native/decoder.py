@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llava.engine.cache import RowCache
+from llava.engine.linear import Product
 from llava.engine.native.build import library
-from llava.engine.product import Product
 
 if TYPE_CHECKING:
     from llava.engine.llama import FastLlama

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llava.model.language_model import packed
-from llava.model.language_model.builder import LanguageModelSpec
 from llava.model.language_model.causal_lm import ChatConfig, ChatModel
 from llava.model.llava_arch import LlavaMetaModel
+from llava.model.registry import LanguageModelSpec
 
 
 class LlavaConfig(ChatConfig, LlamaConfig):

@@ -18,9 +18,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mpt.modeling_mpt import MptAttention
 
 from llava.errors import ConfigError
-from llava.model.language_model.builder import LanguageModelSpec
 from llava.model.language_model.causal_lm import ChatConfig, ChatModel
 from llava.model.llava_arch import LlavaMetaModel, past_length_of
+from llava.model.registry import LanguageModelSpec
 
 LayerPast = tuple[Cache, int]
 

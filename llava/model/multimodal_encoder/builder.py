@@ -19,10 +19,10 @@ from llava.model.checkpoint import read_json
 from llava.model.hub import snapshot
 
 TOWERS = {
-    "intern_vit_6b": "llava.model.multimodal_encoder.intern_vit.tower",
+    "intern_vit_6b": "llava.model.multimodal_encoder.intern_vit_6b",
     "clip_vision_model": "llava.model.multimodal_encoder.clip_encoder",
     "clip": "llava.model.multimodal_encoder.clip_encoder",
-    "internvl": "llava.model.multimodal_encoder.internvl_14b.tower",
+    "internvl": "llava.model.multimodal_encoder.internvl_14b",
 }
 ENVIRONMENT = "LLAVA_VISION_TOWER"
 

@@ -2,14 +2,146 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.multimodal_encoder.builder import TowerSpec
-from llava.model.multimodal_encoder.clip_vit import ClipVisionModel, Variant
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs: a bias in the patch convolution, a norm before the first layer, which projections have a bias,
+    and whether a layer's norms come after its sub-blocks (before the residual sum) instead of before them."""
+
+    patch_bias: bool = False
+    pre_norm: bool = True
+    q_bias: bool = True
+    k_bias: bool = True
+    v_bias: bool = True
+    norm_after: bool = False
+
+
+class ClipEmbeddings(nn.Module):
+    def __init__(self, config: Any, variant: Variant) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=variant.patch_bias)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, C)
+        cls = self.class_embedding.expand(patches.shape[0], 1, -1)
+        if patches.shape[1] + 1 != self.position_embedding.num_embeddings:
+            raise ValueError(
+                f"This tower has positions for {self.position_embedding.num_embeddings - 1} patches, but the image "
+                f"gives {patches.shape[1]}; CLIP works at its own resolution only."
+            )
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
+
+
+class ClipAttention(nn.Module):
+    def __init__(self, config: Any, variant: Variant) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(width, width, bias=variant.q_bias)
+        self.k_proj = nn.Linear(width, width, bias=variant.k_bias)
+        self.v_proj = nn.Linear(width, width, bias=variant.v_bias)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        shape = (batch, tokens, self.num_heads, width // self.num_heads)
+        q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class ClipMLP(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.act = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Named as the library's, so that placement over several devices keeps it whole."""
+
+    def __init__(self, config: Any, variant: Variant) -> None:
+        super().__init__()
+        self.self_attn = ClipAttention(config, variant)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ClipMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm_after = variant.norm_after
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_after:
+            x = x + self.layer_norm1(self.self_attn(x))
+            out: Tensor = x + self.layer_norm2(self.mlp(x))
+        else:
+            x = x + self.self_attn(self.layer_norm1(x))
+            out = x + self.mlp(self.layer_norm2(x))
+        return out
+
+
+class ClipEncoder(nn.Module):
+    def __init__(self, config: Any, variant: Variant) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config, variant) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpoint else layer(x)
+        return x
+
+
+class ClipVisionTransformer(nn.Module):
+    def __init__(self, config: Any, variant: Variant) -> None:
+        super().__init__()
+        self.embeddings = ClipEmbeddings(config, variant)
+        if variant.pre_norm:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = ClipEncoder(config, variant)
+
+
+class ClipVisionModel(nn.Module):
+    """`(B, 3, S, S)` pixels to `last_hidden_state` `(B, 1 + N, C)`, the last layer's output without a final norm."""
+
+    def __init__(self, config: Any, variant: Variant) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = ClipVisionTransformer(config, variant)
+
+    def forward(self, pixel_values: Tensor) -> BaseModelOutput:
+        model = self.vision_model
+        x = model.embeddings(pixel_values)
+        if hasattr(model, "pre_layrnorm"):
+            x = model.pre_layrnorm(x)
+        return BaseModelOutput(last_hidden_state=model.encoder(x))
+
+
+# --- CLIP and EVA-CLIP in the tower registry --------------------------------------------------------------------------
+
 
 EVA_SETTINGS = ("q_bias", "k_bias", "v_bias", "post_layernorm")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import DataError
-from llava.eval.scorers.normalizer import CONTRACTIONS, NUMBERS, normalize, soft_accuracy
+from llava.eval.benchmarks.parsing import CONTRACTIONS, NUMBERS, normalize, soft_accuracy
 
 VECTORS = {
     "Yes.": "yes",

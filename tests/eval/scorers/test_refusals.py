@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from llava.eval import eval_gqa, eval_mmbench, eval_mme, eval_pope, eval_science_qa, eval_textvqa, eval_vqa
-from llava.eval.files import read_results
-from llava.eval.scorers import mm_vet, mmbench, mme, vqa
+from llava.eval.benchmarks import judged, mmbench, mme, vqa
+from llava.eval.run.files import read_results
 from tests.eval.conftest import write_jsonl
 from tests.test_package import ROOT, fresh
 
@@ -163,7 +163,7 @@ def test_a_refused_conversion_leaves_no_file(tmp_path: Path) -> None:
         vqa.submit_vizwiz(questions, rows, tmp_path / "out" / "up.json")
     write_jsonl(rows, [answer(0, "yes")] * 2)
     with pytest.raises(ValueError, match="duplicate"):
-        mm_vet.convert(rows, tmp_path / "out" / "up.json")
+        judged.convert(rows, tmp_path / "out" / "up.json")
     mmbench_bench(tmp_path)
     write_jsonl(rows, [answer(7, "A")])
     with pytest.raises(ValueError, match="missing"):

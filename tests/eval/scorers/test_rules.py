@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError, DependencyError
 from llava.eval import eval_mme, m4c_evaluator
-from llava.eval.scorers import gqa, mmbench, mme, pope, scene_text, science_qa, seed, textvqa
-from llava.eval.scorers.choices import read_option
-from llava.eval.scorers.science_qa_ensemble import voter
-from llava.eval.xlsx import write_xlsx
+from llava.eval.benchmarks import gqa, mmbench, mme, pope, science_qa, seed, textvqa
+from llava.eval.benchmarks.parsing import read_option
+from llava.eval.benchmarks.science_qa_ensemble import voter
+from llava.eval.benchmarks.xlsx import write_xlsx
 from tests.eval.conftest import write_jsonl
 
 POPE = {"Yes": "yes", "No": "no", "no": "no", "No.": "no", "No, there is": "no", "There is no dog": "no", "NO": "yes"}
@@ -54,7 +54,7 @@ def test_mme_reads_the_first_four_characters(text: str, wanted: str) -> None:
 
 
 def test_mme_scores_a_picture() -> None:
-    rows = [mme.Row("0.txt", "a", "Yes", "Yes"), mme.Row("0.txt", "b", "No", "yes")]
+    rows = [mme.ResultRow("0.txt", "a", "Yes", "Yes"), mme.Row("0.txt", "b", "No", "yes")]
     half = mme.score_task(rows, "count")
     assert (half["acc"], half["acc+"], half["score"]) == (0.5, 0.0, 50.0)
     assert mme.score_task([rows[0], rows[1]._replace(answer="no")], "count")["score"] == 200.0
@@ -65,7 +65,7 @@ def test_mme_scores_a_picture() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=20), st.randoms())
 def test_mme_does_not_depend_on_the_order_of_lines(pictures: list[tuple[bool, bool]], random: object) -> None:
     rows = [
-        mme.Row(f"{n}.txt", str(side), "Yes", "yes" if right else "no")
+        mme.ResultRow(f"{n}.txt", str(side), "Yes", "yes" if right else "no")
         for n, pair in enumerate(pictures)
         for side, right in enumerate(pair)
     ]
@@ -227,7 +227,7 @@ def test_gqa_by_type() -> None:
 
 @given(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8))
 def test_edit_distance_is_a_metric(a: str, b: str, c: str) -> None:
-    distance = scene_text.edit_distance
+    distance = m4c_evaluator.edit_distance
     assert (distance(a, b) == 0) == (a == b)
     assert distance(a, b) == distance(b, a) <= max(len(a), len(b))
     assert distance(a, c) <= distance(a, b) + distance(b, c)

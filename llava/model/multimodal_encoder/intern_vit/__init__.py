@@ -1,1 +1,0 @@
-"""InternViT: configuration, modules, and its entry in the tower registry."""

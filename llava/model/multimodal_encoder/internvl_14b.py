@@ -1,0 +1,192 @@
+"""QLLaMA on top of InternViT: 96 queries attend to each other and, in every second layer, to the image (§5.3).
+
+The vocabulary matrices and the contrastive heads of the published checkpoint take no part in a chat and are not built.
+Shapes: B images, Q queries, N image tokens with the class token, H QLLaMA width, C tower width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from llava.errors import ConfigError
+from llava.model.multimodal_encoder.builder import TowerSpec
+from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel, intern_vit_processor
+
+
+@dataclass
+class InternVLFeatures:
+    """`last_hidden_state` `(B, N, C)`: tower tokens at the selected layer; `query_features` `(B, Q, H)`."""
+
+    last_hidden_state: Tensor
+    query_features: Tensor
+
+
+class QLlamaProjections(nn.Module):
+    """Four bias-free projections; `source` is the width keys and values come from."""
+
+    def __init__(self, config: Any, source: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(source, width, bias=False)
+        self.v_proj = nn.Linear(source, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def split(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        return x.view(batch, tokens, self.num_heads, width // self.num_heads).transpose(1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(x.transpose(1, 2).flatten(2))
+        return out
+
+
+class QLlamaSelfAttention(QLlamaProjections):
+    """Bidirectional among the queries, with rotary positions 0 … Q - 1."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, config.hidden_size)
+        self.rotary_emb = LlamaRotaryEmbedding(
+            config.hidden_size // config.num_attention_heads, max_position_embeddings=config.max_position_embeddings
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.v_proj(x))
+        positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        cos, sin = self.rotary_emb(v, seq_len=x.shape[1])
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, positions)
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
+
+class QLlamaCrossAttention(QLlamaProjections):
+    """Queries read the image; each side has its own norm, there is no rotary embedding and no mask."""
+
+    def __init__(self, config: Any, source: int) -> None:
+        super().__init__(config, source)
+        self.norm1 = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm2 = LlamaRMSNorm(source, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        x, image = self.norm1(x), self.norm2(image)
+        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(image)), self.split(self.v_proj(image))
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
+
+class QLlamaLayer(nn.Module):
+    def __init__(self, config: Any, source: int, *, cross: bool) -> None:
+        super().__init__()
+        self.self_attn = QLlamaSelfAttention(config)
+        self.cross_attn = QLlamaCrossAttention(config, source) if cross else None
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(x, image)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class QLlamaCore(nn.Module):
+    """Layer `i` has cross attention iff `i % cross_attention_frequency == 0`."""
+
+    def __init__(self, config: Any, source: int, frequency: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            QLlamaLayer(config, source, cross=i % frequency == 0) for i in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, queries: Tensor, image: Tensor) -> Tensor:
+        for layer in self.layers:
+            queries = layer(queries, image)
+        out: Tensor = self.norm(queries)
+        return out
+
+
+class QLlama(nn.Module):
+    """Holds the core under `model`, as the published keys do."""
+
+    def __init__(self, config: Any, source: int, frequency: int) -> None:
+        super().__init__()
+        self.model = QLlamaCore(config, source, frequency)
+
+
+class InternVLTower(nn.Module):
+    """`(B, 3, S, S)` pixels to `InternVLFeatures`; the queries read the whole tower's output, so no layer is cut."""
+
+    def __init__(self, config: Any, depth: int) -> None:
+        super().__init__()
+        self.config = config
+        self.depth = depth
+        vision: InternVisionConfig = config.vision_config
+        self.vision_model = InternVisionModel(vision)
+        self.qllama = QLlama(config.qllama_config, vision.hidden_size, config.cross_attention_frequency)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_token, config.qllama_config.hidden_size))
+
+    def forward(self, pixel_values: Tensor) -> InternVLFeatures:
+        encoded = self.vision_model(pixel_values, output_hidden_states=True)
+        queries = self.query_tokens.expand(pixel_values.shape[0], -1, -1)
+        read = self.qllama.model(queries, encoded.last_hidden_state)
+        return InternVLFeatures(encoded.hidden_states[self.depth], read)
+
+
+# --- InternVL-14B's configuration -------------------------------------------------------------------------------------
+
+
+class InternVLConfig(PretrainedConfig):
+    """The composite configuration; `hidden_size` is QLLaMA's. Backbone LoRA ranks must be 0 (merge them first)."""
+
+    model_type = "internvl"
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | None = None,
+        qllama_config: dict[str, Any] | None = None,
+        num_query_token: int = 96,
+        cross_attention_frequency: int = 2,
+        use_backbone_lora: int = 0,
+        use_qllama_lora: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if use_backbone_lora or use_qllama_lora:
+            raise ConfigError("This InternVL tower has unmerged LoRA layers; merge them and set the ranks to 0.")
+        vision = {key: value for key, value in (vision_config or {}).items() if key != "model_type"}
+        self.vision_config = InternVisionConfig(**vision)
+        self.qllama_config = LlamaConfig(**(qllama_config or {}))
+        self.num_query_token = num_query_token
+        self.cross_attention_frequency = cross_attention_frequency
+        self.hidden_size = self.qllama_config.hidden_size
+
+
+def _config(settings: dict[str, Any]) -> InternVLConfig:
+    return InternVLConfig(**{key: value for key, value in settings.items() if key != "model_type"})
+
+
+TOWER = TowerSpec(
+    config=_config,
+    build=InternVLTower,
+    processor=lambda directory, size: intern_vit_processor(size or 336),
+    layers=None,
+    positions="vision_model.embeddings.position_embedding",
+    unused=("qllama.model.embed_tokens.", "qllama.lm_head.", "text_projection", "logit_scale", "clip_projector",
+            "itm_head."),
+    vision=lambda config: config.vision_config,
+    queries=lambda config: config.num_query_token,
+)  # fmt: skip
