@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from benchmarks.synthetic import Size
-from llava.train.flops import Learns, Shape, step_flops
+from llava.train.flops import Shape, Trainable, step_flops
 
 PATCH_PIXELS: Final = 3 * 14 * 14  # of the patch embedding
 
@@ -98,7 +98,7 @@ def load_cost(size: float, ceilings: Ceilings) -> float:
 
 def train_cost(
     shape: Shape,
-    learns: Learns,
+    learns: Trainable,
     *,
     tokens: float,
     length: float,
@@ -114,7 +114,7 @@ def train_cost(
     batch = {"tokens": tokens, "length": length, "images": images, "supervised": supervised}
     flops = step_flops(shape, learns, **batch)
     if recompute:
-        frozen = Learns(language=False, projector=False)  # its language part is a forward and one backward matmul
+        frozen = Trainable(language=False, projector=False)  # its language part is a forward and one backward matmul
         flops += (step_flops(shape, frozen, **{**batch, "images": 0, "supervised": 0})) / 2
     passes = 2 + learns.language + recompute
     return Cost(flops, (passes * _read_weights(shape) + shape.tower_weights + 3 * shape.projector_weights) * itemsize)

@@ -18,7 +18,7 @@ from benchmarks.gpu.bench import GIB, Bench
 from benchmarks.gpu.golden import exact_float32
 from benchmarks.gpu.models import QUICK, pixels_of
 from llava.engine.attention import Shared, aligned_mask, attend, attention_with_lse, select_kernel
-from llava.engine.llama import open_language_model
+from llava.engine.llama import build_model_runner
 
 BACKENDS: Final = {
     "math": SDPBackend.MATH,
@@ -138,7 +138,7 @@ def layers(bench: Bench) -> None:
     reference = exact(inputs_embeds=embeds.double(), use_cache=False).logits[0, -1]
     found = model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
     _judge(bench, f"LLaMA layers in {kind}, transformers forward", found, reference, limit)
-    runner = open_language_model(model)
+    runner = build_model_runner(model)
     with torch.inference_mode():
         _, states = runner.prefill([embeds[0]], [()])
         found = runner.logits(states)[0]

@@ -33,7 +33,7 @@ def worker(engine: Any, limit: int) -> Iterator[int]:
     """Run the model worker's application with a ready engine on a loopback port; yields the port."""
     try:
         from llava.serve.common.middleware import Keys, Limits
-        from llava.serve.common.security import KeyRing
+        from llava.serve.common.security import ApiKeys
         from llava.serve.worker.app import Worker, make_worker_app
         from llava.serve.worker.local_backend import Loaded, LocalModel, Settings, describe
         from llava.serve.worker.preprocess import Pictures, tokenizer_for
@@ -47,7 +47,7 @@ def worker(engine: Any, limit: int) -> Iterator[int]:
     pixels = Pictures(lambda image: preprocess_image(image, engine.image_processor, engine.image_aspect_ratio))
     loaded = Loaded(engine, info, False, tokenizer_for(engine), pixels)
     served = Worker(LocalModel(lambda progress: loaded, settings), "random")
-    live = Live(lambda port: make_worker_app(served, Keys(KeyRing([])), Limits())).start()
+    live = Live(lambda port: make_worker_app(served, Keys(ApiKeys([])), Limits())).start()
     try:
         until(lambda: served.backend.state == "ready")
         yield live.port

@@ -20,7 +20,7 @@ from benchmarks.train_step import image_batch, work
 from llava.constants import IGNORE_INDEX
 from llava.train import estimate, model_setup
 from llava.train.estimate import Setup
-from llava.train.flops import Learns
+from llava.train.flops import Trainable
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Stage:
     """Trainable parts, and one micro-batch: `rows` rows of one image and `text` tokens each."""
 
     name: str
-    learns: Learns
+    learns: Trainable
     rows: int
     text: int
 
 
 STAGES: Final = (
-    Stage("stage 1", Learns(language=False), 32, 40),
-    Stage("stage 2", Learns(), 16, 160),
+    Stage("stage 1", Trainable(language=False), 32, 40),
+    Stage("stage 2", Trainable(), 16, 160),
 )
 LEAST_ROWS: Final = 4
 

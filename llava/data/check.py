@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava.data.annotations import SUFFIXES, JsonRecords, Records, read_records
-from llava.data.survey import Findings, Survey
+from llava.data.dataset_scan import DatasetScan, Findings
 from llava.errors import DataError
 from llava.utils import guarded, require, writing
 
@@ -126,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file, folder in sets:
         begin = time.perf_counter()
         records = read_records(file)
-        survey = Survey(records, images=folder, decode=not args.no_decode, workers=args.workers)
-        found = survey.result()
+        dataset_scan = DatasetScan(records, images=folder, decode=not args.no_decode, workers=args.workers)
+        found = dataset_scan.result()
         print(report(file, found, time.perf_counter() - begin, shown=None if args.all else SHOWN))  # noqa: T201
         faulty |= bool(found.problems)
         if args.write_clean:

@@ -20,10 +20,10 @@ from llava import conversation
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, get_template, image_placeholder
 from llava.data.annotations import read_records
+from llava.data.dataset_scan import DatasetScan, Findings
 from llava.data.images import open_image, preprocess_image
 from llava.data.labels import Example, build_example, check_template, place_images, truncate
 from llava.data.records import Record, Turn, parse_record
-from llava.data.survey import Findings, Survey
 from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
 
 
@@ -98,7 +98,7 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         # One flag a record and fault, shared with the loader's workers; setting one twice changes nothing.
         self._flags = torch.zeros(len(_FAULTS), len(self.records), dtype=torch.uint8)
         self._flags.share_memory_()  # type: ignore[no-untyped-call]
-        self._survey = Survey(self.records)
+        self._survey = DatasetScan(self.records)
         self._checked = False
         self.check()
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from llava.engine.engine import Engine, load_engine
-    from llava.engine.sequence import Completion, Handle, Request, SamplingParams, Statistics
+    from llava.engine.sequence import Completion, Request, RequestHandle, SamplingParams, Statistics
 
-__all__ = ["Completion", "Engine", "Handle", "Request", "SamplingParams", "Statistics", "load_engine"]
+__all__ = ["Completion", "Engine", "Request", "RequestHandle", "SamplingParams", "Statistics", "load_engine"]
 
 _HOME: Final = MappingProxyType({**dict.fromkeys(__all__, "sequence"), "Engine": "engine", "load_engine": "engine"})
 

@@ -17,14 +17,14 @@ from llava.engine.prefix_cache import Chain, Span, tokens_of
 from llava.model.transfer import upload_columns
 
 
-class SplitLayers:
+class ShardedKV:
     """Tensors (layers of one device, …) as one (all layers, …), which can be sliced in all places but the first."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.parts = tuple(parts)
 
     @classmethod
-    def empty(cls, devices: Sequence[torch.device], shape: Sequence[int], dtype: torch.dtype) -> SplitLayers:
+    def empty(cls, devices: Sequence[torch.device], shape: Sequence[int], dtype: torch.dtype) -> ShardedKV:
         """Of `shape` behind the layers, whose devices are given; neighbours on one device share a tensor."""
         return cls(
             [torch.empty((len(list(some)), *shape), dtype=dtype, device=device) for device, some in groupby(devices)]
@@ -48,7 +48,7 @@ class SplitLayers:
         index = index if isinstance(index, tuple) else (index,)
         layer = index[0]
         if not isinstance(layer, int):
-            return SplitLayers([part[index] for part in self.parts])
+            return ShardedKV([part[index] for part in self.parts])
         for part in self.parts:
             if layer < len(part):
                 return part[(layer, *index[1:])]
@@ -57,10 +57,10 @@ class SplitLayers:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         for at, part in enumerate(self.parts):
-            part[index] = value.parts[at] if isinstance(value, SplitLayers) else value
+            part[index] = value.parts[at] if isinstance(value, ShardedKV) else value
 
-    def clone(self) -> SplitLayers:
-        return SplitLayers([part.clone() for part in self.parts])
+    def clone(self) -> ShardedKV:
+        return ShardedKV([part.clone() for part in self.parts])
 
 
 # --- Storage of keys and values: the rows of the running batch, which come and go, and a store with a budget ----------
@@ -91,11 +91,11 @@ class CacheSpec:
         """(layers, 2, rows, kv_heads, columns, head_dim), to be written before it is read, also what masks hide."""
         shape = (2, rows, self.kv_heads, columns, self.head_dim)
         if self.layer_devices:
-            return cast(Tensor, SplitLayers.empty(self.layer_devices, shape, self.dtype))
+            return cast(Tensor, ShardedKV.empty(self.layer_devices, shape, self.dtype))
         return torch.empty((self.layers, *shape), dtype=self.dtype, device=self.device)
 
 
-class RowCache(Cache):
+class KVCache(Cache):
     """Keys and values of the running rows in one buffer, aligned on a common last column.
 
     Row r of length n occupies columns `end - n … end - 1`; what lies to its left is masked. A decode step writes one
@@ -118,7 +118,7 @@ class RowCache(Cache):
         self._shared: dict[torch.device, list[Shared]] = {}
 
     @classmethod
-    def for_prefill(cls, spec: CacheSpec, rows: int, prefix: int, columns: int) -> RowCache:
+    def for_prefill(cls, spec: CacheSpec, rows: int, prefix: int, columns: int) -> KVCache:
         """A rectangle of `rows` whose first `prefix` columns the caller fills; `columns` counts all of them."""
         cache = cls(spec, rows, columns)
         cache.lengths = [prefix] * rows
@@ -244,7 +244,7 @@ def shared_parts(chains: Sequence[Chain], device: torch.device) -> list[Shared]:
     return parts
 
 
-class BoundedStore:
+class LRUCache:
     """Tensors by key, least recently used out first, within a budget of bytes."""
 
     def __init__(self, budget: int) -> None:

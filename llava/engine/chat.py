@@ -13,7 +13,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template, stop_strings, with_image_token
 from llava.data.images import fetch_image, open_image
-from llava.engine import Completion, Engine, Handle, Request, SamplingParams
+from llava.engine import Completion, Engine, Request, RequestHandle, SamplingParams
 from llava.errors import ConfigError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class ChatSession:
     def prompt(self) -> str:
         return self.conversation.get_prompt()
 
-    def ask(self, text: str) -> Handle:
+    def ask(self, text: str) -> RequestHandle:
         """Send a message with the attached pictures. On `RequestError` the conversation stays as it was."""
         user, assistant = self.conversation.roles
         images = [*self.images, *(image for _, image in self._attached)]

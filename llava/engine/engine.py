@@ -22,14 +22,14 @@ from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.engine import beams
-from llava.engine.cache import RowCache
+from llava.engine.cache import KVCache
 from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream
 from llava.engine.features import FeatureEncoder
-from llava.engine.llama import open_language_model
+from llava.engine.llama import build_model_runner
 from llava.engine.memory import cache_bounds, format_size
 from llava.engine.prefill import Prefiller, Prompt
 from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
-from llava.engine.sequence import Completion, FinishReason, Handle, Request, SamplingParams, Statistics, identify
+from llava.engine.sequence import Completion, FinishReason, Request, RequestHandle, SamplingParams, Statistics, identify
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import tokenizer_image_token
 from llava.placement import avoid_cudnn_attention
@@ -43,7 +43,7 @@ class Job:
 
     prompt: Prompt
     params: SamplingParams
-    handle: Handle
+    handle: RequestHandle
     max_new_tokens: int
     end_ids: frozenset[int]
     generator: torch.Generator | None
@@ -114,7 +114,7 @@ class Engine:
         self.image_processor = image_processor
         self.max_batch_size = max_batch_size
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
-        self.lm = open_language_model(model)
+        self.lm = build_model_runner(model)
         if self.lm.spec.device.type == "cuda":
             avoid_cudnn_attention(self.lm.spec.device)
             torch.cuda.empty_cache()  # fused weights left the segments of the separate ones behind
@@ -130,12 +130,12 @@ class Engine:
         self.generated_tokens = 0
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._cache = RowCache(self.lm.spec, budget=self.kv_cache_bytes)
+        self._cache = KVCache(self.lm.spec, budget=self.kv_cache_bytes)
         # There the previous step is detokenised while the GPU computes this one.
         self._on_cuda = self.lm.spec.device.type == "cuda"
         self._turn = threading.RLock()
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, request: Request) -> RequestHandle:
         """Queue a request. Raises `RequestError` when it cannot be served: image count, length, parameters."""
         prompt = self._prepare(request)
         images = len(prompt.pictures)
@@ -158,7 +158,7 @@ class Engine:
                 f"the limit is {format_size(self.kv_cache_bytes)}; ask for fewer new tokens, or raise "
                 "--kv-cache-memory (kv_cache_bytes)."
             )
-        handle = Handle(self.step, length)
+        handle = RequestHandle(self.step, length)
         job = Job(
             prompt=prompt,
             params=params,
@@ -200,7 +200,7 @@ class Engine:
                     job.finish("error", error)
             self._running.clear()
             self._waiting.clear()
-            self._cache = RowCache(self.lm.spec, budget=self.kv_cache_bytes)
+            self._cache = KVCache(self.lm.spec, budget=self.kv_cache_bytes)
 
     def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
         """Answer all requests, in order. `progress` is called with the number newly finished after each step.
@@ -208,7 +208,7 @@ class Engine:
         When one of them is refused, a step fails or the user interrupts, the others are cancelled.
         """
         named = {id(image): identify(image) for request in requests for image in request.images}
-        handles: list[Handle] = []
+        handles: list[RequestHandle] = []
         try:
             for one in requests:
                 handles.append(self.submit(replace(one, images=[named[id(image)] for image in one.images])))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.data.images import preprocess_image
-from llava.engine.cache import BoundedStore
+from llava.engine.cache import LRUCache
 from llava.engine.sequence import ImageInput, Picture
 from llava.errors import RequestError
 from llava.placement import to_device
@@ -27,7 +27,7 @@ class FeatureEncoder:
         self.model = model
         self.image_processor = image_processor
         self.aspect_ratio = aspect_ratio
-        self.store = BoundedStore(budget)
+        self.store = LRUCache(budget)
         self.encoded = 0
 
     @property

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 from transformers.models.llama import modeling_llama
 
-from llava.engine.cache import RowCache
+from llava.engine.cache import KVCache
 from llava.engine.linear import Product
 from llava.engine.model_runner import LanguageModel
 from llava.engine.native.decoder import NativeDecoder
-from llava.engine.packing import DecodeStep, PackedRows
+from llava.engine.packing import DecodeStep, VarlenBatch
 from llava.engine.prefix_cache import Chain
 from llava.engine.sampling import Sampler
 from llava.model.language_model.packed import LlamaDecoderLayer
@@ -33,9 +33,9 @@ Rotation = tuple[Tensor, Tensor]
 KNOWN_LAYERS = (LlamaDecoderLayer, modeling_llama.LlamaDecoderLayer)
 
 
-def open_language_model(model: Any) -> LanguageModel:
-    """The fastest way to run `model`: `FastLlama` where it applies, the library's forward otherwise."""
-    return FastLlama(model) if FastLlama.runs(model) else LanguageModel(model)
+def build_model_runner(model: Any) -> LanguageModel:
+    """The fastest way to run `model`: `LlamaRunner` where it applies, the library's forward otherwise."""
+    return LlamaRunner(model) if LlamaRunner.runs(model) else LanguageModel(model)
 
 
 class Layer:
@@ -79,7 +79,7 @@ class RmsNorm:
         return normed
 
 
-class FastLlama(LanguageModel):
+class LlamaRunner(LanguageModel):
     """`LanguageModel` over LLaMA's layers without the library's forward."""
 
     shares: ClassVar[bool] = True
@@ -111,17 +111,17 @@ class FastLlama(LanguageModel):
 
     def prefill(self, rows: Sequence[Tensor], chains: Sequence[Chain]) -> tuple[Tensor, Tensor]:
         """Embeddings (L_i, D), each behind its chain, to the rows' own cache data and their last states (n, D)."""
-        batch = PackedRows(self.spec, [len(row) for row in rows], chains)
+        batch = VarlenBatch(self.spec, [len(row) for row in rows], chains)
         rotation = self._rotation(batch.positions, batch.end)
         return batch.data, self._run(torch.cat(list(rows)), rotation, batch.attention, batch.last)
 
     def prefill_segment(self, row: Tensor, chain: Chain) -> Tensor:
         """Keys and values (layers, 2, kv_heads, L, head_dim) of embeddings (L, D) behind `chain`."""
-        batch = PackedRows(self.spec, [len(row)], [chain])
+        batch = VarlenBatch(self.spec, [len(row)], [chain])
         self._run(row, self._rotation(batch.positions, batch.end), batch.attention, None)
         return batch.data[:, :, 0]
 
-    def decode(self, ids: Sequence[int], cache: RowCache, sampler: Sampler | None = None) -> Tensor:
+    def decode(self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None) -> Tensor:
         step = DecodeStep(ids, cache, sampler)
         embeds, rotation = self.embed(step.ids), self._rotation(step.positions, step.end)
         if self.native is not None and len(ids) <= native_decode_rows(embeds.dtype):

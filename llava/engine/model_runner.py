@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llava.engine.cache import CacheSpec, RowCache
+from llava.engine.cache import CacheSpec, KVCache
 from llava.engine.packing import DecodeStep
 from llava.engine.prefix_cache import Chain, tokens_of
 from llava.engine.sampling import Sampler
@@ -19,7 +19,7 @@ from llava.model.transfer import upload_columns
 
 
 class LanguageModel:
-    """`prefill` and `decode` over a `RowCache`; every row holds its whole past itself."""
+    """`prefill` and `decode` over a `KVCache`; every row holds its whole past itself."""
 
     shares: ClassVar[bool] = False  # whether rows behind a common beginning read it in place
 
@@ -58,7 +58,7 @@ class LanguageModel:
         behind = tokens_of(chains[0])
         last = upload_columns([[len(row) - 1 for row in rows]], self.spec.device)[0]
         embeds = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (n, L, D)
-        cache = RowCache.for_prefill(self.spec, len(rows), behind, behind + embeds.shape[1])
+        cache = KVCache.for_prefill(self.spec, len(rows), behind, behind + embeds.shape[1])
         for row, chain in enumerate(chains):
             at = 0
             for span in chain:
@@ -73,7 +73,7 @@ class LanguageModel:
         data, _ = self.prefill([row], [chain])
         return data[:, :, 0, :, tokens_of(chain) :].clone()
 
-    def decode(self, ids: Sequence[int], cache: RowCache, sampler: Sampler | None = None) -> Tensor:
+    def decode(self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None) -> Tensor:
         """Run one token per row: append its keys and values to the cache and return logits (B, V).
 
         The parameters of `sampler` share the host-to-device copy of the token ids.
@@ -83,7 +83,7 @@ class LanguageModel:
         cache.advance()
         return self.logits(states[:, -1])
 
-    def _forward(self, embeds: Tensor, cache: RowCache, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _forward(self, embeds: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D) at `positions` (B or 1, T), behind what `cache` holds, to final states (B, T, D)."""
         output = self.core(
             inputs_embeds=embeds,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.engine.attention import Shared, aligned_mask, attend, attention
-from llava.engine.cache import CacheSpec, RowCache, shared_parts
+from llava.engine.cache import CacheSpec, KVCache, shared_parts
 from llava.engine.prefix_cache import Chain, tokens_of
 from llava.engine.sampling import Sampler
 from llava.model.transfer import Numbers, upload_columns
@@ -29,7 +29,7 @@ class _OnDevice:
     masks: dict[str, Tensor] = field(default_factory=dict)
 
 
-class PackedRows:
+class VarlenBatch:
     """Rows of `lengths` tokens behind `chains`, packed one after the other (N tokens) for a prefill.
 
     `data` (layers, 2, n, kv_heads, T, head_dim) receives their keys and values; T is the longest row, and what lies
@@ -125,7 +125,7 @@ class DecodeStep:
     host-to-device copy: there is one per step.
     """
 
-    def __init__(self, ids: Sequence[int], cache: RowCache, sampler: Sampler | None = None) -> None:
+    def __init__(self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None) -> None:
         cache.make_room()
         self.cache = cache
         self.width = cache.end - cache.start + 1

@@ -19,7 +19,7 @@ from llava.engine.prefix_cache import (
     MIN_SHARED,
     Chain,
     Elements,
-    PrefixStore,
+    PrefixCache,
     Prompt,
     Segment,
     Span,
@@ -55,7 +55,7 @@ class Prefiller:
         self.lm = lm
         self.features = features
         self.max_tokens = max_tokens
-        self.prefixes = PrefixStore(prefix_budget)
+        self.prefixes = PrefixCache(prefix_budget)
         self.computed_tokens = 0
         self.shared_tokens = 0
 

@@ -68,7 +68,7 @@ def tokens_of(chain: Chain) -> int:
     return sum(span.tokens for span in chain)
 
 
-class PrefixStore:
+class PrefixCache:
     """The tree. `budget` bounds the bytes of all segments that can be found."""
 
     def __init__(self, budget: int) -> None:

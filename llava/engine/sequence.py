@@ -146,7 +146,7 @@ class Statistics:
 
 
 @dataclass(eq=False)
-class Handle:
+class RequestHandle:
     """A submitted request: iterate it for text as it comes, or ask for `result()`; both drive the engine meanwhile."""
 
     drive: Callable[[], bool]

@@ -1,4 +1,4 @@
-"""Have a judge compare two answers about pictures known by captions and boxes (COCO); see `llava.eval.judging.reviews`."""
+"""Have a judge compare two answers about COCO images, given captions and boxes; see `llava.eval.judging.reviews`."""
 
 import sys
 

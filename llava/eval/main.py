@@ -145,7 +145,7 @@ def finish(args: argparse.Namespace, task: Task, questions: Sequence[Question], 
     root = None if task.data_root is None else str(task.data_root)
     facts = {
         "questions": len(questions), "published_questions": task.published_rows, "limit": args.limit,
-        "headline": task.headline(result), "data_root": root,
+        "primary_metric": task.primary_metric(result), "data_root": root,
     }  # fmt: skip
     write_json(score_path(output_dir, task), {"model_id": name, **facts, **result}, indent=2)
     subset = f", {len(questions)} questions spread evenly over it" if args.limit else ""

@@ -17,7 +17,7 @@ from llava.conversation import conv_templates
 from llava.errors import DataError
 from llava.eval import options
 from llava.eval.run import launch
-from llava.eval.run.images import PictureSource
+from llava.eval.run.images import ImageSource
 from llava.eval.run.questions import Question, get_chunk, read_questions
 from llava.eval.run.runner import report, run
 from llava.utils import guarded
@@ -59,7 +59,7 @@ def plain_override(name: str, model_name: str, explicit: bool) -> str:
 def answer_file(
     args: argparse.Namespace,
     read: Callable[[Path], Sequence[Question]],
-    pictures: Callable[[Path], PictureSource] | None = None,
+    pictures: Callable[[Path], ImageSource] | None = None,
     follow_up: str | None = None,
 ) -> int:
     """Answer what `read` finds in the question file; the exit status, 1 when a question could not be answered.

@@ -98,14 +98,14 @@ def load_pretrained_model(
     target = resolve_device(device)
     avoid_cudnn_attention(target)
     found = ckpt.inspect(local_directory(model_path))
-    base = base_of(found, model_base, text_only)
+    base = resolve_base(found, model_base, text_only)
     config = read_config(base or found) if text_only else model_config(found, vision_tower)
     chosen = resolve_dtype(target, dtype, getattr(torch, str(found.config.get("torch_dtype")), None))
     kernels = language_model_spec((base or found).model_type, str(found.path)).attention
     config._attn_implementation = resolve_attention(target, chosen, attn_implementation, kernels)
     tokenizer = load_tokenizer(base.path if base else found.path)
     if not text_only:
-        look_ahead(found, config, vision_tower is None)
+        preflight(found, config, vision_tower is None)
     bits = 8 if load_8bit else 4 if load_4bit else 0
     quantizer = Quantizer(bits, chosen, target) if bits else None
     shapes = partial(all_shapes, (base or found).path, config, vision_tower is None)
@@ -139,7 +139,7 @@ def load_pretrained_model(
     return tokenizer, model, tower.image_processor if tower else None, context_length(config)
 
 
-def look_ahead(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
+def preflight(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
     """Find, before weights are read, that the tower is not there or does not fit the projector, or that a full
     checkpoint holds differences."""
     tower: Any = build_vision_tower(config, found.path)
@@ -229,7 +229,7 @@ def local_directory(path: str | Path) -> Path:
     return found
 
 
-def base_of(found: Checkpoint, model_base: str | Path | None, text_only: bool = False) -> Checkpoint | None:
+def resolve_base(found: Checkpoint, model_base: str | Path | None, text_only: bool = False) -> Checkpoint | None:
     """The base checkpoint of an adapter or projector, checked; anything that cannot be loaded is refused here."""
     if text_only and (found.kind not in (Kind.LANGUAGE_MODEL, Kind.LORA) or "mm_vision_tower" in found.config):
         raise CheckpointError(
@@ -301,7 +301,7 @@ def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
 def read_config(found: Checkpoint) -> Any:
     """The parsed `config.json`, by the class its `model_type` is registered for."""
     spec = language_model_spec(found.model_type, str(found.path))
-    with ckpt.described_by(found.path):
+    with ckpt.config_errors(found.path):
         return spec.config.from_pretrained(found.path)
 
 
@@ -314,7 +314,7 @@ def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
     spec = language_model_spec((base or found).model_type, str(found.path))
     source = (base or found).path
     ckpt.check_depth(getattr(config, "num_hidden_layers", None), source)
-    with ckpt.described_by(found.path), empty_weights():
+    with ckpt.config_errors(found.path), empty_weights():
         model = spec.model(config)
         if (source / "generation_config.json").is_file():
             ckpt.read_json(source / "generation_config.json")  # one sentence when it is damaged
@@ -326,7 +326,7 @@ def model_config(found: Checkpoint, vision_tower: str | None) -> Any:
     """The configuration of a chat model, checked for the settings that tower and projector need."""
     config = read_config(found)
     config.name_or_path = str(found.path)
-    with ckpt.described_by(found.path):
+    with ckpt.config_errors(found.path):
         context_length(config)
     lacking = [key for key in NEEDED_SETTINGS if getattr(config, key, None) is None]
     if lacking:

@@ -130,19 +130,19 @@ def examine(
         parts = language_parts(found, None, builder.read_config(found))
         return Findings(found, parts, [tokenizer_fact(found.path), ("use it as", "--model-base, or to train on")])
     text_only = found.kind is Kind.LORA and not found.config
-    base = builder.base_of(found, model_base, text_only)
+    base = builder.resolve_base(found, model_base, text_only)
     if text_only and base is not None:
         parts = language_parts(found, base, builder.read_config(base))
         return Findings(found, parts, [base_fact(base), tokenizer_fact(base.path), ("use it with", "--text-only")])
     config = builder.model_config(found, vision_tower)
-    builder.look_ahead(found, config, vision_tower is None)
+    builder.preflight(found, config, vision_tower is None)
     name = get_model_name_from_path(str(path))
     chosen = template_for(config, name, template)
     get_template(chosen)
     parts = language_parts(found, base, config)
     part, tower = tower_part(config, found.path, vision_tower is None)
     origin = "stored in the checkpoint" if getattr(config, "conv_template", None) == chosen else "not stored"
-    with ckpt.described_by(found.path):
+    with ckpt.config_errors(found.path):
         cache = cache_bytes(config)
     facts = [
         tokenizer_fact(base.path if base else found.path),

@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def described_by(source: str | Path) -> Iterator[None]:
+def config_errors(source: str | Path) -> Iterator[None]:
     """Inside, a model is made of the settings of `source`; what they cannot describe is a `CheckpointError`."""
     try:
         yield

@@ -46,7 +46,7 @@ def projector_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{path} holds {found.kind.value}; a projector is taken out of a full checkpoint or a LoRA run."
         )
-    with ckpt.described_by(path), empty_weights():
+    with ckpt.config_errors(path), empty_weights():
         wanted = parameter_shapes(build_vision_projector(read_config(found)))
     projector = ckpt.projector_state(state, path)
     ckpt.compare_shapes({name: tuple(tensor.shape) for name, tensor in projector.items()}, wanted, path)

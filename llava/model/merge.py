@@ -85,7 +85,7 @@ def merge(model_path: str | Path, model_base: str | Path | None, save_model_path
     found = ckpt.inspect(builder.local_directory(model_path))
     if found.kind is not Kind.LORA:
         raise CheckpointError(f"{found.path} holds {found.kind.value}; only a LoRA adapter can be merged.")
-    base = builder.base_of(found, model_base)
+    base = builder.resolve_base(found, model_base)
     assert base is not None  # an adapter has one
     with new_directory(save_model_path) as directory:
         tokenizer, model = unmerged(found, base)

@@ -23,8 +23,8 @@ LANGUAGE_MODELS = {
 @dataclass(frozen=True)
 class LanguageModelSpec:
     """Two classes: `config`, whose `from_pretrained` reads every `model_type` registered for it, and `model`, a
-    `ChatModel` in front of the library's causal language model, whose core is a `LlavaMetaModel`. `attention` names
-    the kernels it has."""
+    `LlavaForCausalLMMixin` in front of the library's causal language model, whose core is a `LlavaMetaModel`.
+    `attention` names the kernels it has."""
 
     config: type[Any]
     model: type[Any]

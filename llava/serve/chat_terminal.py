@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from llava.engine import Completion, Handle
+from llava.engine import Completion, RequestHandle
 from llava.engine.chat import ChatSession, parse_setting
 from llava.errors import LlavaError
 
@@ -39,7 +39,7 @@ def say(text: str, out: TextIO | None = None) -> None:
 
 
 @contextmanager
-def interrupt_cancels(handle: Handle) -> Iterator[None]:
+def interrupt_cancels(handle: RequestHandle) -> Iterator[None]:
     """Let Ctrl-C cancel a running answer between two steps; a second one raises `KeyboardInterrupt`."""
 
     def on_interrupt(signum: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from llava.errors import ConfigError, LlavaError
 from llava.train import sizes
-from llava.train.flops import Learns, Shape, step_flops
+from llava.train.flops import Shape, Trainable, step_flops
 from llava.utils import guarded
 
 GIB: Final = 2**30
@@ -38,7 +38,7 @@ class Setup:
     """One run as its memory sees it. `width` is bytes a number in compute; `supervised` a share of the positions."""
 
     shape: Shape
-    learns: Learns
+    learns: Trainable
     rows: int
     text: float
     images: float = 1.0
@@ -229,7 +229,7 @@ def setup_of(flags: Namespace, gpus: int, data: sizes.Data) -> Setup:
     if flags.lora_enable:
         widths = 2 * (2 * shape.hidden + shape.hidden + shape.key_value) + 3 * (shape.hidden + shape.intermediate)
         adapters = shape.layers * flags.lora_r * widths
-    learns = Learns(not frozen, not flags.freeze_mm_mlp_adapter, flags.unfreeze_mm_vision_tower, adapters)
+    learns = Trainable(not frozen, not flags.freeze_mm_mlp_adapter, flags.unfreeze_mm_vision_tower, adapters)
     return Setup(
         shape,
         learns,

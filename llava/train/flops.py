@@ -112,7 +112,7 @@ def shape_of(config: Any, tower: Any = None) -> Shape:
 
 
 @dataclass(frozen=True)
-class Learns:
+class Trainable:
     """Which parts get gradients; `adapters` counts the weights of LoRA, which learn in place of the language model."""
 
     language: bool = True
@@ -122,7 +122,7 @@ class Learns:
 
 
 def step_flops(
-    shape: Shape, learns: Learns, *, tokens: float, length: float, images: float, supervised: float
+    shape: Shape, learns: Trainable, *, tokens: float, length: float, images: float, supervised: float
 ) -> float:
     """Model FLOPs of a forward and backward pass over `tokens` positions (images expanded) in rows of `length`.
 

@@ -43,7 +43,7 @@ EPOCH_STRIDE = 1_000_003
 Saves = Literal["full", "projector", "lora"]
 
 
-class WholeSteps(BatchSampler):
+class DropIncompleteAccumulation(BatchSampler):
     """Batches up to the last whole optimizer step of an epoch.
 
     With gradient accumulation the library carries a rest over into the next epoch, and no resume can know of it.
@@ -126,7 +126,7 @@ class LLaVATrainer(transformers.Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         args = self.args
-        batches = WholeSteps(
+        batches = DropIncompleteAccumulation(
             self._get_train_sampler(),
             self._train_batch_size,
             args.dataloader_drop_last,

@@ -121,7 +121,7 @@ def changed_flags(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     ]
 
 
-class RunRecord:
+class RunMetadata:
     """`run.json`: rewritten whole at the start and at the end of a run, by one process."""
 
     def __init__(self, path: Path, facts: dict[str, Any]):

@@ -58,9 +58,9 @@ def data_of(flags: Namespace) -> Data:
     file = Path(flags.data_path or "")
     if flags.data_path and file.is_file():
         from llava.data.annotations import read_records
-        from llava.data.survey import Survey
+        from llava.data.dataset_scan import DatasetScan
 
-        found = Survey(read_records(file)).result()
+        found = DatasetScan(read_records(file)).result()
         around = 0 if flags.version == "plain" else 40  # the system text and the roles
         text, longest = (WORDS_TO_TOKENS * float(words) + around for words in (found.words.mean(), found.words.max()))
         return Data(len(found.words), text, float(found.image.mean()), 0.6 * text, longest, f"{file}, looked through")

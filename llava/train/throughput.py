@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llava.train.flops import Learns, Shape, device_peak, shape_of, step_flops
+from llava.train.flops import Shape, Trainable, device_peak, shape_of, step_flops
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Pace:
     """What a log line says of speed; `peak` is the FLOP/s of all devices together, or None where it is not known."""
 
     shape: Shape | None
-    learns: Learns
+    learns: Trainable
     peak: float | None
 
     def line(
@@ -35,7 +35,7 @@ class Pace:
         return found
 
 
-def learns_of(model: Any) -> Learns:
+def learns_of(model: Any) -> Trainable:
     """What learns in a model whose `requires_grad` is set."""
     sizes = {"language": 0, "projector": 0, "tower": 0, "adapters": 0}
     for name, parameter in model.named_parameters():
@@ -44,7 +44,7 @@ def learns_of(model: Any) -> Learns:
             part = "projector" if "mm_projector" in name else part
             sizes[part] += torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel()
     flags = {part: bool(sizes[part]) for part in ("language", "projector", "tower")}
-    return Learns(**flags, adapters=sizes["adapters"])
+    return Trainable(**flags, adapters=sizes["adapters"])
 
 
 def pace_of(model: Any, args: Any) -> Pace:

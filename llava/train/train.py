@@ -31,7 +31,7 @@ from llava.placement import avoid_cudnn_attention
 from llava.train import checkpointing, estimate, model_setup, reporting, validation, zero
 from llava.train.dist_utils import any_rank
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.run_metadata import RunFiles, RunRecord, plain
+from llava.train.run_metadata import RunFiles, RunMetadata, plain
 from llava.train.watchdog import DataWatch, Watchdog
 from llava.utils import guarded, writing
 
@@ -90,7 +90,7 @@ def _check_saving(model: Any, tokenizer: Any, model_args: ModelArguments, args: 
     checkpointing.check_room(output_dir, final, checkpoint, args.save_total_limit)
 
 
-def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -> RunRecord:
+def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -> RunMetadata:
     """Say in the log, and keep in run.json, what is about to happen."""
     args = trainer.args
     learning, total = model_setup.count(trainer.model)
@@ -103,7 +103,7 @@ def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -
     )  # fmt: skip
     config = zero.read_config(args.deepspeed) if args.deepspeed else None
     logger.info(zero.describe(config, args.max_grad_norm, args.lr_scheduler_type.value))
-    record = RunRecord(
+    record = RunMetadata(
         Path(args.output_dir) / "run.json",
         {
             "arguments": {name: plain(group) for name, group in groups.items()},

@@ -25,7 +25,7 @@ from benchmarks.floor import (
 from benchmarks.full_size import FULL, QUICK, chat_config, make_engine, make_model
 from llava.engine import Request, SamplingParams
 from llava.model.multimodal_encoder.tower import VisionTower
-from llava.train.flops import Learns, Shape, shape_of
+from llava.train.flops import Shape, Trainable, shape_of
 from tests.cuda.fake_card import fake_card
 
 WIDE = 4  # bytes of a float32
@@ -161,7 +161,10 @@ def test_floors_of_two_cards() -> None:
     assert tuple(18 / answers_seconds(small, work, card) for card in (H200, A100)) == near(604, 212)
     one = {"tokens": 32 * 612, "length": 612, "images": 32, "supervised": 32 * 20}
     two = {"tokens": 16 * 826, "length": 826, "images": 16, "supervised": 16 * 150}
-    for batch, learns, plain, recomputed in ((one, Learns(language=False), 0.92, 1.25), (two, Learns(), 0.80, 1.02)):
+    for batch, learns, plain, recomputed in (
+        (one, Trainable(language=False), 0.92, 1.25),
+        (two, Trainable(), 0.80, 1.02),
+    ):
         assert train_cost(small, learns, **batch).seconds(H200) == pytest.approx(plain, rel=0.01)
         assert train_cost(small, learns, **batch, recompute=True).seconds(H200) == pytest.approx(recomputed, rel=0.01)
 

@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.counting import OpCounter
 from benchmarks.floor import H200, decode_cost, prefill_cost, tower_cost
 from benchmarks.full_size import make_model
-from llava.engine.cache import RowCache
+from llava.engine.cache import KVCache
 from llava.engine.features import FeatureEncoder
-from llava.engine.llama import FastLlama
+from llava.engine.llama import LlamaRunner
 from llava.engine.prefix_cache import Segment, Span
 from llava.engine.sampling import Sampler
 from llava.engine.sequence import Picture, SamplingParams
-from llava.train.flops import Learns, Shape, shape_of, step_flops
+from llava.train.flops import Shape, Trainable, shape_of, step_flops
 from tests.cuda.fake_card import fake_card
 
 ROWS = 16
@@ -42,7 +42,7 @@ class Card:
     """The full model on the fake GPU."""
 
     mode: FakeTensorMode
-    lm: FastLlama
+    lm: LlamaRunner
     shape: Shape
     counted: dict[tuple[tuple[int, ...], tuple[int, ...]], OpCounter] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Card:
         key = tuple(lengths), prefixes
         if key not in self.counted:
             with self.mode, torch.inference_mode():
-                cache, chain = RowCache(self.lm.spec), tuple(map(self.span, prefixes))
+                cache, chain = KVCache(self.lm.spec), tuple(map(self.span, prefixes))
                 cache.join(self.lm.spec.empty(len(lengths), max(lengths)), lengths, [chain] * len(lengths))
                 cache.make_room()
             with self.counting() as self.counted[key]:
@@ -93,7 +93,7 @@ def card() -> Iterator[Card]:
         mode = fake_card(patch)
         with mode, torch.inference_mode():
             model = make_model("cuda")
-            lm = FastLlama(model)
+            lm = LlamaRunner(model)
         yield Card(mode, lm, shape_of(model.config, model.get_vision_tower()))
 
 
@@ -147,7 +147,7 @@ def test_a_prefill_computes_what_its_floor_says(card: Card, rows: int, tokens: i
     counter, floor = card.prefill([tokens] * rows), prefill_cost(card.shape, tokens, rows)
     assert counter.flops == close(floor.flops - skipped(card.shape, rows, tokens), 0.002)
     forward = step_flops(
-        card.shape, Learns(False, False), tokens=rows * tokens, length=tokens, images=0, supervised=rows
+        card.shape, Trainable(False, False), tokens=rows * tokens, length=tokens, images=0, supervised=rows
     ) / 2  # fmt: skip
     assert floor.flops == close(forward, 0.002)
 
@@ -170,7 +170,7 @@ def test_the_tower_computes_what_its_floor_says(card: Card, images: int, pixels:
     shape = replace(card.shape, tower_positions=patches + 1, image_tokens=patches)
     counter, floor = card.encode(images, pixels), tower_cost(shape, images)
     assert counter.flops == close(floor.flops, 0.002)
-    learns = Learns(False, False)
+    learns = Trainable(False, False)
     forward = step_flops(shape, learns, tokens=0, length=0, images=images, supervised=0)
     projector = 2 * shape.projector_weights * patches * images  # which the step counts with its gradients
     assert floor.flops == close(forward - 2 * projector, 0.002)

@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava.engine.cache import BoundedStore, CacheSpec, RowCache
+from llava.engine.cache import CacheSpec, KVCache, LRUCache
 from llava.engine.packing import DecodeStep
 
 SPEC = CacheSpec(layers=2, kv_heads=1, head_dim=2, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def content(cache: RowCache, row: int) -> Tensor:
+def content(cache: KVCache, row: int) -> Tensor:
     """(layers, 2, kv_heads, length, head_dim) of a row."""
     return cache.data[:, :, row, :, cache.end - cache.lengths[row] : cache.end]
 
 
-def step(cache: RowCache, rows: list[Tensor]) -> None:
+def step(cache: KVCache, rows: list[Tensor]) -> None:
     """Write a new column for every row through `update`, as the model does, checking what attention would see."""
     mask = DecodeStep([0] * len(rows), cache).visible()
     new = torch.randn(2, 2, len(rows), 1, 1, 2)  # (layers, 2, B, H, 1, D)
@@ -40,7 +40,7 @@ def step(cache: RowCache, rows: list[Tensor]) -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_rows_keep_their_content(data: st.DataObject) -> None:
-    cache, rows = RowCache(SPEC), list[Tensor]()
+    cache, rows = KVCache(SPEC), list[Tensor]()
     for _ in range(data.draw(st.integers(1, 12))):
         match data.draw(st.sampled_from(["join", "drop", "step"])):
             case "join":
@@ -63,7 +63,7 @@ def test_rows_keep_their_content(data: st.DataObject) -> None:
 
 
 def test_growth_is_geometric() -> None:
-    cache, copies = RowCache(SPEC), 0
+    cache, copies = KVCache(SPEC), 0
     cache.join(torch.randn(2, 2, 1, 1, 10, 2), [10])
     for _ in range(2000):
         before = cache.data.data_ptr()
@@ -74,7 +74,7 @@ def test_growth_is_geometric() -> None:
 
 
 def test_an_idle_cache_is_reused() -> None:
-    cache = RowCache(SPEC)
+    cache = KVCache(SPEC)
     cache.join(torch.randn(2, 2, 3, 1, 50, 2), [50, 40, 30])
     buffer = cache.data.data_ptr()
     for _ in range(3):
@@ -84,7 +84,7 @@ def test_an_idle_cache_is_reused() -> None:
 
 
 def test_no_column_lies_beyond_the_context() -> None:
-    cache = RowCache(replace(SPEC, context_length=100))
+    cache = KVCache(replace(SPEC, context_length=100))
     cache.join(torch.randn(2, 2, 2, 1, 70, 2), [70, 10])
     assert cache.data.shape[4] == 100  # not 70 * 1.5
     for _ in range(30):
@@ -96,7 +96,7 @@ def test_no_column_lies_beyond_the_context() -> None:
 def test_an_empty_cache_releases_a_large_buffer() -> None:
     large = CacheSpec(layers=2, kv_heads=8, head_dim=1024, dtype=torch.float32, device=torch.device("cpu"))
     for spec, kept in ((SPEC, True), (large, False)):
-        cache = RowCache(spec)
+        cache = KVCache(spec)
         cache.join(spec.empty(1, 1000), [1000])
         cache.release()
         assert cache.data.nbytes > 0, "a row is left"
@@ -108,7 +108,7 @@ def test_an_empty_cache_releases_a_large_buffer() -> None:
 
 
 def test_store_keeps_to_its_budget() -> None:
-    store = BoundedStore(budget=100)
+    store = LRUCache(budget=100)
     for key in "abc":
         store.put(key, torch.zeros(10))  # 40 bytes each
     assert "a" not in store and len(store) == 2 and store.bytes == 80

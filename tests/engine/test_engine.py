@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava.engine import Engine, Handle, Request, SamplingParams, cache, load_engine, prefix_cache
+from llava.engine import Engine, Request, RequestHandle, SamplingParams, cache, load_engine, prefix_cache
 from llava.errors import ConfigError, RequestError
 from llava.model.builder import load_pretrained_model
 from tests.engine.conftest import Solo
@@ -303,7 +303,7 @@ def test_aspect_ratio_is_the_checkpoints_unless_given(make_engine: MakeEngine) -
 
 
 def test_requests_may_come_from_other_threads(engine: Engine, solo: Solo) -> None:
-    def submit(first: int) -> list[Handle]:
+    def submit(first: int) -> list[RequestHandle]:
         return [engine.submit(Request([1, first + n], params=SamplingParams(4))) for n in range(20)]
 
     with ThreadPoolExecutor(3) as pool:

@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.engine import attention
 from llava.engine.attention import Shared, attend
-from llava.engine.cache import RowCache
+from llava.engine.cache import KVCache
 from llava.engine.linear import Product
-from llava.engine.llama import FastLlama, open_language_model
+from llava.engine.llama import LlamaRunner, build_model_runner
 from llava.engine.model_runner import LanguageModel
-from llava.engine.prefix_cache import PrefixStore, Span
+from llava.engine.prefix_cache import PrefixCache, Span
 from llava.placement import prefers_matrix_vector
 from tests.tiny import llama_settings
 
@@ -54,13 +54,13 @@ def test_logits_are_the_librarys(variant: str) -> None:
     begin, tails = list(range(3, 43)), [[50, 51, 52], [60], [70, 71, 72, 73, 74]]
     rows = [[*begin, *tails[0]], [*begin, *tails[1]], tails[2]]
     expected = [model(torch.tensor([row])).logits[0, -1] for row in rows]
-    lm = open_language_model(model)
-    assert isinstance(lm, FastLlama)
-    segment = PrefixStore(2**20).insert((), tuple(begin), [1] * 40, lm.prefill_segment(lm.embed(begin), ()))
+    lm = build_model_runner(model)
+    assert isinstance(lm, LlamaRunner)
+    segment = PrefixCache(2**20).insert((), tuple(begin), [1] * 40, lm.prefill_segment(lm.embed(begin), ()))
     chains = [(Span(segment, 40),), (Span(segment, 40),), ()]
     data, states = lm.prefill([lm.embed(tail) for tail in tails], chains)
     torch.testing.assert_close(lm.logits(states), torch.stack(expected), atol=2e-4, rtol=1e-4)
-    cache = RowCache(lm.spec)
+    cache = KVCache(lm.spec)
     cache.join(data, [3, 1, 5], chains)
     for step in range(3):
         new = [100 + step, 110 + step, 120 + step]
@@ -104,16 +104,16 @@ def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
 
 def test_the_librarys_forward_serves_the_rest() -> None:
     eager = make_model(attn_implementation="eager")
-    assert type(open_language_model(eager)) is LanguageModel
+    assert type(build_model_runner(eager)) is LanguageModel
     hooked = make_model()
     hooked.model.layers[1]._hf_hook = object()
-    assert type(open_language_model(hooked)) is LanguageModel
+    assert type(build_model_runner(hooked)) is LanguageModel
 
 
 def test_fusing_stores_nothing_twice_and_saving_still_works(tmp_path: Path) -> None:
     model = make_model(attention_bias=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = FastLlama(model), FastLlama(model)
+    first, second = LlamaRunner(model), LlamaRunner(model)
     attention = model.model.layers[0].self_attn
     assert first.layers[0].qkv.weight is not None and second.layers[0].qkv.weight is not None
     assert first.layers[0].qkv.weight.data_ptr() == attention.q_proj.weight.data_ptr()

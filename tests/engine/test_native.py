@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from llava.engine.cache import RowCache
-from llava.engine.llama import FastLlama
+from llava.engine.cache import KVCache
+from llava.engine.llama import LlamaRunner
 from llava.engine.native import build
-from llava.engine.prefix_cache import PrefixStore, Span
+from llava.engine.prefix_cache import PrefixCache, Span
 from tests.engine.test_llama import VARIANTS, make_model
 
 BEGIN = list(range(3, 43))
@@ -27,12 +27,12 @@ def fresh() -> Iterator[None]:
     build.library.cache_clear()
 
 
-def rows_of(lm: FastLlama, lengths: list[int], behind: list[bool]) -> RowCache:
+def rows_of(lm: LlamaRunner, lengths: list[int], behind: list[bool]) -> KVCache:
     """Rows of random tokens, some behind a shared beginning."""
-    segment = PrefixStore(2**20).insert((), tuple(BEGIN), [1] * 40, lm.prefill_segment(lm.embed(BEGIN), ()))
+    segment = PrefixCache(2**20).insert((), tuple(BEGIN), [1] * 40, lm.prefill_segment(lm.embed(BEGIN), ()))
     chains = [(Span(segment, 40),) if shares else () for shares in behind]
     rows = [lm.embed([50 + row + at for at in range(length)]) for row, length in enumerate(lengths)]
-    cache = RowCache(lm.spec)
+    cache = KVCache(lm.spec)
     cache.join(lm.prefill(rows, chains)[0], lengths, chains)
     return cache
 
@@ -42,7 +42,7 @@ def rows_of(lm: FastLlama, lengths: list[int], behind: list[bool]) -> RowCache:
 @torch.inference_mode()
 def test_logits_and_caches_are_pytorchs(variant: str, dtype: torch.dtype) -> None:
     model = make_model(**VARIANTS[variant]).to(dtype)
-    kernel, plain = FastLlama(model), FastLlama(model)
+    kernel, plain = LlamaRunner(model), LlamaRunner(model)
     plain.native = None
     assert kernel.native is not None
     lengths, behind = [1, 5, 2, 7, 3, 4, 6], [True, False, True, True, False, True, False]
@@ -60,7 +60,7 @@ def test_logits_and_caches_are_pytorchs(variant: str, dtype: torch.dtype) -> Non
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     """Bit for bit, whatever the size of the batch."""
-    lm = FastLlama(make_model().to(dtype))
+    lm = LlamaRunner(make_model().to(dtype))
     assert lm.native is not None
     lengths, behind = [3] * 11, [True] * 11
     together = lm.decode(list(range(100, 111)), rows_of(lm, lengths, behind))
@@ -74,7 +74,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 @torch.inference_mode()
 def test_what_is_not_a_number_stays_so() -> None:
     """Broken weights must be seen, not rounded to something finite."""
-    lm = FastLlama(make_model().bfloat16())
+    lm = LlamaRunner(make_model().bfloat16())
     cache = rows_of(lm, [2, 2], [False, False])
     weight = lm.layers[0].qkv.weight
     assert weight is not None
@@ -85,18 +85,18 @@ def test_what_is_not_a_number_stays_so() -> None:
 
 @pytest.mark.parametrize("other", [{"hidden_size": 72}, {"intermediate_size": 100}, {"hidden_act": "gelu"}])
 def test_other_sizes_and_activations_go_the_other_way(other: dict[str, Any]) -> None:
-    assert FastLlama(make_model(**other)).native is None
+    assert LlamaRunner(make_model(**other)).native is None
 
 
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     monkeypatch.setenv("LLAVA_NATIVE", "0")
-    assert FastLlama(make_model()).native is None
+    assert LlamaRunner(make_model()).native is None
 
 
 def test_without_a_compiler_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, fresh: None, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert FastLlama(make_model()).native is None
+    assert LlamaRunner(make_model()).native is None
 
 
 def test_a_compiler_that_fails_is_told_once(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava.engine.prefix_cache import MIN_SHARED, Chain, PrefixStore, Segment, tokens_of
+from llava.engine.prefix_cache import MIN_SHARED, Chain, PrefixCache, Segment, tokens_of
 
 SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(
     lambda ids: tuple(id for id in ids for _ in "12345678")
@@ -33,7 +33,7 @@ def content(chain: Chain) -> Tensor:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(sequences=st.lists(SEQUENCES, min_size=1, max_size=12), budget=st.sampled_from([0, 200, 600, 10**6]))
 def test_what_is_found_is_what_was_stored(sequences: list[tuple[int, ...]], budget: int) -> None:
-    store, known = PrefixStore(budget), list[tuple[int, ...]]()
+    store, known = PrefixCache(budget), list[tuple[int, ...]]()
     for elements in sequences:
         chain, done = store.match(elements, len(elements) - 1)
         assert tokens_of(chain) == done < len(elements)
@@ -59,7 +59,7 @@ def data_of(segment: Segment) -> Tensor:
 
 
 def test_a_beginning_in_common_does_not_keep_others_out() -> None:
-    store = PrefixStore(10**6)
+    store = PrefixCache(10**6)
     first, second = (7, *range(100, 140)), (7, *range(200, 240))  # only one element alike
     for elements in (first, second):
         store.add(elements, [1] * 41, columns(elements), 0)
@@ -69,7 +69,7 @@ def test_a_beginning_in_common_does_not_keep_others_out() -> None:
 
 
 def test_what_is_evicted_is_freed_when_its_last_user_goes() -> None:
-    store = PrefixStore(200)
+    store = PrefixCache(200)
     elements = tuple(range(50))
     segment = store.insert((), elements, [1] * 50, columns(elements))
     chain, _ = store.match(elements, 50)
@@ -85,7 +85,7 @@ def test_what_is_evicted_is_freed_when_its_last_user_goes() -> None:
 
 
 def test_ancestors_stay_as_long_as_their_descendants() -> None:
-    store = PrefixStore(400)
+    store = PrefixCache(400)
     trunk = tuple(range(40))
     store.insert((), trunk, [1] * 40, columns(trunk))
     for branch in range(5):

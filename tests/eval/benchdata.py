@@ -172,7 +172,7 @@ def make_mm_vet(root: Path) -> None:
     picture(root / "images" / "v1_0.png")
     rows = [{"image": "v1_0.png", "text": f"What {n}?", "category": "conv", "question_id": n} for n in range(2)]
     write_jsonl(root / "llava-mm-vet.jsonl", rows)
-    truths = {
+    references = {
         f"v1_{n}": {
             "imagename": "v1_0.png",
             "question": f"What {n}?",
@@ -181,7 +181,7 @@ def make_mm_vet(root: Path) -> None:
         }
         for n in range(2)
     }
-    dump(root / "mm-vet.json", truths)
+    dump(root / "mm-vet.json", references)
 
 
 def make_llava_bench(root: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from llava.engine import Engine, SamplingParams
 from llava.errors import ImageError
 from llava.eval import model_qa, model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
-from llava.eval.run.images import Cells, prefetch
+from llava.eval.run.images import Base64Images, prefetch
 from llava.eval.run.questions import Question
 from llava.eval.run.settings import RunSettings
 from tests.eval.benchdata import make_mmbench_en, make_science_qa, make_textvqa
@@ -124,6 +124,6 @@ def test_worker_processes_open_pictures_in_order(pictures: Path) -> None:
 
 def test_pictures_in_a_table() -> None:
     with pytest.raises(ImageError, match="not base64"):
-        Cells({"a": "?"}).open("a")
+        Base64Images({"a": "?"}).open("a")
     with pytest.raises(ImageError, match="Cannot read image 'b'"):
-        Cells({}).read("b")
+        Base64Images({}).read("b")

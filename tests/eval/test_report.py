@@ -24,7 +24,7 @@ NASTY = '<script>alert("x")</script> | **bold**'
 
 def write_run(folder: Path, data: Path, model: str, scores: dict[str, float | None], text: str = "Yes") -> Path:
     """A run as `llava eval` leaves it."""
-    for name, headline in scores.items():
+    for name, primary_metric in scores.items():
         root = data / BENCHMARKS[name][0]
         task = make_task(name, root)
         rows = [
@@ -33,7 +33,7 @@ def write_run(folder: Path, data: Path, model: str, scores: dict[str, float | No
         ]
         (folder / name).mkdir(parents=True)
         write_jsonl(folder / name / "answers.jsonl", rows)
-        facts = {"questions": len(rows), "limit": None, "headline": headline, "data_root": str(root)}
+        facts = {"questions": len(rows), "limit": None, "primary_metric": primary_metric, "data_root": str(root)}
         score = {"model_id": model, "task": name, "split": task.split, **facts}
         (folder / name / "score.json").write_text(json.dumps(score))
     return folder

@@ -66,11 +66,11 @@ def test_all_answers_and_a_score_each(name: str, run: Path, data: Path) -> None:
     manifest = json.loads((run / name / "answers.jsonl.manifest.json").read_text())
     assert manifest["status"] == "complete" and manifest["files"]
     server_scored = name in ("vqav2", "vizwiz")
-    assert (score["headline"] is None) == server_scored
+    assert (score["primary_metric"] is None) == server_scored
     assert server_scored <= ("upload" in score)
     task = make_task(name, data / folder)
-    truths = task.truths(rows)
-    assert len(truths) == count and all(truths) != server_scored
+    references = task.references(rows)
+    assert len(references) == count and all(references) != server_scored
 
 
 class Yes:
@@ -132,10 +132,10 @@ def test_uploads_are_written(run: Path) -> None:
 
 
 def test_judged_scores_name_their_judge(run: Path) -> None:
-    assert score_of(run, "mm_vet")["headline"] == 50.0 and score_of(run, "mm_vet")["capabilities"]["ocr"] == 50.0
+    assert score_of(run, "mm_vet")["primary_metric"] == 50.0 and score_of(run, "mm_vet")["capabilities"]["ocr"] == 50.0
     for name in ("llava_bench", "llava_bench_coco"):
         score = score_of(run, name)
-        assert score["headline"] == 75.0 and score["judge"]["model"] == "gpt-4-0314"
+        assert score["primary_metric"] == 75.0 and score["judge"]["model"] == "gpt-4-0314"
     assert len(read_jsonl(run / "llava_bench" / "reviews.jsonl")) == 3
 
 
@@ -189,7 +189,7 @@ def score(name: str, data: Path, folder: Path, texts: list[str], limit: int | No
         {"question_id": q.question_id, **({} if q.round_id is None else {"round_id": 0}), "prompt": q.prompt, "text": t}
         for q, t in zip(task.questions(limit), texts)
     ]
-    return task.headline(task.score(write_jsonl(folder / "a.jsonl", rows), limit))
+    return task.primary_metric(task.score(write_jsonl(folder / "a.jsonl", rows), limit))
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -18,11 +18,11 @@ import httpx
 import uvicorn
 from PIL import Image
 
-from llava.engine.sequence import Completion, Handle, Request
+from llava.engine.sequence import Completion, Request, RequestHandle
 from llava.errors import ContextLengthError
 from llava.serve.common.middleware import Keys, Limits, guard
 from llava.serve.common.protocol import FrameReader, ModelInfo
-from llava.serve.common.security import AddressRule, KeyRing
+from llava.serve.common.security import AddressRule, ApiKeys
 from llava.serve.common.server import bind_socket, port_of
 from llava.serve.control.app import Controller, controller_routes, with_lifespan
 from llava.serve.control.openai_api import ApiServer, add_api_routes
@@ -40,7 +40,7 @@ SETTINGS, LIMITS, TIMES = Settings(max_new_tokens=1_000_000), Limits(), Times()
 
 @dataclass(eq=False)
 class StubJob:
-    handle: Handle
+    handle: RequestHandle
     request: Request
     steps: int = 0
 
@@ -63,13 +63,13 @@ class StubEngine:
     def running(self) -> int:
         return len(self.jobs)
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, request: Request) -> RequestHandle:
         if self.submit_error is not None:
             raise self.submit_error
         length = len(request.prompt)
         if length >= self.context:
             raise ContextLengthError("too long", prompt_tokens=length, image_tokens=0, context_length=self.context)
-        handle = Handle(self.step, length)
+        handle = RequestHandle(self.step, length)
         job = StubJob(handle, request)
         self.waiting.append(job)
         self.history.append(job)
@@ -198,7 +198,7 @@ def live_worker(
             address = f"http://127.0.0.1:{port}"
             beat = HeartBeat(controller, address, worker.status, token, interval=interval, max_delay=0.4)
             worker.heart = beat
-        return make_worker_app(worker, Keys(KeyRing([token] if token else [])), limits)
+        return make_worker_app(worker, Keys(ApiKeys([token] if token else [])), limits)
 
     live = Live(make).start()
     try:
@@ -249,7 +249,7 @@ def live_controller(
         app = with_lifespan(controller_routes(controller), controller)
         made["controller"], made["api"] = controller, ApiServer(controller, **api)
         add_api_routes(app, made["api"])
-        keys = Keys(KeyRing([token] if token else []), KeyRing(api_keys or []))
+        keys = Keys(ApiKeys([token] if token else []), ApiKeys(api_keys or []))
         return guard(app, keys, limits, controller.metrics)
 
     live = Live(make).start()

@@ -11,7 +11,7 @@ import pytest
 from llava.errors import ConfigError
 from llava.serve.common.security import (
     AddressRule,
-    KeyRing,
+    ApiKeys,
     RateLimiter,
     bearer,
     bind_host,
@@ -23,11 +23,11 @@ from tests.serve.stubs import get, live_controller
 
 
 def test_keys_are_compared_whatever_they_hold() -> None:
-    ring = KeyRing(["one", "clé"])
+    ring = ApiKeys(["one", "clé"])
     assert ring.accepts(b"one")
     assert ring.accepts("clé".encode())
     assert not any(ring.accepts(secret) for secret in (b"", b"ONE", b"one ", b"\xff", b"cl\xe9"))
-    assert not KeyRing()
+    assert not ApiKeys()
 
 
 @pytest.mark.parametrize(

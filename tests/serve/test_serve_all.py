@@ -18,7 +18,7 @@ import pytest
 
 from llava.serve import main as serve
 from llava.serve.launcher import serve_all
-from llava.serve.launcher.child_process import Part, PartError
+from llava.serve.launcher.child_process import ChildFailed, Part
 from llava.serve.launcher.serve_all import Stack, build_parser, listed, web_arguments
 from tests.serve.fake_service import FakeService
 from tests.serve.programs import alive, children
@@ -95,7 +95,7 @@ def test_a_part_that_ends_is_noticed_with_its_last_words(program: Callable[[str]
     stack = Stack(5)
     last = "sys.stderr.write('error: the disk is full\\nnow | INFO | m | Stopping.\\n'); sys.exit(1)"
     part = stack.start("one", program(last), [])
-    with pytest.raises(PartError, match="The one ended with status 1: error: the disk is full"):
+    with pytest.raises(ChildFailed, match="The one ended with status 1: error: the disk is full"):
         stack.address_of(part)
     stack.stop()
 

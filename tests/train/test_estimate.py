@@ -13,7 +13,7 @@ import torch
 from llava.errors import TrainingError
 from llava.train import estimate, sizes
 from llava.train import train as program
-from llava.train.flops import Learns, Shape, device_peak, step_flops
+from llava.train.flops import Shape, Trainable, device_peak, step_flops
 from tests.test_package import ROOT, plain_environment
 from tests.train import runs
 
@@ -53,7 +53,7 @@ def test_sizes_of_known_models() -> None:
 def test_memory_follows_zero() -> None:
     """Sixteen bytes a parameter together, shared out by stage (arXiv:1910.02054, figure 1)."""
     setup = estimate.Setup(
-        Shape(4096, 11008, 32, 32, 32, 32000), Learns(projector=False), 1, 100, 0, engine=True, gpus=64
+        Shape(4096, 11008, 32, 32, 32, 32000), Trainable(projector=False), 1, 100, 0, engine=True, gpus=64
     )
     count = setup.shape.language_weights
     for stage, wanted in ((0, 16), (1, 4 + 12 / 64), (2, 2 + 14 / 64)):
@@ -62,15 +62,15 @@ def test_memory_follows_zero() -> None:
         assert parts["weights"] + parts["gradients"] + parts["optimizer"] == pytest.approx(wanted * count)
     three = estimate.parts(estimate.replace(setup, stage=3))
     assert three["weights"] == pytest.approx(2 * count / 64 + 2 * estimate.LIVE)
-    packed = estimate.weights(estimate.replace(setup, bits=4, learns=Learns(adapters=10**7)))
+    packed = estimate.weights(estimate.replace(setup, bits=4, learns=Trainable(adapters=10**7)))
     assert packed < 0.35 * 2 * count
 
 
 def test_work_counts_two_a_weight_and_six_where_it_learns() -> None:
     few = {"tokens": 1e6, "length": 1, "images": 0, "supervised": 1e6}
     weights = SEVEN.layers * SEVEN.layer_weights + SEVEN.vocabulary * SEVEN.hidden
-    assert step_flops(SEVEN, Learns(), **few) == pytest.approx(6 * weights * 1e6, rel=1e-3)
-    assert step_flops(SEVEN, Learns(language=False), **few) == pytest.approx(4 * weights * 1e6, rel=1e-3)
+    assert step_flops(SEVEN, Trainable(), **few) == pytest.approx(6 * weights * 1e6, rel=1e-3)
+    assert step_flops(SEVEN, Trainable(language=False), **few) == pytest.approx(4 * weights * 1e6, rel=1e-3)
 
 
 def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:

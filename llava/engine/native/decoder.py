@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava.engine.cache import RowCache
+from llava.engine.cache import KVCache
 from llava.engine.linear import Product
 from llava.engine.native.build import library
 
 if TYPE_CHECKING:
-    from llava.engine.llama import FastLlama
+    from llava.engine.llama import LlamaRunner
 
 LANES = 16
 _Fields = list[tuple[str, type]]
@@ -51,7 +51,7 @@ class _Step(ctypes.Structure):
 class NativeDecoder:
     """The kernel with one model's weights. Arithmetic is float32, whatever the weights'."""
 
-    def __init__(self, lm: FastLlama) -> None:
+    def __init__(self, lm: LlamaRunner) -> None:
         self._kept: list[Tensor] = []  # what the pointers lead to
         self._run = library().llava_decode_step  # type: ignore[union-attr]
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_void_p], None
@@ -86,7 +86,7 @@ class NativeDecoder:
         )
 
     @staticmethod
-    def runs(lm: FastLlama) -> bool:
+    def runs(lm: LlamaRunner) -> bool:
         """Plain weights in float32 or bfloat16 on the CPU, the usual activation, and sizes of whole vectors."""
         spec, config = lm.spec, lm.model.config
         products = [
@@ -104,7 +104,7 @@ class NativeDecoder:
             and library() is not None
         )
 
-    def step(self, embeds: Tensor, cos: Tensor, sin: Tensor, cache: RowCache) -> Tensor:
+    def step(self, embeds: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
         """The next token of every row, (B, D), turned by `cos` and signed `sin` (B, 1, head_dim): its keys and values
         are written behind the row's own in `cache`; its logits (B, V) float32 come back."""
         count = len(embeds)
@@ -127,7 +127,7 @@ class NativeDecoder:
         return logits
 
     @staticmethod
-    def _spans(cache: RowCache) -> tuple[Any, Any, int]:
+    def _spans(cache: KVCache) -> tuple[Any, Any, int]:
         """Where every row's keys and values lie: the spans, each row's first one, and the columns of the longest."""
         found: list[_Span] = []
         first, longest = [0], 0

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Final
 
 from llava.errors import DataError
 from llava.eval.run.answers import Row, complete_answers
-from llava.eval.run.images import Folder, PictureSource
+from llava.eval.run.images import ImageFolder, ImageSource
 from llava.eval.run.questions import Question, read_questions, spread
 
 
 @dataclass(frozen=True)
-class Need:
+class RequiredFile:
     """A file or folder that a benchmark needs, where it comes from, and how many rows it should have."""
 
     path: Path
@@ -51,12 +51,12 @@ class Task(ABC):
         """What the questions' image names are below."""
 
     @property
-    def pictures(self) -> PictureSource:
+    def pictures(self) -> ImageSource:
         """Where the questions' pictures are."""
-        return Folder(self.image_folder)
+        return ImageFolder(self.image_folder)
 
     @abstractmethod
-    def needs(self) -> Sequence[Need]:
+    def needs(self) -> Sequence[RequiredFile]:
         """Every file and folder of the split."""
 
     @property
@@ -82,12 +82,12 @@ class Task(ABC):
     def table(self, score: dict[str, Any]) -> str:
         """The scores as text to print."""
 
-    def headline(self, score: dict[str, Any]) -> float | None:
+    def primary_metric(self, score: dict[str, Any]) -> float | None:
         """The one number that is published; None where only a server can tell."""
         found = score.get("accuracy")
         return None if found is None else float(found)
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         """For a report: the right answer to each row's question, empty where it is unknown."""
         return [""] * len(rows)
 
@@ -142,11 +142,11 @@ class FileTask(Task):
     def image_folder(self) -> Path:
         return self.root / self.layout.images
 
-    def needs(self) -> Sequence[Need]:
+    def needs(self) -> Sequence[RequiredFile]:
         layout = self.layout
-        files = [Need(self.root / name, source) for name, source in layout.labels.items()]
-        images = [Need(self.image_folder, layout.pictures)] if layout.images else []
-        return [Need(self.question_path, layout.source, layout.rows), *files, *images]
+        files = [RequiredFile(self.root / name, source) for name, source in layout.labels.items()]
+        images = [RequiredFile(self.image_folder, layout.pictures)] if layout.images else []
+        return [RequiredFile(self.question_path, layout.source, layout.rows), *files, *images]
 
     def questions(self, limit: int | None = None) -> Sequence[Question]:
         for need in self.needs():

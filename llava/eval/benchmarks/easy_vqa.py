@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import Need, Task
+from llava.eval.benchmarks.base import RequiredFile, Task
 from llava.eval.run.answers import Row, complete_answers
 from llava.eval.run.questions import Question, spread
 
@@ -57,12 +57,14 @@ def score(items: Sequence[Item], training: Iterable[tuple[str, str]]) -> dict[st
     def guessed(item: Item) -> bool:
         return guess.get(item.question) == item.truth
 
-    truths = sorted({item.truth for item in items})
+    references = sorted({item.truth for item in items})
     return {
         "n": len(items),
         **_accuracies(items, right),
         "question_only": _accuracies(items, guessed),
-        "per_answer": {truth: _accuracy([item for item in items if item.truth == truth], right) for truth in truths},
+        "per_answer": {
+            truth: _accuracy([item for item in items if item.truth == truth], right) for truth in references
+        },
     }
 
 
@@ -123,12 +125,12 @@ class EasyVQA(Task):
     def image_folder(self) -> Path:
         return self.root / self.split / "images"
 
-    def needs(self) -> Sequence[Need]:
+    def needs(self) -> Sequence[RequiredFile]:
         source = f"PyPI ({INSTALL})"
         rows = {"test": 9673, "train": 38575}
         splits = sorted(rows, key=lambda split: split != self.split)  # its own first
-        files = [Need(self.root / split / "questions.json", source, rows[split]) for split in splits]
-        return [*files, Need(self.image_folder, source)]
+        files = [RequiredFile(self.root / split / "questions.json", source, rows[split]) for split in splits]
+        return [*files, RequiredFile(self.image_folder, source)]
 
     def questions(self, limit: int | None = None) -> Sequence[Question]:
         rows = spread(self._read(self.split), limit)
@@ -141,11 +143,11 @@ class EasyVQA(Task):
         training = [(question, truth) for _, (question, truth, _) in self._read("train")]
         return {"task": self.name, "split": self.split, **score(items, training)}
 
-    def headline(self, score: dict[str, Any]) -> float | None:
+    def primary_metric(self, score: dict[str, Any]) -> float | None:
         found = score["overall"]["accuracy"]
         return None if found is None else float(found)
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         known = self._read(self.split)
         return [known[int(row["question_id"])][1][1] for row in rows]
 

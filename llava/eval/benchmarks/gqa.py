@@ -71,7 +71,7 @@ class Gqa(FileTask):
         groups = score({key: labels[key] for key in answers}, answers)
         return {"n": len(rows), "accuracy": groups["all"]["accuracy"], "groups": groups}
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         labels = read_json(self.root / LABELS)
         return [str(labels[row["question_id"]]["answer"]) for row in rows]
 

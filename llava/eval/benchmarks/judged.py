@@ -64,14 +64,16 @@ def parse_grade(reply: str) -> float | None:
     return None if match is None else float(match[1])
 
 
-def grade(judge: Asked, truths: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def grade(
+    judge: Asked, references: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """By id, grade and capabilities of each answer. A reply without a grade is asked for once more, then refused."""
     grades: dict[str, Any] = {}
     for row in rows:
         key = f"v1_{row['question_id']}"
-        if key not in truths:
+        if key not in references:
             raise DataError(f"mm-vet.json has no question {key!r}; expected the annotations of release v1.")
-        truth = truths[key]
+        truth = references[key]
         message = PROMPT.format(question=truth["question"], truth=truth["answer"], answer=row["text"])
         found = parse_grade(judge.ask(message))
         found = parse_grade(judge.ask(message, afresh=True)) if found is None else found
@@ -138,7 +140,7 @@ class MMVet(JudgedTask):
         write_json(path.with_name("grades.json"), grades, indent=2)
         return {**score(grades), "judge": asked.record(), "upload": str(target)}
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         known = read_json(self.root / "mm-vet.json")
         return [str(known[f"v1_{row['question_id']}"]["answer"]) for row in rows]
 
@@ -176,7 +178,7 @@ class LlavaBench(JudgedTask):
             raise DataError(f"{output}: the reference has a mean of 0, so there is no ratio.")
         return {"n": len(rows), "accuracy": 100 * second / first, **result, "judge": asked.record()}
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         reference = next(iter(self.layout.labels))
         texts = {row["question_id"]: row["text"] for row in read_rows(self.root / reference)}
         return [texts[row["question_id"]] for row in rows]

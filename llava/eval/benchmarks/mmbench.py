@@ -21,7 +21,7 @@ from llava.eval.benchmarks.parsing import read_option
 from llava.eval.benchmarks.xlsx import write_xlsx
 from llava.eval.run.answers import Row
 from llava.eval.run.files import by_key, read_results, require_same
-from llava.eval.run.images import Cells, PictureSource
+from llava.eval.run.images import Base64Images, ImageSource
 from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question
 
 COPY: Final = 1_000_000
@@ -154,10 +154,10 @@ def evaluate(annotation_file: Path, result_file: Path) -> str:
 SUFFIXES = {"en": LETTER_SUFFIX, "cn": LETTER_SUFFIX_CN}
 
 
-def pictures(rows: Table) -> Cells:
+def pictures(rows: Table) -> Base64Images:
     """The table's pictures, each once, however many rows show it."""
     cells = _cells(rows)
-    return Cells({_name(cell): cell for cell in cells if cell})
+    return Base64Images({_name(cell): cell for cell in cells if cell})
 
 
 def _cells(rows: Table) -> list[str]:
@@ -228,7 +228,7 @@ class MMBench(FileTask):
         return read_table(self.question_path)
 
     @property
-    def pictures(self) -> PictureSource:
+    def pictures(self) -> ImageSource:
         return pictures(self.rows)
 
     def questions(self, limit: int | None = None) -> Sequence[Question]:
@@ -247,11 +247,11 @@ class MMBench(FileTask):
             return {"n": len(rows), "upload": str(target), "server": "OpenCompass (opencompass.org.cn)"}
         return {**score(self.rows, predictions), "upload": str(target)}
 
-    def headline(self, score: dict[str, Any]) -> float | None:
+    def primary_metric(self, score: dict[str, Any]) -> float | None:
         found = score.get("circular")
         return None if found is None else float(found)
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         answers = {row["index"]: row.get("answer", "") for row in self.rows}
         return [answers[str(row["question_id"])] for row in rows]
 

@@ -190,10 +190,10 @@ class Mme(FileTask):
     def score_rows(self, rows: Sequence[Row], path: Path) -> dict[str, Any]:
         return score(convert(self.image_folder, path))
 
-    def headline(self, score: dict[str, Any]) -> float | None:
+    def primary_metric(self, score: dict[str, Any]) -> float | None:
         return float(score["Perception"])
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         truth = read_truth(self.image_folder)
         return [truth[answer_key(row["question_id"], row["prompt"])][1] for row in rows]
 

@@ -182,10 +182,10 @@ class Pope(FileTask):
         answers = {row["question_id"]: row["text"] for row in rows}
         return score_answers(read_labels(self.root / "coco"), [asked[key] for key in answers], answers)
 
-    def headline(self, score: dict[str, Any]) -> float | None:
+    def primary_metric(self, score: dict[str, Any]) -> float | None:
         return float(score["mean_f1"])
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         labels, asked = read_labels(self.root / "coco"), self._asked()
         questions = [asked[row["question_id"]] for row in rows]
         return [labels[each["category"]][label_key(each)] for each in questions]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import LlavaError
-from llava.eval.benchmarks.base import Need, Task
+from llava.eval.benchmarks.base import RequiredFile, Task
 from llava.eval.benchmarks.registry import ALL, TASKS, make_tasks
 from llava.eval.run.manifest import file_digest
 from llava.utils import guarded
@@ -30,7 +30,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def state(need: Need, checksums: bool) -> str:
+def state(need: RequiredFile, checksums: bool) -> str:
     """One line about a file or folder."""
     if need.missing:
         return f"  missing  {need.path}\n           from {need.source}"

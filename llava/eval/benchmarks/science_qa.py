@@ -246,11 +246,11 @@ class ScienceQA(FileTask):
         answers = known(rows, problems, path)
         return score([Item(pid, problems[pid], row) for pid, row in answers.items()])
 
-    def headline(self, score: dict[str, Any]) -> float | None:
+    def primary_metric(self, score: dict[str, Any]) -> float | None:
         found = score["img_accuracy"]
         return None if found is None else float(found)
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         problems = read_problems(self.root, self.split)
         return [OPTIONS[problems[row["question_id"]]["answer"]] for row in rows]
 

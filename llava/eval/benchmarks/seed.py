@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import FileTask, Layout, Need
+from llava.eval.benchmarks.base import FileTask, Layout, RequiredFile
 from llava.eval.benchmarks.parsing import read_option
 from llava.eval.run.answers import Row
 from llava.eval.run.files import by_key, read_json, read_results, require_same, write_jsonl
@@ -97,9 +97,9 @@ class SeedBench(FileTask):
     layouts: ClassVar = {"test": Layout("llava-seed-bench.jsonl", ".", 19242, PAGE, {"SEED-Bench.json": PAGE})}
     splits = ("test",)
 
-    def needs(self) -> Sequence[Need]:
+    def needs(self) -> Sequence[RequiredFile]:
         folders = {"SEED-Bench-image": PAGE, "SEED-Bench-video-image": f"{PAGE}: the middle frames of its videos"}
-        return [*super().needs()[:-1], *(Need(self.root / name, source) for name, source in folders.items())]
+        return [*super().needs()[:-1], *(RequiredFile(self.root / name, source) for name, source in folders.items())]
 
     def score_rows(self, rows: Sequence[Row], path: Path) -> dict[str, Any]:
         annotation = read_annotation(self.root / "SEED-Bench.json")
@@ -109,10 +109,10 @@ class SeedBench(FileTask):
         write_jsonl(target, upload(asked, answers))
         return {**score({**annotation, "questions": asked}, answers), "upload": str(target)}
 
-    def headline(self, score: dict[str, Any]) -> float | None:
+    def primary_metric(self, score: dict[str, Any]) -> float | None:
         return float(score["total"])
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         questions = read_annotation(self.root / "SEED-Bench.json")["questions"]
         answers = {plain_id(each["question_id"]): str(each["answer"]) for each in questions}
         return [answers[plain_id(row["question_id"])] for row in rows]

@@ -105,7 +105,7 @@ class TextVQA(FileTask):
         asked = [item for item in annotations if (item["image_id"], item["question"].lower()) in given]
         return score(asked, rows, path)
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         people = {
             (item["image_id"], item["question"].lower()): Counter(item["answers"]).most_common(1)[0][0]
             for item in read_annotations(self.root / ANNOTATIONS)

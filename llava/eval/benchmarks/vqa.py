@@ -113,9 +113,9 @@ class SoftAccuracyTask(FileTask):
     def submit(self, path: Path, target: Path) -> None:
         raise NotImplementedError(f"{type(self).__name__} must define submit()")  # pragma: no cover
 
-    def truths(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Row]) -> list[str]:
         if self.split != self.labelled:
-            return super().truths(rows)
+            return super().references(rows)
         people = read_people(self.people)
         return [Counter(people[row["question_id"]]).most_common(1)[0][0] for row in rows]
 

@@ -89,7 +89,7 @@ def lines(run: Run) -> list[Line]:
         value = run.published.scores.get(column) if run.published and column and official else None
         made.append(
             Line(
-                run.name, task, split, score.get("questions"), score.get("headline"), score.get("limit"), value,
+                run.name, task, split, score.get("questions"), score.get("primary_metric"), score.get("limit"), value,
                 None if value is None or column is None else band(column, value), score.get("published_questions"),
             )
         )  # fmt: skip
@@ -115,11 +115,11 @@ def zoo(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 def _ours(run: Run, facts: Sequence[str], present: Sequence[str]) -> list[str]:
     found = run.by_column
-    return ["ours", *facts, *(number(found.get(column, {}).get("headline")) for column in present)]
+    return ["ours", *facts, *(number(found.get(column, {}).get("primary_metric")) for column in present)]
 
 
 def table_of(line: Line) -> list[str]:
-    """Cells of a line, in the order of `FIELDS`."""
+    """Base64Images of a line, in the order of `FIELDS`."""
     count = "–" if line.questions is None else f"{line.questions:,}"
     width = "–" if line.band is None else f"±{line.band:.1f}"
     figures = [number(line.ours), number(line.published), number(line.difference, signed=True), width]

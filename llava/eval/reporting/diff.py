@@ -28,7 +28,7 @@ def difference(first: Run, second: Run) -> str:
 
 
 def _task(task: str, first: Run, second: Run) -> Iterator[str]:
-    values = [run.scores[task].get("headline") for run in (first, second)]
+    values = [run.scores[task].get("primary_metric") for run in (first, second)]
     both = None not in values
     change = number(values[1] - values[0], signed=True) if both else "–"  # type: ignore[operator]
     yield f"## {task}: {number(values[0])} and {number(values[1])} ({change})"

@@ -44,18 +44,18 @@ class Sample:
 def samples(runs: Sequence[Run], task_name: str, count: int) -> list[Sample]:
     """`count` questions spread over a benchmark, as all runs that asked it answered them.
 
-    Pictures and truths need the benchmark's data where they were; without it there are only words.
+    Pictures and references need the benchmark's data where they were; without it there are only words.
     """
     run = next(run for run in runs if task_name in run.scores)
     rows = list(spread(_rows(run, task_name), count))
     texts = {other.name: {_key(row): str(row["text"]) for row in _rows(other, task_name)} for other in runs}
-    truths, pictures = _from_data(run.scores[task_name], rows)
+    references, pictures = _from_data(run.scores[task_name], rows)
     return [
         Sample(
             row["question_id"], str(row["prompt"]).removeprefix("<image>\n"),
             {name: found[_key(row)] for name, found in texts.items() if _key(row) in found}, truth, picture,
         )
-        for row, truth, picture in zip(rows, truths, pictures)
+        for row, truth, picture in zip(rows, references, pictures)
     ]  # fmt: skip
 
 
@@ -74,11 +74,11 @@ def _from_data(score: Mapping[str, Any], rows: Sequence[Row]) -> tuple[list[str]
     try:
         task = make_task(str(score["task"]), None if root is None else Path(root), score.get("split"))
         questions = {(each.question_id, each.prompt): each for each in task.questions(score.get("limit"))}
-        truths = task.truths(rows)
+        references = task.references(rows)
     except (LlavaError, KeyError) as error:
         logger.warning("No pictures for %s: %s", score.get("task"), error)
         return [""] * len(rows), [""] * len(rows)
-    return truths, [_thumbnail(task, questions.get(_key(row))) for row in rows]
+    return references, [_thumbnail(task, questions.get(_key(row))) for row in rows]
 
 
 def _thumbnail(task: Task, question: Question | None) -> str:

@@ -28,7 +28,7 @@ _PER_WORKER = 8  # pictures that make another process worth its start
 _AHEAD = 4  # questions' pictures that a worker holds ready
 
 
-class PictureSource(Protocol):
+class ImageSource(Protocol):
     """Where the names in `Question.images` lead; `ImageError` for one that leads nowhere."""
 
     def open(self, name: str) -> Image.Image:
@@ -39,7 +39,7 @@ class PictureSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Folder:
+class ImageFolder:
     """Names are paths below a folder."""
 
     path: Path
@@ -55,7 +55,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Cells:
+class Base64Images:
     """Names are keys of base64 texts, as in the tables of MMBench."""
 
     texts: Mapping[str, str]
@@ -70,7 +70,7 @@ class Cells:
             raise ImageError(f"Cannot read image {name[:40]!r}: it is not base64 ({error}).") from error
 
 
-def opened(source: PictureSource, names: Sequence[str]) -> Loaded:
+def opened(source: ImageSource, names: Sequence[str]) -> Loaded:
     """A question's pictures, or why one of them cannot be opened."""
     try:
         return [source.open(name) for name in names]
@@ -85,7 +85,7 @@ class _Pictures:
     """
 
     def __init__(
-        self, source: PictureSource, names: Sequence[Sequence[str]], preprocess: Preprocess | None = None
+        self, source: ImageSource, names: Sequence[Sequence[str]], preprocess: Preprocess | None = None
     ) -> None:
         self.source, self.names, self.preprocess = source, names, preprocess
 
@@ -122,7 +122,7 @@ def usable_cores() -> int:
 def prefetch(
     questions: Sequence[Question],
     order: Iterable[int],
-    source: PictureSource,
+    source: ImageSource,
     workers: int,
     preprocess: Preprocess | None = None,
 ) -> Iterator[tuple[int, Loaded]]:
@@ -139,7 +139,7 @@ def prefetch(
 
 
 def _loader(
-    source: PictureSource, names: Sequence[Sequence[str]], workers: int, preprocess: Preprocess | None
+    source: ImageSource, names: Sequence[Sequence[str]], workers: int, preprocess: Preprocess | None
 ) -> Iterable[Loaded]:
     pictures: Any = _Pictures(source, names, preprocess)
     workers = min(workers, usable_cores(), len(pictures) // _PER_WORKER)

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.conversation import get_template, stop_strings
 from llava.data.images import preprocess_image
-from llava.engine import Engine, Handle, Request
+from llava.engine import Engine, Request, RequestHandle
 from llava.engine.sequence import Picture, identify, render_question
 from llava.errors import LlavaError
 from llava.eval.run.images import Loaded, prefetch
@@ -72,7 +72,7 @@ class LocalModel:
     def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
         """Yield (position, answer, error or None) as questions finish."""
         engine, follow_up = self.engine, settings.follow_up
-        active: dict[Handle, _Pending] = {}
+        active: dict[RequestHandle, _Pending] = {}
         submitted = self._submit(questions, order, settings)
         more = True
         while more or active:
@@ -100,7 +100,7 @@ class LocalModel:
 
     def _submit(
         self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings
-    ) -> Iterator[tuple[_Pending, Handle | LlavaError]]:
+    ) -> Iterator[tuple[_Pending, RequestHandle | LlavaError]]:
         """Lazily submit one question per item; holds only the current images."""
         engine, template = self.engine, get_template(settings.template)
         stop = (*settings.params.stop, *stop_strings(template))
@@ -124,7 +124,7 @@ class LocalModel:
                 params = dataclasses.replace(settings.params, stop=stop, seed=question_seed(settings, question))
                 # Finished answers are kept only for follow-ups; otherwise they would evict shared prefixes.
                 request = Request(prompt, named, params, keep=asked_twice)
-                submitted: Handle | LlavaError = engine.submit(request)
+                submitted: RequestHandle | LlavaError = engine.submit(request)
                 yield _Pending(position, request if asked_twice else None), submitted
             except LlavaError as error:
                 yield _Pending(position), error

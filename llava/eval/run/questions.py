@@ -22,7 +22,7 @@ LETTER_SUFFIX_CN = "请直接回答选项字母。"
 class Question:
     """One question. `prompt` is what the scorers read back; `text` is sent to the model when it differs.
 
-    `images` are names in a `PictureSource`, mostly paths below a folder. `question_id` may repeat (spec/eval.md §1.2):
+    `images` are names in a `ImageSource`, mostly paths below a folder. `question_id` may repeat (spec/eval.md §1.2):
     the position counts. The last three are MMBench's: the round, the options as shown, and their original letters.
     """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llava.engine.sequence import SamplingParams
-from llava.eval.run.images import Folder, PictureSource
+from llava.eval.run.images import ImageFolder, ImageSource
 from llava.eval.run.questions import Question
 
 Asked = tuple[int, str, str | None]  # position, answer, why there is none
@@ -32,14 +32,14 @@ class RunSettings:
     resume: bool = False
     overwrite: bool = False
     chunk: tuple[int, int] = (0, 1)
-    pictures: PictureSource | None = None
+    pictures: ImageSource | None = None
     files: tuple[Path, ...] = ()
     quantization: str | None = None
     follow_up: str | None = None
 
     @property
-    def source(self) -> PictureSource:
-        return self.pictures or Folder(self.image_folder)
+    def source(self) -> ImageSource:
+        return self.pictures or ImageFolder(self.image_folder)
 
 
 class Answerer(Protocol):

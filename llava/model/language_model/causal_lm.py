@@ -26,7 +26,7 @@ class LlavaOutput(CausalLMOutputWithPast):
     attention_mask: Tensor | None = None
 
 
-class ChatConfig:
+class LlavaConfigMixin:
     """Mixin before the library's configuration: `accepts` names the `model_type`s it reads, its own and its base's."""
 
     model_type: str
@@ -43,7 +43,7 @@ class ChatConfig:
         return library.from_dict(settings, **kwargs)
 
 
-class ChatModel(LlavaMetaForCausalLM):
+class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
     """Mixin before the library's causal language model; `images` come in any layout of `splice.encode_slots`."""
 
     base_model_prefix: str
@@ -51,7 +51,7 @@ class ChatModel(LlavaMetaForCausalLM):
     runs_packed = False  # whether the core takes `rows`, the real tokens of a batch laid end to end
     hf_device_map: dict[str, str]  # set when spread over devices, absent otherwise: libraries ask whether it is there
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ChatModel:
+    def _apply(self, fn: Any, recurse: bool = True) -> LlavaForCausalLMMixin:
         """What `.to`, `.cpu` and their like go through: a model on several devices stays where it is (MGPU-3)."""
         if getattr(self, "hf_device_map", None):
             raise ConfigError(
@@ -59,7 +59,7 @@ class ChatModel(LlavaMetaForCausalLM):
                 "or cast; load it again with another device, dtype or device map."
             )
         library: Any = super()
-        moved: ChatModel = library._apply(fn, recurse)
+        moved: LlavaForCausalLMMixin = library._apply(fn, recurse)
         return moved
 
     def forward(

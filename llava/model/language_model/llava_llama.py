@@ -8,12 +8,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from llava.model.language_model import packed
-from llava.model.language_model.causal_lm import ChatConfig, ChatModel
+from llava.model.language_model.causal_lm import LlavaConfigMixin, LlavaForCausalLMMixin
 from llava.model.llava_arch import LlavaMetaModel
 from llava.model.registry import LanguageModelSpec
 
 
-class LlavaConfig(ChatConfig, LlamaConfig):
+class LlavaConfig(LlavaConfigMixin, LlamaConfig):
     """`LlamaConfig` with the `mm_*` keys of §7, and three of ours, written by training and read at loading:
 
     `conv_template` (the template the checkpoint was trained with), `mm_vision_image_size` (pixels, when not the
@@ -41,7 +41,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
         return packed.run(self, kwargs["inputs_embeds"], rows)
 
 
-class LlavaLlamaForCausalLM(ChatModel, LlamaForCausalLM):
+class LlavaLlamaForCausalLM(LlavaForCausalLMMixin, LlamaForCausalLM):
     """The chat model. `images` are accepted in every layout of `llava.model.splice.encode_slots`."""
 
     config_class = LlavaConfig

@@ -18,14 +18,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mpt.modeling_mpt import MptAttention
 
 from llava.errors import ConfigError
-from llava.model.language_model.causal_lm import ChatConfig, ChatModel
+from llava.model.language_model.causal_lm import LlavaConfigMixin, LlavaForCausalLMMixin
 from llava.model.llava_arch import LlavaMetaModel, past_length_of
 from llava.model.registry import LanguageModelSpec
 
 LayerPast = tuple[Cache, int]
 
 
-class LlavaMptConfig(ChatConfig, MptConfig):
+class LlavaMptConfig(LlavaConfigMixin, MptConfig):
     """`MptConfig` with the `mm_*` keys of §7 and those of `LlavaConfig`; variants that no code computes are refused."""
 
     model_type = "llava_mpt"
@@ -173,7 +173,7 @@ def _unseen(hidden: Tensor, past: int, attention_mask: Tensor | None) -> Tensor 
     return unseen
 
 
-class LlavaMptForCausalLM(ChatModel, MptForCausalLM):
+class LlavaMptForCausalLM(LlavaForCausalLMMixin, MptForCausalLM):
     """The chat model on MPT."""
 
     config_class = LlavaMptConfig

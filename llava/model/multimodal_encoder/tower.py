@@ -22,7 +22,7 @@ from llava.errors import CheckpointError, ConfigError
 from llava.model.checkpoint import (
     TOWER_PREFIXES,
     check_depth,
-    described_by,
+    config_errors,
     has_weights,
     iter_tensors,
     layer_index,
@@ -47,7 +47,7 @@ class VisionTower(nn.Module):
     def __init__(self, name: str, args: Any, *, checkpoint_dir: Path | None = None) -> None:
         super().__init__()
         self.name = name
-        with described_by(checkpoint_dir or name):
+        with config_errors(checkpoint_dir or name):
             self.select_layer = int(args.mm_vision_select_layer)
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         if self.select_feature not in FEATURES:
@@ -85,7 +85,7 @@ class VisionTower(nn.Module):
     @cached_property
     def config(self) -> Any:
         """The tower's own configuration, with the layers of the whole tower."""
-        with described_by(self.name):
+        with config_errors(self.name):
             config = self.spec.config(self.settings)
         vision = self.spec.vision(config)
         for key in ("hidden_size", "num_hidden_layers", "patch_size"):
@@ -108,7 +108,7 @@ class VisionTower(nn.Module):
     @cached_property
     def image_processor(self) -> Any:
         directory = self.directory if self.directory is not None else Path(self.name)
-        with described_by(self.checkpoint_dir or self.name):
+        with config_errors(self.checkpoint_dir or self.name):
             processor = self.spec.processor(directory, self.image_size)
             sides = sorted(processor.crop_size[side] for side in ("height", "width"))
         if not self.spec.vision(self.config).patch_size <= sides[0] <= sides[1] <= LONGEST_SIDE:
@@ -192,7 +192,7 @@ class VisionTower(nn.Module):
         """The tower up to the selected layer, without memory for its weights, which `source` holds."""
         for part in (self.settings, *self.settings.values()):
             check_depth(part.get("num_hidden_layers") if isinstance(part, dict) else None, source)
-        with described_by(self.name), empty_weights():
+        with config_errors(self.name), empty_weights():
             return self.spec.build(config, self.depth)
 
     def stored_shapes(self, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava.serve.common.middleware import Keys, Limits
 from llava.serve.common.protocol import TOKEN_VARIABLE
-from llava.serve.common.security import KeyRing, bind_host, cluster_token
+from llava.serve.common.security import ApiKeys, bind_host, cluster_token
 from llava.serve.common.server import bind_socket
 from llava.utils import build_logger
 
@@ -45,7 +45,7 @@ def open_socket(args: argparse.Namespace) -> tuple[socket.socket, str | None]:
 
 
 def keys_of(token: str | None, api_keys: list[str] | None = None) -> Keys:
-    return Keys(KeyRing([token] if token else []), KeyRing(api_keys or []))
+    return Keys(ApiKeys([token] if token else []), ApiKeys(api_keys or []))
 
 
 def limits_of(args: argparse.Namespace) -> Limits:

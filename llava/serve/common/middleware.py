@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.serve.common.metrics import Metrics
 from llava.serve.common.protocol import FRAME_MEDIA_TYPE, ErrorType, ServeError, encode_frame
-from llava.serve.common.security import OPEN_PATHS, KeyRing, bearer
+from llava.serve.common.security import OPEN_PATHS, ApiKeys, bearer
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class Limits:
 class Keys:
     """Who may call: `cluster` guards every route but the open ones; `api` (or the cluster's) opens `/v1/`."""
 
-    cluster: KeyRing = field(default_factory=KeyRing)
-    api: KeyRing = field(default_factory=KeyRing)
+    cluster: ApiKeys = field(default_factory=ApiKeys)
+    api: ApiKeys = field(default_factory=ApiKeys)
 
     def check(self, path: str, headers: Mapping[bytes, bytes]) -> None:
         """Raise `ServeError` (401) unless the credential fits the path."""
@@ -90,7 +90,7 @@ def openai_error(error: ServeError, request_id: str) -> dict[str, Any]:
     }
 
 
-class Gate:
+class RequestMiddleware:
     """The outermost layer: gives the request its id, checks its key, reads its body within limits, logs and counts it.
 
     No path, header, query or body of a client enters the log: only the route's own name.
@@ -182,7 +182,7 @@ def forget_body(request: Request) -> None:
 
 
 def request_id_of(request: Request) -> str:
-    """The id that `Gate` gave this request."""
+    """The id that `RequestMiddleware` gave this request."""
     return str(getattr(request.state, "request_id", ""))
 
 
@@ -246,5 +246,5 @@ def make_app(title: str, metrics: Metrics, readiness: Callable[[], str]) -> Fast
 
 
 def guard(app: FastAPI, keys: Keys, limits: Limits, metrics: Metrics) -> ASGIApp:
-    """`app` behind its `Gate`."""
-    return Gate(app, keys, limits, metrics)
+    """`app` behind its `RequestMiddleware`."""
+    return RequestMiddleware(app, keys, limits, metrics)

@@ -27,7 +27,7 @@ _EVERYWHERE: Final = ("0.0.0.0", "::", "")
 _MAX_ADDRESS: Final = 256
 
 
-class KeyRing:
+class ApiKeys:
     """A set of secrets, kept as digests. Comparing takes the same time whichever matches, or none."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:

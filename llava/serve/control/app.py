@@ -30,7 +30,7 @@ from llava.serve.common.protocol import (
 from llava.serve.common.security import AddressRule
 from llava.serve.common.streaming import StreamResponse
 from llava.serve.control.registry import Entry, Registry
-from llava.serve.control.worker_client import Upstream, WorkerClient
+from llava.serve.control.worker_client import WorkerClient, WorkerStream
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Controller:
         close = self.closer(upstream, outcome)
         return StreamResponse(self._relay(upstream, request_id, outcome), close, media_type=FRAME_MEDIA_TYPE)
 
-    async def open(self, model: str, content: bytes, request_id: str) -> Upstream:
+    async def open(self, model: str, content: bytes, request_id: str) -> WorkerStream:
         """A stream at a worker, counted if it is refused."""
         try:
             if self.draining:
@@ -133,7 +133,7 @@ class Controller:
         self.streams += 1
         return upstream
 
-    def closer(self, upstream: Upstream, outcome: list[str]) -> Any:
+    def closer(self, upstream: WorkerStream, outcome: list[str]) -> Any:
         """What to call when the client's response has ended."""
 
         def close() -> None:
@@ -144,7 +144,7 @@ class Controller:
         return close
 
     @staticmethod
-    async def _relay(upstream: Upstream, request_id: str, outcome: list[str]) -> AsyncGenerator[bytes, None]:
+    async def _relay(upstream: WorkerStream, request_id: str, outcome: list[str]) -> AsyncGenerator[bytes, None]:
         try:
             async with contextlib.aclosing(upstream.frames()) as frames:
                 async for frame in frames:

@@ -30,7 +30,7 @@ from llava.serve.common.protocol import ErrorType, ServeError
 from llava.serve.common.security import RateLimiter, bearer
 from llava.serve.common.streaming import LaterResponse, StreamResponse
 from llava.serve.control.app import Controller
-from llava.serve.control.worker_client import Upstream
+from llava.serve.control.worker_client import WorkerStream
 
 _IMAGE_BYTES: Final = 20 * 2**20
 _CREATED: Final = 1_700_000_000  # models have no date of their own; clients want one that does not change
@@ -132,7 +132,7 @@ def _bad_image(message: str) -> ServeError:
 class Reply:
     """One answer in OpenAI's shapes. `outcome` holds one word for the metrics."""
 
-    def __init__(self, body: ChatBody, rendered: Rendered, upstream: Upstream, request_id: str) -> None:
+    def __init__(self, body: ChatBody, rendered: Rendered, upstream: WorkerStream, request_id: str) -> None:
         self.model = body.model
         self.include_usage = body.stream_options.include_usage
         self.prompt = rendered.prompt

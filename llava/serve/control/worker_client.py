@@ -32,7 +32,7 @@ class Times:
     idle: float = 60.0
 
 
-class Upstream:
+class WorkerStream:
     """A stream opened at a worker; `frames()` may be read once, and `aclose` must be called."""
 
     def __init__(self, address: str, response: httpx.Response, registry: Registry) -> None:
@@ -100,7 +100,7 @@ class WorkerClient:
             response.raise_for_status()
             return WorkerStatus.model_validate_json(await read_start(response, _STATUS_BYTES))
 
-    async def open(self, model: str, content: bytes, request_id: str) -> Upstream:
+    async def open(self, model: str, content: bytes, request_id: str) -> WorkerStream:
         """Send a request to a worker of `model`, to another if it cannot be reached or is full.
 
         Raises `ServeError`: what the last worker said, or that there is none.
@@ -112,7 +112,7 @@ class WorkerClient:
         while len(tried) < _MAX_TRIES and (address := self.registry.pick(model, exclude=tried)):
             tried.append(address)
             try:
-                return Upstream(address, await self._send(address, content, request_id), self.registry)
+                return WorkerStream(address, await self._send(address, content, request_id), self.registry)
             except ServeError as error:
                 refusal = error
                 if error.kind not in (ErrorType.WORKER_UNAVAILABLE, ErrorType.OVERLOADED, ErrorType.NOT_READY):

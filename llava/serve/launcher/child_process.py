@@ -17,7 +17,7 @@ _LISTENING: Final = re.compile(r"Listening on (https?://\S+)")
 _POLL: Final = 0.05
 
 
-class PartError(LlavaError):
+class ChildFailed(LlavaError):
     """A part of the service ended by itself."""
 
     code = "SERVE"
@@ -48,12 +48,12 @@ class Part:
         self._reader.start()
 
     def check(self) -> None:
-        """Raise `PartError` if it has ended."""
+        """Raise `ChildFailed` if it has ended."""
         status = self.process.poll()
         if status is not None:
             self._reader.join(5)
             reason = f": {self._last}" if self._last else "; its log above says why"
-            raise PartError(f"The {self.name} ended with status {status}{reason}")
+            raise ChildFailed(f"The {self.name} ended with status {status}{reason}")
 
     def stop(self, seconds: float, give_up: Callable[[], bool]) -> None:
         """Ask it to end; end it by force after `seconds`, or as soon as `give_up` says so."""

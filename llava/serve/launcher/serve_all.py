@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Final
 
 from llava.errors import ConfigError
-from llava.serve.launcher.child_process import Part, PartError
+from llava.serve.launcher.child_process import ChildFailed, Part
 from llava.utils import guarded, require
 
 _POLL: Final = 0.2
@@ -61,7 +61,7 @@ class Stack:
         return part
 
     def check(self) -> None:
-        """Raise `PartError` when a part has ended, `KeyboardInterrupt` when an end was asked for."""
+        """Raise `ChildFailed` when a part has ended, `KeyboardInterrupt` when an end was asked for."""
         if self.asked:
             raise KeyboardInterrupt
         for part in self.parts:
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_arguments(args, worker_flags)
     try:
         return run(args, worker_flags)
-    except PartError as error:
+    except ChildFailed as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:

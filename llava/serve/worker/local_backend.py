@@ -20,7 +20,7 @@ from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaE
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
 from llava.serve.worker.backend import Answer, Piece
 from llava.serve.worker.preprocess import Pictures, tokenizer_for
-from llava.serve.worker.scheduler import EngineLike, News, Scheduler, Ticket, failure_of
+from llava.serve.worker.scheduler import EngineLike, Scheduler, StreamEvent, Ticket, failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class LocalModel:
             if waited > self.settings.total_seconds:
                 raise ServeError(ErrorType.TIMEOUT, f"The answer was not complete after {waited:.0f} seconds.")
 
-    async def _next(self, ticket: Ticket) -> News | None:
+    async def _next(self, ticket: Ticket) -> StreamEvent | None:
         try:
             return await asyncio.wait_for(ticket.news.get(), self.settings.keep_alive)
         except asyncio.TimeoutError:
@@ -220,7 +220,7 @@ class LocalModel:
         return 0 if self.scheduler is None else self.scheduler.waiting
 
     @staticmethod
-    def _piece(news: News, ticket: Ticket, image_tokens: int) -> Piece:
+    def _piece(news: StreamEvent, ticket: Ticket, image_tokens: int) -> Piece:
         completion = news.completion
         if completion is None:
             return Piece(news.text)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.data.images import ImageLimits
-from llava.engine.cache import BoundedStore
+from llava.engine.cache import LRUCache
 from llava.engine.sequence import ImageInput, Picture, identify
 from llava.errors import ContextLengthError
 from llava.mm_utils import load_image_from_base64, tokenizer_image_token
@@ -30,7 +30,7 @@ class Pictures:
 
     def __init__(self, pixels: Callable[[Image.Image], ImageInput]) -> None:
         self._pixels = pixels
-        self._kept = BoundedStore(_KEPT_BYTES)
+        self._kept = LRUCache(_KEPT_BYTES)
         self._lock = threading.Lock()
 
     def __call__(self, image: str) -> ImageInput | Picture:

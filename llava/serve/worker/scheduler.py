@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
-from llava.engine.sequence import Completion, Handle, Request
+from llava.engine.sequence import Completion, Request, RequestHandle
 from llava.serve.common.protocol import ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,12 @@ class EngineLike(Protocol):
 
     @property
     def running(self) -> int: ...
-    def submit(self, request: Request) -> Handle: ...
+    def submit(self, request: Request) -> RequestHandle: ...
     def step(self) -> bool: ...
     def abort(self, error: str) -> None: ...
 
 
-class News(NamedTuple):
+class StreamEvent(NamedTuple):
     """What a step brought for one request; `completion` on its last."""
 
     text: str
@@ -44,13 +44,13 @@ class Ticket:
     """An admitted request. Read `news` on the event loop; `close()` when the client has left or has all."""
 
     scheduler: Scheduler
-    news: asyncio.Queue[News] = field(default_factory=asyncio.Queue)
-    handle: Handle | None = None
+    news: asyncio.Queue[StreamEvent] = field(default_factory=asyncio.Queue)
+    handle: RequestHandle | None = None
     submitted: bool = False
     closed: bool = False
     released: bool = False
 
-    async def submit(self, request: Request) -> Handle:
+    async def submit(self, request: Request) -> RequestHandle:
         """Hand the request to the engine; raises what `Engine.submit` raises."""
         self.submitted = True
         return await self.scheduler.submit(self, request)
@@ -73,7 +73,7 @@ class Ticket:
 class _Submission(NamedTuple):
     ticket: Ticket
     request: Request
-    accepted: asyncio.Future[Handle]
+    accepted: asyncio.Future[RequestHandle]
 
 
 class Scheduler:
@@ -91,7 +91,7 @@ class Scheduler:
         self.on_failure: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._inbox: list[_Submission] = []
-        self._active: list[tuple[Ticket, Handle]] = []
+        self._active: list[tuple[Ticket, RequestHandle]] = []
         self._condition = threading.Condition()
         self._stopping = False
         self._failures = 0
@@ -119,7 +119,7 @@ class Scheduler:
         self.in_use += 1
         return Ticket(self)
 
-    async def submit(self, ticket: Ticket, request: Request) -> Handle:
+    async def submit(self, ticket: Ticket, request: Request) -> RequestHandle:
         """See `Ticket.submit`."""
         submission = _Submission(ticket, request, self._loop.create_future())
         with self._condition:
@@ -188,7 +188,7 @@ class Scheduler:
             completion = handle.completion  # read before the text, which is complete once this is set
             text = handle.take()
             if text or completion is not None:
-                events.append((ticket, News(text, completion)))
+                events.append((ticket, StreamEvent(text, completion)))
             if completion is not None:
                 self._active.remove((ticket, handle))
                 if completion.finish_reason != "error":
@@ -205,7 +205,7 @@ class Scheduler:
     # Back on the event loop.
 
     @staticmethod
-    def _answer(submission: _Submission, outcome: Handle | Exception) -> None:
+    def _answer(submission: _Submission, outcome: RequestHandle | Exception) -> None:
         ticket, _, accepted = submission
         if isinstance(outcome, Exception):
             ticket.release()
@@ -219,14 +219,14 @@ class Scheduler:
             accepted.set_result(outcome)
 
 
-def _hand_over(events: list[tuple[Ticket, News]]) -> None:
+def _hand_over(events: list[tuple[Ticket, StreamEvent]]) -> None:
     for ticket, news in events:
         if news.completion is not None:
             ticket.release()
         ticket.news.put_nowait(news)
 
 
-def _is_failed(handle: Handle) -> bool:
+def _is_failed(handle: RequestHandle) -> bool:
     return handle.completion is not None and handle.completion.finish_reason == "error"
 
 

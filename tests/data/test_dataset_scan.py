@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.data import dataset as datasets
-from llava.data import survey
+from llava.data import dataset_scan
 from llava.data.annotations import read_records
-from llava.data.survey import Survey, count_words
+from llava.data.dataset_scan import DatasetScan, count_words
 from llava.errors import DataError
 from tests.data.test_dataset import arguments, record, tokenizer
 
@@ -41,7 +41,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [None, 1, 4, 9])
 def test_findings(file: Path, workers: int | None) -> None:
-    found = Survey(read_records(file), workers=workers).result()
+    found = DatasetScan(read_records(file), workers=workers).result()
     assert found.words.tolist() == [4, 3, 0, 2, 2, 2]
     assert found.image.tolist() == [False, True, False, True, True, False]
     assert found.keys == {"conversations", "image", "extra"}
@@ -59,8 +59,8 @@ def test_words_are_counted_as_python_splits(texts: list[str]) -> None:
 
 def test_images_are_looked_for_or_opened(file: Path) -> None:
     records = read_records(file)
-    looked = Survey(records, images=file.parent, workers=2).result().problems
-    opened = Survey(records, images=file.parent, decode=True, workers=2).result().problems
+    looked = DatasetScan(records, images=file.parent, workers=2).result().problems
+    opened = DatasetScan(records, images=file.parent, decode=True, workers=2).result().problems
     assert sorted(looked) == [2, 3] and "is not in" in looked[3][0]
     assert sorted(opened) == [2, 3, 4]
     assert "there is no such file" in opened[3][0] and "damaged or incomplete" in opened[4][0]
@@ -69,25 +69,25 @@ def test_images_are_looked_for_or_opened(file: Path) -> None:
 def test_parquet_is_looked_at_in_processes_too(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.Table.from_pylist([RECORDS[1], RECORDS[0]]), tmp_path / "a.parquet")
-    assert Survey(read_records(tmp_path / "a.parquet"), workers=2).result().words.tolist() == [3, 4]
+    assert DatasetScan(read_records(tmp_path / "a.parquet"), workers=2).result().words.tolist() == [3, 4]
 
 
 def test_what_is_no_object_has_no_keys(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([3, "ab", record("hi")]))
-    found = Survey(read_records(tmp_path / "a.json")).result()
+    found = DatasetScan(read_records(tmp_path / "a.json")).result()
     assert found.keys == {"conversations"} and sorted(found.problems) == [0, 1]
 
 
 def test_only_the_process_that_began_a_survey_ends_it(tmp_path: Path) -> None:
     """A loader's worker is a copy of it."""
-    survey._clear(os.getpid() + 1, [], tmp_path)
+    dataset_scan._clear(os.getpid() + 1, [], tmp_path)
     assert tmp_path.is_dir()
-    survey._clear(os.getpid(), [], tmp_path)
+    dataset_scan._clear(os.getpid(), [], tmp_path)
     assert not tmp_path.exists()
 
 
 def test_a_process_that_dies_is_an_error(file: Path) -> None:
-    running = Survey(read_records(file), workers=2)
+    running = DatasetScan(read_records(file), workers=2)
     (file.parent / "data.json").write_text("[")  # under the feet of those that have not read it
     running._running[0].kill()
     with pytest.raises(DataError, match=r"data.json ended with status -9"):
@@ -95,7 +95,7 @@ def test_a_process_that_dies_is_an_error(file: Path) -> None:
 
 
 def test_a_copy_for_another_process_never_waits(file: Path) -> None:
-    running = Survey(read_records(file), workers=1)
+    running = DatasetScan(read_records(file), workers=1)
     assert pickle.loads(pickle.dumps(running)).ready()  # noqa: S301 - our own
     limit = time.monotonic() + 120
     while not running.ready():  # by itself, before anyone asks for the result
@@ -105,7 +105,7 @@ def test_a_copy_for_another_process_never_waits(file: Path) -> None:
 
 
 def test_training_starts_first_and_is_told_of_faults_later(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "AT_ONCE", 0)
+    monkeypatch.setattr(dataset_scan, "AT_ONCE", 0)
     strict = datasets.LazySupervisedDataset(str(file), tokenizer(), arguments(file), "v1")
     with pytest.raises(DataError, match="record 2: conversations is missing"):
         strict.check(wait=True)

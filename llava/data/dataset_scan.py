@@ -1,8 +1,8 @@
 """A look at every record of an annotation file, by processes of their own: faults, words, and which have images.
 
 Training starts while it is under way and is told of faults as soon as they are known; `llava check` waits for it. The
-processes (`python -m llava.data.survey`) import nothing heavy, hold no lock of the process that started them, and map
-the same file.
+processes (`python -m llava.data.dataset_scan`) import nothing heavy, hold no lock of the parent process, and map the same
+file.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def count_words(texts: Sequence[str]) -> npt.NDArray[np.int32]:
     return counts
 
 
-def image_problems(folder: Path, *, decode: bool) -> Look:
+def image_errors(folder: Path, *, decode: bool) -> Look:
     """A `look` that finds missing, and with `decode` damaged or oversized, image files; each file is opened once."""
     from llava.data.images import open_image
 
@@ -142,7 +142,7 @@ def _clear(owner: int, running: list[subprocess.Popen[bytes]], root: Path) -> No
         shutil.rmtree(root, ignore_errors=True)
 
 
-class Survey:
+class DatasetScan:
     """The examination of a whole file, started when made; small files are looked at on the spot.
 
     `images` is the folder of the images if they shall be looked for, and, with `decode`, opened.
@@ -155,11 +155,11 @@ class Survey:
         self._found: Findings | None = None
         self._running: list[subprocess.Popen[bytes]] = []
         if workers is None and len(records) <= (AT_ONCE if images is None else IMAGES_AT_ONCE):
-            look = image_problems(images, decode=decode) if images is not None else None
+            look = image_errors(images, decode=decode) if images is not None else None
             self._found = examine(records, 0, len(records), look)
             return
         count = processes() if workers is None else max(1, workers)
-        self._root = root = Path(tempfile.mkdtemp(prefix="llava-survey-"))
+        self._root = root = Path(tempfile.mkdtemp(prefix="llava-dataset_scan-"))
         self._close = weakref.finalize(self, _clear, os.getpid(), self._running, root)
         if isinstance(records, JsonRecords):
             np.save(root / "places.npy", records.places)
@@ -210,8 +210,8 @@ class Survey:
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """One process of a survey."""
-    parser = argparse.ArgumentParser(prog="python -m llava.data.survey", description=main.__doc__)
+    """One process of a dataset_scan."""
+    parser = argparse.ArgumentParser(prog="python -m llava.data.dataset_scan", description=main.__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("part")
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     places = args.folder / "places.npy"
     records = JsonRecords(args.file, np.load(places, "r")) if places.is_file() else read_records(args.file)
-    look = image_problems(args.images, decode=args.decode) if args.images is not None else None
+    look = image_errors(args.images, decode=args.decode) if args.images is not None else None
     found = examine(records, args.start, args.stop, look)
     np.savez(args.folder / f"{args.part}.npz", words=found.words, image=found.image)
     text = json.dumps({"problems": found.problems, "keys": sorted(found.keys)})
