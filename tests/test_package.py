@@ -41,7 +41,7 @@ def trees() -> Iterator[tuple[str, ast.Module]]:
 
 def test_public_names_are_sorted_complete_and_importable() -> None:
     assert llava.__all__ == sorted(llava.__all__)
-    assert set(llava._HOME) | {"__version__"} == set(llava.__all__)
+    assert set(llava._MODULES) | {"__version__"} == set(llava.__all__)
     assert set(llava.__all__) <= set(dir(llava))
     for name in llava.__all__:
         assert getattr(llava, name) is not None

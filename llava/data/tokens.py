@@ -1,34 +1,37 @@
-"""Tokenize a prompt and know which characters every token came from, for any tokenizer.
+"""Tokenization with character offsets, for fast and slow tokenizers.
 
-Fast tokenizers report offsets. Slow ones do not, so the surface of each token is laid along the text: SentencePiece
-pieces (with byte fallback and the blank put in front of a text), byte-level BPE and added tokens.
+Slow tokenizers do not report offsets, so the text of each token is aligned with the prompt: SentencePiece pieces (with
+byte fallback and the prepended space), byte-level BPE and added tokens.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import TemplateError
 from llava.mm_utils import bos_prefix
 
-_BLANK: Final = "\u2581"  # SentencePiece's visible space
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SPACE: Final = "\u2581"  # the space of SentencePiece
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Token(NamedTuple):
-    """A token id and the characters [start, end) of the prompt it stands for; empty for what the tokenizer adds."""
+    """A token id and its characters [start, end) of the prompt, which are empty for a BOS the tokenizer adds."""
 
     id: int
     start: int
     end: int
 
 
-def tokenize(prompt: str, tokenizer: Any, *, images: bool) -> list[Token]:
-    """Tokens of a whole prompt; ids as `tokenizer_image_token` when `images`, else as the tokenizer alone.
+def tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, *, images: bool) -> list[Token]:
+    """Tokens of a prompt, with the ids of `tokenizer_image_token` if `images`, else those of the tokenizer.
 
-    Neighbouring tokens share characters only where one character takes several tokens.
+    Neighboring tokens overlap only where a character has several tokens.
     """
     tokens = [Token(token_id, 0, 0) for token_id in bos_prefix(tokenizer)]
     start = 0
@@ -43,51 +46,50 @@ def tokenize(prompt: str, tokenizer: Any, *, images: bool) -> list[Token]:
     return tokens
 
 
-def _encode_fast(text: str, tokenizer: Any) -> list[Token]:
+def _encode_fast(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens, reached = [], 0
+    tokens, last_end = [], 0
     for token_id, (start, end) in zip(encoded.input_ids, encoded.offset_mapping):
-        # Byte-level tokenizers leave blanks out of the offsets they report; they belong to the token that follows.
-        tokens.append(Token(token_id, min(start, reached), end))
-        reached = end
+        # Byte-level tokenizers omit spaces from their offsets; they belong to the next token.
+        tokens.append(Token(token_id, min(start, last_end), end))
+        last_end = end
     return tokens
 
 
-def _encode_slow(text: str, tokenizer: Any) -> list[Token]:
+def _encode_slow(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
     pieces = tokenizer.tokenize(text)
     ids = tokenizer.convert_tokens_to_ids(pieces)
-    data = text.replace(_BLANK, " ").encode()
-    # Index of the character that each byte belongs to, and one past the end.
-    chars = [index for index, char in enumerate(text.replace(_BLANK, " ")) for _ in char.encode()] + [len(text)]
+    data = text.replace(_SPACE, " ").encode()
+    # Index of the character of each byte, and of the end.
+    chars = [index for index, char in enumerate(text.replace(_SPACE, " ")) for _ in char.encode()] + [len(text)]
     tokens, position = [], 0
     for token_id, piece in zip(ids, pieces):
-        start, position = _place(_surface(piece, tokenizer), data, position, tokenizer)
-        # A byte inside a character counts for all of it.
+        start, position = _find(_token_bytes(piece, tokenizer), data, position, tokenizer)
+        # A byte of a character stands for the whole character.
         end = chars[position - 1] + 1 if position > start else chars[start]
         tokens.append(Token(token_id, chars[start], end))
     return tokens
 
 
-def _surface(piece: str, tokenizer: Any) -> bytes:
+def _token_bytes(piece: str, tokenizer: PreTrainedTokenizerBase) -> bytes:
     if piece in tokenizer.added_tokens_encoder:
         return piece.encode()
     if hasattr(tokenizer, "byte_decoder"):
         return bytes(tokenizer.byte_decoder[char] for char in piece)
     if match := _BYTE.fullmatch(piece):
         return bytes.fromhex(match[1])
-    return piece.replace(_BLANK, " ").encode()
+    return piece.replace(_SPACE, " ").encode()
 
 
-def _place(surface: bytes, data: bytes, position: int, tokenizer: Any) -> tuple[int, int]:
-    """First byte, and one past the last, of `surface` in `data` from `position` on."""
-    blanks = 0
+def _find(token: bytes, data: bytes, position: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Range [start, end) of `token` in `data`, at `position` or after the whitespace there."""
     while True:
-        for candidate in (surface, surface.removeprefix(b" ")):  # the blank put in front of a text is not in it
-            if data.startswith(candidate, position + blanks):
-                return position + blanks, position + blanks + len(candidate)
-        if not data[position + blanks : position + blanks + 1].isspace():
+        for candidate in (token, token.removeprefix(b" ")):  # the prepended space is not part of the text
+            if data.startswith(candidate, position):
+                return position, position + len(candidate)
+        if not data[position : position + 1].isspace():
             raise TemplateError(
-                f"{type(tokenizer).__name__} rewrites the text it tokenizes, so answers cannot be found in its tokens; "
-                "use the fast version of this tokenizer."
+                f"{type(tokenizer).__name__} normalizes the text it tokenizes, so its tokens cannot be aligned with "
+                "answers; use the fast version of this tokenizer."
             )
-        blanks += 1  # an added token may swallow the blanks around it
+        position += 1  # added tokens may strip the whitespace around them
