@@ -81,7 +81,7 @@ def _packed_base(found: Checkpoint, config: Any, args: TrainingArguments, attent
     quantizer = Quantizer(args.bits, dtype, args.device, args.quant_type, args.double_quant)
     config.name_or_path, config.torch_dtype, config.use_cache = str(found.path), dtype, False
     config._attn_implementation = attention
-    return builder.language_model(found, None, config, dtype, args.device, quantizer.place)
+    return builder.language_model(found, None, config, dtype, args.device, quantizer.quantize_on_load)
 
 
 def load_training_tokenizer(model_args: ModelArguments, args: TrainingArguments) -> Any:
