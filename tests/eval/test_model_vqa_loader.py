@@ -91,7 +91,7 @@ def test_faults_are_one_sentence_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llava.eval.options.load_engine", lambda *arguments, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("llava.engine.engine.load_engine", lambda *arguments, **options: pytest.fail("loaded"))
     assert model_vqa_loader.main([*flags, "--answers-file", str(tmp_path / "a.jsonl"), *extra]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
