@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import logging
-import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -18,6 +15,7 @@ from typing import Any
 import transformers
 
 from llava.files import atomic_write, write_text
+from llava.provenance import git_commit, installed_versions
 from llava.utils import require
 
 SPAN = 0.05  # of the curve, which an average looks back over
@@ -77,27 +75,6 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
 logger = logging.getLogger(__name__)
 DECISIVE = ("global_batch", "samples", "data_bytes", "world_size")
 PLACES = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank")  # of a run, not the run
-PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "safetensors")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers, and of Python."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit(directory: Path) -> str | None:
-    """The commit checked out at `directory`, with `-dirty` if files differ from it; None outside a repository."""
-    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def plain(arguments: Any) -> dict[str, Any]:
@@ -128,8 +105,8 @@ class RunMetadata:
         self.path = path
         self.facts = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": git_commit(Path(__file__).resolve().parent),
-            "versions": versions(),
+            "commit": git_commit(),
+            "versions": installed_versions(),
             **facts,
         }
 
