@@ -27,7 +27,7 @@ def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree this package runs from, with `-dirty` if files differ from it; None outside a repository."""
+    """The commit of the source tree this package runs from (`-dirty` if files differ from it), or None without one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
