@@ -3,9 +3,9 @@
     python -m benchmarks.soak --minutes 30 --requests 2000
 
 Runs a controller and two workers with the tiny model of the tests. One third of the requests is answered, one third
-hangs up at a random point, one third is malformed. A worker and the controller are killed (SIGKILL) while streaming and then
-restarted. Slots, threads, open files and memory of each idle process are compared before and after. Exits with status 1
-on a leak, on an accepted request without exactly one final frame, or on a reply with status 500.
+hangs up at a random point, one third is malformed. A worker and the controller are killed (SIGKILL) while streaming
+and then restarted. Slots, threads, open files and memory of each idle process are compared before and after. Exits with
+status 1 on a leak, on an accepted request without exactly one final frame, or on a reply with status 500.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK")
 
 @dataclass(frozen=True)
 class Call:
-    """One request as bytes. The client leaves after receiving `leave_after` bytes; negative: before sending the rest."""
+    """One request as bytes. The client leaves after receiving `leave_after` bytes; below 0, before sending all."""
 
     kind: Kind
     path: str
