@@ -261,7 +261,7 @@ def test_a_tampered_merge_leaves_nothing(adapter: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(merge, "save", save)
 
     rewrite(adapter, lambda state: state.update({k: torch.zeros_like(v) for k, v in state.items() if "lora_B" in k}))
-    refused("changes no weight")
+    refused("does not change any weight")
     rewrite(adapter, lambda state: state.update({k: v * torch.nan for k, v in state.items()}))
     refused("cannot be merged")
 
