@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.agreement import requests_for
-from llava.data.images import preprocess_image
 from llava.engine import Engine, Request, load_engine
 from llava.eval.benchmarks.easy_vqa import EasyVQA
+from llava.images import preprocess_image
 from llava.mm_utils import tokenizer_image_token
 from llava.utils import guarded
 

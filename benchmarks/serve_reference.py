@@ -23,7 +23,7 @@ from starlette.responses import StreamingResponse
 from transformers import TextIteratorStreamer
 
 from benchmarks.reference_way import use_reference_tower
-from llava.data.images import process_images
+from llava.images import process_images
 from llava.mm_utils import load_image_from_base64, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.serve.common.middleware import STREAM_PATH

@@ -12,9 +12,9 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template, stop_strings, with_image_token
-from llava.data.images import fetch_image, open_image
 from llava.engine import Completion, Engine, Request, RequestHandle, SamplingParams
 from llava.errors import ConfigError, RequestError
+from llava.images import fetch_image, open_image
 
 logger = logging.getLogger(__name__)
 

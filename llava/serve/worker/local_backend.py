@@ -13,10 +13,10 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
-from llava.data.images import preprocess_image
 from llava.engine.arguments import EngineArgs
 from llava.engine.sequence import Completion, ImageInput, Picture, Request, SamplingParams
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
+from llava.images import preprocess_image
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
 from llava.serve.worker.backend import Answer, Piece
 from llava.serve.worker.preprocess import Pictures, tokenizer_for
