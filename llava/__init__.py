@@ -36,14 +36,9 @@ warnings.filterwarnings("ignore", message=r".*_register_pytree_node", category=F
 
 _MODULES: Final = MappingProxyType(
     {
-        "Completion": "llava.engine",
-        "Engine": "llava.engine",
-        "LlavaConfig": "llava.model.language_model.llava_llama",
+        **dict.fromkeys(("Completion", "Engine", "Request", "SamplingParams", "load_engine"), "llava.engine"),
+        **dict.fromkeys(("LlavaConfig", "LlavaLlamaForCausalLM"), "llava.model.language_model.llava_llama"),
         "LlavaError": "llava.errors",
-        "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
-        "Request": "llava.engine",
-        "SamplingParams": "llava.engine",
-        "load_engine": "llava.engine",
         "load_pretrained_model": "llava.model.builder",
     }
 )

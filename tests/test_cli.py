@@ -111,7 +111,7 @@ def test_errors_become_one_line(fake_command: list[list[str]], capsys: pytest.Ca
 def test_a_known_bad_mix_stops_a_command(
     fake_command: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("llava.doctor.installed_versions", lambda: {"accelerate": "1.2.0"})
+    monkeypatch.setattr("llava.doctor.installed_versions", lambda packages: {"accelerate": "1.2.0"})
     assert cli.main(["chat"]) == 2
     assert "accelerate 1.2.0 does not work" in capsys.readouterr().err
     assert fake_command == []

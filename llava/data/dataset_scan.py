@@ -6,8 +6,6 @@ Training starts while the scan is running and is notified of problems later; `ll
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import os
 import shutil
@@ -75,7 +73,7 @@ def _scan_block(
         if checked:
             texts[-1], result.image[index - start] = checked
             continue
-        problems = problems_of(raw)
+        problems = list(problems_of(raw))
         if not problems:
             record = parse_record(raw)
             problems = check(record) if check else []
@@ -161,17 +159,18 @@ class DatasetScan:
             self._result = scan_records(records, 0, len(records), check)
             return
         count = default_workers() if workers is None else max(1, workers)
+        bounds = np.linspace(0, len(records), min(count, len(records)) + 1).astype(int).tolist()
         self._root = root = Path(tempfile.mkdtemp(prefix="llava-dataset-scan-"))
         self._close = weakref.finalize(self, _clean_up, os.getpid(), self._running, root)
         if isinstance(records, JsonRecords):
             np.save(root / "offsets.npy", records.offsets)
-        flags = [*(["--images", str(images)] if images is not None else []), *(["--decode"] if decode else [])]
-        bounds = np.linspace(0, len(records), min(count, len(records)) + 1).astype(int).tolist()
-        for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            command = [sys.executable, "-m", __name__, str(records.path), str(root), str(part), str(start), str(stop)]
+        job = {"file": str(records.path), "images": images and str(images), "decode": decode, "bounds": bounds}
+        (root / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        for part in range(len(bounds) - 1):
+            command = [sys.executable, "-m", __name__, str(root), str(part)]
             with (root / f"{part}.log").open("wb") as log:
                 self._running.append(
-                    subprocess.Popen([*command, *flags], stdin=subprocess.DEVNULL, stderr=log, env=_environment())
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=_environment())
                 )
 
     def ready(self) -> bool:
@@ -199,9 +198,8 @@ class DatasetScan:
                 f"{log[-1] if log else 'killed'}; check the free memory."
             )
         arrays = np.load(self._root / f"{part}.npz")
-        text = json.loads((self._root / f"{part}.json").read_text(encoding="utf-8"))
-        problems = {int(index): list(problems) for index, problems in text["problems"].items()}
-        return ScanResult(arrays["words"], arrays["image"], problems, set(text["keys"]))
+        problems, keys = json.loads(str(arrays["text"]))
+        return ScanResult(arrays["words"], arrays["image"], {int(k): v for k, v in problems.items()}, set(keys))
 
     def __getstate__(self) -> dict[str, object]:
         """State for another process: the result, or an empty one if the scan is still running."""
@@ -212,23 +210,16 @@ class DatasetScan:
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Scan a range of records for the process that started this one."""
-    parser = argparse.ArgumentParser(prog="python -m llava.data.dataset_scan", description=main.__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("part")
-    parser.add_argument("start", type=int)
-    parser.add_argument("stop", type=int)
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--decode", action="store_true")
-    args = parser.parse_args(argv)
-    offsets = args.folder / "offsets.npy"
-    records = JsonRecords(args.file, np.load(offsets, "r")) if offsets.is_file() else read_records(args.file)
-    check = image_errors(args.images, decode=args.decode) if args.images is not None else None
-    result = scan_records(records, args.start, args.stop, check)
-    np.savez(args.folder / f"{args.part}.npz", words=result.words, image=result.image)
-    text = json.dumps({"problems": result.problems, "keys": sorted(result.keys)})
-    (args.folder / f"{args.part}.json").write_text(text, encoding="utf-8")
+    """Scan one part of the job in a directory of `DatasetScan`; the arguments are the directory and the part."""
+    root, part = sys.argv[1:] if argv is None else argv
+    job = json.loads(Path(root, "job.json").read_text(encoding="utf-8"))
+    offsets = Path(root, "offsets.npy")
+    records = JsonRecords(Path(job["file"]), np.load(offsets, "r")) if offsets.is_file() else read_records(job["file"])
+    check = image_errors(Path(job["images"]), decode=job["decode"]) if job["images"] is not None else None
+    start, stop = job["bounds"][int(part) : int(part) + 2]
+    result = scan_records(records, start, stop, check)
+    text = json.dumps([result.problems, sorted(result.keys)])
+    np.savez(Path(root, f"{part}.npz"), words=result.words, image=result.image, text=np.array(text))
     return 0
 
 

@@ -31,19 +31,35 @@ class Record:
     turns: list[Turn]
 
 
-def problems_of(raw: object) -> list[str]:
-    """All problems of a record; an empty list if it is valid."""
-    return list(_problems(raw))
-
-
 def parse_record(raw: object) -> Record:
     """Parse a record; raises `DataError` with its first problem."""
-    for problem in _problems(raw):
+    for problem in problems_of(raw):
         raise DataError(problem)
     assert isinstance(raw, Mapping)
     image = raw.get("image")
     paths = [image] if isinstance(image, str) else list(image or ())
     return Record(paths, [Turn(turn["from"].lower(), turn["value"]) for turn in raw["conversations"]])
+
+
+def problems_of(record: object) -> Iterator[str]:
+    """All problems of a record; nothing if it is valid."""
+    if not isinstance(record, Mapping):
+        yield f"the record is {type(record).__name__}, expected an object"
+        return
+    image, turns = record.get("image"), record.get("conversations")
+    paths = [image] if isinstance(image, str) else image or []
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        yield f"image is {str(image)[:60]!r}, expected a path or a list of paths"
+        return
+    if not isinstance(turns, list) or not turns:
+        yield "conversations is missing or empty, expected a list of turns"
+        return
+    problems = [problem for turn in turns for problem in _turn_problems(turn)]
+    yield from problems
+    if not problems:
+        parsed = [Turn(turn["from"].lower(), turn["value"]) for turn in turns]
+        yield from _order_problems(parsed)
+        yield from _placeholder_problems(parsed, len(paths))
 
 
 def quick_check(raw: Any) -> tuple[str, bool] | None:
@@ -97,26 +113,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _problems(record: object) -> Iterator[str]:
-    if not isinstance(record, Mapping):
-        yield f"the record is {type(record).__name__}, expected an object"
-        return
-    image, turns = record.get("image"), record.get("conversations")
-    paths = [image] if isinstance(image, str) else image or []
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        yield f"image is {str(image)[:60]!r}, expected a path or a list of paths"
-        return
-    if not isinstance(turns, list) or not turns:
-        yield "conversations is missing or empty, expected a list of turns"
-        return
-    problems = [problem for turn in turns for problem in _turn_problems(turn)]
-    yield from problems
-    if not problems:
-        parsed = [Turn(turn["from"].lower(), turn["value"]) for turn in turns]
-        yield from _order_problems(parsed)
-        yield from _placeholder_problems(parsed, len(paths))
 
 
 def _order_problems(turns: list[Turn]) -> Iterator[str]:

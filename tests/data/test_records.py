@@ -45,7 +45,7 @@ def with_turns(*turns: tuple[Any, Any], image: Any = None) -> dict[str, Any]:
     ],
 )
 def test_good_records(record: dict[str, Any], image: list[str], roles: list[str]) -> None:
-    assert problems_of(record) == []
+    assert list(problems_of(record)) == []
     parsed = parse_record(record)
     assert (parsed.image, [turn.role for turn in parsed.turns]) == (image, roles)
 
@@ -89,13 +89,13 @@ def test_parse_record() -> None:
 def test_bad_records(record: Any, why: str) -> None:
     with pytest.raises(DataError, match=why):
         parse_record(record)
-    assert problems_of(record)
+    assert list(problems_of(record))
     assert quick_check(record) is None
 
 
 def test_missing_images_are_problems(tmp_path: Path) -> None:
     assert image_errors(tmp_path, decode=False)(parse_record(GOOD)) == [f"image 'a.png' is not in {tmp_path}"]
-    assert problems_of({**GOOD, "conversations": []})[0].startswith("conversations is missing")
+    assert next(problems_of({**GOOD, "conversations": []})).startswith("conversations is missing")
     (tmp_path / "a.png").touch()
     assert image_errors(tmp_path, decode=False)(parse_record(GOOD)) == []
 
@@ -120,7 +120,7 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_any_json_is_parsed_or_rejected(record: Any) -> None:
-    if problems_of(record):
+    if list(problems_of(record)):
         with pytest.raises(DataError):
             parse_record(record)
     else:
