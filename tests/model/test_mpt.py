@@ -185,7 +185,7 @@ def test_a_tokenizer_that_needs_code(dirs: Dirs, tmp_path: Path) -> None:
     }
     path.write_text(json.dumps(settings))
     (chat / "someone.py").write_text("raise SystemExit('run')\n")
-    with pytest.raises(CheckpointError, match="SomeoneTokenizer.*code from checkpoints is not run"):
+    with pytest.raises(CheckpointError, match="SomeoneTokenizer.*Code in checkpoints is not executed"):
         load(chat)
     edit_config(chat, model_type="mpt2")
     with pytest.raises(CheckpointError, match="model of another architecture"):
