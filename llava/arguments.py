@@ -164,7 +164,7 @@ class TrainingArguments(transformers.TrainingArguments):
         _raise(self._problems())
         self.report_to = usable_reporters(self.report_to)
         if self.load_best_model_at_end and self.evaluation_strategy == "no":
-            vars(self).update(evaluation_strategy=self.save_strategy, eval_steps=self.save_steps)
+            self.__dict__.update(evaluation_strategy=self.save_strategy, eval_steps=self.save_steps)
         if self.gradient_checkpointing and not getattr(self, "gradient_checkpointing_kwargs", None):
             self.gradient_checkpointing_kwargs = {"use_reentrant": True}  # as published; ZeRO-3 needs it
         if self.lora_enable and getattr(self, "ddp_find_unused_parameters", None) is None:

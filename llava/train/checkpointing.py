@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError, TrainingError
+from llava.files import atomic_write
 from llava.model.checkpoint import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, has_weights, load_bin, weight_shapes
 from llava.model.lora import ADAPTER_FILES, ADAPTER_PREFIX, adapter_shapes, read_non_lora
 from llava.train import zero
@@ -39,10 +40,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def write_bin(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a `.bin` file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(dict(state), part)
-    part.replace(path)
+    with atomic_write(path) as part:
+        torch.save(dict(state), part)
 
 
 def save_projector(model: PreTrainedModel, directory: Path, *, final: bool, is_writer: bool) -> None:
@@ -74,10 +73,8 @@ def save_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direct
     settings = copy.copy(model.peft_config[ADAPTER])
     settings.inference_mode, settings.target_modules = True, sorted(settings.target_modules)
     settings.save_pretrained(str(directory))
-    file = directory / ADAPTER_FILES[0]
-    part = file.with_name(file.name + ".part")
-    save_file({name: value for name, value in state.items() if ".lora_" in name}, part, metadata={"format": "pt"})
-    part.replace(file)
+    with atomic_write(directory / ADAPTER_FILES[0]) as part:
+        save_file({name: value for name, value in state.items() if ".lora_" in name}, part, metadata={"format": "pt"})
     write_bin(directory / NON_LORA_FILE, {name: value for name, value in state.items() if ".lora_" not in name})
     verify(directory, saved_shapes(model, "lora"))
 

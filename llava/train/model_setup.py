@@ -96,7 +96,7 @@ def _load_quantized_base(found: Checkpoint, config: PretrainedConfig, args: Trai
     dtype = compute_dtype(args)
     quantizer = Quantizer(args.bits, dtype, args.device, args.quant_type, args.double_quant)
     config.name_or_path, config.torch_dtype, config.use_cache = str(found.path), dtype, False
-    return builder.language_model(found, None, config, dtype, args.device, quantizer.place)
+    return builder.language_model(found, None, config, dtype, args.device, quantizer.quantize_on_load)
 
 
 def load_training_tokenizer(model_args: ModelArguments, args: TrainingArguments) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from llava.files import atomic_write, write_text
 from llava.train.throughput import format_duration
 from llava.utils import require
 
@@ -115,9 +116,7 @@ def truncate_log(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _is_before(line, step)]
     if kept != lines:
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
+        write_text(path, "".join(kept))
 
 
 def _is_before(line: str, step: int) -> bool:
@@ -201,9 +200,8 @@ def plot_loss(history: Sequence[Mapping[str, float]], path: Path, title: str) ->
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    part = path.with_suffix(".part.png")
-    FigureCanvasAgg(figure).print_png(str(part))
-    part.replace(path)
+    with atomic_write(path) as part:
+        FigureCanvasAgg(figure).print_png(str(part))
     return True
 
 

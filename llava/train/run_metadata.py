@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from enum import Enum
@@ -15,34 +12,13 @@ from pathlib import Path
 from typing import Final
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.files import write_text
+from llava.provenance import git_commit, installed_versions
 
 logger = logging.getLogger(__name__)
 FIXED: Final = ("global_batch", "samples", "data_bytes", "world_size")  # a resumed run must not change them
 PATH_FLAGS: Final = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank")
-PACKAGES: Final = (
-    *("llava", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "safetensors"),
-)
 Flags = Mapping[str, Mapping[str, object]]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that affect results."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit(directory: Path) -> str | None:
-    """Commit checked out at `directory`, with `-dirty` if files are modified; None outside a repository."""
-    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def to_json(arguments: ModelArguments | DataArguments | TrainingArguments) -> dict[str, object]:
@@ -73,8 +49,8 @@ class RunMetadata:
         self.path, self.flags = path, flags
         self.facts = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": git_commit(Path(__file__).resolve().parent),
-            "versions": versions(),
+            "commit": git_commit(),
+            "versions": installed_versions(),
             "arguments": flags,
             **facts,
         }
@@ -101,6 +77,4 @@ class RunMetadata:
 
     def write(self, **more: object) -> None:
         self.facts.update(more)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        write_text(self.path, json.dumps(self.facts, indent=2, sort_keys=True) + "\n")

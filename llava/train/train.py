@@ -26,7 +26,8 @@ from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedD
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError, TrainingError
-from llava.model.saving import cast_parameters
+from llava.files import write_errors
+from llava.model.verification import cast_parameters
 from llava.placement import avoid_cudnn_attention
 from llava.train import checkpointing, estimate, model_setup, validation, zero
 from llava.train.compat import (
@@ -47,7 +48,7 @@ from llava.train.model_setup import find_all_linear_names
 from llava.train.reporting import LogFiles, isolate_reporters
 from llava.train.run_metadata import RunMetadata, to_json
 from llava.train.watchdog import DataCheck, Watchdog
-from llava.utils import guarded, writing
+from llava.utils import guarded
 
 __all__ = [
     "DataArguments",
@@ -176,7 +177,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     """Train from start or checkpoint to the final weights in `--output_dir`."""
     refuse_unsupported(args)
     output_dir = Path(args.output_dir)
-    with writing(output_dir):  # before anything is loaded
+    with write_errors(output_dir):  # before anything is loaded
         output_dir.mkdir(parents=True, exist_ok=True)
     model, tokenizer, template = prepare(model_args, data_args, args)
     make_data = make_mixture_module if data_args.meta_path else make_supervised_data_module
