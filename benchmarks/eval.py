@@ -105,7 +105,7 @@ def one_at_a_time(model: Any, rows: Sequence[tuple[list[int], Tensor]], new_toke
 def together(engine: Engine, rows: Sequence[tuple[list[int], Tensor]], new_tokens: int) -> list[list[int]]:
     """All questions at once."""
     params = SamplingParams(max_new_tokens=new_tokens)
-    requests = [Request(ids, [picture], params, keep=False) for ids, picture in rows]
+    requests = [Request(ids, [picture], params, cache_prefix=False) for ids, picture in rows]
     return [list(done.token_ids) for done in engine.generate(requests)]
 
 
