@@ -204,7 +204,7 @@ def _text(content: Any) -> str | None:
 
 
 def _process(image: Image.Image, mode: str) -> Image.Image:
-    from llava.data.images import expand2square, to_rgb
+    from llava.images import expand2square, to_rgb
 
     if mode == "Pad":
         return expand2square(to_rgb(image), _PAD_COLOR)
@@ -225,7 +225,7 @@ def _thumbnail(image: Image.Image) -> Image.Image:
 
 
 def _base64(image: Image.Image, kind: Literal["JPEG", "PNG"]) -> str:
-    from llava.data.images import to_rgb
+    from llava.images import to_rgb
 
     buffer = io.BytesIO()
     (to_rgb(image) if kind == "JPEG" else image).save(buffer, format=kind)

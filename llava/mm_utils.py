@@ -9,8 +9,8 @@ from typing import Any, Literal, overload
 import torch
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.data.images import DEFAULT, ImageLimits, expand2square, open_image, process_images
 from llava.errors import ImageError
+from llava.images import DEFAULT, ImageLimits, expand2square, open_image, process_images
 
 __all__ = [
     "KeywordsStoppingCriteria",

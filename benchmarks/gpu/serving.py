@@ -40,7 +40,7 @@ def worker(engine: Any, limit: int) -> Iterator[int]:
         from tests.serve.stubs import Live, until
     except ImportError as error:
         raise Skip(f"serving needs a package that is not installed: {error}") from error
-    from llava.data.images import preprocess_image
+    from llava.images import preprocess_image
 
     settings = Settings(limit=limit, queue_limit=limit)
     info = describe(engine, "random", None, settings)

@@ -21,10 +21,10 @@ from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, get_template, image_placeholder
 from llava.data.annotations import read_records
 from llava.data.dataset_scan import DatasetScan, Findings
-from llava.data.images import open_image, preprocess_image
 from llava.data.labels import Example, build_example, check_template, place_images, truncate
 from llava.data.records import Record, Turn, parse_record
 from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
+from llava.images import open_image, preprocess_image
 
 
 @dataclass

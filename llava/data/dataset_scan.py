@@ -99,7 +99,7 @@ def count_words(texts: Sequence[str]) -> npt.NDArray[np.int32]:
 
 def image_errors(folder: Path, *, decode: bool) -> Look:
     """A `look` that finds missing, and with `decode` damaged or oversized, image files; each file is opened once."""
-    from llava.data.images import open_image
+    from llava.images import open_image
 
     seen: dict[str, str | None] = {}
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.data.images import preprocess_image
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import ImageInput, Picture
 from llava.errors import RequestError
+from llava.images import preprocess_image
 from llava.placement import to_device
 
 _ENCODE_AT_ONCE = 16

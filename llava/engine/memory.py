@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Final
 import torch
 
 from llava.engine.cache import CacheSpec
-from llava.placement import parse_size
 
 _MIB: Final = 2**20
 _STORE_BYTES: Final = 512 * _MIB  # of the prefix cache and of the feature cache where free memory is unknown
@@ -27,14 +25,6 @@ _CONTEXT_SHARE: Final = 0.45  # of the KV cache where its usual share does not h
 _LEAST_PREFIX_SHARE: Final = 0.05
 _CACHES_SHARE: Final = 0.85  # of both, while the KV cache grows
 _GROWTH: Final = 5 / 3
-_FLAGS: Final = {
-    "kv_cache_memory": "limit of the KV cache of running requests; others wait (default: 35 %% of the memory that is "
-    "free after loading, or one full context if that is more, on CUDA; unlimited elsewhere)",
-    "prefix_cache_memory": "limit of the prefix cache, 0 turns it off (default: 20 %% of the free memory on CUDA, else "
-    "512MiB)",
-    "feature_cache_memory": "limit of the image feature cache, 0 turns it off (default: 2 %% of the free memory, at "
-    "most 2GiB, on CUDA, else 512MiB)",
-}
 
 
 @dataclass(frozen=True)
@@ -93,24 +83,6 @@ def free_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + held
 
 
-def add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that limit the engine's caches."""
-    for name, text in _FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=_size, metavar="SIZE", help=f"such as 8GiB: {text}")
-
-
-def cache_options(args: argparse.Namespace) -> dict[str, int | None]:
-    """Keyword arguments of `Engine`, from flags that may be absent."""
-    return {name.replace("memory", "bytes"): getattr(args, name, None) for name in _FLAGS}
-
-
 def format_size(size: int) -> str:
     """Bytes as GiB, or as MiB below 1 GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / _MIB:.1f} MiB"
-
-
-def _size(text: str) -> int:
-    size = parse_size(text)
-    if size is None:
-        raise argparse.ArgumentTypeError(f"expected a size such as 8GiB or 512MiB, got {text!r}")
-    return size

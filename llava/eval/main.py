@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args
 from llava.errors import ConfigError, LlavaError
 from llava.eval import options
 from llava.eval.benchmarks import prepare
@@ -28,6 +29,7 @@ from llava.eval.run.files import write_json
 from llava.eval.run.questions import Question
 from llava.eval.run.runner import report, run
 from llava.eval.run.shards import merge, shard_path, shards_folder
+from llava.parent_process import exit_with_parent
 from llava.utils import guarded
 
 Asked = list[tuple[Task, Sequence[Question]]]
@@ -38,14 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llava eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", required=True, help=f"comma-separated list of: {', '.join(TASKS)}; or {ALL}")
-    options.add_model_flags(parser, required=False)
+    EngineArgs.add_cli_args(parser, required=False)
+    add_conv_mode_arg(parser)
     options.add_api_flags(parser)
     prepare.add_data_flags(parser)
     parser.add_argument("--output-dir", type=Path, help="default: eval/MODEL_NAME")
     parser.add_argument("--num-chunks", type=int, help="processes (default: one for each GPU of CUDA_VISIBLE_DEVICES)")
     parser.add_argument("--chunk-idx", type=int, help="answer only this part of --num-chunks, and score nothing")
     parser.add_argument("--score-only", action="store_true", help="merge and score what is there; needs no model")
-    options.add_decoding_flags(parser, temperature=0.0, max_new_tokens=None)
+    add_sampling_args(parser, temperature=0.0, max_new_tokens=None)
     options.add_run_flags(parser)
     return parser
 
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["prepare"]:
         return prepare.main(words[1:])
     args = build_parser().parse_args(words)
-    launch.follow_parent()
+    exit_with_parent()
     options.check(args)
     tasks = make_tasks(args.tasks.split(","), args.data_root, args.split, args.eval_data)
     asked: Asked = [(task, task.questions(args.limit)) for task in tasks]  # missing data shows before the model loads

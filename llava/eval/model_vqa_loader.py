@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava.conversation import conv_templates
+from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args
 from llava.errors import DataError
 from llava.eval import options
-from llava.eval.run import launch
 from llava.eval.run.images import ImageSource
 from llava.eval.run.questions import Question, get_chunk, read_questions
 from llava.eval.run.runner import report, run
+from llava.parent_process import exit_with_parent
 from llava.utils import guarded
 
 logger = logging.getLogger(__name__)
@@ -30,14 +31,15 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """The flags of spec/eval.md §2.1 that all runners share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_model_flags(parser, required=False)
+    EngineArgs.add_cli_args(parser, required=False)
+    add_conv_mode_arg(parser)
     options.add_api_flags(parser)
     parser.add_argument("--image-folder", type=Path, default=Path())
     parser.add_argument("--question-file", type=Path, default=Path(question_file))
     parser.add_argument("--answers-file", type=Path, default=Path("answer.jsonl"))
     parser.add_argument("--num-chunks", type=int, default=1)
     parser.add_argument("--chunk-idx", type=int, default=0)
-    options.add_decoding_flags(parser, temperature=0.2, max_new_tokens=max_new_tokens)
+    add_sampling_args(parser, temperature=0.2, max_new_tokens=max_new_tokens)
     options.add_run_flags(parser)
     return parser
 
@@ -67,7 +69,7 @@ def answer_file(
     Pictures are in `--image-folder`, or where `pictures` finds them in the question file; for `follow_up` see
     `RunSettings`.
     """
-    launch.follow_parent()
+    exit_with_parent()
     options.check(args)
     if not args.question_file.is_file():
         raise DataError(f"There is no question file {str(args.question_file)!r}; correct --question-file.")

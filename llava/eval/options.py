@@ -3,50 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from llava.conversation import get_template, template_for
-from llava.engine import Engine, SamplingParams, load_engine
-from llava.engine.arguments import add_loading_flags, loading_options
-from llava.engine.memory import add_cache_flags, cache_options
+from llava.engine import Engine
+from llava.engine.arguments import EngineArgs, sampling_params
 from llava.errors import ConfigError
 from llava.eval.run.endpoint import address, only_model
 from llava.eval.run.remote_model import RemoteModel
 from llava.eval.run.settings import RunSettings
 from llava.mm_utils import get_model_name_from_path
-
-
-def add_model_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """What to load and where to run it."""
-    parser.add_argument("--model-path", required=required, help="checkpoint directory")
-    parser.add_argument("--model-base", help="language model under a projector or LoRA checkpoint")
-    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu (default: the best there is)")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32 on CPU, else 16 bit)")
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--load-4bit", action="store_true")
-    add_loading_flags(parser)
-    add_cache_flags(parser)
-    parser.add_argument("--conv-mode", help="template name (default: the one the checkpoint was trained with)")
-    parser.add_argument(
-        "--image-aspect-ratio",
-        choices=("config", "pad", "crop"),
-        default="config",
-        help="pad to a square, or crop the centre (default: as the checkpoint was trained)",
-    )
-
-
-def add_decoding_flags(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int | None) -> None:
-    """How to decode."""
-    parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default %(default)s)")
-    parser.add_argument("--top_p", "--top-p", type=float, default=None, help="nucleus sampling (default: off)")
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=int, default=max_new_tokens, help="limit of an answer"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="makes sampled answers reproducible (default %(default)s)")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +38,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    sampling(args)
+    sampling_params(args)
     if args.conv_mode is not None:
         get_template(args.conv_mode)
 
@@ -95,40 +61,8 @@ def build_model(args: argparse.Namespace) -> tuple[Engine | RemoteModel, str]:
     if args.api_base is not None:
         remote = RemoteModel(args.api_base, args.api_model, batch_size=args.batch_size, timeout=args.api_timeout)
         return remote, ""
-    engine = build_engine(args)
+    engine = EngineArgs.from_cli_args(args, max_batch_size=args.batch_size).build_engine()
     return engine, template_for(engine.model.config, name, args.conv_mode)
-
-
-def build_engine(args: argparse.Namespace, progress: Callable[[float], None] | None = None) -> Engine:
-    """The engine of the flags. `progress` is told the share of the weights read; without it, a terminal shows it."""
-    if progress is None:
-        line = "weights read: {percentage:3.0f} %|{bar:30}|"
-        with tqdm(total=1.0, bar_format=line, disable=None, leave=False) as shown:
-            return build_engine(args, lambda share: shown.update(share - shown.n))
-    aspect = {"config": None, "pad": "pad", "crop": "crop"}[args.image_aspect_ratio]
-    return load_engine(
-        args.model_path,
-        args.model_base,
-        device=args.device,
-        dtype=args.dtype,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        max_batch_size=args.batch_size,
-        image_aspect_ratio=aspect,
-        **cache_options(args),
-        loading={**loading_options(args), "progress": progress},
-    )
-
-
-def sampling(args: argparse.Namespace, max_new_tokens: int = 128) -> SamplingParams:
-    """Decoding as the flags say; `max_new_tokens` when they do not."""
-    return SamplingParams(
-        max_new_tokens=max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=1.0 if args.top_p is None else args.top_p,
-        seed=args.seed,
-        num_beams=args.num_beams,
-    )
 
 
 def settings_from(
@@ -138,7 +72,7 @@ def settings_from(
         model_path=str(args.model_path),
         model_id=model_name(args),
         template=template,
-        params=sampling(args, max_new_tokens),
+        params=sampling_params(args, max_new_tokens),
         image_folder=image_folder,
         num_workers=args.num_workers,
         resume=args.resume,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
+from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args, sampling_params
 from llava.engine.chat import ChatSession, load_picture
 from llava.eval import options
 from llava.mm_utils import get_model_name_from_path
@@ -21,12 +22,12 @@ PLACEHOLDER = "<image-placeholder>"  # where a picture belongs inside a query
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_model_flags(parser)
+    EngineArgs.add_cli_args(parser)
+    add_conv_mode_arg(parser)
     parser.add_argument("--image-file", required=True, help="path or https address, or several with --sep between")
     parser.add_argument("--query", required=True, help=f"the question; {PLACEHOLDER} marks a picture's place")
     parser.add_argument("--sep", default=",", help="between several pictures (default %(default)r)")
-    options.add_decoding_flags(parser, temperature=0.0, max_new_tokens=512)
-    parser.set_defaults(batch_size=1)
+    add_sampling_args(parser, temperature=0.0, max_new_tokens=512)
     return parser
 
 
@@ -36,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check(args)
     sources = [source.strip() for source in args.image_file.split(args.sep)] if args.sep else [args.image_file]
     pictures = [load_picture(source) for source in sources]  # what is wrong shows before a model is loaded
-    engine = options.build_engine(args)
+    engine = EngineArgs.from_cli_args(args, max_batch_size=1).build_engine()
     template = template_for(engine.model.config, get_model_name_from_path(args.model_path), args.conv_mode)
-    session = ChatSession(engine, template, options.sampling(args))
+    session = ChatSession(engine, template, sampling_params(args))
     for source, picture in zip(sources, pictures):
         session.attach(source, picture)
     print(session.ask(args.query.replace(PLACEHOLDER, DEFAULT_IMAGE_TOKEN)).result().text)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from llava.conversation import template_for
 from llava.engine import Engine
+from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args, sampling_params
 from llava.engine.chat import ChatSession, is_stage_one, load_picture
 from llava.errors import ConfigError
-from llava.eval import options
 from llava.eval.run.runner import report
 from llava.eval.run.settings import RunSettings
 from llava.mm_utils import get_model_name_from_path
@@ -29,8 +29,9 @@ from llava.utils import guarded
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    options.add_model_flags(parser)
-    options.add_decoding_flags(parser, temperature=0.2, max_new_tokens=512)
+    EngineArgs.add_cli_args(parser)
+    add_conv_mode_arg(parser)
+    add_sampling_args(parser, temperature=0.2, max_new_tokens=512)
     parser.set_defaults(seed=None)  # a conversation is not the same every time unless asked to be
     add("--image-file", "--image", action="append", default=[], help="path or https address; repeatable")
     add("--system", help="replaces the template's system message")
@@ -81,7 +82,7 @@ def answer_file(engine: Engine, args: argparse.Namespace, template: str, name: s
         model_path=args.model_path,
         model_id=name,
         template=template,
-        params=options.sampling(args),
+        params=sampling_params(args),
         overwrite=args.overwrite,
     )
     outcome = run_batch(engine, args.input, args.output, settings)
@@ -92,10 +93,10 @@ def answer_file(engine: Engine, args: argparse.Namespace, template: str, name: s
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check(args)
-    params = options.sampling(args)
+    params = sampling_params(args)
     pictures = [(source, load_picture(source)) for source in args.image_file]
     print(f"Loading {args.model_path} …", file=sys.stderr)
-    engine = options.build_engine(args)
+    engine = EngineArgs.from_cli_args(args, max_batch_size=args.batch_size).build_engine()
     config = engine.model.config
     name = get_model_name_from_path(args.model_path)
     template = template_for(config, name, args.conv_mode)

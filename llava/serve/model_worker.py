@@ -17,7 +17,7 @@ from llava.utils import guarded
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from llava.eval.options import add_model_flags
+    from llava.engine.arguments import EngineArgs, add_conv_mode_arg
     from llava.serve.common.arguments import add_listen_flags, positive
     from llava.serve.worker.program import add_worker_flags
 
@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_listen_flags(parser, 21002)
     add_worker_flags(parser, concurrency=5)
-    add_model_flags(parser)
+    EngineArgs.add_cli_args(parser)
+    add_conv_mode_arg(parser)
     add("--multi-modal", action="store_true", help="obsolete and without effect: the checkpoint says what it is")
     add("--queue-seconds", type=positive, default=120, help="longest wait for the first token (default %(default)s)")
     return parser
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     require_server()
     args = build_parser().parse_args(argv)
+    from llava.engine.arguments import EngineArgs
     from llava.mm_utils import get_model_name_from_path
     from llava.serve.common.arguments import open_socket
     from llava.serve.worker.app import Worker
@@ -53,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.multi_modal:
         logging.getLogger(__name__).warning("--multi-modal has no effect: the checkpoint says what it takes.")
     name = args.model_name or get_model_name_from_path(args.model_path)
-    worker = Worker(LocalModel(loader(args, name, settings), settings), name, stream_interval=args.stream_interval)
+    engine_args = EngineArgs.from_cli_args(args, max_batch_size=limit)
+    model = LocalModel(loader(engine_args, name, args.conv_mode, settings), settings)
+    worker = Worker(model, name, stream_interval=args.stream_interval)
     worker.on_failure = lambda: signal.raise_signal(signal.SIGTERM)
     return run(worker, sock, token, args)
 

@@ -21,7 +21,7 @@ from llava.conversation import conv_templates
 from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, make_supervised_data_module
 from llava.errors import ConfigError, DataError, ImageError, TemplateError
 from tests.data import zoo
-from tests.data.test_images import encoded, noise, processor
+from tests.test_images import encoded, noise, processor
 
 Make = Callable[..., LazySupervisedDataset]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from llava.engine import memory
+from llava.engine.arguments import EngineArgs
 from llava.engine.cache import CacheSpec
-from llava.engine.memory import CacheBounds, add_cache_flags, cache_bounds, cache_options
+from llava.engine.memory import CacheBounds, cache_bounds
 
 GIB = 2**30
 CPU = CacheSpec(layers=32, kv_heads=32, head_dim=128, dtype=torch.bfloat16, device=torch.device("cpu"))  # 512 KiB
@@ -69,15 +70,28 @@ def test_the_fullest_card_bounds_a_model_that_is_split(free: dict[int, int]) -> 
 
 def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    add_cache_flags(parser)
-    args = parser.parse_args(["--kv-cache-memory", "8GiB", "--prefix-cache-memory", "512 MB"])
-    assert cache_options(args) == {
-        "kv_cache_bytes": 8 * GIB,
-        "prefix_cache_bytes": 512 * 10**6,
-        "feature_cache_bytes": None,
-    }
-    assert cache_options(argparse.Namespace()) == dict.fromkeys(cache_options(args))
+    EngineArgs.add_cli_args(parser)
+    path = ["--model-path", "checkpoint"]
+    args = parser.parse_args([*path, "--kv-cache-memory", "8GiB", "--prefix-cache-memory", "512 MB"])
+    assert EngineArgs.from_cli_args(args, max_batch_size=3) == EngineArgs(
+        "checkpoint", kv_cache_memory=8 * GIB, prefix_cache_memory=512 * 10**6, max_batch_size=3
+    )
+    assert EngineArgs.from_cli_args(argparse.Namespace(model_path="checkpoint")) == EngineArgs("checkpoint")
     assert "35 % of the memory that is free after loading" in " ".join(parser.format_help().split())
     with pytest.raises(SystemExit):
-        parser.parse_args(["--kv-cache-memory", "much"])
+        parser.parse_args([*path, "--kv-cache-memory", "much"])
     assert "expected a size such as 8GiB or 512MiB, got 'much'" in capsys.readouterr().err
+
+
+def test_engine_args_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr("llava.engine.engine.load_engine", lambda *paths, **options: calls.append(options))
+    args = EngineArgs(
+        "checkpoint", image_aspect_ratio="pad", feature_cache_memory=7, vision_tower="tower", text_only=True
+    )
+    args.build_engine()
+    EngineArgs("checkpoint").build_engine(progress=print)
+    assert calls[0]["image_aspect_ratio"] == "pad" and calls[1]["image_aspect_ratio"] is None
+    assert calls[0]["feature_cache_bytes"] == 7 and calls[0]["max_batch_size"] == 16
+    loading = calls[0]["loading"]
+    assert isinstance(loading, dict) and loading["vision_tower"] == "tower" and loading["text_only"]

@@ -19,7 +19,7 @@ from tests.eval.conftest import read_jsonl, write_jsonl
 
 @pytest.fixture
 def flags(engine: Engine, tiny_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("llava.eval.options.load_engine", lambda *arguments, **options: engine)
+    monkeypatch.setattr("llava.engine.engine.load_engine", lambda *arguments, **options: engine)
     base = ["--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--max-new-tokens", "3", "--temperature", "0"]
     return [*base, "--answers-file", str(tmp_path / "a.jsonl")]
 
@@ -91,7 +91,7 @@ def test_one_answer_about_two_pictures(
     assert [len(request.images) for request in asked] == [1, 2]
     assert asked[1].prompt.endswith("Is <image> like <image>? ASSISTANT:") and "<image>\nWhat" in asked[0].prompt
     assert capsys.readouterr().out.count("\n") >= 2
-    monkeypatch.setattr("llava.eval.options.load_engine", lambda *arguments, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("llava.engine.engine.load_engine", lambda *arguments, **options: pytest.fail("loaded"))
     assert run_llava.main([*base, "--image-file", "none.png", "--query", "x"]) == 2
     assert run_llava.main([*base, "--image-file", one, "--query", "x", "--conv-mode", "v9"]) == 2
 

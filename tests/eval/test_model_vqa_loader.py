@@ -91,7 +91,7 @@ def test_faults_are_one_sentence_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llava.eval.options.load_engine", lambda *arguments, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("llava.engine.engine.load_engine", lambda *arguments, **options: pytest.fail("loaded"))
     assert model_vqa_loader.main([*flags, "--answers-file", str(tmp_path / "a.jsonl"), *extra]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
@@ -101,7 +101,7 @@ def test_a_file_without_questions_is_refused(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     followed: list[bool] = []
-    monkeypatch.setattr("llava.eval.run.launch.follow_parent", lambda: followed.append(True))
+    monkeypatch.setattr(model_vqa_loader, "exit_with_parent", lambda: followed.append(True))
     (tmp_path / "questions.jsonl").write_text("\n")
     assert model_vqa_loader.main(flags) == 2
     assert "holds no questions" in capsys.readouterr().err

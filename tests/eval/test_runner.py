@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from llava.conversation import get_template, stop_strings
-from llava.data.images import open_image, preprocess_image
 from llava.engine import Engine, Request, SamplingParams, load_engine
 from llava.engine.sequence import Picture, identify, render_question
 from llava.errors import ConfigError, ImageError
@@ -24,6 +23,7 @@ from llava.eval.run.manifest import checkpoint_fingerprint, manifest_path
 from llava.eval.run.questions import Question, read_questions
 from llava.eval.run.runner import report, run, work_order
 from llava.eval.run.settings import RunSettings
+from llava.images import open_image, preprocess_image
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 
 

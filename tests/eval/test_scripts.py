@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def python(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`PYTHON` for scripts that is quick: this process, with its loaded model."""
-    monkeypatch.setattr("llava.eval.options.load_engine", lambda *arguments, **options: engine)
+    monkeypatch.setattr("llava.engine.engine.load_engine", lambda *arguments, **options: engine)
     monkeypatch.chdir(ROOT)
     with python_in_process(tmp_path) as path:
         yield str(path)

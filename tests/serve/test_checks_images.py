@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
-from llava.data import download
-from llava.data.images import preprocess_image
+from llava import download
 from llava.engine import load_engine
 from llava.errors import CheckpointError
+from llava.images import preprocess_image
 from llava.serve.control import openai_api
 from tests.serve.stubs import (
     MODEL,

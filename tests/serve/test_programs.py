@@ -63,7 +63,7 @@ def test_old_clients_get_the_same_tokens_as_the_engine(stack: tuple[Program, Pro
     data = png(30, 20)
     body = {"model": NAME, "prompt": prompt, "temperature": 0.0, "max_new_tokens": 12, "stop": "</s>"}
     frames = frames_of(generate(address, {**body, "images": [b64(data)]}))
-    from llava.data.images import open_image
+    from llava.images import open_image
 
     expected = engine.generate([Request(prompt, [open_image(data)], SamplingParams(12, stop=("</s>",)))])[0]
     assert frames[-1]["text"][len(prompt) :].strip() == expected.text, stack[1].text
@@ -96,7 +96,7 @@ def test_openai_answers_and_streams_the_same(client: openai.OpenAI, engine: Engi
     )
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
     rendered = render([ChatMessage.model_validate(message) for message in messages], "v1")
-    from llava.data.images import open_image
+    from llava.images import open_image
 
     params = SamplingParams(10, stop=tuple(rendered.stop))
     expected = engine.generate([Request(rendered.prompt, [open_image(png())], params)])[0]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava.data.images import open_image
 from llava.engine.sequence import Picture, identify
 from llava.errors import ImageError, LlavaError
 from llava.eval.run.questions import Question
+from llava.images import open_image
 
 Loaded = Sequence[Image.Image | Picture] | LlavaError
 Preprocess = Callable[[Image.Image], torch.Tensor]

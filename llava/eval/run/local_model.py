@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from llava.conversation import get_template, stop_strings
-from llava.data.images import preprocess_image
 from llava.engine import Engine, Request, RequestHandle
 from llava.engine.sequence import Picture, identify, render_question
 from llava.errors import LlavaError
@@ -18,6 +17,7 @@ from llava.eval.run.images import Loaded, prefetch
 from llava.eval.run.manifest import checkpoint_fingerprint
 from llava.eval.run.questions import Question
 from llava.eval.run.settings import Asked, RunSettings
+from llava.images import preprocess_image
 
 FOLLOW_UP_TOKENS = 64
 

@@ -15,12 +15,12 @@ from typing import Any, Final, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from llava.data.images import open_image
 from llava.errors import ConfigError, LlavaError, RequestError
 from llava.eval.run.endpoint import address, chat
 from llava.eval.run.local_model import question_seed
 from llava.eval.run.questions import Question
 from llava.eval.run.settings import Asked, RunSettings
+from llava.images import open_image
 
 T = TypeVar("T")
 

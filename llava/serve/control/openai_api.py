@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from llava.conversation import template_for
-from llava.data.download import download
+from llava.download import download
 from llava.errors import ImageError
 from llava.serve.common.middleware import forget_body, openai_error, request_id_of
 from llava.serve.common.openai_prompt import Rendered, render
@@ -50,7 +50,7 @@ class ApiServer:
         self.controller = controller
         self.limiter = RateLimiter(rate_limit) if rate_limit else None
         self.allow_urls = allow_urls
-        self.unsafe_local = unsafe_local  # for tests, see `llava.data.download`
+        self.unsafe_local = unsafe_local  # for tests, see `llava.download`
         self._fetching = asyncio.Semaphore(4)
 
     def models(self) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ from typing import Final
 
 from PIL import Image
 
-from llava.data.images import expand2square, open_image
 from llava.errors import ImageError
+from llava.images import expand2square, open_image
 
 MODES: Final = ("Default", "Pad", "Crop", "Resize")
 MAX_PICTURES: Final = 8

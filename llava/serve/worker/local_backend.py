@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -14,9 +13,10 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
-from llava.data.images import preprocess_image
+from llava.engine.arguments import EngineArgs
 from llava.engine.sequence import Completion, ImageInput, Picture, Request, SamplingParams
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
+from llava.images import preprocess_image
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
 from llava.serve.worker.backend import Answer, Piece
 from llava.serve.worker.preprocess import Pictures, tokenizer_for
@@ -66,16 +66,13 @@ class Loaded(NamedTuple):
 Load = Callable[[Callable[[float], None]], Loaded]  # is given what to tell the share of the weights it has read
 
 
-def loader(args: argparse.Namespace, model_name: str, settings: Settings) -> Load:
-    """What `LocalModel` loads: the checkpoint that the flags of `llava.eval.options` name."""
+def loader(engine_args: EngineArgs, model_name: str, conv_mode: str | None, settings: Settings) -> Load:
+    """A `load` function for `LocalModel` that builds the engine of `engine_args`."""
 
     def load(progress: Callable[[float], None]) -> Loaded:
-        from llava.eval.options import build_engine
-
-        args.batch_size = settings.limit
-        engine = build_engine(args, progress)
+        engine = engine_args.build_engine(progress)
         wraps = bool(getattr(engine.model.config, "mm_use_im_start_end", False))
-        info = describe(engine, model_name, args.conv_mode, settings)
+        info = describe(engine, model_name, conv_mode, settings)
 
         def pixels(image: Image.Image) -> ImageInput:
             return preprocess_image(image, engine.image_processor, engine.image_aspect_ratio)

@@ -10,10 +10,10 @@ from typing import Any, Final
 from PIL import Image
 from torch import Tensor
 
-from llava.data.images import ImageLimits
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import ImageInput, Picture, identify
 from llava.errors import ContextLengthError
+from llava.images import ImageLimits
 from llava.mm_utils import load_image_from_base64, tokenizer_image_token
 
 IMAGE_LIMITS: Final = ImageLimits(

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from llava.data.images import (
+from llava.errors import ImageError
+from llava.images import (
     ImageLimits,
     expand2square,
     fetch_image,
@@ -32,7 +33,6 @@ from llava.data.images import (
     process_images,
     to_rgb,
 )
-from llava.errors import ImageError
 
 MEAN = (123, 116, 103)
 
@@ -228,10 +228,10 @@ def test_slivers_cost_little_memory(tmp_path: Path) -> None:
     Image.new("RGB", (1, 20_000), MEAN).save(tmp_path / "tall.png")
     program = f"""
 import resource, sys
-sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
 from PIL import Image
-from llava.data.images import open_image, preprocess_image
-from tests.data.test_images import processor
+from llava.images import open_image, preprocess_image
+from tests.test_images import processor
 preprocess_image(Image.new("RGB", (500, 400)), processor(336), "pad")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in ("wide", "tall"):

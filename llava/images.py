@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from llava.data.download import download
+from llava.download import download
 from llava.errors import ImageError
 
 _FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it runs Ghostscript
@@ -99,7 +99,7 @@ def _check_size(image: Image.Image, name: str, limits: ImageLimits) -> None:
 def fetch_image(
     url: str, *, limits: ImageLimits = DEFAULT, timeout: float = 10.0, unsafe_local: bool = False
 ) -> Image.Image:
-    """The RGB image behind an https URL on a public host; see `llava.data.download` for what is refused."""
+    """The RGB image behind an https URL on a public host; see `llava.download` for what is refused."""
     return open_image(download(url, limits.max_bytes, timeout=timeout, unsafe_local=unsafe_local), limits=limits)
 
 

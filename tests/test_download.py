@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llava.data.download import download
+from llava.download import download
 from llava.errors import ImageError
 
 
@@ -214,7 +214,7 @@ def test_an_error_after_the_time_is_up_is_lateness(monkeypatch: pytest.MonkeyPat
     def late(*args: Any) -> None:
         raise OSError("cut")
 
-    monkeypatch.setattr("llava.data.download._get", late)
+    monkeypatch.setattr("llava.download._get", late)
     with pytest.raises(ImageError, match="longer than 0 seconds"):
         download("https://example.com/a.png", 9, timeout=0)
     with pytest.raises(ImageError, match="cut"):
