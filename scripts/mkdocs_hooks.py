@@ -20,7 +20,7 @@ PAGES: Final = {
     "LICENSE": "LICENSE",
     "SECURITY.md": "SECURITY.md",
     "benchmarks/README.md": "benchmarks.md",
-    "images/README.md": "images/README.md",
+    "images/README.md": "images.md",
 }
 FENCE: Final = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 LINK: Final = re.compile(r"""(\]\(|\b(?:src|href)=")([^)\s"#:]+)""")
