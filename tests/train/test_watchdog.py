@@ -75,5 +75,5 @@ def test_ranks_that_wait_for_each_other_write_their_stacks_and_end(
     process = runs.start(argv, tmp_path / "log", ranks=2, program=[str(tmp_path / "hang.py")])
     assert process.wait(runs.DEADLINE) != 0
     said = (tmp_path / "log").read_text(errors="replace")
-    assert "Rank 0: nothing has happened" in said and "Rank 1: nothing has happened" in said
-    assert "hang_here" in said and "the same command goes on" in said
+    assert "Rank 0: no training event" in said and "Rank 1: no training event" in said
+    assert "hang_here" in said and "rerun the same command to resume" in said
