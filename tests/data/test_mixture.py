@@ -74,7 +74,7 @@ def test_the_entry_point_reports_a_missing_mixture(
 
 
 @pytest.mark.parametrize(
-    ("meta", "said"),
+    ("meta", "message"),
     [
         ([], "expected an object"),
         ({"a": 1}, "a: the entry is int"),
@@ -86,10 +86,10 @@ def test_the_entry_point_reports_a_missing_mixture(
         ({"a": {"annotation": "x.json", "weight": 2}}, "unknown key 'weight'"),
     ],
 )
-def test_invalid_mixtures(tmp_path: Path, meta: Any, said: str) -> None:
+def test_invalid_mixtures(tmp_path: Path, meta: Any, message: str) -> None:
     with pytest.raises(DataError, match="mixture") as caught:
         read_mixture(write(tmp_path / "meta.json", meta))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_data_augment_is_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
