@@ -17,7 +17,7 @@ from typing import Final
 from llava.data.annotations import SUFFIXES
 from llava.utils import guarded
 
-FILES: Final = "llava.data.check"
+FILES: Final = "llava.data.check_records"
 DIRECTORIES: Final = "llava.model.check"
 
 

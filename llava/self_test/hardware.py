@@ -66,7 +66,7 @@ def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
     loaded, errors, sizes = case.models[Role(REFERENCE.device, dtype)], [], [1, 3, native_decode_rows(dtype)]
     for size in sizes:
         engine = inference.make_engine(loaded, max_batch_size=size)
-        native = getattr(engine.lm, "native", None)
+        native = getattr(engine.model_runner, "native", None)
         if native is None:
             raise CheckSkipped("the C++ kernel is not in use")
         requests = inference.make_requests(size, new_tokens=4)

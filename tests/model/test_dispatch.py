@@ -73,9 +73,9 @@ def test_a_four_way_split_gives_the_same(
     answers = [[answer.token_ids for answer in engine.generate(requests)] for engine in engines]
     assert answers[0] == answers[1]
     layers = [next(layer.parameters()).device for layer in split.model.layers]
-    cache = engines[0].lm.spec.empty(3, 4)
+    cache = engines[0].model_runner.spec.empty(3, 4)
     assert [cache[layer, 0].device for layer in range(2)] == layers  # no step carries keys and values
-    assert cache.nbytes == engines[1].lm.spec.empty(3, 4).nbytes and cache.shape[0] == 2
+    assert cache.nbytes == engines[1].model_runner.spec.empty(3, 4).nbytes and cache.shape[0] == 2
     with pytest.raises(IndexError, match="layer 2 of 2"):
         cache[2, 0]
     for move in (split.cpu, split.half, lambda: split.to("cpu")):
