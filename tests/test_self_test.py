@@ -25,7 +25,7 @@ from llava.engine.native.build import library
 from llava.engine.sequence import SamplingParams, identify
 from llava.model import checkpoint
 from llava.model.language_model import causal_lm, packed
-from llava.model.multimodal_encoder.builder import ENVIRONMENT
+from llava.model.multimodal_encoder.tower import ENVIRONMENT
 from llava.self_test import checkpoints, hardware, inference, runner
 from llava.self_test.checkpoints import KINDS
 from llava.self_test.report import CheckFailed, CheckSkipped, Report, isolated, within

@@ -33,10 +33,9 @@ class FeatureEncoder:
     @property
     def tokens_per_image(self) -> int:
         """Feature tokens of one preprocessed picture; raises `RequestError` when the model takes none."""
-        tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
-        if tower is None:
+        if not (count := getattr(self.model, "num_image_tokens", 0)):
             raise RequestError("The request has images, but this model has no vision tower; send text only.")
-        return int(tower.num_features)
+        return int(count)
 
     def encode(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
         """Features by digest, computing those not in the store, pictures of one size together."""

@@ -27,9 +27,11 @@ from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.llava_arch import parameter_shapes
-from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_projector.builder import projected_tokens
 from llava.model.quantization import weight_bytes
+from llava.model.registry import TOWERS
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import fill
 from llava.utils import guarded
@@ -144,9 +146,13 @@ def examine(
     origin = "stored in the checkpoint" if getattr(config, "conv_template", None) == chosen else "not stored"
     with ckpt.config_errors(found.path):
         cache = cache_bytes(config)
+    image_tokens = projected_tokens(config, *tower.feature_shapes)
     facts = [
         tokenizer_fact(base.path if base else found.path),
-        ("image", f"{tower.image_processor.crop_size['height']} px, {tower.num_features} tokens"),
+        (
+            "image",
+            f"{tower.image_processor.crop_size['height']} px, {image_tokens} tokens",
+        ),
         ("template", f"{chosen} ({'--conv-mode' if template else origin})"),
         ("context", f"{builder.context_length(config)} tokens, {gib(cache)} of cache in 16 bit when full"),
     ]

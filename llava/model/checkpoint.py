@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava.errors import CheckpointError, LlavaError
+from llava.model.registry import LANGUAGE_MODELS, TOWERS
 
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
@@ -118,9 +119,6 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
         return Kind.INTERNVL_CHAT
     if model_type == "llava" and "mm_vision_tower" not in config:
         return Kind.HF_LLAVA
-    from llava.model.multimodal_encoder.builder import TOWERS  # imports this module
-    from llava.model.registry import LANGUAGE_MODELS
-
     if model_type in TOWERS:
         return Kind.TOWER
     if "mm_vision_tower" in config and model_type in LANGUAGE_MODELS:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final
 
 import torch
 import transformers
@@ -27,9 +27,6 @@ from llava.model.multimodal_encoder.clip_encoder import is_eva
 from llava.model.registry import language_model_spec
 from llava.model.saving import cast_parameters, compare, new_directory, probe, probe_inputs, write_weights
 from llava.utils import guarded
-
-if TYPE_CHECKING:
-    from llava.model.multimodal_encoder.tower import VisionTower
 
 FORMATS: Final = ("hf-llava",)
 RENAMED: Final = (
@@ -57,7 +54,7 @@ def check_exportable(found: Checkpoint) -> None:
             "with this package instead."
         )
     config = read_config(found)
-    tower = cast("VisionTower", build_vision_tower(config, found.path))
+    tower = build_vision_tower(config, found.path)
     kind = "EVA-CLIP" if is_eva(tower.settings) else str(tower.settings.get("model_type"))
     projector = getattr(config, "mm_projector_type", None) or "linear"
     reason = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.utils import logging as library_logging
 
-from llava.model.multimodal_encoder.builder import ENVIRONMENT as TOWER_VARIABLE
+from llava.model.multimodal_encoder.tower import ENVIRONMENT as TOWER_VARIABLE
 
 
 class CheckFailed(Exception):

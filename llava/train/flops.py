@@ -7,7 +7,7 @@ not count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 # Dense 16-bit peak in FLOP/s without sparsity, by a part of the device's name; from the makers' data sheets.
@@ -96,17 +96,23 @@ def shape_of(config: Any, tower: Any = None) -> Shape:
         "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "vocabulary": config.vocab_size,
     }
-    if tower is None:
-        return Shape(**language)
+    shape = Shape(**language)
+    return shape if tower is None else with_tower(shape, config, tower)
+
+
+def with_tower(shape: Shape, config: Any, tower: Any) -> Shape:
+    """`shape` with a `VisionTower` and the projector of `config`."""
+    from llava.model.multimodal_projector.builder import projected_tokens
+
     vision = tower.spec.vision(tower.config)
     kind = str(getattr(config, "mm_projector_type", "linear"))
-    return Shape(
-        **language,
+    return replace(
+        shape,
         tower_hidden=tower.image_hidden_size,
         tower_intermediate=vision.intermediate_size,
         tower_layers=tower.depth,
         tower_positions=tower.num_patches + 1,
-        image_tokens=tower.num_features,
+        image_tokens=projected_tokens(config, *tower.feature_shapes),
         projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3].isdigit() else 1,
     )
 

@@ -7,10 +7,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 from llava.errors import ConfigError
-from llava.train.flops import PEAKS, Shape, device_peak
+from llava.train.flops import PEAKS, Shape, device_peak, with_tower
 
 # hidden, intermediate, layers, heads, vocabulary
 LANGUAGE: Final = {
@@ -79,38 +80,38 @@ def shape_of_flags(flags: Namespace) -> Shape:
     else:
         hidden, intermediate, layers, heads, vocabulary = _known(LANGUAGE, flags.model_name_or_path, "language model")
         shape = Shape(hidden, intermediate, layers, heads, heads, vocabulary)
-    return with_tower(shape, flags) if flags.vision_tower else shape
+    return shape_with_tower(shape, flags) if flags.vision_tower else shape
 
 
-def with_tower(shape: Shape, flags: Namespace) -> Shape:
+def shape_with_tower(shape: Shape, flags: Namespace) -> Shape:
     """The shape with the tower and projector of the flags."""
-    directory = Path(flags.vision_tower)
-    patch = PATCH
-    if (directory / "config.json").is_file():
-        config = _config(directory, (*CORE, "image_size"), "vision tower")
-        hidden, intermediate, layers, pixels = (int(config[key]) for key in (*CORE, "image_size"))
-        patch = config.get("patch_size", PATCH)
-    else:
-        hidden, intermediate, layers, pixels = _known(TOWERS, flags.vision_tower, "vision tower")
-    pixels = flags.mm_vision_image_size or pixels
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+    from llava.model.multimodal_projector.builder import projected_tokens
+
+    config = SimpleNamespace(mm_projector_type=flags.mm_projector_type, hidden_size=shape.hidden)
+    if (Path(flags.vision_tower) / "config.json").is_file():
+        tower = build_vision_tower(flags)
+        config.mm_hidden_size, config.mm_image_hidden_size = tower.hidden_size, tower.image_hidden_size
+        return with_tower(shape, config, tower)
+    config.mm_hidden_size, intermediate, layers, pixels = _known(TOWERS, flags.vision_tower, "vision tower")
     layer = flags.mm_vision_select_layer
-    tokens = (pixels // patch) ** 2
+    patches = ((flags.mm_vision_image_size or pixels) // PATCH) ** 2
+    tokens = patches + (flags.mm_vision_select_feature == "cls_patch")
     kind = flags.mm_projector_type
     return replace(
         shape,
-        tower_hidden=hidden,
+        tower_hidden=config.mm_hidden_size,
         tower_intermediate=intermediate,
         tower_layers=layer + layers + 1 if layer < 0 else layer,
-        tower_positions=tokens + 1,
-        image_tokens=tokens + (flags.mm_vision_select_feature == "cls_patch"),
+        tower_positions=patches + 1,
+        image_tokens=projected_tokens(config, (tokens, config.mm_hidden_size)),
         projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3:4].isdigit() else 1,
     )
 
 
 def _config(directory: Path, keys: Sequence[str], what: str) -> dict[str, Any]:
-    """A model's configuration, which must have these keys; that of a tower may stand inside."""
+    """A model's configuration, which must have these keys."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config = config.get("vision_config", config)
     missing = [key for key in keys if key not in config]
     if missing:
         raise ConfigError(f"{directory} is not a {what} whose size can be told: its config.json has no {missing[0]}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
@@ -26,12 +27,15 @@ from llava.model.checkpoint import (
     has_weights,
     iter_tensors,
     layer_index,
+    read_json,
     weight_shapes,
 )
-from llava.model.multimodal_encoder.builder import TowerSpec, find_tower, read_tower_settings, tower_spec
+from llava.model.hub import snapshot
+from llava.model.registry import TowerSpec, tower_spec
 from llava.model.weights import empty_weights, fill
 
 logger = logging.getLogger(__name__)
+ENVIRONMENT = "LLAVA_VISION_TOWER"
 FEATURES = ("patch", "cls_patch")
 LONGEST_SIDE = 4096  # pixels; what a checkpoint may ask every image to be made into
 
@@ -138,9 +142,11 @@ class VisionTower(nn.Module):
         return int((crop["height"] // patch) * (crop["width"] // patch))
 
     @property
-    def num_features(self) -> int:
-        """Tokens one image takes in the language model."""
-        return self.num_patches + (self.select_feature == "cls_patch") + self.spec.queries(self.config)
+    def feature_shapes(self) -> list[tuple[int, int]]:
+        """(tokens, width) of the features of one image: of its patches, then of its queries where there are any."""
+        shapes = [(self.num_patches + (self.select_feature == "cls_patch"), self.image_hidden_size)]
+        queries = self.spec.queries(self.config)
+        return [*shapes, (queries, self.hidden_size)] if queries else shapes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -268,3 +274,35 @@ class VisionTower(nn.Module):
     def feature_select(self, tokens: Tensor) -> Tensor:
         """Drop the class token for `patch`, keep it for `cls_patch`."""
         return tokens[:, 1:] if self.select_feature == "patch" else tokens
+
+
+def find_tower(name: str, checkpoint_dir: Path | None = None) -> Path:
+    """The local directory of tower `name`; searched in the order of VT-2, and every place tried is in the error.
+
+    Order: `LLAVA_VISION_TOWER`, the path as given, the path and then its last component relative to the checkpoint
+    and beside it, the Hugging Face cache, the hub (unless offline).
+    """
+    name = os.environ.get(ENVIRONMENT) or name
+    candidates = [Path(name)]
+    if checkpoint_dir is not None:
+        last = Path(name.rstrip("/")).name
+        candidates += [checkpoint_dir / name, checkpoint_dir / last, checkpoint_dir.resolve().parent / last]
+    for place in candidates:
+        if os.path.isfile(place / "config.json"):  # noqa: PTH113 (as in checkpoint.existing)
+            return place
+    found, asked = snapshot(name, ["*.json", "*.safetensors", "*.bin"])
+    if found is None:
+        places = dict.fromkeys([*map(str, candidates), *asked])
+        raise CheckpointError(
+            f"The vision tower {name!r} was not found; tried {', '.join(places)}. Download it and pass its directory "
+            f"with --vision-tower (or {ENVIRONMENT})."
+        )
+    return found
+
+
+def read_tower_settings(directory: Path) -> dict[str, Any]:
+    """`config.json` of a tower directory, reduced to its `vision_config` when it is a composite one."""
+    settings = read_json(directory / "config.json")
+    if "vision_config" in settings and settings.get("model_type") in ("clip", "intern_vit_6b"):
+        settings = {"model_type": settings["model_type"], **settings["vision_config"]}
+    return settings
