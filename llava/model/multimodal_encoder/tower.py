@@ -32,7 +32,7 @@ from llava.model.checkpoint import (
 )
 from llava.model.hub import snapshot
 from llava.model.registry import TowerSpec, tower_spec
-from llava.model.weights import empty_weights, fill
+from llava.model.weights import empty_weights, load_weights
 
 logger = logging.getLogger(__name__)
 ENVIRONMENT = "LLAVA_VISION_TOWER"
@@ -188,7 +188,7 @@ class VisionTower(nn.Module):
             for name, tensor in iter_tensors(source, lambda name: name.startswith(prefix) and self.needs(name, prefix))
             if tensor is not None
         )
-        fill(model, tensors, dtype=dtype or torch.float32, device=device or "cpu", source=str(source),
+        load_weights(model, tensors, dtype=dtype or torch.float32, device=device or "cpu", source=str(source),
              optional=self.spec.unused)  # fmt: skip
         self.vision_tower = model.requires_grad_(False).eval()
         self.rest_of = (source, prefix)
@@ -288,7 +288,7 @@ def find_tower(name: str, checkpoint_dir: Path | None = None) -> Path:
         last = Path(name.rstrip("/")).name
         candidates += [checkpoint_dir / name, checkpoint_dir / last, checkpoint_dir.resolve().parent / last]
     for place in candidates:
-        if os.path.isfile(place / "config.json"):  # noqa: PTH113 (as in checkpoint.existing)
+        if os.path.isfile(place / "config.json"):  # noqa: PTH113 (as in checkpoint.require_directory)
             return place
     found, asked = snapshot(name, ["*.json", "*.safetensors", "*.bin"])
     if found is None:
