@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import projected_tokens
 from llava.model.quantization import weight_bytes
-from llava.model.registry import TOWERS
+from llava.model.registry import TOWERS, tower_type
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import load_weights
 from llava.utils import guarded
@@ -100,14 +99,12 @@ def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> l
 
 def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tuple[Part, VisionTower]:
     """The vision tower that loading would take, verified up to the layer whose features are used."""
-    tower: Any = build_vision_tower(args, directory)
-    source, _, table = tower.source(from_checkpoint)
-    config = copy.deepcopy(tower.config)
-    vision = tower.spec.vision(config)
-    layers, vision.image_size = vision.num_hidden_layers, math.isqrt(table - 1) * vision.patch_size
-    model = tower.empty(config, source)
+    tower: Any = build_vision_tower(args, directory, delay_load=True)
+    source, _, rows = tower.source(from_checkpoint)
+    model = tower.empty(source, rows)
     stored = tower.stored_shapes(from_checkpoint)
     shapes = verify(model, stored, source, optional=tower.spec.unused)
+    layers = tower.spec.vision(tower.config).num_hidden_layers
     kind = f"{tower.settings['model_type']}, {tower.depth} of {layers} layers, width {tower.hidden_size}"
     return Part("vision tower", f"{kind}; {len(stored)} weights verified in {source}", shapes), tower
 
@@ -124,7 +121,7 @@ def examine(
     A text-only language model and a vision tower are verified too; they are what bases and towers are made of.
     """
     found = ckpt.inspect(builder.local_directory(path))
-    if found.kind is Kind.TOWER or found.model_type in TOWERS:
+    if found.kind is Kind.TOWER or tower_type(found.config) in TOWERS:
         found = replace(found, kind=Kind.TOWER)  # also one that a user has registered
         whole = SimpleNamespace(mm_vision_tower=str(found.path), mm_vision_select_layer=-1)
         return Findings(found, [tower_part(whole, None, False)[0]])

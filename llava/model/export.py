@@ -55,7 +55,7 @@ def check_exportable(found: Checkpoint) -> None:
             "with this package instead."
         )
     config = read_config(found)
-    tower = build_vision_tower(config, found.path)
+    tower = build_vision_tower(config, found.path, delay_load=True)
     kind = "EVA-CLIP" if is_eva(tower.settings) else str(tower.settings.get("model_type"))
     projector = getattr(config, "mm_projector_type", None) or "linear"
     reason = None

@@ -47,7 +47,7 @@ class LlavaMetaModel(nn.Module):
         """To be called once at the end of the core's construction."""
         if getattr(config, "mm_vision_tower", None):
             directory = Path(config.name_or_path) if getattr(config, "name_or_path", "") else None
-            self.vision_tower = build_vision_tower(config, directory)
+            self.vision_tower = build_vision_tower(config, directory, delay_load=True)
             self.mm_projector = build_vision_projector(config)
 
     def get_vision_tower(self) -> VisionTower | None:
@@ -86,7 +86,7 @@ class LlavaMetaModel(nn.Module):
             config.mm_vision_image_size = model_args.mm_vision_image_size
         existing = self.get_vision_tower()
         if existing is None or not existing.is_loaded:
-            tower = build_vision_tower(config, directory)
+            tower = build_vision_tower(config, directory, delay_load=True)
             tower.load_model(dtype=dtype, from_checkpoint=same_tower)
             self.vision_tower = tower
         config.mm_hidden_size = self.vision_tower.hidden_size

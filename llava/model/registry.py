@@ -21,13 +21,14 @@ TOWERS = {
     "clip_vision_model": "llava.model.multimodal_encoder.clip_encoder:TOWER",
     "clip": "llava.model.multimodal_encoder.clip_encoder:TOWER",
     "internvl": "llava.model.multimodal_encoder.internvl_14b:TOWER",
+    "timm": "llava.model.multimodal_encoder.timm_encoder:tower",
 }
 PROJECTORS = {
     "linear": "llava.model.multimodal_projector.builder:linear",
     "mlpNx_gelu": "llava.model.multimodal_projector.builder:mlp_gelu",
     "mlpNx_gelu_ln": "llava.model.multimodal_projector.builder:mlp_gelu",
-    "identity": "llava.model.multimodal_projector.builder:IdentityMap.of_config",
-    "two_mlp": "llava.model.multimodal_projector.builder:TwoMLPProjector.of_config",
+    "identity": "llava.model.multimodal_projector.builder:IdentityMap.from_config",
+    "two_mlp": "llava.model.multimodal_projector.builder:TwoMLPProjector.from_config",
 }
 LANGUAGE_MODELS = {
     "llama": "llava.model.language_model.llava_llama:LANGUAGE_MODEL",
@@ -42,20 +43,29 @@ LANGUAGE_MODELS = {
 class TowerSpec:
     """A kind of vision tower.
 
-    `config(settings)` parses the tower's `config.json`; `build(config, depth)` makes the module, whose forward takes
-    `(B, 3, H, W)` pixels and returns an object with `last_hidden_state` `(B, 1 + N, C)` after `depth` layers (and
-    `query_features`, where the tower has `queries`); `processor(directory, size)` makes the image processor;
-    `vision(config)` is the part of the configuration that describes the vision transformer. Keys that start with
-    `layers` and an index are its layers (`None`: all are needed); keys that start with one of `unused` never reach
-    the features; `positions` is the key of the position table.
+    Attributes:
+        config: parses the settings of the tower's `config.json`.
+        build: makes the module of `depth` layers for a configuration. Its forward takes pixels `(B, 3, H, W)` and
+            returns the tokens `(B, T, C)`, or an object with them as `last_hidden_state` (and `query_features`
+            `(B, Q, H)`, where the tower has queries). The order of tokens is class token, registers, patches.
+        processor: makes the image processor for the tower's directory and `mm_vision_image_size`.
+        layers: prefix of the keys of numbered layers; `None` when the features need all layers.
+        positions: key of the position table; `None` without one.
+        unused: prefixes of keys that do not contribute to the features.
+        class_token: whether the first token is a class token.
+        registers: number of register tokens; they are never features.
+        vision: the part of the configuration that describes the vision transformer.
+        queries: number of query tokens for a configuration.
     """
 
     config: Callable[[dict[str, Any]], Any]
     build: Callable[[Any, int], nn.Module]
     processor: Callable[[Path | None, int | None], Any]
     layers: str | None
-    positions: str
+    positions: str | None
     unused: tuple[str, ...] = ()
+    class_token: bool = True
+    registers: int = 0
     vision: Callable[[Any], Any] = lambda config: config
     queries: Callable[[Any], int] = lambda config: 0
 
@@ -64,9 +74,10 @@ class TowerSpec:
 class LanguageModelSpec:
     """A kind of language model.
 
-    `config` is a class whose `from_pretrained` reads every `model_type` registered for it, and `model` a
-    `LlavaForCausalLMMixin` in front of the library's causal language model, whose core is a `LlavaMetaModel`.
-    `attention` names its attention implementations, the default first.
+    Attributes:
+        config: class whose `from_pretrained` reads every `model_type` registered for it.
+        model: `LlavaForCausalLMMixin` in front of the library's causal language model; its core is a `LlavaMetaModel`.
+        attention: names of its attention implementations, the default first.
     """
 
     config: type[Any]
@@ -74,16 +85,21 @@ class LanguageModelSpec:
     attention: tuple[str, ...] = ("sdpa", "eager", "flash_attention_2")
 
 
+def tower_type(settings: dict[str, Any]) -> str:
+    """The key in `TOWERS` for the settings of a `config.json`; timm's name an architecture and no `model_type`."""
+    return str(settings.get("model_type") or ("timm" if "architecture" in settings else None))
+
+
 def tower_spec(settings: dict[str, Any], source: str) -> TowerSpec:
     """The registered tower for the settings of its `config.json`; raises `CheckpointError` for an unknown type."""
-    model_type = str(settings.get("model_type"))
+    model_type = tower_type(settings)
     if model_type not in TOWERS:
         raise CheckpointError(
             f"The vision tower {source!r} is of type {model_type!r}, which is not one of {', '.join(sorted(TOWERS))}; "
             "pass another --vision_tower."
         )
-    spec: TowerSpec = pkgutil.resolve_name(TOWERS[model_type])
-    return spec
+    found: TowerSpec | Callable[[dict[str, Any]], TowerSpec] = pkgutil.resolve_name(TOWERS[model_type])
+    return found if isinstance(found, TowerSpec) else found(settings)
 
 
 def language_model_spec(model_type: str, source: str) -> LanguageModelSpec:
@@ -102,8 +118,8 @@ def projector_factory(kind: str) -> Callable[[Any], nn.Module]:
 
     Raises `ConfigError` for an unknown type.
     """
-    name = kind if kind in PROJECTORS else re.sub(r"^mlp[1-9]\d?x_", "mlpNx_", kind)
-    if name not in PROJECTORS or kind.startswith("mlpNx"):
+    name = re.sub(r"^mlp[1-9]\d?x_", "mlpNx_", kind)
+    if name not in PROJECTORS or kind.startswith("mlpNx_"):
         raise ConfigError(f"Unknown mm_projector_type {kind!r}; use one of {', '.join(PROJECTORS)}.")
     factory: Callable[[Any], nn.Module] = pkgutil.resolve_name(PROJECTORS[name])
     return factory

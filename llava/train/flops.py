@@ -109,9 +109,9 @@ def with_tower(shape: Shape, config: Any, tower: Any) -> Shape:
     return replace(
         shape,
         tower_hidden=tower.image_hidden_size,
-        tower_intermediate=vision.intermediate_size,
+        tower_intermediate=getattr(vision, "intermediate_size", None) or 4 * vision.hidden_size,
         tower_layers=tower.depth,
-        tower_positions=tower.num_patches + 1,
+        tower_positions=tower.num_patches + tower.spec.class_token + tower.spec.registers,
         image_tokens=projected_tokens(config, *tower.feature_shapes),
         projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3].isdigit() else 1,
     )

@@ -84,15 +84,24 @@ def shape_of_flags(flags: Namespace) -> Shape:
 
 
 def shape_with_tower(shape: Shape, flags: Namespace) -> Shape:
-    """The shape with the tower and projector of the flags."""
+    """The shape with the tower and projector of the flags; nothing is downloaded."""
+    from llava.model.check import without_network
     from llava.model.multimodal_encoder.builder import build_vision_tower
+    from llava.model.multimodal_encoder.tower import TIMM
     from llava.model.multimodal_projector.builder import projected_tokens
 
     config = SimpleNamespace(mm_projector_type=flags.mm_projector_type, hidden_size=shape.hidden)
-    if (Path(flags.vision_tower) / "config.json").is_file():
-        tower = build_vision_tower(flags)
-        config.mm_hidden_size, config.mm_image_hidden_size = tower.hidden_size, tower.image_hidden_size
-        return with_tower(shape, config, tower)
+    named = flags.vision_tower.startswith(TIMM)
+    if named or (Path(flags.vision_tower) / "config.json").is_file():
+        args: Namespace | SimpleNamespace = flags
+        if named:
+            from llava.model.multimodal_encoder.timm_encoder import named_settings
+
+            args = SimpleNamespace(**vars(flags), mm_vision_tower_config=named_settings(flags.vision_tower))
+        with without_network():
+            tower = build_vision_tower(args, delay_load=True)
+            config.mm_hidden_size, config.mm_image_hidden_size = tower.hidden_size, tower.image_hidden_size
+            return with_tower(shape, config, tower)
     config.mm_hidden_size, intermediate, layers, pixels = _known(TOWERS, flags.vision_tower, "vision tower")
     layer = flags.mm_vision_select_layer
     patches = ((flags.mm_vision_image_size or pixels) // PATCH) ** 2

@@ -9,7 +9,7 @@ from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.tower import VisionTower
 
 
-def build_vision_tower(config: Any, checkpoint_dir: Path | None = None, *, delay_load: bool = True) -> VisionTower:
+def build_vision_tower(config: Any, checkpoint_dir: Path | None = None, *, delay_load: bool = False) -> VisionTower:
     """The tower wrapper for a model configuration or the model arguments (`mm_vision_tower`, else `vision_tower`)."""
     name = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_tower", None)
     if not name:

@@ -15,7 +15,7 @@ class IdentityMap(nn.Module):
     """Pass features through; the tower must have the language model's width."""
 
     @classmethod
-    def of_config(cls, config: Any) -> IdentityMap:
+    def from_config(cls, config: Any) -> IdentityMap:
         if config.mm_hidden_size != config.hidden_size:
             raise ConfigError(
                 f"mm_projector_type 'identity' needs equal widths; the tower's is {config.mm_hidden_size}, the "
@@ -40,7 +40,7 @@ class TwoMLPProjector(nn.Module):
         self.mlp2 = gelu_mlp(query_size, hidden_size, 2)
 
     @classmethod
-    def of_config(cls, config: Any) -> TwoMLPProjector:
+    def from_config(cls, config: Any) -> TwoMLPProjector:
         return cls(getattr(config, "mm_image_hidden_size", None) or 3200, config.mm_hidden_size, config.hidden_size)
 
     def forward(self, features: tuple[Tensor, Tensor]) -> Tensor:
