@@ -205,12 +205,13 @@ class VisionTower(nn.Module):
         for part in (self.settings, *self.settings.values()):
             check_depth(part.get("num_hidden_layers") if isinstance(part, dict) else None, source)
         config = copy.deepcopy(self.config)
-        vision = self.spec.vision(config)
-        grid = vision.image_size // vision.patch_size if rows is None else math.isqrt(rows)  # class token or not
-        if grid != vision.image_size // vision.patch_size:
-            logger.info("tower positions: the stored table has a %dx%d grid, not %d px", grid, grid, vision.image_size)
-            vision.image_size = grid * vision.patch_size
         with config_errors(self.name), empty_weights():
+            vision = self.spec.vision(config)
+            configured = vision.image_size // vision.patch_size
+            grid = configured if rows is None else math.isqrt(rows)  # with a row for the class token or without
+            if grid != configured:
+                logger.info("tower positions: the stored table is %dx%d, not for %d px", grid, grid, vision.image_size)
+                vision.image_size = grid * vision.patch_size
             return self.spec.build(config, self.depth)
 
     def stored_shapes(self, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
