@@ -120,9 +120,9 @@ def create(architecture: str, image_size: int) -> Any:
     """A timm model without head that returns its tokens; it resamples positions to the image where possible."""
     options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "global_pool": "", "img_size": image_size}
     model: Any = None
-    for dynamic in ({"dynamic_img_size": True}, {}):
+    for arguments in ({**options, "dynamic_img_size": True}, options):
         try:
-            model = timm.create_model(architecture, **options, **dynamic)
+            model = timm.create_model(architecture, **arguments)
             break
         except TypeError:  # an argument that this architecture does not have
             continue

@@ -69,11 +69,11 @@ class VisionTower(nn.Module):
 
     @cached_property
     def directory(self) -> Path | None:
-        """The tower's directory or weights file; `None` when only its settings are stored in the chat checkpoint."""
+        """The tower's directory or weights file; `None` when only its settings are known (of a checkpoint, of timm)."""
         try:
             return find_tower(self.name, self.checkpoint_dir)
         except CheckpointError:
-            if self._settings is None:
+            if self._settings is None and not self.name.startswith(TIMM):
                 raise
             return None
 
@@ -81,8 +81,6 @@ class VisionTower(nn.Module):
     def settings(self) -> dict[str, Any]:
         if self._settings is not None:
             return self._settings
-        if self.directory is None:
-            raise CheckpointError(f"The vision tower {self.name!r} was not found.")
         return read_tower_settings(self.name, self.directory)
 
     @cached_property
@@ -328,12 +326,12 @@ def find_tower(name: str, checkpoint_dir: Path | None = None) -> Path:
     return found
 
 
-def read_tower_settings(name: str, path: Path) -> dict[str, Any]:
+def read_tower_settings(name: str, path: Path | None) -> dict[str, Any]:
     """The settings of a tower: its `config.json`, of a composite one the `vision_config`; or those timm has for a name.
 
-    `path` is what `find_tower` found for `name`: a directory, or the weights file of `timm/NAME:FILE`.
+    `path` is what `find_tower` found for `name`: a directory, the weights file of `timm/NAME:FILE`, or nothing.
     """
-    if not path.is_dir():
+    if path is None or not path.is_dir():
         from llava.model.multimodal_encoder.timm_encoder import named_settings
 
         return named_settings(os.environ.get(ENVIRONMENT) or name)
