@@ -218,8 +218,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--self-test",
         action="store_true",
-        help="compare logits, tokens, sampling, training and quantization of tiny models with float32 on the CPU; takes "
-        "under a minute and downloads nothing",
+        help="compare logits, tokens, sampling, training and quantization of tiny models with float32 on the CPU; "
+        "takes under a minute and downloads nothing",
     )
     parser.add_argument("--device", help="cuda, cuda:N, mps or cpu for --self-test (default: the best available)")
     return parser

@@ -232,15 +232,15 @@ def test_the_repetition_measure_sees_a_copy() -> None:
     assert repeated_share({"a": block, "b": "y = 2"})[0] == 0
 
 
-def test_the_tree_in_the_readme_is_true() -> None:
-    command = [sys.executable, "scripts/readme_tree.py", "--check"]
+def test_the_file_tree_is_up_to_date() -> None:
+    command = [sys.executable, "scripts/file_tree.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_tree_lists_every_module_of_the_package_and_nothing_else() -> None:
-    """An independent reading of the README's tree: indentation to paths, compared with the files."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Parse the tree of docs/ARCHITECTURE.md independently: indentation to paths, compared with the files."""
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
     block = text.split("<!-- tree:")[1].split("```")[1]
     listed, stack = set(), [""]
     for line in block.strip("\n").splitlines():

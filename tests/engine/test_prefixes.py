@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava.engine.prefix_cache import MIN_SHARED, Prefix, PrefixCache, Node, num_tokens
+from llava.engine.prefix_cache import MIN_SHARED, Node, Prefix, PrefixCache, num_tokens
 
 SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(
     lambda ids: tuple(id for id in ids for _ in "12345678")
