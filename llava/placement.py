@@ -230,7 +230,7 @@ def parse_size(text: str) -> int | None:
 Parts = Sequence[tuple[tuple[str, ...], int]]
 
 
-def spread(parts: Parts, budgets: Mapping[torch.device, int]) -> Placement:
+def balanced_device_map(parts: Parts, budgets: Mapping[torch.device, int]) -> Placement:
     """Put `parts` (module names and bytes, in the order they are computed) on as few devices as hold them, in order.
 
     A device that is too small for the next part is passed over. Among the devices used, loads are evened out.

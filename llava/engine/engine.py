@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
     from typing_extensions import Unpack
 
-    from llava.model.builder import DeviceMap
+    from llava.model.dispatch import DeviceMap
 
 _NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
 

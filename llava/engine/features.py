@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llava.data.images import preprocess_image
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import HashedImage, ImageInput
 from llava.errors import RequestError
+from llava.images import preprocess_image
 from llava.placement import to_device
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from llava.errors import CheckpointError, ConfigError
+from llava.files import atomic_directory
 from llava.model import checkpoint as ckpt
-from llava.model.saving import copy_side_files, new_directory, write_weights
+from llava.model.saving import copy_side_files, write_weights
 from llava.model.source import WeightSource
 from llava.placement import DTYPES
 
@@ -76,7 +77,7 @@ def combine(base: WeightSource, other: WeightSource, rule: Combine) -> Tensors:
 
 def write(source: Path, output: str | Path, tensors: Tensors, verify: Callable[[Path], Any]) -> Any:
     """Write `tensors` and the side files of `source` to the new directory `output`; kept if `verify` raises nothing."""
-    with new_directory(output) as directory:
+    with atomic_directory(output) as directory:
         copy_side_files(source, directory)
         write_weights(directory, tensors)
         return verify(directory)

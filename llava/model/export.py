@@ -19,13 +19,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGener
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ConfigError
+from llava.files import atomic_directory
 from llava.model.builder import load_pretrained_model, local_directory, read_config
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
 from llava.model.registry import language_model_spec
-from llava.model.saving import cast_parameters, compare, new_directory, probe, probe_inputs, write_weights
+from llava.model.saving import cast_parameters, compare, probe, probe_inputs, write_weights
 from llava.utils import guarded
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
     """Write the stock layout to the new directory `output`; the largest difference of logits on the probe."""
     source = local_directory(model_path)
     check_exportable(inspect(source))
-    with new_directory(output) as directory:
+    with atomic_directory(output) as directory:
         tokenizer, model, processor, _ = load_pretrained_model(
             source, model_base, device="cpu", dtype=torch.float32, attn_implementation="eager"
         )

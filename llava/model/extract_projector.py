@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.files import atomic_directory
 from llava.model import checkpoint as ckpt
 from llava.model.builder import read_config
 from llava.model.checkpoint import Kind
 from llava.model.llava_arch import parameter_shapes
 from llava.model.lora import read_non_lora
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.saving import new_directory, write_config
+from llava.model.saving import write_config
 from llava.model.weights import empty_weights
 from llava.utils import guarded
 
@@ -56,7 +57,7 @@ def projector_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def extract(model_path: str | Path, output: str | Path) -> list[str]:
     """Write the projector-only directory `output`, read it back, and return the names of its weights."""
     state, config = projector_weights(Path(model_path))
-    with new_directory(output) as directory:
+    with atomic_directory(output) as directory:
         write_config(directory, config)
         with (directory / ckpt.PROJECTOR_FILE).open("wb") as file:
             torch.save(state, file)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.files import atomic_directory
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.quantization import PREFIXES
 from llava.model.registry import language_model_spec
-from llava.model.saving import cast_parameters, compare, new_directory, probe
+from llava.model.saving import cast_parameters, compare, probe
 from llava.model.tokenizer import load_tokenizer
 from llava.placement import resolve_attention
 from llava.utils import guarded
@@ -87,7 +88,7 @@ def merge(model_path: str | Path, model_base: str | Path | None, save_model_path
         raise CheckpointError(f"{found.path} holds {found.kind.value}; only a LoRA adapter can be merged.")
     base = builder.resolve_base(found, model_base)
     assert base is not None  # an adapter has one
-    with new_directory(save_model_path) as directory:
+    with atomic_directory(save_model_path) as directory:
         tokenizer, model = unmerged(found, base)
         processor = model.get_model().vision_tower.image_processor
         adapted = lora.attach_adapter(model, found.path).eval()

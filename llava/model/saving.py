@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import CheckpointError, ConfigError
+from llava.errors import CheckpointError
 from llava.mm_utils import tokenizer_image_token
 from llava.model.checkpoint import INDEX_FILES, SINGLE_FILES
 
@@ -31,33 +28,6 @@ SIDE_FILES: Final = (
     "merges.txt",
     "preprocessor_config.json",
 )
-
-
-@contextmanager
-def new_directory(target: str | Path) -> Iterator[Path]:
-    """A directory to write into, beside `target`; it becomes `target` if the block ends well, else it is removed.
-
-    A `target` that holds anything already, or cannot be made, is a `ConfigError`, raised before the work; so is a full
-    disk, when it is full.
-    """
-    target = Path(target).resolve()
-    part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
-    try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(f"{target} exists and is not empty; choose another output directory, or remove it.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        yield part
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{target} was not written ({error}), and nothing was kept; see to the space, rights and name, or choose "
-            "another output directory."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import transformers
 
+from llava.files import atomic_write, write_text
 from llava.utils import require
 
 SPAN = 0.05  # of the curve, which an average looks back over
@@ -65,9 +66,8 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    part = path.with_suffix(".part.png")
-    FigureCanvasAgg(figure).print_png(str(part))
-    part.replace(path)
+    with atomic_write(path) as part:
+        FigureCanvasAgg(figure).print_png(str(part))
     return True
 
 
@@ -153,9 +153,7 @@ class RunMetadata:
 
     def write(self, **more: Any) -> None:
         self.facts.update(more)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        write_text(self.path, json.dumps(self.facts, indent=2, sort_keys=True) + "\n")
 
 
 class RunFiles(transformers.TrainerCallback):

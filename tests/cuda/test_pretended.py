@@ -27,7 +27,7 @@ QUESTIONS = ("What color is the shape?", "Is there a circle?", "Why? Describe th
 
 def sample_together(self: Sampler, logits: Tensor) -> Tensor:
     """A `Sampler` as on CUDA, where a seed does not return the tokens it returns on the CPU."""
-    columns = [torch.tensor(column) for column in self.columns()]
+    columns = [torch.tensor(column) for column in self.host_params()]
     best = logits.argmax(dim=-1)
     return torch.where(columns[0] > 0, sample_top_p(logits, *columns), best) if columns else best
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError, ConfigError
+from llava.files import atomic_directory
 from llava.model import apply_delta, checkpoint, consolidate, delta, make_delta, saving
 from llava.model.source import WeightSource
 from tests import tiny
@@ -233,7 +234,7 @@ def test_shards(tmp_path: Path) -> None:
 
 def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
     def fail() -> None:
-        with saving.new_directory(tmp_path / "deep" / "out") as part:
+        with atomic_directory(tmp_path / "deep" / "out") as part:
             (part / "file").write_text("x")
             raise KeyboardInterrupt
 
@@ -241,10 +242,10 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
         fail()
     assert list((tmp_path / "deep").iterdir()) == []
     (tmp_path / "out").mkdir()
-    with saving.new_directory(tmp_path / "out") as part:
+    with atomic_directory(tmp_path / "out") as part:
         (part / "file").write_text("x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
-    with pytest.raises(ConfigError, match="not empty"), saving.new_directory(tmp_path / "out"):
+    with pytest.raises(ConfigError, match="not empty"), atomic_directory(tmp_path / "out"):
         pass
 
 

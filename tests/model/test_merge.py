@@ -62,7 +62,7 @@ def test_bin_and_safetensors_alike(adapter: Path) -> None:
 
 
 def test_an_adapter_is_refused_before_its_base_is_read(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "fill", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(builder, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
     edit_config(adapter, vocab_size=32000)
     with pytest.raises(CheckpointError, match="vocabulary of 32000"):
         load(adapter)

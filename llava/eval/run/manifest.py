@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 from llava.errors import ConfigError, DataError
 from llava.eval.run.answers import lock
 from llava.eval.run.questions import Question
-from llava.utils import writing
+from llava.files import write_text
 
 PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "pillow")
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
@@ -116,12 +115,7 @@ def write_manifest(answers: Path, identity: dict[str, Any], **facts: Any) -> Non
 
 def save_manifest(answers: Path, content: Mapping[str, Any]) -> None:
     """Write a manifest's content whole: the file is the old one or the new one."""
-    path = manifest_path(answers)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    write_text(manifest_path(answers), json.dumps(content, indent=2, default=_plain) + "\n")
 
 
 def read_manifest(answers: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
 from llava.engine.arguments import EngineArgs
-from llava.engine.sequence import Completion, ImageInput, HashedImage, Request, SamplingParams
+from llava.engine.sequence import Completion, HashedImage, ImageInput, Request, SamplingParams
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.engine.cache import LRUCache
-from llava.engine.sequence import ImageInput, HashedImage, hash_image
+from llava.engine.sequence import HashedImage, ImageInput, hash_image
 from llava.errors import ContextLengthError
 from llava.images import ImageLimits
 from llava.mm_utils import load_image_from_base64, tokenizer_image_token
