@@ -86,7 +86,7 @@ def test_missing_packages_name_the_extra() -> None:
     bare = {name: GOOD[name] for name in ("python", *doctor.FEATURES[0].packages, "accelerate")}
     verdicts = features(doctor.Facts(bare))
     assert verdicts["inference"] == (True, "on the CPU")
-    for name, extra in [("training", "train"), ("DeepSpeed", "train"), ("quantisation", "quant"), ("serving", "serve")]:
+    for name, extra in [("training", "train"), ("DeepSpeed", "train"), ("quantization", "quant"), ("serving", "serve")]:
         usable, why = verdicts[name]
         assert not usable
         assert f"pip install 'llava[{extra}]'" in why
@@ -118,8 +118,8 @@ def test_a_bad_version_takes_its_feature_away() -> None:
     assert "EncoderDecoderCache" in why
 
 
-def test_quantisation_says_that_the_cpu_is_slow() -> None:
-    assert features(dataclasses.replace(MACHINE, devices=()))["quantisation"] == (True, "on the CPU: it works, slowly")
+def test_quantization_on_the_cpu_is_slow() -> None:
+    assert features(dataclasses.replace(MACHINE, devices=()))["quantization"] == (True, "on the CPU: slow")
 
 
 def test_the_page_shows_devices_and_absences() -> None:
@@ -146,7 +146,7 @@ def test_this_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_fast_check_refuses_a_bad_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed_versions", lambda: {"huggingface_hub": "1.2.0"})
+    monkeypatch.setattr(doctor, "installed_versions", lambda packages: {"huggingface_hub": "1.2.0"})
     with pytest.raises(DependencyError, match="huggingface_hub 1.2.0 does not work.*llava doctor"):
         doctor.check_versions()
 
@@ -154,7 +154,7 @@ def test_the_fast_check_refuses_a_bad_mix(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_flash_attn_that_cannot_load_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(doctor, "installed_versions", lambda: GOOD)
+    monkeypatch.setattr(doctor, "installed_versions", lambda packages: GOOD)
     assert doctor.gather().broken == {"flash-attn": "ImportError: undefined symbol: _ZN3c10"}
 
 
@@ -183,7 +183,7 @@ def test_the_driver_is_asked(body: str, expected: str | None, tmp_path: Path, mo
     program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(doctor, "PATIENCE", 0.5 if "sleep" in body else 20)
+    monkeypatch.setattr(doctor, "SMI_TIMEOUT", 0.5 if "sleep" in body else 20)
     assert doctor._driver() == expected
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     assert doctor._driver() is None

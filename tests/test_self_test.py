@@ -147,7 +147,7 @@ def test_without_the_device_there_is_one_sentence(
     assert doctor.main(["--self-test", "--device", "cuda"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: Device 'cuda' was asked for, but no CUDA GPU is visible;")
+    assert captured.err.startswith("error: Device 'cuda' is not available: no CUDA GPU is visible;")
     assert captured.err.count("\n") == 1
 
 

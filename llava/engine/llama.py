@@ -126,4 +126,4 @@ class LlamaRunner(ModelRunner):
 def _is_hook_free(module: nn.Module) -> bool:
     """Whether the module has no accelerate hook but one that moves its inputs between devices."""
     hook: object = getattr(module, "_hf_hook", None)
-    return hook is None or (isinstance(hook, AlignDevicesHook) and type(hook) is AlignDevicesHook and not hook.offload)
+    return hook is None or (isinstance(hook, AlignDevicesHook) and not hook.offload)

@@ -300,7 +300,7 @@ def test_a_piped_conversation(
         input="\n".join(lines), capture_output=True, text=True, env=child_environment, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "nowhere.png: there is no such file" in result.stdout and result.stdout.count("ASSISTANT: ") >= 2
+    assert "nowhere.png: no such file" in result.stdout and result.stdout.count("ASSISTANT: ") >= 2
     assert result.stdout.rstrip().endswith("Goodbye.") and "USER: error: The prompt has 1 <image>" in result.stdout
     saved = json.loads((tmp_path / "c.json").read_text())
     assert len(saved["messages"]) == 4 and saved["messages"][0][1] == "<image>\nWhat is this?"

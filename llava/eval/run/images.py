@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,6 +18,7 @@ from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import ImageError, LlavaError
 from llava.eval.run.questions import Question
 from llava.images import open_image
+from llava.utils import usable_cores
 
 Loaded = Sequence[Image.Image | HashedImage] | LlavaError
 Preprocess = Callable[[Image.Image], torch.Tensor]
@@ -112,11 +112,6 @@ def _unpacked(item: Any) -> Loaded:
     if isinstance(item, LlavaError):
         return item
     return [HashedImage(digest, torch.from_numpy(array)) for digest, array in item]
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prefetch(

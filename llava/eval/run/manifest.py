@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +14,8 @@ from llava.errors import ConfigError, DataError
 from llava.eval.run.answers import lock
 from llava.eval.run.questions import Question
 from llava.files import write_text
+from llava.provenance import git_commit, installed_versions
 
-PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "pillow")
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json")
 _SAMPLES, _SAMPLE = 32, 1 << 16  # of a weight file: reading 26 GB for a hash would take longer than many a benchmark
@@ -77,35 +74,15 @@ def environment() -> dict[str, Any]:
     import torch  # here, so that merging and scoring need none
 
     gpus = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    versions = installed_versions()
     return {
-        "python": platform.python_version(),
+        "python": versions.pop("python"),
         "packages": versions,
-        "commit": code_commit(),
+        "commit": git_commit(),
         "gpu": ", ".join(sorted(gpus)) or None,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
-
-
-def code_commit() -> str | None:
-    """The commit of the source tree this package runs from, None when it is installed without one."""
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "--verify", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def write_manifest(answers: Path, identity: dict[str, Any], **facts: Any) -> None:
