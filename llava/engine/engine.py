@@ -14,7 +14,7 @@ from collections import abc, deque
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -44,9 +44,6 @@ from llava.placement import avoid_cudnn_attention, resolve_device
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
-    from typing_extensions import Unpack
-
-    from llava.model.dispatch import DeviceMap
 
 _NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
 
@@ -353,29 +350,6 @@ def _sampler(rows: abc.Sequence[Sequence]) -> Sampler:
     return Sampler([sequence.params for sequence in rows], [sequence.generator for sequence in rows])
 
 
-class LoadingOptions(TypedDict, total=False):
-    """Options of `load_pretrained_model` beside the checkpoint, device and precision."""
-
-    vision_tower: str | None
-    num_gpus: int | None
-    max_memory: str | None
-    device_map: DeviceMap
-    attn_implementation: str
-    text_only: bool
-    progress: abc.Callable[[float], None] | None
-
-
-class EngineOptions(TypedDict, total=False):
-    """Keyword arguments of `Engine`."""
-
-    max_batch_size: int
-    max_prefill_tokens: int | None
-    image_aspect_ratio: str | None
-    kv_cache_bytes: int | None
-    prefix_cache_bytes: int | None
-    feature_cache_bytes: int | None
-
-
 def load_engine(
     model_path: str | Path,
     model_base: str | Path | None = None,
@@ -384,10 +358,10 @@ def load_engine(
     dtype: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    loading: LoadingOptions | None = None,
-    **options: Unpack[EngineOptions],
+    loading: abc.Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Engine:
-    """Load a checkpoint into an engine. `loading` holds further options of `load_pretrained_model`.
+    """Load a checkpoint into an engine; `options` are those of `Engine`, `loading` those of `load_pretrained_model`.
 
     `device` and `dtype` default to the best available device and its dtype, see `llava.placement`.
     """

@@ -41,8 +41,7 @@ def test_matches_return_the_stored_data(sequences: list[tuple[int, ...]], budget
         if budget == 10**6:
             shared = max((common(cache_keys[:-1], other) for other in known), default=0)
             assert shared - done < 2 * MIN_SHARED  # only short last matches may be missing
-        token_counts = [1] * (len(cache_keys) - done)
-        store.insert(prefix, cache_keys[done:], token_counts, keys_values(cache_keys)[..., done:, :].clone())
+        store.insert(prefix, cache_keys, [1] * len(cache_keys), keys_values(cache_keys)[..., done:, :].clone())
         known.append(cache_keys)
         assert store.bytes <= budget and store.bytes == sum(node.data.nbytes for node in store._nodes)
     store.clear()
@@ -87,6 +86,6 @@ def test_ancestors_outlive_their_descendants() -> None:
         cache_keys = (*trunk, *range(1000 * branch + 100, 1000 * branch + 120))
         prefix, done = store.match(cache_keys, 59)
         assert done == 40
-        store.insert(prefix, cache_keys[40:], [1] * 20, keys_values(cache_keys)[..., 40:, :].clone())
+        store.insert(prefix, cache_keys, [1] * 60, keys_values(cache_keys)[..., 40:, :].clone())
         assert store.match(cache_keys, 60)[1] == 60
     assert store.bytes <= 400 and store.match(trunk, 40)[1] == 40
