@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.engine import beams
 from llava.engine.cache import KVCache
 from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream
 from llava.engine.features import FeatureEncoder
@@ -294,7 +293,7 @@ class Engine:
         try:
             for sequence in started:
                 if sequence.params.num_beams > 1:
-                    beams.run(self.model_runner, self.prefiller, sequence)
+                    self._beam_search(sequence)
             for output in self.prefiller.run([sequence.prompt for sequence in batch], waiting):
                 self._cache.join(output.data, output.lengths, output.prefixes)
                 rows = [batch[index] for index in output.indices]
@@ -305,6 +304,33 @@ class Engine:
                 if not sequence.handle.done and sequence not in self._running:
                     sequence.finish("error", f"{type(error).__name__}: {error}")
             raise
+
+    def _beam_search(self, sequence: Sequence) -> None:
+        """Answer one sequence with transformers' `generate` over its embeddings, outside the batch."""
+        params, spec = sequence.params, self.model_runner.spec
+        sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
+        embeds = self.prefiller.embed(sequence.prompt)  # (L, D)
+        # The default would initialise every GPU.
+        devices = {device for device in (spec.device, *spec.layer_devices) if device.type == "cuda"}
+        with torch.random.fork_rng(devices, enabled=params.temperature > 0):
+            if params.seed is not None:
+                torch.manual_seed(params.seed)
+            output = self.model.generate(
+                inputs_embeds=embeds.unsqueeze(0),
+                attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=embeds.device),
+                num_beams=params.num_beams,
+                max_new_tokens=sequence.max_new_tokens,
+                bos_token_id=0,  # without input ids, `generate` starts its output with this token
+                eos_token_id=sorted(sequence.end_ids),
+                pad_token_id=self.model.generation_config.pad_token_id or 0,
+                **(sampling if params.temperature > 0 else {"do_sample": False}),
+            )
+        for token in output[0, 1:].tolist():
+            reason = sequence.append(token)
+            if reason is not None or sequence.detokenize():
+                sequence.finish(reason or "stop")
+                return
+        sequence.finish("stop")
 
     def _decode(self) -> None:
         """Decode one token for every running row."""

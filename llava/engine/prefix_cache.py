@@ -100,8 +100,8 @@ class PrefixCache:
     def insert(self, prefix: Prefix, cache_keys: CacheKeys, token_counts: Sequence[int], data: Tensor) -> Node:
         """Return a node of the `cache_keys` behind `prefix`, added to the tree if its parent is there and it fits.
 
-        `cache_keys` start at the root. The node keeps `data`, (layers, 2, kv_heads, tokens, head_dim) of the keys behind
-        `prefix`: pass a tensor that is not part of a larger one.
+        `cache_keys` start at the root; `data` (layers, 2, kv_heads, tokens, head_dim) is kept, and holds the tokens
+        behind `prefix`: pass a tensor that is not part of a larger one.
         """
         done = sum(match.num_keys for match in prefix)
         node = Node(cache_keys[done:], token_ends(token_counts[done:]), data)

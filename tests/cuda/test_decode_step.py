@@ -1,4 +1,4 @@
-"""Synchronisations of a decode step: one upload and one download, whatever the batch."""
+"""Synchronisations of a decode step: one upload and one download for any batch."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ MIXED = [*EVEN[1:], 600]  # a row that is shorter than the others needs a mask
 PREFIXES = (640, 104)  # tokens of two prefixes shared by all rows
 HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # torch 2.9; before, a norm takes six kernels
 
-pytestmark = pytest.mark.skipif(not HAS_FUSED_NORM, reason="rms_norm has no kernel of its own in this torch")
+pytestmark = pytest.mark.skipif(not HAS_FUSED_NORM, reason="this torch has no fused rms_norm kernel")
 
 
 @dataclass

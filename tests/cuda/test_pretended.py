@@ -164,7 +164,7 @@ def test_shared_prefixes_run_on_fused_kernels(
     is_ampere.cache_clear()
 
 
-def test_a_model_spread_over_cards(checkpoints: Checkpoints) -> None:
+def test_a_model_split_over_gpus(checkpoints: Checkpoints) -> None:
     """The loader chooses GPUs by free memory; each layer's keys and values stay on its GPU."""
     model, tokenizer, processor = load(checkpoints, "llama sdpa", "cpu")
     expected = [one.token_ids for one in Engine(model, tokenizer, processor).generate(batch())]
