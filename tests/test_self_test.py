@@ -19,7 +19,7 @@ from torch import Tensor
 
 import llava.engine.engine
 from llava import doctor
-from llava.engine import attention, llama, sampling
+from llava.engine import attention, layers, llama, sampling
 from llava.engine.native import decoder
 from llava.engine.native.build import library
 from llava.engine.sequence import SamplingParams, hash_image
@@ -189,13 +189,13 @@ def test_a_checkpoint_that_cannot_be_loaded(run: Any, monkeypatch: pytest.Monkey
 
 
 def test_another_epsilon_in_the_engines_norm(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = llama.RmsNorm.__init__
+    make = layers.RMSNorm.__init__
 
     def wrong(norm: Any, module: Any) -> None:
         make(norm, module)
         norm.eps = 1e-3
 
-    monkeypatch.setattr(llama.RmsNorm, "__init__", wrong)
+    monkeypatch.setattr(layers.RMSNorm, "__init__", wrong)
     _, lines = run("llama")
     assert {"logits float32", "C++ kernel float32"} <= failed(lines, "llama")
     assert not {"loader", *TRAINING, *SAMPLING, *NATIVE[1:]} & failed(lines, "llama")

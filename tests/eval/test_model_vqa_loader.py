@@ -75,7 +75,7 @@ def test_default_answers_file_goes_to_the_current_folder(
         (["--conv-mode", "v9"], "template 'v9'"),
         (["--question-file", "none.jsonl"], "none.jsonl"),
         (["--chunk-idx", "1"], "chunk index is 1"),
-        (["--top_p", "2"], "top_p is 2.0"),
+        (["--top_p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["--question-file", os.devnull], "no question file"),
         (["--image-folder", "/nowhere"], "no folder '/nowhere'; correct --image-folder"),
         (["--batch-size", "0"], "--batch-size is 0"),
