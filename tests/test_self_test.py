@@ -25,10 +25,8 @@ from llava.engine.native.build import library
 from llava.engine.sequence import SamplingParams, hash_image
 from llava.model import checkpoint
 from llava.model.language_model import causal_lm, packed
-from llava.model.multimodal_encoder.builder import ENVIRONMENT
-from llava.self_test import CheckFailed, CheckSkipped, checkpoints, hardware, inference, runner, within
 from llava.model.multimodal_encoder.tower import ENVIRONMENT
-from llava.self_test import checkpoints, hardware, inference, runner
+from llava.self_test import CheckFailed, CheckSkipped, checkpoints, hardware, inference, runner, within
 from llava.self_test.checkpoints import KINDS
 from llava.self_test.runner import Report, isolated
 from tests import devices
