@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
 from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args, sampling_params
-from llava.engine.chat import ChatSession, load_picture
+from llava.engine.chat import ChatSession, load_image
 from llava.eval import options
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import guarded
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     options.check(args)
     sources = [source.strip() for source in args.image_file.split(args.sep)] if args.sep else [args.image_file]
-    pictures = [load_picture(source) for source in sources]  # what is wrong shows before a model is loaded
+    pictures = [load_image(source) for source in sources]  # what is wrong shows before a model is loaded
     engine = EngineArgs.from_cli_args(args, max_batch_size=1).build_engine()
     template = template_for(engine.model.config, get_model_name_from_path(args.model_path), args.conv_mode)
     session = ChatSession(engine, template, sampling_params(args))

@@ -40,7 +40,7 @@ def test_a_fault_found_beside_the_run_ends_it(
     tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bad record is never drawn: only the look through all of them can know."""
-    monkeypatch.setattr(dataset_scan, "AT_ONCE", 0)
+    monkeypatch.setattr(dataset_scan, "INLINE_RECORDS", 0)
     records = json.loads((small_data / "finetune.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps([*records * 20, {"conversations": []}]))
     argv = runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, data_path=tmp_path / "data.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava.engine.sequence import Picture, identify
+from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import ImageError, LlavaError
 from llava.eval.run.questions import Question
 from llava.images import open_image
+from llava.utils import usable_cores
 
-Loaded = Sequence[Image.Image | Picture] | LlavaError
+Loaded = Sequence[Image.Image | HashedImage] | LlavaError
 Preprocess = Callable[[Image.Image], torch.Tensor]
 _Packed = list[tuple[bytes, np.ndarray]]  # digest and pixels (3, S, S) float32 of each image
 
@@ -100,7 +100,7 @@ class _Pictures:
             pixels = [self.preprocess(image) for image in images if isinstance(image, Image.Image)]
         except LlavaError as error:
             return error
-        return [(identify(tensor).digest, tensor.numpy()) for tensor in pixels]
+        return [(hash_image(tensor).digest, tensor.numpy()) for tensor in pixels]
 
 
 def _as_it_is(item: Any) -> Any:
@@ -111,12 +111,7 @@ def _unpacked(item: Any) -> Loaded:
     """Rebuild images from a worker; the digest travels with the pixels."""
     if isinstance(item, LlavaError):
         return item
-    return [Picture(digest, torch.from_numpy(array)) for digest, array in item]
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [HashedImage(digest, torch.from_numpy(array)) for digest, array in item]
 
 
 def prefetch(

@@ -11,7 +11,8 @@ from typing import Any
 
 from llava.conversation import get_template, stop_strings
 from llava.engine import Engine, Request, RequestHandle
-from llava.engine.sequence import Picture, identify, render_question
+from llava.engine.chat import render_question
+from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import LlavaError
 from llava.eval.run.images import Loaded, prefetch
 from llava.eval.run.manifest import checkpoint_fingerprint
@@ -39,7 +40,7 @@ class _Pending:
         assert self.request is not None
         prompt = f"{self.request.prompt}{first}{follow_up}"
         params = dataclasses.replace(self.request.params, max_new_tokens=FOLLOW_UP_TOKENS)
-        request = dataclasses.replace(self.request, prompt=prompt, params=params, keep=False)
+        request = dataclasses.replace(self.request, prompt=prompt, params=params, cache_prefix=False)
         return request, _Pending(self.position, first=first)
 
     def whole(self, text: str) -> str:
@@ -62,11 +63,11 @@ class LocalModel:
             "checkpoint": checkpoint_fingerprint(settings.model_path),
             "template": {"name": settings.template, "text": example},
             "image_aspect_ratio": engine.image_aspect_ratio,
-            "dtype": str(engine.lm.spec.dtype).removeprefix("torch."),
+            "dtype": str(engine.model_runner.spec.dtype).removeprefix("torch."),
             "quantization": settings.quantization,
             **({} if settings.follow_up is None else {"follow_up": settings.follow_up}),
             "attention": getattr(config, "_attn_implementation", None),
-            "device": engine.lm.spec.device.type,
+            "device": engine.model_runner.spec.device.type,
         }
 
     def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
@@ -111,19 +112,19 @@ class LocalModel:
                 preprocess_image, processor=engine.image_processor, aspect_ratio=engine.image_aspect_ratio
             )
         opened: Loaded = []
-        named: list[Picture] = []
+        named: list[HashedImage] = []
         for position, images in prefetch(questions, order, settings.source, settings.num_workers, preprocess):
             try:
                 if isinstance(images, LlavaError):
                     raise images
                 if images is not opened:  # neighbours with equal images share them
-                    opened, named = images, [identify(image) for image in images]
+                    opened, named = images, [hash_image(image) for image in images]
                 question = questions[position]
                 text = question.text or question.prompt
                 prompt = render_question(template, text, len(named), engine.model.config)
                 params = dataclasses.replace(settings.params, stop=stop, seed=question_seed(settings, question))
                 # Finished answers are kept only for follow-ups; otherwise they would evict shared prefixes.
-                request = Request(prompt, named, params, keep=asked_twice)
+                request = Request(prompt, named, params, cache_prefix=asked_twice)
                 submitted: RequestHandle | LlavaError = engine.submit(request)
                 yield _Pending(position, request if asked_twice else None), submitted
             except LlavaError as error:
