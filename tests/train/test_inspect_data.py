@@ -32,14 +32,14 @@ def file(tmp_path: Path) -> Path:
 def test_in_the_terminal(file: Path, tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(file), "--model", str(tiny_dirs["base"]), "--samples", "9", "--model_max_length", "120"]
     assert main([*argv, "--color", "always"]) == 1
-    said = capsys.readouterr().out
-    assert re.search(r"\x1b\[33m<image 1>\x1b\[0m", said)
-    assert re.search(r"\x1b\[32m *The shape is red\.</s>\x1b\[0m", said)
-    assert "\x1b[2J" not in said and "record 2 is bad: conversations is missing" in said
-    assert "record 0, a.png" in said and "with 1 images of 576 each" in said
+    output = capsys.readouterr().out
+    assert re.search(r"\x1b\[33m<image 1>\x1b\[0m", output)
+    assert re.search(r"\x1b\[32m *The shape is red\.</s>\x1b\[0m", output)
+    assert "\x1b[2J" not in output and "record 2 is bad: conversations is missing" in output
+    assert "record 0, a.png" in output and "with 1 images of 576 each" in output
     assert re.search(
         r"120 ids, 0 supervised; 1270 positions with 2 images of 576 each; \d+ ids truncated at --model_max_length 120",
-        said,
+        output,
     )
     assert main([*argv, "--records", "0"]) == 0
     plain = capsys.readouterr().out
