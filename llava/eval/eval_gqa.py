@@ -1,4 +1,4 @@
-"""Score GQA answers against `testdev_balanced_questions.json`, here without the official tool."""
+"""Score GQA answers with `testdev_balanced_questions.json`; the official tool is not needed."""
 
 import sys
 

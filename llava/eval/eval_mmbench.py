@@ -1,4 +1,4 @@
-"""Score MMBench answers against a table that has the answers: vanilla and circular accuracy."""
+"""Score MMBench answers with a table that has the answers: vanilla and circular accuracy."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Score MME: official task files (`--results-dir`), or a model's answers (`--annotation-dir` and `--result-file`)."""
+"""Score MME: official task files (`--results-dir`), or answers (`--annotation-dir` and `--result-file`)."""
 
 import sys
 

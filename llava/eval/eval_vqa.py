@@ -1,4 +1,4 @@
-"""Score VQAv2 or VizWiz answers of a split whose labels are public, by the official soft accuracy."""
+"""Score VQAv2 or VizWiz answers to a split with public labels, by the official soft accuracy."""
 
 import sys
 

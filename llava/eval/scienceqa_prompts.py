@@ -1,18 +1,18 @@
-"""ScienceQA problems as conversations: the published prompt formats, and the question file of the benchmark (§3.2, §6).
+"""ScienceQA prompt formats: training conversations, instruction files, and the benchmark's question file.
 
-A format is INPUT-OUTPUT: `QCM` is question, context, multiple choices, `L` and `E` the lecture and the explanation
-(`solution` in the data), `A` the answer.
+A format is INPUT-OUTPUT, where the letters stand for the parts in order: question (Q), context (C), multiple choices
+(M), lecture (L), explanation (E, `solution` in the data) and answer (A).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from llava.eval.benchmarks.science_qa import OPTIONS, Problem, read_problems
-from llava.eval.run.files import write_json, write_jsonl
+from llava.eval.run.files import Row, write_json, write_jsonl
 
 INPUTS: Final = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
 OUTPUTS: Final = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA", "LEPA")
@@ -20,7 +20,7 @@ FORMATS: Final = tuple(f"{given}-{wanted}" for given in INPUTS for wanted in OUT
 
 
 def _tidy(text: str) -> str:
-    """Pairs of spaces made one, once, as published; no `BECAUSE:` without a reason at the end."""
+    """Replace double spaces once, as published, and remove a final `BECAUSE:` without a reason."""
     return text.replace("  ", " ").strip().removesuffix("BECAUSE:").strip()
 
 
@@ -30,7 +30,7 @@ def _reasons(problem: Problem, code: str) -> str:
 
 
 def model_input(problem: Problem, code: str) -> str:
-    """What is asked, one line a part in the order of `code`, without the `Question: ` that would come first."""
+    """The input: one line per part in the order of `code`, without a leading `Question: `."""
     choices = " ".join(f"({letter}) {choice}" for letter, choice in zip(OPTIONS, problem["choices"], strict=False))
     lines = []
     for part in re.findall("[LE]+|[QCM]", code):
@@ -46,7 +46,7 @@ def model_input(problem: Problem, code: str) -> str:
 
 
 def model_output(problem: Problem, code: str) -> str:
-    """What is to be answered. `AL` gives the solution and `AE` the lecture: swapped when published, and kept."""
+    """The output. As in the published code, `AL` contains the solution and `AE` the lecture."""
     letter = OPTIONS[problem["answer"]]
     if code == "LEPA":
         solution = _reasons(problem, "E")
@@ -59,7 +59,7 @@ def model_output(problem: Problem, code: str) -> str:
 
 
 def _rows(base_dir: Path, split: str, prompt_format: str) -> Iterator[tuple[dict[str, str], str, str]]:
-    """(id and, if there is one, image), input with `<image>` on its last line, output."""
+    """Yield the id and image, if any, the input with `<image>` on its last line, and the output."""
     given, wanted = prompt_format.split("-")
     for pid, problem in read_problems(base_dir, split).items():
         image = {"image": f"{pid}/{problem['image']}"} if problem.get("image") else {}
@@ -67,12 +67,12 @@ def _rows(base_dir: Path, split: str, prompt_format: str) -> Iterator[tuple[dict
         yield {"id": pid, **image}, text, model_output(problem, wanted)
 
 
-def _conversation(text: str, answer: str) -> list[Mapping[str, Any]]:
+def _conversation(text: str, answer: str) -> list[Row]:
     return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
 
 
 def convert_to_llava(base_dir: Path, split: str, prompt_format: str) -> Path:
-    """Write `llava_SPLIT_FORMAT.json`, conversations to train with."""
+    """Write `llava_SPLIT_FORMAT.json`: training conversations."""
     path = base_dir / f"llava_{split}_{prompt_format}.json"
     rows = [{**head, "conversations": _conversation(*pair)} for head, *pair in _rows(base_dir, split, prompt_format)]
     write_json(path, rows, indent=2)
@@ -80,7 +80,7 @@ def convert_to_llava(base_dir: Path, split: str, prompt_format: str) -> Path:
 
 
 def convert_to_jsonl(base_dir: Path, split: str, prompt_format: str) -> Path:
-    """Write `scienceqa_SPLIT_FORMAT.jsonl`, one instruction and output a line."""
+    """Write `scienceqa_SPLIT_FORMAT.jsonl`: one instruction and output per line."""
     path = base_dir / f"scienceqa_{split}_{prompt_format}.jsonl"
     rows = [
         {**head, "instruction": text, "output": answer} for head, text, answer in _rows(base_dir, split, prompt_format)
@@ -90,7 +90,7 @@ def convert_to_jsonl(base_dir: Path, split: str, prompt_format: str) -> Path:
 
 
 def question_text(problem: Problem) -> str:
-    """The question as the benchmark's file has it: `<image>`, context, question, lettered options."""
+    """The question in the form of the benchmark's file: `<image>`, context, question, lettered options."""
     lines = ["<image>"] if problem.get("image") else []
     lines += [f"Context: {problem['hint']}"] if problem.get("hint") else []
     options = (f"{letter}. {choice}" for letter, choice in zip(OPTIONS, problem["choices"], strict=False))
@@ -98,7 +98,7 @@ def question_text(problem: Problem) -> str:
 
 
 def convert_to_questions(base_dir: Path, split: str, prompt_format: str = "CQM-A") -> Path:
-    """Write the benchmark's question file, `llava_SPLIT_CQM-A.json`, which otherwise only a download brings."""
+    """Write `llava_SPLIT_CQM-A.json`, the question file of the benchmark."""
     path = base_dir / f"llava_{split}_{prompt_format}.json"
     rows = []
     for pid, problem in read_problems(base_dir, split).items():
@@ -109,7 +109,7 @@ def convert_to_questions(base_dir: Path, split: str, prompt_format: str = "CQM-A
     return path
 
 
-TASKS: Final[Mapping[str, Any]] = {
+TASKS: Final[Mapping[str, Callable[[Path, str, str], Path]]] = {
     "convert_to_llava": convert_to_llava,
     "convert_to_jsonl": convert_to_jsonl,
     "convert_to_questions": convert_to_questions,
@@ -122,5 +122,5 @@ DEFAULTS: Final[Mapping[str, str]] = {
 
 
 def convert(task: str, base_dir: Path, split: str, prompt_format: str | None) -> str:
-    """Run one of the conversions; returns the file it wrote."""
+    """Run a conversion and return the path of its output."""
     return str(TASKS[task](base_dir, split, prompt_format or DEFAULTS[task]))
