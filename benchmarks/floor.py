@@ -70,6 +70,38 @@ def prefill_cost(shape: Shape, tokens: float, rows: float = 1, *, shared: float 
     return Cost(flops, _read_weights(shape) * itemsize + key_values)
 
 
+def prefill_traffic(shape: Shape, tokens: float, *, itemsize: int = 2) -> float:
+    """Bytes a prefill of one row of `tokens` tokens moves if every operator reads its inputs from device memory and
+    writes its outputs there: the weights, and the activations between the operators.
+
+    Per token and layer, in elements (hidden h, intermediate i, keys k): norm 2h, product of q, k and v 2h + 2k, rotary
+    embedding 9 (h + k), attention 2h + 2k; then product o 2h, norm 2h, the two residual additions together 6h, products
+    gate and up h + 2i, SiLU 2i, multiplication 3i, product down i + h. The last layer runs the second half for the last
+    token only.
+    """
+    hidden, middle, key_value = shape.hidden, shape.intermediate, shape.key_value
+    rotated = hidden + key_value
+    before = 2 * hidden + 2 * rotated + 9 * rotated + 2 * rotated
+    after = 12 * hidden + 8 * middle
+    layers = shape.layers * before + (shape.layers - 1 + 1 / tokens) * after
+    return (_read_weights(shape) + tokens * layers) * itemsize
+
+
+def tower_traffic(shape: Shape, images: float = 1, *, itemsize: int = 2) -> float:
+    """Bytes the tower and projector move if every operator reads its inputs from device memory and writes its
+    outputs there: the bytes of `tower_cost`, and the activations between the operators.
+
+    Per position and layer, in elements: two norms and those of q and k (4 · 2w, and 2 · 2w to make q and k contiguous),
+    the products (w + 3w, 2w, w + m, m + w), attention (4w), GELU (2m), two layer scales (2 · 2w) and two residual
+    additions (2 · 3w).
+    """
+    width, middle = shape.tower_hidden, shape.tower_intermediate
+    layer = 12 * width + 8 * width + 2 * middle + 4 * width + 2 * middle + 4 * width + 6 * width
+    projector = width + 5 * shape.hidden  # two products with GELU in between
+    elements = shape.tower_positions * shape.tower_layers * layer + shape.image_tokens * projector
+    return tower_cost(shape, images, itemsize=itemsize).bytes + images * elements * itemsize
+
+
 def decode_cost(shape: Shape, rows: float, own: float, shared: float = 0, *, itemsize: int = 2) -> Cost:
     """A decode step of `rows` rows, each with `own` cached tokens after a prefix of `shared` tokens common to all rows.
 

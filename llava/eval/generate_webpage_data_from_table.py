@@ -21,7 +21,8 @@ from llava.errors import ConfigError
 from llava.eval.judging.reviews import SCORES
 from llava.eval.program import file_flag, flag, program
 from llava.eval.run.answers import read_results
-from llava.eval.run.files import Record, Row, by_key, read_rows, require_same, write_json, write_text
+from llava.eval.run.files import Record, Row, by_key, read_rows, require_same, write_json
+from llava.files import write_text
 
 _BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
 _ITALIC = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*]+?)(?<=[^\s*])\*(?![\w*])")

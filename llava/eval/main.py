@@ -29,6 +29,7 @@ from llava.eval.run.files import write_json
 from llava.eval.run.questions import Question
 from llava.eval.run.runner import report, run
 from llava.eval.run.shards import merge, shard_path, shard_paths, shards_folder
+from llava.parent_process import exit_with_parent
 from llava.utils import guarded
 
 WHOLE = (0, 1)  # the only chunk of one
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["prepare"]:
         return prepare.main(words[1:])
     namespace = build_parser().parse_args(words)
-    launch.follow_parent()
+    exit_with_parent()
     args = TaskArgs.from_cli_args(namespace)
     tasks = make_tasks(args.tasks.split(","), args.data_root, args.split, args.eval_data)
     questions = [(task, task.questions(args.limit)) for task in tasks]  # reports missing data before loading the model

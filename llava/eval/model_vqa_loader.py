@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from llava.conversation import conv_templates, get_template
 from llava.errors import DataError
 from llava.eval.options import EvalArgs, complete_args
-from llava.eval.run import launch
 from llava.eval.run.images import ImageSource
 from llava.eval.run.questions import Question, get_chunk, read_questions
 from llava.eval.run.runner import report, run
+from llava.parent_process import exit_with_parent
 from llava.utils import guarded
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def answer_file(
     Images come from `--image-folder`, or from the source that `images` returns for the question file. For `follow_up`
     see `RunSettings`. Returns the exit status: 1 if a question failed, else 0.
     """
-    launch.follow_parent()
+    exit_with_parent()
     args = FileArgs.from_cli_args(namespace)
     question_file, answers_file, image_folder = map(Path, (args.question_file, args.answers_file, args.image_folder))
     if not question_file.is_file():

@@ -22,7 +22,7 @@ from llava.eval.reporting.chart import draw_chart
 from llava.eval.reporting.data import Run, compare, csv_text, markdown, read_run
 from llava.eval.reporting.diff import diff_runs
 from llava.eval.reporting.page import collect_samples, render_page
-from llava.eval.run.files import write_text
+from llava.files import write_text
 from llava.utils import guarded
 
 

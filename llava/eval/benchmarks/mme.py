@@ -13,8 +13,9 @@ from typing import ClassVar, Final, NamedTuple
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import Layout, Scores, Task
 from llava.eval.run.answers import read_results
-from llava.eval.run.files import Record, Row, require_same, write_text
+from llava.eval.run.files import Record, Row, require_same
 from llava.eval.run.questions import SHORT_SUFFIX
+from llava.files import write_text
 
 GROUPS: Final = MappingProxyType(
     {

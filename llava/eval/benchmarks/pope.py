@@ -69,8 +69,8 @@ class ConfusionMatrix:
     def of(cls, pairs: Sequence[tuple[str, str]]) -> ConfusionMatrix:
         """The counts over (answer, label)."""
         parsed = [(parse(text), label) for text, label in pairs]
-        cells = [parsed.count(cell) for cell in ((YES, YES), (YES, NO), (NO, NO), (NO, YES))]
-        return cls(*cells, sum(parse_strict(text) == OTHER for text, _ in pairs))
+        tp, fp, tn, fn = (parsed.count(cell) for cell in ((YES, YES), (YES, NO), (NO, NO), (NO, YES)))
+        return cls(tp, fp, tn, fn, sum(parse_strict(text) == OTHER for text, _ in pairs))
 
     def metrics(self) -> Scores:
         """The published metrics, 0 where the denominator is 0."""

@@ -19,7 +19,7 @@ from llava.eval.benchmarks.base import EVAL_ZIP, Layout, Scores, Task
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.run.answers import read_results, read_texts
 from llava.eval.run.files import Record, Row, by_key, read_json, write_json
-from llava.eval.run.questions import LETTER_SUFFIX, Question
+from llava.eval.run.questions import LETTER_SUFFIX, Question, QuestionId
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class Voter:
     indices: Mapping[str, int]
 
     @classmethod
-    def of(cls, texts: Mapping[str, str], problems: Mapping[str, Problem], options: Sequence[str]) -> Voter:
+    def of(cls, texts: Mapping[QuestionId, str], problems: Mapping[str, Problem], options: Sequence[str]) -> Voter:
         """Parse the `The answer is X` of each text; problems without a text count as failed."""
         letters = {pid: parse_statement(texts.get(pid, FAILED)) for pid in problems}
         return cls({pid: choice_index(letters[pid], problem, options) for pid, problem in problems.items()})
@@ -288,7 +288,7 @@ class Voter:
 
 def _read_all(
     base_dir: Path, gpt4_result: Path, our_result: Path, split: str
-) -> tuple[dict[str, Problem], dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, Problem], dict[QuestionId, str], dict[QuestionId, str]]:
     problems = read_problems(base_dir, split)
     outputs = read_json(gpt4_result).get("outputs")
     if not isinstance(outputs, dict):

@@ -84,8 +84,10 @@ class TextVQA(Task):
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         annotations = read_annotations(self.root / ANNOTATIONS)
-        majority = {annotation_key(item): Counter(item["answers"]).most_common(1)[0][0] for item in annotations}
-        return [majority[answer_key(row)] for row in rows]
+        human_answers: dict[tuple[str, str], list[str]] = {
+            annotation_key(item): item["answers"] for item in annotations
+        }
+        return [Counter(human_answers[answer_key(row)]).most_common(1)[0][0] for row in rows]
 
     @staticmethod
     def table(scores: Scores) -> str:

@@ -18,7 +18,7 @@ from llava.errors import ConfigError
 from llava.eval.run.answers import drop_partial_line
 from llava.eval.run.files import read_rows
 from llava.eval.run.remote_model import chat_completion, normalize_url
-from llava.utils import writing
+from llava.files import write_errors
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
 
@@ -69,6 +69,6 @@ class Judge:
                 self.url, body, tries=self.tries, timeout=self.timeout, sleep=self.sleep
             )
             if self.cache is not None:
-                with writing(self.cache), self.cache.open("a", encoding="utf-8") as file:
+                with write_errors(self.cache), self.cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "reply": self._replies[key]}) + "\n")
         return self._replies[key]

@@ -24,18 +24,17 @@ from llava.eval.judging.judge import Judge, base_url
 from llava.eval.program import file_flag, flag, program
 from llava.eval.run.answers import drop_partial_line, lock_file, read_results
 from llava.eval.run.files import Record, Row, by_key, read_json, read_rows, require_same, write_json
-from llava.utils import writing
+from llava.files import write_errors
 
 logger = logging.getLogger(__name__)
 
 SYSTEM: Final = "You are a helpful and precise assistant for checking the quality of the answer."
 DEFAULT_RULES: Final = Path(__file__).parents[1] / "table" / "rule.json"
-FAILED: Final = (-1, -1)
+Pair = tuple[float, float]
+FAILED: Final[Pair] = (-1, -1)
 _NUMBER: Final = r"(\d+(?:\.\d+)?)(?:/10)?"
 SCORES: Final = re.compile(rf"\s*[(\[]?\s*{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}\s*[)\]]?\s*")
 PREFIXES: Final = ("gpt4_text", "reviews_", "review_")
-
-Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ def judge_pair(judge: Judge, prompt: str) -> tuple[str, Pair]:
 def append_reviews(judge: Judge, items: Sequence[Record], output: Path) -> None:
     """Judge each item and append its record. Warns about judgements without scores."""
     failed = 0
-    with writing(output), output.open("a", encoding="utf-8") as file:
+    with write_errors(output), output.open("a", encoding="utf-8") as file:
         for item in items:
             reply, scores = judge_pair(judge, item["message"])
             failed += scores == FAILED
@@ -271,7 +270,7 @@ def review_files(judge: Judge, review_type: ReviewType, files: ReviewFiles) -> N
     items = build_items(review_type, files)
     record = {**judge.settings(), "rule_sha256": hashlib.sha256(files.rule.read_bytes()).hexdigest()}
     judge_file = output.with_name(output.name + ".judge.json")
-    with writing(output):
+    with write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         held = lock_file(output)
     with held:

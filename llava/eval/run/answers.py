@@ -16,7 +16,7 @@ from typing import TextIO
 from llava.errors import ConfigError, DataError
 from llava.eval.run.files import Record, Row, by_key, read_rows
 from llava.eval.run.questions import Question, QuestionId, QuestionKey
-from llava.utils import writing
+from llava.files import write_errors
 
 MakeRow = Callable[[Question, str, str | None], Row]
 
@@ -139,7 +139,7 @@ class AnswersWriter:
 
     def __init__(self, path: Path, questions: Sequence[Question], known: Mapping[int, Row] | None = None) -> None:
         self.path = path
-        with writing(path):
+        with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(path)
         try:
@@ -152,7 +152,7 @@ class AnswersWriter:
         own = {at: row for at, row in enumerate(rows) if row_error(row) is None}
         self._pending = {at: row for at, row in ({**(known or {}), **own}).items() if at >= self._next}
         self.finished = frozenset((*own, *self._pending))
-        with writing(path):
+        with write_errors(path):
             self._file = self._open()
         self._flush()
 
@@ -174,7 +174,7 @@ class AnswersWriter:
 
     def _flush(self) -> None:
         start = self._next
-        with writing(self.path):
+        with write_errors(self.path):
             while self._next in self._pending:
                 self._file.write(json.dumps(self._pending.pop(self._next)) + "\n")
                 self._next += 1
@@ -183,7 +183,7 @@ class AnswersWriter:
 
     def close(self, *, complete: bool) -> None:
         """Close the file; if `complete`, a rewritten file replaces the old one."""
-        with self._lock, writing(self.path):
+        with self._lock, write_errors(self.path):
             self._file.close()
             if self._retry and complete:
                 self._temporary.replace(self.path)

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines files: validated reading, joins by key, and atomic writing."""
+"""JSON and JSON Lines files: validated reading, joins by key, and writing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava.errors import DataError
-from llava.utils import writing
+from llava.files import write_text
 
 Row = dict[str, Any]  # a JSON object
 Record = Mapping[str, Any]  # a JSON object that is only read
@@ -85,12 +85,3 @@ def write_json(path: Path, value: object, indent: int | None = None) -> None:
 def write_jsonl(path: Path, rows: Sequence[Record]) -> None:
     """Write one JSON object per line."""
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: it is either the old one or the new one, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.errors import ConfigError, DataError
 from llava.eval.run.answers import lock_file
 from llava.eval.run.files import Row
 from llava.eval.run.questions import Question
-from llava.utils import writing
+from llava.files import write_text
+from llava.provenance import git_commit, installed_versions
 
-PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "pillow")
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json")
-_SAMPLES, _SAMPLE = 32, 1 << 16  # of a weight file: reading 26 GB for a hash would take longer than many a benchmark
+_SAMPLES, _SAMPLE = 32, 1 << 16  # per weight file; hashing 26 GB would take longer than many benchmarks
 
 
 def manifest_path(answers: Path) -> Path:
@@ -31,9 +26,9 @@ def manifest_path(answers: Path) -> Path:
 
 
 def checkpoint_fingerprint(path: str | Path) -> str:
-    """sha256 over a checkpoint's configuration, and names, sizes and samples (32 of 64 KiB) of its other files.
+    """sha256 of a checkpoint's files: names, sizes, and contents (32 evenly spaced 64 KiB samples of large files).
 
-    A hub name stands for itself.
+    A hub name is returned unchanged.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -48,7 +43,7 @@ def checkpoint_fingerprint(path: str | Path) -> str:
 
 
 def _samples(file: Path) -> Iterator[bytes]:
-    """All of a small file; of a large one evenly spread parts, the first and the last among them."""
+    """Yield a small file whole, and evenly spaced parts of a large one including the first and the last."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         if size <= _SAMPLES * _SAMPLE:
@@ -74,40 +69,20 @@ def questions_fingerprint(questions: Sequence[Question]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Row:
     """Versions, hardware and code commit of this process."""
-    import torch  # here, so that merging and scoring need none
+    import torch  # lazily: merging and scoring do not need it
 
     gpus = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    versions = installed_versions()
     return {
-        "python": platform.python_version(),
+        "python": versions.pop("python"),
         "packages": versions,
-        "commit": code_commit(),
+        "commit": git_commit(),
         "gpu": ", ".join(sorted(gpus)) or None,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
-
-
-def code_commit() -> str | None:
-    """The commit of the source tree this package runs from, None when it is installed without one."""
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "--verify", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def write_manifest(answers: Path, identity: Mapping[str, object], **facts: object) -> None:
@@ -116,13 +91,8 @@ def write_manifest(answers: Path, identity: Mapping[str, object], **facts: objec
 
 
 def save_manifest(answers: Path, content: Mapping[str, object]) -> None:
-    """Write a manifest's content whole: the file is the old one or the new one."""
-    path = manifest_path(answers)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2, default=_jsonable) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    """Write the manifest of an answers file."""
+    write_text(manifest_path(answers), json.dumps(content, indent=2, default=_jsonable) + "\n")
 
 
 def read_manifest(answers: Path) -> Row | None:

@@ -37,7 +37,7 @@ class Part:
         if sys.platform == "win32":
             apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llava.serve.launcher.child", str(grace), module, *argv],
+            [sys.executable, "-m", "llava.parent_process", str(grace), module, *argv],
             stdin=subprocess.PIPE,  # never written to: its end tells the part that we are gone
             stdout=sys.stderr.fileno(),
             stderr=subprocess.PIPE,
