@@ -12,7 +12,7 @@ from llava.errors import ImageError
 from llava.eval import model_qa, model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
 from llava.eval.run.images import Base64Images, prefetch
 from llava.eval.run.questions import Question
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.runner import RunSettings
 from tests.eval.benchdata import make_mmbench_en, make_science_qa, make_textvqa
 from tests.eval.conftest import read_jsonl, write_jsonl
 

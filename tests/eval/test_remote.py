@@ -17,10 +17,9 @@ from llava.engine.sequence import SamplingParams
 from llava.errors import ConfigError, ImageError, RequestError
 from llava.eval import main as evaluate
 from llava.eval import model_vqa_loader
-from llava.eval.run.endpoint import chat, only_model
 from llava.eval.run.manifest import manifest_path
-from llava.eval.run.remote_model import RemoteModel, data_url, in_threads
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.remote_model import RemoteModel, chat_completion, data_url, map_unordered, served_model
+from llava.eval.run.runner import RunSettings
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 from tests.eval.fake_server import FakeServer
@@ -91,10 +90,10 @@ def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
     deltas = [{"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [{"delta": {"content": "grün "}}]}]
     deltas += [{"choices": [{"delta": {"content": "ja"}}]}, {"choices": [], "usage": {}}]
     server.stream = "".join(f"data: {json.dumps(each, ensure_ascii=False)}\n\n" for each in deltas) + "data: [DONE]\n"
-    assert chat(server.url, {"model": "m"}) == "grün ja" and server.bodies[0]["stream"] is False
+    assert chat_completion(server.url, {"model": "m"}) == "grün ja" and server.bodies[0]["stream"] is False
     server.stream = 'data: {"error": {"message": "broken"}}\n\n'
     with pytest.raises(RequestError, match="a stream without an answer"):
-        chat(server.url, {"model": "m"}, tries=1)
+        chat_completion(server.url, {"model": "m"}, tries=1)
 
 
 def test_a_server_that_answers_nothing_ends_the_run(
@@ -102,7 +101,7 @@ def test_a_server_that_answers_nothing_ends_the_run(
 ) -> None:
     server.answer = lambda body: (404, "no such model")
     assert model_vqa_loader.main(command(server, pictures, tmp_path, "--batch-size", "2")) == 2
-    assert "8 questions in a row got no answer" in capsys.readouterr().err
+    assert "8 consecutive questions got no answer" in capsys.readouterr().err
     server.answer = color
     assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
 
@@ -135,30 +134,30 @@ def test_work_in_threads_is_not_waited_for_when_it_is_given_up() -> None:
             assert release.wait(60)
         return item * item
 
-    assert sorted(in_threads(lambda item: -item, range(50), 4)) == list(range(-49, 1))
-    answers = in_threads(work, range(10), 2)
+    assert sorted(map_unordered(lambda item: -item, range(50), 4)) == list(range(-49, 1))
+    answers = map_unordered(work, range(10), 2)
     assert next(answers) in (0, 1) and started.wait(60)
     answers.close()  # returns though one is at work
     release.set()
     with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda item: 1 // item, [1, 0], 2))
+        list(map_unordered(lambda item: 1 // item, [1, 0], 2))
 
 
 def test_a_server_with_several_models_wants_a_name(server: FakeServer) -> None:
     server.models = ["a", "b"]
-    with pytest.raises(RequestError, match="has the models a, b; name one: --api-model"):
-        only_model(server.url)
+    with pytest.raises(RequestError, match="has the models a, b; choose one with --api-model"):
+        served_model(server.url)
     with pytest.raises(RequestError, match="does not list its models"):
-        only_model("http://127.0.0.1:9/v1")
+        served_model("http://127.0.0.1:9/v1")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "No model: give --model-path CHECKPOINT, or --api-base"),
-        (["--api-base", "http://x", "--model-path", "y"], "not both"),
+        ([], "No model given; use --model-path CHECKPOINT, or --api-base"),
+        (["--api-base", "http://x", "--model-path", "y"], "exclude each other; give one of them"),
         (["--api-base", "URL", "--num_beams", "2"], "beam search"),
-        (["--api-base", "127.0.0.1:1/v1", "--api-model", "m"], "'127.0.0.1:1/v1' has no http:// or https://"),
+        (["--api-base", "127.0.0.1:1/v1", "--api-model", "m"], "'127.0.0.1:1/v1' must start with http:// or https://"),
     ],
 )
 def test_contradictions_are_one_sentence(

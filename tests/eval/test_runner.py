@@ -18,11 +18,10 @@ from llava.engine import Engine, Request, SamplingParams, load_engine
 from llava.engine.sequence import Picture, identify, render_question
 from llava.errors import ConfigError, ImageError
 from llava.eval.run.images import prefetch
-from llava.eval.run.local_model import LocalModel, question_seed
+from llava.eval.run.local_model import LocalModel
 from llava.eval.run.manifest import checkpoint_fingerprint, manifest_path
 from llava.eval.run.questions import Question, read_questions
-from llava.eval.run.runner import report, run, work_order
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.runner import RunSettings, group_by_images, report, run
 from llava.images import open_image, preprocess_image
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 
@@ -61,7 +60,7 @@ def test_a_run_is_resumed_without_asking_twice(
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
     outcome = run(engine, questions, path, settings)
-    assert 0 < outcome.asked < 21 and outcome.asked + outcome.found == 21
+    assert 0 < outcome.asked < 21 and outcome.asked + outcome.reused == 21
     assert path.read_bytes() == whole
     monkeypatch.setattr(engine, "submit", lambda request: pytest.fail("asked again"))
     assert run(engine, questions, path, settings).asked == 0
@@ -107,8 +106,8 @@ def test_sampled_answers_depend_on_neither_batch_nor_shard(
         run(one, questions, tmp_path / f"{k}.jsonl", dataclasses.replace(hot, chunk=(k, 3)))
         parts += (tmp_path / f"{k}.jsonl").read_bytes()
     assert parts == (tmp_path / "whole.jsonl").read_bytes()
-    assert question_seed(settings, questions[0]) is None
-    assert question_seed(hot, questions[0]) != question_seed(hot, questions[1])
+    assert settings.seed_for(questions[0]) is None
+    assert hot.seed_for(questions[0]) != hot.seed_for(questions[1])
 
 
 def test_another_models_answers_are_not_continued(
@@ -139,7 +138,7 @@ def test_answers_of_unknown_origin_need_a_word(
     path = tmp_path / "a.jsonl"
     run(engine, questions, path, settings)
     manifest_path(path).unlink()
-    with pytest.raises(ConfigError, match="--overwrite to start afresh or --resume"):
+    with pytest.raises(ConfigError, match="--overwrite to start over or --resume"):
         run(engine, questions, path, settings)
     assert run(engine, questions, path, dataclasses.replace(settings, resume=True)).asked == 0
 
@@ -172,8 +171,8 @@ def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
 
 def test_questions_of_a_picture_become_neighbours() -> None:
     questions = [Question(n, str(n), (f"{n % 3}.png",)) for n in range(9)]
-    assert list(work_order(questions, range(9))) == [0, 3, 6, 1, 4, 7, 2, 5, 8]
-    assert list(work_order(questions, range(9), window=5)) == [0, 3, 1, 4, 2, 5, 8, 6, 7]
+    assert list(group_by_images(questions, range(9))) == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    assert list(group_by_images(questions, range(9), window=5)) == [0, 3, 1, 4, 2, 5, 8, 6, 7]
 
 
 def test_pictures_are_opened_once_for_neighbours_and_not_all_ahead(
@@ -202,7 +201,7 @@ def test_memory_holds_two_batches_of_requests(
         return submit(request)
 
     monkeypatch.setattr(engine, "submit", counting)
-    for _ in LocalModel(engine).ask(questions, range(len(questions)), settings):
+    for _ in LocalModel(engine).answer(questions, range(len(questions)), settings):
         live -= 1
     assert live == 0 and most <= 2 * engine.max_batch_size
 
@@ -292,7 +291,7 @@ def test_finished_questions_free_their_images(
     engine: Engine, settings: RunSettings, monkeypatch: pytest.MonkeyPatch, follow_up: str | None
 ) -> None:
     source, handles = Tracked(), weakref.WeakKeyDictionary[Any, str]()
-    settings = dataclasses.replace(settings, pictures=source, num_workers=0, follow_up=follow_up)
+    settings = dataclasses.replace(settings, images=source, num_workers=0, follow_up=follow_up)
     questions = [Question(n, "x" * (n % 7 + 1), (str(n),)) for n in range(30)]
     submit, submitted, latest = engine.submit, [], "none"
 
@@ -308,7 +307,7 @@ def test_finished_questions_free_their_images(
     gc.disable()  # freed by their last reference, not at some later collection
     try:
         answered = set()
-        for position, _, error in LocalModel(engine).ask(questions, range(30), settings):
+        for position, _, error in LocalModel(engine).answer(questions, range(30), settings):
             assert error is None
             answered.add(str(position))
             latest = max(source.opened, key=int)
@@ -332,6 +331,6 @@ def test_only_rows_that_are_continued_are_kept(
     kept: list[bool] = []
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda request: (kept.append(request.keep), submit(request))[1])
-    list(LocalModel(engine).ask(questions, range(21), dataclasses.replace(settings, follow_up=follow_up)))
+    list(LocalModel(engine).answer(questions, range(21), dataclasses.replace(settings, follow_up=follow_up)))
     assert kept.count(True) == (0 if follow_up is None else 21)
     assert kept.count(False) == 21
