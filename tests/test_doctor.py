@@ -86,7 +86,7 @@ def test_missing_packages_name_the_extra() -> None:
     bare = {name: GOOD[name] for name in ("python", *doctor.FEATURES[0].packages, "accelerate")}
     verdicts = features(doctor.Facts(bare))
     assert verdicts["inference"] == (True, "on the CPU")
-    for name, extra in [("training", "train"), ("DeepSpeed", "train"), ("quantisation", "quant"), ("serving", "serve")]:
+    for name, extra in [("training", "train"), ("DeepSpeed", "train"), ("quantization", "quant"), ("serving", "serve")]:
         usable, why = verdicts[name]
         assert not usable
         assert f"pip install 'llava[{extra}]'" in why
@@ -118,8 +118,8 @@ def test_a_bad_version_takes_its_feature_away() -> None:
     assert "EncoderDecoderCache" in why
 
 
-def test_quantisation_says_that_the_cpu_is_slow() -> None:
-    assert features(dataclasses.replace(MACHINE, devices=()))["quantisation"] == (True, "on the CPU: it works, slowly")
+def test_quantization_on_the_cpu_is_slow() -> None:
+    assert features(dataclasses.replace(MACHINE, devices=()))["quantization"] == (True, "on the CPU: slow")
 
 
 def test_the_page_shows_devices_and_absences() -> None:
@@ -183,7 +183,7 @@ def test_the_driver_is_asked(body: str, expected: str | None, tmp_path: Path, mo
     program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(doctor, "PATIENCE", 0.5 if "sleep" in body else 20)
+    monkeypatch.setattr(doctor, "SMI_TIMEOUT", 0.5 if "sleep" in body else 20)
     assert doctor._driver() == expected
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     assert doctor._driver() is None

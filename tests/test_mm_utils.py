@@ -59,7 +59,7 @@ def test_bos_comes_first_if_and_only_if_the_tokenizer_adds_one(name: str, prompt
 
 
 def test_other_tensor_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="give 'pt' for a tensor"):
+    with pytest.raises(ValueError, match="must be 'pt' for a tensor"):
         tokenizer_image_token("a", zoo.make("llama-new"), return_tensors="np")  # type: ignore[call-overload]
 
 

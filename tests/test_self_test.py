@@ -22,7 +22,7 @@ from llava import doctor
 from llava.engine import attention, llama, sampling
 from llava.engine.native import decoder
 from llava.engine.native.build import library
-from llava.engine.sequence import SamplingParams, identify
+from llava.engine.sequence import SamplingParams, hash_image
 from llava.model import checkpoint
 from llava.model.language_model import causal_lm, packed
 from llava.model.multimodal_encoder.builder import ENVIRONMENT
@@ -147,7 +147,7 @@ def test_without_the_device_there_is_one_sentence(
     assert doctor.main(["--self-test", "--device", "cuda"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: Device 'cuda' was asked for, but no CUDA GPU is visible;")
+    assert captured.err.startswith("error: Device 'cuda' is not available: no CUDA GPU is visible;")
     assert captured.err.count("\n") == 1
 
 
@@ -225,9 +225,9 @@ def test_a_native_kernel_that_is_not_reached(run: Any, monkeypatch: pytest.Monke
 
 def test_one_image_taken_for_another(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def same(image: Any) -> Any:
-        return dataclasses.replace(identify(image), digest=b"0" * 32)
+        return dataclasses.replace(hash_image(image), digest=b"0" * 32)
 
-    monkeypatch.setattr(llava.engine.engine, "identify", same)
+    monkeypatch.setattr(llava.engine.engine, "hash_image", same)
     _, lines = run("clip")
     assert {"batch, shared image", "logits float32"} <= failed(lines, "clip")
     assert not {"loader", "greedy tokens"} & failed(lines, "clip")

@@ -1,4 +1,4 @@
-"""Memory limits of an engine's caches: as given, else from the free memory of the model's devices."""
+"""Memory limits of the engine's caches, by default from the free memory of the model's devices."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ import torch
 from llava.engine.cache import CacheSpec
 
 _MIB: Final = 2**20
-_STORE_BYTES: Final = 512 * _MIB  # of the prefix cache and of the feature cache where free memory is unknown
+_STORE_BYTES: Final = 512 * _MIB  # prefix cache and feature cache on other devices than CUDA
 _PREFILL_TOKENS: Final = 8192
 _LEAST_PREFILL_TOKENS: Final = 512
-# Fractions of the free memory. A KV cache that grows by half holds 1.67 times its final size for a moment; what is left
-# is for activations.
+# Fractions of the free memory; the rest is for activations. A KV cache that grows by half temporarily takes 5/3 of its
+# final size.
 _KV_SHARE: Final = 0.35
 _PREFIX_SHARE: Final = 0.2
 _FEATURE_SHARE: Final = 0.02
 _PREFILL_SHARE: Final = 0.1
-_CONTEXT_SHARE: Final = 0.45  # of the KV cache where its usual share does not hold one full context
+_CONTEXT_SHARE: Final = 0.45  # KV cache, if `_KV_SHARE` does not hold one full context
 _LEAST_PREFIX_SHARE: Final = 0.05
-_CACHES_SHARE: Final = 0.85  # of both, while the KV cache grows
+_CACHES_SHARE: Final = 0.85  # KV and prefix cache while the former grows
 _GROWTH: Final = 5 / 3
 
 
 @dataclass(frozen=True)
 class CacheBounds:
-    """Bytes of the KV cache of running requests (None: unlimited), of the prefix cache and of the feature cache, and
-    prompt tokens of one forward pass."""
+    """Bytes of the KV cache (None: unlimited), prefix cache and feature cache, and prompt tokens per forward pass."""
 
     kv: int | None
     prefix: int
@@ -45,11 +44,10 @@ def cache_bounds(
     features: int | None = None,
     prefill_tokens: int | None = None,
 ) -> CacheBounds:
-    """The bounds given, and defaults for the rest.
+    """Complete the given bounds with defaults.
 
-    On CUDA the defaults follow from the memory that is free now, after the weights were loaded; the KV cache holds at
-    least one full context where that leaves room. A model split over GPUs is limited by the one with the least free
-    memory per layer.
+    On CUDA the defaults are fractions of the currently free memory; the KV cache holds at least one full context if
+    that leaves room. A model split over GPUs is limited by the GPU with the least free memory per layer.
     """
     default = CacheBounds(None, _STORE_BYTES, _STORE_BYTES)
     if spec.device.type == "cuda" and None in (kv, prefix, features, prefill_tokens):
@@ -64,9 +62,9 @@ def cache_bounds(
 
 def _from_free_memory(spec: CacheSpec, free: Callable[[torch.device], int]) -> CacheBounds:
     layers = Counter(spec.layer_devices or (spec.device,) * spec.layers)
-    room = min(free(device) * spec.layers // count for device, count in layers.items())  # for keys and values
-    context = (spec.context_length or 0) * spec.column_bytes
-    prefill = int(_PREFILL_SHARE * room) // spec.column_bytes  # its keys and values are copied to the KV cache later
+    room = min(free(device) * spec.layers // count for device, count in layers.items())
+    context = (spec.context_length or 0) * spec.bytes_per_token
+    prefill = int(_PREFILL_SHARE * room) // spec.bytes_per_token  # its keys and values exist beside the KV cache
     kv = max(int(_KV_SHARE * room), min(context, int(_CONTEXT_SHARE * room)))
     prefix = max(_LEAST_PREFIX_SHARE, min(_PREFIX_SHARE, _CACHES_SHARE - _GROWTH * kv / room)) if room else 0.0
     return CacheBounds(

@@ -133,7 +133,7 @@ def create_data_loader(
     """
     from torch.utils.data import DataLoader
 
-    from llava.engine.sequence import render_question
+    from llava.engine.chat import render_question
     from llava.errors import ConfigError
     from llava.images import open_image
     from llava.mm_utils import process_images, tokenizer_image_token

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template, template_for
 from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args, sampling_params
-from llava.engine.chat import ChatSession
-from llava.engine.chat import load_picture as load_image
+from llava.engine.chat import ChatSession, load_image
 from llava.eval.options import complete_args
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import guarded

@@ -36,7 +36,7 @@ from llava.model.lora import (
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.quantization import Quantizer, size_name
+from llava.model.quantization import Quantizer, storage_name
 from llava.model.registry import language_model_spec
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import empty_weights, load_weights
@@ -113,7 +113,7 @@ def load_pretrained_model(
         target,
         device_map,
         shapes=shapes,
-        dtype=size_name(chosen, bits),
+        storage=storage_name(chosen, bits),
         tied=bool(config.tie_word_embeddings),
         num_gpus=num_gpus,
         max_memory=max_memory,

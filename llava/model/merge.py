@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def merge(model_path: str | Path, model_base: str | Path | None, save_model_path
         processor = model.get_model().vision_tower.image_processor
         adapted = lora.attach_adapter(model, found.path).eval()
         expected = probe_logits(adapted, tokenizer, processor)
-        model = lora.merge_adapter(adapted, found.path)
+        model = cast("LlavaLlamaForCausalLM", lora.merge_adapter(adapted, found.path))
         merge_error = check_logits(
             probe_logits(model, tokenizer, processor), expected, "The merged and the unmerged model"
         )

@@ -81,7 +81,7 @@ def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
     loaded, errors, sizes = case.models[Role(REFERENCE.device, dtype)], [], [1, 3, native_decode_rows(dtype)]
     for size in sizes:
         engine = make_engine(loaded, max_batch_size=size)
-        native: Any = getattr(engine.lm, "native", None)
+        native: Any = getattr(engine.model_runner, "native", None)
         if native is None:
             raise CheckSkipped("the C++ kernel is not in use")
         run = native.step

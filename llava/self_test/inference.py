@@ -95,7 +95,8 @@ def inputs(loaded: Loaded, request: Request) -> tuple[list[int], dict[str, Tenso
     ids = tokenizer_image_token(prompt, loaded.tokenizer)
     if not images:
         return ids, {}
-    return ids, {"images": process_images(images, loaded.processor, model.config).to(model.device, model.dtype)}
+    pixels = torch.stack(list(process_images(images, loaded.processor, model.config)))
+    return ids, {"images": pixels.to(model.device, model.dtype)}
 
 
 @torch.no_grad()

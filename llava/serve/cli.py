@@ -16,7 +16,7 @@ from pathlib import Path
 from llava.conversation import template_for
 from llava.engine import Engine
 from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args, sampling_params
-from llava.engine.chat import ChatSession, is_stage_one, load_picture
+from llava.engine.chat import ChatSession, is_stage_one, load_image
 from llava.errors import ConfigError
 from llava.eval.run.runner import RunSettings, report
 from llava.mm_utils import get_model_name_from_path
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check(args)
     params = sampling_params(args)
-    pictures = [(source, load_picture(source)) for source in args.image_file]
+    pictures = [(source, load_image(source)) for source in args.image_file]
     print(f"Loading {args.model_path} …", file=sys.stderr)
     engine = EngineArgs.from_cli_args(args, max_batch_size=args.batch_size).build_engine()
     config = engine.model.config

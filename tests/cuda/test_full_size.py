@@ -21,9 +21,9 @@ from benchmarks.full_size import make_model
 from llava.engine.cache import KVCache
 from llava.engine.features import FeatureEncoder
 from llava.engine.llama import LlamaRunner
-from llava.engine.prefix_cache import Segment, Span
+from llava.engine.prefix_cache import Node, PrefixMatch
 from llava.engine.sampling import Sampler
-from llava.engine.sequence import Picture, SamplingParams
+from llava.engine.sequence import HashedImage, SamplingParams
 from llava.train.flops import Shape, Trainable, shape_of, step_flops
 from tests.cuda.fake_card import fake_card
 
@@ -55,9 +55,9 @@ class Card:
         with self.mode:
             return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
 
-    def span(self, tokens: int) -> Span:
+    def span(self, tokens: int) -> PrefixMatch:
         data = self.lm.spec.empty(1, tokens)[:, :, 0]
-        return Span(Segment(tuple(range(tokens)), tuple(range(tokens + 1)), data), tokens)
+        return PrefixMatch(Node(tuple(range(tokens)), tuple(range(tokens + 1)), data), tokens)
 
     def decode(self, lengths: list[int], prefixes: tuple[int, ...]) -> OpCounter:
         """A step of rows with `lengths` own cached tokens after the prefixes; counted once."""
@@ -80,7 +80,7 @@ class Card:
 
     def encode(self, images: int, pixels: int) -> OpCounter:
         encoder = FeatureEncoder(self.lm.model, None, aspect_ratio=None, budget=0)
-        shown = [Picture(bytes([image]), self.empty(3, pixels, pixels)) for image in range(images)]
+        shown = [HashedImage(bytes([image]), self.empty(3, pixels, pixels)) for image in range(images)]
         with self.counting() as counter:
             features = encoder.encode(shown)
         assert {found.shape for found in features.values()} == {((pixels // 14) ** 2, self.shape.hidden)}

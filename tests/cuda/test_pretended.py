@@ -56,7 +56,7 @@ def two_turns(engine: Engine) -> list[tuple[int, ...]]:
     chat.attach("red.png", IMAGE)
     for text in ("What is this?", "And why?"):
         completion = chat.ask(text).result()
-        chat.keep(completion)
+        chat.add_answer(completion)
         said.append(completion.token_ids)
     return said
 
@@ -175,4 +175,4 @@ def test_a_model_spread_over_cards(checkpoints: Checkpoints) -> None:
         assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:0", "cuda:1", "cuda:2"}
         engine = Engine(model, tokenizer, processor)
         assert [one.token_ids for one in engine.generate(batch())] == expected
-        assert [str(place) for place in engine.lm.spec.layer_devices] == ["cuda:1", "cuda:2"]
+        assert [str(place) for place in engine.model_runner.spec.layer_devices] == ["cuda:1", "cuda:2"]

@@ -126,7 +126,7 @@ def test_slots_follow_the_rows(make: Make) -> None:
 def test_text_run_has_no_images(make: Make) -> None:
     batch = collate(make([record("hi"), record("what?")], is_multimodal=False), 0, 1)
     assert "images" not in batch
-    with pytest.raises(DataError, match="record 0: it has an image, but the run has no --vision_tower"):
+    with pytest.raises(DataError, match="record 0: the record has an image, but the run has no --vision_tower"):
         make([record("<image>", image="red.png")], is_multimodal=False)
 
 
@@ -169,11 +169,11 @@ def test_truncation_keeps_the_image_and_is_counted(make: Make) -> None:
 @pytest.mark.parametrize(
     ("bad", "kind", "why"),
     [
-        (record("<image>", image="missing.png"), ImageError, "missing.png: there is no such file"),
+        (record("<image>", image="missing.png"), ImageError, "missing.png: no such file"),
         (record("<image>", image="broken.png"), ImageError, "broken.png: the file is damaged"),
-        (record("<image>", image=["red.png", "data.json"]), DataError, "2 images are declared, but the turns hold 1"),
-        (record("no placeholder", image="red.png"), DataError, "1 images are declared, but the turns hold 0"),
-        (record("<image>"), DataError, "0 images are declared"),
+        (record("<image>", image=["red.png", "data.json"]), DataError, "has 2 images, but its turns contain 1"),
+        (record("no placeholder", image="red.png"), DataError, "has 1 images, but its turns contain 0"),
+        (record("<image>"), DataError, "has 0 images"),
         ({"conversations": [{"from": "user", "value": "x"}]}, DataError, "from 'user'"),
         ("text", DataError, "the record is str"),
     ],
@@ -229,7 +229,7 @@ def test_skip_gives_up_on_a_wrong_folder(make: Make, tmp_path: Path) -> None:
 
 def test_nothing_left_to_stand_in(make: Make) -> None:
     dataset = make([record("<image>", image=f"missing{index}.png") for index in range(2)], on_bad_sample="skip")
-    with pytest.raises(DataError, match="no record to stand in for record 0"):
+    with pytest.raises(DataError, match="no replacement for record 0"):
         dataset[0]
     with pytest.raises(DataError, match="no usable record"):
         make([record("<image>")], on_bad_sample="skip")

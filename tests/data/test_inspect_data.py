@@ -42,7 +42,7 @@ def test_in_the_terminal(file: Path, tiny_dirs: dict[str, Path], capsys: pytest.
     plain = capsys.readouterr().out
     assert "\x1b" not in plain and "‹<image 1>›" in plain and "The shape is red.</s>⟧" in plain
     assert main([*argv, "--records", "7"]) == 1
-    assert "has 4 records, not 7" in capsys.readouterr().out
+    assert "index 7 is out of range: " in capsys.readouterr().out
 
 
 def test_the_page_has_the_tokens_of_training(file: Path, tiny_dirs: dict[str, Path], tmp_path: Path) -> None:

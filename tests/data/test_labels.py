@@ -24,11 +24,11 @@ from llava.data.labels import (
     check_template,
     preprocess,
     preprocess_multimodal,
+    tokenize,
     training_spans,
     truncate,
 )
 from llava.data.records import Turn
-from llava.data.tokens import tokenize
 from llava.errors import DataError, TemplateError
 from llava.mm_utils import tokenizer_image_token
 from tests.data import zoo

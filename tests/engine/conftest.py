@@ -39,9 +39,9 @@ def make_engine(parts: tuple[Any, Any, Any]) -> Callable[..., Engine]:
 
 
 @pytest.fixture(scope="session")
-def column_bytes(parts: tuple[Any, Any, Any]) -> int:
+def bytes_per_token(parts: tuple[Any, Any, Any]) -> int:
     """Memory that one token's keys and values take."""
-    return Engine(*parts).lm.spec.column_bytes
+    return Engine(*parts).model_runner.spec.bytes_per_token
 
 
 @pytest.fixture

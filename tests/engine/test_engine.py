@@ -27,7 +27,7 @@ from tests.engine.conftest import Solo
 PICTURES = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 TOKENS = st.integers(3, 383)
 MakeEngine = Callable[..., Engine]
-SEGMENT = prefix_cache.Segment
+SEGMENT = prefix_cache.Node
 
 
 @st.composite
@@ -46,17 +46,17 @@ def requests(draw: st.DrawFn) -> Request:
 def columns(request: Request, engine: Engine) -> int:
     """Keys and values that a request may need, in tokens."""
     length = len(request.prompt) + 15 * len(request.images)
-    return length + min(request.params.max_new_tokens, engine.lm.context_length - length)
+    return length + min(request.params.max_new_tokens, engine.model_runner.context_length - length)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_schedule_equals_one_at_a_time(
-    make_engine: MakeEngine, solo: Solo, column_bytes: int, data: st.DataObject
+    make_engine: MakeEngine, solo: Solo, bytes_per_token: int, data: st.DataObject
 ) -> None:
     """Whatever arrives when, is cancelled, fits or does not: the same tokens, within all budgets, nothing kept."""
     room = data.draw(st.sampled_from([None, 50, 110, 160, 300]))  # in tokens; one request may need up to 118
-    budget = None if room is None else room * column_bytes
+    budget = None if room is None else room * bytes_per_token
     engine = make_engine(
         max_batch_size=data.draw(st.integers(1, 6)),
         max_prefill_tokens=data.draw(st.sampled_from([1, 100, 8192])),
@@ -64,17 +64,17 @@ def test_any_schedule_equals_one_at_a_time(
         kv_cache_bytes=budget,
     )
     engine._on_cuda = data.draw(st.booleans())  # as on CUDA, where tokens become text one step later
-    stores = (engine.features.store, engine.prefiller.prefixes)
-    segments: WeakSet[prefix_cache.Segment] = WeakSet()
+    stores = (engine.features.store, engine.prefiller.prefix_cache)
+    segments: WeakSet[prefix_cache.Node] = WeakSet()
 
-    def remember(*parts: Any) -> prefix_cache.Segment:
+    def remember(*parts: Any) -> prefix_cache.Node:
         segment = SEGMENT(*parts)
         segments.add(segment)
         return segment
 
     waiting = data.draw(st.lists(requests(), min_size=3, max_size=8))
     submitted = []
-    with mock.patch.object(prefix_cache, "Segment", remember):
+    with mock.patch.object(prefix_cache, "Node", remember):
         while waiting or any(not handle.done for _, handle in submitted):
             least = int(all(handle.done for _, handle in submitted))  # there is something to do in every step
             for _ in range(data.draw(st.integers(least, 3)) if waiting else 0):
@@ -87,7 +87,7 @@ def test_any_schedule_equals_one_at_a_time(
             if submitted and data.draw(st.integers(0, 9)) == 0:
                 submitted[data.draw(st.integers(0, len(submitted) - 1))][1].cancel()
             engine.step()
-            assert budget is None or engine.statistics().row_bytes <= budget
+            assert budget is None or engine.statistics().kv_bytes <= budget
             assert all(store.bytes <= store.budget for store in stores)
     for request, handle in submitted:
         expected = solo(request.prompt, request.images, request.params.max_new_tokens)
@@ -98,7 +98,7 @@ def test_any_schedule_equals_one_at_a_time(
             assert answer.token_ids == expected
             assert answer.finish_reason == ("stop" if expected[-1] == 2 else "length")
     assert not engine.step() and engine._cache.lengths == [] and engine._cache.chains == []
-    assert set(segments) == set(engine.prefiller.prefixes._segments)  # what was evicted is gone with its last row
+    assert set(segments) == set(engine.prefiller.prefix_cache._segments)  # what was evicted is gone with its last row
     assert sum(part.data.nbytes for part in segments if part.data is not None) == engine.statistics().prefix_bytes
 
 
@@ -228,7 +228,7 @@ def test_image_counts_must_agree(engine: Engine, tags: int, images: int) -> None
 
 
 def test_length_limits_count_image_tokens(engine: Engine) -> None:
-    context = engine.lm.context_length
+    context = engine.model_runner.context_length
     fits = [1] * (context - 16 - 1) + [-200]
     handle = engine.submit(Request(fits, PICTURES[:1], SamplingParams(100)))
     assert handle.result().finish_reason == "length" and len(handle.result().token_ids) == 1
@@ -356,7 +356,7 @@ def test_finished_requests_are_forgotten(engine: Engine) -> None:
 def test_bfloat16_runs(tiny_dirs: dict[str, Path]) -> None:
     engine = load_engine(tiny_dirs["chat"], device="cpu", dtype="bfloat16")
     answers = engine.generate([Request([1, -200, 300 + n], PICTURES[n : n + 1], SamplingParams(4)) for n in range(3)])
-    assert engine.lm.spec.dtype is torch.bfloat16 and all(len(answer.token_ids) >= 1 for answer in answers)
+    assert engine.model_runner.spec.dtype is torch.bfloat16 and all(len(answer.token_ids) >= 1 for answer in answers)
 
 
 def test_eager_attention_agrees(tiny_dirs: dict[str, Path]) -> None:
@@ -384,22 +384,22 @@ def test_the_next_turn_starts_behind_the_last(make_engine: MakeEngine, solo: Sol
     assert after.computed_tokens - before.computed_tokens == 3  # the last token of the answer, and the new ones
     assert after.shared_tokens - before.shared_tokens == len(second) - 1 + 16 - 3 and after.encoded_images == 1
     other = make_engine()
-    other.generate([Request(first, PICTURES[:1], SamplingParams(12), keep=False)])
+    other.generate([Request(first, PICTURES[:1], SamplingParams(12), cache_prefix=False)])
     assert other.statistics().prefix_bytes == 0
 
 
 def test_rows_keep_to_their_budget_and_a_request_beyond_it_is_refused(
-    make_engine: MakeEngine, solo: Solo, column_bytes: int
+    make_engine: MakeEngine, solo: Solo, bytes_per_token: int
 ) -> None:
     engine = make_engine(
-        max_batch_size=8, kv_cache_bytes=100 * column_bytes, prefix_cache_bytes=0, feature_cache_bytes=0
+        max_batch_size=8, kv_cache_bytes=100 * bytes_per_token, prefix_cache_bytes=0, feature_cache_bytes=0
     )
     prompts = [[1, *range(300, 310 + n)] for n in range(6)]
     handles = [engine.submit(Request(ids, params=SamplingParams(20))) for ids in prompts]
     most = 0
     while engine.step():
         most = max(most, engine.running)
-        assert engine.statistics().row_bytes <= 100 * column_bytes
+        assert engine.statistics().kv_bytes <= 100 * bytes_per_token
     assert most == 3  # the shortest three need 33 columns each at most
     assert [handle.result().token_ids for handle in handles] == [solo(ids, [], 20) for ids in prompts]
     with pytest.raises(RequestError, match="kv_cache_bytes"):
@@ -411,8 +411,8 @@ def test_a_long_prompt_is_computed_in_pieces_and_does_not_hold_up_the_others(
 ) -> None:
     engine = make_engine(max_prefill_tokens=32)
     sizes: list[int] = []
-    run = engine.lm._run  # type: ignore[attr-defined]
-    monkeypatch.setattr(engine.lm, "_run", lambda x, *rest: (sizes.append(len(x)), run(x, *rest))[1])
+    run = engine.model_runner._run  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine.model_runner, "_run", lambda x, *rest: (sizes.append(len(x)), run(x, *rest))[1])
     long = [1, *(3 + n * 7 % 380 for n in range(150))]
     assert engine.generate([Request(long, params=SamplingParams(5))])[0].token_ids == solo(long, [], 5)
     assert max(sizes) <= 32
@@ -465,8 +465,8 @@ def test_an_idle_engine_gives_the_memory_of_its_rows_back(
 ) -> None:
     engine = make_engine()
     engine.generate([Request([1, 300, 301], params=SamplingParams(3))])
-    assert engine.statistics().row_bytes > 0  # a little is kept for the next request
+    assert engine.statistics().kv_bytes > 0  # a little is kept for the next request
     monkeypatch.setattr(cache, "_IDLE_BYTES", 0)
     engine._on_cuda = True
     assert engine.generate([Request([1, 300, 301], params=SamplingParams(3))])
-    assert engine.statistics().row_bytes == 0
+    assert engine.statistics().kv_bytes == 0

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.engine import attention
-from llava.engine.attention import Shared, attend
+from llava.engine.attention import SharedPrefix, attend
 from llava.engine.cache import KVCache
-from llava.engine.linear import Product
+from llava.engine.layers import FusedLinear
 from llava.engine.llama import LlamaRunner, build_model_runner
-from llava.engine.model_runner import LanguageModel
-from llava.engine.prefix_cache import PrefixCache, Span
+from llava.engine.model_runner import ModelRunner
+from llava.engine.prefix_cache import PrefixCache, PrefixMatch
 from llava.placement import prefers_matrix_vector
 from tests.tiny import llama_settings
 
@@ -56,8 +56,8 @@ def test_logits_are_the_librarys(variant: str) -> None:
     expected = [model(torch.tensor([row])).logits[0, -1] for row in rows]
     lm = build_model_runner(model)
     assert isinstance(lm, LlamaRunner)
-    segment = PrefixCache(2**20).insert((), tuple(begin), [1] * 40, lm.prefill_segment(lm.embed(begin), ()))
-    chains = [(Span(segment, 40),), (Span(segment, 40),), ()]
+    segment = PrefixCache(2**20).insert((), tuple(begin), [1] * 40, lm.prefill_kv(lm.embed(begin), ()))
+    chains = [(PrefixMatch(segment, 40),), (PrefixMatch(segment, 40),), ()]
     data, states = lm.prefill([lm.embed(tail) for tail in tails], chains)
     torch.testing.assert_close(lm.logits(states), torch.stack(expected), atol=2e-4, rtol=1e-4)
     cache = KVCache(lm.spec)
@@ -84,7 +84,7 @@ def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
         mask[row, ..., length:] = -torch.inf
     members = [row for row in range(rows) if data.draw(st.booleans())] or [0]
     part = torch.randn(1, 2, kv_heads, data.draw(st.integers(1, 6)), 8)
-    shared = [Shared(torch.tensor(members), part)]
+    shared = [SharedPrefix(torch.tensor(members), part)]
     causal = queries == width and data.draw(st.booleans())
     lengths = [width] * rows if causal else lengths
     given = (query, own[0], own[1], None if causal else mask, shared, 0)
@@ -104,10 +104,10 @@ def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
 
 def test_the_librarys_forward_serves_the_rest() -> None:
     eager = make_model(attn_implementation="eager")
-    assert type(build_model_runner(eager)) is LanguageModel
+    assert type(build_model_runner(eager)) is ModelRunner
     hooked = make_model()
     hooked.model.layers[1]._hf_hook = object()
-    assert type(build_model_runner(hooked)) is LanguageModel
+    assert type(build_model_runner(hooked)) is ModelRunner
 
 
 def test_fusing_stores_nothing_twice_and_saving_still_works(tmp_path: Path) -> None:
@@ -129,9 +129,9 @@ def test_layers_that_are_not_plain_are_called_one_by_one() -> None:
 
     plain, packed = torch.nn.Linear(4, 3), Packed(4, 2)
     x = torch.randn(5, 4)
-    both = Product(plain, packed)
+    both = FusedLinear(plain, packed)
     assert both.weight is None
     torch.testing.assert_close(both(x), torch.cat([plain(x), packed(x)], -1))
-    half = Product(torch.nn.Linear(4, 3).bfloat16(), torch.nn.Linear(4, 2).bfloat16())
+    half = FusedLinear(torch.nn.Linear(4, 3).bfloat16(), torch.nn.Linear(4, 2).bfloat16())
     assert half.vector == prefers_matrix_vector(torch.device("cpu"), torch.bfloat16) is True
     torch.testing.assert_close(half(x[:1].bfloat16()), half(x[:2].bfloat16())[:1], atol=0.02, rtol=0.02)

@@ -41,7 +41,7 @@ def test_on_cuda_they_follow_from_free_memory(free: dict[int, int]) -> None:
 
 def test_one_full_context_fits_where_there_is_room(free: dict[int, int]) -> None:
     free[0] = int(2.5 * GIB)  # 35 % of it would hold 1,792 tokens
-    assert cache_bounds(CARD).kv == 2048 * CARD.column_bytes == GIB
+    assert cache_bounds(CARD).kv == 2048 * CARD.bytes_per_token == GIB
     free[0] = GIB
     assert cache_bounds(CARD).kv == int(0.45 * GIB)
     assert cache_bounds(CARD).prefix == pytest.approx(0.1 * GIB, rel=1e-6)  # a KV cache that grows is there twice
@@ -54,7 +54,7 @@ def test_a_prefill_leaves_room_on_a_small_card(free: dict[int, int]) -> None:
     free[0] = 100 * GIB
     assert cache_bounds(CARD).prefill_tokens == 8192
     free[0] = 10 * GIB
-    assert cache_bounds(CARD).prefill_tokens == GIB // CARD.column_bytes == 2048
+    assert cache_bounds(CARD).prefill_tokens == GIB // CARD.bytes_per_token == 2048
     free[0] = GIB // 2
     assert cache_bounds(CARD).prefill_tokens == 512
 

@@ -13,7 +13,7 @@ import torch
 from llava.engine.cache import KVCache
 from llava.engine.llama import LlamaRunner
 from llava.engine.native import build
-from llava.engine.prefix_cache import PrefixCache, Span
+from llava.engine.prefix_cache import PrefixCache, PrefixMatch
 from tests.engine.test_llama import VARIANTS, make_model
 
 BEGIN = list(range(3, 43))
@@ -29,8 +29,8 @@ def fresh() -> Iterator[None]:
 
 def rows_of(lm: LlamaRunner, lengths: list[int], behind: list[bool]) -> KVCache:
     """Rows of random tokens, some behind a shared beginning."""
-    segment = PrefixCache(2**20).insert((), tuple(BEGIN), [1] * 40, lm.prefill_segment(lm.embed(BEGIN), ()))
-    chains = [(Span(segment, 40),) if shares else () for shares in behind]
+    segment = PrefixCache(2**20).insert((), tuple(BEGIN), [1] * 40, lm.prefill_kv(lm.embed(BEGIN), ()))
+    chains = [(PrefixMatch(segment, 40),) if shares else () for shares in behind]
     rows = [lm.embed([50 + row + at for at in range(length)]) for row, length in enumerate(lengths)]
     cache = KVCache(lm.spec)
     cache.join(lm.prefill(rows, chains)[0], lengths, chains)

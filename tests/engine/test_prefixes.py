@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava.engine.prefix_cache import MIN_SHARED, Chain, PrefixCache, Segment, tokens_of
+from llava.engine.prefix_cache import MIN_SHARED, Node, Prefix, PrefixCache, num_tokens
 
 SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(
     lambda ids: tuple(id for id in ids for _ in "12345678")
@@ -26,7 +26,7 @@ def columns(elements: tuple[int, ...]) -> Tensor:
     return torch.tensor(out).view(1, 1, 1, -1, 1)
 
 
-def content(chain: Chain) -> Tensor:
+def content(chain: Prefix) -> Tensor:
     return torch.cat([span.data for span in chain], dim=-2) if chain else torch.empty(1, 1, 1, 0, 1)
 
 
@@ -36,7 +36,7 @@ def test_what_is_found_is_what_was_stored(sequences: list[tuple[int, ...]], budg
     store, known = PrefixCache(budget), list[tuple[int, ...]]()
     for elements in sequences:
         chain, done = store.match(elements, len(elements) - 1)
-        assert tokens_of(chain) == done < len(elements)
+        assert num_tokens(chain) == done < len(elements)
         assert torch.equal(content(chain), columns(elements)[..., :done, :])
         if budget == 10**6:
             shared = max((common(elements[:-1], other) for other in known), default=0)
@@ -53,7 +53,7 @@ def common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return next((at for at, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), min(len(left), len(right)))
 
 
-def data_of(segment: Segment) -> Tensor:
+def data_of(segment: Node) -> Tensor:
     assert segment.data is not None
     return segment.data
 
@@ -78,7 +78,7 @@ def test_what_is_evicted_is_freed_when_its_last_user_goes() -> None:
     assert not segment.stored and store.bytes == 200 and len(store) == 1
     del segment
     gc.collect()
-    assert watch() is not None and tokens_of(chain) == 50
+    assert watch() is not None and num_tokens(chain) == 50
     del chain
     gc.collect()
     assert watch() is None

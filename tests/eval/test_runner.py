@@ -15,7 +15,8 @@ from PIL import Image
 
 from llava.conversation import get_template, stop_strings
 from llava.engine import Engine, Request, SamplingParams, load_engine
-from llava.engine.sequence import Picture, identify, render_question
+from llava.engine.chat import render_question
+from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import ConfigError, ImageError
 from llava.eval.run.images import prefetch
 from llava.eval.run.local_model import LocalModel
@@ -244,8 +245,8 @@ def test_workers_give_the_pixels_and_digests_of_this_process(
     for position, images in prefetch(questions, range(16), settings.source, 2, preprocess):
         assert not isinstance(images, ImageError)
         for name, found in zip(questions[position].images, images, strict=True):
-            want = identify(preprocess(settings.source.open(name)))
-            assert isinstance(found, Picture) and isinstance(found.content, torch.Tensor)
+            want = hash_image(preprocess(settings.source.open(name)))
+            assert isinstance(found, HashedImage) and isinstance(found.content, torch.Tensor)
             assert found.digest == want.digest
             assert torch.equal(found.content, want.content)
     assert all(
@@ -297,7 +298,7 @@ def test_finished_questions_free_their_images(
 
     def tracking(request: Request) -> Any:
         handle = submit(request)
-        assert isinstance(request.images[0], Picture)
+        assert isinstance(request.images[0], HashedImage)
         handles[handle] = next(n for n, ref in source.opened.items() if ref() is request.images[0].content)
         submitted.append(handles[handle])
         return handle
@@ -330,7 +331,7 @@ def test_only_rows_that_are_continued_are_kept(
 ) -> None:
     kept: list[bool] = []
     submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda request: (kept.append(request.keep), submit(request))[1])
+    monkeypatch.setattr(engine, "submit", lambda request: (kept.append(request.cache_prefix), submit(request))[1])
     list(LocalModel(engine).answer(questions, range(21), dataclasses.replace(settings, follow_up=follow_up)))
     assert kept.count(True) == (0 if follow_up is None else 21)
     assert kept.count(False) == 21

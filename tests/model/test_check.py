@@ -211,7 +211,7 @@ def test_whatever_a_configuration_says_there_is_no_traceback(
         ("chat", {"num_hidden_layers": 10**12}, f"asks for {10**12} layers, but .* holds 25 weights"),
         ("tower", {"num_hidden_layers": 10**12}, f"asks for {10**12} layers, but .* holds 82 weights"),
         ("chat", {"pad_token_id": 384}, "AssertionError: Padding_idx"),
-        ("chat", {"vocab_size": 400}, r"configuration: 2 of another shape \(lm_head.weight is \(384, 48\)"),
+        ("chat", {"vocab_size": 400}, r"configuration: 2 of a different shape \(lm_head.weight is \(384, 48\)"),
         ("chat", {"max_position_embeddings": 10**9}, None),
     ],
 )

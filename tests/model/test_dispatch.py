@@ -73,9 +73,9 @@ def test_a_four_way_split_gives_the_same(
     answers = [[answer.token_ids for answer in engine.generate(requests)] for engine in engines]
     assert answers[0] == answers[1]
     layers = [next(layer.parameters()).device for layer in split.model.layers]
-    cache = engines[0].lm.spec.empty(3, 4)
+    cache = engines[0].model_runner.spec.empty(3, 4)
     assert [cache[layer, 0].device for layer in range(2)] == layers  # no step carries keys and values
-    assert cache.nbytes == engines[1].lm.spec.empty(3, 4).nbytes and cache.shape[0] == 2
+    assert cache.nbytes == engines[1].model_runner.spec.empty(3, 4).nbytes and cache.shape[0] == 2
     with pytest.raises(IndexError, match="layer 2 of 2"):
         cache[2, 0]
     for move in (split.cpu, split.half, lambda: split.to("cpu")):
@@ -143,7 +143,7 @@ def test_the_parts_are_all_of_the_model(tiny_dirs: dict[str, Path], tmp_path: Pa
         config = builder.read_config(builder.ckpt.inspect(chat))
         config.name_or_path = str(chat)
         shapes = builder.all_shapes(chat, config, True)
-        parts = dispatch.parts_of(shapes, "fp32", tied)
+        parts = dispatch.split_parts(shapes, "fp32", tied)
         assert sum(size for _, size in parts) == 4 * sum(parameter.numel() for parameter in model.parameters())
         wanted = sorted(parameter_shapes(model))
         assert len(shapes) == len(wanted)
@@ -155,13 +155,13 @@ def test_the_parts_are_all_of_the_model(tiny_dirs: dict[str, Path], tmp_path: Pa
 
 
 def test_faults(tiny_dirs: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="the device is cpu; use --device cuda"):
+    with pytest.raises(ConfigError, match="require --device cuda, got cpu"):
         load(tiny_dirs["chat"], max_memory="1GiB")
-    with pytest.raises(ConfigError, match="A device map says all"):
+    with pytest.raises(ConfigError, match="A device map excludes --num-gpus"):
         load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map={"": "cpu"}, num_gpus=2)
     with pytest.raises(ConfigError, match=r'add an entry ""'):
         load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map={"model": "cpu"})
-    with pytest.raises(ConfigError, match="'cuda:1' was asked for, but no CUDA GPU"):
+    with pytest.raises(ConfigError, match="'cuda:1' is not available: no CUDA GPU"):
         load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map={"": 1})
 
 

@@ -71,7 +71,7 @@ def test_an_adapter_is_refused_before_its_base_is_read(adapter: Path, monkeypatc
     with pytest.raises(CheckpointError, match="no adapter_model.safetensors"):
         load(adapter)
     (adapter / "non_lora_trainables.bin").unlink()
-    with pytest.raises(CheckpointError, match="lacks non_lora_trainables.bin"):
+    with pytest.raises(CheckpointError, match="has no non_lora_trainables.bin"):
         load(adapter)
 
 
@@ -149,21 +149,21 @@ def test_settings_of_another_peft(adapter: Path) -> None:
     edit.write_text(json.dumps({**settings, "eva_config": None, "lora_bias": False, "peft_version": "0.99"}))
     assert torch.equal(logits(load(adapter)), expected)
     edit.write_text(json.dumps({**settings, "lora_bias_of_tomorrow": True}))
-    with pytest.raises(CheckpointError, match=r"sets lora_bias_of_tomorrow, which cannot be had with peft"):
+    with pytest.raises(CheckpointError, match=r"sets lora_bias_of_tomorrow, which peft .* does not support here"):
         load(adapter)
     edit.write_text(json.dumps({**settings, "megatron_config": {"a": 1}, "megatron_core": "antigravity"}))
     with pytest.raises(CheckpointError, match="sets megatron_config"):  # PEFT would import what the adapter names
         load(adapter)
     for nonsense in ({"lora_alpha": "x"}, {"target_modules": "("}, {"r": 8}):
         edit.write_text(json.dumps({**settings, **nonsense}))
-        with pytest.raises(CheckpointError, match="cannot be put onto this model") as said:
+        with pytest.raises(CheckpointError, match="cannot be attached to this model") as said:
             load(adapter)
         assert len(str(said.value)) < 700
     edit.write_text(json.dumps({**settings, "peft_type": "PREFIX_TUNING"}))
     with pytest.raises(CheckpointError, match="type PREFIX_TUNING; only LORA"):
         load(adapter)
     edit.write_text(json.dumps({**settings, "target_modules": ["nothing_of_this_name"]}))
-    with pytest.raises(CheckpointError, match="cannot be put onto this model .*Target modules"):
+    with pytest.raises(CheckpointError, match="cannot be attached to this model .*Target modules"):
         load(adapter)
 
 
@@ -178,7 +178,7 @@ def test_the_trained_projector_is_needed_and_fits(adapter: Path) -> None:
     with pytest.raises(CheckpointError, match="no projector weights"):
         load(adapter)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"lacks non_lora_trainables.bin.*same step"):
+    with pytest.raises(CheckpointError, match=r"has no non_lora_trainables.bin.*same step"):
         load(adapter)
 
 

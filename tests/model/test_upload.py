@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava.model.transfer import ALIGNMENT, BUFFER_BYTES, CudaStaging, PinnedUploader
+from llava.model.weights import ALIGNMENT, BUFFER_BYTES, CudaStaging, PinnedUploader
 
 CPU = torch.device("cpu")
 

@@ -52,6 +52,8 @@ TRAINING = {
     "remove_unused_columns": False,
     "freeze_mm_mlp_adapter": False,
     "freeze_llm": False,
+    "freeze_policy": "default",
+    "loss": "cross_entropy",
     "mpt_attn_impl": "triton",
     "model_max_length": 512,
     "double_quant": True,

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from llava.errors import CheckpointError, ConfigError, TrainingError
 from llava.model.checkpoint import load_bin
-from llava.train import checkpointing, weights
+from llava.train import checkpointing
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import train
 
@@ -83,14 +83,14 @@ def test_a_deepspeed_checkpoint_needs_its_folder(tmp_path: Path) -> None:
 
 def test_a_requested_checkpoint_is_checked(tmp_path: Path) -> None:
     good = make_checkpoint(tmp_path, 1)
-    assert checkpointing.resume_from(tmp_path, str(good)) == good
-    assert checkpointing.resume_from(tmp_path, None) == good
-    assert checkpointing.resume_from(tmp_path, "False") is None
+    assert checkpointing.checkpoint_to_resume(tmp_path, str(good)) == good
+    assert checkpointing.checkpoint_to_resume(tmp_path, None) == good
+    assert checkpointing.checkpoint_to_resume(tmp_path, "False") is None
     (good / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match="optimizer"):
-        checkpointing.resume_from(tmp_path, str(good))
-    with pytest.raises(CheckpointError, match="not a directory"):
-        checkpointing.resume_from(tmp_path, str(tmp_path / "checkpoint-7"))
+        checkpointing.checkpoint_to_resume(tmp_path, str(good))
+    with pytest.raises(CheckpointError, match="must be a checkpoint directory, got"):
+        checkpointing.checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-7"))
 
 
 def test_random_state_is_restored_from_a_file_without_pickled_objects(tmp_path: Path) -> None:
@@ -104,30 +104,30 @@ def test_a_save_is_verified(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(2, 3), "b": torch.ones(4)}
     save_file(tensors, tmp_path / "model.safetensors")
     expected = {"a": (2, 3), "b": (4,)}
-    weights.verify(tmp_path, expected)
+    checkpointing.verify(tmp_path, expected)
     for wrong in ({**expected, "c": (1,)}, {**expected, "b": (5,)}):
         with pytest.raises(CheckpointError, match="not those of the model"):
-            weights.verify(tmp_path, wrong)
+            checkpointing.verify(tmp_path, wrong)
     save_file({**tensors, "a": torch.ones(0)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="empty"):
-        weights.verify(tmp_path, {"b": (4,)})
+        checkpointing.verify(tmp_path, {"b": (4,)})
 
 
 @pytest.mark.parametrize(
-    ("stage", "engine", "zero3", "processes", "why"),
+    ("stage", "deepspeed", "zero3", "processes", "why"),
     [
         (0, False, False, 4, None),
         (2, True, False, 2, None),
         (3, True, True, 2, None),
-        (0, True, False, 2, "a run without DeepSpeed, and this one is with DeepSpeed"),
-        (2, False, False, 2, "a run with DeepSpeed by 2 processes.* this one is without DeepSpeed"),
-        (2, True, False, 1, "by 2 processes.* this one is with DeepSpeed by 1 processes"),
+        (0, True, False, 2, "a run without DeepSpeed, but this run is with DeepSpeed"),
+        (2, False, False, 2, "a run with DeepSpeed on 2 processes.* this run is without DeepSpeed"),
+        (2, True, False, 1, "on 2 processes.* this run is with DeepSpeed on 1 processes"),
         (2, True, True, 2, r"weights whole, .* weights partitioned \(stage 3\)"),
         (3, True, False, 2, r"weights partitioned \(stage 3\), .* weights whole"),
     ],
 )
 def test_an_optimizer_is_gone_on_with_by_runs_of_its_kind_only(
-    tmp_path: Path, stage: int, engine: bool, zero3: bool, processes: int, why: str | None
+    tmp_path: Path, stage: int, deepspeed: bool, zero3: bool, processes: int, why: str | None
 ) -> None:
     """The names are those that DeepSpeed 0.19 writes in two processes."""
     if stage:
@@ -137,7 +137,7 @@ def test_an_optimizer_is_gone_on_with_by_runs_of_its_kind_only(
             (tmp_path / f"global_step8/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
             model = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
             (tmp_path / f"global_step8/{model}_model_states.pt").touch()
-    check = partial(checkpointing.check_optimizer, tmp_path, engine=engine, zero3=zero3, processes=processes)
+    check = partial(checkpointing.check_optimizer, tmp_path, deepspeed=deepspeed, zero3=zero3, processes=processes)
     if why is None:
         check()
         return
@@ -153,29 +153,29 @@ def test_a_folder_that_cannot_be_made_is_said_before_models_are_read(tmp_path: P
 
 def test_a_checkpoint_of_another_model_is_not_gone_on_from(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, 3), "rest": torch.ones(1)}, tmp_path / "model.safetensors")
-    checkpointing.check_fits(tmp_path, {"a": (2, 3)})
+    checkpointing.check_weights(tmp_path, {"a": (2, 3)})
     with pytest.raises(CheckpointError, match="run with another model: b is missing.*--output_dir"):
-        checkpointing.check_fits(tmp_path, {"a": (2, 3), "b": (1,)})
+        checkpointing.check_weights(tmp_path, {"a": (2, 3), "b": (1,)})
     with pytest.raises(CheckpointError, match=r"a is \(2, 3\) and not \(3, 2\)"):
-        checkpointing.check_fits(tmp_path, {"a": (3, 2)})
+        checkpointing.check_weights(tmp_path, {"a": (3, 2)})
 
 
 def test_a_projector_file_must_fit_by_name_and_shape() -> None:
     model = torch.nn.ModuleDict({"mm_projector": torch.nn.Linear(3, 2)})
     parameters = dict(model.named_parameters())
-    weights.copy_named(parameters, {"mm_projector.weight": torch.full((2, 3), 7.0)})
+    checkpointing.copy_tensors(parameters, {"mm_projector.weight": torch.full((2, 3), 7.0)})
     assert float(model["mm_projector"].weight.detach().sum()) == 42
     with pytest.raises(CheckpointError, match="lacks"):
-        weights.copy_named(parameters, {"mm_projector.scale": torch.ones(1)})
+        checkpointing.copy_tensors(parameters, {"mm_projector.scale": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"\(3, 2\)"):
-        weights.copy_named(parameters, {"mm_projector.weight": torch.ones(3, 2)})
+        checkpointing.copy_tensors(parameters, {"mm_projector.weight": torch.ones(3, 2)})
 
 
 def test_the_last_projector_of_a_checkpoint_folder_goes_beside_it(tmp_path: Path) -> None:
-    assert weights.projector_file(tmp_path / "run", final=True) == tmp_path / "run" / "mm_projector.bin"
+    assert checkpointing.projector_file(tmp_path / "run", final=True) == tmp_path / "run" / "mm_projector.bin"
     folder = tmp_path / "checkpoint-5"
-    assert weights.projector_file(folder, final=False) == folder / "mm_projector.bin"
-    assert weights.projector_file(folder, final=True) == tmp_path / "mm_projector" / "checkpoint-5.bin"
+    assert checkpointing.projector_file(folder, final=False) == folder / "mm_projector.bin"
+    assert checkpointing.projector_file(folder, final=True) == tmp_path / "mm_projector" / "checkpoint-5.bin"
 
 
 def test_code_in_a_projector_file_is_refused(tmp_path: Path) -> None:
@@ -192,16 +192,16 @@ def test_code_in_a_projector_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_disk_too_small_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
-    checkpointing.check_room(tmp_path, 2**30, 2**30, None)
+    checkpointing.check_disk_space(tmp_path, 2**30, 2**30, None)
     with pytest.raises(TrainingError, match=r"10\.0 GiB free"):
-        checkpointing.check_room(tmp_path, 6 * 2**30, 5 * 2**30, 1)
+        checkpointing.check_disk_space(tmp_path, 6 * 2**30, 5 * 2**30, 1)
 
 
 def test_a_disk_that_fills_later_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
-    checkpointing.check_room(tmp_path, 2**30, 4 * 2**30, 3)
+    checkpointing.check_disk_space(tmp_path, 2**30, 4 * 2**30, 3)
     assert "10.0 GiB free" in caplog.text
 
 

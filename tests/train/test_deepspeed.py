@@ -90,7 +90,7 @@ def test_a_killed_run_resumes_exactly(
     argv = runs.flags(tiny_dirs, small_data, killed, stage, **options(zero))
     runs.kill_at(argv, killed, 6, tmp_path / "log", ranks=2)
     runs.finish(argv, tmp_path / "log", ranks=2)
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(two_ranks(stage, zero), killed)
     (newest,) = killed.glob("*checkpoint-*")
     saved = {path.name for path in newest.iterdir()}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llava.errors import TrainingError
-from llava.train import estimate, sizes
+from llava.train import estimate
+from llava.train import estimate_inputs as inputs
 from llava.train import train as program
 from llava.train.flops import Shape, Trainable, device_peak, step_flops
 from tests.test_package import ROOT, plain_environment
@@ -20,24 +21,24 @@ from tests.train import runs
 SEVEN = Shape(4096, 11008, 32, 32, 32, 32000, 1024, 4096, 23, 577, 576)
 
 
-def published(stage: str, size: str) -> tuple[estimate.Setup, float]:
+def published(stage: str, size: str) -> tuple[estimate.RunConfig, float]:
     """A run of LLaVA-1.5 on eight A100s, and its hours if they reached all of their peak."""
     recipe = ROOT / "scripts" / "v1_5" / f"{stage}.sh"
-    flags = estimate.command_of(recipe, 8, ["--model_name_or_path", f"lmsys/vicuna-{size}-v1.5"])
-    data = sizes.data_of(flags)
-    setup = estimate.setup_of(flags, 8, data)
-    assert estimate.needed(estimate.longest(setup, data, flags.model_max_length)) < 80e9  # it did fit
-    return setup, estimate.hours(setup, data.samples, 1, sizes.peak_of("A100"), 1.0)
+    flags = estimate.read_recipe(recipe, 8, ["--model_name_or_path", f"lmsys/vicuna-{size}-v1.5"])
+    data = inputs.dataset_stats(flags)
+    run = estimate.run_config(flags, 8, data)
+    assert estimate.required_bytes(estimate.worst_case(run, data, flags.model_max_length)) < 80e9  # it did fit
+    return run, estimate.training_hours(run, data.samples, 1, inputs.gpu_peak("A100"), 1.0)
 
 
 @pytest.mark.parametrize(("stage", "known", "unseen"), [("pretrain", 5.5, 3.5), ("finetune", 20, 10)])
 def test_the_share_of_13b_predicts_the_hours_of_7b(stage: str, known: float, unseen: float) -> None:
     """One share of the peak a stage is taken from the published 13B run; what it says of 7B is a prediction."""
-    setup, at_peak = published(stage, "13b")
-    assert estimate.MFU[setup.stage] == pytest.approx(at_peak / known, rel=0.005)
+    run, at_peak = published(stage, "13b")
+    assert estimate.MFU[run.zero_stage] == pytest.approx(at_peak / known, rel=0.005)
     smaller, at_peak = published(stage, "7b")
-    assert smaller.stage == setup.stage
-    assert at_peak / estimate.MFU[smaller.stage] == pytest.approx(unseen, rel=0.25)
+    assert smaller.zero_stage == run.zero_stage
+    assert at_peak / estimate.MFU[smaller.zero_stage] == pytest.approx(unseen, rel=0.25)
 
 
 def test_sizes_of_known_models() -> None:
@@ -52,17 +53,17 @@ def test_sizes_of_known_models() -> None:
 
 def test_memory_follows_zero() -> None:
     """Sixteen bytes a parameter together, shared out by stage (arXiv:1910.02054, figure 1)."""
-    setup = estimate.Setup(
-        Shape(4096, 11008, 32, 32, 32, 32000), Trainable(projector=False), 1, 100, 0, engine=True, gpus=64
+    run = estimate.RunConfig(
+        Shape(4096, 11008, 32, 32, 32, 32000), Trainable(projector=False), 1, 100, 0, deepspeed=True, gpus=64
     )
-    count = setup.shape.language_weights
+    count = run.shape.language_weights
     for stage, wanted in ((0, 16), (1, 4 + 12 / 64), (2, 2 + 14 / 64)):
-        staged = estimate.replace(setup, stage=stage)
-        parts = estimate.parts(staged)
+        staged = estimate.replace(run, zero_stage=stage)
+        parts = estimate.memory_breakdown(staged)
         assert parts["weights"] + parts["gradients"] + parts["optimizer"] == pytest.approx(wanted * count)
-    three = estimate.parts(estimate.replace(setup, stage=3))
-    assert three["weights"] == pytest.approx(2 * count / 64 + 2 * estimate.LIVE)
-    packed = estimate.weights(estimate.replace(setup, bits=4, learns=Trainable(adapters=10**7)))
+    three = estimate.memory_breakdown(estimate.replace(run, zero_stage=3))
+    assert three["weights"] == pytest.approx(2 * count / 64 + 2 * estimate.MAX_LIVE_PARAMETERS)
+    packed = estimate.weight_bytes(estimate.replace(run, bits=4, trainable=Trainable(adapters=10**7)))
     assert packed < 0.35 * 2 * count
 
 
@@ -77,7 +78,8 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(ROOT / "scripts_internvl" / "finetune_internvit6b_224to336_vicuna7b.sh")
     assert estimate.main([recipe]) == 0
     said = capsys.readouterr().out
-    assert "8 GPUs x 16 rows x 1 accumulated = global batch 128; ZeRO stage 3" in said and "It fits 80 GB." in said
+    assert "8 GPUs x 16 samples x 1 accumulation steps = global batch 128; ZeRO stage 3" in said
+    assert "It fits 80 GB." in said
     assert estimate.main([recipe, "--gpus", "1", "--gpu-memory", "24"]) == 1
     said = capsys.readouterr().out
     assert (
@@ -98,21 +100,21 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
     custom = str(ROOT / "scripts_internvl" / "finetune_internvit6b_224to336_vicuna13b_custom_data.sh")
     capsys.readouterr()
     assert estimate.main([custom, "--gpus", "128"]) in (0, 1)
-    assert "128 GPUs x 2 rows x 2 accumulated = global batch 512" in capsys.readouterr().out
+    assert "128 GPUs x 2 samples x 2 accumulation steps = global batch 512" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
-        (["nowhere.sh"], "no recipe"),
+        (["nowhere.sh"], "Recipe nowhere.sh does not exist"),
         (["scripts/v1_5/finetune.sh", "--gpus", "12"], "multiple of 8"),
         (["scripts/v1_5/finetune.sh", "--gpus", "3"], "cannot share the global batch"),
-        (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "takes one of A100"),
+        (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "--gpu must be one of A100"),
         (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
-        (["scripts/v1_5/finetune.sh", "--gpus", "0"], "a number from 1"),
-        (["scripts/v1_5/finetune.sh", "--mfu", "40"], "a share above 0, up to 1"),
-        (["scripts/zero2.json"], "is no recipe"),
-        (["scripts_internvl/_common.sh"], "is no recipe"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "0"], "--gpus must be at least 1"),
+        (["scripts/v1_5/finetune.sh", "--mfu", "40"], "--mfu must be above 0 and at most 1, got 40"),
+        (["scripts/zero2.json"], "is not a training recipe"),
+        (["scripts_internvl/_common.sh"], "is not a training recipe"),
         (["scripts_internvl/eval/pope.sh"], "cannot be run"),
         (["scripts/v1_5/finetune.sh", "--deepspeed", "LICENSE"], "cannot be read as JSON"),
     ],
@@ -137,7 +139,7 @@ def test_a_directory_of_another_kind_is_one_sentence(
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("echo hello  # _common.sh", "prints no training command"), (": > started", "is no recipe")],
+    [("echo hello  # _common.sh", "prints no training command"), (": > started", "is not a training recipe")],
 )
 def test_a_script_that_trains_nothing_is_no_recipe(
     text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from llava.arguments import parse_arguments
 from llava.errors import CheckpointError, ConfigError
 from llava.model.builder import load_pretrained_model
-from llava.train import model_setup, weights
+from llava.train import checkpointing, model_setup
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import prepare, train
 from tests import tiny
@@ -85,10 +85,11 @@ def test_biases_learn_and_are_saved_as_asked_the_towers_never(
 
 def test_the_difference_between_the_biases() -> None:
     of_target, other = "model.layers.0.self_attn.q_proj.base_layer.bias", "model.norm.bias"
-    assert [model_setup.learns(of_target, mode) for mode in ("none", "lora_only", "all")] == [False, True, True]
-    assert [model_setup.learns(other, mode) for mode in ("none", "lora_only", "all")] == [False, False, True]
-    assert not model_setup.learns("model.vision_tower.vision_tower.layers.0.q_proj.bias", "all")
-    assert not model_setup.learns("model.embed_tokens.weight", "all")
+    trained = model_setup.is_trained_with_lora
+    assert [trained(of_target, mode) for mode in ("none", "lora_only", "all")] == [False, True, True]
+    assert [trained(other, mode) for mode in ("none", "lora_only", "all")] == [False, False, True]
+    assert not trained("model.vision_tower.vision_tower.layers.0.q_proj.bias", "all")
+    assert not trained("model.embed_tokens.weight", "all")
 
 
 def test_adapters_and_projector_have_float32_masters_and_the_rest_16_bit(
@@ -173,27 +174,27 @@ def test_a_resume_is_exact_and_an_incomplete_checkpoint_is_passed_over(
     (tmp_path / "checkpoint-10" / "adapter_config.json").unlink()
     train(argv)
     assert "checkpoint-15: its weights cannot be read" in caplog.text
-    assert f"Going on from {tmp_path / 'checkpoint-5'}" in caplog.text
+    assert f"Resuming from {tmp_path / 'checkpoint-5'}" in caplog.text
     assert runs.losses(tmp_path) == losses and len(losses) == 16
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(tmp_path).items())
 
 
 def test_a_checkpoint_of_other_adapters_is_not_resumed(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     model, tokenizer = prepared(tiny_dirs, small_data, tmp_path)
-    model_setup.save(model, tokenizer, tmp_path / "a", keep=True)
+    checkpointing.save_lora(model, tokenizer, tmp_path / "a", is_writer=True)
     other, _ = prepared(tiny_dirs, small_data, tmp_path, lora_r=8)
     with pytest.raises(CheckpointError, match=r"is \(4, "):
-        model_setup.load(other, tmp_path / "a")
+        checkpointing.load_lora(other, tmp_path / "a")
     with_rows, _ = prepared(tiny_dirs, small_data, tmp_path, mm_use_im_start_end=True)
     with pytest.raises(CheckpointError, match="lacks"):
-        model_setup.load(with_rows, tmp_path / "a")
+        checkpointing.load_lora(with_rows, tmp_path / "a")
 
 
 def test_a_save_is_verified(tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = prepared(tiny_dirs, small_data, tmp_path)
-    monkeypatch.setattr(weights, "write_bin", lambda path, state: torch.save(dict(list(state.items())[1:]), path))
+    monkeypatch.setattr(checkpointing, "write_bin", lambda path, state: torch.save(dict(list(state.items())[1:]), path))
     with pytest.raises(CheckpointError, match="1 missing"):
-        model_setup.save(model, tokenizer, tmp_path / "a", keep=True)
+        checkpointing.save_lora(model, tokenizer, tmp_path / "a", is_writer=True)
 
 
 def test_a_pad_token_that_an_adapter_cannot_carry_is_refused(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
@@ -210,6 +211,6 @@ def test_a_killed_run_resumes_exactly(tiny_dirs: Dirs, small_data: Path, tmp_pat
     runs.kill_at(argv, killed, 5, tmp_path / "log")
     assert not (killed / "trainer_state.json").exists()
     runs.finish(argv, tmp_path / "log")
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(whole, killed)
     assert [path.name for path in killed.glob("*checkpoint-*")] == ["checkpoint-6"]

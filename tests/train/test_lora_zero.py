@@ -40,7 +40,7 @@ def test_a_killed_run_with_packed_weights_resumes_exactly(tiny_dirs: Dirs, small
     argv = runs.flags(tiny_dirs, small_data, killed, 2, **more)
     runs.kill_at(argv, killed, 6, tmp_path / "log", ranks=2)
     runs.finish(argv, tmp_path / "log", ranks=2)
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(whole, killed)
 
 
@@ -58,7 +58,7 @@ def test_two_ranks_equal_one_process_and_a_killed_run_resumes_exactly(
     argv = runs.flags(tiny_dirs, small_data, killed, 2, **more)
     runs.kill_at(argv, killed, 6, tmp_path / "log", ranks=2)
     runs.finish(argv, tmp_path / "log", ranks=2)
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(whole, killed)
     for step in (4, 8):
         directory = whole / f"checkpoint-{step}"

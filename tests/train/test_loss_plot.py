@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.train.run_metadata import plot_loss, smoothed, smoothing
+from llava.train.reporting import plot_loss, smoothed, smoothing
 
 
 def test_smoothing_has_no_bias_to_the_start_and_follows_the_mean() -> None:
-    assert smoothed([3.0] * 5, weight=0.9) == pytest.approx([3.0] * 5)
-    assert smoothed([4.0, 2.0], weight=0.5) == pytest.approx([4.0, (0.25 * 4 + 0.5 * 2) / 0.75])
+    assert smoothed([3.0] * 5, decay=0.9) == pytest.approx([3.0] * 5)
+    assert smoothed([4.0, 2.0], decay=0.5) == pytest.approx([4.0, (0.25 * 4 + 0.5 * 2) / 0.75])
 
 
 def test_a_short_curve_is_smoothed_less_than_a_long_one() -> None:

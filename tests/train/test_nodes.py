@@ -80,5 +80,5 @@ def test_two_nodes_train_and_survive_the_loss_of_one(
     assert "ended with status" in (tmp_path / "log0").read_text()
     pair = both()
     assert [process.wait(runs.DEADLINE) for process in pair] == [0, 0], (tmp_path / "log0").read_text()[-3000:]
-    assert "Going on from" in (tmp_path / "log0").read_text()
+    assert "Resuming from" in (tmp_path / "log0").read_text()
     assert len(runs.losses(out)) == 16

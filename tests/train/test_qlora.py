@@ -116,7 +116,7 @@ def test_a_resume_is_exact(
     train(argv)
     before, losses = runs.tensors(tmp_path), runs.losses(tmp_path)
     train(argv)
-    assert f"Going on from {tmp_path / 'checkpoint-5'}" in caplog.text
+    assert f"Resuming from {tmp_path / 'checkpoint-5'}" in caplog.text
     assert runs.losses(tmp_path) == losses and len(losses) == 8
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(tmp_path).items())
 
@@ -129,5 +129,5 @@ def test_a_killed_run_resumes_exactly(dirs: Dirs, small_data: Path, tmp_path: Pa
     argv = flags(dirs, small_data, killed, **more)
     runs.kill_at(argv, killed, 5, tmp_path / "log")
     runs.finish(argv, tmp_path / "log")
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(whole, killed)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.arguments import usable_reporters
 from llava.train import reporting
 from llava.train.train import train
 from tests.train import runs
@@ -17,13 +18,13 @@ def test_tensorboard_is_taken_where_it_is_installed(
 ) -> None:
     installed = {"tensorboard"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
-    assert reporting.usable(["auto"]) == ["tensorboard"]
-    assert reporting.usable("none") == reporting.usable(None) == ["none"]
-    assert reporting.usable(["tensorboard", "wandb"]) == ["tensorboard"]
+    assert usable_reporters(["auto"]) == ["tensorboard"]
+    assert usable_reporters("none") == usable_reporters(None) == ["none"]
+    assert usable_reporters(["tensorboard", "wandb"]) == ["tensorboard"]
     assert "--report_to wandb: the package wandb is not installed" in caplog.text
     installed.clear()
     caplog.clear()
-    assert reporting.usable("auto") == reporting.usable("all") == ["none"]
+    assert usable_reporters("auto") == usable_reporters("all") == ["none"]
     assert caplog.text.count("not installed") == 2
 
 
@@ -31,12 +32,12 @@ def test_wandb_without_a_key_does_not_ask(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     for given, mode in (({}, "offline"), ({"WANDB_API_KEY": "k"}, None), ({"WANDB_MODE": "online"}, "online")):
         environment = dict(given)
-        reporting.quiet_wandb(environment)
+        reporting.default_wandb_offline(environment)
         assert environment.get("WANDB_MODE") == mode
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k\n")
     (tmp_path / ".netrc").chmod(0o600)
     environment = {}
-    reporting.quiet_wandb(environment)
+    reporting.default_wandb_offline(environment)
     assert environment == {}
 
 

@@ -24,7 +24,7 @@ def test_one_process_is_exact(tiny_dirs: dict[str, Path], small_data: Path, tmp_
     assert not (killed / "trainer_state.json").exists()
     runs.finish(argv, tmp_path / "log")
     said = (tmp_path / "log").read_text()
-    assert "Going on from" in said and "Resuming with" not in said
+    assert "Resuming from" in said and "Resuming with" not in said
     assert len(runs.losses(whole)) == 16
     runs.assert_equal_runs(whole, killed)
     assert sorted(path.name for path in killed.glob("*checkpoint-*")) == ["checkpoint-14", "checkpoint-16"]

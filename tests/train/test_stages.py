@@ -23,7 +23,7 @@ from tests.train import runs
 Dirs = dict[str, Path]
 
 
-def chatty(dirs: Dirs, tmp_path: Path, **given: Any) -> tuple[Any, ModelArguments, TrainingArguments]:
+def build_model(dirs: Dirs, tmp_path: Path, **given: Any) -> tuple[Any, ModelArguments, TrainingArguments]:
     """A tiny model with vision modules, as `prepare` has it before anything is frozen."""
     model_args = ModelArguments(
         model_name_or_path=str(dirs["base"]),
@@ -41,7 +41,7 @@ def chatty(dirs: Dirs, tmp_path: Path, **given: Any) -> tuple[Any, ModelArgument
     return model, model_args, args
 
 
-def parts_that_learn(model: torch.nn.Module) -> set[str]:
+def trained_parts(model: torch.nn.Module) -> set[str]:
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tower = {name for name in names if "vision_tower" in name}
     if tower:
@@ -53,7 +53,7 @@ def parts_that_learn(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("given", "learns"),
+    ("given", "trained"),
     [
         ({}, {"core", "head", "projector"}),
         ({"tune_mm_mlp_adapter": True}, {"projector"}),
@@ -66,16 +66,16 @@ def parts_that_learn(model: torch.nn.Module) -> set[str]:
     ],
 )
 def test_the_table_of_what_is_trained(
-    tiny_dirs: Dirs, tmp_path: Path, given: dict[str, bool], learns: set[str]
+    tiny_dirs: Dirs, tmp_path: Path, given: dict[str, bool], trained: set[str]
 ) -> None:
-    model, model_args, args = chatty(tiny_dirs, tmp_path, **given)
-    model_setup.set_trainable(model, model_args, args)
-    assert parts_that_learn(model) == learns
+    model, model_args, args = build_model(tiny_dirs, tmp_path, **given)
+    model_setup.default_freeze_policy(model, model_args, args)
+    assert trained_parts(model) == trained
 
 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(TrainingError, match="nothing would be trained"):
-        model_setup.count(torch.nn.Linear(2, 2).requires_grad_(False))
+        model_setup.count_parameters(torch.nn.Linear(2, 2).requires_grad_(False))
 
 
 def test_one_process_a_gpu_is_asked_for() -> None:
@@ -89,20 +89,20 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(tiny_dirs: Dirs
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"do not fit its config.json: model.layers.2"):
-        chatty({**tiny_dirs, "base": base}, tmp_path)
+        build_model({**tiny_dirs, "base": base}, tmp_path)
 
 
 def test_positions_can_only_be_tuned_where_there_is_a_table(tiny_dirs: Dirs, tmp_path: Path) -> None:
     clip = tiny.make_clip_tower(tmp_path / "clip-vit")
-    model, model_args, args = chatty({**tiny_dirs, "tower": clip}, tmp_path, tune_vit_pos_embedding=True)
+    model, model_args, args = build_model({**tiny_dirs, "tower": clip}, tmp_path, tune_vit_pos_embedding=True)
     with pytest.raises(ConfigError, match="needs an InternViT tower"):
-        model_setup.set_trainable(model, model_args, args)
+        model_setup.default_freeze_policy(model, model_args, args)
 
 
 def test_masters_are_float32_and_frozen_weights_16_bit(tiny_dirs: Dirs, tmp_path: Path) -> None:
-    model, model_args, args = chatty(tiny_dirs, tmp_path, tune_mm_mlp_adapter=True, bf16=True)
-    model_setup.set_trainable(model, model_args, args)
-    model_setup.set_precision(model, torch.bfloat16, engine=False)
+    model, model_args, args = build_model(tiny_dirs, tmp_path, tune_mm_mlp_adapter=True, bf16=True)
+    model_setup.default_freeze_policy(model, model_args, args)
+    model_setup.set_precision(model, torch.bfloat16, deepspeed=False)
     for name, parameter in model.named_parameters():
         assert parameter.dtype is (torch.float32 if "mm_projector" in name else torch.bfloat16), name
 
@@ -212,12 +212,12 @@ def test_tuned_positions_learn_and_are_saved(tiny_dirs: Dirs, small_data: Path, 
 
 
 def test_the_tower_learns_in_full_or_its_last_layers(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
-    model, model_args, args = chatty(tiny_dirs, tmp_path, unfreeze_mm_vision_tower=True)
-    model_setup.set_trainable(model, model_args, args)
+    model, model_args, args = build_model(tiny_dirs, tmp_path, unfreeze_mm_vision_tower=True)
+    model_setup.default_freeze_policy(model, model_args, args)
     assert all(parameter.requires_grad for parameter in model.get_vision_tower().parameters())
     model_args.unfreeze_mm_vision_layers = 4
-    with pytest.raises(ConfigError, match="has 3 layers that are used"):
-        model_setup.set_trainable(model, model_args, args)
+    with pytest.raises(ConfigError, match=r"must be at most 3, the number of layers that .* runs, got 4"):
+        model_setup.default_freeze_policy(model, model_args, args)
 
     out = tmp_path / "run"
     more = {"unfreeze_mm_vision_tower": True, "unfreeze_mm_vision_layers": 1, "max_steps": 2}
@@ -299,7 +299,7 @@ def test_a_projector_checkpoint_holds_no_language_model_and_old_ones_go(
     train([*argv, "--seed", "43"])
     assert "Resuming with other flags: --seed 43 (was 42); " in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
-    with pytest.raises(CheckpointError, match="another model: model.mm_projector.4.bias is missing"):
+    with pytest.raises(CheckpointError, match="with another model: model.mm_projector.4.bias is missing"):
         train([*argv, "--mm_projector_type", "mlp3x_gelu"])
 
 
@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(
     before = runs.tensors(out)
     train(argv)
     assert "checkpoint-6: its weights cannot be read" in caplog.text
-    assert f"Going on from {out / 'checkpoint-3'}" in caplog.text
+    assert f"Resuming from {out / 'checkpoint-3'}" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
 
 
@@ -460,4 +460,4 @@ def test_the_console_entry_says_one_line_and_fails(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, bits=3)) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: --bits is 3")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: --bits must be 4, 8 or 16, got 3.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,15 +12,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from llava.errors import ImageError, LlavaError
 from llava.eval.run.questions import Question
+from llava.utils import usable_cores
 
 if TYPE_CHECKING:  # scoring programs import this module and must not load torch
     import numpy as np
     import torch
     from PIL import Image
 
-    from llava.engine.sequence import Picture
+    from llava.engine.sequence import HashedImage
 
-    Loaded = Sequence[Image.Image | Picture] | LlavaError
+    Loaded = Sequence[Image.Image | HashedImage] | LlavaError
     Preprocess = Callable[[Image.Image], torch.Tensor]
     Packed = Sequence[Image.Image | tuple[bytes, np.ndarray]]  # images, or digests and pixels (3, S, S) float32
 
@@ -91,13 +91,13 @@ class _ImageDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Packed | LlavaError:
-        from llava.engine.sequence import identify
+        from llava.engine.sequence import hash_image
 
         try:
             images = [self.source.open(name) for name in self.names[index]]
             if self.preprocess is None:
                 return images
-            return [(identify(pixels).digest, pixels.numpy()) for pixels in map(self.preprocess, images)]
+            return [(hash_image(pixels).digest, pixels.numpy()) for pixels in map(self.preprocess, images)]
         except LlavaError as error:
             return error
 
@@ -111,16 +111,11 @@ def _unpack(item: Packed | LlavaError) -> Loaded:
     """Convert the arrays of a worker back to tensors; the digest comes with the pixels."""
     import torch
 
-    from llava.engine.sequence import Picture
+    from llava.engine.sequence import HashedImage
 
     if isinstance(item, LlavaError):
         return item
-    return [Picture(each[0], torch.from_numpy(each[1])) if isinstance(each, tuple) else each for each in item]
-
-
-def usable_cores() -> int:
-    """Number of CPU cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [HashedImage(each[0], torch.from_numpy(each[1])) if isinstance(each, tuple) else each for each in item]
 
 
 def prefetch(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from llava.conversation import get_template, stop_strings
 from llava.engine import Engine, Request, RequestHandle
-from llava.engine.sequence import Picture, identify, render_question
+from llava.engine.chat import render_question
+from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import LlavaError
 from llava.eval.run.images import prefetch
 from llava.eval.run.manifest import checkpoint_fingerprint
@@ -40,7 +41,7 @@ class _Pending:
         assert self.request is not None
         prompt = f"{self.request.prompt}{first}{text}"
         params = dataclasses.replace(self.request.params, max_new_tokens=FOLLOW_UP_TOKENS)
-        request = dataclasses.replace(self.request, prompt=prompt, params=params, keep=False)
+        request = dataclasses.replace(self.request, prompt=prompt, params=params, cache_prefix=False)
         return request, _Pending(self.position, first=first)
 
     def answer(self, text: str) -> str:
@@ -62,11 +63,11 @@ class LocalModel:
             "checkpoint": checkpoint_fingerprint(settings.model_path),
             "template": {"name": settings.template, "text": example},
             "image_aspect_ratio": engine.image_aspect_ratio,
-            "dtype": str(engine.lm.spec.dtype).removeprefix("torch."),
+            "dtype": str(engine.model_runner.spec.dtype).removeprefix("torch."),
             "quantization": settings.quantization,
             **({} if settings.follow_up is None else {"follow_up": settings.follow_up}),
             "attention": getattr(config, "_attn_implementation", None),
-            "device": engine.lm.spec.device.type,
+            "device": engine.model_runner.spec.device.type,
         }
 
     def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
@@ -110,19 +111,19 @@ class LocalModel:
                 preprocess_image, processor=engine.image_processor, aspect_ratio=engine.image_aspect_ratio
             )
         current: Loaded = []
-        images: list[Picture] = []
+        images: list[HashedImage] = []
         for position, loaded in prefetch(questions, order, settings.source, settings.num_workers, preprocess):
             try:
                 if isinstance(loaded, LlavaError):
                     raise loaded
                 if loaded is not current:  # consecutive questions with equal images share them
-                    current, images = loaded, [identify(image) for image in loaded]
+                    current, images = loaded, [hash_image(image) for image in loaded]
                 question = questions[position]
                 text = question.text or question.prompt
                 prompt = render_question(template, text, len(images), engine.model.config)
                 params = dataclasses.replace(settings.params, stop=stop, seed=settings.seed_for(question))
                 # Finished answers are kept only for follow-ups; otherwise they would evict shared prefixes.
-                request = Request(prompt, images, params, keep=has_follow_up)
+                request = Request(prompt, images, params, cache_prefix=has_follow_up)
                 handle = engine.submit(request)
                 yield _Pending(position, request if has_follow_up else None), handle
             except LlavaError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +51,10 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
     lm_head: nn.Module
     runs_packed = False  # whether the core takes `rows`, the real tokens of a batch laid end to end
     hf_device_map: dict[str, str]  # set when spread over devices, absent otherwise: libraries ask whether it is there
+
+    def loss_function(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of float logits `(S, V)` at the supervised positions; training replaces it by name (`--loss`)."""
+        return mean_loss(logits, targets)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LlavaForCausalLMMixin:
         """What `.to`, `.cpu` and their like go through: a model on several devices stays where it is (MGPU-3)."""
@@ -113,7 +118,7 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         if labels is None or not self.training:
             logits = self.lm_head(hidden)
         if labels is not None:
-            loss = supervised_loss(hidden, labels, self.lm_head, logits)
+            loss = supervised_loss(hidden, labels, self.lm_head, logits, self.loss_function)
         result = LlavaOutput(
             loss=loss,
             logits=logits,
@@ -138,7 +143,7 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         targets[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX  # a row's last token does not predict the next row
         supervised = (targets != IGNORE_INDEX).nonzero().flatten()
         supervised, targets = upload([supervised, targets[supervised]], hidden.device)
-        return mean_loss(self.lm_head(hidden.index_select(0, supervised)), targets)
+        return self.loss_function(self.lm_head(hidden.index_select(0, supervised)), targets)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -177,7 +182,18 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         library.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
-def supervised_loss(hidden: Tensor, labels: Tensor, head: nn.Module, logits: Tensor | None = None) -> Tensor:
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in float32; `logits` `(S, V)`, `targets` `(S,)`; 0 for S = 0."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
+
+
+def supervised_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    logits: Tensor | None = None,
+    loss_function: Callable[[Tensor, Tensor], Tensor] = mean_loss,
+) -> Tensor:
     """Mean next-token cross-entropy in float32 over labels that are not -100 (0 when there are none, T12).
 
     `hidden` `(B, T, D)`, `labels` `(B, T)`. Without `logits` only supervised positions are projected.
@@ -188,9 +204,4 @@ def supervised_loss(hidden: Tensor, labels: Tensor, head: nn.Module, logits: Ten
         logits = head(hidden.flatten(0, 1).index_select(0, supervised))
     else:
         logits = logits.flatten(0, 1).index_select(0, supervised)
-    return mean_loss(logits, targets.index_select(0, supervised))
-
-
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in float32; `logits` `(S, V)`, `targets` `(S,)`; 0 for S = 0."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
+    return loss_function(logits, targets.index_select(0, supervised))

@@ -10,8 +10,8 @@ from typing import Any, Final
 import gradio as gr
 
 from llava.errors import LlavaError, RequestError
+from llava.images import PROCESS_MODES
 from llava.serve.web.chat import Sampling, escape
-from llava.serve.web.images import MODES
 
 DEFAULTS: Final = Sampling()
 PRIVATE: Final[dict[str, Any]] = {"show_progress": "hidden", "api_visibility": "private"}  # no public endpoint
@@ -74,8 +74,8 @@ def picture_box(elem_id: str) -> Any:
 
 def mode_choice() -> Any:
     return gr.Radio(
-        list(MODES),
-        value=MODES[0],
+        list(PROCESS_MODES),
+        value=PROCESS_MODES[0],
         label="Preprocess for a picture that is not square",
         info="Default: as the model was trained. Pad: add margins. Crop: keep the middle. Resize: stretch.",
     )

@@ -12,14 +12,11 @@ from typing import Final
 from PIL import Image
 
 from llava.errors import ImageError
-from llava.images import expand2square, open_image
+from llava.images import PROCESS_MODES, open_image, process_upload
 
-MODES: Final = ("Default", "Pad", "Crop", "Resize")
 MAX_PICTURES: Final = 8
 _MAX_SIDE: Final = 2048
 _MAX_BYTES: Final = 2 * 2**20
-_PAD_COLOR: Final = (122, 116, 104)  # spec/serve.md §8.5
-_STRETCH: Final = 336
 _ON_THE_WIRE: Final = ("JPEG", "PNG", "WEBP")
 
 
@@ -40,14 +37,14 @@ class Picture:
         return f"data:{kind};base64,{base64.b64encode(self.data).decode()}"
 
     def sent(self, mode: str) -> str:
-        """Base64 of the file that a worker gets; `mode` is one of `MODES` (spec/serve.md §8.5).
+        """Base64 of the file that a worker gets; `mode` is one of `PROCESS_MODES` (spec/serve.md §8.5).
 
         `Default` is the upload itself, so that it is preprocessed exactly as by the other programs; `Crop` keeps the
         middle square, `Pad` puts it on a square canvas and `Resize` stretches it to 336 x 336.
         """
-        if mode not in MODES:
-            raise ImageError(f"Unknown preprocess mode {mode!r}; choose one of {', '.join(MODES)}.")
-        return base64.b64encode(self.data if mode == "Default" else _png(_processed(self.image(), mode))).decode()
+        if mode not in PROCESS_MODES:
+            raise ImageError(f"Unknown preprocess mode {mode!r}; choose one of {', '.join(PROCESS_MODES)}.")
+        return base64.b64encode(self.data if mode == "Default" else _png(process_upload(self.image(), mode))).decode()
 
 
 def load_pictures(paths: Sequence[str]) -> tuple[Picture, ...]:
@@ -77,16 +74,6 @@ def load_picture(path: str) -> Picture:
 def as_jpeg(picture: Picture) -> bytes:
     """The picture as the request log stores it: JPEG, without the metadata of the upload."""
     return _jpeg(picture.image())
-
-
-def _processed(image: Image.Image, mode: str) -> Image.Image:
-    if mode == "Pad":
-        return expand2square(image, _PAD_COLOR)
-    if mode == "Resize":
-        return image.resize((_STRETCH, _STRETCH))
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -14,7 +14,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
 from llava.engine.arguments import EngineArgs
-from llava.engine.sequence import Completion, ImageInput, Picture, Request, SamplingParams
+from llava.engine.sequence import Completion, HashedImage, ImageInput, Request, SamplingParams
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
@@ -46,7 +46,7 @@ def describe(engine: Any, model_name: str, conv_mode: str | None, settings: Sett
     tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
     return ModelInfo(
         conv_template=template_for(model.config, model_name, conv_mode),
-        context_length=engine.lm.context_length,
+        context_length=engine.model_runner.context_length,
         image_tokens=0 if tower is None else int(tower.num_features),
         max_new_tokens=settings.max_new_tokens,
         max_images=settings.max_images if tower is not None else 0,
@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
     info: ModelInfo
     wraps_images: bool = False
     tokenize: Callable[[str], str | Sequence[int]] = lambda text: text
-    pictures: Callable[[str], ImageInput | Picture] = Pictures(lambda image: image)
+    pictures: Callable[[str], ImageInput | HashedImage] = Pictures(lambda image: image)
 
 
 Load = Callable[[Callable[[float], None]], Loaded]  # is given what to tell the share of the weights it has read

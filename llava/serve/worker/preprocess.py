@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.engine.cache import LRUCache
-from llava.engine.sequence import ImageInput, Picture, identify
+from llava.engine.sequence import HashedImage, ImageInput, hash_image
 from llava.errors import ContextLengthError
 from llava.images import ImageLimits
 from llava.mm_utils import load_image_from_base64, tokenizer_image_token
@@ -33,24 +33,27 @@ class Pictures:
         self._kept = LRUCache(_KEPT_BYTES)
         self._lock = threading.Lock()
 
-    def __call__(self, image: str) -> ImageInput | Picture:
+    def __call__(self, image: str) -> ImageInput | HashedImage:
         """Raises `ImageError`."""
         key = hashlib.blake2b(image.encode(errors="surrogatepass")).digest()
         with self._lock:
             known = self._kept.get(key)
         if known is not None:
-            return identify(known)
+            return hash_image(known)
         made = self._pixels(load_image_from_base64(image, IMAGE_LIMITS))
         if not isinstance(made, Tensor):
             return made
         with self._lock:
             self._kept.put(key, made)
-        return identify(made)
+        return hash_image(made)
 
 
 def tokenizer_for(engine: Any) -> Callable[[str], Sequence[int]]:
     """Token ids of a prompt. One that cannot fit raises `ContextLengthError` at once: its ids would take minutes."""
-    context, longest = engine.lm.context_length, max(map(len, engine.tokenizer.get_vocab()))  # characters of a token
+    context, longest = (
+        engine.model_runner.context_length,
+        max(map(len, engine.tokenizer.get_vocab())),
+    )  # characters of a token
     engine.tokenizer("")  # a fast one settles its padding at the first call, where threads must not meet
 
     def tokenize(text: str) -> Sequence[int]:

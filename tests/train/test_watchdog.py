@@ -40,7 +40,7 @@ def test_a_fault_found_beside_the_run_ends_it(
     tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bad record is never drawn: only the look through all of them can know."""
-    monkeypatch.setattr(dataset_scan, "AT_ONCE", 0)
+    monkeypatch.setattr(dataset_scan, "INLINE_RECORDS", 0)
     records = json.loads((small_data / "finetune.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps([*records * 20, {"conversations": []}]))
     argv = runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, data_path=tmp_path / "data.json")
@@ -75,5 +75,5 @@ def test_ranks_that_wait_for_each_other_write_their_stacks_and_end(
     process = runs.start(argv, tmp_path / "log", ranks=2, program=[str(tmp_path / "hang.py")])
     assert process.wait(runs.DEADLINE) != 0
     said = (tmp_path / "log").read_text(errors="replace")
-    assert "Rank 0: nothing has happened" in said and "Rank 1: nothing has happened" in said
-    assert "hang_here" in said and "the same command goes on" in said
+    assert "Rank 0: no training event" in said and "Rank 1: no training event" in said
+    assert "hang_here" in said and "rerun the same command to resume" in said

@@ -19,23 +19,24 @@ SHAPE = Shape(64, 128, 2, 4, 4, 1000)
 
 def test_a_line_says_what_was_done_in_its_time() -> None:
     counted = {"tokens": 3000.0, "samples": 6.0, "supervised": 600.0, "images": 0.0}
-    line = throughput.Pace(SHAPE, Trainable(), None).line(seconds=2.0, **counted)
+    line = throughput.ThroughputMeter(SHAPE, Trainable(), None).metrics(seconds=2.0, **counted)
     assert line == {"tokens_per_second": 1500.0, "samples_per_second": 3.0}
     work = step_flops(SHAPE, Trainable(), tokens=3000, length=500, images=0, supervised=600)
-    assert throughput.Pace(SHAPE, Trainable(), work).line(seconds=2.0, **counted)["mfu"] == 0.5
-    assert "mfu" not in throughput.Pace(None, Trainable(), 1e12).line(seconds=2.0, **counted)
+    assert throughput.ThroughputMeter(SHAPE, Trainable(), work).metrics(seconds=2.0, **counted)["mfu"] == 0.5
+    assert "mfu" not in throughput.ThroughputMeter(None, Trainable(), 1e12).metrics(seconds=2.0, **counted)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (36_610, "10:10:10")])
 def test_time_left(seconds: float, text: str) -> None:
-    assert throughput.hours_and_minutes(seconds) == text
+    assert throughput.format_duration(seconds) == text
 
 
 def test_the_model_tells_its_shape_and_what_learns(tiny_dirs: dict[str, Path]) -> None:
     model = load_pretrained_model(tiny_dirs["chat"], device="cpu")[1].requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
-    found = throughput.pace_of(model, SimpleNamespace(device=torch.device("cpu"), world_size=2))
-    assert found.peak is None and found.learns == Trainable(language=False, projector=True)
+    args: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    found = throughput.ThroughputMeter.of(model, args)
+    assert found.peak is None and found.trainable == Trainable(language=False, projector=True)
     assert found.shape == Shape(48, 96, 2, 4, 2, 384, 32, 64, 3, 17, 16)
     weights = sum(p.numel() for name, p in model.named_parameters() if "vision" not in name and "projector" not in name)
     assert found.shape.language_weights == weights

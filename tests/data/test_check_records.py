@@ -1,4 +1,4 @@
-"""`llava check` on annotations: every bad record by file and index, exact counts, and a clean copy."""
+"""`llava check` on annotations: bad records by file and index, exact counts, clean copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava.check import main
 from llava.data.annotations import read_records
-from llava.data.records import glance, parse_record
+from llava.data.records import parse_record, quick_check
 from tests.data.test_dataset import record
 
 
@@ -36,7 +36,7 @@ RECORDS: list[Any] = [
 BAD = [2, 4, 5]
 
 
-def test_faults_are_named_and_a_clean_copy_is_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_and_clean_copy(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "data.json").write_text(json.dumps(RECORDS, ensure_ascii=False))
     for name in ("clean.json", "clean.jsonl"):
         assert main([str(root / "data.json"), "--images", str(root), "--write-clean", str(root / name)]) == 1
@@ -63,21 +63,21 @@ def test_faults_are_named_and_a_clean_copy_is_written(root: Path, capsys: pytest
     assert f"data.json:5: image 'nowhere.png' is not in {root}" in capsys.readouterr().out
 
 
-def test_a_kind_of_fault_is_counted_once_whatever_the_files_are_called(
+def test_kinds_of_problems_are_counted_independently_of_file_names(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["my cat.png", "your dog: a story.png", "it's.png"]
     (root / "data.json").write_text(json.dumps([record("<image>", image=name) for name in names]))
-    for more, kind in ((), "Cannot read image …: there is no such file"), (("--no-decode",), "image … is not in …"):
+    for more, kind in ((), "Cannot read image …: no such file"), (("--no-decode",), "image … is not in …"):
         assert main([str(root / "data.json"), "--images", str(root), *more]) == 1
         assert f"       3 x {kind}" in capsys.readouterr().out
 
 
-def test_what_is_no_array_of_records_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_not_arrays_of_records(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = json.dumps(record("text"))
     for name, text, why in (
         ("one.json", one, "holds dict; expected an array"),
-        ("lines.json", f"{one}\n{one}", "is called *.jsonl"),
+        ("lines.json", f"{one}\n{one}", "one record per line *.jsonl"),
         ("data.txt", "[", "is not valid JSON"),
     ):
         (root / name).write_text(text)
@@ -85,7 +85,7 @@ def test_what_is_no_array_of_records_is_said(root: Path, capsys: pytest.CaptureF
         assert why in capsys.readouterr().err
 
 
-def test_records_go_from_any_format_to_any(root: Path) -> None:
+def test_conversion_between_formats(root: Path) -> None:
     pytest.importorskip("pyarrow")
     good = [RECORDS[1], RECORDS[0]]
     (root / "data.jsonl").write_text("\n".join([*map(json.dumps, good), "{broken"]))
@@ -94,7 +94,7 @@ def test_records_go_from_any_format_to_any(root: Path) -> None:
     assert list(read_records(root / "a.parquet")) == list(read_records(root / "b.json")) == good
 
 
-def test_a_mixture_is_checked_set_by_set(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixture(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "a.json").write_text(json.dumps(RECORDS[:2]))
     (root / "b.json").write_text(json.dumps(RECORDS[2:]))
     sets = {name: {"annotation": f"{root}/{name}.json", "root": str(root)} for name in "ab"}
@@ -104,32 +104,32 @@ def test_a_mixture_is_checked_set_by_set(root: Path, capsys: pytest.CaptureFixtu
     assert "a.json: 2 records" in said and "b.json: 4 records" in said and "b.json:0: Cannot read image" in said
 
 
-def test_what_cannot_be_written_clean_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_copies_that_cannot_be_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pyarrow")
     (root / "a.json").write_text(json.dumps([{**RECORDS[0], "id": 1}, {**RECORDS[0], "id": "one"}]))
     assert main([str(root / "a.json"), "--write-clean", str(root / "a.parquet")]) == 2
-    assert "do not fit one Parquet table" in capsys.readouterr().err and not (root / "a.parquet").exists()
+    assert "do not fit one Parquet schema" in capsys.readouterr().err and not (root / "a.parquet").exists()
     sets = {name: {"annotation": str(root / "a.json"), "root": str(root)} for name in "ab"}
     (root / "meta.json").write_text(json.dumps(sets))
     assert main([str(root / "meta.json"), "--write-clean", str(root / "b.json")]) == 2
-    assert "not a mixture" in capsys.readouterr().err and not (root / "b.json").exists()
+    assert "got a mixture" in capsys.readouterr().err and not (root / "b.json").exists()
 
 
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (["--images", "nowhere"], "not a folder"),
+        (["--images", "nowhere"], "must be a folder"),
         (["--write-clean", "x.txt"], "ending in .json"),
     ],
 )
-def test_faults_of_the_command_line(
+def test_invalid_command_lines(
     root: Path, more: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(root)
     (root / "data.json").write_text(json.dumps(RECORDS[:1]))
     assert main(["data.json", *more]) == 2
     said = capsys.readouterr()
-    assert why in said.err and not said.out  # before records are looked through
+    assert why in said.err and not said.out  # before records are scanned
     assert main(["data.json", "--write-clean", "data.json/clean.json"]) == 2
     assert "Cannot write data.json/clean.json: " in capsys.readouterr().err
     (root / "bad.json").write_text("[{}]")
@@ -137,15 +137,13 @@ def test_faults_of_the_command_line(
     assert not (root / "x.json").exists()
 
 
-def test_help_shows_the_flags_of_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_flags_of_both_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert "--write-clean" in said and "--model-base" in said
 
 
-def test_a_directory_goes_to_the_check_of_models(
-    tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_directories_are_checked_as_models(tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tiny_dirs["tower"])]) == 0
     assert "vision tower" in capsys.readouterr().out
 
@@ -154,7 +152,7 @@ def test_a_directory_goes_to_the_check_of_models(
 
 
 def mutated(draw: random.Random, index: int) -> tuple[Any, bool]:
-    """A record, and whether it is bad: good ones of every legal shape, bad ones with one fault each."""
+    """A record and whether it is bad: valid ones of every form, bad ones with one problem each."""
     text = "".join(draw.choices('ab \n"\\{}[]é\u2028😀<>', k=draw.randint(0, 12)))
     turns = [{"from": "human", "value": "q" + text}, {"from": "gpt", "value": text}] * draw.randint(1, 3)
     turns = [dict(turn) for turn in turns]
@@ -211,8 +209,8 @@ def test_ten_thousand_fuzzed_records_have_exact_counts(tmp_path: Path, capsys: p
     made = [mutated(draw, index) for index in range(10_000)]
     bad = [index for index, (_, is_bad) in enumerate(made) if is_bad]
     assert 4000 < len(bad) < 6000
-    seen = [(item, *known) for item, _ in made if (known := glance(item))]
-    assert len(seen) > 1000  # what is seen to be good at a glance is good when it is looked at closely
+    seen = [(item, *known) for item, _ in made if (known := quick_check(item))]
+    assert len(seen) > 1000  # `quick_check` and `parse_record` agree
     for item, text, image in seen:
         close = parse_record(item)
         assert (text.split(), image) == (" ".join(turn.text for turn in close.turns).split(), bool(close.image))
@@ -236,7 +234,7 @@ def test_ten_thousand_fuzzed_records_have_exact_counts(tmp_path: Path, capsys: p
 
 
 def odd_image(draw: random.Random, index: int) -> tuple[bytes, bool]:
-    """Bytes of an odd image file, and whether it cannot be trained on."""
+    """Bytes of an unusual image file, and whether training rejects it."""
     size = (draw.randint(2, 40), draw.randint(2, 40))
     kind = index % 14
     out = io.BytesIO()
@@ -280,7 +278,7 @@ def odd_image(draw: random.Random, index: int) -> tuple[bytes, bool]:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A picture whose header promises far more than its bytes hold."""
+    """A PNG whose header declares a size far beyond its data."""
     head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x00\x00\x00\x00"
     body = b"IDAT" + zlib.compress(bytes(1000))
     chunks = [head, body, b"IEND"]
