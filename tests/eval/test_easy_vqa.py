@@ -125,7 +125,7 @@ def test_limit_is_spread_and_said(
     assert [row["question_id"] for row in rows] == [0, 3, 6, 9]
 
 
-def test_a_lost_picture_withholds_the_score(
+def test_a_lost_image_withholds_the_score(
     tiny_dirs: dict[str, Path], data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data_root / "test/images/3.png").unlink()

@@ -17,10 +17,10 @@ from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 
 
 @pytest.fixture
-def flags(tiny_dirs: dict[str, Path], pictures: Path, tmp_path: Path) -> list[str]:
+def flags(tiny_dirs: dict[str, Path], images: Path, tmp_path: Path) -> list[str]:
     questions = write_jsonl(tmp_path / "questions.jsonl", question_rows(10))
     return [
-        *("--model-path", str(tiny_dirs["chat"]), "--image-folder", str(pictures), "--question-file", str(questions)),
+        *("--model-path", str(tiny_dirs["chat"]), "--image-folder", str(images), "--question-file", str(questions)),
         *("--device", "cpu", "--conv-mode", "vicuna_v1", "--max_new_tokens", "4"),
     ]
 
@@ -75,7 +75,7 @@ def test_default_answers_file_goes_to_the_current_folder(
         (["--conv-mode", "v9"], "template 'v9'"),
         (["--question-file", "none.jsonl"], "none.jsonl"),
         (["--chunk-idx", "1"], "chunk index must be between 0 and 0 for 1 chunk(s), got 1"),
-        (["--top_p", "2"], "top_p is 2.0"),
+        (["--top_p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["--question-file", os.devnull], "--question-file '/dev/null' is not a file"),
         (["--image-folder", "/nowhere"], "--image-folder '/nowhere' is not a directory"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""Question files and their chunks (spec/eval.md §1.1, §13)."""
+"""Question files, chunks and evenly spaced subsets."""
 
 from __future__ import annotations
 

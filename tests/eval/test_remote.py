@@ -1,4 +1,4 @@
-"""`--api-base`: the same questions to a server with OpenAI's API, pictures and all."""
+"""`--api-base`: the same questions to a server with OpenAI's API, images and all."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from tests.eval.fake_server import FakeServer
 
 
 def color(body: dict[str, Any]) -> tuple[int, str]:
-    """The colour of the picture in a message, or that there is none."""
+    """The colour of the image in a message, or that there is none."""
     content = body["messages"][0]["content"]
     if isinstance(content, str):
-        return 200, f" no picture: {content} "
+        return 200, f" no image: {content} "
     kinds = [part["type"] for part in content]
     assert kinds == ["image_url", "text"]
     encoded = content[0]["image_url"]["url"].partition(";base64,")[2]
@@ -46,19 +46,19 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     fake.close()
 
 
-def command(server: FakeServer, pictures: Path, tmp_path: Path, *more: str) -> list[str]:
+def command(server: FakeServer, images: Path, tmp_path: Path, *more: str) -> list[str]:
     questions = write_jsonl(tmp_path / "q.jsonl", question_rows(10))
     return [
-        *("--api-base", server.url + "/", "--image-folder", str(pictures), "--question-file", str(questions)),
+        *("--api-base", server.url + "/", "--image-folder", str(images), "--question-file", str(questions)),
         *("--answers-file", str(tmp_path / "a.jsonl"), "--temperature", "0", *more),
     ]
 
 
-def test_questions_go_to_a_server(server: FakeServer, pictures: Path, tmp_path: Path) -> None:
-    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+def test_questions_go_to_a_server(server: FakeServer, images: Path, tmp_path: Path) -> None:
+    assert model_vqa_loader.main(command(server, images, tmp_path)) == 0
     rows = read_jsonl(tmp_path / "a.jsonl")
     assert [row["text"] for row in rows[:5]] == [
-        "(255, 0, 0)", "(0, 128, 0)", "(0, 0, 255)", "(128, 128, 128)", "no picture: What is number 4?",
+        "(255, 0, 0)", "(0, 128, 0)", "(0, 0, 255)", "(128, 128, 128)", "no image: What is number 4?",
     ]  # fmt: skip
     assert rows[0]["model_id"] == "fake" and len(rows) == 10
     body = server.bodies[0]
@@ -66,23 +66,23 @@ def test_questions_go_to_a_server(server: FakeServer, pictures: Path, tmp_path: 
     identity = json.loads(manifest_path(tmp_path / "a.jsonl").read_text())["identity"]
     assert identity["checkpoint"] == "api:fake"
     count = len(server.bodies)
-    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+    assert model_vqa_loader.main(command(server, images, tmp_path)) == 0
     assert len(server.bodies) == count
 
 
 def test_failures_are_recorded_and_healed(
-    server: FakeServer, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: FakeServer, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def moody(body: dict[str, Any]) -> tuple[int, str]:
         return (400, "too long") if "number 4" in str(body) else color(body)
 
     server.answer = moody
-    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--temperature", "0.5", "--batch-size", "3")) == 1
+    assert model_vqa_loader.main(command(server, images, tmp_path, "--temperature", "0.5", "--batch-size", "3")) == 1
     assert "1 question(s) failed" in capsys.readouterr().err
     assert "HTTP 400" in read_jsonl(tmp_path / "a.jsonl")[4]["metadata"]["error"]
     assert len({body["seed"] for body in server.bodies}) == 10
     server.answer = color
-    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--temperature", "0.5")) == 0
+    assert model_vqa_loader.main(command(server, images, tmp_path, "--temperature", "0.5")) == 0
 
 
 def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
@@ -97,13 +97,13 @@ def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
 
 
 def test_a_server_that_answers_nothing_ends_the_run(
-    server: FakeServer, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: FakeServer, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.answer = lambda body: (404, "no such model")
-    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--batch-size", "2")) == 2
+    assert model_vqa_loader.main(command(server, images, tmp_path, "--batch-size", "2")) == 2
     assert "8 consecutive questions got no answer" in capsys.readouterr().err
     server.answer = color
-    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+    assert model_vqa_loader.main(command(server, images, tmp_path)) == 0
 
 
 def test_llava_eval_asks_a_server(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,11 +177,11 @@ def test_no_follow_up_by_a_server() -> None:
         RemoteModel("http://x", "m").identity(settings)
 
 
-def test_pictures_travel_as_they_are_or_as_png(pictures: Path) -> None:
-    content = (pictures / "red.png").read_bytes()
+def test_images_travel_as_they_are_or_as_png(images: Path) -> None:
+    content = (images / "red.png").read_bytes()
     assert data_url(content) == f"data:image/png;base64,{base64.b64encode(content).decode()}"
     buffer = io.BytesIO()
     Image.new("RGB", (3, 3), "red").save(buffer, "BMP")
     assert data_url(buffer.getvalue()).startswith("data:image/png;base64,")
     with pytest.raises(ImageError):
-        data_url(b"no picture")
+        data_url(b"no image")

@@ -67,7 +67,7 @@ def test_all_forms_are_written(runs: tuple[Path, Path], tmp_path: Path, capsys: 
         assert chart.width > 1000 and chart.height > 500
 
 
-def test_the_page_has_pictures_and_no_foreign_markup(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_page_has_images_and_no_foreign_markup(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert report.main([*map(str, runs), "--output-dir", str(tmp_path), "--samples", "2"]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
@@ -76,7 +76,7 @@ def test_the_page_has_pictures_and_no_foreign_markup(runs: tuple[Path, Path], tm
     assert 'class="same">Yes' in page and ">reference<" in page
 
 
-def test_pictures_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_images_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_path: Path) -> None:
     score = json.loads((runs[0] / "gqa" / "score.json").read_text())
     copy = tmp_path / "run" / "gqa"
     copy.mkdir(parents=True)

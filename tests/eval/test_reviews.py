@@ -1,4 +1,4 @@
-"""Judged reviews against a loopback judge: messages, scores, cache, retries, resumption (spec/eval.md §5)."""
+"""Judged reviews against a loopback judge: messages, scores, cache, retries, resumption."""
 
 from __future__ import annotations
 

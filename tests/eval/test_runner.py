@@ -33,8 +33,8 @@ def questions(tmp_path: Path) -> list[Question]:
 
 
 @pytest.fixture
-def settings(tiny_dirs: dict[str, Path], pictures: Path) -> RunSettings:
-    return RunSettings(str(tiny_dirs["chat"]), "tiny", "v1", SamplingParams(6), pictures, num_workers=2)
+def settings(tiny_dirs: dict[str, Path], images: Path) -> RunSettings:
+    return RunSettings(str(tiny_dirs["chat"]), "tiny", "v1", SamplingParams(6), images, num_workers=2)
 
 
 def test_answers_are_those_of_single_requests(
@@ -68,16 +68,16 @@ def test_a_run_is_resumed_without_asking_twice(
 
 
 def test_failures_are_recorded_and_healed(
-    engine: Engine, settings: RunSettings, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: Engine, settings: RunSettings, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torn = tmp_path / "images" / "torn.png"
     torn.parent.mkdir()
-    torn.write_bytes((pictures / "red.png").read_bytes()[:40])
+    torn.write_bytes((images / "red.png").read_bytes()[:40])
     questions = [
-        Question(0, "fine", (str(pictures / "red.png"),)),
+        Question(0, "fine", (str(images / "red.png"),)),
         Question(1, "torn", (str(torn),)),
         Question(2, "gone", ("nowhere.png",)),
-        Question(3, "two tags <image> <image>", (str(pictures / "red.png"),)),
+        Question(3, "two tags <image> <image>", (str(images / "red.png"),)),
         Question(4, "too long " * 3000),
         Question(5, "fine too"),
     ]
@@ -91,7 +91,7 @@ def test_failures_are_recorded_and_healed(
     assert json.loads(manifest_path(path).read_text())["status"] == "failed"
     lines: list[str] = []
     assert report(outcome, path, lines.append) == 1 and "4 question(s) failed" in lines[-1]
-    torn.write_bytes((pictures / "red.png").read_bytes())
+    torn.write_bytes((images / "red.png").read_bytes())
     assert {question_id for question_id, _ in run(engine, questions, path, settings).failures} == {2, 3, 4}
     assert read_jsonl(path)[1]["text"]
 
@@ -170,18 +170,18 @@ def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
     assert checkpoint_fingerprint("org/name") == "org/name"
 
 
-def test_questions_of_a_picture_become_neighbours() -> None:
+def test_questions_of_an_image_become_neighbours() -> None:
     questions = [Question(n, str(n), (f"{n % 3}.png",)) for n in range(9)]
     assert list(group_by_images(questions, range(9))) == [0, 3, 6, 1, 4, 7, 2, 5, 8]
     assert list(group_by_images(questions, range(9), window=5)) == [0, 3, 1, 4, 2, 5, 8, 6, 7]
 
 
-def test_pictures_are_opened_once_for_neighbours_and_not_all_ahead(
+def test_images_are_opened_once_for_neighbours_and_not_all_ahead(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Any] = []
     real = open_image
-    monkeypatch.setattr("llava.eval.run.images.open_image", lambda path: (opened.append(path.name), real(path))[1])
+    monkeypatch.setattr("llava.images.open_image", lambda path: (opened.append(path.name), real(path))[1])
     questions = [Question(n, str(n), (f"{('red', 'green', 'blue', 'gray')[n // 5 % 4]}.png",)) for n in range(40)]
     stream = prefetch(questions, range(40), settings.source, 0)
     next(stream)

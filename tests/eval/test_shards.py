@@ -261,12 +261,12 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def gqa(tmp_path: Path, pictures: Path) -> Path:
+def gqa(tmp_path: Path, images: Path) -> Path:
     """Forty questions in GQA's layout."""
     root = tmp_path / "gqa"
     rows = [{**row, "question_id": str(n)} for n, row in enumerate(question_rows(40))]
     (root / "data").mkdir(parents=True)
-    (root / "data" / "images").symlink_to(pictures)
+    (root / "data" / "images").symlink_to(images)
     write_jsonl(root / "llava_gqa_testdev_balanced.jsonl", rows)
     labels = {row["question_id"]: {"answer": "yes"} for row in rows}
     (root / "data" / "testdev_balanced_questions.json").write_text(json.dumps(labels))

@@ -175,7 +175,7 @@ def test_mmbench_is_asked_as_published(run: Path, data: Path) -> None:
     english, chinese = (make_task(name, data / name).questions()[0] for name in ("mmbench", "mmbench_cn"))
     assert english.text == f"Which?\nA. kite\nB. cup\n{LETTER_SUFFIX}"
     assert chinese.text == f"Which?\nA. kite\nB. cup\n{LETTER_SUFFIX_CN}"
-    assert english.images == make_task("mmbench", data / "mmbench").questions()[1].images  # one picture, two rows
+    assert english.images == make_task("mmbench", data / "mmbench").questions()[1].images  # one image, two rows
 
 
 RIGHT = {

@@ -1,4 +1,4 @@
-"""EVAL-4 by the command lines: one sentence, status 2 and no score, when answers do not match the questions."""
+"""Scoring programs report answers that do not match the questions in one line, with exit status 2 and no score."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ SPOILED: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
         lambda rows: [*rows[:-1], {**rows[-1], "question_id": "existence/9.png"}],
         "missing|without a matching question",
     ),
-    "failed": (lambda rows: [{**rows[0], "text": "", "metadata": {"error": "no picture"}}, *rows[1:]], "no picture"),
+    "failed": (lambda rows: [{**rows[0], "text": "", "metadata": {"error": "no image"}}, *rows[1:]], "no image"),
     "empty": (lambda rows: [], "no answers"),
     "no text": (lambda rows: [{"question_id": 7}], "line 1 is missing text"),
 }

@@ -1,4 +1,4 @@
-"""Rules of reading an answer and of adding up, benchmark by benchmark (spec/eval.md §4, §13)."""
+"""Answer parsing and scoring rules of each benchmark."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_mme_reads_the_first_four_characters(text: str, wanted: str) -> None:
     assert mme.parse(text) == wanted
 
 
-def test_mme_scores_a_picture() -> None:
+def test_mme_scores_an_image() -> None:
     rows = [mme.ResultRow("0.txt", "a", "Yes", "Yes"), mme.ResultRow("0.txt", "b", "No", "yes")]
     half = mme.score_task(rows, "count")
     assert (half["acc"], half["acc+"], half["score"]) == (0.5, 0.0, 50.0)
@@ -62,10 +62,10 @@ def test_mme_scores_a_picture() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=20), st.randoms())
-def test_mme_does_not_depend_on_the_order_of_lines(pictures: list[tuple[bool, bool]], random: object) -> None:
+def test_mme_does_not_depend_on_the_order_of_lines(images: list[tuple[bool, bool]], random: object) -> None:
     rows = [
         mme.ResultRow(f"{n}.txt", str(side), "Yes", "yes" if right else "no")
-        for n, pair in enumerate(pictures)
+        for n, pair in enumerate(images)
         for side, right in enumerate(pair)
     ]
     before = mme.score_task(rows, "count")
@@ -152,7 +152,7 @@ def test_textvqa_questions_of_every_prompt_shape() -> None:
     assert textvqa.prompt_processor("Reference OCR token: a, b\nWhat?" + ask) == "what?"
     assert textvqa.prompt_processor("OCR tokens: a. Question: What? Short answer:") == "what?"
     assert textvqa.prompt_processor("Two\nlines?\nReference OCR token: a" + ask) == "two\nlines?"
-    with pytest.raises(DataError, match="No TextVQA question"):
+    with pytest.raises(DataError, match="Cannot find the TextVQA question"):
         textvqa.prompt_processor("What?")
     with pytest.raises(ConfigError, match="Nothing to score"):
         textvqa.evaluate(Path("x"), None, None)
