@@ -1,10 +1,8 @@
 """Compare two answers to text questions with a judge; see `llava.eval.judging.reviews`."""
 
-import sys
-
 from llava.eval.judging.reviews import TEXT, review_program
 
 main = review_program(__doc__, TEXT, "gpt-4")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

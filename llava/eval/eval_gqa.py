@@ -1,11 +1,9 @@
 """Score GQA answers with `testdev_balanced_questions.json`; the official tool is not needed."""
 
-import sys
-
 from llava.eval.benchmarks import gqa
 from llava.eval.program import file_flag, program
 
 main = program(__doc__, gqa.evaluate, file_flag("--question-file"), file_flag("--result-file"))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

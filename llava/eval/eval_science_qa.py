@@ -1,7 +1,5 @@
 """Score ScienceQA answers: `--base-dir` has `pid_splits.json` and `problems.json`."""
 
-import sys
-
 from llava.eval.benchmarks.science_qa import OPTIONS, evaluate, parse_options
 from llava.eval.program import file_flag, flag, program
 
@@ -10,4 +8,4 @@ _CHOICE = (flag("--split", default="test"), flag("--options", type=parse_options
 main = program(__doc__, evaluate, file_flag("--base-dir"), file_flag("--result-file"), *_OUTPUTS, *_CHOICE)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

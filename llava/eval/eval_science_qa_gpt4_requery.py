@@ -1,7 +1,5 @@
 """Score the ScienceQA scheme in which GPT-4 is asked again where it disagrees with the model."""
 
-import sys
-
 from llava.eval.benchmarks.science_qa import OPTIONS, parse_options, requery
 from llava.eval.program import file_flag, flag, program
 
@@ -10,4 +8,4 @@ _CHOICE = (flag("--split", default="test"), flag("--options", type=parse_options
 main = program(__doc__, requery, *_FILES, *_CHOICE)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,7 +1,5 @@
 """Score TextVQA answers: `python -m llava.eval.eval_textvqa --annotation-file … --result-file … | --result-dir …`."""
 
-import sys
-
 from llava.eval.benchmarks.textvqa import evaluate, prompt_processor
 from llava.eval.program import file_flag, program
 
@@ -11,4 +9,4 @@ _FILES = (file_flag(name, required=False) for name in ("--result-file", "--resul
 main = program(__doc__, evaluate, file_flag("--annotation-file"), *_FILES)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

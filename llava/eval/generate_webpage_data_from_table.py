@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -171,4 +170,4 @@ _NAMES = flag("--names", nargs="*", default=[], help="names of the baseline and 
 main = program(__doc__, write_page, file_flag("--question"), file_flag("--baseline"), *_LISTS, _OUTPUT, _NAMES)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 
 from llava.eval.benchmarks.science_qa import read_questions
@@ -28,4 +27,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from llava.utils import guarded
 
-
-@dataclass(frozen=True)
-class Flag:
-    """Names of an option and the keywords of `ArgumentParser.add_argument`."""
-
-    names: tuple[str, ...]
-    options: dict[str, object]
+Flag = tuple[tuple[str, ...], dict[str, object]]  # arguments and keywords of `ArgumentParser.add_argument`
 
 
 def flag(*names: str, **options: object) -> Flag:
     """An option."""
-    return Flag(names, options)
+    return names, options
 
 
 def file_flag(*names: str, **options: object) -> Flag:
     """An option for a file or folder with `~` expanded, required unless it has a default or `required=False`."""
     options.setdefault("required", "default" not in options)
-    return Flag(names, {"type": lambda text: Path(text).expanduser(), "metavar": "PATH", **options})
+    return names, {"type": lambda text: Path(text).expanduser(), "metavar": "PATH", **options}
 
 
 def program(doc: str | None, action: Callable[..., str], *flags: Flag) -> Callable[..., int]:
@@ -35,8 +28,8 @@ def program(doc: str | None, action: Callable[..., str], *flags: Flag) -> Callab
     @guarded
     def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        for each in flags:
-            parser.add_argument(*each.names, **each.options)  # type: ignore[arg-type]
+        for names, options in flags:
+            parser.add_argument(*names, **options)  # type: ignore[arg-type]
         text = action(**vars(parser.parse_args(argv)))
         if text:
             print(text)

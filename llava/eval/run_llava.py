@@ -6,7 +6,6 @@ python -m llava.eval.run_llava --model-path CHECKPOINT --image-file photo.jpg --
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -64,4 +63,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

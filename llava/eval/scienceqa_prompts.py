@@ -7,7 +7,7 @@ A format is INPUT-OUTPUT, where the letters stand for the parts in order: questi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -58,37 +58,6 @@ def model_output(problem: Problem, code: str) -> str:
     return _tidy(f"{_reasons(problem, code[:-1])} The answer is {letter}.")
 
 
-def _rows(base_dir: Path, split: str, prompt_format: str) -> Iterator[tuple[dict[str, str], str, str]]:
-    """Yield the id and image, if any, the input with `<image>` on its last line, and the output."""
-    given, wanted = prompt_format.split("-")
-    for pid, problem in read_problems(base_dir, split).items():
-        image = {"image": f"{pid}/{problem['image']}"} if problem.get("image") else {}
-        text = model_input(problem, given) + ("\n<image>" if image else "")
-        yield {"id": pid, **image}, text, model_output(problem, wanted)
-
-
-def _conversation(text: str, answer: str) -> list[Row]:
-    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-
-
-def convert_to_llava(base_dir: Path, split: str, prompt_format: str) -> Path:
-    """Write `llava_SPLIT_FORMAT.json`: training conversations."""
-    path = base_dir / f"llava_{split}_{prompt_format}.json"
-    rows = [{**head, "conversations": _conversation(*pair)} for head, *pair in _rows(base_dir, split, prompt_format)]
-    write_json(path, rows, indent=2)
-    return path
-
-
-def convert_to_jsonl(base_dir: Path, split: str, prompt_format: str) -> Path:
-    """Write `scienceqa_SPLIT_FORMAT.jsonl`: one instruction and output per line."""
-    path = base_dir / f"scienceqa_{split}_{prompt_format}.jsonl"
-    rows = [
-        {**head, "instruction": text, "output": answer} for head, text, answer in _rows(base_dir, split, prompt_format)
-    ]
-    write_jsonl(path, rows)
-    return path
-
-
 def question_text(problem: Problem) -> str:
     """The question in the form of the benchmark's file: `<image>`, context, question, lettered options."""
     lines = ["<image>"] if problem.get("image") else []
@@ -97,30 +66,41 @@ def question_text(problem: Problem) -> str:
     return "\n".join((*lines, problem["question"], *options))
 
 
-def convert_to_questions(base_dir: Path, split: str, prompt_format: str = "CQM-A") -> Path:
-    """Write `llava_SPLIT_CQM-A.json`, the question file of the benchmark."""
-    path = base_dir / f"llava_{split}_{prompt_format}.json"
-    rows = []
+def _conversation(text: str, answer: str) -> list[Row]:
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+
+
+def _rows(task: str, base_dir: Path, split: str, prompt_format: str) -> Iterator[Row]:
+    """Yield the rows of a conversion; in the inputs of the published formats, `<image>` is the last line."""
+    input_code, output_code = prompt_format.split("-")
     for pid, problem in read_problems(base_dir, split).items():
-        image = {"image": f"{pid}/{problem['image']}"} if problem.get("image") else {}
-        turns = _conversation(question_text(problem), OPTIONS[problem["answer"]])
-        rows.append({"id": pid, **image, "conversations": turns})
-    write_json(path, rows, indent=2)
-    return path
+        head = {"id": pid, **({"image": f"{pid}/{problem['image']}"} if problem.get("image") else {})}
+        text = model_input(problem, input_code) + ("\n<image>" if problem.get("image") else "")
+        answer = model_output(problem, output_code)
+        if task == "convert_to_questions":
+            text, answer = question_text(problem), OPTIONS[problem["answer"]]
+        if task == "convert_to_jsonl":
+            yield {**head, "instruction": text, "output": answer}
+        else:
+            yield {**head, "conversations": _conversation(text, answer)}
 
 
-TASKS: Final[Mapping[str, Callable[[Path, str, str], Path]]] = {
-    "convert_to_llava": convert_to_llava,
-    "convert_to_jsonl": convert_to_jsonl,
-    "convert_to_questions": convert_to_questions,
-}
-DEFAULTS: Final[Mapping[str, str]] = {
-    "convert_to_llava": "QCM-LEA",
-    "convert_to_jsonl": "QCM-LEPA",
-    "convert_to_questions": "CQM-A",
+# task: default format and output file
+TASKS: Final[Mapping[str, tuple[str, str]]] = {
+    "convert_to_llava": ("QCM-LEA", "llava_{}_{}.json"),  # training conversations
+    "convert_to_jsonl": ("QCM-LEPA", "scienceqa_{}_{}.jsonl"),  # instructions and outputs
+    "convert_to_questions": ("CQM-A", "llava_{}_{}.json"),  # the question file of the benchmark
 }
 
 
 def convert(task: str, base_dir: Path, split: str, prompt_format: str | None) -> str:
-    """Run a conversion and return the path of its output."""
-    return str(TASKS[task](base_dir, split, prompt_format or DEFAULTS[task]))
+    """Run a conversion of `TASKS` and return the path of its output."""
+    default_format, name = TASKS[task]
+    prompt_format = prompt_format or default_format
+    path = base_dir / name.format(split, prompt_format)
+    rows = list(_rows(task, base_dir, split, prompt_format))
+    if path.suffix == ".jsonl":
+        write_jsonl(path, rows)
+    else:
+        write_json(path, rows, indent=2)
+    return str(path)

@@ -1,6 +1,5 @@
 """Summarize reviews per category: `-d FOLDER` or `-f FILE …`."""
 
-import sys
 from pathlib import Path
 
 from llava.eval.judging.reviews import summarize
@@ -16,4 +15,4 @@ _FLAGS = (
 main = program(__doc__, summarize, *_FLAGS)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -153,19 +153,11 @@ class AnswersWriter:
         self._pending = {at: row for at, row in ({**(known or {}), **own}).items() if at >= self._next}
         self.finished = frozenset((*own, *self._pending))
         with write_errors(path):
-            self._file = self._open()
+            if not self._retry and path.is_file():  # not a device
+                drop_partial_line(path)
+            self._target = path.with_name(path.name + ".retry") if self._retry else path
+            self._file = self._target.open("w" if self._retry else "a", encoding="utf-8", newline="\n")
         self._flush()
-
-    def _open(self) -> TextIO:
-        if self._retry:
-            return self._temporary.open("w", encoding="utf-8", newline="\n")
-        if self.path.is_file():
-            drop_partial_line(self.path)
-        return self.path.open("a", encoding="utf-8", newline="\n")
-
-    @property
-    def _temporary(self) -> Path:
-        return self.path.with_name(self.path.name + ".retry")
 
     def write(self, position: int, row: Row) -> None:
         """Accept the record of a position. It reaches the file once all earlier positions have."""
@@ -186,7 +178,7 @@ class AnswersWriter:
         with self._lock, write_errors(self.path):
             self._file.close()
             if self._retry and complete:
-                self._temporary.replace(self.path)
+                self._target.replace(self.path)
 
 
 def drop_partial_line(path: Path) -> None:

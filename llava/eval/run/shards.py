@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -140,4 +139,4 @@ _CHUNKS = flag("--num-chunks", type=int, required=True)
 main = program(__doc__, merge_folder, file_flag("--answers-dir"), _CHUNKS, file_flag("--output", required=False))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
