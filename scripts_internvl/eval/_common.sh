@@ -103,5 +103,5 @@ in_parts() {
         index=$((index + 1))
     done
     [ -z "$failed" ] || fail "Shard(s)$failed of $count failed (see above); run the same command again to resume."
-    step "$PYTHON" -m llava.eval.merge --answers-dir "$folder" --num-chunks "$count" --output "$target"
+    step "$PYTHON" -m llava.eval.run.shards --answers-dir "$folder" --num-chunks "$count" --output "$target"
 }
