@@ -81,15 +81,13 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
     def lengths(self) -> list[int]:
         """Words of each record, plus 128 with an image; 0 for a bad record."""
         result = self._scan_result()
-        lengths: list[int] = (result.words + 128 * result.image).tolist()
-        return lengths
+        return cast("list[int]", (result.words + 128 * result.image).tolist())
 
     @cached_property
     def modality_lengths(self) -> list[int]:
         """Words of each record, negative without an image."""
         result = self._scan_result()
-        lengths: list[int] = np.where(result.image, result.words, -result.words).tolist()
-        return lengths
+        return cast("list[int]", np.where(result.image, result.words, -result.words).tolist())
 
     def check(self, *, wait: bool = False) -> bool:
         """Raise or skip the bad records found by the scan, once it is complete; returns whether it is.
