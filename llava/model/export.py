@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 import transformers
@@ -159,7 +159,7 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
         stock_config(model, dtype, image_token, pad_token).save_pretrained(directory)
         write_weights(directory, renamed(model, dtype, image_token))
         tokenizer.save_pretrained(directory)
-        processor.save_pretrained(directory)
+        cast("CLIPImageProcessor", processor).save_pretrained(directory)
         del model
         found = stock_logits(directory, tokenizer, processor, image_token)
         return check_logits(found[:, : expected.shape[1]], expected, "The export and its source")

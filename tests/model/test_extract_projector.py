@@ -80,7 +80,7 @@ def test_what_has_no_projector_is_refused(tiny_dirs: dict[str, Path], tmp_path: 
     with pytest.raises(CheckpointError, match="does not fit the configured projector"):
         extract_projector.extract(chat, tmp_path / "out")
     edit_config(chat, mm_hidden_size=None)
-    with pytest.raises(CheckpointError, match="describes no model"):
+    with pytest.raises(CheckpointError, match="configuration of .* is invalid"):
         extract_projector.extract(chat, tmp_path / "out")
     monkeypatch.setattr(extract_projector.ckpt, "load_bin", lambda file: {})
     with pytest.raises(CheckpointError, match="projector written differs from that of"):

@@ -165,7 +165,7 @@ def test_initialize_vision_modules(tiny_dirs: dict[str, Path], tmp_path: Path) -
     assert core.vision_tower.is_loaded
     first = core.mm_projector
     core.initialize_vision_modules(arguments(tiny_dirs["tower"], mm_vision_image_size=56))
-    assert core.mm_projector is first  # M14
+    assert core.mm_projector is first
     core.initialize_vision_modules(arguments(tiny_dirs["tower"], mm_projector_type="linear"))
     assert core.mm_projector is not first
     with pytest.raises(CheckpointError, match=r"no projector file .*pretraining stage"):
