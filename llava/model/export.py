@@ -10,35 +10,26 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerBase,
-)
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ConfigError
 from llava.files import atomic_directory
 from llava.model.builder import load_pretrained_model, local_directory, read_config
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
-from llava.model.language_model.llava_llama import LlavaConfig
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.registry import language_model_spec
 from llava.model.saving import write_weights
 from llava.model.verification import cast_parameters, check_logits, probe_inputs, probe_logits
 from llava.utils import guarded
-
-if TYPE_CHECKING:
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-    from llava.model.multimodal_encoder.tower import VisionTower
 
 FORMATS: Final = ("hf-llava",)
 RENAMED: Final = (
@@ -118,8 +109,8 @@ def stock_config(
     text["vocab_size"] = max(config.vocab_size, image_token + 1)
     vision = {key: value for key, value in tower.settings.items() if key != "model_type"}
     return transformers.LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision),
-        text_config=LlamaConfig(**text),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        text_config=transformers.LlamaConfig(**text),
         image_token_index=image_token,
         pad_token_id=pad_token,
         vocab_size=text["vocab_size"],
