@@ -1,4 +1,4 @@
-"""One model on several devices gives what it gives on one, shown on pretended CUDA cards."""
+"""A model on several devices has the logits of one device, on simulated GPUs."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def budgets(*sizes: int) -> dict[torch.device, int]:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, pretended: None) -> Any:
-    """A machine with pretended GPUs; the returned function sets the bytes of each."""
+    """A machine with simulated GPUs; the returned function sets the memory of each in bytes."""
 
     def offer(*sizes: int) -> None:
         monkeypatch.setattr(dispatch, "gpu_budgets", lambda num, limit: budgets(*sizes[:num]))
