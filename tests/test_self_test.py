@@ -19,13 +19,13 @@ from torch import Tensor
 
 import llava.engine.engine
 from llava import doctor
-from llava.engine import attention, llama, sampling
+from llava.engine import attention, layers, llama, sampling
 from llava.engine.native import decoder
 from llava.engine.native.build import library
 from llava.engine.sequence import SamplingParams, hash_image
 from llava.model import checkpoint
 from llava.model.language_model import causal_lm, packed
-from llava.model.multimodal_encoder.builder import ENVIRONMENT
+from llava.model.multimodal_encoder.tower import ENVIRONMENT
 from llava.self_test import CheckFailed, CheckSkipped, checkpoints, hardware, inference, runner, within
 from llava.self_test.checkpoints import KINDS
 from llava.self_test.runner import Report, isolated
@@ -187,13 +187,13 @@ def test_a_checkpoint_that_cannot_be_loaded(run: Any, monkeypatch: pytest.Monkey
 
 
 def test_another_epsilon_in_the_engines_norm(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = llama.RmsNorm.__init__
+    make = layers.RMSNorm.__init__
 
     def wrong(norm: Any, module: Any) -> None:
         make(norm, module)
         norm.eps = 1e-3
 
-    monkeypatch.setattr(llama.RmsNorm, "__init__", wrong)
+    monkeypatch.setattr(layers.RMSNorm, "__init__", wrong)
     _, lines = run("llama")
     assert {"logits float32", "C++ kernel float32"} <= failed(lines, "llama")
     assert not {"loader", *TRAINING, *SAMPLING, *NATIVE[1:]} & failed(lines, "llama")

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import torch
 import transformers
@@ -25,7 +25,6 @@ from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoin
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
-from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.registry import language_model_spec
 from llava.model.saving import write_weights
 from llava.model.verification import cast_parameters, check_logits, probe_inputs, probe_logits
@@ -59,7 +58,7 @@ def check_exportable(found: Checkpoint) -> None:
             "with llava instead."
         )
     config = read_config(found)
-    tower = cast("VisionTower", build_vision_tower(config, found.path))
+    tower = build_vision_tower(config, found.path, delay_load=True)
     kind = "EVA-CLIP" if is_eva(tower.settings) else str(tower.settings.get("model_type"))
     projector = getattr(config, "mm_projector_type", None) or "linear"
     reason = None

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from transformers.utils import logging as library_logging
 
-from llava.model.multimodal_encoder.builder import ENVIRONMENT as TOWER_VARIABLE
+from llava.model.multimodal_encoder.tower import ENVIRONMENT as TOWER_VARIABLE
 from llava.self_test import CheckFailed, CheckSkipped, hardware, inference, training
 from llava.self_test.checkpoints import KINDS
 from llava.self_test.hardware import using_threads
