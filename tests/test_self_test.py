@@ -284,7 +284,7 @@ def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, di
     def command(kind: str) -> dict[str, dict[str, tuple[str, str]]]:
         monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
         lines: list[str] = []
-        with devices.pretended_cuda():
+        with devices.simulated_cuda():
             runner.self_test(torch.device("cuda"), lines.append)
         return parse("\n".join(lines))
 
@@ -297,7 +297,7 @@ def test_a_card_passes(kind: str, run_on_cuda: Any) -> None:
     assert lines[kind].keys() == LINES[kind] - set(NATIVE)
     left_out = {"training bfloat16", "8-bit", "4-bit"}
     assert {word for name, (word, _) in lines[kind].items() if name not in left_out} == {"ok"}
-    assert lines["device"]["cuda"][1].startswith("Pretended H200, 139 GiB, compute capability 9.0, torch ")
+    assert lines["device"]["cuda"][1].startswith("Simulated H200, 139 GiB, compute capability 9.0, torch ")
     assert lines["C++ kernel"]["decoding"] == ("skip", "only used on the CPU")
 
 
