@@ -32,13 +32,6 @@ class ShardedKV:
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.parts = tuple(parts)
 
-    @classmethod
-    def empty(cls, devices: Sequence[torch.device], shape: Sequence[int], dtype: torch.dtype) -> ShardedKV:
-        """An uninitialised tensor (layers, *shape) for the devices of all layers."""
-        return cls(
-            [torch.empty((len(list(some)), *shape), dtype=dtype, device=device) for device, some in groupby(devices)]
-        )
-
     @property
     def shape(self) -> torch.Size:
         return torch.Size((sum(map(len, self.parts)), *self.parts[0].shape[1:]))
@@ -93,9 +86,9 @@ class CacheSpec:
         Write every slot before it is read, also masked ones: a NaN there would reach the output.
         """
         shape = (2, rows, self.kv_heads, slots, self.head_dim)
-        if self.layer_devices:
-            return cast(Tensor, ShardedKV.empty(self.layer_devices, shape, self.dtype))
-        return torch.empty((self.layers, *shape), dtype=self.dtype, device=self.device)
+        shards = groupby(self.layer_devices or (self.device,) * self.layers)
+        parts = [torch.empty((len(list(some)), *shape), dtype=self.dtype, device=device) for device, some in shards]
+        return cast(Tensor, ShardedKV(parts)) if self.layer_devices else parts[0]
 
 
 class KVCache(Cache):
