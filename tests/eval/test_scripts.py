@@ -22,7 +22,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / FOLDER).glob("[!_]*.sh"))
 LLAVA = sorted(path.stem for path in (ROOT / "scripts" / "v1_5" / "eval").glob("[!_]*.sh"))
 ONE = ["--device", "cpu", "--max-new-tokens", "2"]
 # last line of each script, and a file that it writes below the folder of all benchmarks
-SAYS = {
+OUTPUTS = {
     "gqa": ("all                7", "gqa/answers/llava_gqa_testdev_balanced/NAME/testdev_balanced_predictions.json"),
     "llavabench": ("all 75.0", "llava-bench-in-the-wild/reviews/NAME.jsonl"),
     "llavabench_coco": ("all 75.0", "../coco2014_val_qa_eval/reviews/NAME.jsonl"),
@@ -62,20 +62,20 @@ def python(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def test_scripts_are_complete() -> None:
-    assert set(SCRIPTS) == set(SAYS)
-    assert set(LLAVA) == set(SAYS) - {"llavabench_coco"}
+    assert set(SCRIPTS) == set(OUTPUTS)
+    assert set(LLAVA) == set(OUTPUTS) - {"llavabench_coco"}
 
 
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_scripts_run_end_to_end(
     name: str, python: str, tiny_dirs: dict[str, Path], data: Path, judge: FakeServer
 ) -> None:
     judge.replies = [(200, "8 6\nThe second is shorter.")]
     done = script(name, f"{tiny_dirs['chat']}/", *ONE, EVAL_DATA=str(data), PYTHON=python)
     assert done.returncode == 0, done.stderr
-    says, leaves = SAYS[name]
-    assert says in done.stdout
-    assert (data / leaves.replace("NAME", tiny_dirs["chat"].name)).is_file()
+    expected, output = OUTPUTS[name]
+    assert expected in done.stdout
+    assert (data / output.replace("NAME", tiny_dirs["chat"].name)).is_file()
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_shards_equal_one_process_and_a_failed_one_is_reported(
     image.rename(tmp_path / "kept.jpg")
     done = script(name, *command, "--overwrite", CUDA_VISIBLE_DEVICES="0,1", **variables)
     assert done.returncode == 2
-    assert "shard(s)" in done.stderr and "of 2 failed" in done.stderr
+    assert "Shard(s)" in done.stderr and "of 2 failed" in done.stderr
     assert not target.exists()
     (tmp_path / "kept.jpg").rename(image)
     done = script(name, *command, CUDA_VISIBLE_DEVICES="0,1,2", **variables)

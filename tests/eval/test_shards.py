@@ -163,18 +163,18 @@ def test_a_missing_answer_is_reported(parts: list[Path], number: int, capsys: py
     lines = parts[1].read_bytes().splitlines(keepends=True)
     del lines[number]
     parts[1].write_bytes(b"".join(lines))
-    assert "Shard 1 of 3" in (said := join(parts, capsys)) and "has 4 of 5 answers" in said
+    assert "Shard 1 of 3" in (error := join(parts, capsys)) and "has 4 of 5 answers" in error
 
 
 def test_a_repeated_answer_is_reported(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_jsonl(parts[2])
     write_jsonl(parts[2], [rows[0], *rows[:-1]])
-    assert "Shard 2 of 3" in (said := join(parts, capsys)) and "each of its questions once and in order" in said
+    assert "Shard 2 of 3" in (error := join(parts, capsys)) and "each of its questions once and in order" in error
 
 
 def test_a_failed_answer_is_reported(tmp_path: Path, parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     part(tmp_path, 0, 3, Echo(broken=[3]), overwrite=True)
-    assert "Shard 0 of 3" in (said := join(parts, capsys)) and "1 failed answers, the first to question 1" in said
+    assert "Shard 0 of 3" in (error := join(parts, capsys)) and "1 failed answers, the first to question 1" in error
     part(tmp_path, 0, 3, Echo())
     assert merge_parts(parts, tmp_path / "merge.jsonl") == 13
 

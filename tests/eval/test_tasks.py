@@ -106,9 +106,9 @@ def test_missing_shards_and_answers_are_reported_and_not_scored(
         answer_all(Yes(), questions, shard_path(shards_folder(answers), index, 2), settings)
     rows = read_jsonl(dead)
     write_jsonl(dead, rows[1:])
-    assert f"{name}: Shard 1 of 2" in (said := refused("--num-chunks", "2")) and f"has {len(rows) - 1} of" in said
+    assert f"{name}: Shard 1 of 2" in (error := refused("--num-chunks", "2")) and f"has {len(rows) - 1} of" in error
     dead.unlink()
-    assert f"{name}: Shard 1 of 2" in (said := refused("--num-chunks", "2")) and "is missing" in said
+    assert f"{name}: Shard 1 of 2" in (error := refused("--num-chunks", "2")) and "is missing" in error
     assert not answers.exists()
     answer_all(Yes(), questions, answers, RunSettings("yes", "yes", "", SamplingParams(4)))
     rows = read_jsonl(answers)

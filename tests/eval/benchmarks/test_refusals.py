@@ -34,8 +34,8 @@ def dump(path: Path, value: Any) -> str:
 class Bench:
     """A small benchmark with correct answers, the program that scores them, and the expected output."""
 
-    def __init__(self, rows: list[Row], main: Callable[..., int], flags: list[str], says: str) -> None:
-        self.rows, self.main, self.flags, self.says = rows, main, flags, says
+    def __init__(self, rows: list[Row], main: Callable[..., int], flags: list[str], expected: str) -> None:
+        self.rows, self.main, self.flags, self.expected = rows, main, flags, expected
 
     def run(self, rows: list[Row], folder: Path) -> int:
         path = write_jsonl(folder / "answers.jsonl", rows)
@@ -103,12 +103,12 @@ def test_right_answers_in_any_order_score_full(
 ) -> None:
     assert bench.run(bench.rows, tmp_path) == 0
     first = capsys.readouterr().out
-    assert bench.says in first
+    assert bench.expected in first
     assert bench.run(bench.rows[::-1], tmp_path) == 0
     assert capsys.readouterr().out == first
 
 
-SPOILED: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
+INVALID: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
     "missing": (lambda rows: rows[:-1], "missing"),
     "duplicate": (lambda rows: [*rows, rows[0]], "duplicate|without a matching question"),
     "strange": (
@@ -121,15 +121,15 @@ SPOILED: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SPOILED)
+@pytest.mark.parametrize("kind", INVALID)
 def test_invalid_answers_are_refused_in_one_line(
     bench: Bench, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil, says = SPOILED[kind]
-    assert bench.run(spoil(bench.rows), tmp_path) == 2
+    change, messages = INVALID[kind]
+    assert bench.run(change(bench.rows), tmp_path) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1 and output.err.startswith("error: ")
-    assert any(word in output.err for word in says.split("|")), output.err
+    assert any(word in output.err for word in messages.split("|")), output.err
 
 
 def test_science_qa_counts_missing_answers_as_wrong_but_refuses_unknown_ones(
