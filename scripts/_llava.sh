@@ -2,7 +2,7 @@
 # What the recipes of the original LLaVA share, over scripts_internvl/_common.sh; each sources it from the project's root.
 #
 #   original_pretrain FLAG...  stage 1 of the first LLaVA: a linear projector on ./checkpoints/$MODEL_VERSION
-#   original_finetune FLAG...  stage 2 of it: pictures of COCO, template $PROMPT_VERSION
+#   original_finetune FLAG...  stage 2 of it: images of COCO, template $PROMPT_VERSION
 #   llava STAGE FLAG...        what the runs of every version have in common
 #
 # Environment as in scripts_internvl/_common.sh, and MODEL_VERSION and PROMPT_VERSION, which a run must name.
