@@ -1,4 +1,4 @@
-"""Helpers of the asset scripts: directories of installed packages, and atomic output directories."""
+"""Common parts of the asset scripts: directories of installed packages and atomic output directories."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ def package_directory(package: str, install: str) -> Path:
     """Directory of an installed package, found without importing it; `install` is the command that installs it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DependencyError(f"The package {package}, needed by the quickstart, is not installed: {install}")
+        raise DependencyError(f"The package {package} is required by the quickstart and not installed; run {install}")
     return Path(spec.submodule_search_locations[0])
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Yield an empty sibling directory, and rename it to `target` if the block ends without an error.
-
-    An interrupted run leaves no `target` behind.
-    """
+    """Yield an empty sibling directory, which is renamed to `target` when the block succeeds."""
     stage = target.with_name(f".{target.name}.partial")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Convert the easy-VQA benchmark to LLaVA-format files under `playground/data/easy_vqa`.
+"""Convert the easy-VQA benchmark to LLaVA's format in `playground/data/easy_vqa`.
 
     python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 6]
 
@@ -6,8 +6,8 @@
 |---|---|
 | `train/*.png`, `test/*.png` | the 4,000 and 1,000 images, copied from the package `easy-vqa` (MIT) |
 | `labels.json` | shape and color of each training image, as far as its questions reveal them |
-| `pretrain.json` | stage 1: a caption of each image with known shape and color |
-| `finetune.json` | stage 2: balanced training questions of each image, as conversations of about `--turns` rounds |
+| `pretrain.json` | stage 1: a caption of each image whose shape and color are known |
+| `finetune.json` | stage 2: balanced training questions, in conversations of about `--turns` rounds per image |
 
 The test questions are not read here; `llava eval --tasks easy_vqa` reads them.
 """
@@ -38,9 +38,9 @@ Labels = dict[str, str]
 
 
 def facts(question: str, answer: str) -> Labels:
-    """Properties that follow from a question and its answer: `{"shape": …}`, `{"color": …}`, both or neither.
+    """Facts implied by a question and its answer: `{"shape": …}`, `{"color": …}`, both or none.
 
-    "what color is the circle?" / "red" gives both; "is there not a red shape?" / "no" gives the color.
+    "what color is the circle?" / "red" implies both; "is there not a red shape?" / "no" implies the color.
     """
     words = question.rstrip("?").split()
     negated = "not" in words or "no" in words
@@ -50,21 +50,21 @@ def facts(question: str, answer: str) -> Labels:
 
 
 def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
-    """Properties of every image. Raises `DataError` if two questions contradict each other."""
+    """Facts of each image; raises `DataError` for contradicting questions."""
     labels: dict[int, Labels] = defaultdict(dict)
     for question, answer, image in questions:
         for kind, value in facts(question, answer).items():
             if labels[image].setdefault(kind, value) != value:
                 raise DataError(
-                    f"Image {image} is labelled both {labels[image][kind]} and {value}; reinstall: {INSTALL}"
+                    f"The {kind} of image {image} is both {labels[image][kind]} and {value}; reinstall: {INSTALL}"
                 )
     return dict(labels)
 
 
 def balance(questions: Iterable[Question], seed: int = 0) -> list[Question]:
-    """Balance "yes" and "no" for every question text; keep open questions; shuffle.
+    """Shuffle the questions and drop some, so that each yes/no question has as many "yes" as "no" answers.
 
-    Four in five yes/no questions can be answered from their wording alone; the remaining ones need the image.
+    Without balancing, four in five of these questions can be answered from their text alone.
     """
     pool = list(questions)
     random.Random(seed).shuffle(pool)
@@ -76,7 +76,7 @@ def balance(questions: Iterable[Question], seed: int = 0) -> list[Question]:
             kept.append((question, answer, image))
         else:
             counts[question, answer] -= 1
-    random.Random(seed).shuffle(kept)  # dropped questions came first: without shuffling again, "no" would come late
+    random.Random(seed).shuffle(kept)  # the dropped questions came first
     return kept
 
 
@@ -90,10 +90,9 @@ def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Split the questions of each image evenly into conversations of at most `limit` rounds.
+    """Split the questions of each image evenly into conversations of at most `limit` rounds, in random order.
 
-    Their order stays random: after an open question its answer helps with yes/no questions, before it only the image
-    does.
+    The order matters: after an open question its answer helps with yes/no questions, before it the image must.
     """
     by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
@@ -108,7 +107,7 @@ def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> l
 
 
 def prepare(source: Path, output: Path, turns: int) -> str:
-    """Write the files listed above and return a one-line summary."""
+    """Write the files of the table above; returns a one-line summary."""
     questions = [tuple(row) for row in json.loads((source / "train/questions.json").read_text(encoding="utf-8"))]
     labels = label_images(questions)
     complete = {image: found for image, found in labels.items() if len(found) == len(VALUES)}
@@ -131,7 +130,7 @@ def prepare(source: Path, output: Path, turns: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EASY_VQA)
-    parser.add_argument("--turns", type=int, default=6, help="questions per conversation of stage 2")
+    parser.add_argument("--turns", type=int, default=6, help="questions per stage-2 conversation")
     args = parser.parse_args(argv)
     print(prepare(package_directory("easy_vqa", INSTALL) / "data", args.output, args.turns))
     return 0

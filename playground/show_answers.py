@@ -1,8 +1,8 @@
-"""Print the questions, answers and references of three test images, and save them as one image.
+"""Print questions on three test images with the model's and the reference answers, and save them as an image.
 
     python -m playground.show_answers work_dirs/finetune_quickstart/eval [--output work_dirs/quickstart/answers.png]
 
-The answers are those written by `llava eval --tasks easy_vqa`. The images are at one sixth, three sixths and five
+The answers are read from the output directory of `llava eval --tasks easy_vqa`. The images are at one, three and five
 sixths of the file, independently of the answers.
 """
 
@@ -24,7 +24,7 @@ from playground.assets import package_directory
 from playground.prepare_easy_vqa import INSTALL
 
 IMAGES = 3
-QUESTIONS = 4  # shown per image, at most
+QUESTIONS = 4  # per image, at most
 
 
 class Answer(NamedTuple):
@@ -40,11 +40,11 @@ class Answer(NamedTuple):
 
 
 def read(file: Path, questions: Sequence[Sequence[Any]]) -> list[list[Answer]]:
-    """The answers of a file, grouped by image, in file order."""
+    """Answers of a file, grouped by image, in order."""
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        raise DataError(f"Cannot read the answers file {file}; run llava eval --tasks easy_vqa first.") from error
+        raise DataError(f"Cannot read answers {file}; run llava eval --tasks easy_vqa first.") from error
     answers = []
     for row in rows:
         question, truth, image = questions[int(row["question_id"])]

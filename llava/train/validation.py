@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 
@@ -18,6 +17,7 @@ from llava.arguments import DataArguments, TrainingArguments
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.dataset import LazySupervisedDataset, Merge
+from llava.data.mixture import MixtureDataset
 from llava.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,30 +28,13 @@ MAX_NEW_TOKENS: Final = 64
 SAMPLES_FILE: Final = "samples.jsonl"
 
 
-class SupervisedDataset(Protocol):
-    """A single data set or a mixture, as the trainer reads it."""
-
-    @property
-    def lengths(self) -> list[int]: ...
-    @property
-    def modality_lengths(self) -> list[int]: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
-    def check(self, *, wait: bool = False) -> bool: ...
-    def report(self, merge: Merge = ...) -> dict[str, int]: ...
+SupervisedDataset = LazySupervisedDataset | MixtureDataset
 
 
-class Subset(Dataset[dict[str, Tensor]]):
+class Subset(torch.utils.data.Subset[dict[str, Tensor]]):
     """The items of a data set at `indices`."""
 
-    def __init__(self, dataset: SupervisedDataset, indices: Sequence[int]):
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.dataset[self.indices[index]]
+    dataset: SupervisedDataset
 
     @property
     def lengths(self) -> list[int]:

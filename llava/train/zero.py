@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,10 +16,10 @@ from llava.errors import ConfigError
 from llava.model.zero import gathered
 from llava.utils import require
 
-JSON: TypeAlias = "str | int | float | bool | list[JSON] | dict[str, JSON] | None"
+ZeroConfig = dict[str, Any]
 
 
-def read_config(path: str) -> dict[str, JSON]:
+def read_config(path: str) -> ZeroConfig:
     """Read a ZeRO file; raises `ConfigError` if it is not a JSON object, `DependencyError` without DeepSpeed."""
     require("deepspeed", "train")
     try:
@@ -33,24 +33,19 @@ def read_config(path: str) -> dict[str, JSON]:
     return config
 
 
-def _section(config: dict[str, JSON], name: str) -> dict[str, JSON]:
-    section = config.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def fill_defaults(config: dict[str, JSON], hidden_size: int) -> None:
+def fill_defaults(config: ZeroConfig, hidden_size: int) -> None:
     """Set, in place, the values that library versions fill in differently.
 
     transformers 4.36.2 replaces one "auto" by a float, which DeepSpeed rejects. The published recipes have no
     `gradient_clipping` entry and do not clip, but DeepSpeed clips at 1.0 without one from 0.19 on.
     """
     config.setdefault("gradient_clipping", 0.0)
-    zero = _section(config, "zero_optimization")
+    zero = config.get("zero_optimization", {})
     if zero.get("stage3_prefetch_bucket_size") == "auto":
         zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
 
 
-def describe_schedule(config: dict[str, JSON] | None, max_grad_norm: float, scheduler: str) -> str:
+def describe_schedule(config: ZeroConfig | None, max_grad_norm: float, scheduler: str) -> str:
     """One line about gradient clipping and the learning rate schedule, in which a ZeRO file can override the flags."""
     if config is None:
         clipped = f"clipped at norm {max_grad_norm}" if max_grad_norm else "not clipped"
@@ -64,9 +59,9 @@ def describe_schedule(config: dict[str, JSON] | None, max_grad_norm: float, sche
         else 'not clipped, because the ZeRO file has no "gradient_clipping" entry (as in the published recipes; add '
         '"gradient_clipping": "auto" to use --max_grad_norm)'
     )
-    own = _section(config, "scheduler").get("type")
+    own = config.get("scheduler", {}).get("type")
     schedule = f"{own} of the ZeRO file, not --lr_scheduler_type {scheduler}" if own else scheduler
-    stage = _section(config, "zero_optimization").get("stage", 0)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
     return f"ZeRO stage {stage}: gradients are {clipped}; the learning rate follows {schedule}."
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is resumed, saves that are checked, room on the disk, random state, and the projector file."""
+"""Checkpoint selection, verification of saves, disk space, random state, and the projector file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_checkpoint(output_dir: Path, step: int) -> Path:
     return directory
 
 
-def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path: Path) -> None:
+def test_latest_checkpoint_is_chosen_by_step(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         make_checkpoint(tmp_path, step)
     assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
@@ -42,7 +42,7 @@ def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("config.json", "config.json is missing"),
         ("trainer_state.json", "trainer_state.json is missing"),
@@ -51,21 +51,21 @@ def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path: Path) -> No
         ("mm_projector.bin", "weights"),
     ],
 )
-def test_an_incomplete_checkpoint_is_passed_over_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, said: str
+def test_incomplete_checkpoints_are_skipped_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, message: str
 ) -> None:
     make_checkpoint(tmp_path, 1)
     newest = make_checkpoint(tmp_path, 2)
     (newest / name).unlink()
     assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-    assert str(newest) in caplog.text and said in caplog.text
+    assert str(newest) in caplog.text and message in caplog.text
     (newest / name).touch()
     caplog.clear()
     assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
     assert f"{name} is empty" in caplog.text
 
 
-def test_a_checkpoint_half_written_is_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unfinished_checkpoints_are_skipped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_checkpoint(tmp_path, 1)
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "tmp-checkpoint-2")
     assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
@@ -126,7 +126,7 @@ def test_a_save_is_verified(tmp_path: Path) -> None:
         (3, True, False, 2, r"weights partitioned \(stage 3\), .* weights whole"),
     ],
 )
-def test_an_optimizer_is_gone_on_with_by_runs_of_its_kind_only(
+def test_optimizer_state_of_another_setup_is_refused(
     tmp_path: Path, stage: int, deepspeed: bool, zero3: bool, processes: int, why: str | None
 ) -> None:
     """The names are those that DeepSpeed 0.19 writes in two processes."""
@@ -145,13 +145,13 @@ def test_an_optimizer_is_gone_on_with_by_runs_of_its_kind_only(
         check()
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_models_are_read(tmp_path: Path) -> None:
+def test_unwritable_output_dir_fails_before_loading(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Cannot write .*/file/run: Not a directory"):
         train(["--use_cpu", "True", "--data_path", "none.json", "--output_dir", str(tmp_path / "file/run")])
 
 
-def test_a_checkpoint_of_another_model_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_checkpoints_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, 3), "rest": torch.ones(1)}, tmp_path / "model.safetensors")
     checkpointing.check_weights(tmp_path, {"a": (2, 3)})
     with pytest.raises(CheckpointError, match="run with another model: b is missing.*--output_dir"):
@@ -171,7 +171,7 @@ def test_a_projector_file_must_fit_by_name_and_shape() -> None:
         checkpointing.copy_tensors(parameters, {"mm_projector.weight": torch.ones(3, 2)})
 
 
-def test_the_last_projector_of_a_checkpoint_folder_goes_beside_it(tmp_path: Path) -> None:
+def test_final_projector_path_of_a_checkpoint_directory(tmp_path: Path) -> None:
     assert checkpointing.projector_file(tmp_path / "run", final=True) == tmp_path / "run" / "mm_projector.bin"
     folder = tmp_path / "checkpoint-5"
     assert checkpointing.projector_file(folder, final=False) == folder / "mm_projector.bin"
@@ -190,14 +190,14 @@ def test_code_in_a_projector_file_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_disk_too_small_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_disk_space_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
     checkpointing.check_disk_space(tmp_path, 2**30, 2**30, None)
     with pytest.raises(TrainingError, match=r"10\.0 GiB free"):
         checkpointing.check_disk_space(tmp_path, 6 * 2**30, 5 * 2**30, 1)
 
 
-def test_a_disk_that_fills_later_is_warned_of(
+def test_disk_that_will_fill_up_logs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
@@ -205,7 +205,7 @@ def test_a_disk_that_fills_later_is_warned_of(
     assert "10.0 GiB free" in caplog.text
 
 
-def test_a_model_that_cannot_be_saved_stops_the_run_at_its_start(tmp_path: Path) -> None:
+def test_dry_run_fails_for_an_unsavable_model(tmp_path: Path) -> None:
     class Config:
         def save_pretrained(self, directory: Path) -> None:
             raise OSError(28, "No space left on device")
@@ -216,9 +216,7 @@ def test_a_model_that_cannot_be_saved_stops_the_run_at_its_start(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_gives_back_something_else_stops_the_run_at_its_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_fails_when_data_reads_back_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = SimpleNamespace(save_pretrained=lambda directory: None)
     checkpointing.dry_run(tmp_path, SimpleNamespace(config=saved), saved)
     monkeypatch.setattr(checkpointing, "load_bin", lambda path: {"probe": torch.zeros(2)})
@@ -227,7 +225,7 @@ def test_a_disk_that_gives_back_something_else_stops_the_run_at_its_start(
 
 
 @pytest.mark.parametrize(("saved", "visible"), [(4, 2), (2, 4), (0, 2), (2, 0), (3, 3)])
-def test_random_state_is_restored_on_the_devices_that_both_have(
+def test_random_state_is_restored_on_common_devices(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, saved: int, visible: int
 ) -> None:
     restored: dict[int, Any] = {}
@@ -243,7 +241,7 @@ def test_random_state_is_restored_on_the_devices_that_both_have(
     assert caplog.text.count("will not reproduce") == (saved != visible)
 
 
-def test_a_damaged_random_state_is_said(tmp_path: Path) -> None:
+def test_damaged_random_state_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rng_state.pth").write_bytes(b"not a state")
     trainer: Any = SimpleNamespace(_rng_file=lambda directory: tmp_path / "rng_state.pth")
     with pytest.raises(CheckpointError, match=r"rng_state.pth cannot be read as random state"):

@@ -59,11 +59,11 @@ def test_without_a_terminal_there_are_plain_lines_and_the_log_is_complete(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(runs.flags(tiny_dirs, small_data, tmp_path, 1, max_steps=3, disable_tqdm=None))
-    said = capsys.readouterr()
-    *lines, last = said.out.splitlines()
+    output = capsys.readouterr()
+    *lines, last = output.out.splitlines()
     assert [LINE.fullmatch(line).groups()[:2] for line in lines] == [("1", "3"), ("2", "3"), ("3", "3")]  # type: ignore[union-attr]
     assert lines[1].endswith(" left") and last.startswith("training finished: 3 steps in 0:00:0")
-    assert "\r" not in said.out + said.err and "it/s" not in said.err and "{'" not in said.out
+    assert "\r" not in output.out + output.err and "it/s" not in output.err and "{'" not in output.out
     state = {entry["step"]: entry for entry in runs.history(tmp_path)}
     logged = [entry for entry in entries(tmp_path) if "loss" in entry]
     for entry in logged:
@@ -125,8 +125,8 @@ def test_a_bar_can_be_switched_off_and_other_ranks_are_silent(
         console.on_prediction_step(args, state, None, eval_dataloader=[])
         console.on_log(args, state, None, logs={"loss": 1.0})
         console.on_train_end(args, state, None)
-        said = capsys.readouterr()
-        assert said.err == "" and said.out == ("step 1/2 | loss 1.0000\n" if writes else "")
+        output = capsys.readouterr()
+        assert output.err == "" and output.out == ("step 1/2 | loss 1.0000\n" if writes else "")
 
 
 def test_a_resumed_run_logs_every_step_once(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:

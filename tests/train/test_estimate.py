@@ -1,4 +1,4 @@
-"""The estimate: published hours, known memory, a measured run, and advice where a run does not fit."""
+"""Estimate: published hours, known memory, a measured run, and suggestions when a run does not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEVEN = Shape(4096, 11008, 32, 32, 32, 32000, 1024, 4096, 23, 577, 576)
 
 
 def published(stage: str, size: str) -> tuple[estimate.RunConfig, float]:
-    """A run of LLaVA-1.5 on eight A100s, and its hours if they reached all of their peak."""
+    """A run of LLaVA-1.5 on eight A100s, and its hours at 100 % MFU."""
     recipe = ROOT / "scripts" / "v1_5" / f"{stage}.sh"
     flags = estimate.read_recipe(recipe, 8, ["--model_name_or_path", f"lmsys/vicuna-{size}-v1.5"])
     data = inputs.dataset_stats(flags)
@@ -32,8 +32,8 @@ def published(stage: str, size: str) -> tuple[estimate.RunConfig, float]:
 
 
 @pytest.mark.parametrize(("stage", "known", "unseen"), [("pretrain", 5.5, 3.5), ("finetune", 20, 10)])
-def test_the_share_of_13b_predicts_the_hours_of_7b(stage: str, known: float, unseen: float) -> None:
-    """One share of the peak a stage is taken from the published 13B run; what it says of 7B is a prediction."""
+def test_mfu_fitted_to_13b_predicts_hours_of_7b(stage: str, known: float, unseen: float) -> None:
+    """The MFU of each stage is fitted to the published 13B run; the hours of 7B are a prediction."""
     run, at_peak = published(stage, "13b")
     assert estimate.MFU[run.zero_stage] == pytest.approx(at_peak / known, rel=0.005)
     smaller, at_peak = published(stage, "7b")
@@ -52,7 +52,7 @@ def test_sizes_of_known_models() -> None:
 
 
 def test_memory_follows_zero() -> None:
-    """Sixteen bytes a parameter together, shared out by stage (arXiv:1910.02054, figure 1)."""
+    """Sixteen bytes per parameter, sharded by stage (arXiv:1910.02054, figure 1)."""
     run = estimate.RunConfig(
         Shape(4096, 11008, 32, 32, 32, 32000), Trainable(projector=False), 1, 100, 0, deepspeed=True, gpus=64
     )
@@ -67,7 +67,7 @@ def test_memory_follows_zero() -> None:
     assert packed < 0.35 * 2 * count
 
 
-def test_work_counts_two_a_weight_and_six_where_it_learns() -> None:
+def test_flops_are_two_per_weight_and_six_if_trained() -> None:
     few = {"tokens": 1e6, "length": 1, "images": 0, "supervised": 1e6}
     weights = SEVEN.layers * SEVEN.layer_weights + SEVEN.vocabulary * SEVEN.hidden
     assert step_flops(SEVEN, Trainable(), **few) == pytest.approx(6 * weights * 1e6, rel=1e-3)
@@ -77,13 +77,16 @@ def test_work_counts_two_a_weight_and_six_where_it_learns() -> None:
 def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(ROOT / "scripts_internvl" / "finetune_internvit6b_224to336_vicuna7b.sh")
     assert estimate.main([recipe]) == 0
-    said = capsys.readouterr().out
-    assert "8 GPUs x 16 samples x 1 accumulation steps = global batch 128; ZeRO stage 3" in said
-    assert "It fits 80 GB." in said
+    output = capsys.readouterr().out
+    assert "8 GPUs x 16 samples x 1 accumulation steps = global batch 128; ZeRO stage 3" in output
+    assert "It fits 80 GB." in output
     assert estimate.main([recipe, "--gpus", "1", "--gpu-memory", "24"]) == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "does not fit 24 GB" in said and "BATCH=8" in said and "zero3_offload.json" in said and "--lora_enable" in said
+        "does not fit 24 GB" in output
+        and "BATCH=8" in output
+        and "zero3_offload.json" in output
+        and "--lora_enable" in output
     )
     small = [
         "--lora_enable",
@@ -108,7 +111,7 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nowhere.sh"], "Recipe nowhere.sh does not exist"),
         (["scripts/v1_5/finetune.sh", "--gpus", "12"], "multiple of 8"),
-        (["scripts/v1_5/finetune.sh", "--gpus", "3"], "cannot share the global batch"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "3"], "is not divisible by 3 GPUs"),
         (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "--gpu must be one of A100"),
         (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
         (["scripts/v1_5/finetune.sh", "--gpus", "0"], "--gpus must be at least 1"),
@@ -119,7 +122,7 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
         (["scripts/v1_5/finetune.sh", "--deepspeed", "LICENSE"], "cannot be read as JSON"),
     ],
 )
-def test_faults_are_one_sentence(
+def test_errors_are_one_sentence(
     argv: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -128,23 +131,27 @@ def test_faults_are_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("flag", "given", "lacks"), [("model_name_or_path", "tower", "vocab_size"), ("vision_tower", "base", "image_size")]
+    ("flag", "given", "why"),
+    [
+        ("model_name_or_path", "tower", "its config.json has no vocab_size"),
+        ("vision_tower", "base", "is of type 'llama', which is not one of clip"),
+    ],
 )
-def test_a_directory_of_another_kind_is_one_sentence(
-    tiny_dirs: dict[str, Path], flag: str, given: str, lacks: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_kind_of_directory_is_an_error(
+    tiny_dirs: dict[str, Path], flag: str, given: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert estimate.main([str(ROOT / "scripts/v1_5/pretrain.sh"), f"--{flag}", str(tiny_dirs[given])]) == 2
-    assert f"its config.json has no {lacks}" in capsys.readouterr().err
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [("echo hello  # _common.sh", "prints no training command"), (": > started", "is not a training recipe")],
 )
-def test_a_script_that_trains_nothing_is_no_recipe(
+def test_other_scripts_are_refused_and_not_run(
     text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is not started: scripts_internvl/quickstart.sh would train."""
+    """They could start a training run, as scripts_internvl/quickstart.sh does."""
     monkeypatch.chdir(tmp_path)
     Path("a.sh").write_text(text)
     assert estimate.main(["a.sh"]) == 2
@@ -152,7 +159,7 @@ def test_a_script_that_trains_nothing_is_no_recipe(
     assert not Path("started").exists()
 
 
-def test_a_run_out_of_memory_is_told_what_is_smaller(
+def test_out_of_memory_error_suggests_smaller_settings(
     tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""LoRA training: where the adapters sit, what learns beside them, and directories that are whole by themselves."""
+"""LoRA training: target modules, parameters trained beside the adapters, and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def flags(dirs: Dirs, data: Path, out: Path, **more: Any) -> list[str]:
 
 
 def prepared(dirs: Dirs, data: Path, out: Path, **more: Any) -> tuple[Any, Any]:
-    """Model and tokenizer as the first step finds them."""
+    """Model and tokenizer ready for the first step."""
     model, tokenizer, _ = prepare(*parse_arguments(flags(dirs, data, out, **more)))
     return model, tokenizer
 
@@ -47,7 +47,7 @@ def learning(model: torch.nn.Module) -> set[str]:
 
 @pytest.fixture(scope="module")
 def with_clip(tmp_path_factory: pytest.TempPathFactory) -> Dirs:
-    """A CLIP tower, whose linear layers are named as the decoder's and have biases; bases whose attention has them."""
+    """A CLIP tower, whose linear layers have the names of the decoder's, and bases with attention biases."""
     root = tmp_path_factory.mktemp("clip")
     tower = tiny.make_clip_tower(root / "clip-vit-tiny")
     return {
@@ -57,7 +57,7 @@ def with_clip(tmp_path_factory: pytest.TempPathFactory) -> Dirs:
     }
 
 
-def test_adapters_sit_on_the_decoder_alone_also_when_training_goes_on_from_a_chat_model(
+def test_adapters_are_on_the_decoder_only_when_fine_tuning_a_chat_model(
     with_clip: Dirs, small_data: Path, tmp_path: Path
 ) -> None:
     more = {"model_name_or_path": with_clip["chat"], "mm_vision_select_layer": -2}
@@ -69,7 +69,7 @@ def test_adapters_sit_on_the_decoder_alone_also_when_training_goes_on_from_a_cha
 
 
 @pytest.mark.parametrize(("bias", "trained"), [("none", False), ("lora_only", True), ("all", True)])
-def test_biases_learn_and_are_saved_as_asked_the_towers_never(
+def test_lora_bias_trains_and_saves_decoder_biases_only(
     with_clip: Dirs, small_data: Path, tmp_path: Path, bias: str, trained: bool
 ) -> None:
     more = {"mm_vision_select_layer": -2, "lora_bias": bias, "max_steps": 2}
@@ -83,7 +83,7 @@ def test_biases_learn_and_are_saved_as_asked_the_towers_never(
     assert bool(bias_of_values.any()) == trained
 
 
-def test_the_difference_between_the_biases() -> None:
+def test_parameters_trained_by_lora_bias() -> None:
     of_target, other = "model.layers.0.self_attn.q_proj.base_layer.bias", "model.norm.bias"
     trained = model_setup.is_trained_with_lora
     assert [trained(of_target, mode) for mode in ("none", "lora_only", "all")] == [False, True, True]
@@ -112,7 +112,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("more", [{}, {"mm_use_im_start_end": True, "mm_use_im_patch_token": True}])
-def test_every_checkpoint_and_the_result_load_as_the_model_in_memory_was(
+def test_checkpoints_load_with_the_logits_of_the_model_in_memory(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     seen: dict[int, torch.Tensor] = {}
@@ -162,7 +162,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_dirs: Dirs, small_data: Pat
     assert all(bool(value.any()) for name, value in moved.items() if ".lora_B." in name)
 
 
-def test_a_resume_is_exact_and_an_incomplete_checkpoint_is_passed_over(
+def test_resume_is_exact_and_skips_incomplete_checkpoints(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In a later epoch, with dropout, and image tokens that made the vocabulary grow."""
@@ -197,7 +197,7 @@ def test_a_save_is_verified(tiny_dirs: Dirs, small_data: Path, tmp_path: Path, m
         checkpointing.save_lora(model, tokenizer, tmp_path / "a", is_writer=True)
 
 
-def test_a_pad_token_that_an_adapter_cannot_carry_is_refused(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_a_new_pad_token_is_refused_with_lora(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\[PAD\]"):
         prepared(tiny_dirs, small_data, tmp_path, version="v0")
 

@@ -31,7 +31,7 @@ LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "ma
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_packed_weights_resumes_exactly(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_a_killed_qlora_run_resumes_exactly(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     """QLoRA under ZeRO-2; ZeRO-3 is refused."""
     base = tiny.make_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

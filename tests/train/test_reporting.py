@@ -1,4 +1,4 @@
-"""Dashboards: TensorBoard unasked where it is installed; a wandb that fails, or would ask, loses no run."""
+"""Reporters: TensorBoard by default where installed; wandb never prompts, and a failing reporter ends no run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from llava.train.train import train
 from tests.train import runs
 
 
-def test_tensorboard_is_taken_where_it_is_installed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tensorboard_is_used_where_installed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     installed = {"tensorboard"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
     assert usable_reporters(["auto"]) == ["tensorboard"]
@@ -28,7 +26,7 @@ def test_tensorboard_is_taken_where_it_is_installed(
     assert caplog.text.count("not installed") == 2
 
 
-def test_wandb_without_a_key_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_a_key_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for given, mode in (({}, "offline"), ({"WANDB_API_KEY": "k"}, None), ({"WANDB_MODE": "online"}, "online")):
         environment = dict(given)
@@ -41,7 +39,7 @@ def test_wandb_without_a_key_does_not_ask(tmp_path: Path, monkeypatch: pytest.Mo
     assert environment == {}
 
 
-def test_a_run_goes_on_without_a_dashboard_that_fails(
+def test_training_continues_without_a_failing_reporter(
     tiny_dirs: dict[str, Path],
     small_data: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Speed in the log: tokens and samples a second, and the share of the peak where the device is known."""
+"""Throughput metrics: tokens and samples per second, and MFU on known devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llava.train.llava_trainer import LLaVATrainer
 SHAPE = Shape(64, 128, 2, 4, 4, 1000)
 
 
-def test_a_line_says_what_was_done_in_its_time() -> None:
+def test_throughput_metrics() -> None:
     counted = {"tokens": 3000.0, "samples": 6.0, "supervised": 600.0, "images": 0.0}
     line = throughput.ThroughputMeter(SHAPE, Trainable(), None).metrics(seconds=2.0, **counted)
     assert line == {"tokens_per_second": 1500.0, "samples_per_second": 3.0}
@@ -31,7 +31,7 @@ def test_time_left(seconds: float, text: str) -> None:
     assert throughput.format_duration(seconds) == text
 
 
-def test_the_model_tells_its_shape_and_what_learns(tiny_dirs: dict[str, Path]) -> None:
+def test_meter_reads_shape_and_trainable_parts_from_the_model(tiny_dirs: dict[str, Path]) -> None:
     model = load_pretrained_model(tiny_dirs["chat"], device="cpu")[1].requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
     args: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2)
@@ -45,8 +45,7 @@ def test_the_model_tells_its_shape_and_what_learns(tiny_dirs: dict[str, Path]) -
 
 def test_counts_are_exact_whole_numbers_on_any_device() -> None:
     """int64: exact beyond the 24 bits of float32, and MPS has no float64."""
-    tower = SimpleNamespace(num_features=2**24)
-    trainer: Any = SimpleNamespace(model=SimpleNamespace(get_vision_tower=lambda: tower), _counts=None, _batch=0)
+    trainer: Any = SimpleNamespace(model=SimpleNamespace(num_image_tokens=2**24), _counts=None, _batch=0)
     ids = torch.tensor([[1, -200, 5], [1, 6, 0]])
     labels = torch.tensor([[-100, -100, 5], [-100, 6, -100]])
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": ids != 0, "images": torch.zeros(2, 3, 2, 2)}

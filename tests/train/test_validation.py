@@ -1,4 +1,4 @@
-"""Validation: what is held out, its loss as torch computes it, answers written down, and the best checkpoint kept."""
+"""Validation: held-out records, loss, sample answers, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Dirs = dict[str, Path]
 
 
 class Numbers:
-    """A data set whose items are their places."""
+    """A data set whose items are their indices."""
 
     lengths = modality_lengths = tuple(range(100, 120))
 
@@ -31,7 +31,7 @@ class Numbers:
         return index
 
 
-def test_a_share_is_held_out_the_same_for_a_seed() -> None:
+def test_split_depends_on_the_seed_alone() -> None:
     numbers: Any = Numbers()
     one, other = validation.split(numbers, 0.2, seed=1), validation.split(numbers, 0.2, seed=1)
     parts: Any = one
@@ -44,7 +44,7 @@ def test_a_share_is_held_out_the_same_for_a_seed() -> None:
         validation.split(numbers, 0.99, seed=1)
 
 
-def test_the_question_ends_where_the_last_answer_begins() -> None:
+def test_the_prompt_ends_where_the_last_answer_begins() -> None:
     ids, x = torch.arange(9), -100
     item = {"input_ids": ids, "labels": torch.tensor([x, x, 2, 3, x, x, 6, 7, x])}
     question, expected = validation.split_last_answer(item)
@@ -52,7 +52,7 @@ def test_the_question_ends_where_the_last_answer_begins() -> None:
     assert len(validation.split_last_answer({"input_ids": ids, "labels": torch.full((9,), x)})[1]) == 0
 
 
-def test_a_validation_that_never_comes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_validation_that_never_happens_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     answers = validation.SampleGenerations(trainer=None, count=1)  # type: ignore[arg-type]
     args: Any = SimpleNamespace(evaluation_strategy="steps")
     for steps, every in ((10, 10), (9, 10)):
@@ -61,7 +61,7 @@ def test_a_validation_that_never_comes_is_said(caplog: pytest.LogCaptureFixture)
     assert [text[:52] for text in caplog.messages] == ["Validation every 10 steps never happens in a run of "]
 
 
-def test_the_lowest_loss_is_remembered() -> None:
+def test_the_checkpoint_with_the_lowest_loss_is_tracked() -> None:
     state = SimpleNamespace(best_metric=None, best_model_checkpoint=None)
     for loss, name in ((3.0, "a"), (1.0, "b"), (2.0, "c")):
         validation.track_best_checkpoint(state, {"eval_loss": loss}, Path(name))
@@ -69,9 +69,7 @@ def test_the_lowest_loss_is_remembered() -> None:
     assert (state.best_metric, state.best_model_checkpoint) == (1.0, "b")
 
 
-def test_a_run_is_validated_at_every_save_and_is_otherwise_the_same(
-    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
-) -> None:
+def test_validation_at_every_save_does_not_change_training(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     """The held-out records are the training records here, so losses can be compared; a rate of 0 repeats them."""
     plain, seen = tmp_path / "plain", tmp_path / "seen"
     more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
@@ -90,7 +88,7 @@ def test_a_run_is_validated_at_every_save_and_is_otherwise_the_same(
     assert state["best_model_checkpoint"].endswith("checkpoint-4") and state["best_metric"] == losses[4]
 
 
-def test_the_best_checkpoint_stays_and_a_share_is_not_trained_on(
+def test_the_best_checkpoint_is_kept_and_held_out_records_are_not_trained(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The validation loss rises here, so the first checkpoint is the best."""
@@ -106,7 +104,7 @@ def test_the_best_checkpoint_stays_and_a_share_is_not_trained_on(
 def test_the_best_weights_can_be_the_final_ones(
     stage: int, lora: bool, tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the run goes on in a folder that has been moved."""
+    """Also when the run resumes in a moved directory."""
     monkeypatch.setattr(LLaVATrainer, "evaluate", lambda self, **_: {"eval_loss": float(self.state.global_step)})
     first, moved = tmp_path / "first", tmp_path / "moved"
     more = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "validation_fraction": 0.25}
@@ -124,7 +122,7 @@ def test_the_best_weights_can_be_the_final_ones(
 
 
 @pytest.mark.slow
-def test_ranks_under_zero3_are_validated_and_answer_alike(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_validation_and_samples_under_zero3(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     """Each layer is gathered for the evaluation and for every token of the answers; the best weights come back."""
     more = {
         "max_steps": 3,

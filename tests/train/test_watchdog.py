@@ -1,4 +1,4 @@
-"""Faults of the data found late end the run; a step that does not end is cut short, with stacks of all ranks."""
+"""Data faults found during training end the run; hanging steps end with the stacks of all ranks."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ sys.exit(main())
 """
 
 
-def test_a_fault_found_beside_the_run_ends_it(
+def test_a_fault_found_by_the_background_scan_ends_the_run(
     tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bad record is never drawn: only the look through all of them can know."""
+    """The bad record is never sampled: only the background scan can find it."""
     monkeypatch.setattr(dataset_scan, "INLINE_RECORDS", 0)
     records = json.loads((small_data / "finetune.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps([*records * 20, {"conversations": []}]))
@@ -48,7 +48,7 @@ def test_a_fault_found_beside_the_run_ends_it(
         train(argv)
 
 
-def test_the_watchdog_waits_for_a_beat_and_not_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_fires_only_without_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "GRACE", 0.05)
     left: list[int] = []
     dog = Watchdog(0.4, 3, left.append)
@@ -66,14 +66,12 @@ def test_the_watchdog_waits_for_a_beat_and_not_longer(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_ranks_that_wait_for_each_other_write_their_stacks_and_end(
-    tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path
-) -> None:
+def test_hanging_ranks_dump_their_stacks_and_exit(tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path) -> None:
     (tmp_path / "hang.py").write_text(HANG.replace("RANK_OF_HANG", "1"))
     more: dict[str, Any] = {"per_device_train_batch_size": 1, "step_timeout": 20}
     argv = runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, **more)
     process = runs.start(argv, tmp_path / "log", ranks=2, program=[str(tmp_path / "hang.py")])
     assert process.wait(runs.DEADLINE) != 0
-    said = (tmp_path / "log").read_text(errors="replace")
-    assert "Rank 0: no training event" in said and "Rank 1: no training event" in said
-    assert "hang_here" in said and "rerun the same command to resume" in said
+    output = (tmp_path / "log").read_text(errors="replace")
+    assert "Rank 0: no training event" in output and "Rank 1: no training event" in output
+    assert "hang_here" in output and "rerun the same command to resume" in output

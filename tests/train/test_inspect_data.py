@@ -1,4 +1,4 @@
-"""`llava inspect-data`: the same ids and labels as training, in colours; no record speaks to the screen."""
+"""`llava inspect-data`: the ids and labels of training, in colors; records cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ def file(tmp_path: Path) -> Path:
 def test_in_the_terminal(file: Path, tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(file), "--model", str(tiny_dirs["base"]), "--samples", "9", "--model_max_length", "120"]
     assert main([*argv, "--color", "always"]) == 1
-    said = capsys.readouterr().out
-    assert re.search(r"\x1b\[33m<image 1>\x1b\[0m", said)
-    assert re.search(r"\x1b\[32m *The shape is red\.</s>\x1b\[0m", said)
-    assert "\x1b[2J" not in said and "record 2 is bad: conversations is missing" in said
-    assert "record 0, a.png" in said and "with 1 images of 576 each" in said
-    assert re.search(r"120 ids, 0 learned; 1270 positions with 2 images of 576 each; \d+ ids cut", said)
+    output = capsys.readouterr().out
+    assert re.search(r"\x1b\[33m<image 1>\x1b\[0m", output)
+    assert re.search(r"\x1b\[32m *The shape is red\.</s>\x1b\[0m", output)
+    assert "\x1b[2J" not in output and "record 2 is bad: conversations is missing" in output
+    assert "record 0, a.png" in output and "with 1 images of 576 each" in output
+    assert re.search(
+        r"120 ids, 0 supervised; 1270 positions with 2 images of 576 each; \d+ ids truncated at --model_max_length 120",
+        output,
+    )
     assert main([*argv, "--records", "0"]) == 0
     plain = capsys.readouterr().out
     assert "\x1b" not in plain and "‹<image 1>›" in plain and "The shape is red.</s>⟧" in plain
@@ -58,5 +61,5 @@ def test_the_page_has_the_tokens_of_training(file: Path, tiny_dirs: dict[str, Pa
         shown = re.findall(r'<i class="(\w+)" title="(-?\d+)">', block)
         example = dataset.example(dataset._record(index))
         assert [int(token) for _, token in shown] == example.input_ids.tolist()
-        assert [kind == "learned" for kind, _ in shown] == (example.labels != IGNORE_INDEX).tolist()
+        assert [kind == "supervised" for kind, _ in shown] == (example.labels != IGNORE_INDEX).tolist()
         assert [kind == "image" for kind, _ in shown] == (example.input_ids == -200).tolist()
