@@ -184,12 +184,6 @@ def check_disk_space(output_dir: Path, final_bytes: int, checkpoint_bytes: int, 
 # --- Resuming ---------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_step(directory: Path) -> int | None:
-    """N of a directory named `checkpoint-N`, else None."""
-    found = re.fullmatch(r"checkpoint-(\d+)", directory.name)
-    return int(found[1]) if found else None
-
-
 def incomplete(directory: Path) -> str | None:
     """The reason why training cannot resume from a directory, or None if it can."""
     empty = [file.name for file in sorted(directory.rglob("*")) if file.is_file() and file.stat().st_size == 0]
@@ -221,8 +215,8 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
         return None
     for unfinished in sorted(output_dir.glob("tmp-checkpoint-*")):
         logger.warning("Ignoring %s: an earlier run stopped while writing it.", unfinished)
-    found = [(checkpoint_step(path), path) for path in output_dir.glob("checkpoint-*") if path.is_dir()]
-    for _, directory in sorted((entry for entry in found if entry[0] is not None), reverse=True):
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*"))
+    for _, directory in sorted(((int(name[1]), path) for name, path in names if name and path.is_dir()), reverse=True):
         reason = incomplete(directory)
         if reason is None:
             return directory
