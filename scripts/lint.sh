@@ -1,5 +1,5 @@
 #!/bin/sh
-# Style and types: ruff, mypy --strict, shellcheck, dash -n; `--fix` mends what ruff can mend.
+# Style and types: ruff, mypy --strict, shellcheck, dash -n; `--fix` applies the fixes of ruff.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/_env.sh

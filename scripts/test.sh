@@ -1,5 +1,5 @@
 #!/bin/sh
-# All checks, as CI runs them: style, types, every test, coverage; `--fast` leaves out slow tests and coverage.
+# All checks of CI: style, types, tests, coverage; `--fast` skips slow tests and coverage.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/_env.sh

@@ -33,7 +33,7 @@ def test_help_lists_every_command_and_nothing_goes_to_stderr() -> None:
 
 
 def test_help_answers_in_less_than_300_ms() -> None:
-    """The fastest of up to 20 starts counts: the others share the machine with whatever else it does."""
+    """Measured as the fastest of up to 20 starts, since the machine may be busy."""
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def test_no_command_shows_the_usage_and_fails(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(("typed", "hint"), [("doctr", "did you mean 'doctor'?"), ("zzz", "choose one of train,")])
-def test_unknown_command_is_one_sentence(typed: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_command(typed: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([typed]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -78,7 +78,7 @@ def test_every_command_has_a_main(name: str) -> None:
 
 @pytest.fixture
 def fake_command(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Replace `llava chat` by a function that notes its arguments and fails on demand."""
+    """Replace `llava chat` by a function that records its arguments and fails on demand."""
     calls: list[list[str]] = []
 
     def fake(argv: Sequence[str]) -> int:
@@ -108,7 +108,7 @@ def test_errors_become_one_line(fake_command: list[list[str]], capsys: pytest.Ca
     assert cli.main(["chat", "--interrupt"]) == 130
 
 
-def test_a_known_bad_mix_stops_a_command(
+def test_a_known_bad_combination_of_versions_stops_a_command(
     fake_command: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("llava.doctor.installed_versions", lambda packages: {"accelerate": "1.2.0"})

@@ -1,4 +1,4 @@
-"""Rules for the whole tree: public names, cheap imports, sizes, types, language, repetition, the README's tree."""
+"""Rules for the whole tree: public names, cheap imports, sizes, types, language, repetition, the file tree."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PHRASES = re.compile(
 
 
 def plain_environment() -> dict[str, str]:
-    """This process's environment without coverage's hooks, for tests that measure a fresh interpreter."""
+    """The environment without coverage's hooks, for tests that measure a fresh interpreter."""
     return {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
 
 
@@ -83,7 +83,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert not {"torch", "transformers", "numpy", "PIL"} & set(done.stdout.split())
 
 
-def test_a_broken_flash_attn_does_not_break_the_import_and_keeps_its_own_words(tmp_path: Path) -> None:
+def test_a_broken_flash_attn_does_not_break_imports_and_keeps_its_error(tmp_path: Path) -> None:
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda')\n", encoding="utf-8")
     done = fresh("import llava, llava.model.builder, llava.train.train; print('imported')", tmp_path)
     assert done.stdout.endswith("imported\n"), done.stderr
@@ -93,7 +93,7 @@ def test_a_broken_flash_attn_does_not_break_the_import_and_keeps_its_own_words(t
 
 
 def test_no_optional_package_is_needed_to_import_training_or_chat() -> None:
-    """The base install has none of these; a finder that refuses them stands for their absence."""
+    """The base installation has none of these; None in `sys.modules` simulates their absence."""
     blocked = ["deepspeed", "bitsandbytes", "peft", "gradio", "fastapi", "flash_attn", "matplotlib", "wandb"]
     program = (
         "import sys\n"
@@ -159,7 +159,7 @@ def test_rooms_have_few_files(room: str, most: int) -> None:
 
 
 def test_types_are_concrete() -> None:
-    """The number of uses of `Any`, which stands at the borders of untyped libraries only."""
+    """`Any` is for the borders of untyped libraries."""
     uses = {name_of(path): len(re.findall(r"\bAny\b", path.read_text(encoding="utf-8"))) for path in MODULES}
     assert sum(uses.values()) <= MAX_ANY, collections.Counter(uses).most_common(10)
 
@@ -208,7 +208,7 @@ def test_functions_are_short() -> None:
 
 
 def repeated_share(texts: dict[str, str]) -> tuple[float, list[str]]:
-    """The share of non-blank lines inside windows of 8 lines that occur more than once, and where they start."""
+    """Fraction of non-blank lines in windows of 8 lines that occur more than once, and the starts of these windows."""
     lines = {name: [line.strip() for line in text.splitlines() if line.strip()] for name, text in texts.items()}
     places = collections.defaultdict(list)
     for name, rows in lines.items():

@@ -239,14 +239,14 @@ def test_the_global_batch_is_kept(variables: dict[str, str], batch: int, accumul
 def test_indivisible_global_batch_is_refused() -> None:
     done = start("pretrain_internvit6b_448_vicuna7b", "--dry-run", GPUS="3")
     assert done.returncode == 2
-    assert "3 GPUs cannot share the global batch of 256" in done.stderr
+    assert "The global batch of 256 is not divisible by 3 GPUs" in done.stderr
 
 
 @pytest.mark.parametrize("variable", [{"GPUS": "all"}, {"GPUS": "-2"}, {"BATCH": "1.5"}, {"NNODES": "two"}])
 def test_a_number_is_a_number(variable: dict[str, str]) -> None:
     done = start("pretrain_internvit6b_448_vicuna7b", "--dry-run", **variable)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"take whole numbers; one is '{next(iter(variable.values()))}'" in done.stderr
+    assert f"must be integers of at least 0, got '{next(iter(variable.values()))}'" in done.stderr
 
 
 def test_several_nodes_need_an_address() -> None:

@@ -19,16 +19,16 @@ from torch import Tensor
 
 import llava.engine.engine
 from llava import doctor
-from llava.engine import attention, llama, sampling
+from llava.engine import attention, layers, llama, sampling
 from llava.engine.native import decoder
 from llava.engine.native.build import library
 from llava.engine.sequence import SamplingParams, hash_image
 from llava.model import checkpoint
 from llava.model.language_model import causal_lm, packed
-from llava.model.multimodal_encoder.builder import ENVIRONMENT
-from llava.self_test import checkpoints, hardware, inference, runner
+from llava.model.multimodal_encoder.tower import ENVIRONMENT
+from llava.self_test import CheckFailed, CheckSkipped, checkpoints, hardware, inference, runner, within
 from llava.self_test.checkpoints import KINDS
-from llava.self_test.report import CheckFailed, CheckSkipped, Report, isolated, within
+from llava.self_test.runner import Report, isolated
 from tests import devices
 from tests.test_package import ROOT
 
@@ -187,13 +187,13 @@ def test_a_checkpoint_that_cannot_be_loaded(run: Any, monkeypatch: pytest.Monkey
 
 
 def test_another_epsilon_in_the_engines_norm(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = llama.RmsNorm.__init__
+    make = layers.RMSNorm.__init__
 
     def wrong(norm: Any, module: Any) -> None:
         make(norm, module)
         norm.eps = 1e-3
 
-    monkeypatch.setattr(llama.RmsNorm, "__init__", wrong)
+    monkeypatch.setattr(layers.RMSNorm, "__init__", wrong)
     _, lines = run("llama")
     assert {"logits float32", "C++ kernel float32"} <= failed(lines, "llama")
     assert not {"loader", *TRAINING, *SAMPLING, *NATIVE[1:]} & failed(lines, "llama")
@@ -332,8 +332,8 @@ def test_quantised_layers_with_a_wrong_scale(bits: int, case: inference.Case, mo
     assert "limit" in inference.check_quantized(case, HALF, bits)
     load, name = case.load, "model.layers.0.mlp.down_proj"
 
-    def scaled(role: inference.Role, **options: Any) -> inference.Loaded:
-        loaded = load(role, **options)
+    def scaled(role: inference.Role, *, bits: int = 0) -> inference.Loaded:
+        loaded = load(role, bits=bits)
         layer = loaded.model.get_submodule(name)
         layer.register_forward_hook(lambda module, args, output: output * (1.5 if bits == 8 else 3.0))
         return loaded
@@ -341,8 +341,8 @@ def test_quantised_layers_with_a_wrong_scale(bits: int, case: inference.Case, mo
     monkeypatch.setattr(case, "load", scaled)
     with pytest.raises(CheckFailed, match="relative error"):
         inference.check_quantized(case, HALF, bits)
-    monkeypatch.setattr(case, "load", lambda role, **options: load(role))
-    with pytest.raises(CheckFailed, match="no layer was quantised"):
+    monkeypatch.setattr(case, "load", lambda role, bits: load(role))
+    with pytest.raises(CheckFailed, match="no layer was quantized"):
         inference.check_quantized(case, HALF, bits)
 
 
@@ -350,11 +350,11 @@ def test_products_in_tf32_are_beyond_the_limit_of_float32(case: inference.Case) 
     """Weights rounded to the ten mantissa bits of TF32 emulate a TF32 matmul."""
     loaded, reference = case.load(EXACT), case.models[inference.REFERENCE]
     requests, tokens = inference.make_requests(2), case.answers[:2]
-    assert inference.forward_error(loaded, reference, requests, tokens) < inference.FLOAT32_LIMIT / 10
+    assert inference.forward_error(loaded, reference, requests, tokens) < inference.LIMITS[torch.float32] / 10
     for parameter in loaded.model.parameters():
         bits = parameter.data.view(torch.int32)
         bits.add_(0x1000).bitwise_and_(~0x1FFF)
-    assert inference.forward_error(loaded, reference, requests, tokens) > inference.FLOAT32_LIMIT
+    assert inference.forward_error(loaded, reference, requests, tokens) > inference.LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -464,6 +464,12 @@ def test_a_rate_that_cannot_be_measured_is_no_failure() -> None:
     def broken() -> str:
         raise torch.OutOfMemoryError("64 GiB")
 
-    with pytest.raises(CheckSkipped, match="not measured: OutOfMemoryError: 64 GiB"):
-        hardware.figure(broken)()
-    assert hardware.figure(lambda: "3 GB/s")() == "3 GB/s"
+    lines: list[str] = []
+    report = Report(lines.append)
+    report.run("rate", "copy", broken, required=False)
+    report.run("rate", "matmul", lambda: "3 GB/s", required=False)
+    assert [" ".join(line.split()) for line in lines] == [
+        "skip rate copy not measured: OutOfMemoryError: 64 GiB",
+        "ok rate matmul 3 GB/s",
+    ]
+    assert report.summary().startswith("1 checks, 0 failed, 1 skipped (")

@@ -65,11 +65,8 @@ def attend(
     out, lse = attention_with_lse(query, keys, values, mask, causal=causal)
     for prefix in prefixes:
         packed = _pack(query[prefix.rows]).unsqueeze(0)  # (1, h, m * M, D)
-        prefix_out, prefix_lse = attention_with_lse(packed, *prefix.data[layer].unsqueeze(1))
-        prefix_out, prefix_lse = (
-            _unpack(prefix_out[0], query.shape[2]),
-            _unpack(prefix_lse[0, ..., None], query.shape[2]),
-        )
+        packed_out, packed_lse = attention_with_lse(packed, *prefix.data[layer].unsqueeze(1))
+        prefix_out, prefix_lse = (_unpack(part[0], query.shape[2]) for part in (packed_out, packed_lse.unsqueeze(-1)))
         own_out, own_lse = out[prefix.rows], lse[prefix.rows].unsqueeze(-1)  # (m, h, M, D), (m, h, M, 1)
         own_out.lerp_(prefix_out, torch.sigmoid(prefix_lse - own_lse).to(out.dtype))
         torch.logaddexp(own_lse, prefix_lse, out=own_lse)

@@ -14,13 +14,12 @@ from collections import abc, deque
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.engine import beams
 from llava.engine.cache import KVCache
 from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream
 from llava.engine.features import FeatureEncoder
@@ -44,9 +43,6 @@ from llava.placement import avoid_cudnn_attention, resolve_device
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
-    from typing_extensions import Unpack
-
-    from llava.model.dispatch import DeviceMap
 
 _NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
 
@@ -297,7 +293,7 @@ class Engine:
         try:
             for sequence in started:
                 if sequence.params.num_beams > 1:
-                    beams.run(self.model_runner, self.prefiller, sequence)
+                    self._beam_search(sequence)
             for output in self.prefiller.run([sequence.prompt for sequence in batch], waiting):
                 self._cache.join(output.data, output.lengths, output.prefixes)
                 rows = [batch[index] for index in output.indices]
@@ -308,6 +304,33 @@ class Engine:
                 if not sequence.handle.done and sequence not in self._running:
                     sequence.finish("error", f"{type(error).__name__}: {error}")
             raise
+
+    def _beam_search(self, sequence: Sequence) -> None:
+        """Answer one sequence with transformers' `generate` over its embeddings, outside the batch."""
+        params, spec = sequence.params, self.model_runner.spec
+        sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
+        embeds = self.prefiller.embed(sequence.prompt)  # (L, D)
+        # The default would initialise every GPU.
+        devices = {device for device in (spec.device, *spec.layer_devices) if device.type == "cuda"}
+        with torch.random.fork_rng(devices, enabled=params.temperature > 0):
+            if params.seed is not None:
+                torch.manual_seed(params.seed)
+            output = self.model.generate(
+                inputs_embeds=embeds.unsqueeze(0),
+                attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=embeds.device),
+                num_beams=params.num_beams,
+                max_new_tokens=sequence.max_new_tokens,
+                bos_token_id=0,  # without input ids, `generate` starts its output with this token
+                eos_token_id=sorted(sequence.end_ids),
+                pad_token_id=self.model.generation_config.pad_token_id or 0,
+                **(sampling if params.temperature > 0 else {"do_sample": False}),
+            )
+        for token in output[0, 1:].tolist():
+            reason = sequence.append(token)
+            if reason is not None or sequence.detokenize():
+                sequence.finish(reason or "stop")
+                return
+        sequence.finish("stop")
 
     def _decode(self) -> None:
         """Decode one token for every running row."""
@@ -353,29 +376,6 @@ def _sampler(rows: abc.Sequence[Sequence]) -> Sampler:
     return Sampler([sequence.params for sequence in rows], [sequence.generator for sequence in rows])
 
 
-class LoadingOptions(TypedDict, total=False):
-    """Options of `load_pretrained_model` beside the checkpoint, device and precision."""
-
-    vision_tower: str | None
-    num_gpus: int | None
-    max_memory: str | None
-    device_map: DeviceMap
-    attn_implementation: str
-    text_only: bool
-    progress: abc.Callable[[float], None] | None
-
-
-class EngineOptions(TypedDict, total=False):
-    """Keyword arguments of `Engine`."""
-
-    max_batch_size: int
-    max_prefill_tokens: int | None
-    image_aspect_ratio: str | None
-    kv_cache_bytes: int | None
-    prefix_cache_bytes: int | None
-    feature_cache_bytes: int | None
-
-
 def load_engine(
     model_path: str | Path,
     model_base: str | Path | None = None,
@@ -384,10 +384,10 @@ def load_engine(
     dtype: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    loading: LoadingOptions | None = None,
-    **options: Unpack[EngineOptions],
+    loading: abc.Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Engine:
-    """Load a checkpoint into an engine. `loading` holds further options of `load_pretrained_model`.
+    """Load a checkpoint into an engine; `options` are those of `Engine`, `loading` those of `load_pretrained_model`.
 
     `device` and `dtype` default to the best available device and its dtype, see `llava.placement`.
     """

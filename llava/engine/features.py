@@ -45,10 +45,10 @@ class FeatureEncoder:
     @property
     def tokens_per_image(self) -> int:
         """Tokens of one image in a prompt; raises `RequestError` if the model has no vision tower."""
-        tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
-        if tower is None:
+        count = int(getattr(self.model, "num_image_tokens", 0))
+        if not count:
             raise RequestError("The request has images, but this model has no vision tower; send text only.")
-        return int(tower.num_features)
+        return count
 
     def encode(self, images: Iterable[HashedImage]) -> Features:
         """Features by digest; those not in the cache are computed, images of one size together."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -31,9 +30,9 @@ _GROWTH: Final = 5 / 3
 class CacheBounds:
     """Bytes of the KV cache (None: unlimited), prefix cache and feature cache, and prompt tokens per forward pass."""
 
-    kv: int | None
-    prefix: int
-    features: int
+    kv: int | None = None
+    prefix: int = _STORE_BYTES
+    features: int = _STORE_BYTES
     prefill_tokens: int = _PREFILL_TOKENS
 
 
@@ -49,20 +48,15 @@ def cache_bounds(
     On CUDA the defaults are fractions of the currently free memory; the KV cache holds at least one full context if
     that leaves room. A model split over GPUs is limited by the GPU with the least free memory per layer.
     """
-    default = CacheBounds(None, _STORE_BYTES, _STORE_BYTES)
-    if spec.device.type == "cuda" and None in (kv, prefix, features, prefill_tokens):
-        default = _from_free_memory(spec, free_memory)
-    return CacheBounds(
-        default.kv if kv is None else kv,
-        default.prefix if prefix is None else prefix,
-        default.features if features is None else features,
-        default.prefill_tokens if prefill_tokens is None else prefill_tokens,
-    )
+    bounds = {"kv": kv, "prefix": prefix, "features": features, "prefill_tokens": prefill_tokens}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    free = spec.device.type == "cuda" and len(given) < len(bounds)
+    return replace(_from_free_memory(spec) if free else CacheBounds(), **given)
 
 
-def _from_free_memory(spec: CacheSpec, free: Callable[[torch.device], int]) -> CacheBounds:
+def _from_free_memory(spec: CacheSpec) -> CacheBounds:
     layers = Counter(spec.layer_devices or (spec.device,) * spec.layers)
-    room = min(free(device) * spec.layers // count for device, count in layers.items())
+    room = min(free_memory(device) * spec.layers // count for device, count in layers.items())
     context = (spec.context_length or 0) * spec.bytes_per_token
     prefill = int(_PREFILL_SHARE * room) // spec.bytes_per_token  # its keys and values exist beside the KV cache
     kv = max(int(_KV_SHARE * room), min(context, int(_CONTEXT_SHARE * room)))
@@ -70,7 +64,7 @@ def _from_free_memory(spec: CacheSpec, free: Callable[[torch.device], int]) -> C
     return CacheBounds(
         kv=kv,
         prefix=int(prefix * room),
-        features=min(4 * _STORE_BYTES, int(_FEATURE_SHARE * free(spec.device))),
+        features=min(4 * _STORE_BYTES, int(_FEATURE_SHARE * free_memory(spec.device))),
         prefill_tokens=max(_LEAST_PREFILL_TOKENS, min(_PREFILL_TOKENS, prefill)),
     )
 

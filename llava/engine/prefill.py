@@ -138,10 +138,10 @@ class Prefiller:
 
     def _compute_node(self, item: PrefillItem, count: int, features: Features) -> Node:
         """Compute and cache the next `count` cache keys of `item`."""
-        embeds = self._embed(item.prompt, features, item.done, item.done + count)
+        cache_keys = item.prompt.cache_keys[: item.done + count]
+        embeds = self._embed(item.prompt, features, item.done, len(cache_keys))
         data = self.runner.prefill_kv(embeds, item.prefix)
         self.computed_tokens += len(embeds)
-        cache_keys = item.rest[:count]
         return self.prefix_cache.insert(item.prefix, cache_keys, self._token_counts(cache_keys), data)
 
     def _compute_chunks(self, item: PrefillItem, features: Features) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -52,11 +52,6 @@ class PrefixMatch:
     @property
     def num_tokens(self) -> int:
         return self.node.ends[self.num_keys]
-
-    @property
-    def token_counts(self) -> list[int]:
-        """Tokens of each cache key."""
-        return [right - left for left, right in pairwise(self.node.ends[: self.num_keys + 1])]
 
     @property
     def data(self) -> Tensor:
@@ -103,15 +98,15 @@ class PrefixCache:
         return tuple(prefix), at
 
     def insert(self, prefix: Prefix, cache_keys: CacheKeys, token_counts: Sequence[int], data: Tensor) -> Node:
-        """Return a node of `cache_keys` behind `prefix`, added to the tree if its parent is there and it fits.
+        """Return a node of the `cache_keys` behind `prefix`, added to the tree if its parent is there and it fits.
 
-        The node keeps `data`, (layers, 2, kv_heads, tokens, head_dim): pass a tensor that is not part of a larger one.
+        `cache_keys` start at the root; `data` (layers, 2, kv_heads, tokens, head_dim) is kept, and holds the tokens
+        behind `prefix`: pass a tensor that is not part of a larger one.
         """
-        node = Node(cache_keys, token_ends(token_counts), data)
+        done = sum(match.num_keys for match in prefix)
+        node = Node(cache_keys[done:], token_ends(token_counts[done:]), data)
         if not self._attach(prefix, node):
-            before = [key for match in prefix for key in match.node.cache_keys[: match.num_keys]]
-            counts = [count for match in prefix for count in match.token_counts]
-            self.add((*before, *cache_keys), [*counts, *token_counts], data, num_tokens(prefix))
+            self.add(cache_keys, token_counts, data, num_tokens(prefix))
         return node
 
     def add(self, cache_keys: CacheKeys, token_counts: Sequence[int], data: Tensor, first: int) -> None:

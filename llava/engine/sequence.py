@@ -46,7 +46,7 @@ def hash_image(image: ImageInput | HashedImage) -> HashedImage:
     if not isinstance(image, Image.Image) and not (isinstance(image, torch.Tensor) and image.shape[:-2] == (3,)):
         found = f"a tensor {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
         raise RequestError(
-            f"An image of the request is {found}; give a PIL image (llava.data.images.open_image opens a file) or a "
+            f"An image of the request is {found}; give a PIL image (llava.images.open_image opens a file) or a "
             "preprocessed tensor (3, S, S)."
         )
     digest = hashlib.blake2b(digest_size=16)

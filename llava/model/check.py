@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
@@ -27,9 +26,11 @@ from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.llava_arch import parameter_shapes
-from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_projector.builder import projected_tokens
 from llava.model.quantization import weight_bytes
+from llava.model.registry import TOWERS, tower_type
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import load_weights
 from llava.utils import guarded
@@ -103,14 +104,12 @@ def tower_part(
     args: PretrainedConfig | SimpleNamespace, directory: Path | None, from_checkpoint: bool
 ) -> tuple[Part, VisionTower]:
     """The vision tower that loading would use, verified up to the layer of the features."""
-    tower = cast("VisionTower", build_vision_tower(args, directory))
-    source, _, table = tower.source(from_checkpoint)
-    config = copy.deepcopy(tower.config)
-    vision = tower.spec.vision(config)
-    layers, vision.image_size = vision.num_hidden_layers, math.isqrt(table - 1) * vision.patch_size
-    model = tower.empty(config, source)
+    tower = build_vision_tower(args, directory, delay_load=True)
+    source, _, rows = tower.source(from_checkpoint)
+    model = tower.empty(source, rows)
     stored = tower.stored_shapes(from_checkpoint)
     shapes = verify(model, stored, source, optional=tower.spec.unused)
+    layers = tower.spec.vision(tower.config).num_hidden_layers
     kind = f"{tower.settings['model_type']}, {tower.depth} of {layers} layers, width {tower.hidden_size}"
     return Part("vision tower", f"{kind}; {len(stored)} weights verified in {source}", shapes), tower
 
@@ -127,7 +126,7 @@ def examine(
     Raises the error that loading it would raise.
     """
     found = ckpt.inspect(builder.local_directory(path))
-    if found.kind is Kind.TOWER or found.model_type in TOWERS:
+    if found.kind is Kind.TOWER or tower_type(found.config) in TOWERS:
         found = replace(found, kind=Kind.TOWER)  # also if registered by the user
         whole = SimpleNamespace(mm_vision_tower=str(found.path), mm_vision_select_layer=-1)
         return Findings(found, [tower_part(whole, None, False)[0]])
@@ -149,9 +148,10 @@ def examine(
     origin = "stored in the checkpoint" if getattr(config, "conv_template", None) == chosen else "not stored"
     with ckpt.config_errors(found.path):
         cache = cache_bytes(config)
+    image_tokens = projected_tokens(config, *tower.feature_shapes)
     facts = [
         tokenizer_fact(base.path if base else found.path),
-        ("image", f"{tower.image_processor.crop_size['height']} px, {tower.num_features} tokens"),
+        ("image", f"{tower.image_processor.crop_size['height']} px, {image_tokens} tokens"),
         ("template", f"{chosen} ({'--conv-mode' if template else origin})"),
         ("context", f"{builder.context_length(config)} tokens, {gib(cache)} of KV cache in 16 bit when full"),
     ]

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import torch
 import transformers
@@ -38,7 +38,6 @@ from llava.utils import guarded
 
 if TYPE_CHECKING:
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-    from llava.model.multimodal_encoder.tower import VisionTower
 
 FORMATS: Final = ("hf-llava",)
 RENAMED: Final = (
@@ -68,7 +67,7 @@ def check_exportable(found: Checkpoint) -> None:
             "with llava instead."
         )
     config = read_config(found)
-    tower = cast("VisionTower", build_vision_tower(config, found.path))
+    tower = build_vision_tower(config, found.path, delay_load=True)
     kind = "EVA-CLIP" if is_eva(tower.settings) else str(tower.settings.get("model_type"))
     projector = getattr(config, "mm_projector_type", None) or "linear"
     reason = None

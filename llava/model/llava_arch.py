@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,11 @@ from llava.constants import (
 from llava.errors import CheckpointError, RequestError
 from llava.model.checkpoint import EMBEDDINGS, compare_shapes, load_bin, projector_state
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector, projected_tokens
 from llava.model.splice import Images, Layout, encode_slots, encode_used_slots, splice_batch, splice_prompt
 from llava.model.transfer import to_host, upload
 from llava.model.zero import gathered
-
-if TYPE_CHECKING:
-    from llava.model.multimodal_encoder.tower import VisionTower
 
 logger = logging.getLogger(__name__)
 NO_IMAGE = "The prompt holds <image>, but no image was given; pass one image per <image>."
@@ -43,16 +41,27 @@ class LlavaMetaModel(nn.Module):
     config: Any
     vision_tower: VisionTower
     mm_projector: nn.Module
+    _num_image_tokens: int | None = None
 
     def init_vision(self, config: Any) -> None:
         """To be called once at the end of the core's construction."""
         if getattr(config, "mm_vision_tower", None):
             directory = Path(config.name_or_path) if getattr(config, "name_or_path", "") else None
-            self.vision_tower = cast("VisionTower", build_vision_tower(config, directory))
+            self.vision_tower = build_vision_tower(config, directory, delay_load=True)
             self.mm_projector = build_vision_projector(config)
 
     def get_vision_tower(self) -> VisionTower | None:
         return getattr(self, "vision_tower", None)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """The number of embeddings one image becomes in the prompt, after the projector; 0 without a tower."""
+        tower = self.get_vision_tower()
+        if tower is None:
+            return 0
+        if self._num_image_tokens is None:
+            self._num_image_tokens = projected_tokens(self.config, *tower.feature_shapes)
+        return self._num_image_tokens
 
     def initialize_vision_modules(self, model_args: Any, fsdp: Any = None, dtype: torch.dtype | None = None) -> None:
         """Find and load the tower, write the `mm_*` keys of the config, and make or keep the projector (§9).
@@ -63,6 +72,7 @@ class LlavaMetaModel(nn.Module):
         compatibility.
         """
         config = self.config
+        self._num_image_tokens = None
         same_tower = model_args.vision_tower == getattr(config, "mm_vision_tower", None)
         directory = Path(config.name_or_path) if getattr(config, "name_or_path", "") else None
         if not same_tower:
@@ -76,7 +86,7 @@ class LlavaMetaModel(nn.Module):
             config.mm_vision_image_size = model_args.mm_vision_image_size
         existing = self.get_vision_tower()
         if existing is None or not existing.is_loaded:
-            tower = cast("VisionTower", build_vision_tower(config, directory))
+            tower = build_vision_tower(config, directory, delay_load=True)
             tower.load_model(dtype=dtype, from_checkpoint=same_tower)
             self.vision_tower = tower
         config.mm_hidden_size = self.vision_tower.hidden_size
@@ -145,6 +155,11 @@ class LlavaMetaForCausalLM(nn.Module):
     def get_vision_tower(self) -> VisionTower | None:
         tower: VisionTower | None = self.get_model().get_vision_tower()
         return tower
+
+    @property
+    def num_image_tokens(self) -> int:
+        """The number of embeddings one image becomes in the prompt, after the projector; 0 without a tower."""
+        return int(self.get_model().num_image_tokens)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images `(K, 3, S, S)` to word-space features `(K, n, D)`."""

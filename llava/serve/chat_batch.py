@@ -6,10 +6,9 @@ from pathlib import Path
 
 from llava.engine import Engine
 from llava.errors import DataError
-from llava.eval.run.answers import Row
-from llava.eval.run.questions import Question, read_lines
-from llava.eval.run.runner import Outcome, run
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.files import Row, read_lines
+from llava.eval.run.questions import Question
+from llava.eval.run.runner import Outcome, RunSettings, run
 
 
 def read_prompts(path: Path) -> list[Question]:
@@ -24,7 +23,8 @@ def read_prompts(path: Path) -> list[Question]:
             raise DataError(f"{path} line {number} lacks a prompt; it has {', '.join(row) or 'no keys'}.")
         images = row.get("images", row.get("image")) or ()
         images = (images,) if isinstance(images, str) else tuple(images)
-        questions.append(Question(row.get("id", row.get("question_id", len(questions))), prompt, images))
+        question_id = row.get("id", row.get("question_id"))
+        questions.append(Question(len(questions) if question_id is None else question_id, prompt, images))
     return questions
 
 

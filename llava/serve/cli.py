@@ -18,8 +18,7 @@ from llava.engine import Engine
 from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args, sampling_params
 from llava.engine.chat import ChatSession, is_stage_one, load_image
 from llava.errors import ConfigError
-from llava.eval.run.runner import report
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.runner import RunSettings, report
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.chat_batch import run_batch
 from llava.serve.chat_terminal import answer, converse

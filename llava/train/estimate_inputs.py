@@ -9,10 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, TypeVar
 
 from llava.errors import ConfigError
-from llava.train.flops import PEAKS, Shape, device_peak
+from llava.train.flops import PEAKS, Shape, device_peak, with_tower
 
 T = TypeVar("T")
 # hidden, intermediate, layers, heads, vocabulary
@@ -128,33 +129,37 @@ def shape_from_flags(flags: RecipeFlags) -> Shape:
     return _with_tower(shape, flags, flags.vision_tower) if flags.vision_tower else shape
 
 
-def _with_tower(shape: Shape, flags: RecipeFlags, tower: str) -> Shape:
-    directory = Path(tower)
-    patch_size = PATCH_SIZE
-    if (directory / "config.json").is_file():
-        config = _read_config(directory, (*SIZE_KEYS, "image_size"), "vision tower")
-        hidden, intermediate, layers, pixels = (int(config[key]) for key in (*SIZE_KEYS, "image_size"))
-        patch_size = config.get("patch_size", PATCH_SIZE)
-    else:
-        hidden, intermediate, layers, pixels = _lookup(TOWERS, tower, "vision tower")
-    patches = ((flags.mm_vision_image_size or pixels) // patch_size) ** 2
+def _with_tower(shape: Shape, flags: RecipeFlags, name: str) -> Shape:
+    """`shape` with the tower and projector of the flags; nothing is downloaded."""
+    from llava.model.check import without_network
+    from llava.model.multimodal_encoder.tower import TIMM, VisionTower
+    from llava.model.multimodal_projector.builder import projected_tokens
+
+    config = SimpleNamespace(mm_projector_type=flags.mm_projector_type, hidden_size=shape.hidden)
+    if name.startswith(TIMM) or (Path(name) / "config.json").is_file():
+        with without_network():
+            tower = VisionTower(name, flags)
+            config.mm_hidden_size, config.mm_image_hidden_size = tower.hidden_size, tower.image_hidden_size
+            return with_tower(shape, config, tower)
+    config.mm_hidden_size, intermediate, layers, pixels = _lookup(TOWERS, name, "vision tower")
+    patches = ((flags.mm_vision_image_size or pixels) // PATCH_SIZE) ** 2
+    tokens = patches + (flags.mm_vision_select_feature == "cls_patch")
     layer = flags.mm_vision_select_layer
     kind = flags.mm_projector_type
     return replace(
         shape,
-        tower_hidden=hidden,
+        tower_hidden=config.mm_hidden_size,
         tower_intermediate=intermediate,
         tower_layers=layer + layers + 1 if layer < 0 else layer,
         tower_positions=patches + 1,
-        image_tokens=patches + (flags.mm_vision_select_feature == "cls_patch"),
+        image_tokens=projected_tokens(config, (tokens, config.mm_hidden_size)),
         projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3:4].isdigit() else 1,
     )
 
 
 def _read_config(directory: Path, keys: Sequence[str], what: str) -> dict[str, Any]:
-    """Read config.json, or the `vision_config` in it, which must have `keys`."""
+    """Read config.json, which must have `keys`."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config = config.get("vision_config", config)
     missing = [key for key in keys if key not in config]
     if missing:
         raise ConfigError(f"{directory} is not a {what}: its config.json has no {missing[0]}; pass another directory.")

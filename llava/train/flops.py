@@ -6,7 +6,8 @@ gradients are needed, causal attention at half its square; recomputation by grad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final
 
 from transformers import PretrainedConfig
@@ -100,17 +101,23 @@ def shape_of(config: PretrainedConfig, tower: VisionTower | None = None) -> Shap
         "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "vocabulary": config.vocab_size,
     }
-    if tower is None:
-        return Shape(**language)
+    shape = Shape(**language)
+    return shape if tower is None else with_tower(shape, config, tower)
+
+
+def with_tower(shape: Shape, config: PretrainedConfig | SimpleNamespace, tower: VisionTower) -> Shape:
+    """`shape` with a vision tower and the projector of `config`."""
+    from llava.model.multimodal_projector.builder import projected_tokens
+
     vision = tower.spec.vision(tower.config)
     kind = str(getattr(config, "mm_projector_type", "linear"))
-    return Shape(
-        **language,
+    return replace(
+        shape,
         tower_hidden=tower.image_hidden_size,
-        tower_intermediate=vision.intermediate_size,
+        tower_intermediate=getattr(vision, "intermediate_size", None) or 4 * vision.hidden_size,
         tower_layers=tower.depth,
-        tower_positions=tower.num_patches + 1,
-        image_tokens=tower.num_features,
+        tower_positions=tower.num_patches + tower.spec.class_token + tower.spec.registers,
+        image_tokens=projected_tokens(config, *tower.feature_shapes),
         projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3].isdigit() else 1,
     )
 

@@ -237,9 +237,8 @@ class LLaVATrainer(transformers.Trainer):
         supervised = (labels[:, 1:] != IGNORE_INDEX).sum()
         tokens = ids.new_full((), ids.numel()) if mask is None else mask.sum()
         images = tokens.new_full((), len(inputs.get("images", ())))
-        tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
-        if tower is not None:
-            tokens = tokens + (ids == IMAGE_TOKEN_INDEX).sum() * (tower.num_features - 1)
+        if image_tokens := getattr(self.model, "num_image_tokens", 0):
+            tokens = tokens + (ids == IMAGE_TOKEN_INDEX).sum() * (image_tokens - 1)
         # int64 is exact, and MPS has no float64
         samples = tokens.new_full((), len(ids))
         counts = torch.stack([tokens, supervised, samples, (supervised == 0).long(), images])

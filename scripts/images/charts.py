@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.eval.reporting.published import ROWS
+from llava.eval.reporting.data import PUBLISHED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,8 @@ def scores() -> Figure:
 
     figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    width = 0.82 / len(ROWS)
-    for index, row in enumerate(ROWS):
+    width = 0.82 / len(PUBLISHED)
+    for index, row in enumerate(PUBLISHED):
         values = [row.scores[name] / (20 if name == "MME" else 1) for name in BENCHMARKS]
         at = [place - 0.41 + width * (index + 0.5) for place in range(len(BENCHMARKS))]
         label = f"{row.method.removesuffix('-1.0')} {row.tower} + {row.llm.replace('V-', 'Vicuna-')}"

@@ -34,7 +34,9 @@ def served(models: Sequence[str]) -> Iterator[str]:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            found = next(filter(None, (re.search(r"http://[\w.:]+", line) for line in process.stdout)))
+            found = next(filter(None, (re.search(r"http://[\w.:]+", line) for line in process.stdout)), None)
+            if found is None:
+                raise RuntimeError("llava serve all ended without a URL; see its log above.")
             yield found[0].rstrip(".")
         finally:
             process.terminate()
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, act in (("web_page", chat), ("web_compare", compare)):
             if act is compare and not args.other:
                 continue
-            page = browser.new_page(viewport={"width": 1200, "height": 860}, device_scale_factor=1.5)
+            page = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=1.25)
             page.set_default_timeout(PATIENCE)
             page.goto(address)
             expect(page.locator("#model_selector_row input")).to_have_value(re.compile(".+"))

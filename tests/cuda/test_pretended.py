@@ -27,7 +27,7 @@ QUESTIONS = ("What color is the shape?", "Is there a circle?", "Why? Describe th
 
 def sample_together(self: Sampler, logits: Tensor) -> Tensor:
     """A `Sampler` as on CUDA, where a seed does not return the tokens it returns on the CPU."""
-    columns = [torch.tensor(column) for column in self.columns()]
+    columns = [torch.tensor(column) for column in self.host_params()]
     best = logits.argmax(dim=-1)
     return torch.where(columns[0] > 0, sample_top_p(logits, *columns), best) if columns else best
 
@@ -164,7 +164,7 @@ def test_shared_prefixes_run_on_fused_kernels(
     is_ampere.cache_clear()
 
 
-def test_a_model_spread_over_cards(checkpoints: Checkpoints) -> None:
+def test_a_model_split_over_gpus(checkpoints: Checkpoints) -> None:
     """The loader chooses GPUs by free memory; each layer's keys and values stay on its GPU."""
     model, tokenizer, processor = load(checkpoints, "llama sdpa", "cpu")
     expected = [one.token_ids for one in Engine(model, tokenizer, processor).generate(batch())]

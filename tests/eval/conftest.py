@@ -1,4 +1,4 @@
-"""A tiny engine, pictures and a question file to run evaluations on."""
+"""A tiny engine, images and a question file to run evaluations on."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def engine(tiny_dirs: dict[str, Path]) -> Engine:
 
 
 @pytest.fixture(scope="package")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     for color in COLORS:
         Image.new("RGB", (30, 20), color).save(folder / f"{color}.png")
     return folder
@@ -44,7 +44,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
 
 
 def question_rows(count: int) -> list[dict[str, Any]]:
-    """Questions about the pictures in turn, every fifth about none; two share each id, as in MME."""
+    """Questions about the images in turn, every fifth about none; two share each id, as in MME."""
     rows: list[dict[str, Any]] = []
     for number in range(count):
         row = {"question_id": number // 2, "image": f"{COLORS[number % 4]}.png", "text": f"What is number {number}?"}

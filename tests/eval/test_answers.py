@@ -25,7 +25,7 @@ def write(path: Path, order: list[int], *, failing: frozenset[int] = frozenset()
     for at in order:
         if at not in writer.finished:
             failed = at in failing
-            writer.put(at, MAKE(QUESTIONS[at], "" if failed else f"answer {at}", "broken" if failed else None))
+            writer.write(at, MAKE(QUESTIONS[at], "" if failed else f"answer {at}", "broken" if failed else None))
     writer.close(complete=complete)
 
 
@@ -66,7 +66,7 @@ def test_rows_are_on_disk_as_soon_as_their_turn_comes(tmp_path: Path, expected: 
     path = tmp_path / "deep" / "answers.jsonl"
     writer = AnswersWriter(path, QUESTIONS)
     for at, lines in ((1, 0), (0, 2), (3, 2), (2, 4)):
-        writer.put(at, MAKE(QUESTIONS[at], f"answer {at}", None))
+        writer.write(at, MAKE(QUESTIONS[at], f"answer {at}", None))
         assert path.read_bytes() == b"".join(expected.splitlines(keepends=True)[:lines])
     writer.close(complete=False)
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from llava.eval import report
 from llava.eval.benchmarks.registry import make_task
-from llava.eval.reporting.chart import draw
-from llava.eval.reporting.data import lines, read_run
+from llava.eval.reporting.chart import draw_chart
+from llava.eval.reporting.data import compare, read_run
 from tests.eval.benchdata import BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
 
@@ -67,16 +67,16 @@ def test_all_forms_are_written(runs: tuple[Path, Path], tmp_path: Path, capsys: 
         assert chart.width > 1000 and chart.height > 500
 
 
-def test_the_page_has_pictures_and_no_foreign_markup(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_page_has_images_and_no_foreign_markup(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert report.main([*map(str, runs), "--output-dir", str(tmp_path), "--samples", "2"]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "http://" not in page and "https://" not in page
     assert page.count("data:image/jpeg;base64,") == 10 and page.count("data:image/png;base64,") == 1
-    assert 'class="same">Yes' in page and ">truth<" in page
+    assert 'class="same">Yes' in page and ">reference<" in page
 
 
-def test_pictures_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_images_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_path: Path) -> None:
     score = json.loads((runs[0] / "gqa" / "score.json").read_text())
     copy = tmp_path / "run" / "gqa"
     copy.mkdir(parents=True)
@@ -84,14 +84,14 @@ def test_pictures_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_pat
     write_jsonl(copy / "answers.jsonl", read_jsonl(runs[0] / "gqa" / "answers.jsonl"))
     assert report.main([str(tmp_path / "run"), "--output-dir", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("no picture") == 6 and "only 7 questions" in page
+    assert page.count("no image") == 6 and "only 7 questions" in page
 
 
 def test_long_names_leave_room_for_the_bars(runs: tuple[Path, Path]) -> None:
     """matplotlib warns when they do not, and a warning is an error here."""
     run = read_run(runs[0])
     many = [dataclasses.replace(run, name=f"a-model-of-a-long-name ({'a/long/folder/' * 5}{n})") for n in range(6)]
-    with Image.open(io.BytesIO(draw(many))) as chart:
+    with Image.open(io.BytesIO(draw_chart(many))) as chart:
         assert chart.width > 1000
 
 
@@ -99,7 +99,7 @@ def test_a_part_of_the_published_questions_is_not_compared(runs: tuple[Path, Pat
     score = json.loads((runs[0] / "gqa" / "score.json").read_text())
     (tmp_path / "gqa").mkdir()
     (tmp_path / "gqa" / "score.json").write_text(json.dumps({**score, "published_questions": 12578}))
-    assert [line.verdict for line in lines(read_run(tmp_path))] == ["7 questions of 12578"]
+    assert [line.verdict for line in compare(read_run(tmp_path))] == ["7 questions of 12578"]
 
 
 def test_two_runs_are_compared(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_two_runs_are_compared(runs: tuple[Path, Path], capsys: pytest.CaptureFi
     [
         (["none"], "no TASK/score.json"),
         (["--diff", "RUN"], "compares two runs"),
-        (["RUN", "--published", "x"], "Nothing is published for 'x'"),
+        (["RUN", "--published", "x"], "No published scores for 'x'"),
         (["RUN", "--samples", "-1"], "at least 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Judged reviews against a loopback judge: messages, scores, cache, retries, resumption (spec/eval.md §5)."""
+"""Judged reviews against a loopback judge: messages, scores, cache, retries, resumption."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llava.eval import (
     summarize_gpt_review,
 )
 from llava.eval.judging import reviews
-from llava.eval.judging.judge import OPENAI, Judge, base_url
-from llava.eval.judging.reviews import RULES
-from llava.eval.run.answers import lock
-from llava.eval.run.endpoint import headers
+from llava.eval.judging.judge import OPENAI_URL, Judge, base_url
+from llava.eval.judging.reviews import DEFAULT_RULES
+from llava.eval.run.answers import lock_file
+from llava.eval.run.remote_model import auth_headers
 from tests.eval.conftest import read_jsonl, write_jsonl
 from tests.eval.fake_server import FakeServer
 
@@ -57,7 +57,7 @@ def test_bench_reviews_are_recorded_with_their_judge(judge: FakeServer, flags: l
 
 
 def test_the_bundled_rules_and_both_other_kinds(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
-    rules = json.loads(RULES.read_text(encoding="utf-8"))
+    rules = json.loads(DEFAULT_RULES.read_text(encoding="utf-8"))
     kinds = {"conv", "detail", "complex"}
     assert rules.keys() == {"default", "coding", "math"} | kinds | {f"llava_bench_{kind}" for kind in kinds}
     boxes = [{"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]}]
@@ -144,7 +144,7 @@ def test_reviews_by_another_judge_are_not_continued(
     assert eval_gpt_review_bench.main([*given, "--judge", "other"]) == 2
     assert "made with model 'gpt-4-0314', this run has 'other'" in capsys.readouterr().err
     assert (tmp_path / "out" / "r.jsonl.judge.json").read_bytes() == record
-    held = lock(tmp_path / "out" / "r.jsonl")
+    held = lock_file(tmp_path / "out" / "r.jsonl")
     assert eval_gpt_review_bench.main(given) == 2
     assert "Another process is writing" in capsys.readouterr().err
     held.close()
@@ -163,12 +163,12 @@ def test_a_cache_whose_last_line_is_torn_is_used(judge: FakeServer, tmp_path: Pa
 def test_the_address_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    assert base_url(None) == OPENAI and base_url("http://x/v1/") == "http://x/v1"
+    assert base_url(None) == OPENAI_URL and base_url("http://x/v1/") == "http://x/v1"
     with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
-        Judge("m", OPENAI)
+        Judge("m", OPENAI_URL)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    Judge("m", OPENAI)
-    assert headers() == {"Authorization": "Bearer k"}
+    Judge("m", OPENAI_URL)
+    assert auth_headers() == {"Authorization": "Bearer k"}
 
 
 SCORES = {"8 9": (8, 9), "8,9": (8, 9), "8, 9": (8, 9), "8 9 ": (8, 9), "(8, 9)": (8, 9), "9/10 8/10": (9, 8)}
@@ -191,7 +191,7 @@ def test_summary_chooses_files_and_leaves_failures_out(
     assert summarize_gpt_review.main(["-d", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "review_a\nall 50.0 100.0 50.0\nc 50.0 100.0 50.0\n" in printed
-    assert "other" not in printed and "1 failed judgement(s) are left out" in caplog.text
+    assert "other" not in printed and "1 failed judgement(s) are excluded" in caplog.text
     for extra, wanted in ((["-v", "0613"], "review_b_0613"), (["-s", "rev", "_a"], "review_a")):
         assert summarize_gpt_review.main(["-d", str(folder), *extra]) == 0
         assert [line for line in capsys.readouterr().out.splitlines() if "review" in line] == [wanted]

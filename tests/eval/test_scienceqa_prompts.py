@@ -1,4 +1,4 @@
-"""ScienceQA as conversations: the contract's vectors (spec/eval.md §13), and the benchmark's own question file."""
+"""ScienceQA prompt formats, and the benchmark's question file."""
 
 from __future__ import annotations
 

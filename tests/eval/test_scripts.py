@@ -101,13 +101,13 @@ def test_shards_give_what_one_process_gives_and_a_dead_one_is_named(
     assert done.returncode == 0, done.stderr
     assert target.read_bytes() == whole
     target.unlink()
-    picture = next((data / name).rglob("*.jpg"))
-    picture.rename(tmp_path / "kept.jpg")
+    image = next((data / name).rglob("*.jpg"))
+    image.rename(tmp_path / "kept.jpg")
     done = script(name, *command, "--overwrite", CUDA_VISIBLE_DEVICES="0,1", **variables)
     assert done.returncode == 2
     assert "shard(s)" in done.stderr and "of 2 failed" in done.stderr
     assert not target.exists()
-    (tmp_path / "kept.jpg").rename(picture)
+    (tmp_path / "kept.jpg").rename(image)
     done = script(name, *command, CUDA_VISIBLE_DEVICES="0,1,2", **variables)
     assert done.returncode == 0, done.stderr
     assert target.read_bytes() == whole

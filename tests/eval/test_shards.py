@@ -22,13 +22,11 @@ from hypothesis import strategies as st
 
 from llava.engine.sequence import SamplingParams
 from llava.errors import ConfigError, DataError
-from llava.eval import merge
-from llava.eval.run import launch
-from llava.eval.run.answers import AnswersWriter, lock
+from llava.eval.run import launch, shards
+from llava.eval.run.answers import AnswersWriter, lock_file
 from llava.eval.run.manifest import check_resume, manifest_path
 from llava.eval.run.questions import Question
-from llava.eval.run.runner import run
-from llava.eval.run.settings import Asked, RunSettings
+from llava.eval.run.runner import Answer, RunSettings, run
 from llava.eval.run.shards import merge as merge_parts
 from llava.eval.run.shards import shard_path, shards_folder
 from llava.parent_process import exit_with_parent
@@ -48,10 +46,10 @@ class Echo:
         self.last, self.broken, self.random = last, frozenset(broken), random.Random(seed)
         self.asked: list[Any] = []
 
-    def identity(self, settings: RunSettings) -> dict[str, Any]:
+    def identity(self, settings: RunSettings) -> dict[str, object]:
         return {"checkpoint": settings.model_path}
 
-    def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
+    def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
         positions = list(order)
         self.random.shuffle(positions)
         for position in positions:
@@ -116,7 +114,7 @@ def test_what_was_answered_is_not_asked_again_by_other_parts(tmp_path: Path, who
     target = tmp_path / "answers.jsonl"
     part(shards_folder(target), 1, 2, Echo())
     model = Echo()
-    assert run(model, QUESTIONS, target, SETTINGS).found == 6 and len(model.asked) == 7
+    assert run(model, QUESTIONS, target, SETTINGS).reused == 6 and len(model.asked) == 7
     assert target.read_bytes() == whole
     model = Echo()
     part(shards_folder(target), 0, 3, model)
@@ -142,17 +140,17 @@ def parts(tmp_path: Path) -> list[Path]:
 
 def join(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> str:
     """What merging says, and that it wrote nothing."""
-    assert merge.main(["--answers-dir", str(parts[0].parent), "--num-chunks", "3"]) == 2
+    assert shards.main(["--answers-dir", str(parts[0].parent), "--num-chunks", "3"]) == 2
     assert not (parts[0].parent / "merge.jsonl").exists()
     return capsys.readouterr().err
 
 
 def test_parts_are_merged_in_question_order(parts: list[Path], whole: bytes, tmp_path: Path) -> None:
-    assert merge.main(["--answers-dir", str(tmp_path), "--num-chunks", "3"]) == 0
+    assert shards.main(["--answers-dir", str(tmp_path), "--num-chunks", "3"]) == 0
     assert (tmp_path / "merge.jsonl").read_bytes() == whole
     manifest = json.loads(manifest_path(tmp_path / "merge.jsonl").read_text())
     assert manifest["status"] == "complete" and manifest["questions"] == 13 and len(manifest["shards"]) == 3
-    assert merge.main(["--answers-dir", str(tmp_path), "--num-chunks", "0"]) == 2
+    assert shards.main(["--answers-dir", str(tmp_path), "--num-chunks", "0"]) == 2
 
 
 def test_a_dead_shard_is_named(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,12 +169,12 @@ def test_a_missing_answer_is_named(parts: list[Path], number: int, capsys: pytes
 def test_a_repeated_answer_is_named(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_jsonl(parts[2])
     write_jsonl(parts[2], [rows[0], *rows[:-1]])
-    assert "Shard 2 of 3" in (said := join(parts, capsys)) and "each once and in order" in said
+    assert "Shard 2 of 3" in (said := join(parts, capsys)) and "each of its questions once and in order" in said
 
 
 def test_a_failed_answer_is_named(tmp_path: Path, parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     part(tmp_path, 0, 3, Echo(broken=[3]), overwrite=True)
-    assert "Shard 0 of 3" in (said := join(parts, capsys)) and "1 failed answers, the first to 1" in said
+    assert "Shard 0 of 3" in (said := join(parts, capsys)) and "1 failed answers, the first to question 1" in said
     part(tmp_path, 0, 3, Echo())
     assert merge_parts(parts, tmp_path / "merge.jsonl") == 13
 
@@ -185,13 +183,13 @@ def test_parts_of_different_runs_are_not_mixed(tmp_path: Path, parts: list[Path]
     part(tmp_path, 2, 3, Echo(), model_path="another", overwrite=True)
     with pytest.raises(DataError, match="other settings"):
         merge_parts(parts, tmp_path / "merge.jsonl")
-    with pytest.raises(DataError, match=r"Shard 0 of 2 .* was made as part \[0, 3\]"):
+    with pytest.raises(DataError, match=r"Shard 0 of 2 .* was written as shard \[0, 3\]"):
         merge_parts(parts[:2], tmp_path / "merge.jsonl")
 
 
 def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    held = lock(path)
+    held = lock_file(path)
     with pytest.raises(ConfigError, match="Another process is writing"):
         AnswersWriter(path, QUESTIONS)
     with pytest.raises(ConfigError, match="Another process is writing"):
@@ -205,7 +203,7 @@ def test_visible_gpus_and_ranks() -> None:
     assert launch.visible_gpus({"CUDA_VISIBLE_DEVICES": "0, 3,"}) == ["0", "3"] and launch.visible_gpus({}) == []
     assert launch.torchrun_rank({"RANK": "1", "WORLD_SIZE": "4"}) == (1, 4)
     assert launch.torchrun_rank({"RANK": "0", "WORLD_SIZE": "1"}) is None and launch.torchrun_rank({}) is None
-    with pytest.raises(ConfigError, match="must be numbers"):
+    with pytest.raises(ConfigError, match="must be integers"):
         launch.torchrun_rank({"RANK": "x", "WORLD_SIZE": "4"})
 
 
@@ -223,7 +221,7 @@ def test_every_shard_has_a_gpu_and_failed_ones_are_named(tmp_path: Path, monkeyp
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     launch.run_shards("child_of_launch", [str(tmp_path), "none"], 3)
     assert [(tmp_path / str(index)).read_text() for index in range(3)] == ["4", "7", "4"]
-    with pytest.raises(DataError, match=r"Of 3 shards these failed, see above: 0 \(status 3\), 2 \(status 3\)"):
+    with pytest.raises(DataError, match=r"2 of 3 shards failed, see above: 0 \(status 3\), 2 \(status 3\)"):
         launch.run_shards("child_of_launch", [str(tmp_path), "02"], 3)
 
 
@@ -263,12 +261,12 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def gqa(tmp_path: Path, pictures: Path) -> Path:
+def gqa(tmp_path: Path, images: Path) -> Path:
     """Forty questions in GQA's layout."""
     root = tmp_path / "gqa"
     rows = [{**row, "question_id": str(n)} for n, row in enumerate(question_rows(40))]
     (root / "data").mkdir(parents=True)
-    (root / "data" / "images").symlink_to(pictures)
+    (root / "data" / "images").symlink_to(images)
     write_jsonl(root / "llava_gqa_testdev_balanced.jsonl", rows)
     labels = {row["question_id"]: {"answer": "yes"} for row in rows}
     (root / "data" / "testdev_balanced_questions.json").write_text(json.dumps(labels))

@@ -12,10 +12,11 @@ import pytest
 
 from llava.engine.sequence import SamplingParams
 from llava.eval import main as evaluate
+from llava.eval.benchmarks import science_qa
 from llava.eval.benchmarks.registry import TASKS, make_task, make_tasks
-from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question, read_science_questions
+from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question
+from llava.eval.run.runner import Answer, RunSettings
 from llava.eval.run.runner import run as answer_all
-from llava.eval.run.settings import Asked, RunSettings
 from llava.eval.run.shards import shard_path, shards_folder
 from tests.eval.benchdata import ASK, BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
@@ -78,10 +79,10 @@ class Yes:
 
     batch_size = 4
 
-    def identity(self, settings: RunSettings) -> dict[str, Any]:
+    def identity(self, settings: RunSettings) -> dict[str, object]:
         return {"checkpoint": "yes"}
 
-    def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
+    def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
         return ((position, "yes", None) for position in order)
 
 
@@ -112,11 +113,11 @@ def test_a_dead_shard_or_a_missing_answer_is_named_and_nothing_is_scored(
     answer_all(Yes(), questions, answers, RunSettings("yes", "yes", "", SamplingParams(4)))
     rows = read_jsonl(answers)
     write_jsonl(answers, rows[:-1])
-    assert f"question {questions[-1].question_id!r}" in refused()
+    assert f"question without an answer is {questions[-1].question_id!r}" in refused()
     write_jsonl(answers, rows[1:])
     assert f"line 1 answers question {rows[1]['question_id']!r}" in refused()
     write_jsonl(answers, [*rows[:-1], {**rows[-1], "text": "", "metadata": {"error": "too long"}}])
-    assert f"1 of them failed; not scored. The first without an answer is question {questions[-1].question_id!r}" in (
+    assert f"1 of them failed; not scored. The first question without an answer is {questions[-1].question_id!r}" in (
         refused()
     )
 
@@ -145,7 +146,7 @@ def test_without_a_judge_the_answers_are_kept_and_not_scored(
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     for name in ("mm_vet", "llava_bench"):
-        with pytest.raises(ValueError, match="There is no judge"):
+        with pytest.raises(ValueError, match="No judge is configured"):
             make_task(name, data / BENCHMARKS[name][0]).score(run / name / "answers.jsonl")
 
 
@@ -174,7 +175,7 @@ def test_mmbench_is_asked_as_published(run: Path, data: Path) -> None:
     english, chinese = (make_task(name, data / name).questions()[0] for name in ("mmbench", "mmbench_cn"))
     assert english.text == f"Which?\nA. kite\nB. cup\n{LETTER_SUFFIX}"
     assert chinese.text == f"Which?\nA. kite\nB. cup\n{LETTER_SUFFIX_CN}"
-    assert english.images == make_task("mmbench", data / "mmbench").questions()[1].images  # one picture, two rows
+    assert english.images == make_task("mmbench", data / "mmbench").questions()[1].images  # one image, two rows
 
 
 RIGHT = {
@@ -197,7 +198,7 @@ def test_right_answers_score_full_also_for_a_part_of_the_questions(name: str, da
     full = 2000 if name == "mme" else 100
     assert score(name, data, tmp_path, RIGHT[name], None) == pytest.approx(full)
     if name.startswith("mm"):
-        with pytest.raises(ValueError, match="no --limit"):
+        with pytest.raises(ValueError, match="does not support --limit"):
             score(name, data, tmp_path, RIGHT[name], 1)
     else:
         assert score(name, data, tmp_path, RIGHT[name], 1) == pytest.approx(full)
@@ -217,7 +218,7 @@ def test_the_test_split_of_mmbench_is_only_submitted(data: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "easy_vqa"])
 def test_a_missing_file_is_named_with_its_source(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is missing; it comes from .*https?://.* llava eval prepare"):
+    with pytest.raises(ValueError, match=r"is missing; its source is .*https?://.* llava eval prepare"):
         make_task(name, tmp_path).questions()
     if name != "llava_bench_coco":
         assert str(make_task(name).image_folder).startswith(str(Path("playground/data/eval")))
@@ -231,29 +232,29 @@ def test_tasks_are_named_once_and_all_means_all(tmp_path: Path) -> None:
 
 def test_science_questions_are_asked_with_and_without_the_suffix(data: Path, tmp_path: Path) -> None:
     path = data / "scienceqa" / "llava_test_CQM-A.json"
-    first, second = read_science_questions(path, single_pred_prompt=True)
+    first, second = science_qa.read_questions(path, single_pred_prompt=True)
     assert first.prompt == f"<image>\n{first.text}" and first.text == f"Q?\nA. x\nB. y\n{LETTER_SUFFIX}"
     assert second.prompt == second.text and second.images == ()
-    assert read_science_questions(path)[1].text == "Q?\nA. x\nB. y"
+    assert science_qa.read_questions(path)[1].text == "Q?\nA. x\nB. y"
     (tmp_path / "bad.json").write_text('[{"id": 1}]')
     with pytest.raises(ValueError, match=r"bad\.json is not a list of ScienceQA"):
-        read_science_questions(tmp_path / "bad.json")
+        science_qa.read_questions(tmp_path / "bad.json")
 
 
 def test_prepare_says_what_is_here_and_what_is_not(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", TASKS["gqa"].layouts["testdev_balanced"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", TASKS["gqa"].layouts["testdev_balanced"])
     assert evaluate.main(["prepare", "pope", "--eval-data", str(data), "--checksums"]) == 1
     shown = capsys.readouterr().out
-    assert "pope: 6 questions, 8910 are published" in shown and "sha256" in shown
+    assert "pope: 6 questions, expected 8910" in shown and "sha256" in shown
     assert evaluate.main(["prepare", "--eval-data", str(data / "none")]) == 1
     shown = capsys.readouterr().out
     assert shown.count("not ready") >= 13 and "https://cs.stanford.edu" in shown
     import dataclasses
 
-    layout = TASKS["gqa"].layouts["testdev_balanced"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", dataclasses.replace(layout, rows=7))  # type: ignore[attr-defined]
+    layout = TASKS["gqa"].layouts["testdev_balanced"]
+    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", dataclasses.replace(layout, rows=7))
     assert evaluate.main(["prepare", "gqa", "--eval-data", str(data)]) == 0
     assert "gqa: ready, 7 questions" in capsys.readouterr().out
     for split, rows in (("test", 9673), ("train", 38575)):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from llava.eval import generate_webpage_data_from_table as pages
-from llava.eval.judging.page import to_html
 from tests.eval.conftest import write_jsonl
 
 
@@ -53,9 +52,9 @@ def test_the_page_is_whole_and_safe(flags: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda flags: [*flags, "--names", "x"], "--names has 1 names; give 3"),
-        (lambda flags: [*flags, "--reviews", flags[-3]], "give one for each"),
-        (lambda flags: [*flags, "--answers", flags[3], flags[5]], "tell them apart"),
+        (lambda flags: [*flags, "--names", "x"], "--names expects 3 names"),
+        (lambda flags: [*flags, "--reviews", flags[-3]], "give one review per answer"),
+        (lambda flags: [*flags, "--answers", flags[3], flags[5]], "distinguish them with --names"),
     ],
 )
 def test_faults_are_one_sentence(
@@ -79,7 +78,7 @@ MARKDOWN = {
 
 @pytest.mark.parametrize(("text", "html"), MARKDOWN.items())
 def test_markdown(text: str, html: str) -> None:
-    assert to_html(text) == html
+    assert pages.to_html(text) == html
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")

@@ -16,18 +16,18 @@ from transformers import Dinov2Config, Dinov2Model, MistralConfig, MistralForCau
 from llava.engine import Engine, Request, SamplingParams
 from llava.errors import CheckpointError
 from llava.mm_utils import tokenizer_image_token
-from llava.model import registry as language_models
+from llava.model import registry
 from llava.model.builder import load_pretrained_model
 from llava.model.check import examine
 from llava.model.checkpoint import Kind
-from llava.model.multimodal_encoder import builder
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from tests import tiny
 from tests.model.test_builder import edit_config
 from tests.test_package import ROOT
 
 PAGE = (ROOT / "docs" / "Customize_Component.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-LINE = re.compile(r'^    "(\w+)": "llava\.model\.(multimodal_encoder|language_model)\.(\w+)",$', re.MULTILINE)
+LINE = re.compile(r'^    "(\w+)": "llava\.model\.(multimodal_encoder|language_model)\.(\w+):[A-Z_]+",$', re.MULTILINE)
 
 
 def short(example: str) -> str:
@@ -43,7 +43,7 @@ def dinov2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / f"custom_{name}.py").write_text(example, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path / "code")
-    monkeypatch.setitem(builder.TOWERS, key, f"custom_{name}")
+    monkeypatch.setitem(registry.TOWERS, key, f"custom_{name}:TOWER")
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14
@@ -71,11 +71,9 @@ def test_the_example_of_the_page(dinov2: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_line_it_is_unknown(dinov2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(builder.TOWERS, "dinov2")
+    monkeypatch.delitem(registry.TOWERS, "dinov2")
     with pytest.raises(CheckpointError, match="'dinov2', which is not one of clip"):
-        builder.build_vision_tower(
-            SimpleNamespace(vision_tower=str(dinov2), mm_vision_select_layer=-2), delay_load=False
-        )
+        build_vision_tower(SimpleNamespace(vision_tower=str(dinov2), mm_vision_select_layer=-2), delay_load=False)
 
 
 @torch.no_grad()
@@ -88,7 +86,7 @@ def test_the_language_model_of_the_page(
     lines = [(key, name) for key, room, name in LINE.findall(PAGE) if room == "language_model"]
     assert lines == [("mistral", "llava_mistral"), ("llava_mistral", "llava_mistral")]
     for key, _ in lines:
-        monkeypatch.setitem(language_models.LANGUAGE_MODELS, key, "custom_mistral")
+        monkeypatch.setitem(registry.LANGUAGE_MODELS, key, "custom_mistral:LANGUAGE_MODEL")
     tokenizer = tiny.make_tokenizer(tmp_path / "base")
     torch.manual_seed(0)
     stock = MistralForCausalLM(MistralConfig(**tiny.llama_settings(vocab_size=len(tokenizer)))).eval()

@@ -88,9 +88,9 @@ def test_answers_equal_the_engines(session: ChatSession, engine: Engine, photo: 
 def test_a_second_picture_joins_and_warns(session: ChatSession, photo: Path, caplog: pytest.LogCaptureFixture) -> None:
     session.attach(str(photo))
     say(session, "one")
-    assert "single pictures" not in caplog.text
+    assert "single images" not in caplog.text
     session.attach(str(photo))
-    assert "single pictures" in caplog.text
+    assert "single images" in caplog.text
     say(session, "Compare <image> with the first.")
     assert session.prompt.count("<image>") == 2 and len(session.images) == 2
 
@@ -237,7 +237,7 @@ def test_one_prompt_as_text_and_json(
         (["--input", "a.jsonl"], "--input and --output go together"),
         (["--json"], "--json prints the answer to --prompt"),
         (["--input", "a", "--output", "b", "--prompt", "c"], "--input brings its own"),
-        (["--temperature", "nan"], "temperature is nan"),
+        (["--temperature", "nan"], "temperature must be in [0, 100] (0 decodes greedily), got nan"),
         (["--image-file", "nowhere.png", "--prompt", "x"], "nowhere.png"),
         (["--input", "nowhere.jsonl", "--output", "b"], "nowhere.jsonl is no file"),
         (["--conv-mode", "v1x", "--prompt", "x"], "the nearest is"),

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
 from llava.errors import CheckpointError, ConfigError
-from llava.model.multimodal_encoder.builder import TowerSpec
+from llava.model.registry import TowerSpec
 
 
 @dataclass(frozen=True)

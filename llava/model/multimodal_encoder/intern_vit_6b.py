@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from llava.errors import ConfigError
-from llava.model.multimodal_encoder.builder import TowerSpec
+from llava.model.registry import TowerSpec
 from llava.placement import runs_fused_rms_norm
 
 

@@ -43,13 +43,13 @@ class Settings:
 def describe(engine: Any, model_name: str, conv_mode: str | None, settings: Settings) -> ModelInfo:
     """What clients are told about a loaded model."""
     model = engine.model
-    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
+    image_tokens = int(getattr(model, "num_image_tokens", 0))
     return ModelInfo(
         conv_template=template_for(model.config, model_name, conv_mode),
         context_length=engine.model_runner.context_length,
-        image_tokens=0 if tower is None else int(tower.num_features),
+        image_tokens=image_tokens,
         max_new_tokens=settings.max_new_tokens,
-        max_images=settings.max_images if tower is not None else 0,
+        max_images=settings.max_images if image_tokens else 0,
     )
 
 

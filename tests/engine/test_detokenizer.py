@@ -1,4 +1,4 @@
-"""Cleaning of output: whole characters, stop strings across token borders, one text however it is cut."""
+"""Detokenization and clean-up: complete characters, stop strings across tokens, the same text for any pieces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def byte_level() -> PreTrainedTokenizerFast:
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(["a red circle is in the picture, the blue one is not"], trainer)
+    tokenizer.train_from_iterator(["a red circle is in the image, the blue one is not"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>")
 
 
@@ -66,14 +66,14 @@ def test_characters_of_several_tokens(parts: tuple[Any, Any, Any]) -> None:
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_a_character_cut_off_by_the_limit_shows_as_such(byte_level: PreTrainedTokenizerFast) -> None:
+def test_an_incomplete_character_becomes_a_replacement_character(byte_level: PreTrainedTokenizerFast) -> None:
     ids = byte_level("🐈").input_ids[:-1]
     assert pieces_of(byte_level, ids) == ["", "", "", "\ufffd"]
 
 
 @QUICK
 def clean_text(text: str, stop: list[str]) -> str:
-    """Decoded text cut at the first stop string and stripped: what `TextStream` gives for the whole at once."""
+    """The output of `TextStream` for a whole text."""
     stream = TextStream(stop)
     stream.push(text, final=True)
     return stream.text

@@ -1,4 +1,4 @@
-"""EVAL-4 by the command lines: one sentence, status 2 and no score, when answers do not match the questions."""
+"""Scoring programs report answers that do not match the questions in one line, with exit status 2 and no score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from llava.eval import eval_gqa, eval_mmbench, eval_mme, eval_pope, eval_science_qa, eval_textvqa, eval_vqa
 from llava.eval.benchmarks import judged, mmbench, mme, vqa
-from llava.eval.run.files import read_results
+from llava.eval.run.answers import read_results
 from tests.eval.conftest import write_jsonl
 from tests.test_package import ROOT, fresh
 
@@ -110,11 +110,14 @@ def test_right_answers_in_any_order_score_full(
 
 SPOILED: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
     "missing": (lambda rows: rows[:-1], "missing"),
-    "duplicate": (lambda rows: [*rows, rows[0]], "duplicate|to none of the questions"),
-    "strange": (lambda rows: [*rows[:-1], {**rows[-1], "question_id": "existence/9.png"}], "missing|to none"),
-    "failed": (lambda rows: [{**rows[0], "text": "", "metadata": {"error": "no picture"}}, *rows[1:]], "no picture"),
+    "duplicate": (lambda rows: [*rows, rows[0]], "duplicate|without a matching question"),
+    "strange": (
+        lambda rows: [*rows[:-1], {**rows[-1], "question_id": "existence/9.png"}],
+        "missing|without a matching question",
+    ),
+    "failed": (lambda rows: [{**rows[0], "text": "", "metadata": {"error": "no image"}}, *rows[1:]], "no image"),
     "empty": (lambda rows: [], "no answers"),
-    "no text": (lambda rows: [{"question_id": 7}], "line 1 lacks text"),
+    "no text": (lambda rows: [{"question_id": 7}], "line 1 is missing text"),
 }
 
 
@@ -177,7 +180,7 @@ def test_a_broken_answers_file_is_named(tmp_path: Path) -> None:
         read_results(tmp_path / "a.jsonl")
     for question_id, text in ((1, None), (1, 5), ([1], "x")):
         write_jsonl(tmp_path / "a.jsonl", [{"question_id": question_id, "text": text, "metadata": ["a list"]}])
-        with pytest.raises(ValueError, match=r"has the answer .* expected a text"):
+        with pytest.raises(ValueError, match=r"has the answer .* expected a string"):
             read_results(tmp_path / "a.jsonl")
     write_jsonl(tmp_path / "a.jsonl", [{"question_id": 1, "text": "x", "metadata": ["a list"]}])
     assert len(read_results(tmp_path / "a.jsonl")) == 1
@@ -195,7 +198,7 @@ def test_a_damaged_table_of_mmbench_is_named(index: str, message: str, tmp_path:
 def test_scorers_and_their_programs_import_no_torch() -> None:
     """In a fresh interpreter: every scorer, entry point and converter."""
     modules = list((ROOT / "llava" / "eval").glob("eval_*.py"))
-    modules += [path for path in (ROOT / "llava" / "eval" / "scorers").glob("*.py") if path.stem != "__init__"]
+    modules += [path for path in (ROOT / "llava" / "eval" / "benchmarks").glob("*.py") if path.stem != "__init__"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
     assert len(names) > 20
     names += ["llava.eval.m4c_evaluator", "llava.eval.summarize_gpt_review", "llava.eval.scienceqa_prompts"]

@@ -1,4 +1,4 @@
-"""The answer normaliser and soft accuracy: the contract's vectors (spec/eval.md §13), and what holds for every text."""
+"""VQA answer normalization and soft accuracy: published examples, and properties of every text."""
 
 from __future__ import annotations
 

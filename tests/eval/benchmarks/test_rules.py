@@ -1,4 +1,4 @@
-"""Rules of reading an answer and of adding up, benchmark by benchmark (spec/eval.md §4, §13)."""
+"""Answer parsing and scoring rules of each benchmark."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from llava.errors import ConfigError, DataError, DependencyError
 from llava.eval import eval_mme, m4c_evaluator
 from llava.eval.benchmarks import gqa, mmbench, mme, pope, science_qa, seed, textvqa
-from llava.eval.benchmarks.parsing import read_option
-from llava.eval.benchmarks.science_qa_ensemble import voter
+from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.benchmarks.xlsx import write_xlsx
 from tests.eval.conftest import write_jsonl
 
@@ -30,13 +29,13 @@ def test_pope_reads_answers_as_published(text: str, wanted: str) -> None:
 
 
 def test_pope_strictly() -> None:
-    found = [pope.parse_strictly(text) for text in ("NO", "yes, it is", "No\n", "nope", "", "I cannot see", "(no)")]
+    found = [pope.parse_strict(text) for text in ("NO", "yes, it is", "No\n", "nope", "", "I cannot see", "(no)")]
     assert found == ["no", "yes", "no", "other", "other", "other", "no"]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["Yes", "No"]), st.sampled_from(["yes", "no"])), min_size=1))
 def test_pope_figures_are_consistent(pairs: list[tuple[str, str]]) -> None:
-    found = pope.count(pairs).metrics()
+    found = pope.ConfusionMatrix.of(pairs).metrics()
     assert sum(found["counts"]) == found["n"] == len(pairs)
     for key in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
         assert 0 <= found[key] <= 1
@@ -53,8 +52,8 @@ def test_mme_reads_the_first_four_characters(text: str, wanted: str) -> None:
     assert mme.parse(text) == wanted
 
 
-def test_mme_scores_a_picture() -> None:
-    rows = [mme.ResultRow("0.txt", "a", "Yes", "Yes"), mme.Row("0.txt", "b", "No", "yes")]
+def test_mme_scores_an_image() -> None:
+    rows = [mme.ResultRow("0.txt", "a", "Yes", "Yes"), mme.ResultRow("0.txt", "b", "No", "yes")]
     half = mme.score_task(rows, "count")
     assert (half["acc"], half["acc+"], half["score"]) == (0.5, 0.0, 50.0)
     assert mme.score_task([rows[0], rows[1]._replace(answer="no")], "count")["score"] == 200.0
@@ -63,10 +62,10 @@ def test_mme_scores_a_picture() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=20), st.randoms())
-def test_mme_does_not_depend_on_the_order_of_lines(pictures: list[tuple[bool, bool]], random: object) -> None:
+def test_mme_does_not_depend_on_the_order_of_lines(images: list[tuple[bool, bool]], random: object) -> None:
     rows = [
         mme.ResultRow(f"{n}.txt", str(side), "Yes", "yes" if right else "no")
-        for n, pair in enumerate(pictures)
+        for n, pair in enumerate(images)
         for side, right in enumerate(pair)
     ]
     before = mme.score_task(rows, "count")
@@ -110,13 +109,13 @@ SQA |= {"The answer is A. The answer is B.": -1, "A. ": 0, "Z": -1, "": -1}
 
 @pytest.mark.parametrize(("text", "wanted"), SQA.items())
 def test_science_qa_reads_answers_as_published(text: str, wanted: int) -> None:
-    assert science_qa.index(science_qa.parse(text), {"choices": ["w", "x", "y", "z"]}) == wanted
+    assert science_qa.choice_index(science_qa.parse(text), {"choices": ["w", "x", "y", "z"]}) == wanted
 
 
 def test_science_qa_leniently() -> None:
     problem = {"choices": ["chiasmus", "apostrophe"], "answer": 1}
     texts = ("B.", "(B) x", "b", "The answer is B", "It is an apostrophe", "chiasmus or apostrophe", "C")
-    assert [science_qa.leniently(text, problem) for text in texts] == [1, 1, 1, 1, 1, -1, -1]
+    assert [science_qa.parse_lenient(text, problem) for text in texts] == [1, 1, 1, 1, 1, -1, -1]
 
 
 def test_science_qa_subsets_overlap_as_published() -> None:
@@ -124,23 +123,23 @@ def test_science_qa_subsets_overlap_as_published() -> None:
         {"choices": "xy", "answer": 0, "hint": "h", "image": "i", "subject": "natural science", "grade": "grade12"},
         {"choices": "xy", "answer": 1, "hint": "", "image": None, "subject": "language science", "grade": "grade6"},
     ]
-    rows = [science_qa.Item(str(n), problem, {"text": "A", "prompt": "?"}) for n, problem in enumerate(problems)]
-    found = science_qa.score(rows)
+    rows = [science_qa.Prediction(str(n), problem, {"text": "A", "prompt": "?"}) for n, problem in enumerate(problems)]
+    found = science_qa.score_predictions(rows)
     assert {name: part["n"] for name, part in found["subsets"].items()} == {
         "NAT": 1, "SOC": 0, "LAN": 1, "TXT": 1, "IMG": 1, "NO": 1, "G1-6": 1, "G7-12": 1,
     }  # fmt: skip
     assert found["subsets"]["NAT"]["accuracy"] == 100 and found["subsets"]["LAN"]["accuracy"] == 0
-    assert found["subsets"]["SOC"]["accuracy"] is None and "– %" in science_qa.table(found)
+    assert found["subsets"]["SOC"]["accuracy"] is None and "– %" in science_qa.ScienceQA.table(found)
     json.dumps(found, allow_nan=False)
 
 
 def test_options_as_a_list_or_a_word() -> None:
-    assert science_qa.letters("A,B,C") == science_qa.letters("ABC") == ("A", "B", "C")
+    assert science_qa.parse_options("A,B,C") == science_qa.parse_options("ABC") == ("A", "B", "C")
 
 
 def test_a_failed_voter_guesses_the_same_every_time() -> None:
     problems = {str(n): {"choices": ["x", "y", "z"], "answer": 0} for n in range(60)}
-    failed = voter({}, problems, science_qa.OPTIONS)
+    failed = science_qa.Voter.of({}, problems, science_qa.OPTIONS)
     guesses = [failed.guess(pid, problem) for pid, problem in problems.items()]
     assert guesses == [failed.guess(pid, problem) for pid, problem in problems.items()]
     assert set(guesses) == {0, 1, 2}
@@ -148,21 +147,21 @@ def test_a_failed_voter_guesses_the_same_every_time() -> None:
 
 def test_textvqa_questions_of_every_prompt_shape() -> None:
     ask = "\nAnswer the question using a single word or phrase."
-    assert textvqa.question_of("What Is It?" + ask) == "what is it?"
-    assert textvqa.question_of("What?\nReference OCR token: a, b" + ask) == "what?"
-    assert textvqa.question_of("Reference OCR token: a, b\nWhat?" + ask) == "what?"
-    assert textvqa.question_of("OCR tokens: a. Question: What? Short answer:") == "what?"
-    assert textvqa.question_of("Two\nlines?\nReference OCR token: a" + ask) == "two\nlines?"
-    with pytest.raises(DataError, match="No TextVQA question"):
-        textvqa.question_of("What?")
+    assert textvqa.prompt_processor("What Is It?" + ask) == "what is it?"
+    assert textvqa.prompt_processor("What?\nReference OCR token: a, b" + ask) == "what?"
+    assert textvqa.prompt_processor("Reference OCR token: a, b\nWhat?" + ask) == "what?"
+    assert textvqa.prompt_processor("OCR tokens: a. Question: What? Short answer:") == "what?"
+    assert textvqa.prompt_processor("Two\nlines?\nReference OCR token: a" + ask) == "two\nlines?"
+    with pytest.raises(DataError, match="Cannot find the TextVQA question"):
+        textvqa.prompt_processor("What?")
     with pytest.raises(ConfigError, match="Nothing to score"):
         textvqa.evaluate(Path("x"), None, None)
 
 
-def test_read_option() -> None:
+def test_parse_option() -> None:
     options = {"A": "cat", "B": "None", "C": ""}
     texts = ("A", "a)", "[B]", "{b} x", "A: cat", "C", "The cat sat", "a catalogue", "none", "cat and none", "D", "")
-    assert [read_option(text, options) for text in texts] == [
+    assert [parse_option(text, options) for text in texts] == [
         "A", "A", "B", "B", "A", "C", "A", None, "B", None, None, None,
     ]  # fmt: skip
 
@@ -175,22 +174,22 @@ def bench_rows(answers: dict[str, str]) -> mmbench.Table:
 def test_mmbench_circular_needs_every_copy() -> None:
     rows = bench_rows({"7": "A", "1000007": "B", "2000007": "C", "3000007": "A", "8": "B"})
     texts = {"7": "A", "1000007": "(B)", "2000007": "r", "3000007": "C", "8": "B. q"}
-    found = mmbench.score(rows, {0: {index: {"text": text, "round_id": 0} for index, text in texts.items()}})
+    found = mmbench.score_answers(rows, {0: {index: {"text": text, "round_id": 0} for index, text in texts.items()}})
     assert (found["n"], found["vanilla"], found["circular"]) == (2, 100.0, 50.0)
 
 
 def test_mmbench_maps_a_rotated_round_back() -> None:
     row = bench_rows({"7": "B"})[0]
     rotated = {"text": "A", "round_id": 1, "options": ["q", "r", "p"], "option_char": ["B", "C", "A"]}
-    assert mmbench.chosen(row, rotated) == "B"
-    assert mmbench.chosen(row, {**rotated, "text": "p"}) == "A"
+    assert mmbench.predicted_letter(row, rotated) == "B"
+    assert mmbench.predicted_letter(row, {**rotated, "text": "p"}) == "A"
     both = {0: {"7": {"text": "B", "round_id": 0}}, 1: {"7": rotated}}
-    assert mmbench.score([row], both)["circular"] == 100
+    assert mmbench.score_answers([row], both)["circular"] == 100
     both[1]["7"]["text"] = "B"
-    found = mmbench.score([row], both)
+    found = mmbench.score_answers([row], both)
     assert (found["vanilla"], found["circular"]) == (100, 0)
     with pytest.raises(DataError, match="only the server"):
-        mmbench.score([{**row, "answer": ""}], both)
+        mmbench.score_answers([{**row, "answer": ""}], both)
 
 
 def test_mmbench_submission_inserts_after_the_last_option() -> None:
@@ -214,14 +213,16 @@ def test_seed_counts_what_occurs() -> None:
         {"question_id": "1", "question_type_id": 2, "data_type": "image", "answer": "A", "choice_a": "cat"},
         {"question_id": "v2", "question_type_id": 1, "data_type": "video", "answer": "B", "choice_b": "dog"},
     ]
-    found = seed.score({"question_type": {"x": 2, "y": 1, "z": 3}, "questions": questions}, {1: "A", "v2": "B."})
+    found = seed.score_answers(
+        {"question_type": {"x": 2, "y": 1, "z": 3}, "questions": questions}, {1: "A", "v2": "B."}
+    )
     assert found["types"] == {"y": 0.0, "x": 100.0} and list(found["types"]) == ["y", "x"]
     assert (found["total"], found["lenient"], found["kinds"]) == (50.0, 100.0, {"image": 100.0, "video": 0.0})
 
 
 def test_gqa_by_type() -> None:
     questions = {"1": {"answer": "Yes", "types": {"structural": "verify"}}, "2": {"answer": "left"}}
-    found = gqa.score(questions, {"1": "yes...", "2": "the left"})
+    found = gqa.score_answers(questions, {"1": "yes...", "2": "the left"})
     assert found == {"all": {"n": 2, "accuracy": 50.0}, "verify": {"n": 1, "accuracy": 100.0}}
 
 
