@@ -87,7 +87,7 @@ def load_lora(model: PreTrainedModel, directory: Path) -> None:
     missing = sorted(set(parameters) - set(state))
     if missing:
         raise CheckpointError(
-            f"{directory} lacks {missing[0]}, which these flags train; use the flags that the run was started with."
+            f"{missing[0]} is missing in {directory}, but these flags train it; use the flags of the interrupted run."
         )
     copy_tensors(parameters, state, str(directory))
 
@@ -103,7 +103,7 @@ def copy_tensors(
     """Copy tensors into the (unpartitioned) parameters of the same names; raises for unknown names or shapes."""
     unknown = sorted(set(state) - set(parameters))
     if unknown:
-        raise CheckpointError(f"{source} has tensors that this model lacks: {', '.join(unknown[:4])}.")
+        raise CheckpointError(f"{source} has tensors that are not in this model: {', '.join(unknown[:4])}.")
     with torch.no_grad():
         for name, value in state.items():
             if parameters[name].shape != value.shape:

@@ -7,6 +7,7 @@ checkpoints appear atomically.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import shutil
@@ -67,12 +68,7 @@ class DropIncompleteAccumulation(BatchSampler):
         return min(total, steps * self.accumulation * self.world_size) or total
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = super().__iter__()
-        for _ in range(len(self)):
-            batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+        return itertools.islice(super().__iter__(), len(self))
 
 
 class _EpochStart(transformers.TrainerCallback):

@@ -307,7 +307,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(size for _, size in sizes)
 
 
-# --- What is saved ----------------------------------------------------------------------------------------------------
+# --- Saved parameters ------------------------------------------------------------------------------------------------
 
 
 def save_format(model: nn.Module) -> SaveFormat:
