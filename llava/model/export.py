@@ -104,7 +104,9 @@ def hf_config(
 ) -> transformers.LlavaConfig:
     tower, config = model.get_vision_tower(), model.config
     assert tower is not None
-    text = {key: value for key, value in config.to_dict().items() if not key.startswith(LLAVA_KEYS) and key != "model_type"}
+    text = {
+        key: value for key, value in config.to_dict().items() if not key.startswith(LLAVA_KEYS) and key != "model_type"
+    }
     text["vocab_size"] = max(config.vocab_size, image_token + 1)
     vision = {key: value for key, value in tower.settings.items() if key != "model_type"}
     return transformers.LlavaConfig(
