@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Batch = dict[str, torch.Tensor | list[torch.Tensor]]
 Merge = Callable[[torch.Tensor], torch.Tensor]
 _COUNTERS: Final = ("bad", "truncated", "unsupervised")
 _KNOWN_KEYS: Final = frozenset({"id", "image", "conversations"})
@@ -209,11 +210,7 @@ class MixtureDataset(ConcatDataset[dict[str, torch.Tensor]]):
     """Concatenation of the datasets of a mixture, each `repeat_time` times; items as in `LazySupervisedDataset`."""
 
     def __init__(
-        self,
-        entries: list[Entry],
-        tokenizer: PreTrainedTokenizerBase,
-        data_args: DataArguments,
-        template: Conversation,
+        self, entries: list[Entry], tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, template: Conversation
     ):
         self.parts: dict[str, LazySupervisedDataset] = {}
         for entry in entries:
@@ -267,7 +264,7 @@ class DataCollatorForSupervisedDataset:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> Batch:
         """`input_ids`, `labels` (B, T) int64, `attention_mask` (B, T) bool and, with images, `images`.
 
         `images` (K, 3, S, S) are those of all rows in order, or a list if sizes differ; a row has at least one. Raises
@@ -280,11 +277,7 @@ class DataCollatorForSupervisedDataset:
         labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
         lengths = torch.tensor([len(row.input_ids) for row in rows])  # (B,)
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        batch: dict[str, torch.Tensor | list[torch.Tensor]] = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "attention_mask": mask,
-        }
+        batch: Batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
         with_image = [item["image"] for item in instances if "image" in item]
         if with_image and len(with_image) < len(instances):
             raise DataError(
