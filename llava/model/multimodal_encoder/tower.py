@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +41,27 @@ LONGEST_SIDE = 4096  # pixels
 Features = Tensor | tuple[Tensor, Tensor]
 
 
+class TowerArguments(Protocol):
+    """Settings of a `VisionTower`: a chat model's configuration or training arguments.
+
+    Also read if present: `mm_vision_select_feature`, `mm_vision_image_size` (pixels), and `mm_vision_tower_config` (the
+    tower's settings as stored in a chat checkpoint).
+    """
+
+    @property
+    def mm_vision_select_layer(self) -> int: ...
+
+
 class VisionTower(nn.Module):
     """Encode images `(K, 3, S, S)` to features `(K, n, C)`; `.vision_tower` is the model after `load_model`.
 
     Args:
         name: directory, hub name, or `timm/NAME[:FILE]`.
-        args: settings with `mm_vision_select_layer` and optionally `mm_vision_select_feature`,
-            `mm_vision_image_size` and `mm_vision_tower_config` (the tower's settings as stored in a chat checkpoint).
+        args: the settings listed in `TowerArguments`.
         checkpoint_dir: the chat checkpoint, which may contain the tower's weights or lie beside them.
     """
 
-    def __init__(self, name: str, args: Any, *, checkpoint_dir: Path | None = None) -> None:
+    def __init__(self, name: str, args: TowerArguments, *, checkpoint_dir: Path | None = None) -> None:
         super().__init__()
         self.name = name
         with config_errors(checkpoint_dir or name):
