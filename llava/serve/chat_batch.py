@@ -1,44 +1,306 @@
-"""Answering a file of prompts: JSON Lines in, JSON Lines out, resumable."""
+"""Batch answering: JSON Lines of prompts in, JSON Lines of answers out, resumable.
+
+Answers are appended in the order of the prompts. A prompt that fails gets an empty `text` and the reason in
+`metadata.error`; the next run retries it. `OUTPUT.manifest.json` records the settings, so that answers of different
+settings are never mixed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
-from llava.engine import Engine
-from llava.errors import DataError
-from llava.eval.run.answers import Row
-from llava.eval.run.questions import Question, read_lines
-from llava.eval.run.runner import Outcome, run
-from llava.eval.run.settings import RunSettings
+from torch import Tensor
+from tqdm import tqdm
+
+from llava.conversation import get_template, stop_strings, with_image_token
+from llava.engine import Engine, Request, RequestHandle, SamplingParams
+from llava.errors import ConfigError, DataError, LlavaError
+from llava.images import open_image, preprocess_image
+from llava.utils import writing
+
+Row = dict[str, object]
 
 
-def read_prompts(path: Path) -> list[Question]:
-    """Rows `{"prompt": …, "image": path or list of paths, "id": …}`; `text` and `images` are accepted names too.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of the input file with the paths of its images."""
 
-    The id defaults to the row's number, counted from 0. Raises `DataError`, naming the line.
+    prompt_id: object
+    text: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Settings that determine the answers."""
+
+    model_id: str
+    template: str
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Numbers of prompts answered now and before, the failed ones with their reasons, and the seconds taken."""
+
+    answered: int
+    resumed: int
+    failures: tuple[tuple[object, str], ...]
+    seconds: float
+
+    def summary(self, output: Path) -> str:
+        rate = self.answered / self.seconds if self.seconds else 0.0
+        lines = [f"{self.answered} answered in {self.seconds:.1f} s ({rate:.1f}/s), {self.resumed} resumed: {output}"]
+        lines += [f"failed: prompt {prompt_id}: {error}" for prompt_id, error in self.failures[:10]]
+        if self.failures:
+            lines.append(f"{len(self.failures)} prompt(s) failed; run the same command again to retry them.")
+        return "\n".join(lines)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read rows `{"prompt": …, "image": path or list of paths, "id": …}`; `text`, `images` and `question_id` also work.
+
+    The default id is the index of the row. Raises `DataError`, naming the line.
     """
-    questions: list[Question] = []
-    for number, row in read_lines(path):
-        prompt = row.get("prompt", row.get("text"))
-        if not isinstance(prompt, str):
-            raise DataError(f"{path} line {number} lacks a prompt; it has {', '.join(row) or 'no keys'}.")
+    prompts: list[Prompt] = []
+    for number, row in _read_json_lines(path):
+        text = row.get("prompt", row.get("text"))
+        if not isinstance(text, str):
+            keys = ", ".join(row) or "none"
+            raise DataError(f"{path} line {number} must have a string `prompt`; its keys are: {keys}.")
         images = row.get("images", row.get("image")) or ()
-        images = (images,) if isinstance(images, str) else tuple(images)
-        questions.append(Question(row.get("id", row.get("question_id", len(questions))), prompt, images))
-    return questions
+        images = (images,) if isinstance(images, str) else images
+        if not (isinstance(images, list | tuple) and all(isinstance(image, str) for image in images)):
+            raise DataError(f"{path} line {number}: `image` must be a path or a list of paths, got {images!r}.")
+        prompts.append(Prompt(row.get("id", row.get("question_id", len(prompts))), text, tuple(images)))
+    return prompts
 
 
-def run_batch(engine: Engine, source: Path, output: Path, settings: RunSettings) -> Outcome:
-    """Answer every prompt of `source` into `output`, in order; see `llava.eval.run.runner.run` for resuming."""
+def _read_json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _parse_object(line, f"{path} line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read {path}: {error}.") from error
 
-    def make_row(question: Question, text: str, error: str | None) -> Row:
-        return {
-            "question_id": question.question_id,
-            "prompt": question.prompt,
-            "images": list(question.images),
+
+def _parse_object(line: str | bytes, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where} must be a JSON object, got {type(row).__name__}.")
+    return row
+
+
+def answer_prompts(
+    engine: Engine, source: Path, output: Path, settings: BatchSettings, *, overwrite: bool = False
+) -> BatchResult:
+    """Answer the prompts of `source` that `output` does not answer yet.
+
+    Raises `ConfigError` when `output` has other settings or is being written by another process, and `DataError` when
+    it answers other prompts; `overwrite` starts it anew.
+    """
+    prompts = read_prompts(source)
+    start = time.monotonic()
+    with AnswerFile(output, prompts, settings.model_id, _identity(engine, settings), overwrite=overwrite) as file:
+        pending = [position for position in range(len(prompts)) if position not in file.finished]
+        failures = []
+        with tqdm(total=len(prompts), initial=len(file.finished), unit="prompt", desc=output.name) as bar:
+            for position, text, error in _generate(engine, prompts, pending, settings):
+                if error is not None:
+                    failures.append((prompts[position].prompt_id, error))
+                file.write(position, text, error)
+                bar.update()
+        file.complete = True
+    return BatchResult(len(pending), len(file.finished), tuple(failures), time.monotonic() - start)
+
+
+def _identity(engine: Engine, settings: BatchSettings) -> Row:
+    return {
+        "model_id": settings.model_id,
+        "conv_template": settings.template,
+        "decoding": dataclasses.asdict(settings.params) | {"stop": list(settings.params.stop)},
+        "image_aspect_ratio": engine.image_aspect_ratio,
+        "dtype": str(engine.lm.spec.dtype).removeprefix("torch."),
+    }
+
+
+def _generate(
+    engine: Engine, prompts: Sequence[Prompt], positions: Sequence[int], settings: BatchSettings
+) -> Iterator[tuple[int, str, str | None]]:
+    """Yield (position, answer, error) as prompts finish. Images are opened in threads, ahead of the engine."""
+    window = 2 * engine.max_batch_size
+    running: dict[RequestHandle, int] = {}
+    with ThreadPoolExecutor(4, "images") as pool:
+        remaining = iter(positions)
+        loading: deque[tuple[int, Future[list[Tensor]]]] = deque()
+
+        def load_ahead(count: int) -> None:
+            for position in islice(remaining, count):
+                loading.append((position, pool.submit(_load_images, engine, prompts[position].images)))
+
+        load_ahead(window)
+        while loading or running:
+            while loading and len(running) < window:
+                position, images = loading.popleft()
+                load_ahead(1)
+                try:
+                    running[engine.submit(_request(engine, prompts[position], images.result(), settings))] = position
+                except LlavaError as error:
+                    yield position, "", str(error)
+            engine.step()
+            for handle in [handle for handle in running if handle.done]:
+                completion = handle.result()
+                yield running.pop(handle), "" if completion.error else completion.text, completion.error
+
+
+def _load_images(engine: Engine, paths: Sequence[str]) -> list[Tensor]:
+    return [preprocess_image(open_image(path), engine.image_processor, engine.image_aspect_ratio) for path in paths]
+
+
+def _request(engine: Engine, prompt: Prompt, images: list[Tensor], settings: BatchSettings) -> Request:
+    """Render a single turn. The seed depends on the prompt, not on the batch, so that sampling is reproducible."""
+    conversation = get_template(settings.template)
+    text = with_image_token(prompt.text, conversation, engine.model.config, len(images)) if images else prompt.text
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    params, seed = settings.params, None
+    if params.temperature > 0 and params.seed is not None:
+        seed = params.seed + zlib.crc32(f"{prompt.prompt_id}\n{prompt.text}".encode())
+    stop = (*params.stop, *stop_strings(conversation))
+    return Request(conversation.get_prompt(), images, dataclasses.replace(params, stop=stop, seed=seed), keep=False)
+
+
+class AnswerFile:
+    """Answers in the order of the prompts, flushed line by line; a context manager.
+
+    `finished` are the positions answered before. A partial last line is removed. When failed answers are to be
+    retried, a copy is written and replaces the file once it is `complete`.
+    """
+
+    def __init__(
+        self, path: Path, prompts: Sequence[Prompt], model_id: str, identity: Row, *, overwrite: bool = False
+    ) -> None:
+        self.path, self.prompts, self.model_id = path, prompts, model_id
+        self.complete = False
+        manifest = path.with_name(f"{path.name}.manifest.json")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path)
+        try:
+            if overwrite:
+                os.truncate(path, 0)
+            self._check_settings(manifest, identity)
+            rows = self._read()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._retry = any(_error_of(row) for row in rows)
+        self._rows = {position: row for position, row in enumerate(rows) if not _error_of(row)}
+        self.finished = frozenset(self._rows)
+        self._next = 0 if self._retry else len(rows)
+        self._copy = path.with_name(f"{path.name}.retry")
+        with writing(path):
+            manifest.write_text(json.dumps({"identity": identity}, indent=2) + "\n", encoding="utf-8")
+            self._file = (self._copy if self._retry else path).open("w" if self._retry else "a", encoding="utf-8")
+        self._flush()
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock, writing(self.path):
+            self._file.close()
+            if self._retry and self.complete:
+                self._copy.replace(self.path)
+
+    def _check_settings(self, manifest: Path, identity: Row) -> None:
+        """Raise `ConfigError` when existing answers have other settings, or unknown ones."""
+        if not self.path.stat().st_size:
+            return
+        try:
+            before = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
+            differing = [key for key in identity if key in before and before[key] != identity[key]]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ConfigError(
+                f"{self.path} exists, but its settings in {manifest.name} cannot be read; choose another output "
+                "file, or pass --overwrite."
+            ) from error
+        if differing:
+            key = differing[0]
+            raise ConfigError(
+                f"{self.path} has {key} {before[key]!r}, but this run has {identity[key]!r}; choose another output "
+                "file, or pass --overwrite."
+            )
+
+    def _read(self) -> list[Row]:
+        """The complete rows; raises `DataError` when they do not answer the first prompts."""
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        os.truncate(self.path, end)
+        rows = []
+        for number, line in enumerate(content[:end].splitlines(), 1):
+            row = _parse_object(line, f"{self.path} line {number}")
+            prompt = self.prompts[number - 1] if number <= len(self.prompts) else None
+            if prompt is None or (row.get("question_id"), row.get("prompt")) != (prompt.prompt_id, prompt.text):
+                raise DataError(
+                    f"{self.path} line {number} does not answer prompt {number} of the input; choose another output "
+                    "file, or pass --overwrite."
+                )
+            rows.append(row)
+        return rows
+
+    def write(self, position: int, text: str, error: str | None) -> None:
+        """Add the answer of a prompt; it is written once all previous prompts have one."""
+        prompt = self.prompts[position]
+        self._rows[position] = {
+            "question_id": prompt.prompt_id,
+            "prompt": prompt.text,
+            "images": list(prompt.images),
             "text": text,
-            "model_id": settings.model_id,
+            "model_id": self.model_id,
             "metadata": {} if error is None else {"error": error},
         }
+        self._flush()
 
-    return run(engine, read_prompts(source), output, settings, make_row)
+    def _flush(self) -> None:
+        with writing(self.path):
+            while self._next in self._rows:
+                self._file.write(json.dumps(self._rows.pop(self._next)) + "\n")
+                self._next += 1
+            self._file.flush()
+
+
+def _error_of(row: Row) -> object:
+    metadata = row.get("metadata")
+    return metadata.get("error") if isinstance(metadata, dict) else None
+
+
+def _lock(path: Path) -> TextIO:
+    """Open and lock a file until it is closed; `ConfigError` when another process has locked it."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(f"Another process is writing {path}; wait for it, or choose another output file.") from error
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    return file
