@@ -1,1 +1,1 @@
-"""Speed, memory and loading, each as a ratio against the reference's way of doing it: `python -m benchmarks.run`."""
+"""Benchmarks of speed, memory and loading as ratios against the reference: `python -m benchmarks.run`."""

@@ -1,7 +1,7 @@
-"""How often 8- and 4-bit answers are those of full precision: `python -m benchmarks.agreement CHECKPOINT`.
+"""Compare 8-bit and 4-bit answers with full precision: `python -m benchmarks.agreement CHECKPOINT`.
 
-The questions are easy-VQA's test questions, evenly spread. Exit status 1 when 8 bits agree on less than 97 % or 4 bits
-on less than 90 % of them.
+Asks evenly spaced questions of the easy-VQA test split. Exits with status 1 if fewer than 97 % (8 bit) or 90 % (4 bit)
+of the answers agree.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ LEAST: Final = {8: 97.0, 4: 90.0}
 
 
 def answers(checkpoint: str, bits: int, task: EasyVQA, count: int) -> list[str]:
-    """The model's greedy answers to `count` questions, its weights packed to `bits` (32: not at all)."""
+    """Greedy answers to `count` questions with weights of `bits` bits; 32 means unquantized."""
     engine = load_engine(checkpoint, load_8bit=bits == 8, load_4bit=bits == 4)
     return [completion.text for completion in engine.generate(requests_for(engine, checkpoint, task, count))]
 
 
 def requests_for(engine: Engine, checkpoint: str, task: EasyVQA, count: int | None) -> list[Request]:
-    """`count` of the task's questions, evenly spread, or all of them, as the model's template has them; greedy."""
+    """Greedy requests for `count` evenly spaced questions of the task (default: all), in the model's template."""
     config = engine.model.config
     template = get_template(template_for(config, Path(checkpoint).name, None))
     params = SamplingParams(max_new_tokens=task.max_new_tokens, stop=stop_strings(template))
     requests = []
     for question in task.questions(count):
         with Image.open(task.image_folder / question.images[0]) as file:
-            picture = file.convert("RGB")
-        requests.append(Request(render_question(template, question.prompt, 1, config), [picture], params))
+            image = file.convert("RGB")
+        requests.append(Request(render_question(template, question.prompt, 1, config), [image], params))
     return requests
 
 
 def agreement(checkpoint: str, count: int, data_root: Path | None = None) -> dict[int, float]:
-    """Per cent of the answers that are the same as in full precision, by bits."""
+    """Percentage of answers identical to full precision, by number of bits."""
     task = EasyVQA(data_root, "test")
     full = answers(checkpoint, 32, task, count)
     found = {}

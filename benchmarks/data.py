@@ -1,12 +1,11 @@
-"""A large annotation file: time to the first batch and memory of the workers, ours and the reference's way.
+"""Time to the first batch and memory of data workers for a large annotation file, ours and the reference's.
 
-    python -m benchmarks.data                                          both, in processes of their own
+    python -m benchmarks.data                                          both, in separate processes
     python -m benchmarks.data '{"grouped": true}'                      with --group_by_modality_length True
     python -m benchmarks.data '{"rows": 665000, "only": "reference"}'  one of them
 
-The rows are like those of the published mixture: 1.5 KB, one to four questions, four fifths with an image. Memory is
-what the processes hold together, a page that n share counting 1/n in each; pages of the mapped file itself are the
-kernel's cache, shared with every other process, and not counted.
+Rows resemble those of the published mixture: 1.5 KB, one to four questions, four fifths with an image. Memory is the
+proportional set size of all processes, without the pages of the memory-mapped file, which belong to the page cache.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ PIXELS = 28
 
 
 def write(root: Path, rows: int) -> Path:
-    """`root/data.json` and the one image all its rows name."""
+    """Write `root/data.json` and the one image that all its rows use."""
     from PIL import Image
 
     Image.new("RGB", (40, 30), "red").save(root / "a.png")
@@ -59,7 +58,7 @@ def arguments(path: Path) -> SimpleNamespace:
 
 
 def reference_dataset(path: Path, tokenizer: Any, args: Any) -> Any:
-    """The published way: the whole file as one list of dictionaries, of which forked workers make copies by use."""
+    """The published approach: one list of dictionaries, which forked workers copy page by page as they use it."""
     from llava.data.dataset import LazySupervisedDataset
 
     class Listed(LazySupervisedDataset):
@@ -73,7 +72,7 @@ def reference_dataset(path: Path, tokenizer: Any, args: Any) -> Any:
 
         @property
         def modality_lengths(self) -> list[int]:  # type: ignore[override]
-            """Counted one record after the other, before the first batch."""
+            """Counted record by record before the first batch."""
             counts = [(row, sum(len(turn["value"].split()) for turn in row["conversations"])) for row in self.records]
             return [count if "image" in row else -count for row, count in counts]
 
@@ -84,7 +83,7 @@ def reference_dataset(path: Path, tokenizer: Any, args: Any) -> Any:
 
 
 def memory_mib(pids: list[int]) -> float:
-    """Proportional set size of these processes together, without pages of files, in MiB."""
+    """Total proportional set size of the processes without file pages, in MiB."""
     total = 0
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -94,7 +93,7 @@ def memory_mib(pids: list[int]) -> float:
 
 
 def run(path: Path, only: str, workers: int, batches: int, grouped: bool) -> dict[str, float]:
-    """Open the file, take the first batch, then as many as `batches` from `workers`; seconds and MiB."""
+    """Open the file and read `batches` batches with `workers` workers; returns seconds and MiB."""
     import torch
     from transformers.trainer_utils import seed_worker
 

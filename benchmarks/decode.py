@@ -1,8 +1,8 @@
-"""One stream: tokens per second of the engine and of `generate`, in turns: `python -m benchmarks.decode [DIRECTORY]`.
+"""Single-stream decoding, tokens per second of the engine and of `generate`: `python -m benchmarks.decode [DIRECTORY]`.
 
-DIRECTORY is a LLaMA checkpoint, by default what `python -m playground.convert_smollm2` makes. The floor reads every
-weight once a token at the speed that a matrix times a vector reaches in the same run. In float32 both must
-say the same.
+DIRECTORY is a LLaMA checkpoint, by default the output of `python -m playground.convert_smollm2`. The floor reads every
+weight once per token at the bandwidth of a matrix-vector product measured in the same run. In float32 the tokens must
+agree.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPT = "The history of the city of Paris begins"
 
 @dataclass
 class Rates:
-    """Tokens per second of every turn."""
+    """Tokens per second of each turn."""
 
     generate: list[float] = field(default_factory=list)
     engine: list[float] = field(default_factory=list)
@@ -41,12 +41,12 @@ class Rates:
 
 
 def measure(directory: Path, dtype: torch.dtype, turns: int, tokens: int, width: int) -> Rates:
-    """Alternate the two ways, the first turn not counted; `width` is that of the products the peaks are measured by."""
+    """Alternate engine and `generate` after a warm-up turn; `width` is the matrix size for measuring the peaks."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     config = LlavaConfig.from_pretrained(directory)
     model = LlavaLlamaForCausalLM.from_pretrained(directory, config=config, torch_dtype=dtype).eval()
     engine = Engine(model, tokenizer, prefix_cache_bytes=0, feature_cache_bytes=0)
-    engine.special.end = frozenset()  # answers of a fixed length on both sides
+    engine.special.end = frozenset()  # fixed answer length on both sides
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     rates = Rates(floor=1 / decode_floor(model, peaks(dtype, width)))
     for turn in range(-1, turns):
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", nargs="?", type=Path, default=SMOLLM2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--quick", action="store_true", help="checks the benchmark: its floor means nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: its floor means nothing")
     args = parser.parse_args(argv)
     print("| one stream | generate | engine | ratio | floor, reached |", "|---|---|---|---|---|", sep="\n")
     whole = True

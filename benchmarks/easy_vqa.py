@@ -1,8 +1,7 @@
-"""A whole test split, by the engine and one question at a time: `python -m benchmarks.easy_vqa CHECKPOINT`.
+"""Answer a whole test split with the engine and with `generate`: `python -m benchmarks.easy_vqa CHECKPOINT`.
 
-The engine answers all 9,673 questions of easy-VQA. One at a time, each with its own `generate` and its own encoding of
-the picture, would take hours for some models: that is done for some of them, evenly spread, whose answers must be the
-same, and counted up. Exit status 1 when they are not.
+The engine answers all 9,673 questions of easy-VQA. `generate` answers an evenly spaced sample one question at a time,
+encoding the image for each; its time is extrapolated to the whole split. Exits with status 1 if an answer differs.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from llava.utils import guarded
 
 @torch.inference_mode()
 def ask_alone(engine: Engine, request: Request) -> str:
-    """The library's greedy `generate` on one question, its picture preprocessed and encoded anew."""
+    """Answer one question with greedy `generate`, preprocessing and encoding its image."""
     model, tokenizer = engine.model, engine.tokenizer
     assert isinstance(request.prompt, str)
     ids = tokenizer_image_token(request.prompt, tokenizer, return_tensors="pt").unsqueeze(0)

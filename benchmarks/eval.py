@@ -1,8 +1,8 @@
-"""Benchmarks as the field asks them, on the engine and one question at a time: `python -m benchmarks.eval [--quick]`.
+"""Benchmark-shaped questions, batched by the engine and one at a time: `python -m benchmarks.eval [--quick]`.
 
-Both ways have the same float32 weights and must give the same answers. They take turns, each turn with pictures of its
-own, and the medians are compared. The prompts have the lengths that the published ones have with Vicuna's tokenizer:
-35 tokens of system prompt, the picture, and the question. bfloat16 is measured beside (its answers are not compared).
+Both sides use the same float32 weights and must give the same answers. They alternate, with new images each turn; the
+medians are compared. Prompts have the published lengths under Vicuna's tokenizer: a system prompt of 35 tokens, the
+image, and the question. The engine is also measured in bfloat16, without comparing answers.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ QUICK = Size(tower_width=128, tower_layers=4, width=128, layers=2, pixels=56)
 
 @dataclass(frozen=True)
 class Shape:
-    """`questions` to a picture of `tokens` (least, most) behind it; `options` of as many rotated ones, 0 for none."""
+    """`questions` per image, each of `tokens` (min, max) tokens; `options`: rotated options, if any."""
 
     name: str
     questions: int
     tokens: tuple[int, int]
     new_tokens: int
-    pictures: int  # a turn
+    images: int  # per turn
     options: int = 0
     wanted: float = 0.0
 
@@ -57,7 +57,7 @@ SHAPES = (
 
 @dataclass
 class Times:
-    """Seconds of every turn, by way."""
+    """Seconds of each turn, by implementation."""
 
     reference: list[float] = field(default_factory=list)
     engine: list[float] = field(default_factory=list)
@@ -71,15 +71,15 @@ class Times:
 
 
 def prompts(shape: Shape, seed: int, pixels: int) -> list[tuple[list[int], Tensor]]:
-    """Token ids with one placeholder, and pixels (3, S, S), of one turn."""
+    """Token ids with one image placeholder, and pixels (3, S, S), for one turn."""
     chance = random.Random(f"{shape.name} {seed}")
 
     def words(count: int) -> list[int]:
         return [chance.randrange(260, 380) for _ in range(count)]
 
     system, rows = [1, *random.Random(0).choices(range(260, 380), k=SYSTEM - 1)], []
-    for _ in range(shape.pictures):
-        picture = torch.randn(3, pixels, pixels, generator=torch.Generator().manual_seed(chance.randrange(2**31)))
+    for _ in range(shape.images):
+        image = torch.randn(3, pixels, pixels, generator=torch.Generator().manual_seed(chance.randrange(2**31)))
         stem, ask = words(STEM), words(18)
         options = [words(chance.randint(*shape.tokens) // max(1, shape.options)) for _ in range(shape.options)]
         for question in range(shape.questions):
@@ -87,30 +87,30 @@ def prompts(shape: Shape, seed: int, pixels: int) -> list[tuple[list[int], Tenso
             behind = words(chance.randint(*shape.tokens))
             if options:
                 behind = [*stem, *chain.from_iterable(turned), *ask]
-            rows.append(([*system, IMAGE_TOKEN_INDEX, *behind], picture))
+            rows.append(([*system, IMAGE_TOKEN_INDEX, *behind], image))
     return rows
 
 
 def one_at_a_time(model: Any, rows: Sequence[tuple[list[int], Tensor]], new_tokens: int) -> list[list[int]]:
-    """`generate` for each question, with its picture."""
+    """Answer each question with `generate`."""
     answers = []
-    for ids, picture in rows:
+    for ids, image in rows:
         with torch.inference_mode():
-            out = model.generate(torch.tensor([ids]), images=picture.unsqueeze(0), do_sample=False, use_cache=True,
+            out = model.generate(torch.tensor([ids]), images=image.unsqueeze(0), do_sample=False, use_cache=True,
                                  max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0)  # fmt: skip
         answers.append(out[0, len(ids) :].tolist())
     return answers
 
 
 def together(engine: Engine, rows: Sequence[tuple[list[int], Tensor]], new_tokens: int) -> list[list[int]]:
-    """All questions at once."""
+    """Answer all questions in one engine call."""
     params = SamplingParams(max_new_tokens=new_tokens)
-    requests = [Request(ids, [picture], params, keep=False) for ids, picture in rows]
+    requests = [Request(ids, [image], params, keep=False) for ids, image in rows]
     return [list(done.token_ids) for done in engine.generate(requests)]
 
 
 class Ways:
-    """The reference's model, the engine on the same weights, and the engine in bfloat16."""
+    """The reference implementation, the engine on the same weights, and the engine in bfloat16."""
 
     def __init__(self, chat: Path, batch: int) -> None:
         _, self.reference, _, _ = load_pretrained_model(chat, device="cpu")
@@ -121,12 +121,12 @@ class Ways:
     def _engine(chat: Path, dtype: str, batch: int) -> Engine:
         tokenizer, model, processor, _ = load_pretrained_model(chat, device="cpu", dtype=dtype)
         engine = Engine(model, tokenizer, processor, max_batch_size=batch)
-        engine.special.end = frozenset()  # answers of a fixed length on both sides
+        engine.special.end = frozenset()  # fixed answer length on both sides
         return engine
 
     def measure(self, shape: Shape, turns: int, pixels: int) -> Times:
         times = Times()
-        for turn in range(-1, turns):  # the first is not counted
+        for turn in range(-1, turns):  # warm-up first
             rows = prompts(shape, turn, pixels)
             if turn < 0:
                 rows = rows[: shape.questions]
@@ -149,16 +149,16 @@ class Ways:
 
 
 def work_of(shape: Shape, size: Size, batch: int) -> Work:
-    """What a picture with its questions needs."""
+    """Minimum work for one image with its questions."""
     behind = [len(ids) - SYSTEM - 1 for ids, _ in prompts(shape, 0, 14)[: shape.questions]]
     own = sum(behind) - (STEM * (shape.questions - 1) if shape.options else 0)
-    batches = max(1.0, shape.questions * shape.pictures / batch)
-    steps = (shape.new_tokens - 1) * batches / shape.pictures
+    batches = max(1.0, shape.questions * shape.images / batch)
+    steps = (shape.new_tokens - 1) * batches / shape.images
     return Work((size.pixels // 14) ** 2, own, shape.questions, steps, shape.new_tokens)
 
 
 def row(shape: Shape, times: Times, size: Size, machine: tuple[Peaks, Peaks], batch: int) -> str:
-    """A line of the table; floors are for the engine's way."""
+    """A row of the table; floors are those of the engine."""
     reference, engine, half = (statistics.median(part) / times.questions for part in
                                (times.reference, times.engine, times.half))  # fmt: skip
     work = work_of(shape, size, batch)
@@ -166,7 +166,7 @@ def row(shape: Shape, times: Times, size: Size, machine: tuple[Peaks, Peaks], ba
               for peak, dtype in zip(machine, (torch.float32, torch.bfloat16))]  # fmt: skip
     same = "same answers" if times.same else "OTHER ANSWERS"
     return (
-        f"| {shape.name}: {shape.questions} a picture, {shape.new_tokens} new tokens ({same}) | {1 / reference:.2f} /s "
+        f"| {shape.name}: {shape.questions} per image, {shape.new_tokens} new tokens ({same}) | {1 / reference:.2f} /s "
         f"| {1 / engine:.2f} /s | {times.ratio:.1f} (wanted {shape.wanted:g}) | {1 / floors[0]:.1f} /s, "
         f"{floors[0] / engine:.0%} | {1 / half:.2f} /s of {1 / floors[1]:.0f} /s |"
     )
@@ -181,7 +181,7 @@ HEAD = (
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.eval", description=__doc__)
     parser.add_argument("shapes", nargs="*", choices=[[], *(shape.name for shape in SHAPES)], help="default: all")
-    parser.add_argument("--quick", action="store_true", help="a small model: checks the benchmark, measures nothing")
+    parser.add_argument("--quick", action="store_true", help="a small model: a smoke test whose figures mean nothing")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args(argv)

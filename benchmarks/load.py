@@ -1,4 +1,4 @@
-"""Loading a checkpoint until each weight was read: time and peak memory, in 16 bit (and `from_pretrained`) or in 4."""
+"""Time and peak memory of loading a checkpoint and reading every weight: 16 bit, `from_pretrained`, or 4 bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llava.utils import require
 
 
 def plain(chat: Path) -> Any:
-    """`from_pretrained` of the language model, then of the whole tower in float32, then the cast."""
+    """`from_pretrained` of the language model, then of the whole tower in float32, then a cast."""
     load_tokenizer(chat)
     config = LlavaConfig.from_pretrained(chat)
     model = LlavaLlamaForCausalLM.from_pretrained(
@@ -29,7 +29,7 @@ def plain(chat: Path) -> Any:
 
 
 def touch(parts: Any) -> None:
-    """Read every page of the weights: mapped files count as memory only once they are used."""
+    """Read every page of the weights: memory-mapped files count as resident only after use."""
     for part in parts:
         for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
             parameter.detach().view(-1)[::1024].sum()
@@ -37,7 +37,7 @@ def touch(parts: Any) -> None:
 
 def run(chat: str, reference: bool = False, four_bits: bool = False) -> dict[str, float]:
     if four_bits:
-        require("bitsandbytes", "quant")  # its code is 200 MiB, whatever the model
+        require("bitsandbytes", "quant")  # its code takes 200 MiB
     before = resident_mib()
     start = time.perf_counter()
     how = {"device": "cpu", "dtype": "float16", "load_4bit": four_bits}

@@ -1,4 +1,4 @@
-"""Run one measurement in a process of its own, so that its peak memory is its own: `measure("module", **settings)`."""
+"""Run a measurement in a separate process, for an accurate peak memory: `measure("module", **settings)`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def measure(module: str, **settings: Any) -> dict[str, float]:
 
 
 def settings() -> dict[str, Any]:
-    """In the measured process: the settings given on the command line."""
+    """Settings from the command line of the measured process."""
     values: dict[str, Any] = json.loads(sys.argv[1])
     return values
 
 
 def peak_mib() -> float:
-    """Peak resident memory of this program so far, in MiB.
+    """Peak resident memory of this process so far, in MiB.
 
-    Not `ru_maxrss` where the kernel says better: across `fork` and `exec` it keeps the peak of the process that
-    started this one, which has just built the model that is to be measured.
+    `ru_maxrss` is only the fallback: it survives `fork` and `exec`, so it includes the peak of the parent, which has
+    just built the model to measure.
     """
     status = Path("/proc/self/status")
     if not status.is_file():
@@ -43,6 +43,6 @@ def peak_mib() -> float:
 
 
 def resident_mib() -> float:
-    """Resident memory of this process now, in MiB."""
+    """Current resident memory of this process, in MiB."""
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

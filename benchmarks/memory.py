@@ -1,7 +1,7 @@
-"""Estimated peak memory beside the measured one: `python -m benchmarks.memory [NAME ...]`.
+"""Compare estimated with measured peak training memory: `python -m benchmarks.memory [NAME ...]`.
 
-Each line is a model of random weights trained for two steps in a process of its own, forked before anything was
-allocated; what is compared is the highest resident memory of those steps above what the process had at first.
+Each row trains a model with random weights for two steps in a freshly forked process. The measured figure is the peak
+resident memory of those steps minus the memory before them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def build(folder: Path, given: dict[str, Any]) -> Any:
-    """A chat model of random weights on a random tower."""
+    """A chat model with random weights on a random tower."""
     size = {name: given.get(name, value) for name, value in SMALL.items()}
     if not (folder / "tower" / "config.json").exists():
         vision = InternVisionConfig(
@@ -91,7 +91,7 @@ def build(folder: Path, given: dict[str, Any]) -> Any:
 
 
 def batch(model: Any, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """One micro-batch: an image and TEXT tokens a row, the last of them supervised."""
+    """One micro-batch: an image and TEXT tokens per row, the last of them supervised."""
     rows = given["rows"]
     ids = torch.randint(5, 1000, (rows, TEXT + 1))
     ids[:, 1] = -200
@@ -118,7 +118,7 @@ def reset_peak() -> None:
 
 
 def two_steps(folder: Path, given: dict[str, Any]) -> Any:
-    """Train for two steps; the model, with the highest memory counted from its first step on."""
+    """Train for two steps and return the model; resets the peak before the first step."""
     model = build(folder, given)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, 1e-4)
@@ -131,9 +131,9 @@ def two_steps(folder: Path, given: dict[str, Any]) -> Any:
 
 
 def measured(folder: Path, given: dict[str, Any]) -> dict[str, float]:
-    """In a fresh process: the peak of two steps and its estimate, in MiB.
+    """Peak memory of two steps and its estimate, in MiB; call in a fresh process.
 
-    A small model goes first, so that libraries are in memory; large blocks are given back to the system when freed.
+    A small model runs first to load the libraries. Large blocks are returned to the system when freed.
     """
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
     torch.manual_seed(0)
@@ -158,7 +158,7 @@ def measured(folder: Path, given: dict[str, Any]) -> dict[str, float]:
 
 
 def in_a_fork(folder: Path, given: dict[str, Any]) -> dict[str, float]:
-    """The figures of a process that starts from this one's imports and nothing else."""
+    """Measure in a fork of this process, which has imported the libraries but allocated nothing."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,7 +1,7 @@
-"""The reference's way of computing the same function, as its contract describes it, to measure against.
+"""The reference implementation's computation, as a baseline.
 
-The whole tower runs, keeps every hidden state and materialises its attention; logits are computed at all positions;
-questions are asked one at a time with `generate`, each with its own image encoding.
+The whole tower runs, keeps all hidden states and materialises its attention. Logits are computed at all positions.
+Questions are answered one at a time with `generate`, encoding the image each time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def naive_attention(self: InternAttention, x: Tensor) -> Tensor:
 
 
 def use_reference_tower(model: LlavaLlamaForCausalLM, directory: str, dtype: torch.dtype) -> None:
-    """Replace the tower of a loaded model by the whole one, run to the end with all hidden states kept."""
+    """Replace the tower of a loaded model by the complete one, run to the end with all hidden states kept."""
     wrapper = model.get_model().vision_tower
     whole = InternVisionModel.from_pretrained(directory, torch_dtype=dtype).requires_grad_(False).eval()
     for module in whole.modules():
@@ -50,15 +50,15 @@ def use_reference_tower(model: LlavaLlamaForCausalLM, directory: str, dtype: tor
 
 
 def use_reference_way(model: LlavaLlamaForCausalLM) -> None:
-    """The tower of `use_reference_tower` and the library's own norms, for training."""
+    """Replace the tower, and the norms by the library's own, for training."""
     use_reference_tower(model, model.config.mm_vision_tower, model.dtype)
     for module in model.get_model().modules():
         if isinstance(module, RMSNorm):
-            module.__class__ = LlamaRMSNorm
+            module.forward = MethodType(LlamaRMSNorm.forward, module)  # type: ignore[method-assign]
 
 
 def loss_at_all_positions(model: LlavaLlamaForCausalLM, batch: dict[str, Any]) -> Tensor:
-    """Logits for every position of the padded batch, then the shifted cross-entropy over the whole sequence."""
+    """Cross-entropy over logits of every position of the padded batch, shifted by one."""
     ids, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
         batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"]
     )

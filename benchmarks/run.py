@@ -1,7 +1,7 @@
-"""Measure everything and print the table: `python -m benchmarks.run [--write] [--quick] [train|load|questions …]`.
+"""Run the main benchmarks and print a table: `python -m benchmarks.run [--write] [--quick] [train|load|questions …]`.
 
-Each line is one run of the reference's way and one of ours, in processes of their own, on the same weights. `--write`
-puts the table into benchmarks/README.md. `--quick` uses a small model (to see that all works, not for figures).
+Each row runs the reference implementation and ours on the same weights, in separate processes. `--write` puts the table
+into benchmarks/README.md. `--quick` uses a small model as a smoke test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = tuple[str, str, str, str]
 
 
 def pair(module: str, chat: Path, **settings: object) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures of the reference's way and of ours, one after the other."""
+    """Figures of the reference implementation and of ours."""
     theirs, ours = (measure(module, chat=str(chat), reference=reference, **settings) for reference in (True, False))
     return theirs, ours
 
@@ -45,7 +45,7 @@ def train(root: Path, quick: bool) -> list[Row]:
     for kind in ("stage 2", "stage 1", "texts"):
         theirs, ours = pair("benchmarks.train_step", chat, rows=2 if quick else 4, kind=kind)
         if abs(theirs["first_loss"] - ours["first_loss"]) > 1e-3:
-            raise RuntimeError(f"{kind}: the losses differ: {theirs['first_loss']} and {ours['first_loss']}")
+            raise RuntimeError(f"{kind}: losses differ: {theirs['first_loss']} and {ours['first_loss']}")
         label = f"{kind} step" if kind != "texts" else "step of texts of 640, 310, 150 and 90 tokens"
         rows += [
             row(f"{label}, time", theirs["seconds"], ours["seconds"], "s"),
@@ -91,7 +91,7 @@ def questions(root: Path, quick: bool) -> list[Row]:
     for shape in SHAPES:
         times = ways.measure(shape, 1 if quick else 3, size.pixels)
         same = "same answers" if times.same else "OTHER ANSWERS"
-        label = f"{shape.name}: {shape.questions} questions a picture ({same}), questions per second"
+        label = f"{shape.name}: {shape.questions} questions per image ({same}), questions per second"
         theirs, ours = (times.questions / median(part) for part in (times.reference, times.engine))
         rows.append(row(label, theirs, ours, "/s"))
     return rows
@@ -101,11 +101,11 @@ PARTS: dict[str, Callable[[Path, bool], list[Row]]] = {"train": train, "load": l
 
 
 def table(rows: Sequence[Row]) -> str:
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, float32 unless said"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, float32 unless stated"
     lines = [
         f"Measured on: {machine}.",
         "",
-        "| what | reference's way | ours | ours / reference's |",
+        "| measurement | reference | ours | ours / reference |",
         "|---|---|---|---|",
     ]
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
@@ -113,9 +113,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to measure (default: all)")
-    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
-    parser.add_argument("--quick", action="store_true", help="a small model: checks the benchmark, measures nothing")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="parts to measure (default: all)")
+    parser.add_argument("--write", action="store_true", help="write the table into benchmarks/README.md")
+    parser.add_argument("--quick", action="store_true", help="a small model: a smoke test whose figures mean nothing")
     arguments = parser.parse_args(argv)
     rows: list[Row] = []
     for name in arguments.parts or PARTS:

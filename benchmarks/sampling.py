@@ -1,7 +1,7 @@
-"""Top-p sampling on the CPU, ours and by sorting the whole vocabulary: `python -m benchmarks.sampling`.
+"""Top-p sampling on the CPU, ours against sorting the whole vocabulary: `python -m benchmarks.sampling`.
 
-The other way draws with `torch.multinomial`. Both draw from the same seeds and must return the same tokens. The logits
-are random normal numbers of several scales.
+The baseline draws with `torch.multinomial`. Both use the same seeds and must return the same tokens. The logits are
+random normal numbers of several scales.
 """
 
 from __future__ import annotations

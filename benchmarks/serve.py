@@ -1,8 +1,8 @@
-"""Serving as many clients see it, against the reference's way: `python -m benchmarks.serve [--quick]`.
+"""Serving throughput and latency with many clients, against the reference: `python -m benchmarks.serve [--quick]`.
 
-Both are processes with the same float32 weights, asked over HTTP by the same clients. Ours is the real model worker;
-the reference's way is benchmarks/serve_reference.py, with as many threads for a product as suit it best. Answers have
-a fixed length. Exit status 1 when answers differ or a target of issue 6 is missed.
+Both sides are processes with the same float32 weights and serve the same HTTP clients. Ours is the model worker; the
+reference is benchmarks/serve_reference.py with its best number of threads. Answers have a fixed length. Exits with
+status 1 if answers differ or a target is missed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tests.serve.programs import program
 from tests.serve.stubs import get, until
 
 CLIENTS = 16
-# In a fresh model hardly anything depends on the prompt; with these factors, answers differ by picture and question.
+# Answers of a random model hardly depend on the prompt; these factors make them differ by image and question.
 FACTORS = {"embed_tokens": 50.0, "mm_projector.2": 50.0, "q_proj": 4.0, "k_proj": 4.0, "o_proj": 8.0, "down_proj": 8.0}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is asked."""
+    """Sizes of the load."""
 
     size: Size
-    tokens: int = 128  # of an answer
+    tokens: int = 128  # per answer
     conversations: int = 5
-    short: int = 32  # tokens of an answer under overload
-    limit: int = 8  # places, and as many that wait
+    short: int = 32  # tokens per answer under overload
+    limit: int = 8  # concurrent requests, and as many in the queue
     arrivals: int = 100
 
 
@@ -49,9 +49,9 @@ SMALL = Plan(QUICK, tokens=4, conversations=1, short=2, limit=2, arrivals=8)
 
 
 def make_chat(root: Path, size: Size) -> Path:
-    """The model of `benchmarks.eval`, made to speak: in whole words, without an end, and of what it was shown.
+    """A random model whose answers are whole words, never end, and depend on the image and the question.
 
-    Its answers are then tokenized in the next turn as they were generated, which a trained model's mostly are.
+    Such answers tokenize in the next turn as they were generated, as those of a trained model mostly do.
     """
     chat = make_checkpoint(root, size)
     tokenizer = AutoTokenizer.from_pretrained(chat, use_fast=False)
@@ -67,7 +67,7 @@ def make_chat(root: Path, size: Size) -> Path:
 
 @contextmanager
 def serving(module: str, *words: str, threads: int | None = None) -> Iterator[Clients]:
-    """A worker in a process of its own, warmed up by one request."""
+    """A worker in a separate process, warmed up by one request."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAVA_")}
     environment |= {"NO_PROXY": "*", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     if threads is not None:
@@ -89,12 +89,12 @@ def distinct(tokens: int) -> list[dict[str, object]]:
     return [body(prompt(question(n), None), photo(n), tokens) for n in range(CLIENTS)]
 
 
-def one_picture(tokens: int) -> list[dict[str, object]]:
+def one_image(tokens: int) -> list[dict[str, object]]:
     return [body(prompt(question(100 + n), None), photo(100), tokens) for n in range(CLIENTS)]
 
 
 def second_turns(clients: Clients, plan: Plan, first: int) -> tuple[float, float]:
-    """Median seconds to the first text of first and second turns, each client alone."""
+    """Median time to first token of first and second turns in seconds, one client at a time."""
 
     async def converse(number: int) -> tuple[Seen, Seen]:
         image = photo(first + number)
@@ -108,7 +108,7 @@ def second_turns(clients: Clients, plan: Plan, first: int) -> tuple[float, float
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one way: answers and tokens a second for distinct pictures and for one, seconds of first and second turns."""
+    """Answers, tokens per second with distinct images and with one, and seconds of first and second turns."""
 
     answers: list[str]
     distinct: float
@@ -118,7 +118,7 @@ class Measured:
 
 def measure(clients: Clients, plan: Plan) -> Measured:
     apart = asyncio.run(clients.together(distinct(plan.tokens)))
-    same = asyncio.run(clients.together(one_picture(plan.tokens)))
+    same = asyncio.run(clients.together(one_image(plan.tokens)))
     for seen in (*apart, *same):
         assert seen.status == 200 and seen.tokens in (None, plan.tokens), seen
     turns = second_turns(clients, plan, 200)
@@ -126,7 +126,7 @@ def measure(clients: Clients, plan: Plan) -> Measured:
 
 
 def best_threads(chat: Path, plan: Plan) -> int:
-    """With how many threads for a product the reference's way is fastest, its five requests sharing the cores."""
+    """The number of threads with which the reference serves its five concurrent requests fastest."""
     rates = {}
     for threads in {1, os.cpu_count() or 1}:
         with serving("benchmarks.serve_reference", str(chat), threads=threads) as clients:
@@ -135,7 +135,7 @@ def best_threads(chat: Path, plan: Plan) -> int:
 
 
 def overload(chat: Path, plan: Plan) -> tuple[list[Seen], float, float]:
-    """What arrives at twice the rate that can be served: replies, that rate, and the bound of the wait in seconds."""
+    """Load at twice the capacity: replies, capacity per second, and the longest expected wait in seconds."""
     contents = [body(prompt(question(n), None), photo(300 + n), plan.short) for n in range(plan.arrivals)]
     with serving(*ours(chat, plan.limit, plan.limit)) as clients:
         known = [body(prompt(question(n), None), photo(500 + n), plan.short) for n in range(2 * plan.limit)]
@@ -144,22 +144,22 @@ def overload(chat: Path, plan: Plan) -> tuple[list[Seen], float, float]:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
+    """The `share` quantile of the values."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def report(plan: Plan, theirs: Measured, mine: Measured, threads: int) -> bool:
-    """Print the comparison; whether all targets are met."""
+    """Print the comparison; returns whether all targets are met."""
     apart, same = mine.distinct / theirs.distinct, mine.one / theirs.one
     first, second = mine.turns
     alike = theirs.answers == mine.answers
     said = f"{len(set(mine.answers))} different answers of {len(mine.answers)}"
     print(f"{CLIENTS} clients, {plan.tokens} new tokens each; {said}, the {'same' if alike else 'OTHERS'} both ways; "
-          f"the reference's way with {threads} threads a product")  # fmt: skip
-    print("| what | reference's way | ours | ours / reference's | wanted |\n|---|---|---|---|---|")
-    print(f"| {CLIENTS} clients, a picture each | {theirs.distinct:.1f} tokens/s | {mine.distinct:.1f} tokens/s "
+          f"the reference with {threads} threads")  # fmt: skip
+    print("| measurement | reference | ours | ours / reference | target |\n|---|---|---|---|---|")
+    print(f"| {CLIENTS} clients, an image each | {theirs.distinct:.1f} tokens/s | {mine.distinct:.1f} tokens/s "
           f"| {apart:.1f} | >= 3 |")  # fmt: skip
-    print(f"| {CLIENTS} clients, one picture | {theirs.one:.1f} tokens/s | {mine.one:.1f} tokens/s "
+    print(f"| {CLIENTS} clients, one image | {theirs.one:.1f} tokens/s | {mine.one:.1f} tokens/s "
           f"| {same:.1f} | >= 6 |")  # fmt: skip
     print(f"| first turn, time to the first text | {theirs.turns[0]:.3f} s | {first:.3f} s "
           f"| {first / theirs.turns[0]:.2f} | |")  # fmt: skip
@@ -170,7 +170,7 @@ def report(plan: Plan, theirs: Measured, mine: Measured, threads: int) -> bool:
 
 
 def report_overload(plan: Plan, seen: Sequence[Seen], capacity: float, bound: float) -> bool:
-    """Print what happened to those who came too many; whether the targets are met."""
+    """Print the outcome of the overload; returns whether the targets are met."""
     waits = [one.first for one in seen if one.status == 200]
     refusals = [one.end for one in seen if one.status == 503]
     print(f"{len(seen)} requests at {2 * capacity:.2f} a second, twice what is served; {plan.limit} places and as many "
@@ -186,8 +186,8 @@ def report_overload(plan: Plan, seen: Sequence[Seen], capacity: float, bound: fl
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small model: checks the benchmark, measures nothing")
-    parser.add_argument("--threads", type=int, help="of the reference's way (default: what suits it best)")
+    parser.add_argument("--quick", action="store_true", help="a small model: a smoke test whose figures mean nothing")
+    parser.add_argument("--threads", type=int, help="threads of the reference (default: the fastest)")
     args = parser.parse_args(argv)
     plan = SMALL if args.quick else FULL
     with tempfile.TemporaryDirectory() as directory:

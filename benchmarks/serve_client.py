@@ -1,4 +1,4 @@
-"""Clients of a worker, and what they see: the time to the first text, to the last, the answer, or a refusal."""
+"""HTTP clients of a worker that record time to first token, total time, and the answer or refusal."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ WORDS = CORPUS.replace("\n", " ").split()
 
 @dataclass(frozen=True)
 class Seen:
-    """One request: seconds from its sending to the first text and to the end; `status` other than 200: refused."""
+    """One request: seconds from sending to the first token and to the end; refused if `status` is not 200."""
 
     sent: float
     first: float
     end: float
     text: str
-    tokens: int | None  # as the worker counts; the reference says nothing
+    tokens: int | None  # from the worker; the reference does not report it
     status: int = 200
 
 
 def photo(number: int) -> str:
-    """A picture of 640x480, of its own: base64 of a JPEG."""
+    """Image number `number`, 640x480, as a base64 JPEG."""
     chance = np.random.default_rng(number)
     small = Image.fromarray(chance.integers(0, 255, (24, 32, 3), dtype=np.uint8))
     file = io.BytesIO()
@@ -49,7 +49,7 @@ def question(seed: int, words: int = 5) -> str:
 
 
 def prompt(*turns: str | None) -> str:
-    """Questions and answers in turn, the picture before the first question, the last answer open."""
+    """A prompt of alternating questions and answers with the image first and the last answer open."""
     conversation = conv_templates["v1"].copy()
     for number, text in enumerate(turns):
         conversation.append_message(conversation.roles[number % 2], f"<image>\n{text}" if number == 0 else text)
@@ -61,7 +61,7 @@ def body(text: str, image: str, tokens: int) -> dict[str, Any]:
 
 
 class Clients:
-    """Asks one worker. Every request has a connection of its own, as browsers behind a web page have."""
+    """Clients of one worker; each request opens a new connection."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -82,11 +82,11 @@ class Clients:
                 return Seen(sent, first, end, text, tokens, reply.status_code)
 
     async def together(self, contents: Sequence[dict[str, Any]]) -> list[Seen]:
-        """All at once."""
+        """Send all requests at once."""
         return await asyncio.gather(*map(self.ask, contents))
 
     async def arriving(self, contents: Sequence[dict[str, Any]], rate: float, seed: int = 0) -> list[Seen]:
-        """At random moments, `rate` a second, whether answered or not."""
+        """Send requests as a Poisson process with `rate` per second, regardless of replies."""
         chance, start, due, tasks = random.Random(seed), time.perf_counter(), 0.0, []
         for content in contents:
             due += chance.expovariate(rate)
@@ -96,6 +96,6 @@ class Clients:
 
 
 def rate(seen: Sequence[Seen], tokens: int) -> float:
-    """Tokens a second of requests sent together."""
+    """Tokens per second of requests sent together."""
     start, end = min(one.sent for one in seen), max(one.sent + one.end for one in seen)
     return len(seen) * tokens / (end - start)

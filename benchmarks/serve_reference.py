@@ -1,9 +1,8 @@
-"""A worker as the reference serves: a thread a request, five at a time, each computing its whole prompt anew.
+"""A worker that serves like the reference: one thread per request, five at a time, without a prefix cache.
 
     python -m benchmarks.serve_reference CHAT
 
-Written from its contract (spec/serve.md §4.5, §4.6), to measure against. It has the benefit of every doubt: no stop
-strings are looked for, no piece of text times out, and nothing reports to a controller.
+A baseline with the benefit of the doubt: it does not search for stop strings, has no timeouts, and sends no heartbeats.
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ AT_ONCE = 5
 
 
 class Reference:
-    """The model, and one answer after the other as cumulative frames."""
+    """The model, streaming answers as cumulative frames."""
 
     def __init__(self, chat: Path) -> None:
         self.tokenizer, self.model, self.processor, _ = load_pretrained_model(chat, device="cpu")
         use_reference_tower(self.model, self.model.config.mm_vision_tower, torch.float32)
 
     def frames(self, body: dict[str, Any]) -> Iterator[bytes]:
-        """Runs in a thread of the server's pool, `generate` in another."""
-        pictures = [load_image_from_base64(image) for image in body["images"]]
+        """Frames of one answer; `generate` runs in another thread."""
+        images = [load_image_from_base64(image) for image in body["images"]]
         ids = tokenizer_image_token(body["prompt"], self.tokenizer, return_tensors="pt").unsqueeze(0)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         values: dict[str, Any] = {"do_sample": False, "use_cache": True, "max_new_tokens": body["max_new_tokens"]}
-        if pictures:
-            values["images"] = process_images(pictures, self.processor, self.model.config)
+        if images:
+            values["images"] = process_images(images, self.processor, self.model.config)
 
         def generate() -> None:
             with torch.inference_mode():
@@ -78,9 +77,9 @@ def make_app(reference: Reference) -> FastAPI:
 
 
 async def _stop() -> None:
-    """Nothing to finish."""
+    """Nothing to clean up."""
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)  # where it listens goes to stderr
+    logging.basicConfig(level=logging.INFO)  # prints the address to stderr
     raise SystemExit(serve(make_app(Reference(Path(sys.argv[1]))), bind_socket("127.0.0.1", 0), _stop))

@@ -1,11 +1,11 @@
-"""Good, abandoned and malformed requests against real processes, two of them killed on the way, and what that leaks.
+"""Soak test: valid, cancelled and malformed requests against real processes, two of which are killed; finds leaks.
 
     python -m benchmarks.soak --minutes 30 --requests 2000
 
-A controller and two workers on the tests' tiny model. A third of the requests is answered, a third hangs up at a random
-point, a third is malformed; one worker and the controller are killed (SIGKILL) with streams running, and started again.
-Compared are slots, threads, open files and memory of every process, idle before and idle after. Exit status 1 when
-something leaked, when an accepted request did not end in exactly one last frame, or when anything answered with 500.
+Runs a controller and two workers with the tiny model of the tests. One third of the requests is answered, one third
+hangs up at a random point, one third is malformed. A worker and the controller are killed (SIGKILL) while streaming
+and then restarted. Slots, threads, open files and memory of each idle process are compared before and after. Exits with
+status 1 on a leak, on an accepted request without exactly one final frame, or on a reply with status 500.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from tests.tiny import make_all
 KINDS: tuple[Kind, ...] = ("whole", "cancelled", "malformed")
 LARGEST_BURST = 12
 QUIET_SECONDS = 17.0  # a server closes an idle connection after 15
-FILES, MIB = 2, 8.0  # open connections and resident pages differ a little from one idle moment to the next
-POOL = min(32, (os.cpu_count() or 1) + 4)  # threads that asyncio makes as it comes to need them, and keeps
-# Freed memory goes back to the system at once, so that what is resident is what is held.
+FILES, MIB = 2, 8.0  # noise between idle moments
+POOL = min(32, (os.cpu_count() or 1) + 4)  # default size of the thread pool of asyncio
+# Return freed memory to the system at once, so that resident memory is memory in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
 
 
 @dataclass(frozen=True)
 class State:
-    """What a process holds."""
+    """Resources of a process."""
 
     slots: float
     threads: int
@@ -57,7 +57,7 @@ class State:
         return cls(taken, int(status["Threads"]), len(list((proc / "fd").iterdir())), own)
 
     def leaks(self, before: State) -> list[str]:
-        """What is held beyond `before`."""
+        """Resources held beyond `before`."""
         return [
             *([f"{self.slots:g} slots"] if self.slots else []),
             *([f"{self.threads - before.threads} threads"] if self.threads > before.threads + POOL else []),
@@ -74,7 +74,7 @@ def metrics(url: str) -> str:
 
 
 def slots(url: str) -> float:
-    """Places taken: requests in a worker, streams in a controller."""
+    """Slots in use: requests of a worker, streams of a controller."""
     found = re.findall(r"^llava_(?:requests_in_use|requests_running|streams) (\S+)", metrics(url), re.MULTILINE)
     assert found
     return sum(map(float, found))
@@ -82,14 +82,14 @@ def slots(url: str) -> float:
 
 @dataclass
 class Part:
-    """One of the three processes; started again after a kill, with the same port."""
+    """One of the three processes; restarts on the same port after a kill."""
 
     name: str
     module: str
     words: list[str]
     environment: dict[str, str]
     url: str = ""
-    lives: int = 0  # how often it was killed
+    lives: int = 0  # number of kills
     up: bool = False
     before: State | None = None
     logs: list[str] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Part:
         self.up = True
 
     def kill(self) -> None:
-        """As the system does when memory runs out."""
+        """Kill with SIGKILL, as the kernel does when memory runs out."""
         self.lives, self.up = self.lives + 1, False
         self.program.stop(signal.SIGKILL)
         self.close()
@@ -125,7 +125,7 @@ class Part:
 
 
 class Soak:
-    """The three processes and the accounts of what was sent to them."""
+    """The three processes and the outcome of every request."""
 
     def __init__(self, chat: Path, seed: int) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAVA_")}
@@ -156,17 +156,17 @@ class Soak:
         await self.listed()
 
     async def listed(self) -> None:
-        """Until the controller has both workers, ready."""
+        """Wait until the controller lists both workers as ready."""
         deadline = time.monotonic() + PATIENCE
         while True:
             ready = re.search(r"^llava_workers (\S+)", await asyncio.to_thread(metrics, self.controller.url), re.M)
             if ready is not None and float(ready[1]) == len(self.workers) and await self._answer() == len(self.workers):
                 return
-            assert time.monotonic() < deadline, "the workers are not listed in time"
+            assert time.monotonic() < deadline, "the controller did not list both workers in time"
             await asyncio.sleep(0.2)
 
     async def _answer(self) -> int:
-        """How many workers answer."""
+        """Number of workers that answer."""
         call = Call("whole", STREAM, self.draw.body(STREAM, long=False))
         outcomes = [await send(worker.url, call) for worker in self.workers]
         return sum(outcome.word == "answered" for outcome in outcomes)
@@ -185,20 +185,20 @@ class Soak:
         lives, down = part.lives, not part.up
         outcome = await send(part.url, call)
         if outcome.word in ("broken", "unreachable") and (down or part.lives != lives):
-            outcome = Outcome("cut by the kill")  # of the process it was connected to: nobody is left to end it
+            outcome = Outcome("cut by the kill")  # its process is gone
         self.accounts[call.kind][outcome.word] += 1
         if outcome.word == "unreachable" or outcome.fault:
             self.faults.append(f"{part.name}: {call.kind} {call.what}: {outcome.fault or outcome.word}")
 
     def random_call(self, number: int) -> tuple[Call, Part]:
-        """Two thirds through the controller, half of them by OpenAI's protocol; the rest straight to a worker."""
+        """A request to the controller (two thirds, half of them to the OpenAI API) or to a worker."""
         kind = KINDS[number % len(KINDS)]
         part = self.chance.choice((self.controller, self.controller, self.workers[number % 2]))
         path = API if part is self.controller and self.chance.random() < 0.5 else STREAM
         return self.draw.call(kind, path), part
 
     async def load(self, first: int, count: int, seconds: float) -> None:
-        """`count` requests in bursts, spread over `seconds`."""
+        """Send `count` requests in bursts over `seconds` seconds."""
         start, sent = time.monotonic(), 0
         while sent < count:
             burst = min(self.chance.randint(1, LARGEST_BURST), count - sent)
@@ -211,7 +211,7 @@ class Soak:
         await self.landed()
 
     async def warm(self, part: Part) -> None:
-        """Every kind of request, several at a time, so that pools and caches are what they will be."""
+        """Send every kind of request, several at a time, to fill pools and caches."""
         for round_ in range(24):
             for number in range(6):
                 path = API if part is self.controller and round_ % 2 else STREAM
@@ -219,8 +219,8 @@ class Soak:
             await self.landed()
 
     async def quiet(self) -> None:
-        """Until nothing runs and what may close has closed."""
-        for _ in range(2):  # the second time, connections that the first found closed are dropped
+        """Wait until no request runs and idle connections have closed."""
+        for _ in range(2):  # the second request drops connections that the first found closed
             await asyncio.sleep(QUIET_SECONDS)
             await self._send(Call("whole", STREAM, self.draw.body(STREAM, long=False)), self.controller)
         deadline = time.monotonic() + 60
@@ -229,7 +229,7 @@ class Soak:
         await asyncio.sleep(QUIET_SECONDS)
 
     async def note(self, parts: Sequence[Part]) -> None:
-        """Warm `parts` up and note what they hold."""
+        """Warm up `parts` and record their resources."""
         await asyncio.gather(*map(self.warm, parts))
         await self.quiet()
         for part in parts:
@@ -237,7 +237,7 @@ class Soak:
         self.say(f"noted {', '.join(part.name for part in parts)}")
 
     async def kill(self, part: Part) -> None:
-        """Kill with streams running, and start again while requests go on."""
+        """Kill `part` while it streams, and restart it under load."""
         for _ in range(6):
             self.fly(Call("whole", STREAM, self.draw.body(STREAM, long=True)), part)
         while not await asyncio.to_thread(slots, part.url) and self._flying:
@@ -246,7 +246,7 @@ class Soak:
         await asyncio.to_thread(part.start)
 
     async def run(self, requests: int, seconds: float) -> list[tuple[Part, State, State]]:
-        """The whole soak: state before and after of every process."""
+        """Run the soak; returns the resources of each process before and after."""
         await self.start()
         self.say("started")
         await self.note(self.parts)
@@ -266,7 +266,7 @@ class Soak:
         return [(part, part.before, part.state()) for part in self.parts if part.before is not None]
 
     def say(self, what: str) -> None:
-        """Where it stands, for who watches."""
+        """Print progress."""
         answered = sum(map(Counter.total, self.accounts.values()))
         held = [f"{State.of(part.program.process.pid, '').mib:.0f}" for part in self.parts if part.up]
         print(f"{time.strftime('%H:%M:%S')} {what}; {answered} requests; {', '.join(held)} MiB", flush=True)
@@ -276,13 +276,13 @@ class Soak:
             part.close()
 
     def complaints(self) -> list[str]:
-        """What went wrong inside, as far as the processes say so."""
+        """Tracebacks in the logs."""
         return [f"{part.name}: a traceback in its log" for part in self.parts if "Traceback" in "".join(part.logs)]
 
 
 def table(rows: Sequence[tuple[Part, State, State]]) -> str:
-    """What every process held, idle before and idle after."""
-    lines = ["| process | slots taken | threads | open files | memory of its own |", "|---|---|---|---|---|"]
+    """Resources of each idle process before and after, as a table."""
+    lines = ["| process | slots in use | threads | open files | private memory |", "|---|---|---|---|---|"]
     for part, before, after in rows:
         lines.append(f"| {part.name} | {before.slots:g}, {after.slots:g} | {before.threads}, {after.threads} "
                      f"| {before.files}, {after.files} | {before.mib:.1f} MiB, {after.mib:.1f} MiB |")  # fmt: skip
@@ -290,7 +290,7 @@ def table(rows: Sequence[tuple[Part, State, State]]) -> str:
 
 
 async def soak(chat: Path, args: argparse.Namespace) -> list[str]:
-    """Run it, print the figures; what is wrong."""
+    """Run the soak and print the figures; returns what went wrong."""
     run = Soak(chat, args.seed)
     start = time.monotonic()
     try:
@@ -308,11 +308,11 @@ async def soak(chat: Path, args: argparse.Namespace) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=30, help="of load; starting and settling come on top")
+    parser.add_argument("--minutes", type=float, default=30, help="duration of the load, without startup and settling")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes go with this one
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the child processes are stopped
     with tempfile.TemporaryDirectory() as directory:
         wrong = asyncio.run(soak(make_all(Path(directory))["chat"], args))
     for line in wrong:

@@ -1,4 +1,4 @@
-"""What a soak sends: requests that are answered, that leave at a random point, and that are wrong in many ways."""
+"""Requests of a soak test: complete ones, cancelled ones, and malformed ones."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.tiny import CHAT
 
 Kind = Literal["whole", "cancelled", "malformed"]
 STREAM, API = "/worker_generate_stream", "/v1/chat/completions"
-PATIENCE = 600.0  # seconds that a reply may take on a busy machine
-QUESTIONS = ("What color is the shape?", "Is there a blue circle in the picture?", "Describe the image concisely.",
+PATIENCE = 600.0  # timeout of a reply in seconds
+QUESTIONS = ("What color is the shape?", "Is there a blue circle in the image?", "Describe the image concisely.",
              "What shape is present in the image?", "Why? Because it is so.")  # fmt: skip
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request as bytes. `leave_after` is where the client hangs up: bytes sent (below 0), or received."""
+    """One request as bytes. The client leaves after receiving `leave_after` bytes; below 0, before sending all."""
 
     kind: Kind
     path: str
@@ -40,14 +40,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`word` is the account it goes to; `fault` says what was wrong with the reply, if anything was."""
+    """Category of a reply, and what was wrong with it, if anything."""
 
     word: str
     fault: str = ""
 
 
-def picture(number: int) -> bytes:
-    """One of a few pictures, of any mode and shape."""
+def image(number: int) -> bytes:
+    """One of a few images of various modes and shapes."""
     chance = np.random.default_rng(number)
     size = (int(chance.integers(1, 400)), int(chance.integers(1, 300)))
     mode = MODES[number % len(MODES)]
@@ -57,11 +57,11 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-PICTURES = [base64.b64encode(picture(number)).decode() for number in range(12)]
+IMAGES = [base64.b64encode(image(number)).decode() for number in range(12)]
 
 
 class Draw:
-    """Draws requests. There are few different ones, so that what the engine keeps of them is bounded, too."""
+    """Random requests from a small set, so that the engine's caches stay bounded."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -77,7 +77,7 @@ class Draw:
 
     def body(self, path: str, *, long: bool) -> bytes:
         chance = self.chance
-        question, images = chance.choice(QUESTIONS), chance.sample(PICTURES, chance.choice((0, 1, 1, 2)))
+        question, images = chance.choice(QUESTIONS), chance.sample(IMAGES, chance.choice((0, 1, 1, 2)))
         tokens = chance.choice((150, 300)) if long else chance.choice((1, 8, 30))
         values: dict[str, Any] = {"model": CHAT, "temperature": chance.choice((0.0, 1.0)), "seed": chance.randrange(2)}
         if path == STREAM:
@@ -97,7 +97,7 @@ class Draw:
         return self.wrong(path, *self.chance.choice(WRONG))
 
     def wrong(self, path: str, what: str, make: Callable[[dict[str, Any]], Any]) -> Call:
-        """A request that is wrong in the way that `make` makes it."""
+        """A valid request made invalid by `make`."""
         made = make(json.loads(self.body(path, long=False)))
         if isinstance(made, dict):
             for name in ("prompt", "images") if path == API else ("messages",):
@@ -108,12 +108,12 @@ class Draw:
 
 
 def _with(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Changes under the names of both protocols; see `Draw.wrong`."""
+    """Change fields of either protocol; see `Draw.wrong`."""
     return lambda values: {**values, **changes}
 
 
 def _shown(data: bytes | str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The request with this as its only picture."""
+    """Replace the images by this one."""
     text = data if isinstance(data, str) else base64.b64encode(data).decode()
     part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
     message = {"role": "user", "content": [part, {"type": "text", "text": "What?"}]}
@@ -152,19 +152,19 @@ WRONG: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("seed", _with(seed=-1)),
     ("too long", _said("word " * 3000)),
     ("much too long", _said("z" * 3_000_000)),
-    ("missing picture", _with(prompt="<image>", images=[], messages=[{"role": "user", "content": [{"type": "x"}]}])),
+    ("missing image", _with(prompt="<image>", images=[], messages=[{"role": "user", "content": [{"type": "x"}]}])),
     ("not base64", _shown("ä!")),
-    ("empty picture", _shown("")),
-    ("no picture", _shown(b"no picture at all")),
-    ("cut picture", _shown(base64.b64decode(PICTURES[0])[:-40])),
+    ("empty image", _shown("")),
+    ("no image", _shown(b"no image at all")),
+    ("cut image", _shown(base64.b64decode(IMAGES[0])[:-40])),
     ("header bomb", _shown(_header_bomb())),
-    ("picture too large", _shown(b"\x89PNG\r\n\x1a\n" + b"\0" * (21 * 2**20))),
+    ("image too large", _shown(b"\x89PNG\r\n\x1a\n" + b"\0" * (21 * 2**20))),
     ("SVG", _shown(b"<svg xmlns='http://www.w3.org/2000/svg'/>")),
 ]
 
 
 async def send(url: str, call: Call) -> Outcome:
-    """Send `call` on a connection of its own and judge what comes back. Never raises for what a server does."""
+    """Send `call` on a new connection and judge the reply. Never raises because of the server."""
     address = urlsplit(url)
     try:
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
@@ -202,7 +202,7 @@ async def _read(reader: asyncio.StreamReader, limit: int | None) -> bytes:
 
 
 def judge(call: Call, data: bytes) -> Outcome:
-    """What a whole reply means: an answer must have one last frame, a refusal one error body."""
+    """Judge a complete reply: an answer has exactly one final frame, a refusal has an error body."""
     head, found, body = data.partition(b"\r\n\r\n")
     if not found:
         return Outcome("broken", "the connection closed before the headers")
@@ -228,7 +228,7 @@ def judge(call: Call, data: bytes) -> Outcome:
 
 
 def _chunks(body: bytes) -> tuple[bytes, bool]:
-    """The content of a chunked body, and whether its end is there."""
+    """The content of a chunked body, and whether it is complete."""
     content, at = b"", 0
     while True:
         line = body.find(b"\r\n", at)
@@ -244,7 +244,7 @@ def _chunks(body: bytes) -> tuple[bytes, bool]:
 
 
 def _finals(path: str, content: bytes) -> tuple[int, str]:
-    """How many last frames there are (a frame behind one counts as another), and what they say."""
+    """Number of final frames (frames after a final one count too), and the category."""
     if path == STREAM:
         reader = FrameReader()
         frames = [*reader.feed(content), *reader.close()]

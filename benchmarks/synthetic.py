@@ -1,4 +1,4 @@
-"""Random checkpoints of a chosen size in the published layout, so that a measurement needs no download."""
+"""Random checkpoints of any size in the published layout, for measurements without downloads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny import make_tokenizer
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depths of tower and language model; head size is 64 in both."""
+    """Widths and depths of the tower and the language model; the head size is 64 in both."""
 
     tower_width: int = 512
     tower_layers: int = 12
@@ -27,7 +27,8 @@ class Size:
 def make_checkpoint(root: Path, size: Size, dtype: torch.dtype = torch.float32) -> Path:
     """Write `root/tower` and `root/chat` (select layer -4) and return the latter.
 
-    The tokenizer is the tests' small one; the head's other rows are zero, so that a random model says only its words.
+    The tokenizer is the small one of the tests. Rows of the head beyond its vocabulary are zero, so the model generates
+    only tokens that it knows.
     """
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)

@@ -1,4 +1,4 @@
-"""One training step (forward, backward, AdamW), tower frozen: stage 1, stage 2, or text of mixed lengths."""
+"""A training step (forward, backward, AdamW) with a frozen tower: stage 1, stage 2, or text of mixed lengths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = (640, 310, 150, 90)  # tokens
 
 
 def image_batch(rows: int, vocabulary: int, pixels: int, text: int = 160) -> dict[str, Any]:
-    """`rows` rows of one image and `text` words; about a fifth of the expanded positions is supervised."""
+    """`rows` rows of one image and `text` tokens; about a fifth of the expanded positions is supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, vocabulary, (rows, text), generator=generator)
     ids[:, 5] = IMAGE_TOKEN_INDEX
@@ -32,7 +32,7 @@ def image_batch(rows: int, vocabulary: int, pixels: int, text: int = 160) -> dic
 
 
 def text_batch(lengths: Sequence[int], vocabulary: int) -> dict[str, Any]:
-    """Rows of text of these lengths, padded to the longest; the second half of each is supervised."""
+    """Rows of text of the given lengths, padded to the longest; the second half of each is supervised."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, vocabulary, (len(lengths), max(lengths)), generator=generator)
     places = torch.arange(max(lengths))
@@ -43,19 +43,19 @@ def text_batch(lengths: Sequence[int], vocabulary: int) -> dict[str, Any]:
 
 
 def work(model: Any, batch: dict[str, Any]) -> float:
-    """Model FLOPs of a step (`llava.train.flops`); both ways are held against the same."""
+    """Model FLOPs of a step (`llava.train.flops`), the same for both implementations."""
     shape = shape_of(model.config, model.get_vision_tower())
     lengths = batch["attention_mask"].sum(1).double()
     images = 0 if batch["images"] is None else len(batch["images"])
     lengths = lengths + (shape.image_tokens - 1) * images / len(lengths)
     tokens = lengths.sum().item()
     supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
-    length = (lengths**2).sum().item() / tokens  # that of the row in which a token stands, on the mean
+    length = (lengths**2).sum().item() / tokens  # mean row length over tokens
     return step_flops(shape, learns_of(model), tokens=tokens, length=length, images=images, supervised=supervised)
 
 
 def run(chat: str, reference: bool, steps: int = 5, rows: int = 4, kind: str = "stage 2") -> dict[str, Any]:
-    """`kind`: "stage 1" (the projector learns), "stage 2", or "texts" (rows of the lengths of shared conversations)."""
+    """Train for `steps` steps; `kind` is "stage 1" (projector only), "stage 2", or "texts" (mixed lengths)."""
     _, model, processor, _ = load_pretrained_model(Path(chat), device="cpu")
     model.train()
     if kind == "stage 1":
@@ -70,7 +70,7 @@ def run(chat: str, reference: bool, steps: int = 5, rows: int = 4, kind: str = "
         use_reference_way(model)
     for parameter in learning:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # allocates its state, so that what follows is the step itself
+    optimizer.step()  # allocates the optimizer state
     before = resident_mib()
     seconds, losses = [], []
     for _ in range(steps):

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from typing import Final, NamedTuple
 
 from packaging.specifiers import SpecifierSet
 
 from llava import __version__
 from llava.errors import ConfigError, DependencyError
+from llava.provenance import installed_versions
 from llava.utils import guarded
 
 
@@ -90,20 +90,9 @@ class Facts:
     broken: Mapping[str, str] = field(default_factory=dict)  # package -> why it cannot be imported
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions by package name, read from metadata: nothing is imported."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def gather() -> Facts:
     """Look at this machine. Imports torch, and flash-attn if it is installed (it often is, and does not load)."""
-    versions = installed_versions()
+    versions = installed_versions(PACKAGES)
     broken = {}
     for package in {"torch", "flash-attn"} & versions.keys():
         try:
@@ -156,7 +145,7 @@ def known_bad(versions: Mapping[str, str]) -> list[str]:
 
 def check_versions() -> None:
     """Raise `DependencyError` on the first package whose version is known not to work. Fast: reads metadata only."""
-    problems = known_bad(installed_versions())
+    problems = known_bad(installed_versions(PACKAGES))
     if problems:
         raise DependencyError(f"{problems[0]} (llava doctor lists everything).")
 

@@ -46,6 +46,13 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of a name such as "float16" or "bf16"."""
+    if name not in DTYPES:
+        raise ConfigError(f"Unknown dtype {name!r}; use float32, float16 or bfloat16.")
+    return DTYPES[name]
+
+
 def resolve_dtype(
     device: torch.device, requested: str | torch.dtype | None = None, stored: torch.dtype | None = None
 ) -> torch.dtype:
@@ -56,9 +63,7 @@ def resolve_dtype(
     if isinstance(requested, torch.dtype):
         return requested
     if requested not in (None, "auto"):
-        if requested not in DTYPES:
-            raise ConfigError(f"Unknown dtype {requested!r}; use auto, float32, float16 or bfloat16.")
-        return DTYPES[requested]
+        return parse_dtype(requested)
     if device.type == "cpu":
         return torch.float32
     if stored is torch.bfloat16 and device.type == "cuda" and supports_bfloat16(device):
@@ -230,7 +235,7 @@ def parse_size(text: str) -> int | None:
 Parts = Sequence[tuple[tuple[str, ...], int]]
 
 
-def spread(parts: Parts, budgets: Mapping[torch.device, int]) -> Placement:
+def balanced_device_map(parts: Parts, budgets: Mapping[torch.device, int]) -> Placement:
     """Put `parts` (module names and bytes, in the order they are computed) on as few devices as hold them, in order.
 
     A device that is too small for the next part is passed over. Among the devices used, loads are evened out.

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import importlib
 import logging
 import logging.handlers
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Final
 
 from llava.constants import LOGDIR
-from llava.errors import ConfigError, DependencyError, LlavaError
+from llava.errors import DependencyError, LlavaError
+from llava.files import write_errors
 
 LOG_FORMAT: Final = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 LOG_DATE_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
@@ -46,17 +46,6 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             return 130
 
     return wrapper
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system refuses inside (a full disk, no permission) becomes a `ConfigError` that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot write {path}: {error.strerror or error}; make room, or give another place."
-        ) from error
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -115,7 +104,7 @@ def _copy_to_file(path: Path, formatter: logging.Formatter) -> None:
     root = logging.getLogger()
     if any(isinstance(h, logging.FileHandler) and Path(h.baseFilename) == path.absolute() for h in root.handlers):
         return
-    with writing(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.handlers.TimedRotatingFileHandler(
             path, "midnight", backupCount=30, encoding="utf-8", utc=True

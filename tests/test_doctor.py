@@ -146,7 +146,7 @@ def test_this_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_fast_check_refuses_a_bad_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed_versions", lambda: {"huggingface_hub": "1.2.0"})
+    monkeypatch.setattr(doctor, "installed_versions", lambda packages: {"huggingface_hub": "1.2.0"})
     with pytest.raises(DependencyError, match="huggingface_hub 1.2.0 does not work.*llava doctor"):
         doctor.check_versions()
 
@@ -154,7 +154,7 @@ def test_the_fast_check_refuses_a_bad_mix(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_flash_attn_that_cannot_load_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(doctor, "installed_versions", lambda: GOOD)
+    monkeypatch.setattr(doctor, "installed_versions", lambda packages: GOOD)
     assert doctor.gather().broken == {"flash-attn": "ImportError: undefined symbol: _ZN3c10"}
 
 

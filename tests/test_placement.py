@@ -146,7 +146,7 @@ def test_spread_keeps_order_and_budgets(sizes: list[int], room: list[int]) -> No
     parts = [((f"layer{i}",) if i else ("",), size) for i, size in enumerate(sizes)]
     budgets = {torch.device("meta", i): size for i, size in enumerate(room)}
     try:
-        found = placement.spread(parts, budgets)
+        found = placement.balanced_device_map(parts, budgets)
     except ConfigError:
         # refused only where filling device after device does not work either
         at = used = 0
@@ -165,6 +165,6 @@ def test_spread_keeps_order_and_budgets(sizes: list[int], room: list[int]) -> No
 def test_spread_uses_few_devices_evenly() -> None:
     budgets = {torch.device("meta", i): 100 for i in range(4)}
     parts = [(("",), 20), *(((f"l{i}",), 10) for i in range(10))]
-    order = [placement.spread(parts, budgets).of(names[0]).index for names, _ in parts]
+    order = [placement.balanced_device_map(parts, budgets).of(names[0]).index for names, _ in parts]
     assert order == [0] * 5 + [1] * 6
-    assert not placement.spread(parts[:5], budgets).is_split
+    assert not placement.balanced_device_map(parts[:5], budgets).is_split

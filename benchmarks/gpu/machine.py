@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -13,6 +11,7 @@ import torch
 from benchmarks.floor import Ceilings
 from benchmarks.gpu.bench import GIB, Bench
 from benchmarks.gpu.timing import free_bytes
+from llava.provenance import git_commit, installed_versions
 
 PACKAGES: Final = ("torch", "transformers", "tokenizers", "accelerate", "peft", "deepspeed", "bitsandbytes", "numpy")
 LAUNCHES: Final = 1000
@@ -20,13 +19,7 @@ LAUNCHES: Final = 1000
 
 def versions(device: torch.device) -> dict[str, Any]:
     """Software, device and commit of this run."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    found["commit"] = _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    found: dict[str, Any] = {**dict.fromkeys(PACKAGES), **installed_versions(PACKAGES), "commit": git_commit()}
     found["device"] = platform.processor() or platform.machine()
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)

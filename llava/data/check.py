@@ -19,7 +19,8 @@ from pathlib import Path
 from llava.data.annotations import SUFFIXES, JsonRecords, Records, read_records
 from llava.data.dataset_scan import DatasetScan, Findings
 from llava.errors import DataError
-from llava.utils import guarded, require, writing
+from llava.files import atomic_write, write_errors
+from llava.utils import guarded, require
 
 SHOWN = 1000
 
@@ -81,20 +82,21 @@ def write_clean(records: Records, bad: Iterable[int], path: Path) -> int:
     good = [index for index in range(len(records)) if index not in dropped]
     if not good:
         raise DataError(f"{records.path} holds no good record, so there is nothing to write to {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    if path.suffix == ".parquet":
-        _write_parquet(records, good, part)
-    else:
-        lines = path.suffix == ".jsonl"
-        with part.open("wb") as file:
-            file.write(b"" if lines else b"[\n")
-            for place, index in enumerate(good):
-                last = place == len(good) - 1
-                file.write(_text(records, index, one_line=lines) + (b"\n" if lines or last else b",\n"))
-            file.write(b"" if lines else b"]\n")
-    part.replace(path)
+    with atomic_write(path) as part:
+        if path.suffix == ".parquet":
+            _write_parquet(records, good, part)
+        else:
+            _write_json(records, good, part, lines=path.suffix == ".jsonl")
     return len(good)
+
+
+def _write_json(records: Records, good: Sequence[int], part: Path, *, lines: bool) -> None:
+    with part.open("wb") as file:
+        file.write(b"" if lines else b"[\n")
+        for place, index in enumerate(good):
+            last = place == len(good) - 1
+            file.write(_text(records, index, one_line=lines) + (b"\n" if lines or last else b",\n"))
+        file.write(b"" if lines else b"]\n")
 
 
 def _text(records: Records, index: int, *, one_line: bool) -> bytes:
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report(file, found, time.perf_counter() - begin, shown=None if args.all else SHOWN))  # noqa: T201
         faulty |= bool(found.problems)
         if args.write_clean:
-            with writing(args.write_clean):
+            with write_errors(args.write_clean):
                 kept = write_clean(records, found.problems, args.write_clean)
             print(f"{args.write_clean}: {kept} good records.")  # noqa: T201
     return int(faulty)

@@ -14,6 +14,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template, stop_strings, with_image_token
 from llava.engine import Completion, Engine, Request, RequestHandle, SamplingParams
 from llava.errors import ConfigError, RequestError
+from llava.files import write_errors
 from llava.images import fetch_image, open_image
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,5 @@ class ChatSession:
             "images": self.sources,
             "settings": dataclasses.asdict(self.params),
         }
-        try:
+        with write_errors(path):
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"Cannot write {path}: {error.strerror}.") from error

@@ -20,7 +20,8 @@ from llava.errors import ConfigError
 from llava.eval.judging.page import PAGE, to_html
 from llava.eval.judging.reviews import SCORES
 from llava.eval.program import file_flag, flag, program
-from llava.eval.run.files import by_key, read_results, read_rows, require_same, write_json, write_text
+from llava.eval.run.files import by_key, read_results, read_rows, require_same, write_json
+from llava.files import write_text
 
 Rows = Mapping[Any, Mapping[str, Any]]
 

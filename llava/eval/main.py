@@ -29,6 +29,7 @@ from llava.eval.run.files import write_json
 from llava.eval.run.questions import Question
 from llava.eval.run.runner import report, run
 from llava.eval.run.shards import merge, shard_path, shards_folder
+from llava.parent_process import exit_with_parent
 from llava.utils import guarded
 
 Asked = list[tuple[Task, Sequence[Question]]]
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["prepare"]:
         return prepare.main(words[1:])
     args = build_parser().parse_args(words)
-    launch.follow_parent()
+    exit_with_parent()
     options.check(args)
     tasks = make_tasks(args.tasks.split(","), args.data_root, args.split, args.eval_data)
     asked: Asked = [(task, task.questions(args.limit)) for task in tasks]  # missing data shows before the model loads

@@ -17,10 +17,10 @@ from llava.conversation import conv_templates
 from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args
 from llava.errors import DataError
 from llava.eval import options
-from llava.eval.run import launch
 from llava.eval.run.images import ImageSource
 from llava.eval.run.questions import Question, get_chunk, read_questions
 from llava.eval.run.runner import report, run
+from llava.parent_process import exit_with_parent
 from llava.utils import guarded
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def answer_file(
     Pictures are in `--image-folder`, or where `pictures` finds them in the question file; for `follow_up` see
     `RunSettings`.
     """
-    launch.follow_parent()
+    exit_with_parent()
     options.check(args)
     if not args.question_file.is_file():
         raise DataError(f"There is no question file {str(args.question_file)!r}; correct --question-file.")

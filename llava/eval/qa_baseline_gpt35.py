@@ -16,7 +16,8 @@ from pathlib import Path
 from llava.errors import RequestError
 from llava.eval.judging.judge import Judge, base_url
 from llava.eval.run.answers import Row, answer_id
-from llava.eval.run.files import read_rows, write_text
+from llava.eval.run.files import read_rows
+from llava.files import write_text
 from llava.utils import guarded
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from llava.eval.reporting.data import Run, csv_text, lines, markdown, read_run
 from llava.eval.reporting.diff import difference
 from llava.eval.reporting.page import page
 from llava.eval.reporting.samples import samples
-from llava.eval.run.files import write_text
+from llava.files import write_text
 from llava.utils import guarded
 
 

@@ -22,7 +22,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import CheckpointError, ConfigError
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
-from llava.model.dispatch import DeviceMap, dispatch, place
+from llava.model.dispatch import DeviceMap, dispatch, infer_device_map
 from llava.model.hub import snapshot
 from llava.model.llava_arch import grow_embeddings, load_token_rows, parameter_shapes
 from llava.model.lora import (
@@ -39,7 +39,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.quantization import Quantizer, size_name
 from llava.model.registry import language_model_spec
 from llava.model.tokenizer import load_tokenizer
-from llava.model.weights import empty_weights, fill
+from llava.model.weights import empty_weights, load_weights
 from llava.placement import Placement, avoid_cudnn_attention, resolve_attention, resolve_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def load_pretrained_model(
     bits = 8 if load_8bit else 4 if load_4bit else 0
     quantizer = Quantizer(bits, chosen, target) if bits else None
     shapes = partial(all_shapes, (base or found).path, config, vision_tower is None)
-    where = place(
+    where = infer_device_map(
         target,
         device_map,
         shapes=shapes,
@@ -119,16 +119,16 @@ def load_pretrained_model(
         max_memory=max_memory,
     )
     parts = (base, None) if text_only and base else (found, base)
-    put, pack = None, None
+    weight_loader, quantize = None, None
     if quantizer is not None and found.kind is Kind.LORA:
-        put, pack = quantizer.keep, partial(quantizer.pack, where=where.of)
+        weight_loader, quantize = quantizer.defer, partial(quantizer.merge_and_quantize, where=where.of)
     elif quantizer is not None:
-        put = quantizer.place
+        weight_loader = quantizer.quantize_on_load
     with ckpt.progress_of(shapes, progress):
-        model = language_model(*parts, config, chosen, where, put)
+        model = language_model(*parts, config, chosen, where, weight_loader)
         if not text_only:
             add_image_tokens(model, tokenizer, config)
-        model = overlay(model, found, pack)
+        model = load_adapter_weights(model, found, quantize)
         tower = model.get_vision_tower()
         if tower is not None:
             device_of_tower = where.of(f"{model.base_model_prefix}.vision_tower")
@@ -162,10 +162,10 @@ def preflight(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
             )
 
 
-def overlay(model: Any, found: Checkpoint, pack: Callable[[nn.Module], None] | None) -> Any:
+def load_adapter_weights(model: Any, found: Checkpoint, quantize: Callable[[nn.Module], None] | None) -> Any:
     """Put what a projector-only or LoRA directory holds over the model of its base; others change nothing.
 
-    `pack` quantises an adapter's model, layer by layer, merging each first.
+    `quantize` quantizes an adapter's model, layer by layer, merging each first.
     """
     if found.kind is Kind.PROJECTOR:
         model.get_model().load_projector(found.path / ckpt.PROJECTOR_FILE)
@@ -174,11 +174,13 @@ def overlay(model: Any, found: Checkpoint, pack: Callable[[nn.Module], None] | N
     elif found.kind is Kind.LORA:
         if model.get_vision_tower() is not None:
             load_non_lora(model, found.path)
-        model = apply_adapter(model, found.path, pack)
+        model = apply_adapter(model, found.path, quantize)
     return model
 
 
-def check_overlay(found: Checkpoint, base: Checkpoint | None, config: Any, shapes: dict[str, tuple[int, ...]]) -> Path:
+def check_adapter_weights(
+    found: Checkpoint, base: Checkpoint | None, config: Any, shapes: dict[str, tuple[int, ...]]
+) -> Path:
     """Verify what a projector or an adapter adds to a model of these `shapes`; where the projector lies."""
     if found.kind is Kind.PROJECTOR:
         file = found.path / ckpt.PROJECTOR_FILE
@@ -214,7 +216,7 @@ def all_shapes(source: Path, config: Any, from_checkpoint: bool) -> dict[str, tu
 
 def local_directory(path: str | Path) -> Path:
     """`path` itself when it is a directory; otherwise the hub's snapshot of that name (cache first, offline heeded)."""
-    if os.path.isdir(path):  # noqa: PTH112 (as in checkpoint.existing)
+    if os.path.isdir(path):  # noqa: PTH112 (as in checkpoint.require_directory)
         return Path(path)
     name = str(path)
     found: Path | None = None
@@ -348,16 +350,18 @@ def language_model(
     config: Any,
     dtype: torch.dtype,
     device: torch.device | Placement,
-    put: Callable[[nn.Module, str, Tensor, torch.device], bool] | None,
+    weight_loader: Callable[[nn.Module, str, Tensor, torch.device], bool] | None,
 ) -> Any:
-    """The model with weights in place, some of them as `put` does it (`fill`); with a base, the projector comes later
-    and starts as zeros."""
+    """The model with weights in place, some of them by `weight_loader` (`load_weights`).
+
+    With a base, the projector comes later and starts as zeros.
+    """
     where = device if isinstance(device, Placement) else Placement({"": device})
     source = base.path if base else found.path
     model = empty_model(found, base, config)
-    check_overlay(found, base, config, parameter_shapes(model))
+    check_adapter_weights(found, base, config, parameter_shapes(model))
     tensors = ckpt.iter_tensors(source, lambda name: not name.startswith(ckpt.TOWER_PREFIXES))
-    fill(
+    load_weights(
         model,
         _present(tensors),
         dtype=dtype,
@@ -365,7 +369,7 @@ def language_model(
         source=str(source),
         optional=ckpt.PROJECTOR_PREFIXES if base else (),
         ignored=IGNORED_WEIGHTS,
-        place=put,
+        weight_loader=weight_loader,
     )
     _refresh_rotary(model, dtype, where)
     return model

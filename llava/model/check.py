@@ -31,7 +31,7 @@ from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.quantization import weight_bytes
 from llava.model.tokenizer import load_tokenizer
-from llava.model.weights import fill
+from llava.model.weights import load_weights
 from llava.utils import guarded
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -67,8 +67,8 @@ def weightless(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
 
 
 def verify(model: nn.Module, shapes: Shapes, source: Path, **rules: Any) -> dict[str, tuple[int, ...]]:
-    """Load weightless tensors as `weights.fill` loads real ones; the shapes of the model's parameters."""
-    fill(model, weightless(shapes), dtype=torch.float32, device="meta", source=str(source), **rules)
+    """Load weightless tensors as `weights.load_weights` loads real ones; the shapes of the model's parameters."""
+    load_weights(model, weightless(shapes), dtype=torch.float32, device="meta", source=str(source), **rules)
     return parameter_shapes(model)
 
 
@@ -90,7 +90,7 @@ def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> l
         if found.kind is Kind.LORA:
             lora.check_adapter(lora.adapter_shapes(found.path), shapes, found.path)
         return parts
-    where = builder.check_overlay(found, base, config, shapes)
+    where = builder.check_adapter_weights(found, base, config, shapes)
     kind = getattr(config, "mm_projector_type", None) or "linear"
     width = f"{config.mm_hidden_size} to {config.hidden_size}"
     return [*parts, Part("projector", f"{kind}, {width}; {len(projector)} weights verified in {where}", projector)]

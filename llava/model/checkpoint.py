@@ -92,7 +92,7 @@ def config_errors(source: str | Path) -> Iterator[None]:
         ) from error
 
 
-def existing(path: str | Path) -> Path:
+def require_directory(path: str | Path) -> Path:
     """The path of a directory that can be looked into; anything else is a `CheckpointError`."""
     if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir() raises below a directory of someone else's)
         raise CheckpointError(f"There is no directory {str(path)!r}; check the path, or download the checkpoint first.")
@@ -103,7 +103,7 @@ def existing(path: str | Path) -> Path:
 
 def inspect(path: str | Path) -> Checkpoint:
     """Tell what a local directory is, by its files alone. A path that does not exist is a `CheckpointError`."""
-    path = existing(path)
+    path = require_directory(path)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if not isinstance(config.get("model_type", ""), str):
         raise CheckpointError(f"{path}/config.json has a model_type that is no name: {config['model_type']!r}.")
@@ -136,7 +136,7 @@ def has_weights(path: Path) -> bool:
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the model's weights, safetensors first; a shard that an index names must exist."""
-    path = existing(path)
+    path = require_directory(path)
     for name, single in zip(INDEX_FILES, SINGLE_FILES):
         if (path / name).is_file():
             shards = _shards(path / name)

@@ -16,7 +16,7 @@ from torch import nn
 
 from llava.errors import ConfigError
 from llava.model.quantization import PREFIXES, weight_bytes
-from llava.placement import Placement, gpu_budgets, resolve_device, spread
+from llava.placement import Placement, balanced_device_map, gpu_budgets, resolve_device
 
 DeviceMap = str | Mapping[str, str | int | torch.device] | None
 _LAYER = re.compile(r"(?:" + "|".join(map(re.escape, PREFIXES)) + r")\d+")
@@ -41,7 +41,7 @@ def parts_of(shapes: Mapping[str, tuple[int, ...]], dtype: str, tied: bool) -> l
     return [(("",), front), *(((name,), layers[name]) for name in ordered), (tuple(sorted(ends)), end)]
 
 
-def place(
+def infer_device_map(
     device: torch.device,
     device_map: DeviceMap,
     *,
@@ -74,7 +74,7 @@ def place(
         [(first, room)] = gpu_budgets(1, None).items()
         if sum(size for _, size in parts) <= room:
             return Placement({"": first})  # without asking the others, which costs memory on each
-    return spread(parts, gpu_budgets(num_gpus, max_memory))
+    return balanced_device_map(parts, gpu_budgets(num_gpus, max_memory))
 
 
 def _explicit(where: str | int | torch.device) -> torch.device:

@@ -1,7 +1,7 @@
-"""A checkpoint for other programs: `llava export --format hf-llava --model-path DIR --output OUT`.
+"""Export a checkpoint for other programs: `llava export --format hf-llava --model-path DIR --output OUT`.
 
-The layout of transformers' own `LlavaForConditionalGeneration` (CLIP tower, `mlp2x_gelu`, LLaMA), which other engines
-read. The written directory is loaded with that class and must give the logits of the source on a fixed probe.
+Writes the layout of transformers' `LlavaForConditionalGeneration` (CLIP tower, `mlp2x_gelu`, LLaMA). The result is
+loaded with that class and must have the same logits as the source on a fixed image and prompt.
 """
 
 from __future__ import annotations
@@ -10,25 +10,34 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ConfigError
+from llava.files import atomic_directory
 from llava.model.builder import load_pretrained_model, local_directory, read_config
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
 from llava.model.registry import language_model_spec
-from llava.model.saving import cast_parameters, compare, new_directory, probe, probe_inputs, write_weights
+from llava.model.saving import write_weights
+from llava.model.verification import cast_parameters, check_logits, probe_inputs, probe_logits
 from llava.utils import guarded
 
 if TYPE_CHECKING:
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.model.multimodal_encoder.tower import VisionTower
 
 FORMATS: Final = ("hf-llava",)
@@ -47,14 +56,16 @@ OURS: Final = (
 
 
 def check_exportable(found: Checkpoint) -> None:
-    """`ConfigError`, before weights are read, for what the stock class does not have: another tower or projector, or
-    tokens around images. A directory that holds no chat model is left for the loader to refuse."""
+    """Raise `ConfigError`, before weights are read, for a model that `LlavaForConditionalGeneration` cannot represent.
+
+    Directories without a chat model are left to the loader.
+    """
     if "mm_vision_tower" not in found.config:
         return
     if language_model_spec(found.model_type, str(found.path)).config is not LlavaConfig:
         raise ConfigError(
             f"{found.path} cannot be exported as hf-llava, because its language model is {found.model_type}; serve it "
-            "with this package instead."
+            "with llava instead."
         )
     config = read_config(found)
     tower = cast("VisionTower", build_vision_tower(config, found.path))
@@ -70,34 +81,39 @@ def check_exportable(found: Checkpoint) -> None:
     if reason:
         raise ConfigError(
             f"{found.path} cannot be exported as hf-llava, because {reason}; LlavaForConditionalGeneration has CLIP "
-            "towers and two-layer projectors only. Serve it with this package instead."
+            "towers and two-layer projectors only. Serve it with llava instead."
         )
 
 
 def new_name(name: str) -> str:
-    """The stock class's name of one of our weights."""
+    """The name in `LlavaForConditionalGeneration` of a weight of this package."""
     old, new = next(pair for pair in RENAMED if name.startswith(pair[0]))
     return new + name.removeprefix(old)
 
 
-def with_row(table: Tensor) -> Tensor:
-    """A table `(V, D)` with the mean as one row more: as a head's row, it is never the largest logit."""
+def append_mean(table: Tensor) -> Tensor:
+    """Append the mean row to a table `(V, D)`: in a head, its logit is never the largest."""
     return torch.cat([table, table.float().mean(dim=0, keepdim=True).to(table.dtype)])
 
 
-def renamed(model: Any, dtype: torch.dtype, image_token: int) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its new name; both embeddings reach at least to `image_token`."""
-    rest = {f"model.vision_tower.{name}": tensor for name, tensor in model.get_vision_tower().unused_tensors().items()}
+def renamed(model: LlavaLlamaForCausalLM, dtype: torch.dtype, image_token: int) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by its new name; the embedding and the head have at least `image_token + 1` rows."""
+    tower = model.get_vision_tower()
+    assert tower is not None
+    rest = {f"model.vision_tower.{name}": tensor for name, tensor in tower.unused_tensors().items()}
     for name, tensor in {**model.state_dict(), **rest}.items():
         if name.endswith("position_ids") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
         if name in ("model.embed_tokens.weight", "lm_head.weight") and tensor.shape[0] <= image_token:
-            tensor = with_row(tensor)
+            tensor = append_mean(tensor)
         yield new_name(name), tensor.to(dtype)
 
 
-def stock_config(model: Any, dtype: torch.dtype, image_token: int, pad_token: int) -> transformers.LlavaConfig:
+def stock_config(
+    model: LlavaLlamaForCausalLM, dtype: torch.dtype, image_token: int, pad_token: int
+) -> transformers.LlavaConfig:
     tower, config = model.get_vision_tower(), model.config
+    assert tower is not None
     text = {key: value for key, value in config.to_dict().items() if not key.startswith(OURS) and key != "model_type"}
     text["vocab_size"] = max(config.vocab_size, image_token + 1)
     vision = {key: value for key, value in tower.settings.items() if key != "model_type"}
@@ -115,8 +131,10 @@ def stock_config(model: Any, dtype: torch.dtype, image_token: int, pad_token: in
 
 
 @torch.no_grad()
-def stock_probe(directory: Path, tokenizer: Any, processor: Any, image_token: int) -> Tensor:
-    """Logits `(L, V)` of the written directory, as the stock class computes them."""
+def stock_logits(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, processor: CLIPImageProcessor, image_token: int
+) -> Tensor:
+    """Logits `(L, V)` on the probe of `LlavaForConditionalGeneration`, loaded from `directory`."""
     model: nn.Module = LlavaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32).eval()
     ids, pixels = probe_inputs(tokenizer, processor)
     ids = ids.masked_fill(ids == IMAGE_TOKEN_INDEX, image_token)
@@ -125,17 +143,17 @@ def stock_probe(directory: Path, tokenizer: Any, processor: Any, image_token: in
 
 
 def export(model_path: str | Path, output: str | Path, model_base: str | Path | None = None) -> float:
-    """Write the stock layout to the new directory `output`; the largest difference of logits on the probe."""
+    """Write the layout to the new directory `output`, and return the largest difference of logits on the probe."""
     source = local_directory(model_path)
     check_exportable(inspect(source))
-    with new_directory(output) as directory:
+    with atomic_directory(output) as directory:
         tokenizer, model, processor, _ = load_pretrained_model(
             source, model_base, device="cpu", dtype=torch.float32, attn_implementation="eager"
         )
         dtype = getattr(torch, str(model.config.torch_dtype).removeprefix("torch."), torch.float32)
         cast_parameters(model, dtype)
         cast_parameters(model, torch.float32)
-        expected = probe(model, tokenizer, processor)
+        expected = probe_logits(model, tokenizer, processor)
         tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
         image_token = int(tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))
         pad_token = next(i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, 0) if i is not None)
@@ -144,8 +162,8 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
         tokenizer.save_pretrained(directory)
         processor.save_pretrained(directory)
         del model
-        found = stock_probe(directory, tokenizer, processor, image_token)
-        return compare(found[:, : expected.shape[1]], expected, "The export and its source")
+        found = stock_logits(directory, tokenizer, processor, image_token)
+        return check_logits(found[:, : expected.shape[1]], expected, "The export and its source")
 
 
 @guarded
@@ -154,12 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=FORMATS, help="the layout to write")
     parser.add_argument("--model-path", required=True, help="directory of the checkpoint")
     parser.add_argument("--model-base", help="the language model of a projector or adapter")
-    parser.add_argument("--output", required=True, help="directory to make")
+    parser.add_argument("--output", required=True, help="new directory for the export")
     args = parser.parse_args(argv)
     error = export(args.model_path, args.output, args.model_base)
     print(  # noqa: T201 (a program)
-        f"{args.output}: LlavaForConditionalGeneration gives the same logits to within {error:.1e}. Its processor "
-        "crops pictures; pad them to squares first where image_aspect_ratio was pad."
+        f"{args.output}: LlavaForConditionalGeneration has the same logits to within {error:.1e}. Its processor "
+        "crops images; pad them to squares first if image_aspect_ratio is pad."
     )
     return 0
 

@@ -1,51 +1,50 @@
-"""The projector of a trained model, alone: `llava extract-projector --model-path DIR --output OUT`.
+"""Extract the projector of a trained model: `llava extract-projector --model-path DIR --output OUT`.
 
-OUT is what stage 1 leaves, `config.json` and `mm_projector.bin`: it loads with `--model-base`, and the file serves as
-`--pretrain_mm_mlp_adapter`. DIR is a full checkpoint (.bin or safetensors, sharded or not) or a LoRA run.
+OUT has the layout of a pretraining (stage 1) checkpoint, `config.json` and `mm_projector.bin`: it loads with
+`--model-base`, and the file is valid for `--pretrain_mm_mlp_adapter`. DIR is a full checkpoint (.bin or safetensors,
+sharded or not) or a LoRA run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.files import atomic_directory
 from llava.model import checkpoint as ckpt
 from llava.model.builder import read_config
 from llava.model.checkpoint import Kind
 from llava.model.llava_arch import parameter_shapes
 from llava.model.lora import read_non_lora
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.saving import new_directory, write_config
+from llava.model.saving import write_json
 from llava.model.weights import empty_weights
 from llava.utils import guarded
 
 
-def belongs(name: str, config: dict[str, Any]) -> bool:
-    """Whether stage 1 writes this weight: the projector, and what its flags made trainable (spec/model.md §11.2)."""
+def is_pretrained(name: str, config: Mapping[str, object]) -> bool:
+    """Whether pretraining saves this weight: the projector, and what the flags in `config` made trainable."""
     rows = bool(config.get("mm_use_im_start_end")) and name in ckpt.EMBEDDINGS
     table = bool(config.get("tune_vit_pos_embedding")) and name.endswith("vision_tower.embeddings.position_embedding")
     return "mm_projector." in name or rows or table
 
 
-def projector_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights a projector file holds, by full name, and the configuration they belong to."""
+def projector_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The contents of `mm_projector.bin` for the model in `path`, by full name, and the model's configuration."""
     found = ckpt.inspect(path)
     if found.kind is Kind.LORA and found.config:
-        state = {name: tensor for name, tensor in read_non_lora(path).items() if belongs(name, found.config)}
+        state = {name: tensor for name, tensor in read_non_lora(path).items() if is_pretrained(name, found.config)}
     elif found.kind is Kind.FULL:
-        tensors = ckpt.iter_tensors(path, lambda name: belongs(name, found.config))
+        tensors = ckpt.iter_tensors(path, lambda name: is_pretrained(name, found.config))
         state = {name: tensor.clone() for name, tensor in tensors if tensor is not None}
     else:
-        raise CheckpointError(
-            f"{path} holds {found.kind.value}; a projector is taken out of a full checkpoint or a LoRA run."
-        )
+        raise CheckpointError(f"{path} holds {found.kind.value}; --model-path must be a full checkpoint or a LoRA run.")
     with ckpt.config_errors(path), empty_weights():
         wanted = parameter_shapes(build_vision_projector(read_config(found)))
     projector = ckpt.projector_state(state, path)
@@ -54,15 +53,15 @@ def projector_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def extract(model_path: str | Path, output: str | Path) -> list[str]:
-    """Write the projector-only directory `output`, read it back, and return the names of its weights."""
+    """Write the projector-only checkpoint `output`, read it back, and return the names of its weights."""
     state, config = projector_weights(Path(model_path))
-    with new_directory(output) as directory:
-        write_config(directory, config)
+    with atomic_directory(output) as directory:
+        write_json(directory / "config.json", config)
         with (directory / ckpt.PROJECTOR_FILE).open("wb") as file:
             torch.save(state, file)
-        back = ckpt.load_bin(directory / ckpt.PROJECTOR_FILE)
-        if back.keys() != state.keys() or not all(torch.equal(back[name], state[name]) for name in state):
-            raise CheckpointError(f"The projector of {model_path} reads back differently; nothing was kept.")
+        written = ckpt.load_bin(directory / ckpt.PROJECTOR_FILE)
+        if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
+            raise CheckpointError(f"The projector written differs from that of {model_path}; nothing was kept.")
     return sorted(state)
 
 
@@ -70,7 +69,7 @@ def extract(model_path: str | Path, output: str | Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", required=True, help="directory of the trained model")
-    parser.add_argument("--output", required=True, help="directory to make")
+    parser.add_argument("--output", required=True, help="new directory for the projector")
     args = parser.parse_args(argv)
     names = extract(args.model_path, args.output)
     print(f"{args.output}: {', '.join(names)}")  # noqa: T201 (a program)

@@ -161,14 +161,14 @@ def attach_adapter(model: nn.Module, directory: Path) -> Any:
     return adapted
 
 
-def merge_adapter(adapted: Any, directory: Path, pack: Callable[[nn.Module], None] | None = None) -> Any:
+def merge_adapter(adapted: Any, directory: Path, quantize: Callable[[nn.Module], None] | None = None) -> Any:
     """Add the adapter's products, computed in float32, to the weights, and return the plain model.
 
-    `pack` may merge some layers in its own way before (and quantise them).
+    `quantize` may merge some layers in its own way before (and quantise them).
     """
     try:
-        if pack is not None:
-            pack(adapted.get_base_model())
+        if quantize is not None:
+            quantize(adapted.get_base_model())
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise CheckpointError(f"The adapter of {directory} cannot be merged: {error}") from error
@@ -176,6 +176,6 @@ def merge_adapter(adapted: Any, directory: Path, pack: Callable[[nn.Module], Non
     return merged
 
 
-def apply_adapter(model: Any, directory: Path, pack: Callable[[nn.Module], None] | None = None) -> Any:
-    """Merge the PEFT adapter of `directory` into the model and return the plain model; `pack` as in `merge_adapter`."""
-    return merge_adapter(attach_adapter(model, directory), directory, pack)
+def apply_adapter(model: Any, directory: Path, quantize: Callable[[nn.Module], None] | None = None) -> Any:
+    """Merge the PEFT adapter of `directory` into the model (see `merge_adapter`) and return the plain model."""
+    return merge_adapter(attach_adapter(model, directory), directory, quantize)

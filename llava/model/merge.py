@@ -1,9 +1,9 @@
 """Merge a LoRA adapter into its base: `python scripts/merge_lora_weights.py --model-path A --model-base B
 --save-model-path OUT`.
 
-Merged in float32 on the CPU, saved in the base's dtype with its tower, and verified (users.md LORA-3): the merged
-model must answer a fixed probe as base and adapter do, some weight must have changed, and what was written must load
-as the model in memory. Otherwise the exit status is 2 and there is no directory.
+The merge is computed in float32 on the CPU and saved, with the vision tower, in the dtype of the base. It is verified:
+the merged model must have the logits of base plus adapter on a fixed image and prompt, some weight must change, and the
+directory must load as the model in memory. Otherwise the exit status is 2 and nothing is written.
 """
 
 from __future__ import annotations
@@ -14,21 +14,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from llava.errors import CheckpointError
+from llava.files import atomic_directory
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.quantization import PREFIXES
 from llava.model.registry import language_model_spec
-from llava.model.saving import cast_parameters, compare, new_directory, probe
 from llava.model.tokenizer import load_tokenizer
+from llava.model.verification import cast_parameters, check_logits, probe_logits
 from llava.placement import resolve_attention
 from llava.utils import guarded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -36,7 +43,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` did: the dtype saved, how many weights changed, and the largest differences on the probe."""
+    """Result of `merge`: the dtype saved, the number of weights changed, and the largest differences of logits."""
 
     dtype: torch.dtype
     changed: int
@@ -44,11 +51,11 @@ class Merged:
     rounding: float
 
 
-def unmerged(found: Checkpoint, base: Checkpoint) -> tuple[Any, Any]:
-    """Tokenizer, and the base in float32 with the run's fully trained weights and its tower, without the adapter."""
+def load_unmerged(found: Checkpoint, base: Checkpoint) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM]:
+    """The tokenizer, and the base with tower and fully trained weights of the run, in float32, without the adapter."""
     config = builder.model_config(found, None)
     if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # of a QLoRA run: the merged weights are not packed (LORA-4)
+        del config.quantization_config  # of a QLoRA run: merged weights are not quantized
     config._attn_implementation = resolve_attention(
         CPU, torch.float32, None, language_model_spec(base.model_type, str(base.path)).attention
     )
@@ -61,7 +68,7 @@ def unmerged(found: Checkpoint, base: Checkpoint) -> tuple[Any, Any]:
 
 
 def base_dtype(base: Checkpoint) -> torch.dtype:
-    """The dtype that the base's own weights are stored in."""
+    """The dtype of the stored word embeddings of the base."""
     tensors = ckpt.iter_tensors(base.path, lambda name: name in ckpt.EMBEDDINGS)
     found = next((tensor for _, tensor in tensors if tensor is not None), None)
     if found is None:
@@ -69,8 +76,8 @@ def base_dtype(base: Checkpoint) -> torch.dtype:
     return found.dtype
 
 
-def changed_weights(model: Any, base: Checkpoint) -> int:
-    """How many of the base's matrices differ from the model's, which is in the base's dtype by now."""
+def changed_weights(model: nn.Module, base: Checkpoint) -> int:
+    """The number of decoder and head weights of `model`, in the dtype of the base, that differ from the base."""
     parameters = dict(model.named_parameters())
 
     def differs(name: str, tensor: Tensor) -> bool:
@@ -81,47 +88,52 @@ def changed_weights(model: Any, base: Checkpoint) -> int:
 
 
 def merge(model_path: str | Path, model_base: str | Path | None, save_model_path: str | Path) -> Merged:
-    """Merge, save and verify. `model_base` defaults to the base that the adapter names."""
+    """Merge, save and verify. `model_base` defaults to the base named in the adapter's configuration."""
     found = ckpt.inspect(builder.local_directory(model_path))
     if found.kind is not Kind.LORA:
         raise CheckpointError(f"{found.path} holds {found.kind.value}; only a LoRA adapter can be merged.")
     base = builder.resolve_base(found, model_base)
     assert base is not None  # an adapter has one
-    with new_directory(save_model_path) as directory:
-        tokenizer, model = unmerged(found, base)
+    with atomic_directory(save_model_path) as directory:
+        tokenizer, model = load_unmerged(found, base)
         processor = model.get_model().vision_tower.image_processor
         adapted = lora.attach_adapter(model, found.path).eval()
-        expected = probe(adapted, tokenizer, processor)
+        expected = probe_logits(adapted, tokenizer, processor)
         model = lora.merge_adapter(adapted, found.path)
-        merge_error = compare(probe(model, tokenizer, processor), expected, "The merged and the unmerged model")
+        merge_error = check_logits(
+            probe_logits(model, tokenizer, processor), expected, "The merged and the unmerged model"
+        )
 
         dtype = base_dtype(base)
         cast_parameters(model, dtype)
         changed = changed_weights(model, base)
         if not changed:
             raise CheckpointError(
-                f"Merging {found.path} changes no weight of {base.path} (in {dtype}): the adapter is untrained, or the "
-                "base is already merged; nothing was written."
+                f"Merging {found.path} does not change any weight of {base.path} (in {dtype}): the adapter is "
+                "untrained, or the base is already merged; nothing was written."
             )
         save(model, tokenizer, directory)
         cast_parameters(model, torch.float32)
-        in_memory = probe(model, tokenizer, processor)
+        in_memory = probe_logits(model, tokenizer, processor)
         del model, adapted
         saved_tokenizer, saved, saved_processor, _ = builder.load_pretrained_model(
             directory, device="cpu", dtype=torch.float32
         )
-        if not torch.equal(probe(saved, saved_tokenizer, saved_processor), in_memory):
-            raise CheckpointError("What was written does not load as the merged model in memory; nothing was kept.")
+        if not torch.equal(probe_logits(saved, saved_tokenizer, saved_processor), in_memory):
+            raise CheckpointError(
+                "The directory written does not load as the merged model in memory; nothing was kept."
+            )
     return Merged(dtype, changed, merge_error, float((in_memory - expected).abs().max()))
 
 
-def save(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write the model with its tower and the tower's settings, as a full checkpoint."""
+def save(model: LlavaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Save the model as a full checkpoint, with the tower and its settings."""
     model.config._name_or_path = ""
-    model.config.mm_vision_tower_config = model.get_vision_tower().settings
-    generation = model.generation_config
+    tower, generation = model.get_vision_tower(), model.generation_config
+    assert tower is not None and isinstance(generation, GenerationConfig)
+    model.config.mm_vision_tower_config = tower.settings
     if not generation.do_sample and (generation.temperature != 1.0 or generation.top_p != 1.0):
-        generation.do_sample = True  # published Vicunas have sampling settings without it, and could not be saved
+        generation.do_sample = True  # else saving refuses the sampling settings of published Vicunas
     model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
 
@@ -130,13 +142,13 @@ def save(model: Any, tokenizer: Any, directory: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-path", required=True, help="directory of the adapter")
-    parser.add_argument("--model-base", help="its language model; the one the adapter names when not given")
-    parser.add_argument("--save-model-path", required=True, help="directory to make")
+    parser.add_argument("--model-base", help="the language model (default: the one named in adapter_config.json)")
+    parser.add_argument("--save-model-path", required=True, help="new directory for the merged model")
     args = parser.parse_args(argv)
     done = merge(args.model_path, args.model_base, args.save_model_path)
     print(  # noqa: T201 (a program)
         f"{args.save_model_path}: {done.changed} weights changed, saved as {str(done.dtype).removeprefix('torch.')}; "
-        f"on the probe the merge differs by {done.merge_error:.1e}, with rounding to this dtype by {done.rounding:.1e}."
+        f"logits on the probe differ by {done.merge_error:.1e}, after rounding to this dtype by {done.rounding:.1e}."
     )
     return 0
 

@@ -49,19 +49,19 @@ class Quantizer:
         # In 8 bit it warns at every product that its inputs become float16, which is as it should be.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
-    def place(self, model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
+    def quantize_on_load(self, model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
         """Put a decoder weight into a quantised layer on `device`, in its module's place; false for what stays."""
         path, _, kind = name.rpartition(".")
         if not name.startswith(PREFIXES) or kind != "weight":
             return False
         parent, _, attribute = path.rpartition(".")
         linear = model.get_submodule(path)
-        if not isinstance(linear, nn.Linear) or not self.packs(tensor):
+        if not isinstance(linear, nn.Linear) or not self.supports(tensor):
             return False
         setattr(model.get_submodule(parent), attribute, self.layer(tensor, linear.bias, device))
         return True
 
-    def packs(self, weight: Tensor) -> bool:
+    def supports(self, weight: Tensor) -> bool:
         """On a CPU the 4-bit kernel takes blocks of 32x64 weights; a layer of another shape stays in full precision."""
         blocks = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0
         return self.bits == 8 or self.device.type != "cpu" or blocks
@@ -133,8 +133,8 @@ class Quantizer:
             state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=SCALES_BLOCK)
         return packed, state
 
-    def keep(self, model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
-        """Put a decoder's matrix in its place as it is stored, in its file where that is mapped, for `pack`."""
+    def defer(self, model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
+        """Assign a decoder weight as stored (memory-mapped if its file is), for `merge_and_quantize`."""
         path, _, kind = name.rpartition(".")
         linear = model.get_submodule(path)
         if not name.startswith(PREFIXES) or kind != "weight" or not isinstance(linear, nn.Linear):
@@ -142,8 +142,8 @@ class Quantizer:
         linear.weight = nn.Parameter(tensor, requires_grad=False)
         return True
 
-    def pack(self, model: nn.Module, where: Callable[[str], torch.device]) -> None:
-        """Quantise what `keep` put in place, on the device that `where(name)` gives, merging PEFT's part first.
+    def merge_and_quantize(self, model: nn.Module, where: Callable[[str], torch.device]) -> None:
+        """Quantise what `defer` put in place, on the device that `where(name)` gives, merging PEFT's part first.
 
         Layer by layer, so that no two are there in 16 or 32 bit. PEFT's products are computed in float32.
         """
@@ -164,7 +164,7 @@ class Quantizer:
             layer.merge(safe_merge=True)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, linear)
-        self.place(model, f"{name}.weight", linear.weight.data, device)
+        self.quantize_on_load(model, f"{name}.weight", linear.weight.data, device)
 
 
 def size_name(dtype: torch.dtype, bits: int = 0) -> str:

@@ -1,24 +1,20 @@
-"""Writing checkpoint directories that are whole or not there at all: shards streamed, then one rename."""
+"""Write checkpoint directories, and read single tensors back by name."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
-import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.errors import CheckpointError, ConfigError
-from llava.mm_utils import tokenizer_image_token
-from llava.model.checkpoint import INDEX_FILES, SINGLE_FILES
+from llava.errors import CheckpointError
+from llava.files import atomic_directory
+from llava.model.checkpoint import INDEX_FILES, SINGLE_FILES, file_shapes, load_bin, weight_files
 
 SHARD_BYTES: Final = 5 * 10**9
 SIDE_FILES: Final = (
@@ -31,37 +27,39 @@ SIDE_FILES: Final = (
     "merges.txt",
     "preprocessor_config.json",
 )
+T = TypeVar("T")
 
 
-@contextmanager
-def new_directory(target: str | Path) -> Iterator[Path]:
-    """A directory to write into, beside `target`; it becomes `target` if the block ends well, else it is removed.
+class WeightSource:
+    """Random access to the weights of the directory `path`; `.bin` shards are memory-mapped."""
 
-    A `target` that holds anything already, or cannot be made, is a `ConfigError`, raised before the work; so is a full
-    disk, when it is full.
-    """
-    target = Path(target).resolve()
-    part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
-    try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(f"{target} exists and is not empty; choose another output directory, or remove it.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        yield part
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{target} was not written ({error}), and nothing was kept; see to the space, rights and name, or choose "
-            "another output directory."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        self._bins: dict[Path, dict[str, Tensor]] = {}
+        for file in weight_files(path):
+            for name, shape in self._shapes(file).items():
+                self.shapes[name], self._files[name] = shape, file
+
+    def _shapes(self, file: Path) -> dict[str, tuple[int, ...]]:
+        if file.suffix != ".bin":
+            return file_shapes(file)
+        self._bins[file] = load_bin(file)
+        return {name: tuple(tensor.shape) for name, tensor in self._bins[file].items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, which must be in `shapes`."""
+        file = self._files[name]
+        if file in self._bins:
+            return self._bins[file][name]
+        with safe_open(file, framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor
 
 
 def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a stream of named tensors as safetensors, holding one shard at a time; an index when there are several."""
+    """Write named tensors as safetensors, one shard in memory at a time, with an index if there are several shards."""
     shards: list[tuple[Path, list[str]]] = []
     held: dict[str, Tensor] = {}
     size, total = 0, 0
@@ -73,14 +71,13 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_
         held.clear()
 
     for name, tensor in tensors:
-        count = tensor.numel() * tensor.element_size()
-        if held and size + count > shard_bytes:
+        if held and size + tensor.nbytes > shard_bytes:
             flush()
             size = 0
         held[name] = tensor.contiguous()
-        size, total = size + count, total + count
+        size, total = size + tensor.nbytes, total + tensor.nbytes
     if not held and not shards:
-        raise CheckpointError(f"No weights were left to write into {directory}.")
+        raise CheckpointError(f"No weights to write into {directory}.")
     flush()
     if len(shards) == 1:
         shards[0][0].rename(directory / SINGLE_FILES[0])
@@ -90,59 +87,24 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_
         file = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path.rename(file)
         weight_map.update(dict.fromkeys(names, file.name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX_FILES[0]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(directory / INDEX_FILES[0], {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the parameters, and not the buffers: rotary tables, which no checkpoint holds, keep their precision."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_config(directory: Path, settings: dict[str, object]) -> None:
-    (directory / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_checkpoint(
+    source: Path, output: str | Path, tensors: Iterable[tuple[str, Tensor]], verify: Callable[[Path], T]
+) -> T:
+    """Write `tensors` with the configuration, tokenizer and processor of `source` to the new directory `output`.
 
-
-def copy_side_files(source: Path, directory: Path) -> None:
-    """Copy what belongs to a model besides its weights: configuration, tokenizer, processor."""
-    for pattern in SIDE_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
-
-
-# --- A fixed image and question put to a model ------------------------------------------------------------------------
-
-
-PROMPT: Final = f"USER: {DEFAULT_IMAGE_TOKEN}\nWhat color is the shape? ASSISTANT: The shape is red."
-TOLERANCE: Final = 1e-3
-
-
-def probe_inputs(tokenizer: Any, image_processor: Any) -> tuple[Tensor, Tensor]:
-    """Ids `(1, T)` with one placeholder -200, and pixels `(1, 3, S, S)` with structure in all directions."""
-    side = image_processor.crop_size["height"]
-    x = torch.linspace(-2.0, 2.0, side)
-    pixels = torch.stack([torch.sin(3 * x)[:, None] * torch.cos(k * x)[None, :] + x[None, :] for k in (1, 2, 5)])
-    ids = torch.tensor([tokenizer_image_token(PROMPT, tokenizer)])
-    return ids, pixels.unsqueeze(0)
-
-
-@torch.no_grad()
-def probe(model: Any, tokenizer: Any, image_processor: Any) -> Tensor:
-    """Logits `(L, V)` in float32 over the spliced probe."""
-    ids, pixels = probe_inputs(tokenizer, image_processor)
-    logits: Tensor = model(input_ids=ids, images=pixels).logits
-    return logits[0].float()
-
-
-def compare(found: Tensor, expected: Tensor, what: str) -> float:
-    """The largest difference of two probes; more than `TOLERANCE` of the largest logit is a `CheckpointError`."""
-    error = float((found - expected).abs().max())
-    scale = max(1.0, float(expected.abs().max()))
-    if not error <= TOLERANCE * scale:  # also when it is not a number
-        raise CheckpointError(
-            f"{what} do not agree: logits on the fixed probe differ by {error:.3g} (largest logit {scale:.3g}); "
-            "nothing was written."
-        )
-    return error
+    Returns the result of `verify`, called with the temporary directory; if it raises, nothing is kept.
+    """
+    with atomic_directory(output) as directory:
+        for pattern in SIDE_FILES:
+            for file in source.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, directory / file.name)
+        write_weights(directory, tensors)
+        return verify(directory)

@@ -23,7 +23,7 @@ def empty_weights() -> Iterator[None]:
         yield
 
 
-def fill(
+def load_weights(
     model: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
     *,
@@ -32,14 +32,14 @@ def fill(
     source: str,
     optional: tuple[str, ...] = (),
     ignored: tuple[str, ...] = (),
-    place: Callable[[nn.Module, str, Tensor, torch.device], bool] | None = None,
+    weight_loader: Callable[[nn.Module, str, Tensor, torch.device], bool] | None = None,
 ) -> None:
     """Put `tensors` into a model built under `empty_weights`, each once, converted to `dtype` on `device` (or on
     the device that `device(name)` gives).
 
     Strict: a tensor the model lacks (unless its name contains one of `ignored`), one of another shape, or a parameter
     left without weights (unless its name starts with one of `optional`, then it is zeroed) is a `CheckpointError`.
-    `place` may put a tensor in its own way (quantised) and then returns true.
+    `weight_loader` may put a tensor in its own way (quantised) and then returns true.
     """
     where = device if callable(device) else lambda name: torch.device(device)
     wanted = dict(model.named_parameters())
@@ -54,7 +54,7 @@ def fill(
                 unexpected.append(name)
         elif target.shape != tensor.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(target.shape)}")
-        elif place is None or not place(model, name, tensor, where(name)):
+        elif weight_loader is None or not weight_loader(model, name, tensor, where(name)):
             _set_tensor(model, name, where(name), tensor, dtype, uploader)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()

@@ -24,9 +24,10 @@ from llava.data.dataset import record_example
 from llava.data.labels import truncate
 from llava.data.records import Record, parse_record
 from llava.errors import LlavaError
+from llava.files import write_text
 from llava.model.tokenizer import load_tokenizer
 from llava.train.model_setup import template_name
-from llava.utils import guarded, writing
+from llava.utils import guarded
 
 LEARNED, READ, IMAGE, CUT = "learned", "read", "image", "cut"
 COLORS: Final = {LEARNED: "\033[32m", READ: "", IMAGE: "\033[33m", CUT: "\033[31m"}
@@ -139,9 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except LlavaError as error:
             pages.append(f"record {index} is bad: {error.args[0]}")
     if args.html:
-        with writing(args.html):
-            args.html.parent.mkdir(parents=True, exist_ok=True)
-            args.html.write_text(as_html(pages, f"{args.file}, template {args.version}"), encoding="utf-8")
+        write_text(args.html, as_html(pages, f"{args.file}, template {args.version}"))
         print(f"{args.html}: {len(pages)} records.")  # noqa: T201 - a program
     else:
         color = args.color == "always" or (

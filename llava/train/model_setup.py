@@ -14,6 +14,7 @@ from torch import nn
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.conversation import get_template
 from llava.errors import CheckpointError, ConfigError, TrainingError
+from llava.files import atomic_write
 from llava.model import builder
 from llava.model.builder import local_directory
 from llava.model.checkpoint import NON_LORA_FILE, Checkpoint, Kind, has_weights, inspect, layer_index
@@ -81,7 +82,7 @@ def _packed_base(found: Checkpoint, config: Any, args: TrainingArguments, attent
     quantizer = Quantizer(args.bits, dtype, args.device, args.quant_type, args.double_quant)
     config.name_or_path, config.torch_dtype, config.use_cache = str(found.path), dtype, False
     config._attn_implementation = attention
-    return builder.language_model(found, None, config, dtype, args.device, quantizer.place)
+    return builder.language_model(found, None, config, dtype, args.device, quantizer.quantize_on_load)
 
 
 def load_training_tokenizer(model_args: ModelArguments, args: TrainingArguments) -> Any:
@@ -234,10 +235,8 @@ def save(model: Any, tokenizer: Any, directory: Path, *, keep: bool) -> None:
     settings = copy.copy(model.peft_config[NAME])
     settings.inference_mode, settings.target_modules = True, sorted(settings.target_modules)
     settings.save_pretrained(str(directory))
-    file = directory / ADAPTER_FILES[0]
-    part = file.with_name(file.name + ".part")
-    save_file(adapter, part, metadata={"format": "pt"})
-    part.replace(file)
+    with atomic_write(directory / ADAPTER_FILES[0]) as part:
+        save_file(adapter, part, metadata={"format": "pt"})
     weights.write_bin(directory / NON_LORA_FILE, rest)
     weights.verify(directory, shapes(model))
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import logging
-import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -17,6 +14,8 @@ from typing import Any
 
 import transformers
 
+from llava.files import atomic_write, write_text
+from llava.provenance import git_commit, installed_versions
 from llava.utils import require
 
 SPAN = 0.05  # of the curve, which an average looks back over
@@ -65,9 +64,8 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    part = path.with_suffix(".part.png")
-    FigureCanvasAgg(figure).print_png(str(part))
-    part.replace(path)
+    with atomic_write(path) as part:
+        FigureCanvasAgg(figure).print_png(str(part))
     return True
 
 
@@ -77,27 +75,6 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
 logger = logging.getLogger(__name__)
 DECISIVE = ("global_batch", "samples", "data_bytes", "world_size")
 PLACES = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank")  # of a run, not the run
-PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "safetensors")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers, and of Python."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit(directory: Path) -> str | None:
-    """The commit checked out at `directory`, with `-dirty` if files differ from it; None outside a repository."""
-    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def plain(arguments: Any) -> dict[str, Any]:
@@ -128,8 +105,8 @@ class RunMetadata:
         self.path = path
         self.facts = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": git_commit(Path(__file__).resolve().parent),
-            "versions": versions(),
+            "commit": git_commit(),
+            "versions": installed_versions(),
             **facts,
         }
 
@@ -153,9 +130,7 @@ class RunMetadata:
 
     def write(self, **more: Any) -> None:
         self.facts.update(more)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        write_text(self.path, json.dumps(self.facts, indent=2, sort_keys=True) + "\n")
 
 
 class RunFiles(transformers.TrainerCallback):

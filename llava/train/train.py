@@ -27,13 +27,14 @@ from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedD
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError, TrainingError
+from llava.files import write_errors
 from llava.placement import avoid_cudnn_attention
 from llava.train import checkpointing, estimate, model_setup, reporting, validation, zero
 from llava.train.dist_utils import any_rank
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.run_metadata import RunFiles, RunMetadata, plain
 from llava.train.watchdog import DataWatch, Watchdog
-from llava.utils import guarded, writing
+from llava.utils import guarded
 
 __all__ = [
     "DataArguments",
@@ -126,7 +127,7 @@ def _start_record(trainer: LLaVATrainer, groups: dict[str, Any], **facts: Any) -
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> LLaVATrainer:
     """The whole run; everything it leaves is under `--output_dir`."""
     refuse_unsupported(args)
-    with writing(Path(args.output_dir)):  # before anything is loaded for it
+    with write_errors(Path(args.output_dir)):  # before anything is loaded for it
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     model, tokenizer, template = prepare(model_args, data_args, args)
     make_data = make_mixture_module if data_args.meta_path else make_supervised_data_module

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llava.errors import CheckpointError
+from llava.files import atomic_write
 from llava.model.checkpoint import ADAPTER_CONFIG, PROJECTOR_FILE, has_weights, load_bin, weight_shapes
 from llava.model.lora import ADAPTER_PREFIX, adapter_shapes, read_non_lora
 from llava.train import zero
@@ -52,10 +53,8 @@ def projector_file(output_dir: Path, *, final: bool) -> Path:
 
 def write_bin(path: Path, state: dict[str, torch.Tensor]) -> None:
     """A file of tensors that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    part.replace(path)
+    with atomic_write(path) as part:
+        torch.save(state, part)
 
 
 def copy_named(

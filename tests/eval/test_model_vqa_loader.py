@@ -101,7 +101,7 @@ def test_a_file_without_questions_is_refused(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     followed: list[bool] = []
-    monkeypatch.setattr("llava.eval.run.launch.follow_parent", lambda: followed.append(True))
+    monkeypatch.setattr(model_vqa_loader, "exit_with_parent", lambda: followed.append(True))
     (tmp_path / "questions.jsonl").write_text("\n")
     assert model_vqa_loader.main(flags) == 2
     assert "holds no questions" in capsys.readouterr().err

@@ -31,6 +31,7 @@ from llava.eval.run.runner import run
 from llava.eval.run.settings import Asked, RunSettings
 from llava.eval.run.shards import merge as merge_parts
 from llava.eval.run.shards import shard_path, shards_folder
+from llava.parent_process import exit_with_parent
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 from tests.test_package import ROOT
 
@@ -227,8 +228,8 @@ def test_every_shard_has_a_gpu_and_failed_ones_are_named(tmp_path: Path, monkeyp
 
 
 ORPHAN = (
-    "import time; from llava.eval.run.launch import follow_parent; "
-    "follow_parent(); print(1, flush=True); time.sleep(99)"
+    "import time; from llava.parent_process import exit_with_parent; "
+    "exit_with_parent(); print(1, flush=True); time.sleep(99)"
 )
 
 
@@ -250,7 +251,7 @@ def test_a_child_ends_with_its_parent() -> None:
 def test_a_child_by_way_of_another_program_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_EVAL_PARENT", str(os.getpid()))  # running, and not the parent of this process
     threads = threading.active_count()
-    launch.follow_parent()
+    exit_with_parent()
     assert threading.active_count() == threads
 
 

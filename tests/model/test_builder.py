@@ -368,7 +368,7 @@ def test_tower_faults(tiny_dirs: dict[str, Path], tmp_path: Path, chat: Path) ->
 def test_a_tower_that_does_not_fit_is_refused_unread(
     tiny_dirs: dict[str, Path], tmp_path: Path, chat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builder, "fill", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(builder, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
     wide = tiny.make_tower(tmp_path / "wide", hidden_size=64)
     with pytest.raises(CheckpointError, match=r"features of width 64, but the mlp2x_gelu projector of .* takes 32"):
         load_pretrained_model(chat, device="cpu", vision_tower=str(wide))

@@ -1,4 +1,4 @@
-"""Deltas, consolidation, and directories that are whole or absent (spec/model.md §12, M32, M33)."""
+"""Delta weights, consolidation, and atomic directories."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError, ConfigError
-from llava.model import apply_delta, checkpoint, consolidate, delta, make_delta, saving
-from llava.model.source import WeightSource
+from llava.files import atomic_directory
+from llava.model import apply_delta, checkpoint, consolidate, hub, make_delta, saving
+from llava.model.saving import WeightSource
+from llava.placement import parse_dtype
 from tests import tiny
 from tests.model.test_builder import edit_config, load, logits
 
@@ -76,6 +78,26 @@ def test_make_and_apply(pair: dict[str, Path], capsys: Any, dtype: str) -> None:
     assert load(pair["again"]).config.conv_template == "v1"
 
 
+def test_published_signatures(pair: dict[str, Path], old: Path, monkeypatch: Any) -> None:
+    """The functions take the arguments of the published ones, by position and by name."""
+    pushed: list[tuple[str, str]] = []
+    monkeypatch.setattr(make_delta, "push_to_hub", lambda *args: pushed.append(args))
+    make_delta.make_delta(str(pair["base"]), str(pair["target"]), str(pair["delta"]), "me/delta")
+    assert pushed == [(str(pair["delta"]), "me/delta")]
+    make_delta.make_delta(
+        base_model_path=pair["base"], target_model_path=pair["target"], delta_path=pair["base"].parent / "named",
+        hub_repo_id=None,
+    )  # fmt: skip
+    apply_delta.apply_delta(str(pair["base"]), str(pair["again"]), str(pair["delta"]))
+    apply_delta.apply_delta(
+        base_model_path=pair["base"], target_model_path=pair["base"].parent / "again-named", delta_path=pair["delta"]
+    )
+    assert weights(pair["again"]).keys() == weights(pair["base"].parent / "again-named").keys()
+    consolidate.consolidate_ckpt(str(old), str(old.parent / "new"))
+    consolidate.consolidate_ckpt(src_path=old, dst_path=old.parent / "new-named")
+    assert {value.dtype for value in weights(old.parent / "new-named").values()} == {torch.float16}
+
+
 def test_a_linear_projector_of_the_first_deltas(pair: dict[str, Path], tiny_dirs: dict[str, Path]) -> None:
     """LLaVA's first deltas name no dtype and hold `model.mm_projector.weight`; float16 then."""
     pair["delta"].mkdir()
@@ -99,17 +121,17 @@ def test_directories_that_do_not_belong_together(pair: dict[str, Path], tmp_path
         other.mkdir()
         save_file(state, other / "model.safetensors")
         with pytest.raises(CheckpointError, match=words):
-            make_delta.make_delta(pair["base"], other, pair["delta"], torch.float16)
+            make_delta.make_delta(pair["base"], other, pair["delta"])
         assert not pair["delta"].exists()
 
-    refused("model.surprise, which .* no part of projector", **{"model.surprise": torch.zeros(1)})
+    refused("model.surprise, which is missing from .* not part of a projector", **{"model.surprise": torch.zeros(1)})
     refused(r"model.norm.weight is \(48,\) .* \(49,\)", **{"model.norm.weight": torch.zeros(49)})
     refused(r"lm_head.weight is \(384, 48\) .* \(383, 48\)", **{"lm_head.weight": torch.zeros(383, 48)})
-    refused("lacks model.norm.weight", **{"model.norm.weight": None})
+    refused("model.norm.weight of .* is missing from", **{"model.norm.weight": None})
     refused("--dtype float32", **{"model.norm.weight": torch.full((48,), 1e6)})
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     with pytest.raises(ConfigError, match="Unknown dtype"):
-        delta.named_dtype("int8")
+        parse_dtype("int8")
 
 
 def test_a_model_is_no_delta(pair: dict[str, Path], capsys: Any) -> None:
@@ -128,23 +150,23 @@ def test_a_tampered_delta_is_not_kept(pair: dict[str, Path], monkeypatch: Any, c
     def falsified(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         plain(directory, ((name, value + (name == "model.norm.weight")) for name, value in tensors))
 
-    monkeypatch.setattr(delta, "write_weights", falsified)
+    monkeypatch.setattr(saving, "write_weights", falsified)
     assert make_delta.main(arguments(pair, "target")) == 2
-    assert "The delta of model.norm.weight does not restore it" in capsys.readouterr().err
+    assert "The delta of model.norm.weight has an error of" in capsys.readouterr().err
     assert not pair["delta"].exists()
-    monkeypatch.setattr(delta, "write_weights", plain)
+    monkeypatch.setattr(saving, "write_weights", plain)
     assert make_delta.main(arguments(pair, "target")) == 0
-    monkeypatch.setattr(delta, "write_weights", falsified)
+    monkeypatch.setattr(saving, "write_weights", falsified)
     assert apply_delta.main(arguments(pair, "again")) == 2
-    assert "model.norm.weight was not written" in capsys.readouterr().err
+    assert "model.norm.weight is not base + delta in torch.float16" in capsys.readouterr().err
     assert not pair["again"].exists()
 
 
 def test_pushing(pair: dict[str, Path], monkeypatch: Any, capsys: Any) -> None:
     calls: list[tuple[str, str]] = []
-    monkeypatch.setattr(delta.HfApi, "create_repo", lambda self, name, exist_ok: calls.append((name, str(exist_ok))))
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, exist_ok: calls.append((name, str(exist_ok))))
     monkeypatch.setattr(
-        delta.HfApi, "upload_folder", lambda self, repo_id, folder_path: calls.append((repo_id, folder_path))
+        hub.HfApi, "upload_folder", lambda self, repo_id, folder_path: calls.append((repo_id, folder_path))
     )
     assert make_delta.main(arguments(pair, "target", "--hub-repo-id", "me/delta")) == 0
     assert calls == [("me/delta", "True"), ("me/delta", str(pair["delta"]))]
@@ -152,9 +174,9 @@ def test_pushing(pair: dict[str, Path], monkeypatch: Any, capsys: Any) -> None:
     def denied(*args: Any, **kwargs: Any) -> None:
         raise HfHubHTTPError("401 Unauthorized")
 
-    monkeypatch.setattr(delta.HfApi, "create_repo", denied)
-    with pytest.raises(CheckpointError, match="is written, but me/delta did not take it: 401"):
-        delta.upload(pair["delta"], "me/delta")
+    monkeypatch.setattr(hub.HfApi, "create_repo", denied)
+    with pytest.raises(CheckpointError, match="is written, but cannot be pushed to me/delta: 401"):
+        hub.push_to_hub(pair["delta"], "me/delta")
 
 
 # --- consolidate ---------------------------------------------------------------------------------------------------
@@ -206,14 +228,14 @@ def test_the_question(old: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, 
 
 def test_consolidate_refuses(old: Path, tmp_path: Path, tiny_dirs: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="a vision tower; only whole models"):
-        consolidate.consolidate(tiny_dirs["tower"], tmp_path / "new", torch.float16)
+        consolidate.consolidate_ckpt(tiny_dirs["tower"], tmp_path / "new")
     state = {name: value.clone() for name, value in checkpoint.load_bin(old / "pytorch_model.bin").items()}
     torch.save({**state, "lm_head.weight": torch.full((384, 48), 1e6)}, old / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"lm_head.weight has values that torch.float16 cannot hold"):
-        consolidate.consolidate(old, tmp_path / "new", torch.float16)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has values out of the range of torch.float16"):
+        consolidate.consolidate_ckpt(old, tmp_path / "new")
     torch.save({**state, "lm_head.weight": torch.zeros(380, 48)}, old / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"lm_head.weight is \(380, 48\)"):
-        consolidate.consolidate(old, tmp_path / "new", torch.float16)
+        consolidate.consolidate_ckpt(old, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -233,7 +255,7 @@ def test_shards(tmp_path: Path) -> None:
 
 def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
     def fail() -> None:
-        with saving.new_directory(tmp_path / "deep" / "out") as part:
+        with atomic_directory(tmp_path / "deep" / "out") as part:
             (part / "file").write_text("x")
             raise KeyboardInterrupt
 
@@ -241,10 +263,10 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path) -> None:
         fail()
     assert list((tmp_path / "deep").iterdir()) == []
     (tmp_path / "out").mkdir()
-    with saving.new_directory(tmp_path / "out") as part:
+    with atomic_directory(tmp_path / "out") as part:
         (part / "file").write_text("x")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
-    with pytest.raises(ConfigError, match="not empty"), saving.new_directory(tmp_path / "out"):
+    with pytest.raises(ConfigError, match="not empty"), atomic_directory(tmp_path / "out"):
         pass
 
 

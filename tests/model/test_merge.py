@@ -62,7 +62,7 @@ def test_bin_and_safetensors_alike(adapter: Path) -> None:
 
 
 def test_an_adapter_is_refused_before_its_base_is_read(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "fill", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(builder, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
     edit_config(adapter, vocab_size=32000)
     with pytest.raises(CheckpointError, match="vocabulary of 32000"):
         load(adapter)
@@ -261,7 +261,7 @@ def test_a_tampered_merge_leaves_nothing(adapter: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(merge, "save", save)
 
     rewrite(adapter, lambda state: state.update({k: torch.zeros_like(v) for k, v in state.items() if "lora_B" in k}))
-    refused("changes no weight")
+    refused("does not change any weight")
     rewrite(adapter, lambda state: state.update({k: v * torch.nan for k, v in state.items()}))
     refused("cannot be merged")
 

@@ -19,7 +19,7 @@ from llava.mm_utils import tokenizer_image_token
 from llava.model import merge
 from llava.model.builder import load_pretrained_model
 from llava.model.check import examine
-from llava.model.consolidate import consolidate
+from llava.model.consolidate import consolidate_ckpt
 from llava.model.extract_projector import extract
 from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM, alibi
 from llava.train.train import train
@@ -110,7 +110,7 @@ def test_it_loads_and_is_checked(dirs: Dirs, tmp_path: Path) -> None:
     tokenizer.save_pretrained(whole)
     assert torch.equal(logits(load(whole)), logits(model))
     assert not torch.equal(logits(load(whole)), logits(load(dirs["chat"])))
-    consolidate(whole, tmp_path / "clean", torch.float32)
+    consolidate_ckpt(whole, tmp_path / "clean", dtype=torch.float32)
     assert torch.equal(logits(load(tmp_path / "clean")), logits(model))
     extract(whole, tmp_path / "projector")
     with pytest.raises(CheckpointError, match=r"'llava_mpt', but --model-base .* 'llama'"):

@@ -62,7 +62,7 @@ def test_an_adapter_is_merged_layer_by_layer_before_it_is_packed(
     save_file(halves, base / "model.safetensors", metadata={"format": "pt"})
     adapter = make_lora(tmp_path / "run", make_chat(tmp_path / "chat", tiny_dirs["tower"], **sizes), base)
     full = load_pretrained_model(adapter, device="cpu")[1]
-    place, most, seen = Quantizer.place, [], []
+    load, most, seen = Quantizer.quantize_on_load, [], []
 
     def watch(self: Quantizer, model: nn.Module, name: str, *rest: Any) -> bool:
         names = (name for name, _ in model.named_parameters() if name.startswith("model.layers."))
@@ -70,15 +70,15 @@ def test_an_adapter_is_merged_layer_by_layer_before_it_is_packed(
         assert [ref().shape for ref in seen if ref() is not None] == []  # those packed before are freed
         seen.append(weakref.ref(model.get_parameter(name)))
         most.append(sum(weight.ndim == 2 and weight.dtype is torch.float32 for weight in matrices))
-        return place(self, model, name, *rest)
+        return load(self, model, name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Quantizer, "place", watch)
+        patch.setattr(Quantizer, "quantize_on_load", watch)
         small = load_pretrained_model(adapter, device="cpu", load_8bit=bits == 8, load_4bit=bits == 4)[1]
     assert most == [1] * 14
     packer = Quantizer(bits, torch.float32, torch.device("cpu"))
     for name, parameter in list(full.named_parameters()):
-        packer.place(full, name, parameter.data, parameter.device)
+        packer.quantize_on_load(full, name, parameter.data, parameter.device)
     assert small.model.layers[0].self_attn.q_proj.weight.dtype is (torch.int8 if bits == 8 else torch.uint8)
     assert small.model.mm_projector[0].weight.dtype is torch.float32
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_four_bits_are_packed_wherever_the_weight_is(double_quant: bool) -> None
 
 def test_without_the_library_it_is_one_sentence(tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(builder, "fill", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(builder, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(DependencyError, match=r"bitsandbytes.*llava\[quant\]"):
         load_pretrained_model(tiny_dirs["chat"], device="cpu", load_4bit=True)
 

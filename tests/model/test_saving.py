@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from llava.errors import ConfigError
+from llava.files import atomic_directory
 from llava.model import extract_projector
-from llava.model.saving import new_directory, write_weights
+from llava.model.saving import write_weights
 
 WEIGHTS = {"a": torch.zeros(3000)}
 
@@ -29,8 +30,8 @@ def full_disk(free: int) -> Iterator[None]:
 
 
 def test_a_disk_that_fills_up_is_named_and_leaves_nothing(tmp_path: Path) -> None:
-    said = pytest.raises(ConfigError, match="was not written .*File too large.*nothing was kept")
-    with said, full_disk(5000), new_directory(tmp_path / "out") as directory:
+    said = pytest.raises(ConfigError, match="Cannot write .*File too large.*Nothing was kept")
+    with said, full_disk(5000), atomic_directory(tmp_path / "out") as directory:
         write_weights(directory, WEIGHTS.items())
     assert list(tmp_path.iterdir()) == []
 
@@ -42,7 +43,7 @@ def test_a_program_whose_disk_fills_up(
     flags = ["--model-path", str(tiny_dirs["chat"]), "--output", str(tmp_path / "out")]
     with full_disk(free):
         assert extract_projector.main(flags) == 2
-    assert "was not written" in capsys.readouterr().err
+    assert "Cannot write " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert extract_projector.main(flags) == 0
 
@@ -51,7 +52,7 @@ def test_a_program_whose_disk_fills_up(
 def test_a_directory_in_use_is_refused_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "kept").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="is not empty"), new_directory(name):
+    with pytest.raises(ConfigError, match="is not empty"), atomic_directory(name):
         pytest.fail("worked for nothing")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
@@ -59,6 +60,6 @@ def test_a_directory_in_use_is_refused_by_any_name(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("name", ["file/below", "a" * 300])
 def test_a_place_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="was not written"), new_directory(tmp_path / name):
+    with pytest.raises(ConfigError, match="Cannot write .*Nothing was kept"), atomic_directory(tmp_path / name):
         pytest.fail("worked for nothing")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

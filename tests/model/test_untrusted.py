@@ -19,7 +19,7 @@ from llava.errors import CheckpointError
 from llava.model.apply_delta import apply_delta
 from llava.model.builder import load_pretrained_model
 from llava.model.check import examine
-from llava.model.consolidate import consolidate
+from llava.model.consolidate import consolidate_ckpt
 from llava.model.extract_projector import extract
 from llava.model.make_delta import make_delta
 from llava.model.merge import merge
@@ -94,14 +94,14 @@ def test_a_pickle_is_refused(
     if base is None and "tower" not in file:
         out = tmp_path / "out"
         tools: dict[str, Callable[[], Any]] = {
-            "pytorch_model": lambda: consolidate(directory, out, torch.float32),
+            "pytorch_model": lambda: consolidate_ckpt(directory, out, dtype=torch.float32),
             "adapter_model": lambda: merge(directory, None, out),
             "non_lora": lambda: extract(directory, out),
         }
         attempts += [tool for start, tool in tools.items() if file.startswith(start)]
     if file == "pytorch_model.bin":
         attempts += [
-            lambda: make_delta(shelf.base, directory, tmp_path / "delta", torch.float32),
+            lambda: make_delta(shelf.base, directory, tmp_path / "delta", dtype=torch.float32),
             lambda: apply_delta(shelf.base, tmp_path / "target", directory),
             lambda: extract(directory, tmp_path / "projector"),
         ]

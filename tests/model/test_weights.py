@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.model import weights
-from llava.model.weights import empty_weights, fill
+from llava.model.weights import empty_weights, load_weights
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -74,7 +74,7 @@ def stored() -> dict[str, Tensor]:
 def filled(where: torch.device | Callable[[str], torch.device], state: dict[str, Tensor]) -> Whole:
     with empty_weights():
         model = Whole()
-    fill(model, state.items(), dtype=torch.bfloat16, device=where, source="a test")
+    load_weights(model, state.items(), dtype=torch.bfloat16, device=where, source="a test")
     return model
 
 
@@ -125,6 +125,6 @@ def test_tied_weights_stay_one(uploader: FakeUploader) -> None:
     state = {name: value.detach() for name, value in LlamaForCausalLM(config).named_parameters()}
     with empty_weights():
         model = LlamaForCausalLM(config)
-    fill(model, state.items(), dtype=torch.float16, device=CUDA, source="a test")
+    load_weights(model, state.items(), dtype=torch.float16, device=CUDA, source="a test")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, state["model.embed_tokens.weight"].half())

@@ -89,7 +89,7 @@ def test_it_is_refused_before_weights_are_read(
     row = zoo.REFUSED[kind]
     row.make(shelf, tmp_path / "it")
     for module in (builder, tower):
-        monkeypatch.setattr(module, "fill", lambda *_, **__: pytest.fail("weights were read"))
+        monkeypatch.setattr(module, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
     if kind == "cut short":
         monkeypatch.undo()  # the index is looked at first, by the reader itself
     start = time.monotonic()

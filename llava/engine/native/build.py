@@ -18,6 +18,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from llava.files import atomic_write
+
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -89,8 +91,6 @@ def processor() -> str:
 
 def compile_to(path: Path, compiler: str) -> None:
     """Write the library to `path`, whole or not at all. Raises `CalledProcessError` with the compiler's words."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        draft = Path(directory, path.name)
+    with atomic_write(path) as draft:
         command = [compiler, *FLAGS, "-o", str(draft), str(SOURCE)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
-        draft.replace(path)

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Final, NamedTuple
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import FileTask, Layout
 from llava.eval.run.answers import Row
-from llava.eval.run.files import read_results, require_same, write_text
+from llava.eval.run.files import read_results, require_same
 from llava.eval.run.questions import Question
+from llava.files import write_text
 
 GROUPS: Final = MappingProxyType(
     {

@@ -18,7 +18,7 @@ from llava.errors import ConfigError
 from llava.eval.run.answers import cut_torn_line
 from llava.eval.run.endpoint import address, chat
 from llava.eval.run.files import read_rows
-from llava.utils import writing
+from llava.files import write_errors
 
 OPENAI: Final = "https://api.openai.com/v1"
 
@@ -66,6 +66,6 @@ class Judge:
         if afresh or key not in self._known:
             self._known[key] = chat(self.url, body, tries=self.tries, timeout=self.timeout, sleep=self.sleep)
             if self.cache is not None:
-                with writing(self.cache), self.cache.open("a", encoding="utf-8") as file:
+                with write_errors(self.cache), self.cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "reply": self._known[key]}) + "\n")
         return self._known[key]

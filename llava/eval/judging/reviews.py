@@ -24,7 +24,7 @@ from llava.eval.judging.judge import Judge, base_url
 from llava.eval.program import file_flag, flag, program
 from llava.eval.run.answers import cut_torn_line, lock
 from llava.eval.run.files import by_key, read_json, read_results, read_rows, require_same, write_json
-from llava.utils import writing
+from llava.files import write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def review_files(
     items = collect(question, answer_list, rules, contexts, kind.describe, kind.prefix, fallback=kind.fallback)
     record = {**judge.record(), "rule_sha256": hashlib.sha256(rule.read_bytes()).hexdigest()}
     beside = output.with_name(output.name + ".judge.json")
-    with writing(output):
+    with write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         held = lock(output)
     with held:
@@ -282,7 +282,7 @@ def review_program(
 def append_reviews(judge: Judge, items: Sequence[dict[str, Any]], output: Path) -> None:
     """Judge each item and append its record; warns of judgements without scores."""
     failed = 0
-    with writing(output), output.open("a", encoding="utf-8") as file:
+    with write_errors(output), output.open("a", encoding="utf-8") as file:
         for item in items:
             reply, scores = judge_one(judge, item["message"])
             failed += scores == FAILED

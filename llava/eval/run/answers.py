@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from llava.errors import ConfigError, DataError
 from llava.eval.run.questions import Question
-from llava.utils import writing
+from llava.files import write_errors
 
 Row = dict[str, Any]
 MakeRow = Callable[[Question, str, str | None], Row]
@@ -115,7 +115,7 @@ class AnswersWriter:
 
     def __init__(self, path: Path, questions: Sequence[Question], known: Mapping[int, Row] | None = None) -> None:
         self.path = path
-        with writing(path):
+        with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path)
         try:
@@ -128,7 +128,7 @@ class AnswersWriter:
         own = {at: row for at, row in enumerate(rows) if failure(row) is None}
         self._held = {at: row for at, row in ({**(known or {}), **own}).items() if at >= self._next}
         self.finished = frozenset((*own, *self._held))
-        with writing(path):
+        with write_errors(path):
             self._file = self._open(rows)
         self._flush()
 
@@ -150,7 +150,7 @@ class AnswersWriter:
 
     def _flush(self) -> None:
         start = self._next
-        with writing(self.path):
+        with write_errors(self.path):
             while self._next in self._held:
                 self._file.write(json.dumps(self._held.pop(self._next)) + "\n")
                 self._next += 1
@@ -159,7 +159,7 @@ class AnswersWriter:
 
     def close(self, *, complete: bool) -> None:
         """Close; with `complete`, a rewritten file replaces the old one."""
-        with self._lock, writing(self.path):
+        with self._lock, write_errors(self.path):
             self._file.close()
             if self._retry and complete:
                 self._temporary.replace(self.path)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from llava.errors import DataError
 from llava.eval.run.answers import Row, failure
 from llava.eval.run.questions import read_lines
-from llava.utils import writing
+from llava.files import write_text
 
 K = TypeVar("K", bound=Hashable)
 
@@ -87,12 +87,3 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON object a line."""
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: it is either the old one or the new one, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)

@@ -6,13 +6,10 @@ import datetime
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 
+from llava import parent_process
 from llava.errors import ConfigError, DataError
-
-PARENT = "LLAVA_EVAL_PARENT"  # set for children: the process whose end is theirs
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -39,7 +36,7 @@ def run_shards(module: str, arguments: Sequence[str], count: int) -> None:
     gpus = visible_gpus()
     processes = []
     for index in range(count):
-        environment = {**os.environ, PARENT: str(os.getpid())}
+        environment = {**os.environ, parent_process.VARIABLE: str(os.getpid())}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         command = [sys.executable, "-m", module, *arguments, "--num-chunks", str(count), "--chunk-idx", str(index)]
@@ -56,31 +53,6 @@ def run_shards(module: str, arguments: Sequence[str], count: int) -> None:
             f"Of {count} shards these failed, see above: {', '.join(failed)}; nothing is merged or scored. Run the "
             "same command again, it goes on there."
         )
-
-
-def follow_parent() -> None:
-    """In a child of `run_shards`, or of a script: end with the parent, even if that is killed."""
-    parent = os.environ.get(PARENT)
-    if parent is None or (parent != str(os.getppid()) and _is_running(int(parent))):
-        return  # nobody's child, or started by way of another program
-
-    def watch() -> None:
-        while str(os.getppid()) == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        if os.name == "posix":  # elsewhere signal 0 is no mere question
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def gather_statuses(status: int) -> list[int]:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +13,9 @@ from typing import Any
 from llava.errors import ConfigError, DataError
 from llava.eval.run.answers import lock
 from llava.eval.run.questions import Question
-from llava.utils import writing
+from llava.files import write_text
+from llava.provenance import git_commit, installed_versions
 
-PACKAGES = ("llava", "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "pillow")
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json")
 _SAMPLES, _SAMPLE = 32, 1 << 16  # of a weight file: reading 26 GB for a hash would take longer than many a benchmark
@@ -78,35 +74,15 @@ def environment() -> dict[str, Any]:
     import torch  # here, so that merging and scoring need none
 
     gpus = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    versions = installed_versions()
     return {
-        "python": platform.python_version(),
+        "python": versions.pop("python"),
         "packages": versions,
-        "commit": code_commit(),
+        "commit": git_commit(),
         "gpu": ", ".join(sorted(gpus)) or None,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
-
-
-def code_commit() -> str | None:
-    """The commit of the source tree this package runs from, None when it is installed without one."""
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "--verify", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def write_manifest(answers: Path, identity: dict[str, Any], **facts: Any) -> None:
@@ -116,12 +92,7 @@ def write_manifest(answers: Path, identity: dict[str, Any], **facts: Any) -> Non
 
 def save_manifest(answers: Path, content: Mapping[str, Any]) -> None:
     """Write a manifest's content whole: the file is the old one or the new one."""
-    path = manifest_path(answers)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    write_text(manifest_path(answers), json.dumps(content, indent=2, default=_plain) + "\n")
 
 
 def read_manifest(answers: Path) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ def find_tower(name: str, checkpoint_dir: Path | None = None) -> Path:
         last = Path(name.rstrip("/")).name
         candidates += [checkpoint_dir / name, checkpoint_dir / last, checkpoint_dir.resolve().parent / last]
     for place in candidates:
-        if os.path.isfile(place / "config.json"):  # noqa: PTH113 (as in checkpoint.existing)
+        if os.path.isfile(place / "config.json"):  # noqa: PTH113 (as in checkpoint.require_directory)
             return place
     found, asked = snapshot(name, ["*.json", "*.safetensors", "*.bin"])
     if found is None:

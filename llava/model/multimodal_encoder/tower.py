@@ -29,7 +29,7 @@ from llava.model.checkpoint import (
     weight_shapes,
 )
 from llava.model.multimodal_encoder.builder import TowerSpec, find_tower, read_tower_settings, tower_spec
-from llava.model.weights import empty_weights, fill
+from llava.model.weights import empty_weights, load_weights
 
 logger = logging.getLogger(__name__)
 FEATURES = ("patch", "cls_patch")
@@ -182,7 +182,7 @@ class VisionTower(nn.Module):
             for name, tensor in iter_tensors(source, lambda name: name.startswith(prefix) and self.needs(name, prefix))
             if tensor is not None
         )
-        fill(model, tensors, dtype=dtype or torch.float32, device=device or "cpu", source=str(source),
+        load_weights(model, tensors, dtype=dtype or torch.float32, device=device or "cpu", source=str(source),
              optional=self.spec.unused)  # fmt: skip
         self.vision_tower = model.requires_grad_(False).eval()
         self.rest_of = (source, prefix)
