@@ -26,8 +26,8 @@ from tqdm import tqdm
 from llava.conversation import get_template, stop_strings, with_image_token
 from llava.engine import Engine, Request, RequestHandle, SamplingParams
 from llava.errors import ConfigError, DataError, LlavaError
+from llava.files import write_errors
 from llava.images import open_image, preprocess_image
-from llava.utils import writing
 
 Row = dict[str, object]
 
@@ -199,7 +199,7 @@ class AnswerFile:
         self.path, self.prompts, self.model_id = path, prompts, model_id
         self.complete = False
         manifest = path.with_name(f"{path.name}.manifest.json")
-        with writing(path):
+        with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
         try:
@@ -215,7 +215,7 @@ class AnswerFile:
         self.finished = frozenset(self._rows)
         self._next = 0 if self._retry else len(rows)
         self._copy = path.with_name(f"{path.name}.retry")
-        with writing(path):
+        with write_errors(path):
             manifest.write_text(json.dumps({"identity": identity}, indent=2) + "\n", encoding="utf-8")
             self._file = (self._copy if self._retry else path).open("w" if self._retry else "a", encoding="utf-8")
         self._flush()
@@ -224,7 +224,7 @@ class AnswerFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock, writing(self.path):
+        with self._lock, write_errors(self.path):
             self._file.close()
             if self._retry and self.complete:
                 self._copy.replace(self.path)
@@ -279,7 +279,7 @@ class AnswerFile:
         self._flush()
 
     def _flush(self) -> None:
-        with writing(self.path):
+        with write_errors(self.path):
             while self._next in self._rows:
                 self._file.write(json.dumps(self._rows.pop(self._next)) + "\n")
                 self._next += 1

@@ -145,7 +145,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
 
     tokenize = tokenizer_for(SimpleNamespace(tokenizer=Tokenizer(), lm=SimpleNamespace(context_length=10)))
     asked.clear()
-    with pytest.raises(ContextLengthError, match="44 characters, so at least 11 tokens"):
+    with pytest.raises(ContextLengthError, match="44 characters, at least 11 tokens"):
         tokenize("abcd" * 11)
     assert not asked
     tokenize("abcd" * 10)
