@@ -1,6 +1,6 @@
 """Batch answering: JSON Lines of prompts in, JSON Lines of answers out, resumable.
 
-Answers are appended in the order of the prompts. A prompt that fails gets an empty `text` and the reason in
+Answers are written in the order of the prompts. A prompt that fails gets an empty `text` and the reason in
 `metadata.error`; the next run retries it. `OUTPUT.manifest.json` records the settings, so that answers of different
 settings are never mixed.
 """
@@ -74,30 +74,26 @@ def read_prompts(path: Path) -> list[Prompt]:
     The default id is the index of the row. Raises `DataError`, naming the line.
     """
     prompts: list[Prompt] = []
-    for number, row in _read_json_lines(path):
-        text = row.get("prompt", row.get("text"))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read {path}: {error}.") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = _parse_row(line, f"{path} line {number}")
+        text, images = row.get("prompt", row.get("text")), row.get("images", row.get("image")) or []
         if not isinstance(text, str):
             keys = ", ".join(row) or "none"
             raise DataError(f"{path} line {number} must have a string `prompt`; its keys are: {keys}.")
-        images = row.get("images", row.get("image")) or ()
-        images = (images,) if isinstance(images, str) else images
-        if not (isinstance(images, list | tuple) and all(isinstance(image, str) for image in images)):
+        images = [images] if isinstance(images, str) else images
+        if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
             raise DataError(f"{path} line {number}: `image` must be a path or a list of paths, got {images!r}.")
         prompts.append(Prompt(row.get("id", row.get("question_id", len(prompts))), text, tuple(images)))
     return prompts
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _parse_object(line, f"{path} line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path}: {error}.") from error
-
-
-def _parse_object(line: str | bytes, where: str) -> Row:
+def _parse_row(line: str | bytes, where: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -116,28 +112,23 @@ def answer_prompts(
     it answers other prompts; `overwrite` starts it anew.
     """
     prompts = read_prompts(source)
-    start = time.monotonic()
-    with AnswerFile(output, prompts, settings.model_id, _identity(engine, settings), overwrite=overwrite) as file:
-        pending = [position for position in range(len(prompts)) if position not in file.finished]
-        failures = []
-        with tqdm(total=len(prompts), initial=len(file.finished), unit="prompt", desc=output.name) as bar:
-            for position, text, error in _generate(engine, prompts, pending, settings):
-                if error is not None:
-                    failures.append((prompts[position].prompt_id, error))
-                file.write(position, text, error)
-                bar.update()
-        file.complete = True
-    return BatchResult(len(pending), len(file.finished), tuple(failures), time.monotonic() - start)
-
-
-def _identity(engine: Engine, settings: BatchSettings) -> Row:
-    return {
+    identity: Row = {
         "model_id": settings.model_id,
         "conv_template": settings.template,
         "decoding": dataclasses.asdict(settings.params) | {"stop": list(settings.params.stop)},
         "image_aspect_ratio": engine.image_aspect_ratio,
         "dtype": str(engine.lm.spec.dtype).removeprefix("torch."),
     }
+    start, failures = time.monotonic(), []
+    with AnswerFile(output, prompts, identity, overwrite=overwrite) as file:
+        pending = [position for position in range(len(prompts)) if position not in file.finished]
+        with tqdm(total=len(prompts), initial=len(file.finished), unit="prompt", desc=output.name) as bar:
+            for position, text, error in _generate(engine, prompts, pending, settings):
+                if error is not None:
+                    failures.append((prompts[position].prompt_id, error))
+                file.write(position, text, error)
+                bar.update()
+    return BatchResult(len(pending), len(file.finished), tuple(failures), time.monotonic() - start)
 
 
 def _generate(
@@ -146,31 +137,29 @@ def _generate(
     """Yield (position, answer, error) as prompts finish. Images are opened in threads, ahead of the engine."""
     window = 2 * engine.max_batch_size
     running: dict[RequestHandle, int] = {}
+    loading: deque[tuple[int, Future[list[Tensor]]]] = deque()
+    remaining = iter(positions)
+
+    def load(path: str) -> Tensor:
+        return preprocess_image(open_image(path), engine.image_processor, engine.image_aspect_ratio)
+
     with ThreadPoolExecutor(4, "images") as pool:
-        remaining = iter(positions)
-        loading: deque[tuple[int, Future[list[Tensor]]]] = deque()
-
-        def load_ahead(count: int) -> None:
-            for position in islice(remaining, count):
-                loading.append((position, pool.submit(_load_images, engine, prompts[position].images)))
-
-        load_ahead(window)
-        while loading or running:
+        while True:
+            for position in islice(remaining, window - len(loading)):
+                images = prompts[position].images
+                loading.append((position, pool.submit(lambda paths: [load(path) for path in paths], images)))
             while loading and len(running) < window:
-                position, images = loading.popleft()
-                load_ahead(1)
+                position, loaded = loading.popleft()
                 try:
-                    running[engine.submit(_request(engine, prompts[position], images.result(), settings))] = position
+                    running[engine.submit(_request(engine, prompts[position], loaded.result(), settings))] = position
                 except LlavaError as error:
                     yield position, "", str(error)
+            if not (running or loading):
+                return
             engine.step()
             for handle in [handle for handle in running if handle.done]:
                 completion = handle.result()
                 yield running.pop(handle), "" if completion.error else completion.text, completion.error
-
-
-def _load_images(engine: Engine, paths: Sequence[str]) -> list[Tensor]:
-    return [preprocess_image(open_image(path), engine.image_processor, engine.image_aspect_ratio) for path in paths]
 
 
 def _request(engine: Engine, prompt: Prompt, images: list[Tensor], settings: BatchSettings) -> Request:
@@ -189,15 +178,12 @@ def _request(engine: Engine, prompt: Prompt, images: list[Tensor], settings: Bat
 class AnswerFile:
     """Answers in the order of the prompts, flushed line by line; a context manager.
 
-    `finished` are the positions answered before. A partial last line is removed. When failed answers are to be
-    retried, a copy is written and replaces the file once it is `complete`.
+    `finished` are the positions answered before; a partial last line is removed. When failed answers are to be retried,
+    a copy is written, which replaces the file at the end.
     """
 
-    def __init__(
-        self, path: Path, prompts: Sequence[Prompt], model_id: str, identity: Row, *, overwrite: bool = False
-    ) -> None:
-        self.path, self.prompts, self.model_id = path, prompts, model_id
-        self.complete = False
+    def __init__(self, path: Path, prompts: Sequence[Prompt], identity: Row, *, overwrite: bool = False) -> None:
+        self.path, self.prompts, self.model_id = path, prompts, identity["model_id"]
         manifest = path.with_name(f"{path.name}.manifest.json")
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,57 +191,38 @@ class AnswerFile:
         try:
             if overwrite:
                 os.truncate(path, 0)
-            self._check_settings(manifest, identity)
+            if path.stat().st_size:
+                _check_identity(path, manifest, identity)
             rows = self._read()
         except BaseException:
             self._lock.close()
             raise
-        self._retry = any(_error_of(row) for row in rows)
         self._rows = {position: row for position, row in enumerate(rows) if not _error_of(row)}
         self.finished = frozenset(self._rows)
-        self._next = 0 if self._retry else len(rows)
-        self._copy = path.with_name(f"{path.name}.retry")
+        retry = len(self._rows) < len(rows)
+        self._copy = path.with_name(f"{path.name}.retry") if retry else None
+        self._next = 0 if retry else len(rows)
         with write_errors(path):
             manifest.write_text(json.dumps({"identity": identity}, indent=2) + "\n", encoding="utf-8")
-            self._file = (self._copy if self._retry else path).open("w" if self._retry else "a", encoding="utf-8")
+            self._file = self._copy.open("w", encoding="utf-8") if self._copy else path.open("a", encoding="utf-8")
         self._flush()
 
     def __enter__(self) -> AnswerFile:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._lock, write_errors(self.path):
             self._file.close()
-            if self._retry and self.complete:
+            if self._copy and kind is None:
                 self._copy.replace(self.path)
-
-    def _check_settings(self, manifest: Path, identity: Row) -> None:
-        """Raise `ConfigError` when existing answers have other settings, or unknown ones."""
-        if not self.path.stat().st_size:
-            return
-        try:
-            before = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
-            differing = [key for key in identity if key in before and before[key] != identity[key]]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ConfigError(
-                f"{self.path} exists, but its settings in {manifest.name} cannot be read; choose another output "
-                "file, or pass --overwrite."
-            ) from error
-        if differing:
-            key = differing[0]
-            raise ConfigError(
-                f"{self.path} has {key} {before[key]!r}, but this run has {identity[key]!r}; choose another output "
-                "file, or pass --overwrite."
-            )
 
     def _read(self) -> list[Row]:
         """The complete rows; raises `DataError` when they do not answer the first prompts."""
         content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        os.truncate(self.path, end)
+        os.truncate(self.path, content.rfind(b"\n") + 1)
         rows = []
-        for number, line in enumerate(content[:end].splitlines(), 1):
-            row = _parse_object(line, f"{self.path} line {number}")
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
+            row = _parse_row(line, f"{self.path} line {number}")
             prompt = self.prompts[number - 1] if number <= len(self.prompts) else None
             if prompt is None or (row.get("question_id"), row.get("prompt")) != (prompt.prompt_id, prompt.text):
                 raise DataError(
@@ -284,6 +251,18 @@ class AnswerFile:
                 self._file.write(json.dumps(self._rows.pop(self._next)) + "\n")
                 self._next += 1
             self._file.flush()
+
+
+def _check_identity(path: Path, manifest: Path, identity: Row) -> None:
+    """Raise `ConfigError` when the answers in `path` have other settings, or unknown ones."""
+    remedy = "choose another output file, or pass --overwrite."
+    try:
+        before = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
+        differing = [key for key in identity if key in before and before[key] != identity[key]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{path} exists, but {manifest.name} with its settings cannot be read; {remedy}") from error
+    for key in differing:
+        raise ConfigError(f"{path} has {key} {before[key]!r}, but this run has {identity[key]!r}; {remedy}")
 
 
 def _error_of(row: Row) -> object:

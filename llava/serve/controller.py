@@ -20,7 +20,8 @@ from llava.serve.common.arguments import (
     API_KEYS_VARIABLE,
     DispatchMethod,
     ServeArgs,
-    add_serve_args,
+    flag,
+    port_flag,
     positive,
     require_server,
 )
@@ -36,28 +37,25 @@ logger = logging.getLogger(__name__)
 class ControllerArgs(ServeArgs):
     """Settings of the controller."""
 
-    dispatch_method: str = DispatchMethod.SHORTEST_QUEUE.value
-    worker_hosts: Sequence[str] = ()
-    heart_beat_expiration: float = 30
-    idle_seconds: float = 60
-    api_keys_file: Path | None = None
-    rate_limit: float | None = None
-    allow_image_urls: bool = False
+    port: int = port_flag(21001)
+    dispatch_method: str = flag(
+        "shortest_queue", "default %(default)s", choices=[each.value for each in DispatchMethod]
+    )
+    worker_hosts: Sequence[str] = flag((), "allowed hosts or networks", nargs="+", type=str, metavar="HOST")
+    heart_beat_expiration: float = flag(30, "heartbeat timeout in seconds (default %(default)s)", type=positive)
+    idle_seconds: float = flag(60, "timeout between bytes of a stream (default %(default)s)", type=positive)
+    api_keys_file: Path | None = flag(
+        None, f"keys of /v1/, one per line (default: {API_KEYS_VARIABLE}, comma-separated)", type=Path
+    )
+    rate_limit: float | None = flag(
+        None, "requests per minute below /v1/, per key, or per address without keys", type=positive
+    )
+    allow_image_urls: bool = flag(False, "fetch https image URLs sent to /v1/, from public hosts only")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add_serve_args(parser, 21001)
-    add("--dispatch-method", choices=[method.value for method in DispatchMethod], default="shortest_queue")
-    add("--worker-hosts", nargs="+", default=[], metavar="HOST", help="allowed hosts or networks of workers")
-    add("--heart-beat-expiration", type=positive, default=30, help="heartbeat timeout in seconds (default %(default)s)")
-    add("--idle-seconds", type=positive, default=60, help="timeout between bytes of a stream (default %(default)s)")
-    add(
-        "--api-keys-file", type=Path, help=f"keys of /v1/, one per line (default: {API_KEYS_VARIABLE}, comma-separated)"
-    )
-    add("--rate-limit", type=positive, help="requests per minute below /v1/, per key, or per address without keys")
-    add("--allow-image-urls", action="store_true", help="fetch https image URLs sent to /v1/, from public hosts only")
+    ControllerArgs.add_cli_args(parser)
     return parser
 
 

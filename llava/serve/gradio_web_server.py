@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from llava.constants import LOGDIR
 from llava.errors import ConfigError
-from llava.serve.common.arguments import CONTROLLER_URL, LOGINS_VARIABLE, CliArgs
+from llava.serve.common.arguments import CONTROLLER_URL, LOGINS_VARIABLE, TOKEN_VARIABLE, CliArgs, flag
 from llava.utils import build_logger, guarded, require
 
 if TYPE_CHECKING:
@@ -41,21 +41,25 @@ _MAX_UPLOAD: Final = "64mb"
 class WebArgs(CliArgs):
     """Settings of the web server."""
 
-    host: str = "127.0.0.1"
-    port: int | None = None
-    controller_url: str = CONTROLLER_URL
-    concurrency_count: int = 10
-    model_list_mode: str = "once"
-    default_model: str | None = None
-    share: bool = False
-    moderate: bool = False
-    embed: bool = False
-    auth_file: Path | None = None
-    insecure: bool = False
-    token_file: Path | None = None
-    log_conversations: bool = False
-    log_days: int = 30
-    idle_timeout: float = 120.0
+    host: str = flag("127.0.0.1", "address to bind (default %(default)s)")
+    port: int | None = flag(
+        None, f"port to bind, 0 for any free one (default: the first free one from {FIRST_PORT})", type=int
+    )
+    controller_url: str = flag(CONTROLLER_URL, "controller URL (default %(default)s)", "--controller")
+    concurrency_count: int = flag(10, "concurrent answers (default %(default)s)")
+    model_list_mode: str = flag("once", "keep the first list of models, or update it", choices=("once", "reload"))
+    default_model: str | None = flag(None, "model selected on a new page")
+    share: bool = flag(False, "create a public URL through Gradio's tunnel; requires --auth-file")
+    moderate: bool = flag(False, "check messages with OpenAI's moderation endpoint (OPENAI_API_KEY)")
+    embed: bool = flag(False, "hide title and terms")
+    auth_file: Path | None = flag(
+        None, f"logins, USER:PASSWORD per line (default: {LOGINS_VARIABLE}, comma-separated)", type=Path
+    )
+    insecure: bool = flag(False, "bind a public --host without logins")
+    token_file: Path | None = flag(None, f"file with the shared token (default: {TOKEN_VARIABLE})", type=Path)
+    log_conversations: bool = flag(False, "record answers, images and visitors' addresses in LOGDIR")
+    log_days: int = flag(30, "days after which records are deleted (default %(default)s)")
+    idle_timeout: float = flag(120.0, "timeout of a silent worker in seconds (default %(default)s)")
 
     def __post_init__(self) -> None:
         self.check_at_least(1, "concurrency_count", "log_days")
@@ -65,22 +69,7 @@ class WebArgs(CliArgs):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to bind (default %(default)s)")
-    add("--port", type=int, help=f"port to bind, 0 for any free one (default: the first free one from {FIRST_PORT})")
-    add("--controller-url", "--controller", default=CONTROLLER_URL, help="controller URL (default %(default)s)")
-    add("--concurrency-count", type=int, default=10, help="concurrent answers (default %(default)s)")
-    add("--model-list-mode", choices=("once", "reload"), default="once", help="keep the first list, or update it")
-    add("--default-model", help="model selected on a new page")
-    add("--share", action="store_true", help="create a public URL through Gradio's tunnel; requires --auth-file")
-    add("--moderate", action="store_true", help="check messages with OpenAI's moderation endpoint (OPENAI_API_KEY)")
-    add("--embed", action="store_true", help="hide title and terms")
-    add("--auth-file", type=Path, help=f"logins, USER:PASSWORD per line (or {LOGINS_VARIABLE}, comma-separated)")
-    add("--insecure", action="store_true", help="bind a public --host without logins")
-    add("--token-file", type=Path, help="file with the token shared by all services")
-    add("--log-conversations", action="store_true", help="record answers, images and visitors' addresses in LOGDIR")
-    add("--log-days", type=int, default=30, help="days after which records are deleted (default %(default)s)")
-    add("--idle-timeout", type=float, default=120.0, help="timeout of a silent worker in seconds (default %(default)s)")
+    WebArgs.add_cli_args(parser)
     return parser
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from llava.constants import WORKER_HEART_BEAT_INTERVAL
 from llava.errors import ConfigError
 from llava.mm_utils import get_model_name_from_path
-from llava.serve.common.arguments import WorkerArgs, add_worker_args, positive, require_server
+from llava.serve.common.arguments import WorkerArgs, flag, positive, require_server
 from llava.utils import guarded
 
 logger = logging.getLogger(__name__)
@@ -28,21 +28,17 @@ logger = logging.getLogger(__name__)
 class ModelWorkerArgs(WorkerArgs):
     """Settings of a model worker, besides those of its engine."""
 
-    conv_mode: str | None = None
-    multi_modal: bool = False
-    queue_seconds: float = 120
+    conv_mode: str | None = flag(None, "conversation template (default: the one the checkpoint was trained with)")
+    multi_modal: bool = flag(False, "obsolete, ignored: the checkpoint determines the modalities")
+    queue_seconds: float = flag(120, "timeout until the first token (default %(default)s)", type=positive)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from llava.engine.arguments import EngineArgs, add_conv_mode_arg
+    from llava.engine.arguments import EngineArgs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_worker_args(parser, concurrency=5)
+    ModelWorkerArgs.add_cli_args(parser)
     EngineArgs.add_cli_args(parser)
-    add_conv_mode_arg(parser)
-    add = parser.add_argument
-    add("--multi-modal", action="store_true", help="obsolete, ignored: the checkpoint determines the modalities")
-    add("--queue-seconds", type=positive, default=120, help="timeout until the first token (default %(default)s)")
     return parser
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.conversation import get_template
-from llava.serve.common.arguments import WorkerArgs, add_worker_args, require_server
+from llava.serve.common.arguments import WorkerArgs, flag, require_server
 from llava.utils import guarded
 
 
@@ -21,24 +21,18 @@ from llava.utils import guarded
 class OpenAIWorkerArgs(WorkerArgs):
     """Settings of an OpenAI worker."""
 
-    upstream: str = ""
-    upstream_model: str | None = None
-    upstream_key_file: Path | None = None
-    conv_mode: str = "vicuna_v1"
-    context_length: int = 32_768
-    text_only: bool = False
+    limit_model_concurrency: int = flag(64, "concurrent requests (default %(default)s)")
+    upstream: str = flag("", "base URL of the engine's API, including /v1", "--sgl-endpoint", required=True)
+    upstream_model: str | None = flag(None, "model name at the engine (default: the first it lists)")
+    upstream_key_file: Path | None = flag(None, "file with the engine's API key (default: OPENAI_API_KEY)", type=Path)
+    conv_mode: str = flag("vicuna_v1", "template of clients that send a prompt only (default %(default)s)")
+    context_length: int = flag(32_768, "context length reported to clients (default %(default)s)")
+    text_only: bool = flag(False, "the engine accepts no images")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_worker_args(parser, concurrency=64)
-    add = parser.add_argument
-    add("--upstream", "--sgl-endpoint", required=True, help="base URL of the engine's API, including /v1")
-    add("--upstream-model", help="model name at the engine (default: the first it lists)")
-    add("--upstream-key-file", type=Path, help="file with the engine's API key (default: OPENAI_API_KEY)")
-    add("--conv-mode", default="vicuna_v1", help="template of clients that send a prompt only (default %(default)s)")
-    add("--context-length", type=int, default=32_768, help="context length reported to clients (default %(default)s)")
-    add("--text-only", action="store_true", help="the engine accepts no images")
+    OpenAIWorkerArgs.add_cli_args(parser)
     return parser
 
 

@@ -179,7 +179,7 @@ def test_what_cannot_be_sent_stays_in_the_box(
 
 def test_an_empty_list_is_explained_when_sending(tab: ChatTab, service: FakeService) -> None:
     service.models = []
-    assert "no worker has registered" in send(tab, Chat(), model=None).now["notice"]
+    assert "No worker has registered" in send(tab, Chat(), model=None).now["notice"]
 
 
 def test_moderation_keeps_the_text_from_the_model(services: AppServices, tab: ChatTab, service: FakeService) -> None:

@@ -305,8 +305,8 @@ VIEW = {"models": [], "loading": [], "state": "ready", "queue_length": 0, "featu
 @pytest.mark.parametrize(
     ("workers", "words"),
     [
-        (None, "no worker has registered"),
-        ([], "no worker has registered"),
+        (None, "No worker has registered"),
+        ([], "No worker has registered"),
         ([{**VIEW, "state": "loading", "loading": ["vicuna"]}], "still loading vicuna;"),
         ([{**VIEW, "state": "loading", "loading": ["vicuna"], "progress": 45}], "still loading vicuna (45 %);"),
         ([{**VIEW, "state": "failed"}], "none is ready (state: failed)"),
@@ -375,7 +375,7 @@ def test_moderation_refuses_what_is_flagged(monkeypatch: pytest.MonkeyPatch) -> 
     "reply", [httpx.Response(500), httpx.Response(200, text="x"), httpx.Response(200, json={"results": []})]
 )
 def test_moderation_refuses_when_it_cannot_tell(reply: httpx.Response, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "could not be checked" in (refusal(lambda _: reply, "x", monkeypatch) or "")
+    assert "could not check your message" in (refusal(lambda _: reply, "x", monkeypatch) or "")
 
 
 def test_moderation_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

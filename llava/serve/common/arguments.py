@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from llava.errors import ConfigError
 from llava.utils import require
@@ -15,6 +15,7 @@ from llava.utils import require
 if TYPE_CHECKING:
     from typing import Self
 
+T = TypeVar("T")
 TOKEN_VARIABLE: Final = "LLAVA_TOKEN"  # shared by controller, workers and web page; sent as `Authorization: Bearer`
 API_KEYS_VARIABLE: Final = "LLAVA_API_KEYS"
 LOGINS_VARIABLE: Final = "LLAVA_WEB_LOGINS"
@@ -47,14 +48,35 @@ def positive(text: str) -> float:
     return value
 
 
+def flag(default: T, text: str, *aliases: str, **options: object) -> T:
+    """Field of a `CliArgs` class: its default, help text, further flag names, and options of `add_argument`."""
+    return field(default=default, metadata={"help": text, "aliases": aliases, **options})
+
+
+def port_flag(default: int) -> int:
+    return flag(default, "port to bind, 0 for any free one (default %(default)s)")
+
+
 @dataclass(frozen=True)
 class CliArgs:
-    """Base of the settings of a program; each field is a flag."""
+    """Base of the settings of a program; each field is a flag, defined by `flag`."""
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the flags of all fields. A False default makes a switch; other defaults determine the type."""
+        for item in fields(cls):
+            options = dict(item.metadata)
+            names = (f"--{item.name.replace('_', '-')}", *options.pop("aliases"))
+            if item.default is False:
+                options["action"] = "store_true"
+            elif item.default is not None:
+                options = {"type": type(item.default), **options}
+            parser.add_argument(*names, dest=item.name, default=item.default, **options)
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Self:
-        """Settings from parsed flags; absent flags keep their defaults."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)})
+        """Settings from the parsed flags of `add_cli_args`."""
+        return cls(**{item.name: getattr(args, item.name) for item in fields(cls)})
 
     def check_at_least(self, minimum: int, *names: str) -> None:
         """Raise `ConfigError` when one of the numeric fields `names` is below `minimum`; None is accepted."""
@@ -68,13 +90,13 @@ class CliArgs:
 class ServeArgs(CliArgs):
     """Settings of a server: address, shared token, request limits, shutdown and log."""
 
-    host: str = "localhost"
-    port: int = 0
-    token_file: Path | None = None
-    insecure: bool = False
-    max_body_mb: float = 32
-    grace_seconds: float = 30
-    log_file: str | None = None
+    host: str = flag("localhost", "address to bind; a public one requires a token or --insecure")
+    port: int = port_flag(0)
+    token_file: Path | None = flag(None, f"file with the shared token (default: {TOKEN_VARIABLE})", type=Path)
+    insecure: bool = flag(False, "bind a public --host without a token")
+    max_body_mb: float = flag(32, "largest request body in MiB (default %(default)s)", type=positive)
+    grace_seconds: float = flag(30, "shutdown timeout of running requests (default %(default)s)", type=float)
+    log_file: str | None = flag(None, "also log to this file in LOGDIR, rotated daily")
 
     @property
     def max_body(self) -> int:
@@ -82,31 +104,20 @@ class ServeArgs(CliArgs):
         return int(self.max_body_mb * 2**20)
 
 
-def add_serve_args(parser: argparse.ArgumentParser, port: int) -> None:
-    """Add the flags of `ServeArgs`; `port` is the default port."""
-    add = parser.add_argument
-    add("--host", default="localhost", help="address to bind; a public one requires a token or --insecure")
-    add("--port", type=int, default=port, help="port to bind, 0 for any free one (default %(default)s)")
-    add("--token-file", type=Path, help=f"file with the token shared by all services (default: {TOKEN_VARIABLE})")
-    add("--insecure", action="store_true", help="bind a public --host without a token")
-    add("--max-body-mb", type=positive, default=32, help="largest request body in MiB (default %(default)s)")
-    add("--grace-seconds", type=float, default=30, help="shutdown timeout of running requests (default %(default)s)")
-    add("--log-file", help="also log to this file in LOGDIR, rotated daily")
-
-
 @dataclass(frozen=True)
 class WorkerArgs(ServeArgs):
     """Settings of a worker: registration, concurrency and request limits."""
 
-    worker_address: str | None = None
-    controller_address: str = CONTROLLER_URL
-    no_register: bool = False
-    model_name: str | None = None
-    limit_model_concurrency: int = 5
-    queue_limit: int | None = None
-    stream_interval: int = 1
-    max_new_tokens_limit: int = 1024
-    max_images: int = 16
+    port: int = port_flag(21002)
+    worker_address: str | None = flag(None, "URL that clients reach this worker at (default: localhost)", "--worker")
+    controller_address: str = flag(CONTROLLER_URL, "controller URL (default %(default)s)", "--controller")
+    no_register: bool = flag(False, "run without a controller")
+    model_name: str | None = flag(None, "name to serve under (default: the checkpoint's)")
+    limit_model_concurrency: int = flag(5, "concurrent requests (default %(default)s)")
+    queue_limit: int | None = flag(None, "waiting requests (default: 8 times --limit-model-concurrency)", type=int)
+    stream_interval: int = flag(1, "tokens per frame after the first (default %(default)s)")
+    max_new_tokens_limit: int = flag(1024, "longest answer in tokens (default %(default)s)")
+    max_images: int = flag(16, "images per request (default %(default)s)")
 
     def __post_init__(self) -> None:
         self.check_at_least(1, "limit_model_concurrency", "max_new_tokens_limit")
@@ -116,18 +127,3 @@ class WorkerArgs(ServeArgs):
     def queue_size(self) -> int:
         """Requests that may wait."""
         return 8 * self.limit_model_concurrency if self.queue_limit is None else self.queue_limit
-
-
-def add_worker_args(parser: argparse.ArgumentParser, concurrency: int) -> None:
-    """Add the flags of `WorkerArgs`; `concurrency` is the default of `--limit-model-concurrency`."""
-    add_serve_args(parser, 21002)
-    add = parser.add_argument
-    add("--worker-address", "--worker", help="URL that clients reach this worker at (default: localhost)")
-    add("--controller-address", "--controller", default=CONTROLLER_URL, help="controller URL (default %(default)s)")
-    add("--no-register", action="store_true", help="run without a controller")
-    add("--model-name", help="name to serve under (default: the checkpoint's)")
-    add("--limit-model-concurrency", type=int, default=concurrency, help="concurrent requests (default %(default)s)")
-    add("--queue-limit", type=int, help="waiting requests (default: 8 times --limit-model-concurrency)")
-    add("--stream-interval", type=int, default=1, help="tokens per frame after the first (default %(default)s)")
-    add("--max-new-tokens-limit", type=int, default=1024, help="longest answer in tokens (default %(default)s)")
-    add("--max-images", type=int, default=16, help="images per request (default %(default)s)")

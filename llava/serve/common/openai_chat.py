@@ -166,7 +166,9 @@ def _turns(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
         parts = message.parts
         found = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
         if found and role != "user":
-            raise ServeError(ErrorType.BAD_REQUEST, f"A {role} message must not contain images.", param="messages")
+            raise ServeError(
+                ErrorType.BAD_REQUEST, f"A message with role {role!r} must not contain images.", param="messages"
+            )
         images += found
         text = _text_of(parts)
         if turns and turns[-1].role == role:
