@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava.conversation import get_template, stop_strings, template_for
 from llava.engine import Engine, Request, SamplingParams, load_engine
-from llava.engine.sequence import render_question
+from llava.engine.chat import render_question
 from llava.eval.benchmarks.easy_vqa import EasyVQA
 from llava.utils import guarded
 

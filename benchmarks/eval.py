@@ -105,7 +105,7 @@ def one_at_a_time(model: Any, rows: Sequence[tuple[list[int], Tensor]], new_toke
 def together(engine: Engine, rows: Sequence[tuple[list[int], Tensor]], new_tokens: int) -> list[list[int]]:
     """Answer all questions in one engine call."""
     params = SamplingParams(max_new_tokens=new_tokens)
-    requests = [Request(ids, [image], params, keep=False) for ids, image in rows]
+    requests = [Request(ids, [image], params, cache_prefix=False) for ids, image in rows]
     return [list(done.token_ids) for done in engine.generate(requests)]
 
 

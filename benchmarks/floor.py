@@ -70,8 +70,8 @@ def prefill_cost(shape: Shape, tokens: float, rows: float = 1, *, shared: float 
     return Cost(flops, _read_weights(shape) * itemsize + key_values)
 
 
-def prefill_traffic(shape: Shape, tokens: float, *, itemsize: int = 2) -> float:
-    """Bytes a prefill of one row of `tokens` tokens moves if every operator reads its inputs from device memory and
+def prefill_traffic(shape: Shape, tokens: float, rows: float = 1, *, itemsize: int = 2) -> float:
+    """Bytes a prefill of `rows` rows of `tokens` tokens moves if every operator reads its inputs from device memory and
     writes its outputs there: the weights, and the activations between the operators.
 
     Per token and layer, in elements (hidden h, intermediate i, keys k): norm 2h, product of q, k and v 2h + 2k, rotary
@@ -84,7 +84,7 @@ def prefill_traffic(shape: Shape, tokens: float, *, itemsize: int = 2) -> float:
     before = 2 * hidden + 2 * rotated + 9 * rotated + 2 * rotated
     after = 12 * hidden + 8 * middle
     layers = shape.layers * before + (shape.layers - 1 + 1 / tokens) * after
-    return (_read_weights(shape) + tokens * layers) * itemsize
+    return (_read_weights(shape) + rows * tokens * layers) * itemsize
 
 
 def tower_traffic(shape: Shape, images: float = 1, *, itemsize: int = 2) -> float:

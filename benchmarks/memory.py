@@ -21,10 +21,10 @@ import torch
 from benchmarks.measure import resident_mib
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
-from llava.train import estimate
-from llava.train.estimate import Setup
+from llava.train import estimate, model_setup
+from llava.train.estimate import RunConfig
 from llava.train.flops import shape_of
-from llava.train.throughput import learns_of
+from llava.train.throughput import trainable_parts
 
 PIXELS, TEXT, IMAGE = 112, 448, 64
 M_MMAP_THRESHOLD = -3
@@ -80,10 +80,8 @@ def build(folder: Path, given: dict[str, Any]) -> Any:
     }
     args = SimpleNamespace(freeze_llm=False, freeze_mm_mlp_adapter=False, lora_bias="none", **lora)
     if lora["lora_enable"]:
-        from llava.train import model_setup
-
-        model_setup.wrap(model, SimpleNamespace(model_name_or_path="none"), args)  # type: ignore[arg-type]
-    model_setup.set_trainable(model, flags, args)  # type: ignore[arg-type]
+        model_setup.add_lora(model, SimpleNamespace(model_name_or_path="none"), args)  # type: ignore[arg-type]
+    model_setup.default_freeze_policy(model, flags, args)  # type: ignore[arg-type]
     if given.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()
@@ -143,18 +141,18 @@ def measured(folder: Path, given: dict[str, Any]) -> dict[str, float]:
     before = resident_mib()
     model = two_steps(folder, given)
     peak = peak_since_reset() - before
-    setup = Setup(
+    setup = RunConfig(
         shape_of(model.config, model.get_vision_tower()),
-        learns_of(model),
-        rows=given["rows"],
-        text=TEXT,
+        trainable_parts(model),
+        batch_size=given["rows"],
+        text_tokens=TEXT,
         supervised=given["supervised"],
-        width=4,
-        checkpointing=given.get("checkpointing", False),
+        dtype_bytes=4,
+        gradient_checkpointing=given.get("checkpointing", False),
         foreach=False,
     )
-    parts = {name: value / 2**20 for name, value in estimate.parts(setup).items()}
-    return {"measured": peak, "estimated": estimate.peak(setup) / 2**20, **parts}
+    parts = {name: value / 2**20 for name, value in estimate.memory_breakdown(setup).items()}
+    return {"measured": peak, "estimated": estimate.peak_bytes(setup) / 2**20, **parts}
 
 
 def in_a_fork(folder: Path, given: dict[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from benchmarks.reference_way import loss_at_all_positions, use_reference_way
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.train.flops import shape_of, step_flops
-from llava.train.throughput import learns_of
+from llava.train.throughput import trainable_parts
 
 TEXTS = (640, 310, 150, 90)  # tokens
 
@@ -51,7 +51,7 @@ def work(model: Any, batch: dict[str, Any]) -> float:
     tokens = lengths.sum().item()
     supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum().item()
     length = (lengths**2).sum().item() / tokens  # mean row length over tokens
-    return step_flops(shape, learns_of(model), tokens=tokens, length=length, images=images, supervised=supervised)
+    return step_flops(shape, trainable_parts(model), tokens=tokens, length=length, images=images, supervised=supervised)
 
 
 def run(chat: str, reference: bool, steps: int = 5, rows: int = 4, kind: str = "stage 2") -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""InternVL-Chat: an InternViT tower, an MLP projector and a Vicuna, with their training, evaluation and chat.
+"""Training, evaluation and serving of InternVL-Chat and LLaVA models.
 
-Importing the package costs nothing: every public name below is fetched from its module at first use (PEP 562), and an
-error in that module reaches the caller as it is.
+Public names are imported from their modules at first use (PEP 562), so that importing the package stays cheap.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from llava.engine import Completion, Engine, Request, SamplingParams, load_engine
@@ -32,28 +31,23 @@ __all__ = [
     "load_pretrained_model",
 ]
 
-# transformers 4.36.2 calls a function that torch has renamed since: harmless, and three lines on every start.
+# transformers 4.36.2 calls a function that later versions of torch deprecate.
 warnings.filterwarnings("ignore", message=r".*_register_pytree_node", category=FutureWarning)
 
-_HOME: Final = MappingProxyType(
+_MODULES: Final = MappingProxyType(
     {
-        "Completion": "llava.engine",
-        "Engine": "llava.engine",
-        "LlavaConfig": "llava.model.language_model.llava_llama",
+        **dict.fromkeys(("Completion", "Engine", "Request", "SamplingParams", "load_engine"), "llava.engine"),
+        **dict.fromkeys(("LlavaConfig", "LlavaLlamaForCausalLM"), "llava.model.language_model.llava_llama"),
         "LlavaError": "llava.errors",
-        "LlavaLlamaForCausalLM": "llava.model.language_model.llava_llama",
-        "Request": "llava.engine",
-        "SamplingParams": "llava.engine",
-        "load_engine": "llava.engine",
         "load_pretrained_model": "llava.model.builder",
     }
 )
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
         raise AttributeError(f"module 'llava' has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

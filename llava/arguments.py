@@ -1,38 +1,40 @@
-"""Flags of the training entry points (spec/train.md §7), checked before anything is loaded.
+"""Command-line arguments of training, validated before anything is loaded.
 
-Three groups, as published: model, data, training (the last on top of transformers' own). Every problem of a command
-line is reported at once, by flag name; `parse_arguments` is the one way from `argv` to the three objects.
+`parse_arguments` turns `argv` into the three published groups (model, data, training; the last extends the
+`TrainingArguments` of transformers) and reports every problem of a command line at once, by flag name.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 import transformers
 from transformers.training_args import OptimizerNames
 
 from llava.errors import ConfigError
-from llava.train import reporting
 
 logger = logging.getLogger(__name__)
-SELECT_FEATURES = ("patch", "cls_patch")
-LORA_BIASES = ("none", "all", "lora_only")
+SELECT_FEATURES: Final = ("patch", "cls_patch")
+LORA_BIASES: Final = ("none", "all", "lora_only")
+REPORTERS: Final = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name in --report_to -> package
+T = TypeVar("T")
 
 
 class FlagProblems(ConfigError):
-    """All that is wrong with one group of flags; `problems` holds the sentences."""
+    """Every problem of one group of flags; `problems` holds one sentence each."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
         super().__init__(" ".join(self.problems))
 
 
-def _flag(default: Any, text: str) -> Any:
+def _flag(default: T, text: str) -> T:
     return field(default=default, metadata={"help": text})
 
 
@@ -43,78 +45,78 @@ def _raise(problems: Sequence[str]) -> None:
 
 @dataclass
 class ModelArguments:
-    """Which models are joined, and how."""
+    """Model components and how they are joined."""
 
-    model_name_or_path: str = _flag("facebook/opt-125m", "base language model, or a checkpoint to go on from")
-    version: str = _flag("v0", "conversation template (spec/train.md §8.1): plain, v1, ...")
-    freeze_backbone: bool = _flag(False, "freeze the language model's layers; its head stays trainable")
+    model_name_or_path: str = _flag("facebook/opt-125m", "base language model, or a chat checkpoint to fine-tune")
+    version: str = _flag("v0", "conversation template: plain for stage 1, v1 for stage 2, ...")
+    freeze_backbone: bool = _flag(False, "freeze the language model's layers; lm_head stays trainable")
     tune_mm_mlp_adapter: bool = _flag(False, "stage 1: train and save the projector only")
-    tune_vit_pos_embedding: bool = _flag(False, "also train the tower's position embedding")
-    unfreeze_mm_vision_tower: bool = _flag(False, "also train the tower, in full or by --unfreeze_mm_vision_layers")
+    tune_vit_pos_embedding: bool = _flag(False, "train the position embedding of the vision tower, too")
+    unfreeze_mm_vision_tower: bool = _flag(False, "train the vision tower, too (see --unfreeze_mm_vision_layers)")
     unfreeze_mm_vision_layers: int = _flag(
-        0, "of the tower, train only so many of the last layers used; 0 is all of it"
+        0, "number of vision tower layers to train, counted back from the selected layer; 0 trains the whole tower"
     )
-    vision_tower: str | None = _flag(None, "vision tower directory or hub name; none trains a plain language model")
-    mm_vision_select_layer: int = _flag(-1, "layer of the tower whose output is used; negative counts from the end")
-    mm_vision_image_size: int | None = _flag(None, "side of the tower's input in pixels; default from the tower's name")
+    vision_tower: str | None = _flag(None, "vision tower directory or hub name; without it the model is text-only")
+    mm_vision_select_layer: int = _flag(-1, "vision tower layer whose output is used; negative counts from the end")
+    mm_vision_image_size: int | None = _flag(None, "input size of the vision tower in pixels (default: the tower's)")
     pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin of stage 1 to start from")
     mm_projector_type: str = _flag("linear", "linear, mlp{N}x_gelu, mlp{N}x_gelu_ln or identity")
     mm_use_im_start_end: bool = _flag(False, "wrap every image in <im_start> and <im_end>")
     mm_use_im_patch_token: bool = _flag(True, "add <im_patch> to the vocabulary")
     mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the class token")
-    attn_implementation: str = _flag("auto", "auto, sdpa, eager or flash_attention_2, for the language model")
+    attn_implementation: str = _flag("auto", "attention of the language model: auto, sdpa, eager or flash_attention_2")
 
     def __post_init__(self) -> None:
         problems = []
         if self.mm_vision_select_feature not in SELECT_FEATURES:
-            problems.append(f"--mm_vision_select_feature is {self.mm_vision_select_feature!r}; use patch or cls_patch.")
+            problems.append(
+                f"--mm_vision_select_feature must be patch or cls_patch, got {self.mm_vision_select_feature!r}."
+            )
         if self.mm_vision_image_size is not None and self.mm_vision_image_size <= 0:
-            problems.append(f"--mm_vision_image_size is {self.mm_vision_image_size}; give a positive number of pixels.")
-        needing_tower = {
-            "--tune_mm_mlp_adapter": self.tune_mm_mlp_adapter,
-            "--tune_vit_pos_embedding": self.tune_vit_pos_embedding,
-            "--unfreeze_mm_vision_tower": self.unfreeze_mm_vision_tower,
-            "--pretrain_mm_mlp_adapter": self.pretrain_mm_mlp_adapter,
-            "--mm_use_im_start_end": self.mm_use_im_start_end,
-        }
-        given = [name for name, value in needing_tower.items() if value]
+            problems.append(f"--mm_vision_image_size must be at least 1 pixel, got {self.mm_vision_image_size}.")
+        needs_tower = (
+            "tune_mm_mlp_adapter",
+            "tune_vit_pos_embedding",
+            "unfreeze_mm_vision_tower",
+            "pretrain_mm_mlp_adapter",
+            "mm_use_im_start_end",
+        )
+        given = [f"--{name}" for name in needs_tower if getattr(self, name)]
         if self.vision_tower is None and given:
-            problems.append(f"{', '.join(given)} needs --vision_tower, which is missing.")
+            problems.append(f"{', '.join(given)} requires --vision_tower.")
         if self.unfreeze_mm_vision_layers < 0:
-            problems.append(f"--unfreeze_mm_vision_layers is {self.unfreeze_mm_vision_layers}; give 0 or more layers.")
+            problems.append(f"--unfreeze_mm_vision_layers must be at least 0, got {self.unfreeze_mm_vision_layers}.")
         if self.unfreeze_mm_vision_layers and not self.unfreeze_mm_vision_tower:
-            problems.append("--unfreeze_mm_vision_layers needs --unfreeze_mm_vision_tower True, which is missing.")
+            problems.append("--unfreeze_mm_vision_layers requires --unfreeze_mm_vision_tower True.")
         _raise(problems)
 
 
 @dataclass
 class DataArguments:
-    """What is trained on."""
+    """Training and validation data."""
 
-    data_path: str | None = _flag(None, "annotation file (spec/train.md §3.1)")
-    meta_path: str | None = _flag(None, "mixture file (spec/train.md §3.2), instead of --data_path")
+    data_path: str | None = _flag(None, "annotation file: .json, .jsonl or .parquet")
+    meta_path: str | None = _flag(None, "mixture file (a JSON object of named data sets) instead of --data_path")
     lazy_preprocess: bool = _flag(False, "accepted for compatibility; loading is always lazy")
     is_multimodal: bool = _flag(False, "set by --vision_tower")
-    image_folder: str | None = _flag(None, "prefix of every record's image path")
-    image_aspect_ratio: str = _flag("square", "pad keeps the whole image; anything else resizes and crops")
-    image_grid_pinpoints: str | None = _flag(None, "accepted for compatibility; stored, never read")
-    on_bad_sample: str = _flag("error", "error stops at a bad record; skip replaces it deterministically and counts")
-    eval_data_path: str | None = _flag(None, "annotation file to validate on, at every save unless told otherwise")
-    validation_fraction: float = _flag(0.0, "instead of a file: this share of the data, drawn by --seed, is held out")
-    eval_generations: int = _flag(4, "records of the validation set that are answered at every evaluation")
+    image_folder: str | None = _flag(None, "folder that image paths are relative to")
+    image_aspect_ratio: str = _flag("square", "pad keeps the whole image; any other value resizes and crops")
+    image_grid_pinpoints: str | None = _flag(None, "accepted for compatibility; stored in the config, never read")
+    on_bad_sample: str = _flag("error", "error stops at a bad record; skip replaces it deterministically and counts it")
+    eval_data_path: str | None = _flag(None, "annotation file of the validation set, evaluated at every save")
+    validation_fraction: float = _flag(0.0, "fraction of the data to hold out for validation, drawn with --seed")
+    eval_generations: int = _flag(4, "number of validation records to generate answers for at every evaluation")
 
     def __post_init__(self) -> None:
         problems = []
         if self.on_bad_sample not in ("error", "skip"):
-            problems.append(f"--on_bad_sample is {self.on_bad_sample!r}; use error or skip.")
+            problems.append(f"--on_bad_sample must be error or skip, got {self.on_bad_sample!r}.")
         if self.data_path and self.meta_path:
-            problems.append("--data_path and --meta_path are both given; keep one of them.")
+            problems.append("--data_path and --meta_path exclude each other; pass one of them.")
         if not 0 <= self.validation_fraction < 1:
-            problems.append(
-                f"--validation_fraction is {self.validation_fraction}; give a share of at least 0, below 1."
-            )
+            problems.append(f"--validation_fraction must be in [0, 1), got {self.validation_fraction}.")
         if self.eval_data_path and self.validation_fraction:
-            problems.append("--eval_data_path and --validation_fraction are both given; keep one of them.")
+            problems.append("--eval_data_path and --validation_fraction exclude each other; pass one of them.")
         _raise(problems)
 
     @property
@@ -125,123 +127,127 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """How it is trained; everything transformers 4.36.2 knows, and the flags below."""
+    """Optimization, LoRA, quantization and logging; extends the arguments of transformers 4.36.2."""
 
-    cache_dir: str | None = _flag(None, "accepted for compatibility; HF_HUB_CACHE moves the cache of downloads")
+    cache_dir: str | None = _flag(None, "accepted for compatibility; set HF_HUB_CACHE to move the download cache")
     optim: str = _flag("adamw_torch", "optimizer")
-    remove_unused_columns: bool = _flag(False, "must stay false: the data set yields what the model takes")
+    remove_unused_columns: bool = _flag(False, "must stay False: the data set yields exactly the model's inputs")
     freeze_mm_mlp_adapter: bool = _flag(False, "freeze the projector")
-    freeze_llm: bool = _flag(False, "freeze all but the projector, yet save the full model")
-    mpt_attn_impl: str = _flag("triton", "accepted for compatibility; MPT bases only")
-    model_max_length: int = _flag(512, "longest sequence in tokens, images unexpanded; longer ones are cut")
-    double_quant: bool = _flag(True, "4-bit: quantise the scales too")
+    freeze_llm: bool = _flag(False, "freeze everything except the projector, but save the full model")
+    freeze_policy: str = _flag("default", "freeze policy: a name in llava.train.model_setup.FREEZE_POLICIES")
+    loss: str = _flag("cross_entropy", "training loss: a name in llava.train.model_setup.LOSSES")
+    mpt_attn_impl: str = _flag("triton", "accepted for compatibility; MPT only")
+    model_max_length: int = _flag(512, "maximum sequence length in tokens (an image counts as one); truncates")
+    double_quant: bool = _flag(True, "4-bit: quantize the scales, too")
     quant_type: str = _flag("nf4", "4-bit: nf4 or fp4")
-    bits: int = _flag(16, "16, or 8 / 4 to quantise the frozen base")
-    lora_enable: bool = _flag(False, "train low-rank adapters instead of the language model")
-    lora_r: int = _flag(64, "rank of the adapters")
-    lora_alpha: int = _flag(16, "scale of the adapters")
-    lora_dropout: float = _flag(0.05, "dropout before the adapters")
+    bits: int = _flag(16, "16, or 8 / 4 to quantize the frozen base model")
+    lora_enable: bool = _flag(False, "train LoRA adapters instead of the language model")
+    lora_r: int = _flag(64, "LoRA rank")
+    lora_alpha: int = _flag(16, "LoRA scaling")
+    lora_dropout: float = _flag(0.05, "LoRA dropout")
     lora_weight_path: str = _flag("", "accepted for compatibility; never read")
-    lora_bias: str = _flag("none", "none, all or lora_only")
-    group_by_modality_length: bool = _flag(False, "batch samples of one modality and similar length")
+    lora_bias: str = _flag("none", "biases to train with LoRA: none, all or lora_only")
+    group_by_modality_length: bool = _flag(False, "batch samples of the same modality and similar length")
+    disable_tqdm: bool | None = _flag(False, "disable the progress bar; it is drawn on terminals only")
     report_to: list[str] | None = field(
         default_factory=lambda: ["auto"],
-        metadata={"help": "auto (tensorboard where installed), none, tensorboard, wandb; log.jsonl always"},
+        metadata={"help": "auto (TensorBoard if installed), none, tensorboard, wandb; log.jsonl is always written"},
     )
-    plot_loss: bool = _flag(True, "write loss.png at every save and at the end (needs matplotlib)")
-    global_batch_size: int | None = _flag(None, "samples of one optimizer step; sets --gradient_accumulation_steps")
-    deterministic: bool = _flag(False, "equal runs on equal machines to the last bit, at some cost in speed")
+    plot_loss: bool = _flag(True, "draw loss.png at every save and at the end (needs matplotlib)")
+    global_batch_size: int | None = _flag(None, "samples per optimizer step; sets --gradient_accumulation_steps")
+    deterministic: bool = _flag(False, "bit-identical runs on identical machines, at some cost in speed")
     step_timeout: float = _flag(
-        1800.0, "seconds without a step after which stacks are written and the run ends; 0 never"
+        1800.0, "seconds without a step after which stacks are dumped and the run ends; 0 disables the watchdog"
     )
 
     def __post_init__(self) -> None:
         _raise(self._problems())
-        self.report_to = reporting.usable(self.report_to)
-        if self.load_best_model_at_end:
-            _evaluate_with_saves(self)
-        if self.gradient_checkpointing:  # reentrant as published, and as ZeRO-3 needs it
-            given: dict[str, Any] | None = getattr(self, "gradient_checkpointing_kwargs", None)
-            self.gradient_checkpointing_kwargs = given or {"use_reentrant": True}
+        self.report_to = usable_reporters(self.report_to)
+        if self.load_best_model_at_end and self.evaluation_strategy == "no":
+            self.__dict__.update(evaluation_strategy=self.save_strategy, eval_steps=self.save_steps)
+        if self.gradient_checkpointing and not getattr(self, "gradient_checkpointing_kwargs", None):
+            self.gradient_checkpointing_kwargs = {"use_reentrant": True}  # as published; ZeRO-3 needs it
         if self.lora_enable and getattr(self, "ddp_find_unused_parameters", None) is None:
-            self.ddp_find_unused_parameters = False  # all that learns is used in every step; looking costs, and fails
-        # the flags decide: the library takes over what an earlier run in this process, or a launcher, left here
+            self.ddp_find_unused_parameters = False  # every trainable parameter is used in every step
+        # The library prefers what a launcher or an earlier run in this process left in the environment.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
-            raise FlagProblems([f"transformers refuses these flags: {error}"]) from error
+            raise FlagProblems([f"transformers rejected the flags: {error}"]) from error
         if self.global_batch_size:
-            self._accumulate(self.global_batch_size)
+            self._set_accumulation(self.global_batch_size)
 
-    def _accumulate(self, global_batch: int) -> None:
-        """Accumulation steps from the global batch, which the processes must be able to share in equal parts."""
-        at_once = self.train_batch_size * self.world_size
-        if global_batch % at_once:
+    def _set_accumulation(self, global_batch: int) -> None:
+        per_micro_step = self.train_batch_size * self.world_size
+        if global_batch % per_micro_step:
             raise FlagProblems(
                 [
-                    f"--global_batch_size {global_batch} is not a multiple of {at_once}, which {self.world_size} "
-                    f"processes take with --per_device_train_batch_size {self.per_device_train_batch_size}."
+                    f"--global_batch_size must be a multiple of {per_micro_step} ({self.world_size} processes x "
+                    f"--per_device_train_batch_size {self.per_device_train_batch_size}), got {global_batch}."
                 ]
             )
-        self.gradient_accumulation_steps = global_batch // at_once
+        self.gradient_accumulation_steps = global_batch // per_micro_step
 
     def _problems(self) -> list[str]:
         problems = []
         if self.bits not in (4, 8, 16):
-            problems.append(f"--bits is {self.bits}; use 4, 8 or 16.")
+            problems.append(f"--bits must be 4, 8 or 16, got {self.bits}.")
         if self.quant_type not in ("nf4", "fp4"):
-            problems.append(f"--quant_type is {self.quant_type!r}; use nf4 or fp4.")
+            problems.append(f"--quant_type must be nf4 or fp4, got {self.quant_type!r}.")
         if self.lora_bias not in LORA_BIASES:
-            problems.append(f"--lora_bias is {self.lora_bias!r}; use {', '.join(LORA_BIASES)}.")
+            problems.append(f"--lora_bias must be one of {', '.join(LORA_BIASES)}, got {self.lora_bias!r}.")
         if self.lora_enable and (self.lora_r <= 0 or not 0 <= self.lora_dropout < 1):
-            problems.append("--lora_r must be positive and --lora_dropout in [0, 1).")
+            problems.append("--lora_r must be at least 1 and --lora_dropout in [0, 1).")
         if self.lora_enable and self.freeze_llm:
-            problems.append("--freeze_llm with --lora_enable would freeze the adapters too; drop one of them.")
+            problems.append("--freeze_llm with --lora_enable would freeze the adapters; drop one of them.")
         if self.bits in (4, 8) and not self.lora_enable:
-            problems.append(f"--bits {self.bits} packs the weights, which then cannot learn; add --lora_enable True.")
+            problems.append(f"--bits {self.bits} makes the weights untrainable; add --lora_enable True.")
         if self.bits in (4, 8) and self.lora_bias != "none":
-            problems.append("--lora_bias all or lora_only cannot train the biases of packed layers; use none.")
+            problems.append("--lora_bias must be none with --bits 4 or 8: quantized layers have no trainable bias.")
         if self.model_max_length <= 0:
-            problems.append(f"--model_max_length is {self.model_max_length}; give a positive number of tokens.")
+            problems.append(f"--model_max_length must be at least 1, got {self.model_max_length}.")
         if self.deepspeed and (self.use_cpu or self.no_cuda):
-            problems.append(
-                "--use_cpu with --deepspeed makes the library train without DeepSpeed; leave --use_cpu out."
-            )
+            problems.append("--use_cpu with --deepspeed would train without DeepSpeed; drop --use_cpu.")
         if self.remove_unused_columns:
-            problems.append("--remove_unused_columns True would drop the images; leave it out.")
+            problems.append("--remove_unused_columns must be False: True would drop the images.")
         if self.load_best_model_at_end and (self.save_strategy == "no" or (self.deepspeed and self.save_only_model)):
             flag = "--save_strategy no" if self.save_strategy == "no" else "--save_only_model with --deepspeed"
-            problems.append(f"--load_best_model_at_end needs checkpoints to load from; leave {flag} out.")
+            problems.append(f"--load_best_model_at_end needs checkpoints to load from; drop {flag}.")
         if self.step_timeout < 0:
-            problems.append(f"--step_timeout is {self.step_timeout}; give seconds, or 0 to wait forever.")
+            problems.append(f"--step_timeout must be at least 0 seconds, got {self.step_timeout}; 0 waits forever.")
         if self.label_smoothing_factor:
-            problems.append("--label_smoothing_factor needs logits at all positions, which training does not compute.")
+            problems.append("--label_smoothing_factor is not supported: logits exist at supervised positions only.")
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            problems.append("--torch_compile does not compile this model; leave it out.")
+            problems.append("--torch_compile is not supported; drop it.")
         if self.fsdp:
             problems.append("--fsdp is not supported; use --deepspeed scripts/zero3.json.")
-        return problems + _number_problems(self)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+            if getattr(self, name) <= 0:
+                problems.append(f"--{name} must be greater than 0, got {getattr(self, name)}.")
+        for name in ("seed", "data_seed", "learning_rate"):
+            if (getattr(self, name) or 0) < 0:
+                problems.append(f"--{name} must be at least 0, got {getattr(self, name)}.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            problems.append("--num_train_epochs or --max_steps must be greater than 0.")
+        return problems
 
 
-def _evaluate_with_saves(args: Any) -> None:
-    """As `llava.train.validation` does for every run; the library looks for it before that."""
-    if args.evaluation_strategy == "no":
-        args.evaluation_strategy, args.eval_steps = args.save_strategy, args.save_steps
-
-
-def _number_problems(args: TrainingArguments) -> list[str]:
-    seeds = (("seed", args.seed), ("data_seed", args.data_seed))
-    positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
-    problems = [
-        f"--{name} is {getattr(args, name)}; it must be positive." for name in positive if getattr(args, name) <= 0
-    ]
-    problems += [f"--{name} is {value}; it must not be negative." for name, value in seeds if (value or 0) < 0]
-    if args.learning_rate < 0:
-        problems.append(f"--learning_rate is {args.learning_rate}; it must not be negative.")
-    if args.num_train_epochs <= 0 and args.max_steps <= 0:
-        problems.append("--num_train_epochs and --max_steps are both not positive; nothing would be trained.")
-    return problems
+def usable_reporters(names: Sequence[str] | str | None) -> list[str]:
+    """Resolve `--report_to` to the reporters whose package is installed; "auto" is TensorBoard where installed."""
+    wanted = [names] if isinstance(names, str) else list(names or ["none"])
+    if "auto" in wanted:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else ["none"]
+    found = []
+    for name in list(REPORTERS) if wanted == ["all"] else [name for name in wanted if name != "none"]:
+        package = REPORTERS.get(name, name)
+        if importlib.util.find_spec(package):
+            found.append(name)
+        else:
+            logger.warning(
+                "--report_to %s: the package %s is not installed; metrics go to log.jsonl only.", name, package
+            )
+    return found or ["none"]
 
 
 class _Parser(transformers.HfArgumentParser):
@@ -249,36 +255,34 @@ class _Parser(transformers.HfArgumentParser):
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. See --help.")
 
 
-def together(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> list[str]:
-    """Problems that only show when the three groups are seen together."""
+def check_combinations(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> list[str]:
+    """Problems between flags of different groups."""
     problems = []
     if model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter:
         problems.append("--tune_mm_mlp_adapter with --freeze_mm_mlp_adapter leaves nothing to train; drop one of them.")
     if training.freeze_llm and training.freeze_mm_mlp_adapter:
         problems.append("--freeze_llm with --freeze_mm_mlp_adapter leaves nothing to train; drop one of them.")
-    for name in ("freeze_mm_mlp_adapter", "freeze_llm"):
+    for name in ("freeze_mm_mlp_adapter", "freeze_llm", "lora_enable"):
         if getattr(training, name) and model.vision_tower is None:
-            problems.append(f"--{name} needs --vision_tower, which is missing.")
+            problems.append(f"--{name} requires --vision_tower.")
     if model.tune_mm_mlp_adapter and training.lora_enable:
         problems.append("--lora_enable with --tune_mm_mlp_adapter would train no adapter; drop one of them.")
-    if training.lora_enable and model.vision_tower is None:
-        problems.append("--lora_enable needs --vision_tower, which is missing.")
     if training.lora_enable and model.tune_vit_pos_embedding:
         problems.append("--tune_vit_pos_embedding cannot be saved with --lora_enable; drop one of them.")
     if model.unfreeze_mm_vision_tower and (training.lora_enable or model.tune_mm_mlp_adapter):
         other = "--lora_enable" if training.lora_enable else "--tune_mm_mlp_adapter"
         problems.append(f"--unfreeze_mm_vision_tower cannot be saved with {other}; drop one of them.")
     if data.validates and training.save_strategy == "no" and training.evaluation_strategy == "no":
-        problems.append("--save_strategy no leaves no time to validate at; give --evaluation_strategy steps or epoch.")
+        problems.append("--save_strategy no disables validation; add --evaluation_strategy steps or epoch.")
     if training.do_eval and not data.validates:
-        problems.append("--evaluation_strategy needs --eval_data_path or --validation_fraction, which are missing.")
+        problems.append("--evaluation_strategy requires --eval_data_path or --validation_fraction.")
     if not data.data_path and not data.meta_path:
-        problems.append("--data_path is missing: give the annotation file (or --meta_path, a mixture).")
+        problems.append("--data_path is missing; pass an annotation file, or a mixture with --meta_path.")
     return problems
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all entry points; unique prefixes of flags are accepted, as in the published scripts."""
+    """The parser of all training programs; unique prefixes of flags are accepted, as in the published scripts."""
     return _Parser((ModelArguments, DataArguments, TrainingArguments), prog="llava train")
 
 
@@ -297,23 +301,25 @@ def use_fused_adamw(args: TrainingArguments) -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse and check; raises one `ConfigError` that names every faulty flag."""
+    """Parse and validate a command line; raises one `ConfigError` that names every invalid flag."""
     parsed = make_parser().parse_args(list(argv), argparse.Namespace(optim=None))  # None: not on the command line
     default_optim = parsed.optim is None
     if default_optim:
         parsed.optim = TrainingArguments.optim
-    namespace = vars(parsed)
-    built: list[Any] = []
     problems: list[str] = []
-    for kind in (ModelArguments, DataArguments, TrainingArguments):
+
+    def build(kind: type[T]) -> T | None:
         try:
-            built.append(kind(**{f.name: namespace[f.name] for f in fields(kind) if f.init}))
+            return kind(**{f.name: getattr(parsed, f.name) for f in fields(kind) if f.init})  # type: ignore[arg-type]
         except FlagProblems as error:
-            problems += error.problems
-    if len(built) == 3:
-        problems += together(*built)
+            problems.extend(error.problems)
+            return None
+
+    model, data, training = build(ModelArguments), build(DataArguments), build(TrainingArguments)
+    if model and data and training:
+        problems += check_combinations(model, data, training)
     _raise(problems)
-    model, data, training = built
+    assert model and data and training
     if default_optim:
         use_fused_adamw(training)
     for name, used in (

@@ -1,9 +1,9 @@
-"""Is it whole? A directory of weights or an annotation file: `llava check PATH ...`; what PATH is decides.
+"""Check a directory of weights or an annotation file: `llava check PATH ...`.
 
     llava check pretrained/InternVL-Chat-ViT-6B-Vicuna-7B
     llava check playground/llava_v1_5_mix665k.json --images playground/data
 
-The first form takes a checkpoint, adapter, language model or vision tower, the second annotations or a mixture of them.
+PATH is a checkpoint, adapter, language model or vision tower, or else an annotation file or a mixture of them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Final
 from llava.data.annotations import SUFFIXES
 from llava.utils import guarded
 
-FILES: Final = "llava.data.check"
+FILES: Final = "llava.data.check_records"
 DIRECTORIES: Final = "llava.model.check"
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hand the command line to the program for what it names."""
+    """Run the check for the kind of path given, or print the help of both."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or "-h" in words or "--help" in words:
         for module in (FILES, DIRECTORIES):
-            with suppress(SystemExit):  # how argparse ends after its help
+            with suppress(SystemExit):  # raised by argparse after its help
                 importlib.import_module(module).main(["--help"])
         return 0 if words else 2
     is_file = any(word.startswith("--images") if word.startswith("-") else word.endswith(SUFFIXES) for word in words)

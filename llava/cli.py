@@ -1,4 +1,4 @@
-"""The console command: `llava COMMAND …` hands its arguments to the module that does the work, imported only then."""
+"""Console command `llava COMMAND ...`; each command's module is imported when it runs."""
 
 from __future__ import annotations
 
@@ -14,48 +14,46 @@ from llava.utils import guarded
 
 
 class Command(NamedTuple):
-    """A subcommand: the module whose `main(argv) -> int` runs it, and one line of help."""
+    """A subcommand: the module whose `main(argv) -> int` runs it, and its line of help."""
 
     module: str
-    gloss: str
+    help: str
 
 
 COMMANDS: Final = {
     "train": Command("llava.train.train", "train a projector (stage 1) or the whole model (stage 2)"),
-    "estimate": Command("llava.train.estimate", "say what memory and how many hours a training recipe needs"),
+    "estimate": Command("llava.train.estimate", "estimate the memory and hours a training recipe needs"),
     "eval": Command("llava.eval.main", "answer a benchmark's questions and score the answers"),
-    "report": Command("llava.eval.report", "compare evaluated models with the published scores, and with each other"),
+    "report": Command("llava.eval.report", "compare scores of evaluated models with each other and the published ones"),
     "serve": Command("llava.serve.main", "serve models: web page, OpenAI-compatible API, workers"),
-    "chat": Command("llava.serve.cli", "talk with a model about an image, in the terminal"),
-    "check": Command("llava.check", "say what a directory of weights or an annotation file is, and if it is whole"),
-    "inspect-data": Command(
-        "llava.train.inspect_data", "show what training sees of a record: ids, masks, images, cuts"
-    ),
-    "export": Command("llava.model.export", "write a checkpoint in the layout of another program"),
-    "extract-projector": Command("llava.model.extract_projector", "take the projector out of a trained model"),
-    "doctor": Command("llava.doctor", "say which versions and devices are here and what they allow"),
+    "chat": Command("llava.serve.cli", "chat with a model about images, in the terminal"),
+    "check": Command("llava.check", "validate a directory of weights or an annotation file"),
+    "inspect-data": Command("llava.train.inspect_data", "show token ids, labels, images and truncation of records"),
+    "export": Command("llava.model.export", "convert a checkpoint to the format of another program"),
+    "extract-projector": Command("llava.model.extract_projector", "save the projector of a trained model"),
+    "doctor": Command("llava.doctor", "report installed versions, devices and supported features"),
 }
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = (f"  {name:<{width}}  {command.gloss}" for name, command in COMMANDS.items())
+    lines = (f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     return "\n".join(
         (
             "usage: llava COMMAND [ARGUMENT ...]",
             "",
-            "InternVL-Chat: train, evaluate and talk with an InternViT + Vicuna model.",
+            "Train, evaluate and serve InternVL-Chat and LLaVA models.",
             "",
             *lines,
             "",
-            "llava COMMAND --help lists a command's arguments; llava --version prints the version.",
+            "Run llava COMMAND --help for a command's arguments, llava --version for the version.",
         )
     )
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status; 2 for a command line that cannot be understood."""
+    """Run a subcommand and return its exit status; 2 for an invalid command line."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
     if name in ("", "-h", "--help"):
         print(usage(), file=sys.stdout if name else sys.stderr)
@@ -65,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}."
-        raise ConfigError(f"llava has no command {name!r}; {hint}")
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}."
+        raise ConfigError(f"Unknown command {name!r}; {hint}")
     if name != "doctor":
         from llava.doctor import check_versions
 
         check_versions()
-    sys.argv[0] = f"llava {name}"  # the name that the command's own --help shows
+    sys.argv[0] = f"llava {name}"  # the program name in the command's --help
     status: int = importlib.import_module(COMMANDS[name].module).main(rest)
     return status
 

@@ -1,8 +1,8 @@
-"""Conversation templates and the one renderer that training, evaluation, chat and serving share (spec/train.md §2).
+"""Conversation templates and the prompt renderer shared by training, evaluation, chat and serving.
 
-`render()` yields the pieces of a prompt and marks those the model has to produce; `get_prompt()` is their
-concatenation. Everything an open assistant turn lacks compared with a closed one is "what the model produces":
-``ASSISTANT:`` is given, `` A cat.</s>`` is supervised. Training labels follow from this alone (`llava.data.labels`).
+`render()` splits a prompt into spans and marks those the model generates, that is, the difference between an open and a
+closed assistant turn: in ``ASSISTANT: A cat.</s>`` the span `` A cat.</s>`` is supervised. `get_prompt()` joins the
+spans; training labels are derived from them in `llava.data.labels`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import re
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.errors import TemplateError
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PAD_COLOR: Final = (122, 116, 104)  # mean of the CLIP processor, whatever the tower (spec/train.md §2.4)
+Content: TypeAlias = "str | tuple[str, Image.Image, str] | None"
 
 
 class SeparatorStyle(Enum):
-    """How turns are joined; one row of the table in spec/train.md §2.3 each."""
+    """Layouts of a prompt, see `Conversation._opening` and `Conversation._turn`."""
 
     SINGLE = auto()
     TWO = auto()
@@ -41,14 +41,14 @@ class SeparatorStyle(Enum):
 
 
 class Span(NamedTuple):
-    """A piece of a prompt; `supervised` marks what the model itself has to write."""
+    """A piece of a prompt; the model is trained to generate `supervised` ones."""
 
     text: str
     supervised: bool
 
 
 class _Turn(NamedTuple):
-    """A rendered turn: `before` is there while the turn is open, `answer` closes it, `after` belongs to nobody."""
+    """A rendered turn: `before` opens it, `answer` completes it, `after` follows and is never supervised."""
 
     before: str
     answer: str
@@ -57,10 +57,10 @@ class _Turn(NamedTuple):
 
 @dataclass
 class Conversation:
-    """A template and the messages said so far. Templates are shared: `copy()` before appending.
+    """A template and its messages. Templates are shared: `copy()` one before appending.
 
     A message is `[role, content]`; content is a string, `None` for the turn to be generated, or for user turns a
-    tuple `(text, PIL image, process mode)`. `offset` counts leading few-shot messages, hidden from display.
+    tuple `(text, PIL image, process mode)`. `offset` is the number of leading few-shot messages, hidden from display.
     """
 
     system: str
@@ -76,16 +76,16 @@ class Conversation:
     skip_next: bool = False
     name: str = ""
 
-    def append_message(self, role: str, content: Any) -> None:
-        """Add a turn at the end."""
+    def append_message(self, role: str, content: Content) -> None:
+        """Append a turn."""
         self.messages.append([role, content])
 
     def copy(self) -> Conversation:
-        """A new object with its own messages; `skip_next` starts afresh."""
+        """Copy the conversation and its list of messages; `skip_next` is reset."""
         return replace(self, messages=[[role, content] for role, content in self.messages], skip_next=False)
 
     def dict(self) -> dict[str, Any]:
-        """What the request log stores: image tuples are reduced to their text."""
+        """Fields for the request log, with image tuples reduced to their text."""
         return {
             "system": self.system,
             "roles": self.roles,
@@ -96,35 +96,32 @@ class Conversation:
         }
 
     def set_system(self, text: str) -> None:
-        """Replace the system text, keeping the role header that MPT-style templates store in front of it."""
+        """Replace the system text; MPT-style templates keep the role header in front of it."""
         header = self.system.split("\n", 1)[0] + "\n" if self.sep_style is SeparatorStyle.MPT else ""
         self.system = header + text
 
     def get_prompt(self) -> str:
-        """The whole prompt, byte for byte as spec/train.md §2.3."""
+        """The whole prompt."""
         return "".join(span.text for span in self.render())
 
     def render(self) -> list[Span]:
-        """The prompt in pieces; their concatenation is `get_prompt()`.
-
-        Raises `TemplateError` when a LLAMA_2 conversation does not open with a non-empty user turn.
-        """
+        """The spans of the prompt. Raises `TemplateError` for a LLAMA_2 conversation without a first user turn."""
         turns = self._plain_turns()
         if self.sep_style is SeparatorStyle.LLAMA_2 and turns and not (turns[0][1] and turns[0][0] == self.roles[0]):
             raise TemplateError(
-                f"Template {self.name or 'llama_2'!r} puts its system text into the first user turn, which is missing "
-                "or empty; begin with a user message."
+                f"Template {self.name or 'llama_2'!r} renders its system text inside the first user turn, which is "
+                "missing or empty; begin with a user message."
             )
         spans = [Span(self._opening(), False)]
         for index, (role, text) in enumerate(turns):
             is_open = text is None or (text == "" and index == len(turns) - 1)
             turn = self._turn(index, role, text or "")
-            by_model = role == self.roles[1] if self.roles[0] != self.roles[1] else index % 2 == 1
+            by_assistant = role == self.roles[1] if self.roles[0] != self.roles[1] else index % 2 == 1
             if turn.before:
                 spans.append(Span(turn.before, False))
             if not is_open:
-                # An empty answer teaches nothing, so its separator is not supervised either.
-                spans.append(Span(turn.answer, by_model and text != ""))
+                # The separator of an empty answer is not supervised.
+                spans.append(Span(turn.answer, by_assistant and text != ""))
                 spans.append(Span(turn.after, False))
         return [span for span in spans if span.text]
 
@@ -151,12 +148,12 @@ class Conversation:
             case SeparatorStyle.LLAMA_2:
                 if not by_user:
                     return _Turn("", f" {text} {sep}")
-                # The tokenizer adds the first <s> itself.
+                # The tokenizer adds the first <s>.
                 system, bos = (f"<<SYS>>\n{self.system}\n<</SYS>>\n\n", "") if index == 0 else ("", self.sep)
                 return _Turn("", f"{bos}[INST] {system}{text} [/INST]")
 
     def _plain_turns(self) -> list[tuple[str, str | None]]:
-        """Messages with image tuples reduced to text; a leading one gets its placeholder in the template's place."""
+        """Messages as text; the placeholder of an image in the first one moves to the front."""
         turns = [(role, _text(content)) for role, content in self.messages]
         if not turns or not isinstance(self.messages[0][1], tuple):
             return turns
@@ -168,14 +165,14 @@ class Conversation:
             turns[0] = (role, f"{DEFAULT_IMAGE_TOKEN}\n{text}")
         return turns
 
-    def get_images(self, return_pil: bool = False, return_org: bool = False) -> list[Any]:
+    def get_images(self, return_pil: bool = False, return_org: bool = False) -> list[Image.Image | str]:
         """Images of the user turns after `offset`, in order.
 
-        Processed by their mode (`Pad`, `Default`, `Crop`, `Resize`), or as uploaded with `return_org`; as PIL images
-        with `return_pil`, else as base64 text (PNG when processed, JPEG when not). Raises `TemplateError` for
-        another mode.
+        They are processed by their mode (`Pad`, `Resize`; `Default` and `Crop` leave them to the image processor), or
+        returned as uploaded with `return_org`. The result holds PIL images with `return_pil`, else base64 text (PNG of
+        processed images, JPEG of uploads). Raises `TemplateError` for another mode.
         """
-        images = []
+        images: list[Image.Image | str] = []
         for _, content in self.messages[self.offset :: 2]:
             if isinstance(content, tuple):
                 _, image, mode = content
@@ -184,7 +181,7 @@ class Conversation:
         return images
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """`[user, assistant]` pairs after `offset`; an image turn shows a thumbnail above its escaped text."""
+        """`[user, assistant]` pairs after `offset`; an image is a thumbnail above the escaped text."""
         pairs: list[list[str | None]] = []
         for index, (_, content) in enumerate(self.messages[self.offset :]):
             if index % 2:
@@ -198,25 +195,20 @@ class Conversation:
         return pairs
 
 
-def _text(content: Any) -> str | None:
-    text: str | None = content[0] if isinstance(content, tuple) else content
-    return text
+def _text(content: Content) -> str | None:
+    return content[0] if isinstance(content, tuple) else content
 
 
 def _process(image: Image.Image, mode: str) -> Image.Image:
-    from llava.images import expand2square, to_rgb
+    from llava.images import PROCESS_MODES, process_upload
 
-    if mode == "Pad":
-        return expand2square(to_rgb(image), _PAD_COLOR)
-    if mode == "Resize":
-        return image.resize((336, 336))
-    if mode in ("Default", "Crop"):
-        return image
-    raise TemplateError(f"Unknown image process mode {mode!r}; choose Pad, Default, Crop or Resize.")
+    if mode not in PROCESS_MODES:
+        raise TemplateError(f"Unknown image process mode {mode!r}; choose Pad, Default, Crop or Resize.")
+    return image if mode == "Crop" else process_upload(image, mode)
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:
-    """Short side at most 400, long side at most 800, aspect ratio kept, never enlarged."""
+    """Shrink an image to a short side of 400 and a long side of 800 pixels at most, keeping its aspect ratio."""
     short, long = sorted(image.size)
     aspect = long / short
     short = max(1, int(min(800 / aspect, 400, short)))
@@ -233,7 +225,7 @@ def _base64(image: Image.Image, kind: Literal["JPEG", "PNG"]) -> str:
 
 
 def image_placeholder(template: Conversation, use_im_start_end: bool = False) -> str:
-    """The text that stands for one image: `<image>` with the tags of the template and of the checkpoint (§4.1)."""
+    """Placeholder of one image: `<image>` within the tags of the checkpoint and of the template."""
     token = DEFAULT_IMAGE_TOKEN
     if use_im_start_end:
         token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
@@ -241,9 +233,9 @@ def image_placeholder(template: Conversation, use_im_start_end: bool = False) ->
 
 
 def with_image_token(question: str, template: Conversation, config: object, count: int = 1) -> str:
-    """A user turn as training wrote it: placeholders kept where they are, else `count` of them in front.
+    """A user turn in the form of training: with its own image placeholders, or `count` in front if it has none.
 
-    `config` is a checkpoint's configuration; `mm_use_im_start_end` in it adds the start and end tokens.
+    `config` is the model's configuration; `mm_use_im_start_end` adds the start and end tokens.
     """
     placeholder = image_placeholder(template, bool(getattr(config, "mm_use_im_start_end", False)))
     if DEFAULT_IMAGE_TOKEN in question:
@@ -252,12 +244,12 @@ def with_image_token(question: str, template: Conversation, config: object, coun
 
 
 def stop_strings(template: Conversation) -> tuple[str, ...]:
-    """The strings that end an answer (spec/serve.md §10.3): the separator that closes an assistant turn."""
+    """Strings that end an answer: the separator of assistant turns."""
     return (template.sep2 or template.sep,)
 
 
 def get_template(name: str) -> Conversation:
-    """A fresh copy of a registered template; `TemplateError` names the nearest and lists all on a miss."""
+    """Copy a registered template. Raises `TemplateError` with the nearest and all names for an unknown one."""
     if name not in conv_templates:
         nearest = difflib.get_close_matches(name, conv_templates, n=1, cutoff=0.0)
         hint = f"the nearest is {nearest[0]!r}, all are" if nearest else "choose one of"
@@ -265,7 +257,7 @@ def get_template(name: str) -> Conversation:
     return conv_templates[name].copy()
 
 
-# Published families by exact word, first match wins; only for checkpoints that do not name their template.
+# Templates of published model families, by a whole word of the name; the first match wins.
 _FAMILIES: Final = (
     (r"llama-2", "llava_llama_2"),
     (r"mini-internvl-chat-4b-v1-5|phi-?3", "phi3-chat"),
@@ -282,23 +274,23 @@ _FAMILIES: Final = (
 
 
 def template_for(config: object, model_name: str, override: str | None = None) -> str:
-    """Name of the template to talk to a checkpoint with: `override`, else `config.conv_template`, else by name.
+    """Name of the template for a checkpoint: `override`, else `config.conv_template`, else a guess from its name.
 
-    The name is a fallback for checkpoints from before `conv_template` was saved, and says so once per call;
-    names of no known family get `vicuna_v1`, which InternVL-Chat 1.0 was trained with (spec/serve.md §10).
+    A guess is logged as a warning; names of unknown families get `vicuna_v1`, the template of InternVL-Chat 1.0.
+    Raises `TemplateError` for an unknown template.
     """
     stored: str | None = getattr(config, "conv_template", None)
     chosen = stored if override is None else override
     if chosen is not None:
         template = get_template(chosen)
         if stored is not None and (stored not in conv_templates or template != get_template(stored)):
-            logger.warning("The checkpoint was trained with template %r; using %r as asked.", stored, chosen)
+            logger.warning("The checkpoint was trained with template %r; using %r as requested.", stored, chosen)
         return chosen
     words = model_name.lower().replace("_", "-")
     matches = (name for pattern, name in _FAMILIES if re.search(rf"(^|[-/]){pattern}($|[-/])", words))
     guess = next(matches, "vicuna_v1")
     logger.warning(
-        "The checkpoint does not name its template; %r is a guess from the name %r, pass --conv-mode to choose.",
+        "The checkpoint does not name its template; using %r, guessed from its name %r. Set --conv-mode to choose.",
         guess,
         model_name,
     )
@@ -415,4 +407,4 @@ conv_templates: Final[dict[str, Conversation]] = {
     "phi3-chat": phi3_chat,
 }
 
-default_conversation = vicuna_v0  # kept for callers that set a template for the whole process
+default_conversation = vicuna_v0  # forks assign it to change the template of the process

@@ -1,7 +1,4 @@
-"""Report versions, devices and available features; exit 1 on a combination known not to work: `llava doctor`.
-
-`llava doctor --self-test` compares a device with float32 on the CPU.
-"""
+"""Report versions, devices and available features: `llava doctor`; or test a device: `llava doctor --self-test`."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from llava.utils import guarded
 
 
 class Rule(NamedTuple):
-    """The versions of a package that work here, and what goes wrong with the others."""
+    """The supported versions of a package, and why others fail."""
 
     package: str
     works: str
@@ -33,7 +30,7 @@ class Rule(NamedTuple):
 
 
 class Feature(NamedTuple):
-    """Something one may want to do: the packages it needs and the extra that brings them."""
+    """A feature, the packages it requires, and the extra that installs them."""
 
     name: str
     packages: tuple[str, ...]
@@ -41,26 +38,26 @@ class Feature(NamedTuple):
 
 
 RULES: Final = (
-    Rule("python", ">=3.10", "the code uses its syntax"),
-    Rule("torch", ">=2.4", "older releases lack calls that training and loading make"),
+    Rule("python", ">=3.10", "older releases do not support the syntax of the code"),
+    Rule("torch", ">=2.4", "older releases lack functions that training and loading call"),
     Rule("transformers", "==4.36.2", "the models and the Trainer are written against exactly this release"),
-    Rule("tokenizers", ">=0.14,<0.19", "transformers 4.36.2 refuses others"),
-    Rule("huggingface_hub", ">=0.19.3,<1.0", "transformers 4.36.2 refuses 1.0 and newer"),
+    Rule("tokenizers", ">=0.14,<0.19", "transformers 4.36.2 requires this range"),
+    Rule("huggingface_hub", ">=0.19.3,<1.0", "transformers 4.36.2 rejects 1.0 and newer"),
     Rule("accelerate", ">=0.26,<1.0", "the Trainer of transformers 4.36.2 passes arguments that 1.0 removed"),
-    Rule("peft", ">=0.10,<0.14", "0.14 imports EncoderDecoderCache, which transformers 4.36.2 lacks"),
+    Rule("peft", ">=0.10,<0.14", "0.14 imports EncoderDecoderCache, which is not in transformers 4.36.2"),
     Rule("deepspeed", ">=0.14", "older releases do not support this torch"),
-    Rule("bitsandbytes", ">=0.50", "older releases do not compute in 8 bit without CUDA"),
-    Rule("gradio", ">=6.0,<7.0", "the web page is written for its current interface"),
+    Rule("bitsandbytes", ">=0.50", "older releases have no 8-bit kernels for the CPU"),
+    Rule("gradio", ">=6.0,<7.0", "the web page uses the 6.x API"),
 )
 
-PATIENCE: Final = 20.0  # seconds for nvidia-smi, which hangs where a card has failed
+SMI_TIMEOUT: Final = 20.0  # seconds; nvidia-smi hangs if a GPU has failed
 
 FEATURES: Final = (
     Feature("inference", ("torch", "torchvision", "transformers", "tokenizers", "sentencepiece", "pillow")),
     Feature("C++ decoding", ()),
     Feature("training", ("torch", "transformers", "accelerate", "peft", "matplotlib"), "train"),
     Feature("DeepSpeed", ("deepspeed", "ninja"), "train"),
-    Feature("quantisation", ("bitsandbytes",), "quant"),
+    Feature("quantization", ("bitsandbytes",), "quant"),
     Feature("flash attention", ("flash-attn",), "flash"),
     Feature("serving", ("fastapi", "uvicorn", "httpx", "prometheus-client", "gradio"), "serve"),
 )
@@ -71,7 +68,7 @@ PACKAGES: Final = tuple(
 
 
 class Device(NamedTuple):
-    """An accelerator: its name, its memory in GiB (0 if unknown) and its CUDA compute capability, if it has one."""
+    """An accelerator: name, memory in GiB (0 if unknown), and CUDA compute capability, if any."""
 
     name: str
     memory: float
@@ -80,24 +77,24 @@ class Device(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found on this machine. `versions` lacks the packages that are not installed."""
+    """Packages (installed ones only), devices and tools of this machine."""
 
     versions: Mapping[str, str]
     devices: tuple[Device, ...] = ()
     cuda: str | None = None
     driver: str | None = None
     compiler: str | None = None
-    broken: Mapping[str, str] = field(default_factory=dict)  # package -> why it cannot be imported
+    broken: Mapping[str, str] = field(default_factory=dict)  # package -> import error
 
 
 def gather() -> Facts:
-    """Look at this machine. Imports torch, and flash-attn if it is installed (it often is, and does not load)."""
+    """Inspect this machine. Imports torch and, if installed, flash-attn, which often does not load."""
     versions = installed_versions(PACKAGES)
     broken = {}
     for package in {"torch", "flash-attn"} & versions.keys():
         try:
             importlib.import_module(package.replace("-", "_"))
-        except Exception as error:  # whatever a broken extension raises is the finding
+        except Exception as error:  # a broken extension may raise anything
             broken[package] = f"{type(error).__name__}: {error}"
     devices: tuple[Device, ...] = ()
     cuda = None
@@ -125,7 +122,9 @@ def _driver() -> str | None:
         return None
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
+        answer = subprocess.run(
+            query, capture_output=True, text=True, errors="replace", timeout=SMI_TIMEOUT, check=False
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi does not answer ({type(error).__name__}): restart the machine, or reinstall the driver"
     lines = answer.stdout.split()
@@ -133,7 +132,7 @@ def _driver() -> str | None:
 
 
 def known_bad(versions: Mapping[str, str]) -> list[str]:
-    """One sentence for every installed version that is known not to work."""
+    """A sentence for each package whose version is known not to work."""
     problems = []
     for package, works, reason in RULES:
         version = versions.get(package)
@@ -144,14 +143,14 @@ def known_bad(versions: Mapping[str, str]) -> list[str]:
 
 
 def check_versions() -> None:
-    """Raise `DependencyError` on the first package whose version is known not to work. Fast: reads metadata only."""
+    """Raise `DependencyError` for a version known not to work. Reads package metadata only."""
     problems = known_bad(installed_versions(PACKAGES))
     if problems:
-        raise DependencyError(f"{problems[0]} (llava doctor lists everything).")
+        raise DependencyError(f"{problems[0]} (run llava doctor for the full report).")
 
 
 def verdict(feature: Feature, facts: Facts) -> tuple[bool, str]:
-    """Whether a feature can be used, and what it will run on or what is missing."""
+    """Whether a feature can be used, and on which devices, or what is missing."""
     missing = [package for package in feature.packages if package not in facts.versions]
     if missing:
         target = f"llava[{feature.extra}]" if feature.extra else "llava"
@@ -164,22 +163,22 @@ def verdict(feature: Feature, facts: Facts) -> tuple[bool, str]:
             return False, bad[0]
     capabilities = [device.capability for device in facts.devices if device.capability is not None]
     if feature.name == "DeepSpeed" and facts.compiler is None:
-        return False, "needs a C++ compiler to build its operators: install g++ or clang"
+        return False, "needs a C++ compiler for its operators: install g++ or clang"
     if feature.name == "C++ decoding" and facts.compiler is None:
-        return False, "needs a C++ compiler: install g++ or clang; on the CPU answers come slower without it"
+        return False, "needs a C++ compiler: install g++ or clang; decoding on the CPU is slower without it"
     if feature.name == "C++ decoding":
-        return True, "on the CPU: built at first use"
+        return True, "on the CPU: compiled at first use"
     if feature.name == "flash attention" and (not capabilities or min(capabilities) < (8, 0)):
-        return False, "needs NVIDIA cards of compute capability 8.0 (Ampere) or newer; sdpa is used instead"
-    if feature.name == "quantisation" and not capabilities:
-        return True, "on the CPU: it works, slowly"
+        return False, "needs NVIDIA GPUs of compute capability 8.0 (Ampere) or newer; sdpa is used instead"
+    if feature.name == "quantization" and not capabilities:
+        return True, "on the CPU: slow"
     if feature.name in ("inference", "training"):
         return True, f"on {', '.join(device.name for device in facts.devices) or 'the CPU'}"
     return True, "available"
 
 
 def report(facts: Facts) -> str:
-    """The page that `llava doctor` prints."""
+    """Format the output of `llava doctor`."""
     names = ["python", *PACKAGES]
     width = max(map(len, names)) + 2
     lines = [f"llava {__version__} on {platform.platform()}", "", "versions"]
@@ -203,7 +202,7 @@ def report(facts: Facts) -> str:
 
 
 def self_test(device: str | None) -> int:
-    """Run the self-test; the exit status is 1 if a check fails. Raises `ConfigError` for an absent device."""
+    """Run the self-test and return the exit status: 1 if a check fails. Raises `ConfigError` without the device."""
     check_versions()
     from llava.placement import resolve_device
     from llava.self_test.runner import self_test as run
@@ -211,24 +210,24 @@ def self_test(device: str | None) -> int:
     return 1 if run(resolve_device(device), partial(print, flush=True)) else 0
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        description="Report versions, devices and available features; exit 1 on a combination known not to work. "
-        "With --self-test, check a device instead; exit 1 if a check fails."
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Report versions, devices and available features; exit status 1 if a version is known not to work. "
+        "With --self-test, test a device; exit status 1 if a check fails."
     )
-    found.add_argument(
+    parser.add_argument(
         "--self-test",
         action="store_true",
-        help="run tiny models of every kind and compare logits, tokens, sampling, training and quantisation with "
-        "float32 on the CPU; takes under a minute and downloads nothing",
+        help="compare logits, tokens, sampling, training and quantization of tiny models with float32 on the CPU; "
+        "takes under a minute and downloads nothing",
     )
-    found.add_argument("--device", help="cuda, cuda:N, mps or cpu for --self-test (default: the best available)")
-    return found
+    parser.add_argument("--device", help="cuda, cuda:N, mps or cpu for --self-test (default: the best available)")
+    return parser
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if args.self_test:
         return self_test(args.device)
     if args.device is not None:

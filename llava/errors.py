@@ -1,6 +1,6 @@
-"""The exception tree. Every message is one sentence or two: what was found, what was expected, what to do next.
+"""Exceptions of the package. A message states the faulty value, what was expected, and the remedy.
 
-``code`` is stable, so that the troubleshooting page can be searched by it; ``str(error)`` ends with it in brackets.
+``str(error)`` ends with the class's stable ``code`` in brackets, which the troubleshooting page lists.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 class LlavaError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the package's errors."""
 
     code: ClassVar[str] = "LLAVA"
 
@@ -18,49 +18,49 @@ class LlavaError(Exception):
 
 
 class ConfigError(LlavaError, ValueError):
-    """A flag or a configuration value that cannot be honoured."""
+    """Invalid flag or configuration value."""
 
     code = "CONFIG"
 
 
 class CheckpointError(LlavaError):
-    """A directory or file of weights that is not what was asked for."""
+    """Missing, damaged or unexpected checkpoint."""
 
     code = "CHECKPOINT"
 
 
 class TemplateError(LlavaError, ValueError):
-    """A conversation template that is unknown, or does not fit the tokenizer or the messages."""
+    """Unknown conversation template, or one that does not fit the tokenizer or the messages."""
 
     code = "TEMPLATE"
 
 
 class DataError(LlavaError, ValueError):
-    """An annotation record that cannot be used as it is."""
+    """Invalid annotation file or record."""
 
     code = "DATA"
 
 
 class ImageError(DataError):
-    """An image that cannot be opened, or exceeds a limit."""
+    """Image that cannot be decoded or exceeds a limit."""
 
     code = "IMAGE"
 
 
 class TrainingError(LlavaError, RuntimeError):
-    """A run that must not go on: nothing trainable, loss not finite, no valid checkpoint."""
+    """Training that cannot continue: no trainable parameters, a non-finite loss, no valid checkpoint."""
 
     code = "TRAINING"
 
 
 class RequestError(LlavaError, ValueError):
-    """A generation request that cannot be served: too long, wrong number of images, bad parameter."""
+    """Invalid generation request: too long, wrong number of images, invalid parameter."""
 
     code = "REQUEST"
 
 
 class ContextLengthError(RequestError):
-    """A prompt that leaves no room for an answer: `prompt_tokens`, of them `image_tokens`, in `context_length`."""
+    """Prompt of `prompt_tokens`, `image_tokens` among them, that leaves no room for an answer in `context_length`."""
 
     def __init__(self, message: str, *, prompt_tokens: int, image_tokens: int, context_length: int) -> None:
         super().__init__(message)
@@ -70,10 +70,10 @@ class ContextLengthError(RequestError):
 
 
 class ImageCountError(RequestError):
-    """A prompt with more or fewer image placeholders than images."""
+    """Prompt whose image placeholders differ in number from its images."""
 
 
 class DependencyError(LlavaError, ImportError):
-    """An optional package is missing; the message names the extra that brings it."""
+    """Missing or broken optional package; the message names the extra that installs it."""
 
     code = "DEPENDENCY"

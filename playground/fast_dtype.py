@@ -1,4 +1,4 @@
-"""Print `bfloat16` if this CPU multiplies matrices faster in it than in float32, else `float32`.
+"""Print `bfloat16` if this CPU multiplies matrices faster in it than in float32, otherwise `float32`.
 
 python -m playground.fast_dtype
 """
@@ -13,7 +13,7 @@ SIDE = 768
 
 
 def seconds(dtype: torch.dtype) -> float:
-    """The best of five products of `SIDE` x `SIDE` matrices."""
+    """Minimum time of five products of `SIDE` x `SIDE` matrices."""
     matrix = torch.ones(SIDE, SIDE, dtype=dtype)
     times = []
     for _ in range(5):

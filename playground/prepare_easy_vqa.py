@@ -1,15 +1,15 @@
-"""Write the easy-VQA benchmark as LLaVA-format files under `playground/data/easy_vqa`.
+"""Convert the easy-VQA benchmark to LLaVA's format in `playground/data/easy_vqa`.
 
     python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 6]
 
 | file | content |
 |---|---|
-| `train/*.png`, `test/*.png` | the 4,000 and 1,000 pictures, copied from the package `easy-vqa` (MIT) |
-| `labels.json` | shape and colour of each training picture, as far as its questions tell |
-| `pretrain.json` | stage 1: a caption of each picture whose shape and colour are both known |
-| `finetune.json` | stage 2: balanced training questions of a picture as conversations of about `--turns` rounds |
+| `train/*.png`, `test/*.png` | the 4,000 and 1,000 images, copied from the package `easy-vqa` (MIT) |
+| `labels.json` | shape and color of each training image, as far as its questions reveal them |
+| `pretrain.json` | stage 1: a caption of each image whose shape and color are known |
+| `finetune.json` | stage 2: balanced training questions, in conversations of about `--turns` rounds per image |
 
-Nothing here reads the test questions; `llava eval --tasks easy_vqa` does.
+The test questions are not read here; `llava eval --tasks easy_vqa` reads them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Labels = dict[str, str]
 
 
 def facts(question: str, answer: str) -> Labels:
-    """What a question and its answer say for certain: `{"shape": …}`, `{"color": …}`, both or neither.
+    """Facts implied by a question and its answer: `{"shape": …}`, `{"color": …}`, both or none.
 
-    "what color is the circle?" / "red" tells both; "is there not a red shape?" / "no" tells the colour.
+    "what color is the circle?" / "red" implies both; "is there not a red shape?" / "no" implies the color.
     """
     words = question.rstrip("?").split()
     negated = "not" in words or "no" in words
@@ -50,19 +50,21 @@ def facts(question: str, answer: str) -> Labels:
 
 
 def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
-    """Collect the facts of every picture; two questions that contradict each other are an error."""
+    """Facts of each image; raises `DataError` for contradicting questions."""
     labels: dict[int, Labels] = defaultdict(dict)
     for question, answer, image in questions:
         for kind, value in facts(question, answer).items():
             if labels[image].setdefault(kind, value) != value:
-                raise DataError(f"Picture {image} is called {labels[image][kind]} and {value}; reinstall: {INSTALL}")
+                raise DataError(
+                    f"The {kind} of image {image} is both {labels[image][kind]} and {value}; reinstall: {INSTALL}"
+                )
     return dict(labels)
 
 
 def balance(questions: Iterable[Question], seed: int = 0) -> list[Question]:
-    """As many "yes" as "no" for every question text; open questions stay. The result is in random order.
+    """Shuffle the questions and drop some, so that each yes/no question has as many "yes" as "no" answers.
 
-    Four in five yes/no questions can be guessed from their wording; what is left is worth a look at the picture.
+    Without balancing, four in five of these questions can be answered from their text alone.
     """
     pool = list(questions)
     random.Random(seed).shuffle(pool)
@@ -74,12 +76,12 @@ def balance(questions: Iterable[Question], seed: int = 0) -> list[Question]:
             kept.append((question, answer, image))
         else:
             counts[question, answer] -= 1
-    random.Random(seed).shuffle(kept)  # what was left out stood early: without this, "no" would come late
+    random.Random(seed).shuffle(kept)  # the dropped questions came first
     return kept
 
 
 def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """One training example; the first human turn carries the picture."""
+    """A training record; the image is in the first human turn."""
     turns: list[dict[str, str]] = []
     for question, answer in rounds:
         prefix = "" if turns else "<image>\n"
@@ -88,10 +90,9 @@ def record(image: int, rounds: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> list[dict[str, Any]]:
-    """The questions of each picture, cut evenly into conversations of `limit` rounds or somewhat fewer.
+    """Split the questions of each image evenly into conversations of at most `limit` rounds, in random order.
 
-    Within one they keep their random order: where an open question comes first its answer helps with yes and no, and
-    where it comes later the picture must.
+    The order matters: after an open question its answer helps with yes/no questions, before it the image must.
     """
     by_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
@@ -106,7 +107,7 @@ def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> l
 
 
 def prepare(source: Path, output: Path, turns: int) -> str:
-    """Write every file of the table above and return a one-line summary."""
+    """Write the files of the table above; returns a one-line summary."""
     questions = [tuple(row) for row in json.loads((source / "train/questions.json").read_text(encoding="utf-8"))]
     labels = label_images(questions)
     complete = {image: found for image, found in labels.items() if len(found) == len(VALUES)}
@@ -122,14 +123,14 @@ def prepare(source: Path, output: Path, turns: int) -> str:
             shutil.copytree(source / split / "images", stage / split, ignore=shutil.ignore_patterns(".*"))
         for name, content in files.items():
             (stage / name).write_text(json.dumps(content, indent=0), encoding="utf-8")
-    return f"{len(captions)} captions, and {len(balanced)} of {len(questions)} questions on {len(labels)} pictures"
+    return f"{len(captions)} captions, and {len(balanced)} of {len(questions)} questions on {len(labels)} images"
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EASY_VQA)
-    parser.add_argument("--turns", type=int, default=6, help="questions in a stage-2 conversation")
+    parser.add_argument("--turns", type=int, default=6, help="questions per stage-2 conversation")
     args = parser.parse_args(argv)
     print(prepare(package_directory("easy_vqa", INSTALL) / "data", args.output, args.turns))
     return 0

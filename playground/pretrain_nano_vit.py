@@ -1,9 +1,9 @@
-"""Pretrain a nano InternViT (1.1 M parameters) to name the shape and colour of the easy-VQA training pictures.
+"""Pretrain a nano InternViT (1.1 M parameters) to classify shape and color of the easy-VQA training images.
 
     python -m playground.pretrain_nano_vit [--output pretrained/nano-internvit] [--epochs 30]
 
-Labels come from the training questions alone (`labels.json` of `playground.prepare_easy_vqa`); no test picture is read.
-The result has the layout of a published InternViT directory: `config.json` and `model.safetensors`.
+Labels are derived from the training questions (`labels.json` of `playground.prepare_easy_vqa`), not from test images.
+The output has the format of a published InternViT: `config.json` and `model.safetensors`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLASSES = [len(values) for values in VALUES.values()]
 
 
 def make_config() -> InternVisionConfig:
-    """64 px and patch 16: 16 image tokens, few enough for a CPU."""
+    """Configuration for 64 px and patch size 16, which give 16 image tokens."""
     return InternVisionConfig(
         image_size=SIZE,
         patch_size=16,
@@ -51,16 +51,16 @@ def make_config() -> InternVisionConfig:
     )
 
 
-def load_pictures(folder: Path) -> tuple[Tensor, Tensor]:
-    """Training pictures (K, 3, 64, 64), normalised as the tower's image processor does, and labels (K, 2)."""
+def load_images(folder: Path) -> tuple[Tensor, Tensor]:
+    """Training images (K, 3, 64, 64), normalized as by the tower's image processor, and labels (K, 2)."""
     try:
         labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"Cannot read {folder}/labels.json; make it: python -m playground.prepare_easy_vqa") from error
+        raise DataError(f"Cannot read {folder}/labels.json; run python -m playground.prepare_easy_vqa") from error
     pixels = []
     for name in labels:
-        with Image.open(folder / "train" / f"{name}.png") as picture:
-            pixels.append(np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+        with Image.open(folder / "train" / f"{name}.png") as image:
+            pixels.append(np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255  # (K, 3, S, S)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     targets = [
@@ -71,7 +71,7 @@ def load_pictures(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Mirror, scale by up to 1.35 either way and shift by up to a quarter; the border goes on outwards."""
+    """Random mirroring, scaling by 0.74 to 1.35 and shifts by up to a quarter, with border padding."""
     count = len(images)
     scale = torch.exp((torch.rand(count) * 2 - 1) * 0.3)
     theta = torch.zeros(count, 2, 3)
@@ -83,7 +83,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 class NanoClassifier(nn.Module):
-    """The tower with one linear head on each of its last patch tokens, so that every token names both properties."""
+    """The tower with a linear head on each of its patch tokens, which classifies both properties."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class NanoClassifier(nn.Module):
             self.tower.embeddings.class_embedding.mul_(0.02)
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:
-        """Logits of shape and colour by each token, (B, 3, N) and (B, 8, N), in float32."""
+        """Logits of shape and color of each token, (B, 3, N) and (B, 8, N), in float32."""
         tokens = self.tower(images).last_hidden_state[:, 1:]  # (B, N, C)
         return self.head(tokens).float().transpose(1, 2).split(CLASSES, dim=1)
 
@@ -114,19 +114,19 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def token_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross entropy of `logits` (B, classes, N) with `wanted` (B), which every token is to name."""
+    """Cross entropy of `logits` (B, classes, N) with `wanted` (B), the class of all tokens."""
     return F.cross_entropy(logits, wanted[:, None].expand(-1, logits.shape[-1]))
 
 
 def train(model: NanoClassifier, images: Tensor, targets: Tensor, epochs: int, batch_size: int, lr: float) -> None:
-    """AdamW with a one-cycle rate, bfloat16 products; the last `HELD_OUT` pictures only measure."""
+    """Train with AdamW, a one-cycle learning rate and bfloat16 autocast; the last `HELD_OUT` images are held out."""
     optimizer = make_optimizer(model, lr)
-    learn, check = slice(0, -HELD_OUT), slice(-HELD_OUT, None)
-    steps = epochs * (len(images[learn]) // batch_size)
+    trained, held_out = slice(0, -HELD_OUT), slice(-HELD_OUT, None)
+    steps = epochs * (len(images[trained]) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps), pct_start=0.1)
     for epoch in range(1, epochs + 1):
         losses = []
-        for inputs, wanted in batches(images[learn], targets[learn], batch_size):
+        for inputs, wanted in batches(images[trained], targets[trained], batch_size):
             with torch.autocast("cpu", torch.bfloat16):
                 outputs = model(inputs)
             loss = torch.stack([token_loss(logits, wanted[:, k]) for k, logits in enumerate(outputs)]).sum()
@@ -137,14 +137,14 @@ def train(model: NanoClassifier, images: Tensor, targets: Tensor, epochs: int, b
             schedule.step()
             losses.append(loss.detach())
         if epoch % 5 == 0 or epoch == epochs:
-            shares = accuracy(model, images[check], targets[check])
-            found = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
-            print(f"  epoch {epoch:2}: loss {torch.stack(losses).mean():.3f}, held-out pictures: {found}", flush=True)
+            accuracies = accuracy(model, images[held_out], targets[held_out])
+            found = ", ".join(f"{kind} {value:.1%}" for kind, value in accuracies.items())
+            print(f"  epoch {epoch:2}: loss {torch.stack(losses).mean():.3f}, held-out images: {found}", flush=True)
 
 
 @torch.no_grad()
 def accuracy(model: NanoClassifier, images: Tensor, targets: Tensor) -> dict[str, float]:
-    """Share of pictures with a known label that their tokens together name right, by kind of label."""
+    """Accuracy of the mean logits of all tokens on images with a known label, by property."""
     right = [logits.mean(-1).argmax(-1) == targets[:, k] for k, logits in enumerate(model(images))]
     known = targets != UNKNOWN
     return {kind: right[k][known[:, k]].float().mean().item() for k, kind in enumerate(VALUES)}
@@ -152,9 +152,9 @@ def accuracy(model: NanoClassifier, images: Tensor, targets: Tensor) -> dict[str
 
 @torch.no_grad()
 def set_feature_scale(tower: InternVisionModel, images: Tensor) -> None:
-    """Rescale the residual stream so that the features have standard deviation 1, where a projector starts well.
+    """Rescale the residual stream to features of standard deviation 1, which suit a newly initialized projector.
 
-    Every branch reads the stream through RMSNorm, so scaling what is added to it scales the output and nothing else.
+    Branches read the stream through RMSNorm, so scaling the embeddings and branch outputs scales the features only.
     """
     scale = 1.0 / tower(images).last_hidden_state[:, 1:].std()
     added = [*tower.embeddings.parameters()]
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    images, targets = load_pictures(args.data)
+    images, targets = load_images(args.data)
     model = NanoClassifier(make_config())
     train(model, images, targets, args.epochs, args.batch_size, args.learning_rate)
     set_feature_scale(model.tower, images[:256])

@@ -1,9 +1,9 @@
-"""Print three test pictures' questions with the model's answers and the truth, and save them as one picture.
+"""Print questions on three test images with the model's and the reference answers, and save them as an image.
 
     python -m playground.show_answers work_dirs/finetune_quickstart/eval [--output work_dirs/quickstart/answers.png]
 
-The answers are those that `llava eval --tasks easy_vqa` left in that folder. The pictures stand at one sixth, three
-sixths and five sixths of it, whatever was answered.
+The answers are read from the output directory of `llava eval --tasks easy_vqa`. The images are at one, three and five
+sixths of the file, independently of the answers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from llava.utils import guarded, require
 from playground.assets import package_directory
 from playground.prepare_easy_vqa import INSTALL
 
-PICTURES = 3
-QUESTIONS = 4  # shown for a picture, at most
+IMAGES = 3
+QUESTIONS = 4  # per image, at most
 
 
 class Answer(NamedTuple):
@@ -40,11 +40,11 @@ class Answer(NamedTuple):
 
 
 def read(file: Path, questions: Sequence[Sequence[Any]]) -> list[list[Answer]]:
-    """The answers of a file, grouped by picture, in its order."""
+    """Answers of a file, grouped by image, in order."""
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        raise DataError(f"There are no answers at {file}; run llava eval --tasks easy_vqa first.") from error
+        raise DataError(f"Cannot read answers {file}; run llava eval --tasks easy_vqa first.") from error
     answers = []
     for row in rows:
         question, truth, image = questions[int(row["question_id"])]
@@ -54,7 +54,7 @@ def read(file: Path, questions: Sequence[Sequence[Any]]) -> list[list[Answer]]:
 
 def choose(groups: Sequence[list[Answer]]) -> list[list[Answer]]:
     count = len(groups)
-    return [groups[(2 * k + 1) * count // (2 * PICTURES)][:QUESTIONS] for k in range(min(PICTURES, count))]
+    return [groups[(2 * k + 1) * count // (2 * IMAGES)][:QUESTIONS] for k in range(min(IMAGES, count))]
 
 
 def draw(chosen: Sequence[list[Answer]], images: Path, output: Path) -> None:
@@ -63,8 +63,8 @@ def draw(chosen: Sequence[list[Answer]], images: Path, output: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(chosen), figsize=(4.6 * len(chosen), 5), squeeze=False)
     for axis, answers in zip(axes[0], chosen):
-        with Image.open(images / f"{answers[0].image}.png") as picture:
-            axis.imshow(picture.convert("RGB"))
+        with Image.open(images / f"{answers[0].image}.png") as image:
+            axis.imshow(image.convert("RGB"))
         axis.set_axis_off()
         axis.set_title("\n".join(answer.line for answer in answers), fontsize=8, loc="left")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = json.loads((data / "questions.json").read_text(encoding="utf-8"))
     chosen = choose(read(args.eval_dir / "easy_vqa/answers.jsonl", questions))
     for answers in chosen:
-        print(f"test picture {answers[0].image}")
+        print(f"test image {answers[0].image}")
         for answer in answers:
             print(f"  {answer.line}")
     draw(chosen, data / "images", args.output)

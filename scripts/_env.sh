@@ -1,14 +1,14 @@
 # shellcheck shell=sh
-# Sourced by the other scripts from the project's root: finds Python, makes or reuses the virtual environment.
+# Python and virtual environment of the other scripts, which source this file from the repository root.
 #
 #   llava_need_python          sets LLAVA_PYTHON to a Python 3.10 or newer
-#   llava_need_compiler        a C++ compiler, for the operators that DeepSpeed builds
-#   llava_need_disk GB [DIR]   that much room on the disk of DIR
-#   llava_venv EXTRA...        an environment with exactly these extras, first on PATH
-#   llava_pip ARGUMENT...      pip in that environment, with failures explained in one sentence
+#   llava_need_compiler        requires a C++ compiler, for the operators that DeepSpeed builds
+#   llava_need_disk GB [DIR]   requires free space on the disk of DIR
+#   llava_venv EXTRA...        creates or updates an environment with these extras, and puts it first on PATH
+#   llava_pip ARGUMENT...      runs pip in that environment and explains failures
 #
-# LLAVA_VENV names the environment (default: .venv), LLAVA_PYTHON the Python it is made with;
-# LLAVA_NO_INSTALL=1 takes the environment as it is.
+# Environment: LLAVA_VENV, the virtual environment (default: .venv); LLAVA_PYTHON, the Python that creates it;
+# LLAVA_NO_INSTALL=1 uses the environment unchanged.
 
 llava_fail() {
     printf 'error: %s\n' "$*" >&2
@@ -27,9 +27,9 @@ llava_need_python() {
             return 0
         fi
         [ "$llava_candidate" != "${LLAVA_PYTHON:-}" ] ||
-            llava_fail "LLAVA_PYTHON=$LLAVA_PYTHON is not a Python 3.10 or newer; unset it or name another."
+            llava_fail "LLAVA_PYTHON=$LLAVA_PYTHON is not Python 3.10 or newer; unset it or set it to another."
     done
-    llava_fail "No Python 3.10 or newer was found on PATH; install one, or set LLAVA_PYTHON to where it is."
+    llava_fail "Python 3.10 or newer was not found on PATH; install it, or set LLAVA_PYTHON to its path."
 }
 
 llava_need_compiler() {
@@ -39,13 +39,13 @@ llava_need_compiler() {
             return 0
         fi
     done
-    llava_fail "No working C++ compiler was found; install one (Debian: apt-get install g++, macOS: xcode-select --install)."
+    llava_fail "A working C++ compiler was not found; install one (Debian: apt-get install g++, macOS: xcode-select --install)."
 }
 
 llava_need_disk() {
     llava_free=$(df -Pk "${2:-.}" | awk 'NR == 2 { print int($4 / 1048576) }')
     [ "$llava_free" -ge "$1" ] ||
-        llava_fail "Only $llava_free GB of disk are free in $(cd "${2:-.}" && pwd) and $1 GB are needed; make room, or set LLAVA_VENV to a folder on another disk."
+        llava_fail "$1 GB of free disk space are needed in $(cd "${2:-.}" && pwd), found $llava_free GB; free space, or set LLAVA_VENV to a folder on another disk."
 }
 
 llava_pip() {
@@ -55,14 +55,14 @@ llava_pip() {
         return 0
     fi
     if grep -q 'No space left on device' "$llava_log" 2>/dev/null; then
-        llava_fail "The disk is full; make room and run the same command again, it goes on from here."
+        llava_fail "The disk is full; free space and run the same command again to resume."
     elif grep -Eq 'NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Network is unreachable' "$llava_log" 2>/dev/null; then
         llava_fail "The package index cannot be reached; check the network (or pip's settings) and run the same command again."
     fi
-    llava_fail "pip failed, its log is $llava_log; mend what it names and run the same command again."
+    llava_fail "pip failed; fix the cause given in $llava_log and run the same command again."
 }
 
-# The environment is whole when its stamp, written last, says so: what it was made from, then the extras in it.
+# The stamp, written last, marks a complete environment: a checksum of its requirements, then its extras.
 llava_venv() {
     LLAVA_VENV=${LLAVA_VENV:-$PWD/.venv}
     case $LLAVA_VENV in /*) ;; *) LLAVA_VENV=$PWD/$LLAVA_VENV ;; esac
@@ -77,7 +77,7 @@ llava_venv() {
         case ,$llava_wanted, in *",$llava_extra,"*) ;; *) llava_wanted=$llava_wanted${llava_wanted:+,}$llava_extra ;; esac
     done
     if [ -n "${LLAVA_NO_INSTALL:-}" ]; then
-        [ -x "$LLAVA_VENV/bin/python" ] || llava_fail "LLAVA_NO_INSTALL is set, but there is no environment at $LLAVA_VENV."
+        [ -x "$LLAVA_VENV/bin/python" ] || llava_fail "LLAVA_NO_INSTALL is set, but $LLAVA_VENV is not a virtual environment; unset it to create one."
     elif [ "$llava_wanted" != "$llava_present" ] || [ ! -x "$LLAVA_VENV/bin/python" ]; then
         llava_make_venv
         llava_note "Installing llava[$llava_wanted] into $LLAVA_VENV (several GB the first time)"
@@ -99,13 +99,13 @@ llava_make_venv() {
     fi
     llava_need_python
     "$LLAVA_PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
-        llava_fail "$LLAVA_PYTHON lacks the venv module; install it (Debian: apt-get install python3-venv)."
+        llava_fail "The venv module of $LLAVA_PYTHON is missing; install it (Debian: apt-get install python3-venv)."
     if [ -e "$LLAVA_VENV" ] && [ ! -f "$LLAVA_VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$LLAVA_VENV")" ]; then
         llava_fail "$LLAVA_VENV exists and is not a virtual environment; set LLAVA_VENV to another folder."
     fi
     mkdir -p "$LLAVA_VENV"
     llava_need_disk 10 "$LLAVA_VENV"
-    llava_note "Making a virtual environment in $LLAVA_VENV with $("$LLAVA_PYTHON" --version)"
+    llava_note "Creating a virtual environment in $LLAVA_VENV with $("$LLAVA_PYTHON" --version)"
     "$LLAVA_PYTHON" -m venv --clear "$LLAVA_VENV" ||
-        llava_fail "The virtual environment could not be made in $LLAVA_VENV; see the message above."
+        llava_fail "The virtual environment in $LLAVA_VENV could not be created; see the message above."
 }

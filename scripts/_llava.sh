@@ -1,11 +1,11 @@
 # shellcheck shell=sh
-# What the recipes of the original LLaVA share, over scripts_internvl/_common.sh; each sources it from the project's root.
+# Common part of the recipes of the original LLaVA, which source it from the repository root.
 #
 #   original_pretrain FLAG...  stage 1 of the first LLaVA: a linear projector on ./checkpoints/$MODEL_VERSION
-#   original_finetune FLAG...  stage 2 of it: pictures of COCO, template $PROMPT_VERSION
-#   llava STAGE FLAG...        what the runs of every version have in common
+#   original_finetune FLAG...  stage 2 of the first LLaVA: images of COCO, template $PROMPT_VERSION
+#   llava STAGE FLAG...        a stage with the flags common to all versions
 #
-# Environment as in scripts_internvl/_common.sh, and MODEL_VERSION and PROMPT_VERSION, which a run must name.
+# Environment as in scripts_internvl/_common.sh, and MODEL_VERSION and PROMPT_VERSION, which are required.
 OUTPUT_DIR=${OUTPUT_DIR:-work_dirs/llava_$(basename "$0" .sh)}
 . scripts_internvl/_common.sh
 
@@ -36,7 +36,7 @@ original() {
 }
 
 need_model() {
-    [ -n "${MODEL_VERSION:-}" ] || fail "MODEL_VERSION is not set; name a language model under ./checkpoints, for example MODEL_VERSION=vicuna-7b-v1.3."
+    [ -n "${MODEL_VERSION:-}" ] || fail "MODEL_VERSION is not set; set it to a language model below ./checkpoints, for example MODEL_VERSION=vicuna-7b-v1.3."
 }
 
 original_pretrain() {
@@ -50,7 +50,7 @@ original_pretrain() {
 }
 
 original_finetune() {
-    [ -n "${PROMPT_VERSION:-}" ] || fail "PROMPT_VERSION is not set; name the template, for example PROMPT_VERSION=v1."
+    [ -n "${PROMPT_VERSION:-}" ] || fail "PROMPT_VERSION is not set; set it to a template, for example PROMPT_VERSION=v1."
     original stage_2 \
         --version "$PROMPT_VERSION" \
         --image_folder ./playground/data/coco/train2017 \

@@ -1,4 +1,4 @@
-"""Write GQA answers as the official predictions file: see `llava/eval/benchmarks/gqa.py`."""
+"""Convert GQA answers to the official predictions file, see `llava/eval/benchmarks/gqa.py`."""
 
 from __future__ import annotations
 

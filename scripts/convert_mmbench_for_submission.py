@@ -1,4 +1,4 @@
-"""Write MMBench answers as the table its server takes: see `llava/eval/benchmarks/mmbench.py`."""
+"""Convert MMBench answers to the table of its evaluation server, see `llava/eval/benchmarks/mmbench.py`."""
 
 from __future__ import annotations
 

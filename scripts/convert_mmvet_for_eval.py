@@ -1,4 +1,4 @@
-"""Write MM-Vet answers as its grading notebook reads them: see `llava/eval/benchmarks/judged.py`."""
+"""Convert MM-Vet answers to the format of its grading notebook, see `llava/eval/benchmarks/judged.py`."""
 
 from __future__ import annotations
 

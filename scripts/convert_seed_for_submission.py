@@ -1,4 +1,4 @@
-"""Score SEED-Bench answers and write the upload: see `llava/eval/benchmarks/seed.py`."""
+"""Score SEED-Bench answers and write the submission, see `llava/eval/benchmarks/seed.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write ScienceQA as conversations, JSON Lines or a question file: see `llava/eval/scienceqa_prompts.py`."""
+"""Convert ScienceQA to conversations, JSON Lines or a question file, see `llava/eval/scienceqa_prompts.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write VizWiz answers as its server takes them: see `llava/eval/benchmarks/vqa.py`."""
+"""Convert VizWiz answers to the format of its evaluation server, see `llava/eval/benchmarks/vqa.py`."""
 
 from __future__ import annotations
 

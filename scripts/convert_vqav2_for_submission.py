@@ -1,4 +1,4 @@
-"""Write VQAv2 answers as its server takes them: see `llava/eval/benchmarks/vqa.py`."""
+"""Convert VQAv2 answers to the format of its evaluation server, see `llava/eval/benchmarks/vqa.py`."""
 
 from __future__ import annotations
 

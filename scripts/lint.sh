@@ -1,5 +1,5 @@
 #!/bin/sh
-# Style and types: ruff, mypy --strict, shellcheck, dash -n; `--fix` mends what ruff can mend.
+# Style and types: ruff, mypy --strict, shellcheck, dash -n; `--fix` applies the fixes of ruff.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/_env.sh
@@ -12,7 +12,7 @@ fi
 ruff check .
 ruff format --check .
 mypy
-python scripts/readme_tree.py --check
+python scripts/file_tree.py --check
 find . -name '.?*' ! -name .ci -prune -o \( -name '*.sh' -o -path ./.ci/run \) -type f -print | while read -r script; do
     shellcheck --external-sources "$script"
     if command -v dash >/dev/null; then

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model, verified: see `llava/model/merge.py`."""
+"""Merge a LoRA adapter into its base model and verify the result, see `llava/model/merge.py`."""
 
 from __future__ import annotations
 

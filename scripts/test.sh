@@ -1,5 +1,5 @@
 #!/bin/sh
-# All checks, as CI runs them: style, types, every test, coverage; `--fast` leaves out slow tests and coverage.
+# All checks of CI: style, types, tests, coverage; `--fast` skips slow tests and coverage.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/_env.sh
@@ -9,7 +9,7 @@ case ${1:-} in
 *) llava_fail "Unknown argument $1; usage: sh scripts/test.sh [--fast]" ;;
 esac
 llava_need_compiler
-llava_venv train quant serve playground dev
+llava_venv train quant serve playground dev docs
 sh scripts/lint.sh
 if [ "${1:-}" = --fast ]; then
     exec python -m pytest -q -m 'not slow and not golden'

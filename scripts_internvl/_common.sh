@@ -1,15 +1,16 @@
 # shellcheck shell=sh
-# What the recipes of this folder share; each sources it from the project's root, sets its batch and calls one stage:
+# Common part of the recipes of this folder, which source it from the repository root and call:
 #
-#   use_batch PER_GPU GLOBAL   samples a GPU takes at once, and samples of one optimizer step over all GPUs
-#   use_zero STAGE             scripts/zeroSTAGE.json
+#   use_batch PER_GPU GLOBAL   batch size per GPU, and samples per optimizer step over all GPUs
+#   use_zero STAGE             the DeepSpeed configuration scripts/zeroSTAGE.json
 #   pretrain FLAG...           stage 1: the projector
 #   finetune FLAG...           stage 2: the language model and the projector
-#   finetune_with_slurm FLAG...  stage 2 on a mixture of data sets, started by srun
+#   finetune_with_slurm FLAG...  stage 2 on a mixture of datasets, started by srun
 #
-# Environment: GPUS (per node; 0 trains on the CPU), NNODES, NODE_RANK, MASTER_ADDR, PORT, BATCH (samples per GPU),
-# OUTPUT_DIR, PYTHON; for srun PARTITION, GPUS (in all), GPUS_PER_NODE, CPUS_PER_TASK, QUOTA_TYPE, SRUN_ARGS.
-# Fewer or more GPUs keep the global batch: the accumulation steps follow. Flags of the command line go last and win.
+# Environment: GPUS (per node; 0 trains on the CPU), NNODES, NODE_RANK, MASTER_ADDR, PORT, BATCH (batch size per GPU),
+# OUTPUT_DIR, PYTHON; for srun PARTITION, GPUS (in total), GPUS_PER_NODE, CPUS_PER_TASK, QUOTA_TYPE, SRUN_ARGS.
+# The number of accumulation steps keeps the global batch for any number of GPUs. Flags of the command line take
+# precedence.
 # --dry-run, or LLAVA_DRY_RUN=1, prints the command instead of running it.
 set -eu
 
@@ -20,7 +21,7 @@ NODE_RANK=${NODE_RANK:-0}
 PORT=${PORT:-29500}
 PYTHON=${PYTHON:-python}
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-PYTHONUNBUFFERED=1 # train.log and the screen show every line as it comes
+PYTHONUNBUFFERED=1 # writes each line to train.log and the screen at once
 export PYTHONPATH PYTHONUNBUFFERED
 
 fail() {
@@ -29,10 +30,10 @@ fail() {
 }
 
 for number in "${GPUS:-0}" "$NNODES" "$NODE_RANK" "$PORT" "${BATCH:-1}"; do
-    case $number in '' | *[!0-9]*) fail "GPUS, NNODES, NODE_RANK, PORT and BATCH take whole numbers; one is '$number'." ;; esac
+    case $number in '' | *[!0-9]*) fail "GPUS, NNODES, NODE_RANK, PORT and BATCH must be integers of at least 0, got '$number'." ;; esac
 done
 
-# GPUS, else as many as CUDA_VISIBLE_DEVICES names, else the 8 of a published run.
+# GPUS, else the number of CUDA_VISIBLE_DEVICES, else 8 as in the published runs.
 gpus() {
     if [ -n "${GPUS:-}" ]; then
         echo "$GPUS"
@@ -56,12 +57,12 @@ set_accumulation() {
         per_gpu=$((global / total))
     fi
     if [ "$per_gpu" -eq 0 ] || [ $((global % (per_gpu * total))) -ne 0 ]; then
-        fail "$total GPUs cannot share the global batch of $global in equal parts of BATCH=${BATCH:-$per_gpu}; change GPUS, NNODES or BATCH."
+        fail "The global batch of $global is not divisible by $total GPUs with BATCH=${BATCH:-$per_gpu}; change GPUS, NNODES or BATCH."
     fi
     accumulation=$((global / (per_gpu * total)))
 }
 
-# The first of these names that is there under pretrained/, else the first: the folder may keep the hub's name.
+# The first of these names that exists below pretrained/, or the first: a folder may have its name on the hub.
 tower() {
     for name in "$@"; do
         if [ -d "pretrained/$name" ]; then
@@ -76,7 +77,7 @@ use_zero() {
     zero_config=./scripts/zero$1.json
 }
 
-# The flags that every recipe has; what follows them wins.
+# Flags common to all recipes; those that follow take precedence.
 train() {
     launch \
         --mm_projector_type mlp2x_gelu \
@@ -115,7 +116,7 @@ pretrain() {
         "$@"
 }
 
-# Both forms of stage 2; the projector comes from the stage-1 recipe of the same name.
+# Flags common to both forms of stage 2; the projector is that of the stage-1 recipe of the same name.
 finetune_any() {
     train \
         --version v1 \
@@ -142,7 +143,7 @@ finetune_with_slurm() {
         "$@"
 }
 
-# Takes --dry-run out of the flags, learns where the run really goes, then starts the program.
+# Removes --dry-run from the flags, finds the output directory, then starts the program.
 launch() {
     dry_run=${LLAVA_DRY_RUN:-}
     count=$#
@@ -169,7 +170,7 @@ torch_launcher() {
         return
     fi
     if [ "$NNODES" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
-        fail "NNODES=$NNODES needs MASTER_ADDR, the address of the node with NODE_RANK=0."
+        fail "MASTER_ADDR is required with NNODES=$NNODES; set it to the address of the node with NODE_RANK=0."
     fi
     [ -z "${zero_config:-}" ] || set -- --deepspeed "$zero_config" "$@"
     run torchrun \
@@ -183,7 +184,7 @@ torch_launcher() {
 
 slurm_launcher() {
     nodes=$((GPUS / GPUS_PER_NODE))
-    [ $((nodes * GPUS_PER_NODE)) -eq "$GPUS" ] || fail "GPUS=$GPUS is not a multiple of GPUS_PER_NODE=$GPUS_PER_NODE."
+    [ $((nodes * GPUS_PER_NODE)) -eq "$GPUS" ] || fail "GPUS must be a multiple of GPUS_PER_NODE=$GPUS_PER_NODE, got $GPUS."
     set -- "$PYTHON" -u llava/train/train_mem_custom.py --tf32 True --deepspeed "$zero_config" "$@"
     # shellcheck disable=SC2086 # SRUN_ARGS is a list of arguments
     run srun \
@@ -199,7 +200,7 @@ slurm_launcher() {
         "$@"
 }
 
-# Runs a command with its output on the screen and at the end of train.log; the exit status is the command's.
+# Runs a command, writes its output to the screen and appends it to train.log; returns its exit status.
 run() {
     if [ -n "$dry_run" ]; then
         print_command "$@"
@@ -214,7 +215,7 @@ run() {
     return "$status"
 }
 
-# One line that a shell understands.
+# Prints a command as one line of shell syntax.
 print_command() {
     for word in "$@"; do
         case $word in

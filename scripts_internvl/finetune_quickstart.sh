@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stage 2 of the quickstart: language model and projector, conversations made of easy-VQA's training questions.
+# Stage 2 of the quickstart: language model and projector, conversations of easy-VQA's training questions.
 set -eu
 cd "$(dirname "$0")/.."
 GPUS=${GPUS:-0}

@@ -5,8 +5,8 @@ cd "$(dirname "$0")/.."
 GPUS=${GPUS:-0}
 . scripts_internvl/_common.sh
 
-# Captions stand in the chat's own template: SmolLM2 writes no start token, and a picture at the very front of a text
-# (--version plain) becomes the place where its attention rests: gradients jump there, and the projector learns little.
+# Captions use the chat template: SmolLM2 has no start token, so with --version plain the image in front would become the
+# attention sink, with unstable gradients and a poorly trained projector.
 use_zero 2
 use_batch 32 32
 pretrain \

@@ -1,4 +1,4 @@
-"""Templates byte for byte, the one renderer, and the choice of a template."""
+"""Conversation templates: prompts, spans, images and the choice of a template."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from llava.conversation import (
 )
 from llava.errors import TemplateError
 
-PICTURE = Image.new("RGB", (6, 3), (10, 20, 30))
-# spec/train.md Appendix B: U1, A1, U2 and an open turn; {s} is the system text.
+IMAGE = Image.new("RGB", (6, 3), (10, 20, 30))
+# Messages U1, A1, U2 and an open turn; {s} is the system text.
 RENDERED = {
     "default": "{s}###Human: U1###Assistant: A1###Human: U2###Assistant:",
     "v1": "{s} USER: U1 ASSISTANT: A1</s>USER: U2 ASSISTANT:",
@@ -76,7 +76,7 @@ def test_golden_prompts(golden_dir: Path) -> None:
         if case.get("keep_few_shot") is False:
             template.messages = []
         for index, turn in enumerate(case["turns"] if "turns" in case else book["dialogues"][case["dialogue"]]):
-            content = (turn[0], PICTURE, turn[1]) if isinstance(turn, list) else turn
+            content = (turn[0], IMAGE, turn[1]) if isinstance(turn, list) else turn
             template.append_message(template.roles[index % 2], content)
         assert template.get_prompt() == case["prompt"], case["id"]
         checked += 1
@@ -84,7 +84,7 @@ def test_golden_prompts(golden_dir: Path) -> None:
 
 
 def test_templates_are_frozen() -> None:
-    """One digest over every field of every template, taken where `test_golden_prompts` passed."""
+    """A digest of all fields of all templates, computed when `test_golden_prompts` passed."""
     fields = [
         [getattr(t, key) for key in ("system", "roles", "messages", "offset", "sep", "sep2")]
         + [name, t.sep_style.name, t.version, t.stop_str, t.stop_token_ids]
@@ -95,16 +95,16 @@ def test_templates_are_frozen() -> None:
 
 
 @pytest.mark.parametrize("name", RENDERED)
-def test_contract_renderings(name: str) -> None:
+def test_rendered_prompts(name: str) -> None:
     template = chat(name, "U1", "A1", "U2", None)
     assert template.get_prompt() == RENDERED[name].replace("{s}", template.system)
 
 
 @pytest.mark.parametrize("name", sorted(conv_templates))
 def test_an_image_tuple_renders_in_every_style_and_turn(name: str) -> None:
-    later = chat(name, "hi", "ho", ("<image>\nwhat?", PICTURE, "Pad"), None).get_prompt()
+    later = chat(name, "hi", "ho", ("<image>\nwhat?", IMAGE, "Pad"), None).get_prompt()
     assert later == chat(name, "hi", "ho", "<image>\nwhat?", None).get_prompt()
-    first = chat(name, (" <image>\nhello", PICTURE, "Pad"), None).get_prompt()
+    first = chat(name, (" <image>\nhello", IMAGE, "Pad"), None).get_prompt()
     if "mmtag" in conv_templates[name].version:
         assert first == chat(name, "<Image><image></Image>", "Received.", "hello", None).get_prompt()
     else:
@@ -115,7 +115,7 @@ TURNS = st.lists(st.text(max_size=8), min_size=1, max_size=6).filter(lambda turn
 
 
 @given(st.sampled_from(sorted(conv_templates)), TURNS)
-def test_spans_mark_the_answers_and_what_ends_them(name: str, turns: list[str]) -> None:
+def test_spans_mark_answers_and_their_separators(name: str, turns: list[str]) -> None:
     template = chat(name, *turns)
     spans = template.render()
     assert "".join(span.text for span in spans) == template.get_prompt()
@@ -128,7 +128,7 @@ def test_spans_mark_the_answers_and_what_ends_them(name: str, turns: list[str]) 
 
 @given(st.sampled_from(sorted(conv_templates)), TURNS)
 def test_a_closed_turn_extends_the_open_one(name: str, turns: list[str]) -> None:
-    """What is supervised is what generation has to add: the next prompt begins with this one."""
+    """Supervised text is what generation appends to the open prompt."""
     turns = [turn or "x" for turn in turns]
     turns += ["y"] * (len(turns) % 2 == 0)
     open_prompt = chat(name, *turns, None).get_prompt()
@@ -148,7 +148,7 @@ def test_plain_renders_an_assistant_turn() -> None:
     assert chat("plain", "<image>", "a caption").get_prompt() == "<image>\na caption\n"
 
 
-def test_llama_2_strips_one_mark_and_not_characters() -> None:
+def test_llama_2_strips_no_characters_of_the_system_text() -> None:
     template = chat("llama_2", "q", None)
     template.system = "<s>ystem"
     assert template.get_prompt().startswith("[INST] <<SYS>>\n<s>ystem")
@@ -174,7 +174,7 @@ def test_set_system_keeps_the_header(name: str) -> None:
 
 def test_copy_and_dict() -> None:
     template = get_template("v1")
-    template.append_message("USER", ("<image>\nhi", PICTURE, "Pad"))
+    template.append_message("USER", ("<image>\nhi", IMAGE, "Pad"))
     template.skip_next = True
     copy = template.copy()
     assert copy.messages == template.messages
@@ -194,10 +194,10 @@ def test_copy_and_dict() -> None:
     ("process", "size"), [("Pad", (6, 6)), ("Default", (6, 3)), ("Crop", (6, 3)), ("Resize", (336, 336))]
 )
 def test_get_images(mode: str, process: str, size: tuple[int, int]) -> None:
-    image = PICTURE.convert(mode)
+    image = IMAGE.convert(mode)
     template = chat("v1", ("a", image, process), "b", "text", "c", ("d", image, process))
-    assert [picture.size for picture in template.get_images(return_pil=True)] == [size, size]
-    assert [picture.size for picture in template.get_images(return_pil=True, return_org=True)] == [(6, 3), (6, 3)]
+    assert [image.size for image in template.get_images(return_pil=True)] == [size, size]
+    assert [image.size for image in template.get_images(return_pil=True, return_org=True)] == [(6, 3), (6, 3)]
     for original, kind, shape in ((False, "PNG", size), (True, "JPEG", (6, 3))):
         data = template.get_images(return_org=original)
         assert len(data) == 2
@@ -207,13 +207,13 @@ def test_get_images(mode: str, process: str, size: tuple[int, int]) -> None:
         assert template.get_images(return_pil=True)[0].getpixel((0, 0)) == (122, 116, 104)
 
 
-def test_get_images_skips_few_shot_and_refuses_other_modes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_get_images_skips_few_shot_messages_and_rejects_other_modes(capsys: pytest.CaptureFixture[str]) -> None:
     template = get_template("default")
-    template.append_message("Human", ("a", PICTURE, "Stretch"))
+    template.append_message("Human", ("a", IMAGE, "Stretch"))
     with pytest.raises(TemplateError, match="choose Pad, Default, Crop or Resize"):
         template.get_images()
-    template.messages[-1] = ["Human", ("a", PICTURE, "Default")]
-    assert template.get_images(return_pil=True) == [PICTURE]
+    template.messages[-1] = ["Human", ("a", IMAGE, "Default")]
+    assert template.get_images(return_pil=True) == [IMAGE]
     assert capsys.readouterr().out == ""
 
 
@@ -300,14 +300,14 @@ def test_template_by_name_warns(name: str, template: str, caplog: pytest.LogCapt
     assert template in conv_templates
 
 
-def test_template_of_the_checkpoint_wins_over_its_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_template_of_the_checkpoint_takes_precedence_over_its_name(caplog: pytest.LogCaptureFixture) -> None:
     config = SimpleNamespace(conv_template="v1")
     assert template_for(config, "mpt-7b") == "v1"
     assert template_for(config, "x", override="vicuna_v1") == "vicuna_v1"
     assert not caplog.records
     assert template_for(config, "x", override="mpt") == "mpt"
     assert "trained with template 'v1'" in caplog.text
-    strange = SimpleNamespace(conv_template="home-made")  # of another registry; to ask for a known one must help
+    strange = SimpleNamespace(conv_template="home-made")  # of a fork; a known one can be requested
     assert template_for(strange, "x", override="v1") == "v1"
     assert "trained with template 'home-made'" in caplog.text
     for broken in ({"override": "nope"}, {"config": SimpleNamespace(conv_template="nope")}):

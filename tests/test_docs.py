@@ -1,4 +1,4 @@
-"""The pages are true: commands name what exists, flags are known, links lead somewhere, and examples run."""
+"""Documentation tests: commands and flags exist, links resolve, examples run, the site builds, images have a source."""
 
 from __future__ import annotations
 
@@ -20,11 +20,8 @@ from llava.serve.main import SERVICES
 from tests.test_package import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
-PAGES += [
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "pretrained" / "README.md",
-    ROOT / "playground" / "data" / "README.md",
-]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+PAGES += [ROOT / name / "README.md" for name in ("benchmarks", "images", "playground", "playground/data", "pretrained")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:llava|sh|python|python -m) [a-z_][^`]*)`")
 PLAIN = {".", "apt-get", "cd", "curl", "docker", "git", "huggingface-cli", "python3", "xcode-select"}
@@ -151,8 +148,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, fragment = target.partition("#")
         path = (page.parent / name) if name else page
         assert path.is_file(), f"{page.name}: {target}"
-        headings = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        assert not fragment or fragment in map(anchor, headings), f"{page.name}: {target}"
+        if fragment:
+            headings = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{page.name}: {target}"
 
 
 def test_every_error_code_has_its_section() -> None:
@@ -170,8 +168,9 @@ def test_the_pages_name_no_place_of_their_writing() -> None:
 def test_json_examples_are_records() -> None:
     for page in PAGES:
         for block in blocks(page, "json"):
-            record = json.loads(block)
-            assert {turn["from"] for turn in record["conversations"]} == {"human", "gpt"}
+            found = json.loads(block)
+            for record in found if isinstance(found, list) else [found]:
+                assert {turn["from"] for turn in record["conversations"]} == {"human", "gpt"}
 
 
 @pytest.fixture
@@ -186,16 +185,25 @@ def photo_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-def test_the_python_example_runs(
-    tiny_dirs: dict[str, Path], photo_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 260
     (example,) = blocks(ROOT / "README.md", "python")
-    assert MODEL in example
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    program = example.replace(MODEL, str(tiny_dirs["chat"]))
-    exec(compile(program.replace("SamplingParams(", "SamplingParams(max_new_tokens=4, "), "README.md", "exec"), {})
-    assert capsys.readouterr().out.endswith("\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/Inference.md"])
+def test_the_python_examples_run(
+    page: str, tiny_dirs: dict[str, Path], photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = "\n".join(blocks(ROOT / page, "python"))
+    assert MODEL in example
+    program = example.replace(MODEL, str(tiny_dirs["chat"])).replace("max_new_tokens=64", "max_new_tokens=4")
+    if "max_new_tokens" not in program:
+        program = program.replace("SamplingParams(", "SamplingParams(max_new_tokens=4, ")
+    exec(compile(program, page, "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.slow
@@ -214,3 +222,53 @@ def test_model_command_runs(command: str, tiny_dirs: dict[str, Path], photo_fold
     if "--answers-file" in words:
         (answer,) = Path("answers.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(answer)["question_id"] == 1
+
+
+def missing_site_package() -> str | None:
+    """The first package of the extra `docs` that is not installed."""
+    names = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python")
+    for name in names:
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return name
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing_site_package() is not None, reason="mkdocs is not installed; pip install 'llava[docs]'")
+def test_the_site_builds_without_warnings_and_other_hosts(tmp_path: Path) -> None:
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")}
+    assert {"index.html", "ARCHITECTURE.html", "engine.html", "benchmarks.html"} <= set(pages)
+    assert "SamplingParams" in pages["engine.html"] and "load_pretrained_model" in pages["model.html"]
+    loaded = re.compile(r"""<(?:script|img|iframe|link(?! rel="canonical"))[^>]*(?:src|href)=["']?(?:https?:)?//""")
+    assert [name for name, html in pages.items() if loaded.search(html)] == []
+    styles = [path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.css")]
+    assert not any(re.search(r"""(?:url\(|@import )["']?(?:https?:)?//""", style) for style in styles)
+
+
+def test_every_image_has_a_source_and_a_use() -> None:
+    listed = dict(re.findall(r"^\| `([\w.]+)` \|.*\| `([^`]+)`[^|]*\|$", text_of("images/README.md"), re.MULTILINE))
+    images = {path.name for path in (ROOT / "images").iterdir() if path.suffix != ".md"}
+    assert images == set(listed)
+    for command in listed.values():
+        name = next(word for word in command.split() if "scripts" in word)
+        assert (ROOT / (name if "/" in name else name.replace(".", "/") + ".py")).is_file(), command
+    used = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name != "images")
+    assert {name for name in images if f"images/{name})" not in used} == set()
+
+
+def test_the_architecture_drawing_is_up_to_date(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/images/architecture.py", "--output", str(tmp_path / "drawing.svg")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "drawing.svg").read_text(encoding="utf-8") == text_of("images/architecture.svg")
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Fetching: what leads to this machine's own network is refused, whichever way it is written."""
+"""Downloads: addresses of the local network are rejected in every notation, and limits hold."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def resolver(table: dict[str, list[str]]) -> Callable[..., list[Any]]:
         "ff02::1",
     ],
 )
-def test_private_addresses_are_refused_before_connecting(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_addresses_are_rejected_before_connecting(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("connected")
 
     monkeypatch.setattr(socket, "create_connection", connect)
-    # One bad answer among good ones is enough.
+    # A single private address suffices.
     for answers in ([address], ["93.184.216.34", address]):
         monkeypatch.setattr(socket, "getaddrinfo", resolver({"evil.example": answers}))
         with pytest.raises(ImageError, match=r"^[^:]*https:[^:]*: evil\.example is not a public address"):
@@ -65,13 +65,13 @@ def test_private_addresses_are_refused_before_connecting(address: str, monkeypat
 @pytest.mark.parametrize(
     "url", ["https://127.0.0.1/", "https://localhost/", "https://2130706433/", "https://[::1]/", "https://0/"]
 )
-def test_literal_loopback_is_refused(url: str) -> None:
+def test_literal_loopback_addresses_are_rejected(url: str) -> None:
     with pytest.raises(ImageError, match="is not a public address|Cannot fetch"):
         download(url, 100)
 
 
-def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name server that changes its mind (DNS rebinding) is asked once."""
+def test_the_connection_uses_the_checked_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS rebinding fails, because the name is resolved once."""
     asked: list[str] = []
     connected: list[Any] = []
 
@@ -103,7 +103,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest
         "https://" + "a" * 300 + "/",
     ],
 )
-def test_broken_addresses(url: str) -> None:
+def test_malformed_urls(url: str) -> None:
     with pytest.raises(ImageError, match="Cannot fetch"):
         download(url, 100)
 
@@ -178,39 +178,39 @@ def test_local_bodies_and_redirects(server: str) -> None:
         ("/endless", "more than 4 bytes"),
         ("/loop", "more than 3 redirects"),
         ("/private", "169.254.169.254 is not a public address"),
-        ("/file", "only https"),
+        ("/file", "its scheme must be https"),
         ("/missing", "status 404"),
     ],
 )
-def test_local_refusals(server: str, path: str, why: str) -> None:
+def test_rejected_responses(server: str, path: str, why: str) -> None:
     start = time.monotonic()
     with pytest.raises(ImageError, match=why):
         download(server + path, 4, unsafe_local=True)
-    assert time.monotonic() - start < 3  # the endless body is cut off, not waited for
+    assert time.monotonic() - start < 3  # does not wait for the endless body
 
 
-def test_a_body_that_breaks_off_is_an_error(server: str) -> None:
+def test_an_incomplete_body_is_an_error(server: str) -> None:
     with pytest.raises(ImageError, match="Cannot fetch"):
         download(f"{server}/short", 100, unsafe_local=True)
 
 
 @pytest.mark.parametrize("path", ["/slow", "/slow-headers"])
-def test_the_time_limit_is_for_the_whole_transfer(server: str, path: str) -> None:
-    """Every byte arrives in time, the whole never does."""
+def test_the_timeout_bounds_the_whole_transfer(server: str, path: str) -> None:
+    """Each byte arrives in time, the whole body does not."""
     start = time.monotonic()
     with pytest.raises(ImageError, match=r"longer than 0\.4 seconds"):
         download(server + path, 10**6, timeout=0.4, unsafe_local=True)
     assert time.monotonic() - start < 3
 
 
-def test_without_the_test_switch_the_local_server_is_out_of_reach(server: str) -> None:
-    with pytest.raises(ImageError, match="only https"):
+def test_loopback_needs_unsafe_local(server: str) -> None:
+    with pytest.raises(ImageError, match="its scheme must be https"):
         download(f"{server}/ok", 100)
     with pytest.raises(ImageError, match="not a public address"):
         download(f"{server}/ok".replace("http:", "https:"), 100)
 
 
-def test_an_error_after_the_time_is_up_is_lateness(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_after_the_deadline_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     def late(*args: Any) -> None:
         raise OSError("cut")
 

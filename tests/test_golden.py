@@ -57,7 +57,7 @@ def test_golden_pope_of_llava_13b(golden_dir: Path, tmp_path: Path) -> None:
         target = tmp_path / path.relative_to(source).with_suffix("")
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(gzip.decompress(path.read_bytes()))
-    result = pope.score(
+    result = pope.score_files(
         tmp_path / "coco", tmp_path / "llava_pope_test.jsonl", tmp_path / "answers" / "llava-v1.5-13b.jsonl"
     )
     expected = json.loads((source / "expected.json").read_text(encoding="utf-8"))

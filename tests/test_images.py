@@ -1,4 +1,4 @@
-"""The opener and the preprocessor: every mode, every limit, the published numbers, and slivers at no cost."""
+"""Image opening and preprocessing: modes, limits, published pixel values, extreme aspect ratios."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A PNG header for an image of that size, with next to no data."""
+    """A PNG whose header declares a size far beyond its data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -74,7 +74,7 @@ def test_every_mode_becomes_rgb(mode: str, size: tuple[int, int]) -> None:
     base = Image.new("L", size, wanted)
     image = Image.new("I;16", size, 200 * 256 + 7) if mode == "I;16" else base.convert(mode)
     kind = {"CMYK": "TIFF", "I": "TIFF", "F": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG")
-    result = to_rgb(image) if mode == "PA" else open_image(encoded(image, kind))  # no file format holds PA
+    result = to_rgb(image) if mode == "PA" else open_image(encoded(image, kind))  # no file format stores PA
     assert (result.mode, result.size) == ("RGB", size)
     assert max(abs(value - wanted) for value in np.asarray(result).flatten().tolist()) <= 2
 
@@ -107,7 +107,7 @@ def test_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_truncated_files_are_refused(kind: str) -> None:
+def test_truncated_files_are_rejected(kind: str) -> None:
     data = encoded(noise(64, 64), kind)
     for length in (1, 10, len(data) // 2):
         with pytest.raises(ImageError, match="Cannot read the given image"):
@@ -121,19 +121,19 @@ def test_truncated_files_are_refused(kind: str) -> None:
         (b"hello, this is text", "its content is not"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "its content is not"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "its content is not"),
-        (png_claiming(50_000, 50_000), "more than|beyond"),
-        (png_claiming(9_000, 9_000), "beyond 67108864 pixels"),
+        (png_claiming(50_000, 50_000), "more than|exceeds"),
+        (png_claiming(9_000, 9_000), "exceeds 67108864 pixels"),
         (png_claiming(70_000, 1), "a side of 65535"),
         (png_claiming(100, 100), "damaged or incomplete"),
     ],
 )
-def test_attacks_are_refused_before_decoding(data: bytes, why: str) -> None:
+def test_attacks_are_rejected_before_decoding(data: bytes, why: str) -> None:
     with pytest.raises(ImageError, match=why) as error:
         open_image(data)
     assert str(error.value).count("\n") == 0
 
 
-def test_byte_limit_holds_for_files_and_streams(tmp_path: Path) -> None:
+def test_byte_limit_of_files_and_streams(tmp_path: Path) -> None:
     data = encoded(noise(32, 32))
     limits = ImageLimits(max_bytes=len(data) - 1)
     path = tmp_path / "big.png"
@@ -151,7 +151,7 @@ def test_not_a_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_image(path)
 
 
-def test_a_pipe_does_not_block(tmp_path: Path) -> None:
+def test_a_pipe_is_rejected_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ImageError, match="no such file"):
         open_image(tmp_path / "pipe")
@@ -159,12 +159,12 @@ def test_a_pipe_does_not_block(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), st.data())
-def test_damaged_bytes_give_an_image_or_an_image_error(kind: str, data: st.DataObject) -> None:
+def test_damaged_bytes_give_an_image_or_image_error(kind: str, data: st.DataObject) -> None:
     original = bytearray(encoded(noise(9, 7), kind))
     for _ in range(data.draw(st.integers(1, 4))):
         original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow remarks on odd metadata
+        warnings.simplefilter("ignore")  # Pillow warns about malformed metadata
         with contextlib.suppress(ImageError):
             assert open_image(bytes(original)).mode == "RGB"
 
@@ -174,7 +174,7 @@ def test_damaged_bytes_give_an_image_or_an_image_error(kind: str, data: st.DataO
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 260), st.integers(1, 260), st.sampled_from([16, 56, 112]), st.integers(0, 9))
-def test_padding_by_strips_is_bit_identical(width: int, height: int, size: int, seed: int) -> None:
+def test_padding_in_strips_is_bit_identical(width: int, height: int, size: int, seed: int) -> None:
     image, proc = noise(width, height, seed), processor(size)
     plain = proc.preprocess(expand2square(image, MEAN), return_tensors="pt", input_data_format="channels_last")
     assert torch.equal(preprocess_image(image, proc, "pad"), plain["pixel_values"][0])
@@ -182,7 +182,7 @@ def test_padding_by_strips_is_bit_identical(width: int, height: int, size: int, 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(4, 200), st.integers(4, 200), st.sampled_from([None, "square"]))
-def test_other_ratios_are_the_processor_alone(width: int, height: int, ratio: str | None) -> None:
+def test_without_padding_equals_the_processor(width: int, height: int, ratio: str | None) -> None:
     image, proc = noise(width, height), processor(32)
     if max(width, height) <= 32 * min(width, height):
         plain = proc.preprocess(image, return_tensors="pt")["pixel_values"][0]
@@ -190,17 +190,17 @@ def test_other_ratios_are_the_processor_alone(width: int, height: int, ratio: st
 
 
 @pytest.mark.parametrize("size", [(9, 2), (2, 9)])
-def test_a_ratio_can_be_limited(size: tuple[int, int]) -> None:
+def test_aspect_ratio_limit(size: tuple[int, int]) -> None:
     out = io.BytesIO()
     Image.new("RGB", size).save(out, "PNG")
     assert open_image(out.getvalue(), limits=ImageLimits(max_aspect=4.5)).size == size
-    with pytest.raises(ImageError, match=r"beyond a ratio of 4.4 to 1"):
+    with pytest.raises(ImageError, match=r"exceeds a ratio of 4.4 to 1"):
         open_image(out.getvalue(), limits=ImageLimits(max_aspect=4.4))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 300), (300, 1), (3, 90), (90, 3), (20_000, 1), (1, 20_000)])
 @pytest.mark.parametrize("ratio", ["pad", None])
-def test_slivers(size: tuple[int, int], ratio: str | None) -> None:
+def test_extreme_aspect_ratios(size: tuple[int, int], ratio: str | None) -> None:
     image = Image.new("RGB", size, (200, 100, 50))
     pixels = preprocess_image(image, processor(56), ratio)
     assert (pixels.shape, pixels.dtype) == ((3, 56, 56), torch.float32)
@@ -214,7 +214,7 @@ def test_slivers(size: tuple[int, int], ratio: str | None) -> None:
         assert torch.allclose(centre, wanted, atol=0.05)
 
 
-def test_the_middle_of_a_sliver_is_what_the_full_resize_keeps() -> None:
+def test_center_crop_before_the_resize_keeps_the_result() -> None:
     ramp = np.linspace(0, 255, 400).astype(np.uint8)
     image = Image.fromarray(np.repeat(np.tile(ramp, (10, 1))[..., None], 3, 2))  # 400x10, aspect 40
     proc = processor(28)
@@ -222,8 +222,8 @@ def test_the_middle_of_a_sliver_is_what_the_full_resize_keeps() -> None:
     assert (preprocess_image(image, proc, None) - full).abs().max() < 0.05
 
 
-def test_slivers_cost_little_memory(tmp_path: Path) -> None:
-    """Peak resident memory of a fresh process, which sees Pillow's own allocations too."""
+def test_memory_of_extreme_aspect_ratios(tmp_path: Path) -> None:
+    """Peak resident memory of a fresh process, including allocations of Pillow."""
     Image.new("RGB", (20_000, 1), MEAN).save(tmp_path / "wide.png")
     Image.new("RGB", (1, 20_000), MEAN).save(tmp_path / "tall.png")
     program = f"""
@@ -292,14 +292,14 @@ def test_golden_images(golden_dir: Path) -> None:
         assert abs(pixels.std(unbiased=False).item() - expect["std"]) < 2e-3
 
 
-def test_fetch_image_refuses_other_schemes() -> None:
+def test_fetch_image_rejects_other_schemes() -> None:
     for url in ("http://example.org/a.png", "file:///etc/passwd", "/etc/passwd.png", "data:image/png;base64,AAAA"):
-        with pytest.raises(ImageError, match="only https"):
+        with pytest.raises(ImageError, match="its scheme must be https"):
             fetch_image(url)
 
 
-def test_pillow_is_looked_for_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's image processors ask for it again and again, and each answer parses package metadata."""
+def test_the_check_for_pillow_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers repeats it for each image, parsing package metadata."""
     image = noise(30, 20)
     want = preprocess_image(image, processor(56), "pad")
     monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"asked for {name} again"))

@@ -1,4 +1,4 @@
-"""Prompt ids, names and stopping: the published numbers, and the published defects mended (T5, T8, T29)."""
+"""Prompt ids, model names and stopping criteria: the published values, without the published defects."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_bos_comes_first_if_and_only_if_the_tokenizer_adds_one(name: str, prompt
     assert None not in ids
 
 
-def test_other_tensor_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="give 'pt' for a tensor"):
+def test_other_tensor_types_are_rejected() -> None:
+    with pytest.raises(ValueError, match="must be 'pt' for a tensor"):
         tokenizer_image_token("a", zoo.make("llama-new"), return_tensors="np")  # type: ignore[call-overload]
 
 
@@ -98,7 +98,7 @@ def encode(text: str) -> list[int]:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=5), st.sampled_from(["###", "</s>", "STOP"]))
-def test_a_batch_stops_when_its_last_row_has(places: list[int], keyword: str) -> None:
+def test_a_batch_stops_when_its_last_row_stops(places: list[int], keyword: str) -> None:
     tokenizer = zoo.make("llama-new")
     rows = [encode("a " * place)[:place] + encode(f" {keyword}") + encode("b " * 40) for place in places]
     rows = [row[:30] for row in rows]

@@ -1,4 +1,4 @@
-"""Device, dtype and attention decisions, with CUDA imitated."""
+"""Device, dtype and attention selection, with simulated CUDA."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_to_device_pins_only_what_goes_from_the_cpu_to_cuda(monkeypatch: pytest.
 
 
 def test_bfloat16_is_a_matter_of_the_chosen_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of the current device, nor of PyTorch's own check, which is true of cards that emulate it."""
+    """Independent of the current device and of PyTorch's check, which is true for emulation."""
     cards = {0: (8, 0), 1: (7, 0), 2: (7, 5), 3: (9, 0)}  # A100, V100, T4, H100
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
@@ -122,7 +122,7 @@ def test_memory_in_words(text: str, sizes: dict[int, int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "lots", "20GiB,10GiB", "0=", "a=1GiB", "1TiB", "-1GiB"])
 def test_memory_that_is_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a size such as 20GiB"):
+    with pytest.raises(ConfigError, match="must be a size such as 20GiB"):
         placement.parse_memory(text, [0])
 
 
@@ -132,7 +132,7 @@ def test_budgets_of_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placement.gpu_budgets() == {torch.device("cuda:0"): 850, torch.device("cuda:1"): 1700}
     assert placement.gpu_budgets(1) == {torch.device("cuda:0"): 850}
     assert placement.gpu_budgets(max_memory="1=5KB") == {torch.device("cuda:1"): 5000}
-    with pytest.raises(ConfigError, match="--num-gpus 3 was asked for, but 2"):
+    with pytest.raises(ConfigError, match=r"--num-gpus must be between 1 and the number of visible GPUs \(2\), got 3"):
         placement.gpu_budgets(3)
     with pytest.raises(ConfigError, match="names GPU 2"):
         placement.gpu_budgets(max_memory="2=1GiB")

@@ -73,7 +73,7 @@ def test_steps_in_order_then_nothing_to_do(project: Path) -> None:
     again = quickstart(project)
     assert again.returncode == 0
     assert calls(project) == []
-    assert again.stdout.count("done before") == len(STEPS)
+    assert again.stdout.count("already done") == len(STEPS)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -82,7 +82,7 @@ def test_a_failure_stops_and_the_next_run_goes_on_there(project: Path, step: str
     assert failed.returncode != 0
     assert calls(project) == STEPS[: STEPS.index(step) + 1]
     assert "run the same command again" in failed.stderr
-    assert "What to type next" not in failed.stdout
+    assert "Next steps" not in failed.stdout
     assert quickstart(project).returncode == 0
     assert calls(project) == STEPS[STEPS.index(step) :]
 

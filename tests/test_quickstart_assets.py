@@ -1,4 +1,4 @@
-"""The quickstart's assets: what is read out of the packages, and what must be true of the files made from it."""
+"""Assets of the quickstart: contents of the packages, and properties of the generated files."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_missing_package_names_the_command_that_brings_it() -> None:
-    with pytest.raises(DependencyError, match=r"no_such_package, an asset .*: pip install that"):
+def test_a_missing_package_names_its_install_command() -> None:
+    with pytest.raises(DependencyError, match=r"no_such_package is required .* run pip install that"):
         package_directory("no_such_package", "pip install that")
 
 
@@ -69,7 +69,7 @@ def test_what_a_question_tells(question: str, answer: str, known: dict[str, str]
 
 
 def test_contradicting_questions_are_refused() -> None:
-    with pytest.raises(DataError, match="Picture 7 is called red and blue"):
+    with pytest.raises(DataError, match="The color of image 7 is both red and blue"):
         label_images([("is there a red shape?", "yes", 7), ("is there a blue shape?", "yes", 7)])
 
 
@@ -129,14 +129,14 @@ def test_the_prepared_files_agree_with_the_package(easy_vqa: Path) -> None:
 
 
 def test_colors_are_those_of_the_pixels(easy_vqa: Path) -> None:
-    """The labels are read from words; the pictures must say the same."""
+    """Labels derived from questions agree with the images."""
     primary = {"red": (255, 0, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "teal": (0, 128, 128)}
     labels = json.loads((easy_vqa / "labels.json").read_text())
     checked = 0
     for name, found in list(labels.items())[:200]:
         if found.get("color") in primary:
-            with Image.open(easy_vqa / "train" / f"{name}.png") as picture:
-                assert primary[found["color"]] in {color for _, color in picture.convert("RGB").getcolors(4096)}
+            with Image.open(easy_vqa / "train" / f"{name}.png") as image:
+                assert primary[found["color"]] in {color for _, color in image.convert("RGB").getcolors(4096)}
             checked += 1
     assert checked > 50
 
@@ -174,7 +174,7 @@ def test_a_short_tower_run_has_the_published_layout_and_unit_features(easy_vqa: 
     assert pretrain_nano_vit.main(["--data", str(small), "--output", str(output), "--epochs", "1"]) == 0
     assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors"]
     tower = InternVisionModel.from_pretrained(output)
-    images, _ = pretrain_nano_vit.load_pictures(small)
+    images, _ = pretrain_nano_vit.load_images(small)
     with torch.no_grad():
         features = tower(images[:256]).last_hidden_state[:, 1:]
     assert features.shape == (256, 16, 128)
@@ -203,14 +203,14 @@ def test_shown_answers_say_what_was_wrong(tmp_path: Path, capsys: pytest.Capture
     assert show_answers.main([str(tmp_path), "--output", str(tmp_path / "answers.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     shown = [line for line in lines if "(truth: " in line]
-    assert len([line for line in lines if line.startswith("test picture")]) == 3
+    assert len([line for line in lines if line.startswith("test image")]) == 3
     for line in shown:
         _, answer, rest = line.strip().split("  ")
         truth = rest.removeprefix("(truth: ").split(",")[0]
         assert ("right" in rest) == (answer.lower().rstrip(".") == truth)
     assert {"right" in line for line in shown} == {True, False}
-    with Image.open(tmp_path / "answers.png") as picture:
-        assert picture.width > picture.height
+    with Image.open(tmp_path / "answers.png") as image:
+        assert image.width > image.height
 
 
 def test_missing_answers_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

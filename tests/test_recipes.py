@@ -98,7 +98,7 @@ STAGE: dict[str, dict[str, Any]] = {
         "image_folder": "./playground/data",
     },
 }
-# per GPU, accumulation, ZeRO stage, save_steps, workers: spec/train.md §12.1
+# per GPU, accumulation, ZeRO stage, save_steps, workers
 SIZES = {
     "pretrain": (32, 1, 2, 1000, 4),
     "finetune": (16, 1, 3, 1000, 4),
@@ -151,7 +151,7 @@ def test_published_hyperparameters(name: str) -> None:
 
 
 CLIP_L = "openai/clip-vit-large-patch14"
-# version, language model, tower, projector, per GPU, learning rate, epochs, ZeRO stage, save_steps: spec/train.md §12.2
+# version, language model, tower, projector, per GPU, learning rate, epochs, ZeRO stage, save_steps
 ORIGINAL: dict[str, tuple[Any, ...]] = {
     "scripts/pretrain": ("plain", "./checkpoints/lm", CLIP_L, "linear", 16, 2e-3, 1, 2, 24000),
     "scripts/finetune": ("v0", "./checkpoints/lm", CLIP_L, "linear", 16, 2e-5, 1, 2, 50000),
@@ -197,7 +197,7 @@ def test_published_hyperparameters_of_the_original(name: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["MODEL_VERSION", "PROMPT_VERSION"])
-def test_what_a_run_of_the_original_must_name_is_asked_for(given: str) -> None:
+def test_required_variables_of_the_original_recipes(given: str) -> None:
     done = start("scripts/finetune_lora", "--dry-run", **{given: "x"})
     missing = "PROMPT_VERSION" if given == "MODEL_VERSION" else "MODEL_VERSION"
     assert done.returncode == 2
@@ -228,7 +228,7 @@ def test_the_quickstart_uses_the_same_machinery(name: str) -> None:
         ({"GPUS": "0"}, 32, 8),
     ],
 )
-def test_the_global_batch_stays(variables: dict[str, str], batch: int, accumulation: int) -> None:
+def test_the_global_batch_is_kept(variables: dict[str, str], batch: int, accumulation: int) -> None:
     command = command_of("pretrain_internvit6b_448_vicuna7b", **variables)
     flags = bind(command)
     assert (flags.per_device_train_batch_size, flags.gradient_accumulation_steps) == (batch, accumulation)
@@ -236,17 +236,17 @@ def test_the_global_batch_stays(variables: dict[str, str], batch: int, accumulat
         assert {"--nnodes=2", "--node_rank=0", "--master_addr=10.0.0.1", "--nproc_per_node=8"} <= set(command)
 
 
-def test_a_global_batch_that_cannot_stay_is_refused() -> None:
+def test_indivisible_global_batch_is_refused() -> None:
     done = start("pretrain_internvit6b_448_vicuna7b", "--dry-run", GPUS="3")
     assert done.returncode == 2
-    assert "3 GPUs cannot share the global batch of 256" in done.stderr
+    assert "The global batch of 256 is not divisible by 3 GPUs" in done.stderr
 
 
 @pytest.mark.parametrize("variable", [{"GPUS": "all"}, {"GPUS": "-2"}, {"BATCH": "1.5"}, {"NNODES": "two"}])
 def test_a_number_is_a_number(variable: dict[str, str]) -> None:
     done = start("pretrain_internvit6b_448_vicuna7b", "--dry-run", **variable)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"take whole numbers; one is '{next(iter(variable.values()))}'" in done.stderr
+    assert f"must be integers of at least 0, got '{next(iter(variable.values()))}'" in done.stderr
 
 
 def test_several_nodes_need_an_address() -> None:
@@ -306,14 +306,14 @@ def test_a_missing_launcher_is_one_sentence() -> None:
 
 
 def recipes_in_the_pages() -> list[str]:
-    """Every command of the documents that starts a recipe of training."""
+    """Every command in the docs that starts a training recipe."""
     named = r"\bsh (scripts\S*/)+(pretrain|finetune)_?\w*\.sh"
     return sorted({command for _, command in commands() if re.search(named, command)})
 
 
 @pytest.mark.parametrize("command", recipes_in_the_pages())
 def test_recipes_of_the_pages_bind(command: str) -> None:
-    """With the variables and flags that the page gives."""
+    """Includes the variables and flags of the page."""
     environment = {key: value for key, value in os.environ.items() if key not in SCALING}
     environment |= {"MODEL_VERSION": "vicuna-7b-v1.3", "PROMPT_VERSION": "v1", "LLAVA_DRY_RUN": "1"}
     done = subprocess.run(
@@ -341,7 +341,7 @@ def tiny_runs(tiny_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def overridden(name: str, made: dict[str, Any], out: Path) -> list[str]:
-    """The recipe's own command on the CPU, with nothing but flags put behind it."""
+    """The recipe's command on the CPU, with flags appended."""
     variables = {"MODEL_VERSION": "tiny", "PROMPT_VERSION": "v1"}
     slurm = name.endswith("_custom_data")
     command = command_of(name, **variables, **({} if slurm else {"GPUS": "0"}))

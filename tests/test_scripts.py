@@ -140,12 +140,12 @@ def refused(done: subprocess.CompletedProcess[str], words: str) -> None:
 
 
 def test_no_python(machine: Machine) -> None:
-    refused(machine.run("llava_need_python"), "No Python 3.10 or newer was found on PATH")
+    refused(machine.run("llava_need_python"), "Python 3.10 or newer was not found on PATH")
 
 
 def test_an_old_python_is_passed_over(machine: Machine) -> None:
     machine.put("bin/python3", "exit 1")
-    refused(machine.run("llava_need_python"), "No Python 3.10 or newer")
+    refused(machine.run("llava_need_python"), "Python 3.10 or newer was not found")
     machine.put("bin/python3.12", GOOD_PYTHON)
     assert machine.run('llava_need_python; echo "$LLAVA_PYTHON"').stdout == "python3.12\n"
 
@@ -165,7 +165,7 @@ def test_no_compiler(machine: Machine, compiler: str | None) -> None:
     for name in ("c++", "g++", "clang++"):
         if compiler is not None:
             machine.put(f"bin/{name}", compiler)
-    refused(machine.run("llava_need_compiler"), "No working C++ compiler was found; install one")
+    refused(machine.run("llava_need_compiler"), "A working C++ compiler was not found; install one")
     machine.put("bin/clang++", "exit 0")
     assert machine.run("llava_need_compiler").returncode == 0
 
@@ -173,14 +173,14 @@ def test_no_compiler(machine: Machine, compiler: str | None) -> None:
 def test_a_full_disk(machine: Machine) -> None:
     machine.put("bin/df", "echo header; echo /dev/x 100 50 4194304 50% /")
     assert machine.run("llava_need_disk 4").returncode == 0
-    refused(machine.run("llava_need_disk 10"), "Only 4 GB of disk are free")
+    refused(machine.run("llava_need_disk 10"), "found 4 GB; free space")
     machine.put_python()
-    refused(machine.run("llava_venv dev"), "10 GB are needed")
+    refused(machine.run("llava_venv dev"), "10 GB of free disk space are needed")
 
 
 def test_no_venv_module(machine: Machine) -> None:
     machine.put("bin/python3", 'case "$*" in *ensurepip*) exit 1 ;; esac')
-    refused(machine.run("llava_venv dev"), "python3 lacks the venv module; install it")
+    refused(machine.run("llava_venv dev"), "The venv module of python3 is missing; install it")
 
 
 def test_a_foreign_folder_is_never_cleared(machine: Machine) -> None:
@@ -211,9 +211,9 @@ def test_the_environment_is_made_once_and_grows(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("log", "words"),
     [
-        ("OSError: [Errno 28] No space left on device", "The disk is full; make room and run the same command again"),
+        ("OSError: [Errno 28] No space left on device", "The disk is full; free space and run the same command again"),
         ("NewConnectionError: failed to establish", "The package index cannot be reached; check the network"),
-        ("ERROR: ResolutionImpossible", "pip failed, its log is"),
+        ("ERROR: ResolutionImpossible", "pip failed; fix the cause given in"),
     ],
 )
 def test_a_failed_install_is_explained_and_taken_up_again(machine: Machine, log: str, words: str) -> None:
@@ -232,7 +232,7 @@ def test_an_interrupted_environment_is_made_again(machine: Machine) -> None:
 
 
 def test_no_install_takes_the_environment_as_it_is(machine: Machine) -> None:
-    refused(machine.run("llava_venv dev", LLAVA_NO_INSTALL="1"), "there is no environment at")
+    refused(machine.run("llava_venv dev", LLAVA_NO_INSTALL="1"), "is not a virtual environment; unset it")
     machine.put(".venv/bin/python", INSIDE_PYTHON)
     assert machine.run("llava_venv dev", LLAVA_NO_INSTALL="1").returncode == 0
     assert machine.installs() == []

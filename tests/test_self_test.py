@@ -1,4 +1,4 @@
-"""`llava doctor --self-test`: it passes on the CPU, and each fault below fails the expected checks."""
+"""`llava doctor --self-test` passes on the CPU, and each injected fault fails the expected checks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from torch import Tensor
 
 import llava.engine.engine
 from llava import doctor
-from llava.engine import attention, llama, sampling
+from llava.engine import attention, layers, llama, sampling
 from llava.engine.native import decoder
 from llava.engine.native.build import library
-from llava.engine.sequence import SamplingParams, identify
+from llava.engine.sequence import SamplingParams, hash_image
 from llava.model import checkpoint
 from llava.model.language_model import causal_lm, packed
-from llava.model.multimodal_encoder.builder import ENVIRONMENT
-from llava.self_test import checkpoints, hardware, inference, runner
+from llava.model.multimodal_encoder.tower import ENVIRONMENT
+from llava.self_test import CheckFailed, CheckSkipped, checkpoints, hardware, inference, runner, within
 from llava.self_test.checkpoints import KINDS
-from llava.self_test.report import CheckFailed, CheckSkipped, Report, isolated, within
+from llava.self_test.runner import Report, isolated
 from tests import devices
 from tests.test_package import ROOT
 
@@ -50,7 +50,7 @@ LINES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models this small run faster on one thread when the machine is busy."""
+    """Small models run faster on one thread on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -81,7 +81,7 @@ def flags() -> list[Any]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run the command for one kind of checkpoint: exit status and lines. No connection may be opened."""
+    """Run the command for one kind of checkpoint; returns exit status and lines. Opening a connection fails."""
 
     needs_native()
 
@@ -90,7 +90,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(hardware, "SECONDS", 0.0)
-    monkeypatch.setattr(inference, "require_package", skip_quantisation)
+    monkeypatch.setattr(inference, "require_package", skip_quantization)
 
     def command(kind: str) -> tuple[int, dict[str, dict[str, tuple[str, str]]]]:
         monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
@@ -112,7 +112,7 @@ def needs_native() -> None:
         pytest.skip("the C++ kernel cannot be built here")
 
 
-def skip_quantisation(name: str, extra: str) -> None:
+def skip_quantization(name: str, extra: str) -> None:
     if name == "bitsandbytes":
         raise CheckSkipped("left out of this test")
 
@@ -147,7 +147,7 @@ def test_without_the_device_there_is_one_sentence(
     assert doctor.main(["--self-test", "--device", "cuda"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: Device 'cuda' was asked for, but no CUDA GPU is visible;")
+    assert captured.err.startswith("error: Device 'cuda' is not available: no CUDA GPU is visible;")
     assert captured.err.count("\n") == 1
 
 
@@ -187,13 +187,13 @@ def test_a_checkpoint_that_cannot_be_loaded(run: Any, monkeypatch: pytest.Monkey
 
 
 def test_another_epsilon_in_the_engines_norm(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = llama.RmsNorm.__init__
+    make = layers.RMSNorm.__init__
 
     def wrong(norm: Any, module: Any) -> None:
         make(norm, module)
         norm.eps = 1e-3
 
-    monkeypatch.setattr(llama.RmsNorm, "__init__", wrong)
+    monkeypatch.setattr(layers.RMSNorm, "__init__", wrong)
     _, lines = run("llama")
     assert {"logits float32", "C++ kernel float32"} <= failed(lines, "llama")
     assert not {"loader", *TRAINING, *SAMPLING, *NATIVE[1:]} & failed(lines, "llama")
@@ -225,9 +225,9 @@ def test_a_native_kernel_that_is_not_reached(run: Any, monkeypatch: pytest.Monke
 
 def test_one_image_taken_for_another(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def same(image: Any) -> Any:
-        return dataclasses.replace(identify(image), digest=b"0" * 32)
+        return dataclasses.replace(hash_image(image), digest=b"0" * 32)
 
-    monkeypatch.setattr(llava.engine.engine, "identify", same)
+    monkeypatch.setattr(llava.engine.engine, "hash_image", same)
     _, lines = run("clip")
     assert {"batch, shared image", "logits float32"} <= failed(lines, "clip")
     assert not {"loader", "greedy tokens"} & failed(lines, "clip")
@@ -276,16 +276,15 @@ def test_gradients_twice_as_large(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, dict[str, tuple[str, str]]]]:
-    """Run the checks of one kind of checkpoint through their CUDA branches. The simulated GPU supports neither
-    autocast nor bitsandbytes."""
+    """Run the checks of one kind of checkpoint on a simulated GPU, which supports neither autocast nor bitsandbytes."""
     monkeypatch.setattr(runner, "check_rates", lambda *args: None)
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
-    monkeypatch.setattr(inference, "require_package", skip_quantisation)
+    monkeypatch.setattr(inference, "require_package", skip_quantization)
 
     def command(kind: str) -> dict[str, dict[str, tuple[str, str]]]:
         monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
         lines: list[str] = []
-        with devices.pretended_cuda():
+        with devices.simulated_cuda():
             runner.self_test(torch.device("cuda"), lines.append)
         return parse("\n".join(lines))
 
@@ -298,7 +297,7 @@ def test_a_card_passes(kind: str, run_on_cuda: Any) -> None:
     assert lines[kind].keys() == LINES[kind] - set(NATIVE)
     left_out = {"training bfloat16", "8-bit", "4-bit"}
     assert {word for name, (word, _) in lines[kind].items() if name not in left_out} == {"ok"}
-    assert lines["device"]["cuda"][1].startswith("Pretended H200, 139 GiB, compute capability 9.0, torch ")
+    assert lines["device"]["cuda"][1].startswith("Simulated H200, 139 GiB, compute capability 9.0, torch ")
     assert lines["C++ kernel"]["decoding"] == ("skip", "only used on the CPU")
 
 
@@ -327,13 +326,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> inference.Case:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_layers_with_a_wrong_scale(bits: int, case: inference.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_layers_with_a_wrong_scale(bits: int, case: inference.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     assert "limit" in inference.check_quantized(case, HALF, bits)
     load, name = case.load, "model.layers.0.mlp.down_proj"
 
-    def scaled(role: inference.Role, **options: Any) -> inference.Loaded:
-        loaded = load(role, **options)
+    def scaled(role: inference.Role, *, bits: int = 0) -> inference.Loaded:
+        loaded = load(role, bits=bits)
         layer = loaded.model.get_submodule(name)
         layer.register_forward_hook(lambda module, args, output: output * (1.5 if bits == 8 else 3.0))
         return loaded
@@ -341,8 +340,8 @@ def test_quantised_layers_with_a_wrong_scale(bits: int, case: inference.Case, mo
     monkeypatch.setattr(case, "load", scaled)
     with pytest.raises(CheckFailed, match="relative error"):
         inference.check_quantized(case, HALF, bits)
-    monkeypatch.setattr(case, "load", lambda role, **options: load(role))
-    with pytest.raises(CheckFailed, match="no layer was quantised"):
+    monkeypatch.setattr(case, "load", lambda role, bits: load(role))
+    with pytest.raises(CheckFailed, match="no layer was quantized"):
         inference.check_quantized(case, HALF, bits)
 
 
@@ -350,11 +349,11 @@ def test_products_in_tf32_are_beyond_the_limit_of_float32(case: inference.Case) 
     """Weights rounded to the ten mantissa bits of TF32 emulate a TF32 matmul."""
     loaded, reference = case.load(EXACT), case.models[inference.REFERENCE]
     requests, tokens = inference.make_requests(2), case.answers[:2]
-    assert inference.forward_error(loaded, reference, requests, tokens) < inference.FLOAT32_LIMIT / 10
+    assert inference.forward_error(loaded, reference, requests, tokens) < inference.LIMITS[torch.float32] / 10
     for parameter in loaded.model.parameters():
         bits = parameter.data.view(torch.int32)
         bits.add_(0x1000).bitwise_and_(~0x1FFF)
-    assert inference.forward_error(loaded, reference, requests, tokens) > inference.FLOAT32_LIMIT
+    assert inference.forward_error(loaded, reference, requests, tokens) > inference.LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -464,6 +463,12 @@ def test_a_rate_that_cannot_be_measured_is_no_failure() -> None:
     def broken() -> str:
         raise torch.OutOfMemoryError("64 GiB")
 
-    with pytest.raises(CheckSkipped, match="not measured: OutOfMemoryError: 64 GiB"):
-        hardware.figure(broken)()
-    assert hardware.figure(lambda: "3 GB/s")() == "3 GB/s"
+    lines: list[str] = []
+    report = Report(lines.append)
+    report.run("rate", "copy", broken, required=False)
+    report.run("rate", "matmul", lambda: "3 GB/s", required=False)
+    assert [" ".join(line.split()) for line in lines] == [
+        "skip rate copy not measured: OutOfMemoryError: 64 GiB",
+        "ok rate matmul 3 GB/s",
+    ]
+    assert report.summary().startswith("1 checks, 0 failed, 1 skipped (")

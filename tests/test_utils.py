@@ -1,4 +1,4 @@
-"""Error exits, optional packages, logging and the small helpers of spec/model.md §14."""
+"""Exit statuses, optional packages, logging, moderation and the other helpers of `llava.utils`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from llava.errors import CheckpointError, DependencyError
 
 
 @pytest.mark.parametrize(("error", "status"), [(CheckpointError("No\n weights."), 2), (KeyboardInterrupt(), 130)])
-def test_guarded_turns_errors_into_a_status(
+def test_guarded_turns_errors_into_statuses(
     error: BaseException, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @utils.guarded
     def main(argv: Sequence[str] | None = None) -> int:
-        """Its own words."""
+        """A docstring."""
         raise error
 
     assert main([]) == status
     assert capsys.readouterr().err == ("error: No weights. [CHECKPOINT]\n" if status == 2 else "")
-    assert main.__doc__ == "Its own words."
+    assert main.__doc__ == "A docstring."
 
 
 def test_guarded_lets_defects_through() -> None:
@@ -38,8 +38,8 @@ def test_guarded_lets_defects_through() -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_guarded_is_silent_when_nobody_reads(lines: int) -> None:
-    """Whether the output is written at once, or the last of it at exit."""
+def test_guarded_is_silent_on_a_closed_pipe(lines: int) -> None:
+    """Also if output is still buffered at exit."""
     program = f"import llava.utils as u, sys; sys.exit(u.guarded(lambda argv: print('x' + chr(10) * {lines}) or 0)())"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
@@ -52,7 +52,7 @@ def test_require_returns_the_module() -> None:
     assert utils.require("json.decoder", "train").__name__ == "json.decoder"
 
 
-def test_require_leaves_out_the_advice_of_bitsandbytes() -> None:
+def test_require_silences_bitsandbytes() -> None:
     utils.require("json", "x")
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
@@ -62,7 +62,7 @@ def test_require_names_the_extra() -> None:
         utils.require("nonsense_package.part", "serve")
 
 
-def test_require_keeps_the_words_of_a_broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_keeps_the_error_of_a_broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_one.py").write_text("raise OSError('libcudart.so.11 not found')\n", encoding="utf-8")
     (tmp_path / "broken_two.py").write_text("import missing_dependency\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -100,7 +100,7 @@ def test_build_logger_writes_one_dated_line_to_the_file(
     root_logger: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOGDIR", str(tmp_path / "logs"))
-    quiet = logging.getLogger("tests.keeps_to_itself")
+    quiet = logging.getLogger("tests.quiet")
     monkeypatch.setattr(quiet, "propagate", False)
     monkeypatch.setattr(quiet, "handlers", [])
     logger = utils.build_logger("tests.worker", "worker.log")
@@ -110,11 +110,11 @@ def test_build_logger_writes_one_dated_line_to_the_file(
     assert len(lines) == 2
     date, level, name, message = lines[0].split(" | ")
     assert (len(date), level, name, message) == (19, "INFO", "tests.worker", "ready on cpu")
-    assert lines[1].endswith("| WARNING | tests.keeps_to_itself | heard")
+    assert lines[1].endswith("| WARNING | tests.quiet | heard")
     assert logger.level == logging.INFO
 
 
-def test_build_logger_without_a_file_speaks_on_stderr(root_logger: logging.Logger) -> None:
+def test_build_logger_without_a_file_writes_to_stderr(root_logger: logging.Logger) -> None:
     root_logger.handlers.clear()
     utils.build_logger("tests.plain")
     (handler,) = root_logger.handlers

@@ -52,12 +52,12 @@ def generate(bench: Bench) -> None:
         if not bench.in_time(what):
             continue
         engine = make_engine(model, max_batch_size=count)
-        engine.generate([Request([*rows[0][0][:8], 9], (), SamplingParams(max_new_tokens=4), keep=False)])
+        engine.generate([Request([*rows[0][0][:8], 9], (), SamplingParams(max_new_tokens=4), cache_prefix=False)])
         library(bench, model, rows, 2)
         rate = count * new_tokens / _generation_floor(bench, model, count, new_tokens)
         theirs = wall_seconds(lambda: library(bench, model, rows, new_tokens), bench.device)  # noqa: B023
         params = SamplingParams(max_new_tokens=new_tokens)
-        requests = [Request(ids, [image], params, keep=False) for ids, image in rows]
+        requests = [Request(ids, [image], params, cache_prefix=False) for ids, image in rows]
         ours = wall_seconds(lambda: engine.generate(requests), bench.device)  # noqa: B023
         bench.line(f"{what}, transformers generate", count * new_tokens / theirs, "tokens/s", floor=rate)
         bench.line(f"{what}, engine", count * new_tokens / ours, "tokens/s", floor=rate, note=_ratio(theirs, ours))

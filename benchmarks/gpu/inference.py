@@ -72,7 +72,9 @@ def prefill(bench: Bench) -> None:
 
         def run(tokens: int = tokens, rows: int = rows) -> None:
             prompts = [random_ids(tokens, vocabulary, generator) for _ in range(rows)]
-            engine.generate([Request(ids, params=SamplingParams(max_new_tokens=1), keep=False) for ids in prompts])
+            engine.generate(
+                [Request(ids, params=SamplingParams(max_new_tokens=1), cache_prefix=False) for ids in prompts]
+            )
 
         floor = prefill_cost(shape(model), tokens, rows, itemsize=bench.dtype.itemsize).seconds(ceilings(bench))
         seconds = bench.seconds(run, repeats=10, clock=True)
@@ -176,10 +178,10 @@ def decode_requests(bench: Bench, model: Any, rows: int, shared: bool, params: S
     vocabulary, image_tokens = model.config.vocab_size, shape(model).image_tokens
     if not shared:
         count = SYSTEM + image_tokens + QUESTION
-        return [Request(random_ids(count, vocabulary, generator), (), params, keep=False) for _ in range(rows)]
+        return [Request(random_ids(count, vocabulary, generator), (), params, cache_prefix=False) for _ in range(rows)]
     before, image = random_ids(SYSTEM - 1, vocabulary, generator), random_image(pixels_of(bench), generator)
     questions = [random_ids(QUESTION, vocabulary, generator) for _ in range(rows)]
-    return [Request(image_prompt(before, behind), [image], params, keep=False) for behind in questions]
+    return [Request(image_prompt(before, behind), [image], params, cache_prefix=False) for behind in questions]
 
 
 def _launches(bench: Bench, what: str, work: Callable[[], object], seconds: float, **waits: Any) -> None:

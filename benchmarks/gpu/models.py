@@ -45,7 +45,7 @@ def pixels_of(bench: Bench) -> int:
 def planned_shape(bench: Bench) -> Shape:
     """The shape of the model, without creating it."""
     config = chat_config(size_of(bench), pixels_of(bench))
-    return shape_of(config, build_vision_tower(config))
+    return shape_of(config, build_vision_tower(config, delay_load=True))
 
 
 def weight_count(shape: Shape) -> int:

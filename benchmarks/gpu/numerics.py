@@ -17,7 +17,7 @@ from benchmarks.full_size import FULL, make_model
 from benchmarks.gpu.bench import GIB, Bench
 from benchmarks.gpu.golden import exact_float32
 from benchmarks.gpu.models import QUICK, pixels_of
-from llava.engine.attention import Shared, aligned_mask, attend, attention_with_lse, select_kernel
+from llava.engine.attention import SharedPrefix, aligned_mask, attend, attention_with_lse, select_kernel
 from llava.engine.llama import build_model_runner
 
 BACKENDS: Final = {
@@ -111,7 +111,7 @@ def _shared_prefix(bench: Bench, kind: str, inputs: Inputs, limit: float) -> Non
     own = key[:, :, half:], value[:, :, half:]
     whole = [torch.cat([prefix[0, k].expand(2, -1, -1, -1), part], dim=2) for k, part in enumerate(own)]
     expected, _ = _reference(query[:, :, :1], whole[0], whole[1], causal=False)
-    found = attend(query[:, :, :1], *own, None, [Shared(slice(0, 2), prefix)], 0)
+    found = attend(query[:, :, :1], *own, None, [SharedPrefix(slice(0, 2), prefix)], 0)
     _judge(bench, f"engine attention after a shared prefix, {kind}", found, expected, limit)
 
 

@@ -19,7 +19,7 @@ from benchmarks.gpu.timing import free_bytes, median_seconds, peak_bytes, reset_
 from benchmarks.train_step import image_batch, work
 from llava.constants import IGNORE_INDEX
 from llava.train import estimate, model_setup
-from llava.train.estimate import Setup
+from llava.train.estimate import RunConfig
 from llava.train.flops import Trainable
 
 
@@ -59,7 +59,7 @@ def _measure(bench: Bench, stage: Stage, checkpointing: bool, what: str) -> None
     held = sum(parameter.nbytes for parameter in model.parameters())
     while True:
         setup = _setup(bench, model, stage, rows, checkpointing)
-        needed, free = estimate.needed(setup), free_bytes(bench.device) + held
+        needed, free = estimate.required_bytes(setup), free_bytes(bench.device) + held
         if not bench.cuda or needed <= free:
             break
         if rows // 2 < LEAST_ROWS:
@@ -72,26 +72,26 @@ def _measure(bench: Bench, stage: Stage, checkpointing: bool, what: str) -> None
         bench.skip(what, f"out of memory with {rows} rows, estimated to need {needed / GIB:.0f} GiB")
 
 
-def _setup(bench: Bench, model: Any, stage: Stage, rows: int, checkpointing: bool) -> Setup:
+def _setup(bench: Bench, model: Any, stage: Stage, rows: int, checkpointing: bool) -> RunConfig:
     """The step, as described for the memory estimate."""
     size = shape(model)
     supervised = (stage.text - 10) / (stage.text - 1 + size.image_tokens)
-    return Setup(
+    return RunConfig(
         size,
         stage.learns,
-        rows=rows,
-        text=stage.text - 1,
+        batch_size=rows,
+        text_tokens=stage.text - 1,
         supervised=supervised,
-        width=bench.dtype.itemsize,
-        checkpointing=checkpointing,
+        dtype_bytes=bench.dtype.itemsize,
+        gradient_checkpointing=checkpointing,
         foreach=not bench.cuda,
     )
 
 
-def _steps(bench: Bench, model: Any, stage: Stage, setup: Setup, what: str) -> None:
+def _steps(bench: Bench, model: Any, stage: Stage, setup: RunConfig, what: str) -> None:
     """Time full steps with autocast and fused AdamW (no DeepSpeed)."""
-    batch = image_batch(setup.rows, model.config.vocab_size, pixels_of(bench), stage.text)
-    flops = work(_prepared(bench, model, stage, setup.checkpointing), batch)
+    batch = image_batch(setup.batch_size, model.config.vocab_size, pixels_of(bench), stage.text)
+    flops = work(_prepared(bench, model, stage, setup.gradient_checkpointing), batch)
     on_device = {name: tensor.to(bench.device) for name, tensor in batch.items()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=bench.cuda)
@@ -120,8 +120,8 @@ def _prepared(bench: Bench, model: Any, stage: Stage, checkpointing: bool) -> An
         unfreeze_mm_vision_layers=0,
     )
     args = SimpleNamespace(lora_enable=False, freeze_llm=False, freeze_mm_mlp_adapter=False, lora_bias="none")
-    model_setup.set_trainable(model, flags, args)  # type: ignore[arg-type]
-    model_setup.set_precision(model, bench.dtype, engine=False)
+    model_setup.default_freeze_policy(model, flags, args)  # type: ignore[arg-type]
+    model_setup.set_precision(model, bench.dtype, deepspeed=False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()
@@ -148,21 +148,21 @@ def _step(
 
 
 def _report(
-    bench: Bench, stage: Stage, setup: Setup, seconds: float, flops: float, batch: dict[str, Any], what: str
+    bench: Bench, stage: Stage, setup: RunConfig, seconds: float, flops: float, batch: dict[str, Any], what: str
 ) -> None:
     cost = train_cost(
         setup.shape,
         stage.learns,
         tokens=setup.positions,
-        length=setup.positions / setup.rows,
-        images=setup.rows,
+        length=setup.positions / setup.batch_size,
+        images=setup.batch_size,
         supervised=float((batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
-        recompute=setup.checkpointing,
-        itemsize=setup.width,
+        recompute=setup.gradient_checkpointing,
+        itemsize=setup.dtype_bytes,
     )
     peak, floor = ceilings(bench), cost.seconds(ceilings(bench))
-    what = f"{what}, {setup.rows} rows"
+    what = f"{what}, {setup.batch_size} rows"
     bench.line(what, seconds, "s", floor=floor)
     bench.line(f"{what}: model FLOPs utilisation", 100 * flops / seconds / peak.flops, "%")
-    predicted = {"predicted": estimate.peak(setup) / GIB} if bench.cuda else {}
+    predicted = {"predicted": estimate.peak_bytes(setup) / GIB} if bench.cuda else {}
     bench.line(f"{what}: peak memory", peak_bytes(bench.device) / GIB, "GiB", **predicted)

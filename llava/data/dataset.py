@@ -1,92 +1,64 @@
-"""The supervised dataset: records opened when asked for, and nothing replaced in silence (spec/train.md §5, T1)."""
+"""Supervised datasets, their mixtures and the collator; records and images are loaded on access."""
 
 from __future__ import annotations
 
+import bisect
+import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers.trainer_utils import seed_worker
 
 from llava import conversation
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, get_template, image_placeholder
 from llava.data.annotations import read_records
-from llava.data.dataset_scan import DatasetScan, Findings
+from llava.data.dataset_scan import DatasetScan, ScanResult
 from llava.data.labels import Example, build_example, check_template, place_images, truncate
+from llava.data.mixture import Entry, read_mixture
 from llava.data.records import Record, Turn, parse_record
 from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
 from llava.images import open_image, preprocess_image
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-@dataclass
-class DataCollatorForSupervisedDataset:
-    """Right-pads ids and labels to the longest row, cut to the tokenizer's `model_max_length`."""
-
-    tokenizer: Any
-
-    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """`input_ids`, `labels` (B, T) int64, `attention_mask` (B, T) bool and, with images, `images`.
-
-        `images` (K, 3, S, S) are the slots of all rows in order, a row bringing one or as many as it has images; a
-        list when sizes differ. Raises `DataError` when only some rows have one.
-        """
-        limit = self.tokenizer.model_max_length
-        rows = [truncate(Example(item["input_ids"], item["labels"]), limit) for item in instances]
-        pad = self.tokenizer.pad_token_id or 0  # any id will do, the mask hides it
-        input_ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)  # (B, T)
-        labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE_INDEX)  # (B, T)
-        lengths = torch.tensor([len(row.input_ids) for row in rows])  # (B,)
-        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]  # (B, T)
-        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
-        images = [slot for item in instances if "image" in item for slot in _slots(item["image"])]
-        if images:
-            with_image = sum("image" in item for item in instances)
-            if with_image < len(instances):
-                raise DataError(
-                    f"{with_image} of {len(instances)} rows of a batch carry an image; a multimodal run needs one in "
-                    "each, zeros for text."
-                )
-            batch["images"] = torch.stack(images) if len({image.shape for image in images}) == 1 else images
-        return batch
-
-
-def _slots(image: torch.Tensor) -> list[torch.Tensor]:
-    return list(image) if image.ndim == 4 else [image]
-
-
-# --- The supervised dataset -------------------------------------------------------------------------------------------
-
+    from llava.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
-_FAULTS: Final = ("bad", "truncated", "unsupervised")
-_KNOWN_KEYS: Final = frozenset({"id", "image", "conversations"})
-_MAX_BAD: Final = 0.05  # of the records; more than this, and more than _FREE, is a wrong folder and not bad luck
-_FREE: Final = 10
 Merge = Callable[[torch.Tensor], torch.Tensor]
-_NEAR: Final = 1000  # so many records are parsed to find one of the same modality
+_COUNTERS: Final = ("bad", "truncated", "unsupervised")
+_KNOWN_KEYS: Final = frozenset({"id", "image", "conversations"})
+_MAX_BAD: Final = 0.05  # fraction of the records that may be skipped,
+_ALWAYS_ALLOWED: Final = 10  # or this number
+_SAME_MODALITY_WITHIN: Final = 1000  # records searched for a replacement of the same modality
 
 
 class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
-    """Items `input_ids` (T,), `labels` (T,) and, in a multimodal run, `image`: (3, S, S), or (k, 3, S, S) for a list.
+    """Items `input_ids` (T,), `labels` (T,) and, in a multimodal run, `image`: (3, S, S), or (k, 3, S, S) for k images.
 
-    Text-only records of a multimodal run carry zeros. Records are checked when the dataset is made, those of a large
-    file by processes beside it (`check` tells what they found); images when they are opened. A bad record raises
-    `DataError` naming file, index and remedy, or with `on_bad_sample == "skip"` gives way to the next good one, of its
-    modality where one is near, until too many are bad.
+    Text-only records of a multimodal run get an image of zeros. Records are validated by a `DatasetScan` started by the
+    constructor, whose problems `check` reports; images are validated when loaded. A bad record raises `DataError` with
+    its file, index and remedy. With `on_bad_sample == "skip"` the next good record replaces it, preferably of the same
+    modality, and `ConfigError` is raised when too many are bad.
     """
 
     def __init__(
-        self, data_path: str, tokenizer: Any, data_args: Any, template: Conversation | str | None = None
+        self,
+        data_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        data_args: DataArguments,
+        template: Conversation | str | None = None,
     ) -> None:
         self.data_path = data_path
         self.tokenizer = tokenizer
@@ -95,10 +67,10 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         self.template = template or conversation.default_conversation
         self.records = read_records(data_path)
         self.skip_bad = getattr(data_args, "on_bad_sample", "error") == "skip"
-        # One flag a record and fault, shared with the loader's workers; setting one twice changes nothing.
-        self._flags = torch.zeros(len(_FAULTS), len(self.records), dtype=torch.uint8)
+        # A flag per counter and record in memory shared with data loader workers; setting a flag is idempotent.
+        self._flags = torch.zeros(len(_COUNTERS), len(self.records), dtype=torch.uint8)
         self._flags.share_memory_()  # type: ignore[no-untyped-call]
-        self._survey = DatasetScan(self.records)
+        self._scan = DatasetScan(self.records)
         self._checked = False
         self.check()
 
@@ -107,38 +79,36 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Words of a record, plus 128 with an image; 0 for a bad one."""
-        found = self._findings()
-        lengths: list[int] = (found.words + 128 * found.image).tolist()
-        return lengths
+        """Words of each record, plus 128 with an image; 0 for a bad record."""
+        result = self._scan_result()
+        return cast("list[int]", (result.words + 128 * result.image).tolist())
 
     @cached_property
     def modality_lengths(self) -> list[int]:
-        """Words of a record, negative without an image."""
-        found = self._findings()
-        lengths: list[int] = np.where(found.image, found.words, -found.words).tolist()
-        return lengths
+        """Words of each record, negative without an image."""
+        result = self._scan_result()
+        return cast("list[int]", np.where(result.image, result.words, -result.words).tolist())
 
     def check(self, *, wait: bool = False) -> bool:
-        """Raise or skip what the look through all records has found, once it is known; whether it is.
+        """Raise or skip the bad records found by the scan, once it is complete; returns whether it is.
 
-        With `wait`, it is waited for.
+        `wait` waits for the scan.
         """
-        if not self._checked and (wait or self._survey.ready()):
+        if not self._checked and (wait or self._scan.ready()):
             self._checked = True
-            self._judge(self._survey.result())
+            self._apply(self._scan.result())
         return self._checked
 
-    def _findings(self) -> Findings:
+    def _scan_result(self) -> ScanResult:
         self.check(wait=True)
-        return self._survey.result()
+        return self._scan.result()
 
-    def _judge(self, found: Findings) -> None:
-        unknown = sorted(found.keys - _KNOWN_KEYS)
+    def _apply(self, result: ScanResult) -> None:
+        unknown = sorted(result.keys - _KNOWN_KEYS)
         if unknown:
             logger.warning("%s: keys %s are not used.", self.data_path, ", ".join(map(repr, unknown)))
-        with_image = [] if self.data_args.is_multimodal else np.flatnonzero(found.image).tolist()
-        for index in sorted([*found.problems, *with_image]):
+        with_image = [] if self.data_args.is_multimodal else np.flatnonzero(result.image).tolist()
+        for index in sorted([*result.problems, *with_image]):
             try:
                 self._record(index)
             except DataError as error:
@@ -146,15 +116,15 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
                     raise
                 self._skip(index, error)
         if bool(self._flags[0].all()):
-            raise DataError(f"{self.data_path} holds no usable record; the reasons are logged above.")
+            raise DataError(f"{self.data_path} holds no usable record; the log lists the reasons.")
 
     def report(self, merge: Merge = torch.Tensor.long) -> dict[str, int]:
-        """How many records of this process and its workers were bad, truncated, or without a supervised token.
+        """Numbers of bad, truncated and unsupervised records seen by this process and its workers.
 
-        `merge` makes of one flag a fault and record, (F, N), those that any process has set.
+        `merge` combines the flags (counters, N) of all processes.
         """
         self.check(wait=True)
-        return dict(zip(_FAULTS, merge(self._flags).sum(1).tolist()))
+        return dict(zip(_COUNTERS, merge(self._flags).sum(1).tolist()))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not self.skip_bad:
@@ -164,15 +134,15 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
                 return self._load(candidate)
             except DataError as error:
                 self._skip(candidate, error)
-        raise DataError(f"{self.data_path} holds no record to stand in for record {index}; repair the data.")
+        raise DataError(f"{self.data_path} holds no replacement for record {index}; repair the data.")
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """The record itself, then those that follow it and are not known to be bad, those of its modality first."""
+        """The record and its successors that are not known to be bad, first those of its modality."""
         has_image = self._has_image(index)
-        for of_any_kind in (False, True):
-            for step in range(len(self) if of_any_kind else min(_NEAR, len(self))):
+        for any_modality in (False, True):
+            for step in range(len(self) if any_modality else min(_SAME_MODALITY_WITHIN, len(self))):
                 candidate = (index + step) % len(self)
-                if not self._flags[0, candidate] and (of_any_kind or self._has_image(candidate) == has_image):
+                if not self._flags[0, candidate] and (any_modality or self._has_image(candidate) == has_image):
                     yield candidate
 
     def _has_image(self, index: int) -> bool:
@@ -184,8 +154,8 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _skip(self, index: int, error: DataError) -> None:
         self._flags[0, index] = 1
-        bad, limit = int(self._flags[0].sum()), max(_FREE, int(_MAX_BAD * len(self)))
-        if bad <= _FREE:
+        bad, limit = int(self._flags[0].sum()), max(_ALWAYS_ALLOWED, int(_MAX_BAD * len(self)))
+        if bad <= _ALWAYS_ALLOWED:
             logger.warning("Skipped: %s", error)
         if bad > limit:
             raise ConfigError(
@@ -197,7 +167,7 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         try:
             record = parse_record(self.records[index])
             if record.image and not self.data_args.is_multimodal:
-                raise DataError("it has an image, but the run has no --vision_tower")
+                raise DataError("the record has an image, but the run has no --vision_tower")
         except DataError as error:
             raise self._located(error, index) from error
         return record
@@ -221,15 +191,13 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         return record_example(record, self.tokenizer, self.template, start_end=start_end)
 
     def _pixels(self, record: Record) -> torch.Tensor:
-        processor = self.data_args.image_processor
+        processor: BaseImageProcessor = getattr(self.data_args, "image_processor", None)
         if not record.image:
             return torch.zeros(3, processor.crop_size["height"], processor.crop_size["width"])
         folder = Path(self.data_args.image_folder or "")
-        images = [
-            preprocess_image(open_image(folder / path), processor, self.data_args.image_aspect_ratio)
-            for path in record.image
-        ]
-        return images[0] if len(images) == 1 else torch.stack(images)  # (3, S, S) or (k, 3, S, S)
+        aspect_ratio = self.data_args.image_aspect_ratio
+        images = [preprocess_image(open_image(folder / path), processor, aspect_ratio) for path in record.image]
+        return images[0] if len(images) == 1 else torch.stack(images)
 
     def _located(self, error: LlavaError, index: int) -> DataError:
         kind = ImageError if isinstance(error, ImageError) else DataError
@@ -237,24 +205,109 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         return kind(f"{self.data_path}, record {index}: {str(error.args[0]).rstrip('.')}; {remedy}.")
 
 
-def record_example(record: Record, tokenizer: Any, template: Conversation, *, start_end: bool = False) -> Example:
-    """Ids and labels of a record before truncation (spec/train.md §4.1, §4.2)."""
+class MixtureDataset(ConcatDataset[dict[str, torch.Tensor]]):
+    """Concatenation of the datasets of a mixture, each `repeat_time` times; items as in `LazySupervisedDataset`."""
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        tokenizer: PreTrainedTokenizerBase,
+        data_args: DataArguments,
+        template: Conversation,
+    ):
+        self.parts: dict[str, LazySupervisedDataset] = {}
+        for entry in entries:
+            args = copy.copy(data_args)
+            args.data_path, args.image_folder = entry.annotation, entry.root
+            self.parts[entry.name] = LazySupervisedDataset(entry.annotation, tokenizer, args, template)
+        super().__init__([self.parts[entry.name] for entry in entries for _ in range(entry.repeat_time)])
+        for entry in entries:
+            count, repeats = len(self.parts[entry.name]), entry.repeat_time
+            logger.info("%s: %d samples x %d, %.2f %%", entry.name, count, repeats, 100 * count * repeats / len(self))
+
+    def record_of(self, index: int) -> tuple[int, int]:
+        """Identifier of the dataset and index in it of a sample; equal for all its repeats."""
+        part = bisect.bisect_right(self.cumulative_sizes, index)
+        return id(self.datasets[part]), index - (self.cumulative_sizes[part - 1] if part else 0)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [length for part in self._repeated() for length in part.lengths]
+
+    @cached_property
+    def modality_lengths(self) -> list[int]:
+        return [length for part in self._repeated() for length in part.modality_lengths]
+
+    def _repeated(self) -> list[LazySupervisedDataset]:
+        return cast("list[LazySupervisedDataset]", self.datasets)
+
+    def check(self, *, wait: bool = False) -> bool:
+        """Whether the scans of all datasets are complete; raises as `LazySupervisedDataset.check` does."""
+        complete = [part.check(wait=wait) for part in self.parts.values()]  # checks all of them
+        return all(complete)
+
+    def report(self, merge: Merge = torch.Tensor.long) -> dict[str, int]:
+        """Sum of the datasets' reports, without repeats."""
+        reports = [part.report(merge) for part in self.parts.values()]
+        return {key: sum(report[key] for report in reports) for key in reports[0]}
+
+
+def record_example(
+    record: Record, tokenizer: PreTrainedTokenizerBase, template: Conversation, *, start_end: bool = False
+) -> Example:
+    """Ids and labels of a record before truncation; `start_end` wraps images in `<im_start>` and `<im_end>`."""
     placeholder = image_placeholder(template, start_end)
     turns = [Turn(role, place_images(text, placeholder, len(record.image))) for role, text in record.turns]
     return build_example(turns, tokenizer, template, has_image=bool(record.image))
 
 
-def start_worker(worker_id: int) -> None:
-    """What a loader's worker does first: its own random state, and no collector that would copy the shared memory.
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Truncates rows to the tokenizer's `model_max_length` and pads them on the right to the longest."""
 
-    Collecting writes to every object, and what a forked process writes to becomes its own.
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        """`input_ids`, `labels` (B, T) int64, `attention_mask` (B, T) bool and, with images, `images`.
+
+        `images` (K, 3, S, S) are those of all rows in order, or a list if sizes differ; a row has at least one. Raises
+        `DataError` if only some rows have images.
+        """
+        limit = self.tokenizer.model_max_length
+        rows = [truncate(Example(item["input_ids"], item["labels"]), limit) for item in instances]
+        pad = self.tokenizer.pad_token_id or 0  # hidden by the mask
+        input_ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)
+        labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
+        lengths = torch.tensor([len(row.input_ids) for row in rows])  # (B,)
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        batch: dict[str, torch.Tensor | list[torch.Tensor]] = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": mask,
+        }
+        with_image = [item["image"] for item in instances if "image" in item]
+        if with_image and len(with_image) < len(instances):
+            raise DataError(
+                f"{len(with_image)} of {len(instances)} rows of a batch have an image; in a multimodal run each row "
+                "needs one, zeros for text."
+            )
+        images = [pixels for item in with_image for pixels in (item if item.ndim == 4 else [item])]
+        if images:
+            batch["images"] = torch.stack(images) if len({image.shape for image in images}) == 1 else images
+        return batch
+
+
+def start_worker(worker_id: int) -> None:
+    """Initialize a data loader worker: seed it, and freeze the garbage collector's view of inherited objects.
+
+    A collection would write to their headers and thereby copy the memory shared with the parent process.
     """
     gc.freeze()
     seed_worker(worker_id)
 
 
 def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None:
-    """Raise `DataError` if more than 1 % of the first records would teach nothing (users.md TOK-2)."""
+    """Raise `DataError` if more than 1 % of the first records have no supervised token."""
     count = min(first, len(dataset))
     empty = []
     for index in range(count):
@@ -262,7 +315,7 @@ def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None
             example = dataset.example(parse_record(dataset.records[index]))
             labels = truncate(example, dataset.tokenizer.model_max_length).labels
         except (DataError, TemplateError):
-            continue  # counted and reported when it is drawn
+            continue  # reported when it is loaded
         if not bool((labels != IGNORE_INDEX).any()):
             empty.append(index)
     if len(empty) > max(1, count // 100):
@@ -273,11 +326,20 @@ def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None
 
 
 def make_supervised_data_module(
-    tokenizer: Any, data_args: Any, template: Conversation | str | None = None
+    tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, template: Conversation | str | None = None
 ) -> dict[str, Any]:
-    """Dataset and collator for the Trainer, after checking the template and the labels of the first records."""
-    dataset = LazySupervisedDataset(data_args.data_path, tokenizer, data_args, template)
-    check_template(tokenizer, dataset.template)
-    check_supervision(dataset)
+    """Dataset of `data_path`, or mixture of `meta_path`, and collator for the Trainer.
+
+    Raises `TemplateError` or `DataError` if no answers can be learned.
+    """
+    template = get_template(template) if isinstance(template, str) else template or conversation.default_conversation
+    check_template(tokenizer, template)
+    dataset: MixtureDataset | LazySupervisedDataset
+    if meta_path := getattr(data_args, "meta_path", None):
+        dataset = MixtureDataset(read_mixture(meta_path), tokenizer, data_args, template)
+    else:
+        dataset = LazySupervisedDataset(data_args.data_path or "", tokenizer, data_args, template)
+    for part in dataset.parts.values() if isinstance(dataset, MixtureDataset) else [dataset]:
+        check_supervision(part)
     collator = DataCollatorForSupervisedDataset(tokenizer)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

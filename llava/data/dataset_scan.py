@@ -1,14 +1,11 @@
-"""A look at every record of an annotation file, by processes of their own: faults, words, and which have images.
+"""Validation of all records of an annotation file in parallel processes: problems, word counts, records with images.
 
-Training starts while it is under way and is told of faults as soon as they are known; `llava check` waits for it. The
-processes (`python -m llava.data.dataset_scan`) import nothing heavy, hold no lock of the parent process, and map the same
-file.
+Training starts while the scan is running and is notified of problems later; `llava check` waits for it. The processes
+(`python -m llava.data.dataset_scan`) share the memory-mapped file and import neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import os
 import shutil
@@ -19,27 +16,29 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from llava.data.annotations import JsonRecords, Records, read_records
-from llava.data.records import Record, glance, parse_record, problems_of
+from llava.data.records import Record, parse_record, problems_of, quick_check
 from llava.errors import DataError
-from llava.utils import guarded
+from llava.utils import guarded, usable_cores
 
-AT_ONCE: Final = 20_000  # so many records are looked at in a second, without processes,
-IMAGES_AT_ONCE: Final = 500  # and so many images
+INLINE_RECORDS: Final = 20_000  # files of so many records are scanned in this process, in about a second,
+INLINE_IMAGES: Final = 500  # or of so many if images are checked
 BLOCK: Final = 256  # records whose words are counted together
-# of a byte of UTF-8: 0 of a word, 2 a blank, 1 the first of what may be one, as U+00A0, U+2009 and U+3000 are
-KINDS: Final = bytes(2 if chr(b).isspace() and b < 128 else int(b in (0xC2, 0xE1, 0xE2, 0xE3)) for b in range(256))
-Look = Callable[[Record], list[str]]
+# Classes of UTF-8 bytes: 2 whitespace, 1 the first byte of characters such as U+00A0, U+2009 and U+3000, 0 others
+BYTE_CLASSES: Final = bytes(
+    2 if chr(b).isspace() and b < 128 else int(b in (0xC2, 0xE1, 0xE2, 0xE3)) for b in range(256)
+)
+RecordCheck = Callable[[Record], list[str]]
 
 
 @dataclass
-class Findings:
-    """What a range of records holds: `words` (N,) int32 and `image` (N,) bool, zero and false for a bad record."""
+class ScanResult:
+    """Contents of N records: `words` (N,) int32 and `image` (N,) bool, zero for bad records, and problems by index."""
 
     words: npt.NDArray[np.int32]
     image: npt.NDArray[np.bool_]
@@ -47,61 +46,59 @@ class Findings:
     keys: set[str] = field(default_factory=set)
 
 
-def examine(records: Records, start: int, stop: int, look: Look | None = None) -> Findings:
-    """Findings of the records [start, stop); `look` adds problems of a valid record, such as those of its images."""
-    found = Findings(np.zeros(stop - start, np.int32), np.zeros(stop - start, np.bool_))
+def scan_records(records: Records, start: int, stop: int, check: RecordCheck | None = None) -> ScanResult:
+    """Scan the records [start, stop); `check` returns further problems of a valid record, such as missing images."""
+    result = ScanResult(np.zeros(stop - start, np.int32), np.zeros(stop - start, np.bool_))
     for block in range(start, stop, BLOCK):
-        texts = _examine_block(records, block, min(block + BLOCK, stop), look, found, start)
-        found.words[block - start : block - start + len(texts)] = count_words(texts)
-    return found
+        indices = range(block, min(block + BLOCK, stop))
+        texts = [_scan_record(records, index, check, result, index - start) for index in indices]
+        result.words[block - start : block - start + len(texts)] = count_words(texts)
+    return result
 
 
-def _examine_block(records: Records, begin: int, end: int, look: Look | None, found: Findings, start: int) -> list[str]:
-    """Notes in `found`, which begins at `start`, what these records hold; returns their texts, empty for bad ones."""
-    texts = []
-    for index in range(begin, end):
-        texts.append("")
-        try:
-            raw = records[index]
-        except DataError as error:
-            found.problems[index] = [str(error.args[0])]
-            continue
-        if isinstance(raw, dict):
-            found.keys.update(raw)
-        seen = glance(raw) if look is None else None
-        if seen:
-            texts[-1], found.image[index - start] = seen
-            continue
-        problems = problems_of(raw)
-        if not problems:
-            record = parse_record(raw)
-            problems = look(record) if look else []
-            texts[-1] = "\n".join(turn.text for turn in record.turns)
-            found.image[index - start] = bool(record.image)
-        if problems:
-            found.problems[index] = problems
-    return texts
+def _scan_record(records: Records, index: int, check: RecordCheck | None, result: ScanResult, row: int) -> str:
+    """Add a record to `row` of `result`, except for its words; returns its text, empty for a bad record."""
+    try:
+        raw = records[index]
+    except DataError as error:
+        result.problems[index] = [str(error.args[0])]
+        return ""
+    if isinstance(raw, dict):
+        result.keys.update(raw)
+    checked = quick_check(raw) if check is None else None
+    if checked:
+        text, result.image[row] = checked
+        return text
+    problems = list(problems_of(raw))
+    if not problems:
+        record = parse_record(raw)
+        problems = check(record) if check else []
+        result.image[row] = bool(record.image)
+    if problems:
+        result.problems[index] = problems
+        return ""
+    return "\n".join(turn.text for turn in record.turns)
 
 
 def count_words(texts: Sequence[str]) -> npt.NDArray[np.int32]:
-    """`len(text.split())` of each: `(N,)`; many at once, one by one where there may be blanks beyond ASCII."""
+    """`len(text.split())` of N texts: (N,); vectorized, except for texts that may contain non-ASCII whitespace."""
     parts = [text.encode() + b"\n" for text in texts]
     ends = np.cumsum([len(part) for part in parts])
-    kinds = b"".join(parts).translate(KINDS)
-    kind = np.frombuffer(kinds, np.uint8)
-    words = np.flatnonzero(kind[1:] > kind[:-1]) + 1  # where one has just ended
-    counts = np.diff(np.searchsorted(words, ends), prepend=0).astype(np.int32)
-    if kinds.find(1) >= 0:
-        for index in np.unique(np.searchsorted(ends, np.flatnonzero(kind == 1), "right")):
+    classes = b"".join(parts).translate(BYTE_CLASSES)
+    values = np.frombuffer(classes, np.uint8)
+    word_ends = np.flatnonzero(values[1:] > values[:-1]) + 1
+    counts = np.diff(np.searchsorted(word_ends, ends), prepend=0).astype(np.int32)
+    if classes.find(1) >= 0:
+        for index in np.unique(np.searchsorted(ends, np.flatnonzero(values == 1), "right")):
             counts[index] = len(texts[index].split())
     return counts
 
 
-def image_errors(folder: Path, *, decode: bool) -> Look:
-    """A `look` that finds missing, and with `decode` damaged or oversized, image files; each file is opened once."""
+def image_errors(folder: Path, *, decode: bool) -> RecordCheck:
+    """Check for missing and, with `decode`, damaged or oversized image files; each file is checked once."""
     from llava.images import open_image
 
-    seen: dict[str, str | None] = {}
+    known: dict[str, str | None] = {}
 
     def problem(path: str) -> str | None:
         if not decode:
@@ -112,29 +109,28 @@ def image_errors(folder: Path, *, decode: bool) -> Look:
             return str(error.args[0]).rstrip(".")
         return None
 
-    def look(record: Record) -> list[str]:
+    def check(record: Record) -> list[str]:
         for path in record.image:
-            if path not in seen:
-                seen[path] = problem(path)
-        return [text for path in record.image if (text := seen[path])]
+            if path not in known:
+                known[path] = problem(path)
+        return [text for path in record.image if (text := known[path])]
 
-    return look
+    return check
 
 
-def processes() -> int:
-    """How many to start: this rank's share of the cores of its node."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)))
+def default_workers() -> int:
+    """Number of processes to start: the cores per rank of this node, at most 16."""
+    return max(1, min(16, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)))
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with the package first on the path even when it is not installed."""
+    """Environment of the processes, in which this package can be imported without being installed."""
     root = str(Path(__file__).resolve().parents[2])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
-def _clear(owner: int, running: list[subprocess.Popen[bytes]], root: Path) -> None:
-    """End what still runs and remove its files; nothing in a copy that a loader's worker has."""
+def _clean_up(owner: int, running: list[subprocess.Popen[bytes]], root: Path) -> None:
+    """Kill running processes and remove their files, in the process `owner` only: data loader workers hold copies."""
     if os.getpid() == owner:
         for process in running:
             process.kill()
@@ -143,90 +139,83 @@ def _clear(owner: int, running: list[subprocess.Popen[bytes]], root: Path) -> No
 
 
 class DatasetScan:
-    """The examination of a whole file, started when made; small files are looked at on the spot.
+    """Scan of a whole file, running in the background; small files are scanned by the constructor.
 
-    `images` is the folder of the images if they shall be looked for, and, with `decode`, opened.
+    Images below `images` are checked for existence if given, and decoded if `decode`.
     """
 
     def __init__(
         self, records: Records, *, images: Path | None = None, decode: bool = False, workers: int | None = None
     ):
         self.records = records
-        self._found: Findings | None = None
+        self._result: ScanResult | None = None
         self._running: list[subprocess.Popen[bytes]] = []
-        if workers is None and len(records) <= (AT_ONCE if images is None else IMAGES_AT_ONCE):
-            look = image_errors(images, decode=decode) if images is not None else None
-            self._found = examine(records, 0, len(records), look)
+        if workers is None and len(records) <= (INLINE_RECORDS if images is None else INLINE_IMAGES):
+            check = image_errors(images, decode=decode) if images is not None else None
+            self._result = scan_records(records, 0, len(records), check)
             return
-        count = processes() if workers is None else max(1, workers)
-        self._root = root = Path(tempfile.mkdtemp(prefix="llava-dataset_scan-"))
-        self._close = weakref.finalize(self, _clear, os.getpid(), self._running, root)
-        if isinstance(records, JsonRecords):
-            np.save(root / "places.npy", records.places)
+        count = default_workers() if workers is None else max(1, workers)
         bounds = np.linspace(0, len(records), min(count, len(records)) + 1).astype(int).tolist()
-        for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            more = ["--images", str(images)] if images is not None else []
-            more += ["--decode"] if decode else []
-            command = [sys.executable, "-m", __name__, str(records.path), str(root), str(part), str(start), str(stop)]
+        self._root = root = Path(tempfile.mkdtemp(prefix="llava-dataset-scan-"))
+        self._close = weakref.finalize(self, _clean_up, os.getpid(), self._running, root)
+        if isinstance(records, JsonRecords):
+            np.save(root / "offsets.npy", records.offsets)
+        job = {"file": str(records.path), "images": images and str(images), "decode": decode, "bounds": bounds}
+        (root / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        for part in range(len(bounds) - 1):
+            command = [sys.executable, "-m", __name__, str(root), str(part)]
             with (root / f"{part}.log").open("wb") as log:
                 self._running.append(
-                    subprocess.Popen([*command, *more], stdin=subprocess.DEVNULL, stderr=log, env=_environment())
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, env=_environment())
                 )
 
     def ready(self) -> bool:
-        """Whether `result` would answer at once."""
-        return self._found is not None or all(process.poll() is not None for process in self._running)
+        """Whether `result` returns without waiting."""
+        return self._result is not None or all(process.poll() is not None for process in self._running)
 
-    def result(self) -> Findings:
-        """The findings of all records; waits for the processes."""
-        if self._found is None:
-            parts = [self._part(self._root, part, process) for part, process in enumerate(self._running)]
-            self._found = Findings(
+    def result(self) -> ScanResult:
+        """The result for all records. Waits for the processes; raises `DataError` if one failed."""
+        if self._result is None:
+            parts = [self._read_part(part, process) for part, process in enumerate(self._running)]
+            self._result = ScanResult(
                 np.concatenate([part.words for part in parts]),
                 np.concatenate([part.image for part in parts]),
                 {index: problems for part in parts for index, problems in part.problems.items()},
                 {key for part in parts for key in part.keys},
             )
             self._close()
-        return self._found
+        return self._result
 
-    def _part(self, root: Path, part: int, process: subprocess.Popen[bytes]) -> Findings:
+    def _read_part(self, part: int, process: subprocess.Popen[bytes]) -> ScanResult:
         if process.wait():
-            said = (root / f"{part}.log").read_text(errors="replace").strip().splitlines()
+            log = (self._root / f"{part}.log").read_text(errors="replace").strip().splitlines()
             raise DataError(
-                f"Looking through {self.records.path} ended with status {process.returncode}: "
-                f"{said[-1] if said else 'killed'}; is there memory enough?"
+                f"The scan of {self.records.path} ended with status {process.returncode}: "
+                f"{log[-1] if log else 'killed'}; check the free memory."
             )
-        arrays = np.load(root / f"{part}.npz")
-        text = json.loads((root / f"{part}.json").read_text(encoding="utf-8"))
-        problems = {int(index): list(problems) for index, problems in text["problems"].items()}
-        return Findings(arrays["words"], arrays["image"], problems, set(text["keys"]))
+        arrays = np.load(self._root / f"{part}.npz")
+        problems, keys = json.loads(str(arrays["text"]))
+        return ScanResult(arrays["words"], arrays["image"], {int(k): v for k, v in problems.items()}, set(keys))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process has the findings, if they are known, and never waits."""
-        known = self._found or Findings(np.zeros(len(self.records), np.int32), np.zeros(len(self.records), np.bool_))
-        return {"records": self.records, "_found": known, "_running": []}
+    def __getstate__(self) -> dict[str, object]:
+        """State for another process: the result, or an empty one if the scan is still running."""
+        count = len(self.records)
+        result = self._result or ScanResult(np.zeros(count, np.int32), np.zeros(count, np.bool_))
+        return {"records": self.records, "_result": result, "_running": []}
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """One process of a dataset_scan."""
-    parser = argparse.ArgumentParser(prog="python -m llava.data.dataset_scan", description=main.__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("part")
-    parser.add_argument("start", type=int)
-    parser.add_argument("stop", type=int)
-    parser.add_argument("--images", type=Path)
-    parser.add_argument("--decode", action="store_true")
-    args = parser.parse_args(argv)
-    places = args.folder / "places.npy"
-    records = JsonRecords(args.file, np.load(places, "r")) if places.is_file() else read_records(args.file)
-    look = image_errors(args.images, decode=args.decode) if args.images is not None else None
-    found = examine(records, args.start, args.stop, look)
-    np.savez(args.folder / f"{args.part}.npz", words=found.words, image=found.image)
-    text = json.dumps({"problems": found.problems, "keys": sorted(found.keys)})
-    (args.folder / f"{args.part}.json").write_text(text, encoding="utf-8")
+    """Scan one part of the job in a directory of `DatasetScan`; the arguments are the directory and the part."""
+    root, part = sys.argv[1:] if argv is None else argv
+    job = json.loads(Path(root, "job.json").read_text(encoding="utf-8"))
+    offsets = Path(root, "offsets.npy")
+    records = JsonRecords(Path(job["file"]), np.load(offsets, "r")) if offsets.is_file() else read_records(job["file"])
+    check = image_errors(Path(job["images"]), decode=job["decode"]) if job["images"] is not None else None
+    start, stop = job["bounds"][int(part) : int(part) + 2]
+    result = scan_records(records, start, stop, check)
+    text = json.dumps([result.problems, sorted(result.keys)])
+    np.savez(Path(root, f"{part}.npz"), words=result.words, image=result.image, text=np.array(text))
     return 0
 
 

@@ -1,13 +1,15 @@
-"""Input ids and labels of a conversation: the answers and what ends them are supervised, nothing else.
+"""Token ids and labels of conversations: answers and their separators are supervised, nothing else.
 
-Labels follow from the spans the renderer marks and from the characters each token covers (users.md TOK-1); no
-lengths are subtracted. Where the published code is right the result is the same (spec/train.md §4).
+Labels are derived from the spans of the rendered prompt and the characters of each token, not from token counts. Slow
+tokenizers do not report characters, so the text of their tokens is aligned with the prompt: SentencePiece pieces (with
+byte fallback and the prepended space), byte-level BPE and added tokens.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -15,46 +17,58 @@ from llava import conversation
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, Span, conv_templates, image_placeholder, stop_strings
 from llava.data.records import Turn, drop_greeting, parse_turns
-from llava.data.tokens import tokenize
 from llava.errors import DataError, TemplateError
+from llava.mm_utils import bos_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llava.arguments import DataArguments
+
+Sources = Sequence[Sequence[Mapping[str, str]]]  # `conversations` lists
+_TEXT_STOPS: Final = (SeparatorStyle.SINGLE, SeparatorStyle.PLAIN)  # answers end in plain text, not a special token
+_PROBE: Final = (Turn("human", f"{DEFAULT_IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A black cat, 3 years old."))
+_SPACE: Final = "\u2581"  # the space of SentencePiece
+_BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Example(NamedTuple):
-    """`input_ids` (T,) int64 with -200 per image; `labels` (T,) int64, equal to the ids or -100."""
+    """`input_ids` (T,) int64, with -200 for each image; `labels` (T,) int64, equal to the ids or -100."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
 
 
-def build_example(
-    turns: Sequence[Turn],
-    tokenizer: Any,
-    template: Conversation,
-    *,
-    has_image: bool,
-    model_max_length: int | None = None,
-) -> Example:
-    """Ids and labels of one conversation, cut by `truncate` when `model_max_length` is given.
+class Token(NamedTuple):
+    """A token id and its characters [start, end) of the prompt, which are empty for a BOS the tokenizer adds."""
 
-    A token is supervised when any character of it is. Raises `DataError` for turns the template cannot hold.
+    id: int
+    start: int
+    end: int
+
+
+def build_example(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: Conversation, *, has_image: bool
+) -> Example:
+    """Ids and labels of a conversation; a token is supervised if any of its characters is.
+
+    Raises `DataError` for turns that the template cannot render.
     """
     spans = training_spans(turns, template)
     prompt = "".join(span.text for span in spans)
     supervised = b"".join(bytes([span.supervised]) * len(span.text) for span in spans) + b"\0"
     tokens = tokenize(prompt, tokenizer, images=has_image)
     input_ids = torch.tensor([token.id for token in tokens], dtype=torch.long)  # (T,)
-    # An empty token, such as the blank before an answer, goes with the character it precedes.
+    # A token without characters, such as the space before an answer, is treated as the next character.
     mask = [1 in supervised[token.start : max(token.end, token.start + 1)] for token in tokens]
     keep = torch.tensor(mask, dtype=torch.bool) & (input_ids != IMAGE_TOKEN_INDEX)
-    labels = torch.where(keep, input_ids, IGNORE_INDEX)  # (T,)
-    example = Example(input_ids, labels)
-    return example if model_max_length is None else truncate(example, model_max_length)
+    return Example(input_ids, torch.where(keep, input_ids, IGNORE_INDEX))
 
 
 def truncate(example: Example, limit: int) -> Example:
-    """At most `limit` ids from the front; image positions behind the cut stay, in place of the last text before it.
+    """Keep the first `limit` ids; image positions beyond them replace the last text before the cut.
 
-    Losing one would hand its image to the next row of the batch. Raises `DataError` when no text fits beside them.
+    A dropped position would shift the images of later rows. Raises `DataError` if the images leave no room for text.
     """
     input_ids, labels = example
     if len(input_ids) <= limit:
@@ -64,11 +78,78 @@ def truncate(example: Example, limit: int) -> Example:
     if images >= limit:
         raise DataError(f"{images} images do not fit into {limit} ids; raise --model_max_length.")
     keep[(~keep).nonzero()[: limit - images]] = True
-    return Example(input_ids[keep], labels[keep])  # (limit,) each
+    return Example(input_ids[keep], labels[keep])
+
+
+def tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, *, images: bool) -> list[Token]:
+    """Tokens of a prompt, with the ids of `tokenizer_image_token` if `images`, else those of the tokenizer.
+
+    Neighboring tokens overlap only where a character has several tokens.
+    """
+    tokens = [Token(token_id, 0, 0) for token_id in bos_prefix(tokenizer)]
+    start = 0
+    for index, piece in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN) if images else [prompt]):
+        if index:
+            tokens.append(Token(IMAGE_TOKEN_INDEX, start, start + len(DEFAULT_IMAGE_TOKEN)))
+            start += len(DEFAULT_IMAGE_TOKEN)
+        if piece:
+            encode = _encode_fast if tokenizer.is_fast else _encode_slow
+            tokens += [Token(token.id, start + token.start, start + token.end) for token in encode(piece, tokenizer)]
+        start += len(piece)
+    return tokens
+
+
+def _encode_fast(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens, last_end = [], 0
+    for token_id, (start, end) in zip(encoded.input_ids, encoded.offset_mapping):
+        # Byte-level tokenizers omit spaces from their offsets; they belong to the next token.
+        tokens.append(Token(token_id, min(start, last_end), end))
+        last_end = end
+    return tokens
+
+
+def _encode_slow(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
+    pieces = tokenizer.tokenize(text)
+    ids = tokenizer.convert_tokens_to_ids(pieces)
+    data = text.replace(_SPACE, " ").encode()
+    # Index of the character of each byte, and of the end.
+    chars = [index for index, char in enumerate(text.replace(_SPACE, " ")) for _ in char.encode()] + [len(text)]
+    tokens, position = [], 0
+    for token_id, piece in zip(ids, pieces):
+        start, position = _find(_token_bytes(piece, tokenizer), data, position, tokenizer)
+        # A byte of a character stands for the whole character.
+        end = chars[position - 1] + 1 if position > start else chars[start]
+        tokens.append(Token(token_id, chars[start], end))
+    return tokens
+
+
+def _token_bytes(piece: str, tokenizer: PreTrainedTokenizerBase) -> bytes:
+    if piece in tokenizer.added_tokens_encoder:
+        return piece.encode()
+    if hasattr(tokenizer, "byte_decoder"):
+        return bytes(tokenizer.byte_decoder[char] for char in piece)
+    if match := _BYTE.fullmatch(piece):
+        return bytes.fromhex(match[1])
+    return piece.replace(_SPACE, " ").encode()
+
+
+def _find(token: bytes, data: bytes, position: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Range [start, end) of `token` in `data`, at `position` or after the whitespace there."""
+    while True:
+        for candidate in (token, token.removeprefix(b" ")):  # the prepended space is not part of the text
+            if data.startswith(candidate, position):
+                return position, position + len(candidate)
+        if not data[position : position + 1].isspace():
+            raise TemplateError(
+                f"{type(tokenizer).__name__} normalizes the text it tokenizes, so its tokens cannot be aligned with "
+                "answers; use the fast version of this tokenizer."
+            )
+        position += 1  # added tokens may strip the whitespace around them
 
 
 def training_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
-    """What training shows the model: the template's own rendering, except for the two layouts of §4.6 and §4.7."""
+    """Spans of a training prompt: the template's rendering, except for the layouts of `plain` and `v0`."""
     if template.sep_style is SeparatorStyle.PLAIN:
         return _plain_spans(turns, template)
     chat = template.copy()
@@ -88,7 +169,7 @@ def training_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
 def _plain_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
     if len(turns) != 2 or DEFAULT_IMAGE_TOKEN not in turns[0].text:
         raise DataError(
-            f"Template {template.name!r} takes two turns with {DEFAULT_IMAGE_TOKEN} in the first, found {len(turns)} "
+            f"Template {template.name!r} expects two turns with {DEFAULT_IMAGE_TOKEN} in the first, got {len(turns)} "
             f"with {turns[0].text[:40] if turns else ''!r}; use it for captions only."
         )
     return [
@@ -100,91 +181,72 @@ def _plain_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
 def _v0_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
     spans = [Span(f"{template.system}\n\n", False)]
     for role, text in turns:
-        word = template.roles[role != "human"]
-        # The mark that ends an answer is supervised wherever it stands, at the head of a human turn too.
-        spans += [Span("###", True), Span(f" {word}: {text}\n", role == "gpt")]
+        name = template.roles[role != "human"]
+        # The separator is supervised everywhere, also in front of human turns.
+        spans += [Span("###", True), Span(f" {name}: {text}\n", role == "gpt")]
     return [*spans, Span("### ", True)]
 
 
+def place_images(text: str, placeholder: str, num_images: int) -> str:
+    """Insert placeholders: one on a line in front for a single image, else where `<image>` stands."""
+    if num_images == 1 and DEFAULT_IMAGE_TOKEN in text:
+        text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+    return text.replace(DEFAULT_IMAGE_TOKEN, placeholder)
+
+
 def preprocess(
-    sources: Sequence[Sequence[Mapping[str, str]]], tokenizer: Any, has_image: bool = False
+    sources: Sources, tokenizer: PreTrainedTokenizerBase, has_image: bool = False
 ) -> dict[str, list[torch.Tensor]]:
-    """`{"input_ids": [(T,)], "labels": [(T,)]}`, int64, under `conversation.default_conversation` (§4.2).
+    """`{"input_ids": [(T,)], "labels": [(T,)]}`, int64, rendered with `conversation.default_conversation`.
 
-    As published, only text samples are cut to the tokenizer's `model_max_length` here.
+    As published, only samples without images are truncated to the tokenizer's `model_max_length` here.
     """
-    limit = None if has_image else tokenizer.model_max_length
-    examples = [
-        build_example(
-            parse_turns(source),
-            tokenizer,
-            conversation.default_conversation,
-            has_image=has_image,
-            model_max_length=limit,
-        )
-        for source in sources
-    ]
-    return {
-        "input_ids": [example.input_ids for example in examples],
-        "labels": [example.labels for example in examples],
-    }
+    template = conversation.default_conversation
+    examples = [build_example(parse_turns(source), tokenizer, template, has_image=has_image) for source in sources]
+    if not has_image:
+        examples = [truncate(example, tokenizer.model_max_length) for example in examples]
+    return {"input_ids": [ids for ids, _ in examples], "labels": [labels for _, labels in examples]}
 
 
-def preprocess_multimodal(
-    sources: Sequence[Sequence[Mapping[str, str]]], data_args: Any, num_images: int = 1
-) -> Sequence[Sequence[Mapping[str, str]]]:
-    """Turns with their placeholders in training form, as new objects (§4.1); unchanged in a run without a tower."""
+def preprocess_multimodal(sources: Sources, data_args: DataArguments, num_images: int = 1) -> Sources:
+    """Copy turns with their image placeholders in training form; text-only runs get `sources` unchanged."""
     if not data_args.is_multimodal:
         return sources
-    placeholder = image_placeholder(conversation.default_conversation, data_args.mm_use_im_start_end)
+    start_end = getattr(data_args, "mm_use_im_start_end", False)
+    placeholder = image_placeholder(conversation.default_conversation, start_end)
     return [
         [{**turn, "value": place_images(turn["value"], placeholder, num_images)} for turn in source]
         for source in sources
     ]
 
 
-def place_images(text: str, placeholder: str, num_images: int) -> str:
-    """One image: a single placeholder on a line of its own in front; several: each stays where it is."""
-    if num_images == 1 and DEFAULT_IMAGE_TOKEN in text:
-        text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
-    return text.replace(DEFAULT_IMAGE_TOKEN, placeholder)
+def check_template(tokenizer: PreTrainedTokenizerBase, template: Conversation) -> None:
+    """Raise `TemplateError`, naming templates that fit, unless the tokenizer can express and terminate an answer.
 
-
-# --- Does a conversation template fit a tokenizer? Asked once ---------------------------------------------------------
-
-
-# Their answers end in plain text, which any tokenizer can write.
-_TEXT_STOPS: Final = (SeparatorStyle.SINGLE, SeparatorStyle.PLAIN)
-_PROBE: Final = (Turn("human", f"{DEFAULT_IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A black cat, 3 years old."))
-
-
-def check_template(tokenizer: Any, template: Conversation) -> None:
-    """Raise `TemplateError`, naming the templates that fit, unless the tokenizer can write and end an answer.
-
-    The stop string must be one token (except in styles that end in plain text), and the supervised ids of a sample
+    The stop string must be a single token (except in styles that end in plain text), and the supervised ids of a sample
     must decode to its answer.
     """
-    problem = _problem(tokenizer, template)
+    problem = _template_problem(tokenizer, template)
     if problem:
-        fitting = [name for name, other in conv_templates.items() if not _problem(tokenizer, other)]
+        fitting = [name for name, other in conv_templates.items() if not _template_problem(tokenizer, other)]
         raise TemplateError(
             f"Template {template.name!r} does not fit this tokenizer: {problem}; "
             f"templates that fit: {', '.join(fitting) or 'none'}."
         )
 
 
-def _problem(tokenizer: Any, template: Conversation) -> str | None:
+def _template_problem(tokenizer: PreTrainedTokenizerBase, template: Conversation) -> str | None:
     (stop,) = stop_strings(template)
     if template.sep_style not in _TEXT_STOPS:
         stop_id = tokenizer.convert_tokens_to_ids(stop)
         ids = tokenizer(f"a{stop}", add_special_tokens=False).input_ids
-        known = stop_id is not None and tokenizer.convert_ids_to_tokens(stop_id) == stop  # else it is the unknown token
+        known = stop_id is not None and tokenizer.convert_ids_to_tokens(stop_id) == stop  # not the unknown token
         if not known or ids.count(stop_id) != 1:
-            return f"{stop!r}, which ends an answer, is not one of its tokens"
+            return f"its stop string {stop!r} is not a single token"
     try:
         example = build_example(_PROBE, tokenizer, template, has_image=True)
     except TemplateError as error:
         return str(error.args[0]).rstrip(".")
     ids = [token for token in example.labels.tolist() if token != IGNORE_INDEX]
     text = "".join(tokenizer.decode(ids).split())
-    return None if "".join((_PROBE[1].text + stop).split()) in text else f"an answer comes back as {text!r}"
+    return None if "".join((_PROBE[1].text + stop).split()) in text else f"an answer is decoded to {text!r}"

@@ -1,13 +1,13 @@
-"""Batches of like lengths and of one modality (spec/train.md §6).
+"""Sampling grouped by length and modality.
 
-All ranks must draw the same order: either from an equal global random state, as published, or from a generator that
+All ranks must draw the same order, from equal global random states as published, or from generators that
 `LengthGroupedSampler` seeds by epoch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import Sampler
 
 Indices = npt.NDArray[np.int64]
-FULL: Final = 2**62  # more than any sum of lengths: a chunk with it takes no more
+FULL: Final = 2**62  # added to the total of a full chunk; exceeds any sum of lengths
 
 
 def split_to_even_chunks(indices: list[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
-    """`indices` dealt into `num_chunks` lists of about equal total length, in order of arrival."""
+    """Split `indices` into `num_chunks` chunks of equal size and similar total length, in the given order."""
     if len(indices) % num_chunks:
         return [indices[chunk::num_chunks] for chunk in range(num_chunks)]
     size = len(indices) // num_chunks
@@ -35,75 +35,70 @@ def split_to_even_chunks(indices: list[int], lengths: Sequence[int], num_chunks:
 def get_length_grouped_indices(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
-    """A permutation of the indices whose megabatches of `batch_size * world_size` are dealt evenly to the ranks."""
-    return _listed(_length_grouped(np.asarray(lengths, np.int64), batch_size, world_size, generator))
+    """A permutation of the indices in megabatches of `batch_size * world_size`, split evenly among ranks by length."""
+    return cast("list[int]", _length_grouped(np.asarray(lengths, np.int64), batch_size, world_size, generator).tolist())
 
 
 def get_modality_length_grouped_indices(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
-    """As above, with image samples (positive lengths) and text samples (negative or zero) in megabatches of their own.
+    """Length-grouped indices with separate megabatches of image (positive lengths) and text samples (others).
 
-    At most two megabatches mix them: the first, and a shorter last one. One modality alone is grouped by length.
+    At most two megabatches are mixed: the first, and a shorter last one.
     """
     signed = np.asarray(lengths, np.int64)
     sizes = np.abs(signed)
     image, text = np.flatnonzero(signed > 0), np.flatnonzero(signed <= 0)
     if not len(image) or not len(text):
-        return _listed(_length_grouped(sizes, batch_size, world_size, generator))
+        return cast("list[int]", _length_grouped(sizes, batch_size, world_size, generator).tolist())
     megabatch = batch_size * world_size
-    pure: list[Indices] = []
+    single: list[Indices] = []
     rest: list[Indices] = []
     for group in (image, text):
         order = group[_length_grouped(sizes[group], batch_size, world_size, generator)]
         *whole, last = np.split(order, range(megabatch, len(order), megabatch))
-        pure += whole
+        single += whole
         rest.append(last)
-    pure = [pure[i] for i in torch.randperm(len(pure), generator=generator).tolist()]
+    single = [single[i] for i in torch.randperm(len(single), generator=generator).tolist()]
     mixed = np.concatenate(rest)
     if len(mixed) >= megabatch:
-        pure.insert(0, mixed[:megabatch])
+        single.insert(0, mixed[:megabatch])
         mixed = mixed[megabatch:]
-    return _listed(np.concatenate([*pure, mixed]))
-
-
-def _listed(order: Indices) -> list[int]:
-    numbers: list[int] = order.tolist()
-    return numbers
+    return cast("list[int]", np.concatenate([*single, mixed]).tolist())
 
 
 def _length_grouped(lengths: Indices, batch_size: int, world_size: int, generator: torch.Generator | None) -> Indices:
     megabatch = batch_size * world_size
     order: Indices = torch.randperm(len(lengths), generator=generator).numpy()
     whole = len(order) // megabatch * megabatch
-    runs: Indices = order[:whole].reshape(-1, megabatch)
-    longest_first = np.argsort(-lengths[runs], axis=1, kind="stable")
-    runs = _deal(np.take_along_axis(runs, longest_first, 1), lengths, world_size)
+    batches: Indices = order[:whole].reshape(-1, megabatch)
+    longest_first = np.argsort(-lengths[batches], axis=1, kind="stable")
+    batches = _split_rows(np.take_along_axis(batches, longest_first, 1), lengths, world_size)
     last = sorted(order[whole:].tolist(), key=lambda i: -lengths[i])
     chunks = split_to_even_chunks(last, lengths, world_size)  # type: ignore[arg-type]
-    return np.concatenate([runs.reshape(-1), *(np.asarray(chunk, np.int64) for chunk in chunks)])
+    return np.concatenate([batches.reshape(-1), *(np.asarray(chunk, np.int64) for chunk in chunks)])
 
 
-def _deal(runs: Indices, lengths: Indices, num_chunks: int) -> Indices:
-    """`split_to_even_chunks` of every row of `runs` `(R, M)` at once, M a multiple of the chunks: `(R, M)`."""
-    size = runs.shape[1] // num_chunks
-    row = np.arange(len(runs))
-    totals = np.zeros((len(runs), num_chunks), np.int64)
+def _split_rows(indices: Indices, lengths: Indices, num_chunks: int) -> Indices:
+    """Vectorized `split_to_even_chunks` of each row of `indices` (R, M), with M a multiple of `num_chunks`: (R, M)."""
+    size = indices.shape[1] // num_chunks
+    row = np.arange(len(indices))
+    totals = np.zeros((len(indices), num_chunks), np.int64)
     filled = np.zeros_like(totals)
-    dealt = np.empty_like(runs)
-    for index in runs.T:
+    split = np.empty_like(indices)
+    for index in indices.T:
         chunk = totals.argmin(axis=1)
-        dealt[row, chunk * size + filled[row, chunk]] = index
+        split[row, chunk * size + filled[row, chunk]] = index
         filled[row, chunk] += 1
         totals[row, chunk] += np.where(filled[row, chunk] < size, lengths[index], FULL)
-    return dealt
+    return split
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Deals every index once in length-grouped (optionally modality-grouped) order.
+    """Yields every index once in length-grouped, optionally modality-grouped order.
 
-    With `seed`, epoch e draws from a generator seeded with `seed + e` (see `set_epoch`); else from `generator`, or
-    from the global random state.
+    With `seed`, the order of epoch e is drawn from a generator seeded with `seed + e` (see `set_epoch`); otherwise from
+    `generator` or the global random state.
     """
 
     def __init__(
@@ -116,7 +111,7 @@ class LengthGroupedSampler(Sampler[int]):
         seed: int | None = None,
     ) -> None:
         if lengths is None:
-            raise ValueError("LengthGroupedSampler needs the lengths of the samples; pass dataset.modality_lengths.")
+            raise ValueError("lengths must be given to LengthGroupedSampler; pass dataset.modality_lengths.")
         self.batch_size = batch_size
         self.world_size = world_size
         self.lengths = lengths
@@ -126,7 +121,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of `epoch`; the data loader calls it on every rank alike."""
+        """Select the order of `epoch`; the data loader calls it on every rank."""
         self.epoch = epoch
 
     def __len__(self) -> int:

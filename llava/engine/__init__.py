@@ -1,13 +1,12 @@
 """The inference engine: `load_engine`, `Engine`, `Request`, `SamplingParams`, `Completion`.
 
-Fetched at first use, so that a program that only cleans text (`llava.engine.detokenizer`) does not load torch.
+Names are imported at first use, so that `llava.engine.detokenizer` can be used without loading torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llava.engine.engine import Engine, load_engine
@@ -15,10 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Engine", "Request", "RequestHandle", "SamplingParams", "Statistics", "load_engine"]
 
-_HOME: Final = MappingProxyType({**dict.fromkeys(__all__, "sequence"), "Engine": "engine", "load_engine": "engine"})
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+def __getattr__(name: str) -> object:
+    if name not in __all__:
         raise AttributeError(f"module 'llava.engine' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"llava.engine.{_HOME[name]}"), name)
+    module = "engine" if name in ("Engine", "load_engine") else "sequence"
+    return getattr(importlib.import_module(f"llava.engine.{module}"), name)

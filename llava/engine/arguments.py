@@ -15,6 +15,7 @@ from llava.placement import ATTENTION, parse_size
 if TYPE_CHECKING:
     from llava.engine.engine import Engine
 
+_LOADING: Final = ("vision_tower", "num_gpus", "max_memory", "attn_implementation", "text_only")
 _CACHES: Final = {
     "kv-cache-memory": "limit of the KV cache of running requests; others wait (default: 35 %% of the memory that is "
     "free after loading, or one full context if that is more, on CUDA; unlimited elsewhere)",
@@ -29,7 +30,7 @@ _CACHES: Final = {
 class EngineArgs:
     """Settings of an engine: the checkpoint, its placement and precision, image preprocessing, and memory limits.
 
-    The fields are the flags of `add_cli_args`. Cache limits are bytes, None for the default of `llava.engine.memory`.
+    The fields are the flags of `add_cli_args`. Cache limits are bytes, None for the default of `cache_bounds`.
     """
 
     model_path: str
@@ -105,14 +106,7 @@ class EngineArgs:
             kv_cache_bytes=self.kv_cache_memory,
             prefix_cache_bytes=self.prefix_cache_memory,
             feature_cache_bytes=self.feature_cache_memory,
-            loading={
-                "vision_tower": self.vision_tower,
-                "num_gpus": self.num_gpus,
-                "max_memory": self.max_memory,
-                "attn_implementation": self.attn_implementation,
-                "text_only": self.text_only,
-                "progress": progress,
-            },
+            loading={**{name: getattr(self, name) for name in _LOADING}, "progress": progress},
         )
 
 

@@ -1,11 +1,11 @@
-"""Attention of rows that share a prefix: its keys and values are read once for all of them and never copied."""
+"""Attention over shared prefixes: their keys and values are read once for all rows of a batch and never copied."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,18 @@ from torch import Tensor
 
 from llava.placement import is_ampere
 
-_SCORES = 2**27  # scores held at a time by the fallback: 512 MiB in float32
-ALIGNMENT: Final = 16  # elements: fused kernels require the rows of a mask to start at multiples of it
+_SCORES = 2**27  # scores materialised at a time by the fallback: 512 MiB in float32
+ALIGNMENT: Final = 16  # elements; fused kernels require the rows of a mask to start at multiples of it
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+Operator = Callable[..., tuple[Tensor, ...]]
 
 
-def _operator(name: str, *arguments: str) -> Any:
-    """A private operator of torch, or None where it is missing or has other arguments: its schema may change."""
-    found = getattr(torch.ops.aten, name, None)
-    known = found is not None and all(argument in str(found.default._schema) for argument in arguments)
-    return found if known else None
+def _operator(name: str, *arguments: str) -> Operator | None:
+    """A private operator of torch, or None if it does not exist or its schema has other arguments."""
+    operator: Operator | None = getattr(torch.ops.aten, name, None)
+    schema = str(getattr(getattr(operator, "default", None), "_schema", ""))
+    return operator if all(argument in schema for argument in arguments) else None
 
 
 _cpu_flash = _operator("_scaled_dot_product_flash_attention_for_cpu", "attn_mask", "Tensor logsumexp")
@@ -34,9 +35,8 @@ _cuda_efficient = _operator(
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Keys and values (layers, 2, kv_heads, P, head_dim) that `rows` of the batch, a slice or indices, have before
-    their own."""
+class SharedPrefix:
+    """Keys and values `data` (layers, 2, kv_heads, P, head_dim) in front of those of `rows`, a slice or indices."""
 
     rows: slice | Tensor
     data: Tensor
@@ -47,41 +47,41 @@ def attend(
     keys: Tensor,
     values: Tensor,
     mask: Tensor | None,
-    shared: Sequence[Shared],
+    prefixes: Sequence[SharedPrefix],
     layer: int,
     *,
     causal: bool = False,
 ) -> Tensor:
-    """Softmax attention of every row over its shared prefixes and its own keys, (n, kv_heads, M, head_dim).
+    """Softmax attention (n, kv_heads, M, head_dim) of every row over its shared prefixes and its own keys.
 
-    `query` is (n, kv_heads, M, head_dim): the M queries of a row and key head (tokens times heads in a group). `keys`
-    and `values` are the rows' own (n, kv_heads, W, head_dim), `mask` is added to their scores and broadcasts to
-    (n, 1, M, W); `causal` says that queries and own keys are the same tokens, each of which sees those up to itself.
-    Attention is computed per part and merged by log-sum-exp (Dao et al., "FlashAttention", 2022), so each part is read
-    once for all rows and no scores are materialised.
+    `query` is (n, kv_heads, M, head_dim): the M queries of a row and key head (tokens times heads per group). `keys`
+    and `values` are the rows' own (n, kv_heads, W, head_dim); `mask` is added to their scores and broadcasts to
+    (n, 1, M, W). `causal` requires that queries and own keys are the same tokens. Attention is computed per part and
+    merged by log-sum-exp (Dao et al., "FlashAttention", 2022), so each part is read once for all rows and no scores
+    are materialised.
     """
-    if not shared:
+    if not prefixes:
         return attention(query, keys, values, mask, causal=causal)
     out, lse = attention_with_lse(query, keys, values, mask, causal=causal)
-    for part in shared:
-        packed = _pack(query[part.rows]).unsqueeze(0)  # (1, h, m * M, D)
-        found, theirs = attention_with_lse(packed, *part.data[layer].unsqueeze(1))
-        found, theirs = _unpack(found[0], query.shape[2]), _unpack(theirs[0, ..., None], query.shape[2])
-        mine, ours = out[part.rows], lse[part.rows].unsqueeze(-1)  # (m, h, M, D), (m, h, M, 1)
-        mine.lerp_(found, torch.sigmoid(theirs - ours).to(out.dtype))
-        torch.logaddexp(ours, theirs, out=ours)
-        if isinstance(part.rows, Tensor):  # these were copies
-            out[part.rows], lse[part.rows] = mine, ours.squeeze(-1)
+    for prefix in prefixes:
+        packed = _pack(query[prefix.rows]).unsqueeze(0)  # (1, h, m * M, D)
+        packed_out, packed_lse = attention_with_lse(packed, *prefix.data[layer].unsqueeze(1))
+        prefix_out, prefix_lse = (_unpack(part[0], query.shape[2]) for part in (packed_out, packed_lse.unsqueeze(-1)))
+        own_out, own_lse = out[prefix.rows], lse[prefix.rows].unsqueeze(-1)  # (m, h, M, D), (m, h, M, 1)
+        own_out.lerp_(prefix_out, torch.sigmoid(prefix_lse - own_lse).to(out.dtype))
+        torch.logaddexp(own_lse, prefix_lse, out=own_lse)
+        if isinstance(prefix.rows, Tensor):  # indexing made copies
+            out[prefix.rows], lse[prefix.rows] = own_out, own_lse.squeeze(-1)
     return out
 
 
 def attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *, causal: bool = False
 ) -> Tensor:
-    """Attention (n, h, M, D) of (n, h, M, D) over (n, h, W, D), by the fused kernel of `select_kernel` on CUDA.
+    """Attention (n, h, M, D) of (n, h, M, D) over (n, h, W, D); on CUDA by the kernel of `select_kernel`.
 
-    PyTorch's own choice goes by the current device, not the tensors', and on Hopper falls on cuDNN, which builds an
-    execution plan for every new shape: in decoding, at every step.
+    `scaled_dot_product_attention` selects by the current device, not the tensors', and on Hopper prefers cuDNN, which
+    builds an execution plan for every new shape: in decoding, at every step.
     """
     if query.is_cuda:
         kernel, _ = select_kernel(query.device, query.dtype, query.shape[-1], masked=mask is not None)
@@ -93,19 +93,16 @@ def attention(
 def attention_with_lse(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Attention (n, h, M, D) of (n, h, M, D) over (n, h, W, D), and the log-sum-exp (n, h, M) of its scores.
-
-    Fused kernels compute it where they can, on the CPU and on CUDA (`select_kernel`).
-    """
+    """Attention (n, h, M, D) of (n, h, M, D) over (n, h, W, D), and the log-sum-exp (n, h, M) of its scores."""
     kernel, _ = select_kernel(query.device, query.dtype, query.shape[-1], masked=mask is not None)
     return kernel(query, keys, values, mask, causal)
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, *, masked: bool) -> tuple[Kernel, str]:
-    """The kernel that computes `attention_with_lse` for such tensors, and its name.
+    """Select the kernel of `attention_with_lse` for such tensors; return it and its name.
 
-    FlashAttention takes no mask, and needs 16-bit tensors and an Ampere GPU or newer; the memory-efficient kernel
-    supports masks and float32. Anything else (MPS, ROCm, unusual head sizes) materialises its scores.
+    FlashAttention requires 16-bit tensors, an Ampere GPU or newer, and no mask; the memory-efficient kernel supports
+    masks and float32. Other cases (MPS, ROCm, unusual head sizes) materialise the scores.
     """
     if device.type == "cpu" and _cpu_flash is not None:
         return _flash_on_cpu, "flash (CPU)"
@@ -119,34 +116,30 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, *, ma
     return attention_from_scores, "materialised scores"
 
 
-def _flash_on_cpu(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
-    out, lse = _cpu_flash(query, keys, values, is_causal=causal, attn_mask=mask)
+def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    assert _cpu_flash is not None
+    out, lse = _cpu_flash(q, k, v, is_causal=causal, attn_mask=mask)
     return out, lse
 
 
-def _flash_on_cuda(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _cuda_flash(query, keys, values, is_causal=causal)
+def _flash_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    assert _cuda_flash is not None
+    out, lse, *_ = _cuda_flash(q, k, v, is_causal=causal)
     return out, lse
 
 
-def _efficient_on_cuda(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """`mask` comes from `aligned_mask`: the kernel reads its rows in vectors and does not pad."""
-    count, heads, queries, _ = query.shape
-    bias = None if mask is None else mask.expand(count, heads, queries, keys.shape[2])
-    out, lse, *_ = _cuda_efficient(query, keys, values, bias, True, is_causal=causal)
-    return out, lse[..., :queries]  # the kernel rounds the number of queries up
+def _efficient_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """`mask` must come from `aligned_mask`: the kernel reads its rows in vectors and does not pad."""
+    assert _cuda_efficient is not None
+    bias = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+    out, lse, *_ = _cuda_efficient(q, k, v, bias, True, is_causal=causal)
+    return out, lse[..., : q.shape[2]]  # the kernel rounds the number of queries up
 
 
 def attention_from_scores(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`attention_with_lse` on every device, materialising the scores of as many heads at a time as fit."""
+    """`attention_with_lse` on any device; it materialises the scores of as many heads at a time as fit."""
     count, heads, queries, size = query.shape
     width = keys.shape[2]
     if causal:
@@ -163,19 +156,18 @@ def attention_from_scores(
 
 
 def aligned_mask(visible: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where `visible`, called with the columns (W',), is true and -inf elsewhere, (…, W).
+    """Additive attention mask (…, W): 0 where `visible`, called with token slots (W',), is true, -inf elsewhere.
 
-    The stride of its rows is a multiple of `ALIGNMENT` elements, as fused kernels require: otherwise torch copies the
-    mask into such a layout in every layer.
+    The stride of its rows is a multiple of `ALIGNMENT` elements, as fused kernels require; torch would otherwise copy
+    the mask into such a layout in every layer.
     """
-    columns = torch.arange(-(-width // ALIGNMENT) * ALIGNMENT, device=device)
-    seen = visible(columns)
+    seen = visible(torch.arange(-(-width // ALIGNMENT) * ALIGNMENT, device=device))
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
     return mask[..., :width]
 
 
 def _pack(rows: Tensor) -> Tensor:
-    """(m, h, M, X) to (h, m * M, X): all rows' queries as one matrix a head."""
+    """(m, h, M, X) to (h, m * M, X): the queries of all rows as one matrix per head."""
     count, heads, queries, width = rows.shape
     return rows.transpose(0, 1).reshape(heads, count * queries, width)
 

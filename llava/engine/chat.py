@@ -1,4 +1,4 @@
-"""One conversation with a model: its history, its pictures and its settings. No terminal in here."""
+"""Chat sessions and single-turn prompts: from messages and images to rendered prompts."""
 
 from __future__ import annotations
 
@@ -6,48 +6,62 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import get_template, stop_strings, with_image_token
-from llava.engine import Completion, Engine, Request, RequestHandle, SamplingParams
+from llava.conversation import Conversation, get_template, stop_strings, with_image_token
+from llava.engine.sequence import Completion, Request, RequestHandle, SamplingParams
 from llava.errors import ConfigError, RequestError
 from llava.files import write_errors
 from llava.images import fetch_image, open_image
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from llava.engine.engine import Engine
+
 logger = logging.getLogger(__name__)
 
 
-def load_picture(source: str) -> Image.Image:
-    """The RGB picture at a path or an https address; raises `ImageError`."""
+def load_image(source: str) -> Image.Image:
+    """Load the RGB image at a path or an https address. Raises `ImageError`."""
     if source.lower().startswith(("http://", "https://")):
         return fetch_image(source)
     return open_image(source)
 
 
-def is_stage_one(config: Any) -> bool:
-    """Whether a checkpoint's config says that only its projector was trained, on captions (CONV-3)."""
+def is_stage_one(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint is a stage-1 model: only its projector was trained, on captions."""
     plain = getattr(config, "conv_template", None) in ("plain", "v0_plain")
     return plain or bool(getattr(config, "tune_mm_mlp_adapter", False))
 
 
 def parse_setting(params: SamplingParams, assignment: str) -> SamplingParams:
-    """`params` with one `name=value` of the user's changed; raises `ConfigError` or `RequestError`."""
+    """Return `params` with one `NAME=VALUE` changed. Raises `ConfigError` or `RequestError`."""
     name, equals, value = (part.strip() for part in assignment.partition("="))
-    kinds = {"temperature": float, "top_p": float, "max_new_tokens": int, "num_beams": int, "seed": int}
-    if not equals or name not in kinds:
-        raise ConfigError(f"{assignment!r} is not a setting; write NAME=VALUE with NAME one of {', '.join(kinds)}.")
+    types = {"temperature": float, "top_p": float, "max_new_tokens": int, "num_beams": int, "seed": int}
+    if not equals or name not in types:
+        raise ConfigError(f"{assignment!r} is not a setting; write NAME=VALUE with NAME one of {', '.join(types)}.")
     try:
-        number = kinds[name](value)
+        number = types[name](value)
     except ValueError as error:
-        raise ConfigError(f"{name} cannot be {value!r}; give a number.") from error
+        raise ConfigError(f"{name} must be a number, got {value!r}.") from error
     return dataclasses.replace(params, **{name: number})
 
 
+def render_question(template: Conversation, text: str, images: int, config: PretrainedConfig) -> str:
+    """Render the prompt of a single-turn question about `images` images, up to the start of the answer."""
+    conversation = template.copy()
+    question = with_image_token(text, template, config, images) if images else text
+    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
 class ChatSession:
-    """Multi-turn history over an engine. Pictures are attached first and go with the next message."""
+    """A multi-turn conversation with an engine. Attached images are sent with the next message."""
 
     def __init__(self, engine: Engine, template: str, params: SamplingParams, system: str | None = None) -> None:
         self.engine = engine
@@ -57,7 +71,7 @@ class ChatSession:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all turns and pictures; a system message given by the user stays."""
+        """Remove all turns and images; the user's system message stays."""
         self.conversation = get_template(self.template)
         if self._system is not None:
             self.conversation.set_system(self._system)
@@ -69,18 +83,18 @@ class ChatSession:
         self._system = text
         self.conversation.set_system(text)
 
-    def attach(self, source: str, picture: Image.Image | None = None) -> None:
-        """Add a picture to the next message; it is opened unless it is given."""
-        self._attached.append((source, load_picture(source) if picture is None else picture))
+    def attach(self, source: str, image: Image.Image | None = None) -> None:
+        """Attach an image to the next message; it is loaded from `source` unless it is given."""
+        self._attached.append((source, load_image(source) if image is None else image))
         if len(self.images) + len(self._attached) == 2:
-            logger.warning("This kind of checkpoint is trained on single pictures; answers about several may be poor.")
+            logger.warning("This model was trained on single images; answers about several images may be poor.")
 
     @property
     def prompt(self) -> str:
         return self.conversation.get_prompt()
 
     def ask(self, text: str) -> RequestHandle:
-        """Send a message with the attached pictures. On `RequestError` the conversation stays as it was."""
+        """Send a message with the attached images. A `RequestError` leaves the conversation unchanged."""
         user, assistant = self.conversation.roles
         images = [*self.images, *(image for _, image in self._attached)]
         if self._attached or DEFAULT_IMAGE_TOKEN in text:
@@ -93,8 +107,8 @@ class ChatSession:
             del self.conversation.messages[-2:]
             raise
 
-    def keep(self, completion: Completion) -> None:
-        """Store the answer to the last message; a message cancelled before any answer is taken back."""
+    def add_answer(self, completion: Completion) -> None:
+        """Add the answer to the last message; a message cancelled before its answer started is removed."""
         if not completion.text and completion.finish_reason == "cancelled":
             del self.conversation.messages[-2:]
             return
@@ -104,7 +118,7 @@ class ChatSession:
         self._attached = []
 
     def save(self, path: Path) -> None:
-        """Write the conversation as JSON."""
+        """Write the conversation as JSON. Raises `ConfigError` if the file cannot be written."""
         content = {
             "model": str(getattr(self.engine.model.config, "name_or_path", "")),
             "template": self.template,

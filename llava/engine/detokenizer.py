@@ -1,25 +1,27 @@
-"""From token ids to text as they come: whole characters only, cut at the first stop string, stripped.
+"""Incremental detokenization and text clean-up: complete characters, cut at the first stop string, stripped.
 
-This is the one place where output is cleaned (spec/eval.md §1.5, defect R9), so that what is streamed, what the
-chat stores and what the evaluator writes are the same characters.
+Streams, chat histories and answer files all contain this text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-_CONTEXT = 6  # tokens of known text decoded again before new ones, at least, for the leading space of a word
-_WINDOW = 12  # tokens decoded at once, at most, while every token brings text
+_CONTEXT = 6  # tokens decoded again before new ones, for the leading space of a word
+_WINDOW = 12  # most tokens decoded again
 
 
 class SpecialTokens:
-    """What the tokenizer and generation config say about special tokens, looked up once."""
+    """Special tokens and end tokens of a tokenizer and generation config."""
 
-    def __init__(self, tokenizer: Any, generation_config: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> None:
         self.ids = frozenset(tokenizer.all_special_ids)
-        self.vocabulary = len(tokenizer)  # slow to ask for; a model may have more rows than this
+        self.vocabulary = len(tokenizer)  # slow to compute; the model's embeddings may have more rows
         self._by_text = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
         self._by_text.update(tokenizer.get_added_vocab())
         configured = getattr(generation_config, "eos_token_id", None)
@@ -27,75 +29,76 @@ class SpecialTokens:
         self.end = frozenset(token for token in ends if token is not None)
 
     def end_ids(self, stop: Iterable[str]) -> frozenset[int]:
-        """Ids that end an answer: end of sequence, and every stop string that is one special token.
+        """Ids that end an answer: end of sequence, and stop strings that are one special token.
 
-        The last matter because special tokens (such as `<|im_end|>`) never appear in decoded text.
+        Special tokens (such as `<|im_end|>`) never appear in decoded text, so `TextStream` cannot find them.
         """
         return self.end | {self._by_text[text] for text in stop if text in self._by_text}
 
 
 class Detokenizer:
-    """Token ids in, finished text out. Joined pieces equal `tokenizer.decode(ids, skip_special_tokens=True)`.
+    """Incremental decoder: the pieces join to `tokenizer.decode(ids, skip_special_tokens=True)`.
 
-    Only a short window is decoded at each token, so the cost of an answer is linear in its length. A character whose
-    bytes are spread over tokens is held back until complete (CONC-4).
+    Each token decodes only a short window, so the cost of an answer is linear in its length. A character whose bytes
+    are spread over several tokens is held back until it is complete.
     """
 
-    def __init__(self, tokenizer: Any, special: SpecialTokens) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> None:
         self._tokenizer = tokenizer
         self._special = special
-        self._ids: list[int] = []  # without special ones
-        self._start = self._read = 0  # ids before `_read` have been given out; what is decoded begins at `_start`
-        self._known = ""  # the text of those between
+        self._ids: list[int] = []  # without special tokens
+        self._prefix_offset = self._read_offset = 0  # the window starts at the first; ids before the second are done
+        self._prefix_text = ""  # text between the two offsets
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))  # looking for special ones is slow
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))  # skipping special tokens is slow
 
     def push(self, token: int) -> str:
-        """Text completed by this token; empty while a character is unfinished, and for tokens without text."""
+        """Add a token and return the text it completes; empty for special tokens and incomplete characters."""
         if token in self._special.ids or token >= self._special.vocabulary:
             return ""
         self._ids.append(token)
         return self._advance(final=False)
 
     def flush(self) -> str:
-        """What was held back, at the end of the answer; bytes that never became a character show as U+FFFD."""
+        """Return the text held back at the end of an answer; incomplete characters become U+FFFD."""
         return self._advance(final=True)
 
     def _advance(self, *, final: bool) -> str:
-        if self._read == len(self._ids):
+        if self._read_offset == len(self._ids):
             return ""
-        if self._read - self._start >= _WINDOW:
-            self._start = self._read - _CONTEXT
-            self._known = self._decode(self._ids[self._start : self._read])
-        text = self._decode(self._ids[self._start :])
-        if not final and (text.endswith(_INCOMPLETE) or len(text) <= len(self._known)):
+        if self._read_offset - self._prefix_offset >= _WINDOW:
+            self._prefix_offset = self._read_offset - _CONTEXT
+            self._prefix_text = self._decode(self._ids[self._prefix_offset : self._read_offset])
+        text = self._decode(self._ids[self._prefix_offset :])
+        if not final and (text.endswith(_INCOMPLETE) or len(text) <= len(self._prefix_text)):
             return ""
-        piece = text[len(self._known) :]
-        self._read, self._known = len(self._ids), text
+        piece = text[len(self._prefix_text) :]
+        self._read_offset, self._prefix_text = len(self._ids), text
         return piece
 
 
 class TextStream:
-    """Cleans text as it comes: `push` returns what may be shown now, `text` is all of it once finished.
+    """Incremental clean-up of text; the pieces that `push` returns join to `text`.
 
-    Held back are: a tail that may be the start of a stop string, and white space at the end, which counts only if
-    text follows. So the pieces returned always join to `text`.
+    It holds back a tail that may be the start of a stop string, and trailing white space, which is dropped unless more
+    text follows.
     """
 
     def __init__(self, stop: Iterable[str] = ()) -> None:
         self._stop = tuple(text for text in stop if text)
         self._longest = max(map(len, self._stop), default=0)
         self._pending = ""
-        self._shown: list[str] = []
+        self._pieces: list[str] = []
         self.stopped = False
 
     @property
     def text(self) -> str:
-        return "".join(self._shown)
+        """All text returned so far."""
+        return "".join(self._pieces)
 
     def push(self, piece: str, *, final: bool = False) -> str:
-        """Add decoded text; sets `stopped` at the first stop string, after which nothing more is taken."""
+        """Add decoded text and return the text that is final; sets `stopped` at the first stop string."""
         if self.stopped:
             return ""
         self._pending += piece
@@ -106,14 +109,14 @@ class TextStream:
         ready = len(self._pending) if final or self.stopped else len(self._pending) - self._held()
         ready = len(self._pending[:ready].rstrip())
         out, self._pending = self._pending[:ready], self._pending[ready:]
-        if not self._shown:
+        if not self._pieces:
             out = out.lstrip()
         if out:
-            self._shown.append(out)
+            self._pieces.append(out)
         return out
 
     def _held(self) -> int:
-        """Length of the longest tail that a stop string might begin with."""
+        """Length of the longest tail that may be the start of a stop string."""
         for size in range(min(self._longest - 1, len(self._pending)), 0, -1):
             tail = self._pending[-size:]
             if any(text.startswith(tail) for text in self._stop):

@@ -1,104 +1,69 @@
-"""The inference engine: many requests in one batch, joining and leaving at any step, text streamed as it comes.
+"""Inference engine: continuous batching, prefix caching and streaming over one model.
 
     engine = load_engine("path/to/checkpoint")
     answers = engine.generate([Request(prompt, [image], SamplingParams(max_new_tokens=64))])
 
-There is no thread inside: whoever holds the engine calls `step()` (iterating a handle does so too). Greedy float32
-outputs equal one-at-a-time `model.generate`, token for token, whatever shares the batch.
+The engine has no thread: its user calls `step()`, or iterates a handle. Greedy float32 outputs equal those of
+`model.generate` for one request at a time, token for token.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import abc, deque
+from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.engine import beams
-from llava.engine.cache import KVCache
+from llava.engine.cache import KVCache, cache_bounds, format_size
 from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream
 from llava.engine.features import FeatureEncoder
 from llava.engine.llama import build_model_runner
-from llava.engine.memory import cache_bounds, format_size
-from llava.engine.prefill import Prefiller, Prompt
+from llava.engine.prefill import Prefiller
 from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
-from llava.engine.sequence import Completion, FinishReason, Request, RequestHandle, SamplingParams, Statistics, identify
+from llava.engine.sequence import (
+    Completion,
+    FinishReason,
+    Prompt,
+    Request,
+    RequestHandle,
+    Sequence,
+    Statistics,
+    hash_image,
+)
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
-from llava.mm_utils import tokenizer_image_token
-from llava.placement import avoid_cudnn_attention
+from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
+from llava.placement import avoid_cudnn_attention, resolve_device
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 _NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
 
 
-@dataclass(eq=False)
-class Job:
-    """A request inside the engine: its prompt, what it has produced, and where it stands."""
-
-    prompt: Prompt
-    params: SamplingParams
-    handle: RequestHandle
-    max_new_tokens: int
-    end_ids: frozenset[int]
-    generator: torch.Generator | None
-    detokenizer: Detokenizer
-    stream: TextStream
-    keep: bool
-    columns: int  # of keys and values, at most
-    tokens: list[int] = field(default_factory=list)
-    read: int = 0  # tokens decoded to text
-
-    def accept(self, token: int) -> FinishReason | None:
-        """Append the next token; return the finish reason if no text is needed to know it."""
-        if token == NO_TOKEN:
-            return "error"
-        self.tokens.append(token)
-        if token in self.end_ids:
-            return "stop"
-        return "length" if len(self.tokens) >= self.max_new_tokens else None
-
-    def detokenize(self) -> bool:
-        """Decode new tokens to text and hand it over; true when a stop string has ended the answer."""
-        for token in self.tokens[self.read :]:
-            if token not in self.end_ids and not self.stream.stopped:
-                self.handle.push(self.stream.push(self.detokenizer.push(token)))
-        self.read = len(self.tokens)
-        return self.stream.stopped
-
-    def finish(self, reason: FinishReason, error: str | None = None) -> None:
-        """Hand over the rest of the text and the completion."""
-        if self.detokenize() and reason == "length":
-            reason = "stop"
-        self.handle.push(self.stream.push(self.detokenizer.flush(), final=True))
-        self.handle.completion = Completion(
-            self.stream.text, tuple(self.tokens), reason, self.handle.prompt_tokens, error
-        )
-
-
 class Engine:
-    """Continuous batching over one model; `model` is put in evaluation mode.
+    """Continuous batching over one model, which is set to evaluation mode.
 
-    `image_aspect_ratio` defaults to the model's own setting. `max_prefill_tokens` bounds what one forward computes of
-    prompts, and what running rows wait for between two of their tokens. `kv_cache_bytes` limits the KV cache of running
-    requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image features kept
-    for later requests. `llava.engine.memory` has the defaults.
+    `image_aspect_ratio` defaults to the model's setting. `max_prefill_tokens` limits the prompt tokens of one forward
+    pass, and so the time running requests wait between two tokens. `kv_cache_bytes` limits the KV cache of running
+    requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image features cached
+    for later requests. The defaults are those of `llava.engine.cache.cache_bounds`.
 
-    Threads may share an engine: they take turns in `step`, and in what calls it (`generate`, `stream`, a handle's
-    `result`), and all of their requests share the batch. A new model's weights may be
-    laid out anew in memory (`llava.engine.linear`), so make the engine after the last change to the modules.
+    Threads may share an engine: they take turns in `step` and its callers (`generate`, `stream`, `result`), and all
+    their requests share the batch. The engine fuses weights in memory (`llava.engine.layers`), so create it after the
+    last change to the model's modules.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        image_processor: Any = None,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: CLIPImageProcessor | None = None,
         *,
         max_batch_size: int = 16,
         max_prefill_tokens: int | None = None,
@@ -108,39 +73,36 @@ class Engine:
         feature_cache_bytes: int | None = None,
     ) -> None:
         if max_batch_size < 1:
-            raise ConfigError(f"The batch size is {max_batch_size}; it must be at least 1.")
+            raise ConfigError(f"max_batch_size (--batch-size) must be at least 1, got {max_batch_size}.")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_batch_size = max_batch_size
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
-        self.lm = build_model_runner(model)
-        if self.lm.spec.device.type == "cuda":
-            avoid_cudnn_attention(self.lm.spec.device)
-            torch.cuda.empty_cache()  # fused weights left the segments of the separate ones behind
+        self.model_runner = build_model_runner(model)
+        spec = self.model_runner.spec
+        # On CUDA the previous step is detokenised while the GPU computes the current one.
+        self._on_cuda = spec.device.type == "cuda"
+        if self._on_cuda:
+            avoid_cudnn_attention(spec.device)
+            torch.cuda.empty_cache()  # return the memory of the unfused weights
         self.special = SpecialTokens(tokenizer, model.generation_config)
-        bounds = cache_bounds(self.lm.spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens)
+        bounds = cache_bounds(spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens)
         self.kv_cache_bytes, self.max_prefill_tokens = bounds.kv, bounds.prefill_tokens
-        self.features = FeatureEncoder(
-            model, image_processor, aspect_ratio=self.image_aspect_ratio, budget=bounds.features
-        )
-        self.prefiller = Prefiller(
-            self.lm, self.features, max_tokens=bounds.prefill_tokens, prefix_budget=bounds.prefix
-        )
+        self.features = FeatureEncoder(model, image_processor, self.image_aspect_ratio, bounds.features)
+        self.prefiller = Prefiller(self.model_runner, self.features, bounds.prefill_tokens, bounds.prefix)
         self.generated_tokens = 0
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._cache = KVCache(self.lm.spec, budget=self.kv_cache_bytes)
-        # There the previous step is detokenised while the GPU computes this one.
-        self._on_cuda = self.lm.spec.device.type == "cuda"
-        self._turn = threading.RLock()
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # by row of the KV cache
+        self._cache = KVCache(spec, budget=self.kv_cache_bytes)
+        self._lock = threading.RLock()
 
     def submit(self, request: Request) -> RequestHandle:
-        """Queue a request. Raises `RequestError` when it cannot be served: image count, length, parameters."""
+        """Queue a request. Raises `RequestError` if it cannot be served: wrong image count, too long, bad tokens."""
         prompt = self._prepare(request)
-        images = len(prompt.pictures)
+        images = len(prompt.images)
         feature_tokens = images * (self.features.tokens_per_image if images else 0)
-        length, context = len(prompt.ids) - images + feature_tokens, self.lm.context_length
+        length, context = len(prompt.ids) - images + feature_tokens, self.model_runner.context_length
         if length >= context:
             raise ContextLengthError(
                 f"The prompt is {length} tokens long ({len(prompt.ids) - images} of text, {feature_tokens} of {images} "
@@ -151,7 +113,7 @@ class Engine:
             )
         params = request.params
         new_tokens = min(params.max_new_tokens, context - length)
-        needed = (length + new_tokens) * self.lm.spec.column_bytes
+        needed = (length + new_tokens) * self.model_runner.spec.bytes_per_token
         if self.kv_cache_bytes is not None and needed > self.kv_cache_bytes:
             raise RequestError(
                 f"The request needs {format_size(needed)} of KV cache ({length} prompt + {new_tokens} new tokens), and "
@@ -159,7 +121,7 @@ class Engine:
                 "--kv-cache-memory (kv_cache_bytes)."
             )
         handle = RequestHandle(self.step, length)
-        job = Job(
+        sequence = Sequence(
             prompt=prompt,
             params=params,
             handle=handle,
@@ -168,50 +130,52 @@ class Engine:
             generator=make_generator(params),
             detokenizer=Detokenizer(self.tokenizer, self.special),
             stream=TextStream(params.stop),
-            keep=request.keep,
-            columns=length + new_tokens,
+            cache_prefix=request.cache_prefix,
+            max_tokens=length + new_tokens,
         )
-        self._waiting.append(job)
+        self._waiting.append(sequence)
         return handle
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Drop cancelled requests, admit waiting ones, advance every running row by a token. False when idle."""
-        with self._turn:
+        """Drop cancelled requests, prefill waiting ones, and decode one token per running one. False when idle."""
+        with self._lock:
             self._drop_cancelled()
-            self._admit()
+            self._prefill()
             if self._running:
                 self._decode()
             busy = bool(self._running or self._waiting)
-            if not busy and self._on_cuda:  # on a CPU, new memory costs more than the old one is worth
+            if not busy and self._on_cuda:  # on a CPU, allocating it again costs more than keeping it
                 self._cache.release()
             return busy
 
     @property
     def running(self) -> int:
-        """How many requests share the batch now; the others in flight wait for a row."""
+        """Number of requests in the batch."""
         return len(self._running)
 
     def abort(self, error: str) -> None:
-        """Finish every request in flight with an error and forget its rows: what is left to do after a failed step."""
-        with self._turn:
-            for job in [*self._running, *self._waiting]:
-                if not job.handle.done:
-                    job.finish("error", error)
+        """Finish all requests with an error and reset the KV cache, after a failed step."""
+        with self._lock:
+            for sequence in [*self._running, *self._waiting]:
+                if not sequence.handle.done:
+                    sequence.finish("error", error)
             self._running.clear()
             self._waiting.clear()
-            self._cache = KVCache(self.lm.spec, budget=self.kv_cache_bytes)
+            self._cache = KVCache(self.model_runner.spec, budget=self.kv_cache_bytes)
 
-    def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Completion]:
-        """Answer all requests, in order. `progress` is called with the number newly finished after each step.
+    def generate(
+        self, requests: abc.Sequence[Request], progress: abc.Callable[[int], None] | None = None
+    ) -> list[Completion]:
+        """Answer all requests, in order. `progress` is called with the number of requests finished by each step.
 
-        When one of them is refused, a step fails or the user interrupts, the others are cancelled.
+        If a request is refused, a step fails or the user interrupts, all of them are cancelled.
         """
-        named = {id(image): identify(image) for request in requests for image in request.images}
+        hashed = {id(image): hash_image(image) for request in requests for image in request.images}
         handles: list[RequestHandle] = []
         try:
-            for one in requests:
-                handles.append(self.submit(replace(one, images=[named[id(image)] for image in one.images])))
+            for request in requests:
+                handles.append(self.submit(replace(request, images=[hashed[id(image)] for image in request.images])))
             finished = 0
             while finished < len(handles):
                 self.step()
@@ -225,11 +189,11 @@ class Engine:
             raise
         return [handle.result() for handle in handles]
 
-    def stream(self, request: Request) -> Iterator[str]:
-        """Text of one answer as it comes; the pieces join to the completion's text. Closing it cancels the request."""
+    def stream(self, request: Request) -> abc.Iterator[str]:
+        """Stream the text of one answer; the pieces join to the completion's text. Closing it cancels the request."""
         handle = self.submit(request)
 
-        def pieces() -> Iterator[str]:
+        def pieces() -> abc.Iterator[str]:
             try:
                 yield from handle
             finally:
@@ -247,10 +211,10 @@ class Engine:
             )
         if not ids:
             raise RequestError("The prompt is empty; send at least one token.")
-        return Prompt(ids, tuple(identify(image) for image in request.images))
+        return Prompt(ids, tuple(hash_image(image) for image in request.images))
 
-    def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """The prompt's tokens; `RequestError` for text or ids that the model cannot read."""
+    def _ids(self, prompt: str | abc.Sequence[int]) -> tuple[int, ...]:
+        """Token ids of a prompt. Raises `RequestError` for invalid text and for ids outside the vocabulary."""
         try:
             if isinstance(prompt, str):
                 prompt.encode()
@@ -258,23 +222,23 @@ class Engine:
             else:
                 ids = tuple(map(index, prompt))
         except (TypeError, UnicodeEncodeError) as error:
-            raise RequestError(f"The prompt is neither text nor token ids ({error}).") from error
-        rows = len(self.lm.core.get_input_embeddings().weight)
-        strange = [token for token in ids if not 0 <= token < rows and token != IMAGE_TOKEN_INDEX]
-        if strange:
-            raise RequestError(f"The prompt has token {strange[0]}; this model's tokens are 0 to {rows - 1}.")
+            raise RequestError(f"The prompt must be text or token ids: {error}.") from error
+        rows = len(self.model_runner.core.get_input_embeddings().weight)
+        unknown = [token for token in ids if not 0 <= token < rows and token != IMAGE_TOKEN_INDEX]
+        if unknown:
+            raise RequestError(f"Token ids of the prompt must be in [0, {rows - 1}], got {unknown[0]}.")
         return ids
 
     def _drop_cancelled(self) -> None:
-        for job in [job for job in list(self._waiting) if job.handle.cancelled]:
-            self._waiting.remove(job)
-            job.finish("cancelled")
+        for sequence in [sequence for sequence in list(self._waiting) if sequence.handle.cancelled]:
+            self._waiting.remove(sequence)
+            sequence.finish("cancelled")
         for row in reversed(range(len(self._running))):
             if self._running[row].handle.cancelled:
                 self._release(row, "cancelled")
 
     def statistics(self) -> Statistics:
-        """Work done and memory held."""
+        """Counters, load and memory of the engine."""
         prefiller, features = self.prefiller, self.features
         return Statistics(
             generated_tokens=self.generated_tokens,
@@ -283,100 +247,127 @@ class Engine:
             encoded_images=features.encoded,
             running=len(self._running),
             waiting=len(self._waiting),
-            row_bytes=self._cache.data.nbytes,
-            prefix_bytes=prefiller.prefixes.bytes,
+            kv_bytes=self._cache.data.nbytes,
+            prefix_bytes=prefiller.prefix_cache.bytes,
             feature_bytes=features.store.bytes,
         )
 
-    def _take(self) -> list[Job]:
-        """Waiting requests to start now. Under a backlog none before a quarter of the batch is free: prompts run in
-        batches. Beside running rows, only as many as `max_prefill_tokens` allow, so that these do not wait long."""
+    def _schedule(self) -> list[Sequence]:
+        """Remove and return the waiting sequences to start now.
+
+        With a backlog, none starts before a quarter of the batch is free, so that prompts run in batches. While rows
+        are running, new prompts are limited to `max_prefill_tokens`, so that these do not wait long.
+        """
         free = self.max_batch_size - len(self._running)
         if self._running and free < min(len(self._waiting), self.max_batch_size // 4):
             return []
-        jobs: list[Job] = []
-        columns = max((job.columns for job in self._running), default=0)
-        tokens, before = 0, None
-        while self._waiting and len(jobs) < free:
-            job = self._waiting[0]
-            tokens += self.prefiller.new_tokens(job.prompt, before)
-            if jobs and self._running and tokens > self.max_prefill_tokens:
+        started: list[Sequence] = []
+        longest = max((sequence.max_tokens for sequence in self._running), default=0)
+        tokens, previous = 0, None
+        while self._waiting and len(started) < free:
+            sequence = self._waiting[0]
+            tokens += self.prefiller.new_tokens(sequence.prompt, previous)
+            if started and self._running and tokens > self.max_prefill_tokens:
                 break
-            columns = max(columns, job.columns)
-            bytes_needed = (len(self._running) + len(jobs) + 1) * columns * self.lm.spec.column_bytes
+            longest = max(longest, sequence.max_tokens)
+            bytes_needed = (len(self._running) + len(started) + 1) * longest * self.model_runner.spec.bytes_per_token
             if self.kv_cache_bytes is not None and bytes_needed > self.kv_cache_bytes:
                 break
-            jobs.append(self._waiting.popleft())
-            before = job.prompt
-        return jobs
+            started.append(self._waiting.popleft())
+            previous = sequence.prompt
+        return started
 
-    def _admit(self) -> None:
-        """Prefill waiting requests, as many as `_take` gives."""
-        jobs = self._take()
-        if not jobs:
+    def _prefill(self) -> None:
+        """Prefill the scheduled sequences and sample their first tokens."""
+        started = self._schedule()
+        if not started:
             return
-        expected = [job.prompt for job in list(self._waiting)[: 2 * self.max_batch_size]]
-        batch = [job for job in jobs if job.params.num_beams == 1]
+        waiting = [sequence.prompt for sequence in list(self._waiting)[: 2 * self.max_batch_size]]
+        batch = [sequence for sequence in started if sequence.params.num_beams == 1]
         try:
-            for job in jobs:
-                if job.params.num_beams > 1:
-                    beams.run(self.lm, self.prefiller, job)
-            for part in self.prefiller.run([job.prompt for job in batch], expected):
-                self._cache.join(part.data, part.lengths, part.chains)
-                started = [batch[index] for index in part.indices]
-                self._running.extend(started)
-                self._accept(len(self._running) - len(started), _sampler(started).sample(part.logits))
+            for sequence in started:
+                if sequence.params.num_beams > 1:
+                    self._beam_search(sequence)
+            for output in self.prefiller.run([sequence.prompt for sequence in batch], waiting):
+                self._cache.join(output.data, output.lengths, output.prefixes)
+                rows = [batch[index] for index in output.indices]
+                self._running.extend(rows)
+                self._append(len(self._running) - len(rows), _sampler(rows).sample(output.logits))
         except Exception as error:
-            for job in jobs:
-                if not job.handle.done and job not in self._running:
-                    job.finish("error", f"{type(error).__name__}: {error}")
+            for sequence in started:
+                if not sequence.handle.done and sequence not in self._running:
+                    sequence.finish("error", f"{type(error).__name__}: {error}")
             raise
 
+    def _beam_search(self, sequence: Sequence) -> None:
+        """Answer one sequence with transformers' `generate` over its embeddings, outside the batch."""
+        params, spec = sequence.params, self.model_runner.spec
+        sampling = {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p}
+        embeds = self.prefiller.embed(sequence.prompt)  # (L, D)
+        # The default would initialise every GPU.
+        devices = {device for device in (spec.device, *spec.layer_devices) if device.type == "cuda"}
+        with torch.random.fork_rng(devices, enabled=params.temperature > 0):
+            if params.seed is not None:
+                torch.manual_seed(params.seed)
+            output = self.model.generate(
+                inputs_embeds=embeds.unsqueeze(0),
+                attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=embeds.device),
+                num_beams=params.num_beams,
+                max_new_tokens=sequence.max_new_tokens,
+                bos_token_id=0,  # without input ids, `generate` starts its output with this token
+                eos_token_id=sorted(sequence.end_ids),
+                pad_token_id=self.model.generation_config.pad_token_id or 0,
+                **(sampling if params.temperature > 0 else {"do_sample": False}),
+            )
+        for token in output[0, 1:].tolist():
+            reason = sequence.append(token)
+            if reason is not None or sequence.detokenize():
+                sequence.finish(reason or "stop")
+                return
+        sequence.finish("stop")
+
     def _decode(self) -> None:
-        """One token for every running row."""
+        """Decode one token for every running row."""
         sampler = _sampler(self._running)
-        logits = self.lm.decode([job.tokens[-1] for job in self._running], self._cache, sampler)
-        self._accept(0, sampler.sample(logits))
+        logits = self.model_runner.decode([sequence.tokens[-1] for sequence in self._running], self._cache, sampler)
+        self._append(0, sampler.sample(logits))
 
-    def _accept(self, first: int, tokens: Tensor) -> None:
-        """Take the next `tokens` (n,) of rows `first` onwards, and release rows that are done.
+    def _append(self, first: int, tokens: Tensor) -> None:
+        """Append the next `tokens` (n,) to the rows from `first` on, and free the rows that are finished.
 
-        With `_on_cuda` the GPU is still computing them, and a stop string in the previous step's text is only found
-        now: then the row's new token is dropped.
+        With `_on_cuda` the GPU is still computing them while the previous step's text is decoded; a row whose text
+        ended with a stop string drops its new token.
         """
-        jobs = self._running[first:]
+        rows = self._running[first:]
         if self._on_cuda:
-            for job in jobs:
-                job.detokenize()
+            for sequence in rows:
+                sequence.detokenize()
         found = tokens.tolist()
-        for offset in reversed(range(len(jobs))):
-            job = jobs[offset]
+        for offset in reversed(range(len(rows))):
+            sequence = rows[offset]
             reason: FinishReason | None = "stop"
-            if not job.stream.stopped:
+            if not sequence.stream.stopped:
                 self.generated_tokens += 1
-                reason = job.accept(found[offset])
-                if reason is None and not self._on_cuda and job.detokenize():
+                reason = "error" if found[offset] == NO_TOKEN else sequence.append(found[offset])
+                if reason is None and not self._on_cuda and sequence.detokenize():
                     reason = "stop"
             if reason is not None:
                 self._release(first + offset, reason, _NOT_FINITE if reason == "error" else None)
 
     def _release(self, row: int, reason: FinishReason, error: str | None = None) -> None:
-        """Free a row; the last row takes its number, in the cache and here."""
-        job = self._running[row]
-        if job.keep and reason in ("stop", "length"):
-            cached = job.tokens[: self._cache.position(row) - job.handle.prompt_tokens]
-            self.prefiller.keep(job.prompt, cached, self._cache.chains[row], self._cache.row(row))
+        """Free a row; the last row takes its index, in the cache and here."""
+        sequence = self._running[row]
+        if sequence.cache_prefix and reason in ("stop", "length"):
+            cached = sequence.tokens[: self._cache.position(row) - sequence.handle.prompt_tokens]
+            self.prefiller.cache(sequence.prompt, cached, self._cache.prefixes[row], self._cache.row(row))
         self._cache.drop(row)
         self._running[row] = self._running[-1]
         self._running.pop()
-        job.finish(reason, error)
+        sequence.finish(reason, error)
 
 
-def _sampler(jobs: Sequence[Job]) -> Sampler:
-    return Sampler([job.params for job in jobs], [job.generator for job in jobs])
-
-
-# --- From a checkpoint directory to a ready engine --------------------------------------------------------------------
+def _sampler(rows: abc.Sequence[Sequence]) -> Sampler:
+    return Sampler([sequence.params for sequence in rows], [sequence.generator for sequence in rows])
 
 
 def load_engine(
@@ -387,19 +378,14 @@ def load_engine(
     dtype: str | None = None,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    max_batch_size: int = 16,
-    loading: Mapping[str, Any] | None = None,
+    loading: abc.Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Engine:
-    """Load a checkpoint and wrap it in an engine; `options` go to `Engine`, `loading` to
-    `load_pretrained_model`: `vision_tower`, `num_gpus`, `max_memory`, `device_map`, `attn_implementation`, `text_only`,
-    `progress`.
+    """Load a checkpoint into an engine; `options` are those of `Engine`, `loading` those of `load_pretrained_model`.
 
-    `device` and `dtype` default to what the machine and the checkpoint suggest, see `llava.placement`.
+    `device` and `dtype` default to the best available device and its dtype, see `llava.placement`.
     """
-    from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
-    from llava.placement import resolve_device
 
     tokenizer, model, image_processor, _ = load_pretrained_model(
         str(model_path),
@@ -411,4 +397,4 @@ def load_engine(
         dtype=dtype,
         **(loading or {}),
     )
-    return Engine(model, tokenizer, image_processor, max_batch_size=max_batch_size, **options)
+    return Engine(model, tokenizer, image_processor, **options)

@@ -1,29 +1,36 @@
-"""Features of pictures, computed together for a batch and kept by content, so that a picture is encoded once."""
+"""Image features: encoded in batches and cached by content, so that an image is encoded once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llava.engine.cache import LRUCache
-from llava.engine.sequence import ImageInput, Picture
+from llava.engine.sequence import HashedImage, ImageInput
 from llava.errors import RequestError
 from llava.images import preprocess_image
 from llava.placement import to_device
 
-_ENCODE_AT_ONCE = 16
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor, PreTrainedModel
+
+_BATCH_SIZE = 16
+
+Features = dict[bytes, Tensor]  # (n, D) by digest
 
 
 class FeatureEncoder:
-    """Pictures in, projected features (n, D) out, through a bounded store.
+    """Encoder of images to projected features (n, D), with an LRU cache of `budget` bytes.
 
-    PIL images are preprocessed by `aspect_ratio` (the model's own setting by default); tensors are taken as they are.
+    PIL images are preprocessed with `aspect_ratio` (default: the model's setting); tensors are used as they are.
     """
 
-    def __init__(self, model: Any, image_processor: Any, *, aspect_ratio: str | None, budget: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, image_processor: CLIPImageProcessor | None, aspect_ratio: str | None, budget: int
+    ) -> None:
         self.model = model
         self.image_processor = image_processor
         self.aspect_ratio = aspect_ratio
@@ -32,27 +39,27 @@ class FeatureEncoder:
 
     @property
     def tokens_per_image(self) -> int:
-        """Feature tokens of one preprocessed picture; raises `RequestError` when the model takes none."""
-        tower = self.model.get_vision_tower() if hasattr(self.model, "get_vision_tower") else None
-        if tower is None:
+        """Tokens of one image in a prompt; raises `RequestError` if the model has no vision tower."""
+        count = int(getattr(self.model, "num_image_tokens", 0))
+        if not count:
             raise RequestError("The request has images, but this model has no vision tower; send text only.")
-        return int(tower.num_features)
+        return count
 
-    def encode(self, pictures: Iterable[Picture]) -> dict[bytes, Tensor]:
-        """Features by digest, computing those not in the store, pictures of one size together."""
-        wanted = {picture.digest: picture for picture in pictures}
-        found = {digest: kept for digest in wanted if (kept := self.store.get(digest)) is not None}
+    def encode(self, images: Iterable[HashedImage]) -> Features:
+        """Features by digest; those not in the cache are computed, images of one size together."""
+        wanted = {image.digest: image for image in images}
+        features = {digest: cached for digest in wanted if (cached := self.store.get(digest)) is not None}
         by_shape: dict[torch.Size, list[tuple[bytes, Tensor]]] = {}
-        for digest, picture in wanted.items():
-            if digest not in found:
-                pixels = self._pixels(picture.content)  # (3, S, S)
+        for digest, image in wanted.items():
+            if digest not in features:
+                pixels = self._pixels(image.content)  # (3, S, S)
                 by_shape.setdefault(pixels.shape, []).append((digest, pixels))
         for group in by_shape.values():
-            for at in range(0, len(group), _ENCODE_AT_ONCE):
-                found.update(self._compute(group[at : at + _ENCODE_AT_ONCE]))
-        return found
+            for at in range(0, len(group), _BATCH_SIZE):
+                features.update(self._compute(group[at : at + _BATCH_SIZE]))
+        return features
 
-    def _compute(self, group: Sequence[tuple[bytes, Tensor]]) -> dict[bytes, Tensor]:
+    def _compute(self, group: Sequence[tuple[bytes, Tensor]]) -> Features:
         batch = torch.stack([pixels for _, pixels in group])  # (K, 3, S, S)
         sent = to_device(batch, self.model.device).to(self.model.dtype)
         features = self.model.encode_images(sent)  # (K, n, D)
@@ -66,5 +73,5 @@ class FeatureEncoder:
         if isinstance(content, Tensor):
             return content
         if self.image_processor is None:
-            raise RequestError("The request has PIL images, but the engine was made without an image processor.")
+            raise RequestError("The request has PIL images, but the engine has no image processor; send tensors.")
         return preprocess_image(content, self.image_processor, self.aspect_ratio)

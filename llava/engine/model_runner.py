@@ -1,31 +1,31 @@
-"""The decoder and head of a causal language model, as the engine uses them, through the library's own forward.
-
-This serves every model. LLaMA has a faster path in `llava.engine.llama`.
-"""
+"""Model runner over transformers' forward, for any causal language model. `llava.engine.llama` has a faster one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llava.engine.cache import CacheSpec, KVCache
 from llava.engine.packing import DecodeStep
-from llava.engine.prefix_cache import Chain, tokens_of
+from llava.engine.prefix_cache import Prefix, num_tokens
 from llava.engine.sampling import Sampler
 from llava.model.transfer import upload_columns
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-class LanguageModel:
-    """`prefill` and `decode` over a `KVCache`; every row holds its whole past itself."""
 
-    shares: ClassVar[bool] = False  # whether rows behind a common beginning read it in place
+class ModelRunner:
+    """Prefill and decode steps of the decoder and head of a causal language model, over a `KVCache`."""
 
-    def __init__(self, model: Any) -> None:
+    shares_prefixes: ClassVar[bool] = False  # whether rows read a common prefix in place instead of a copy
+
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.core = model.get_decoder()
+        self.core: PreTrainedModel = model.get_decoder()
         config = model.config
         split = getattr(model, "hf_device_map", None)
         self.context_length = int(config.max_position_embeddings)
@@ -40,9 +40,9 @@ class LanguageModel:
         )
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Text tokens (T,) to embeddings (T, D)."""
-        at = ids if isinstance(ids, Tensor) else upload_columns([ids], self.spec.device)[0]
-        embeddings: Tensor = self.core.get_input_embeddings()(at)
+        """Text token ids (T,) to embeddings (T, D)."""
+        index = ids if isinstance(ids, Tensor) else upload_columns([ids], self.spec.device)[0]
+        embeddings: Tensor = self.core.get_input_embeddings()(index)
         return embeddings
 
     def logits(self, states: Tensor) -> Tensor:
@@ -50,28 +50,29 @@ class LanguageModel:
         logits: Tensor = self.model.lm_head(states)
         return logits
 
-    def prefill(self, rows: Sequence[Tensor], chains: Sequence[Chain]) -> tuple[Tensor, Tensor]:
-        """Embeddings (L_i, D) behind equally long chains, to cache data of whole rows and last states (n, D).
+    def prefill(self, rows: Sequence[Tensor], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+        """Embeddings (L_i, D) behind cached prefixes to the rows' keys and values and last states (n, D).
 
-        The data are (layers, 2, n, kv_heads, T, head_dim), every row from column 0.
+        Keys and values are (layers, 2, n, kv_heads, T, head_dim), left-aligned. Here they include the prefixes, which
+        must be equally long.
         """
-        behind = tokens_of(chains[0])
+        filled = num_tokens(prefixes[0])
         last = upload_columns([[len(row) - 1 for row in rows]], self.spec.device)[0]
         embeds = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (n, L, D)
-        cache = KVCache.for_prefill(self.spec, len(rows), behind, behind + embeds.shape[1])
-        for row, chain in enumerate(chains):
+        cache = KVCache.for_prefill(self.spec, len(rows), filled, filled + embeds.shape[1])
+        for row, prefix in enumerate(prefixes):
             at = 0
-            for span in chain:
-                cache.data[:, :, row, :, at : at + span.tokens] = span.data
-                at += span.tokens
-        positions = torch.arange(behind, behind + embeds.shape[1], device=embeds.device).unsqueeze(0)
+            for match in prefix:
+                cache.data[:, :, row, :, at : at + match.num_tokens] = match.data
+                at += match.num_tokens
+        positions = torch.arange(filled, filled + embeds.shape[1], device=embeds.device).unsqueeze(0)
         states = self._forward(embeds, cache, positions)
         return cache.data, states[torch.arange(len(rows), device=states.device), last.to(states.device)]
 
-    def prefill_segment(self, row: Tensor, chain: Chain) -> Tensor:
-        """Keys and values (layers, 2, kv_heads, L, head_dim) of embeddings (L, D) behind `chain`."""
-        data, _ = self.prefill([row], [chain])
-        return data[:, :, 0, :, tokens_of(chain) :].clone()
+    def prefill_kv(self, row: Tensor, prefix: Prefix) -> Tensor:
+        """Keys and values (layers, 2, kv_heads, L, head_dim) of embeddings (L, D) behind `prefix`."""
+        data, _ = self.prefill([row], [prefix])
+        return data[:, :, 0, :, num_tokens(prefix) :].clone()
 
     def decode(self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None) -> Tensor:
         """Run one token per row: append its keys and values to the cache and return logits (B, V).
@@ -84,7 +85,7 @@ class LanguageModel:
         return self.logits(states[:, -1])
 
     def _forward(self, embeds: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Embeddings (B, T, D) at `positions` (B or 1, T), behind what `cache` holds, to final states (B, T, D)."""
+        """Embeddings (B, T, D) at `positions` (B or 1, T) to final states (B, T, D); extends `cache`."""
         output = self.core(
             inputs_embeds=embeds,
             attention_mask=None if mask is None else mask.long(),
@@ -97,7 +98,7 @@ class LanguageModel:
         return states
 
 
-def layer_devices(core: Any, count: int) -> tuple[torch.device, ...]:
-    """Where each of the decoder's `count` layers is."""
-    layers = next(part for part in core.children() if isinstance(part, nn.ModuleList) and len(part) == count)
+def layer_devices(decoder: nn.Module, count: int) -> tuple[torch.device, ...]:
+    """Devices of the decoder's `count` layers."""
+    layers = next(part for part in decoder.children() if isinstance(part, nn.ModuleList) and len(part) == count)
     return tuple(next(layer.parameters()).device for layer in layers)

@@ -1,128 +1,125 @@
-"""Where the tokens of a batch lie: rows packed without padding for the products, side by side for attention."""
+"""Batch layouts: prompts packed without padding for a prefill, and one new token per row for a decode step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from llava.engine.attention import Shared, aligned_mask, attend, attention
-from llava.engine.cache import CacheSpec, KVCache, shared_parts
-from llava.engine.prefix_cache import Chain, tokens_of
+from llava.engine.attention import SharedPrefix, aligned_mask, attend, attention
+from llava.engine.cache import CacheSpec, KVCache, shared_prefixes
+from llava.engine.prefix_cache import Prefix, num_tokens
 from llava.engine.sampling import Sampler
 from llava.model.transfer import Numbers, upload_columns
 
 
 @dataclass
-class _OnDevice:
-    """What attention needs on the device of a layer.
+class _Layout:
+    """Indices of a `VarlenBatch` on the device of a layer.
 
-    `gather` (n * T,) indexes the packed tokens, `real` (N,) the padded ones; both are None without padding.
+    `pad_index` (n * max_seqlen,) maps padded to packed tokens, `unpad_index` (N,) packed to padded ones; both are None
+    if all rows have one length.
     """
 
-    lengths: Tensor
-    gather: Tensor | None
-    real: Tensor | None
-    parts: list[Shared]
+    seqlens: Tensor
+    pad_index: Tensor | None
+    unpad_index: Tensor | None
+    prefixes: list[SharedPrefix]
     masks: dict[str, Tensor] = field(default_factory=dict)
 
 
 class VarlenBatch:
-    """Rows of `lengths` tokens behind `chains`, packed one after the other (N tokens) for a prefill.
+    """Prompts of `seqlens` tokens behind `prefixes`, packed into N tokens for a prefill.
 
-    `data` (layers, 2, n, kv_heads, T, head_dim) receives their keys and values; T is the longest row, and what lies
-    follows the end of a shorter row repeats its last token: finite, and hidden from it by causality. `positions` (N,)
-    are those of the tokens, `last` (n,) the packed indices of the rows' last tokens, `end` the largest position + 1.
-    All indices are computed on the host and uploaded once.
+    `data` (layers, 2, n, kv_heads, max_seqlen, head_dim) receives their keys and values; the slots behind a shorter
+    row repeat its last token: finite, and hidden by causality. `positions` (N,) are the tokens' positions, `last` (n,)
+    the packed indices of the last tokens, `end` the largest position + 1. All indices are computed on the host and
+    uploaded once.
     """
 
-    def __init__(self, spec: CacheSpec, lengths: Sequence[int], chains: Sequence[Chain]) -> None:
-        self.lengths, self.chains, self.spec = list(lengths), chains, spec
-        self.longest = max(lengths)
-        self.even = min(lengths) == self.longest
-        self.data = spec.empty(len(lengths), self.longest)
-        behind = [tokens_of(chain) for chain in chains]
-        self.end = max(first + length for first, length in zip(behind, lengths, strict=True))
-        starts, total = [], 0
-        for length in lengths:
-            starts.append(total)
-            total += length
-        steps = torch.arange(self.longest)
-        ends = torch.tensor(self.lengths)
+    def __init__(self, spec: CacheSpec, seqlens: Sequence[int], prefixes: Sequence[Prefix]) -> None:
+        self.seqlens, self.prefixes, self.spec = list(seqlens), prefixes, spec
+        self.max_seqlen = max(seqlens)
+        self.even = min(seqlens) == self.max_seqlen
+        self.data = spec.empty(len(seqlens), self.max_seqlen)
+        offsets = [num_tokens(prefix) for prefix in prefixes]
+        self.end = max(offset + length for offset, length in zip(offsets, seqlens, strict=True))
+        cu_seqlens = torch.tensor(list(accumulate(seqlens, initial=0)))
+        steps, lengths = torch.arange(self.max_seqlen), torch.tensor(self.seqlens)
         columns: list[Numbers] = [
-            torch.cat([steps[:length] + first for first, length in zip(behind, lengths, strict=True)]),
-            torch.tensor(starts) + ends - 1,
-            ends,
+            torch.cat([steps[:length] + offset for offset, length in zip(offsets, seqlens, strict=True)]),
+            cu_seqlens[1:] - 1,
+            lengths,
         ]
         if not self.even:
-            columns.append((torch.tensor(starts)[:, None] + torch.minimum(steps, ends[:, None] - 1)).flatten())
-            columns.append(torch.cat([steps[:length] + row * self.longest for row, length in enumerate(lengths)]))
+            columns.append((cu_seqlens[:-1, None] + torch.minimum(steps, lengths[:, None] - 1)).flatten())
+            columns.append(torch.cat([steps[:length] + row * self.max_seqlen for row, length in enumerate(seqlens)]))
         self.positions, self.last, *self._uploaded = upload_columns(columns, spec.device)
-        self._places: dict[torch.device, _OnDevice] = {}
+        self._layouts: dict[torch.device, _Layout] = {}
 
     def attention(self, layer: int, query: Tensor, keys_values: Tensor, last: bool) -> Tensor:
-        """Queries (N, heads, head_dim), or with `last` those of the last tokens (n, …), to their contexts (N, D).
+        """Attention of queries (N, heads, head_dim), or with `last` of the last tokens' (n, …): contexts (N, D).
 
-        `keys_values` (N, 2, kv_heads, head_dim) are stored on the way.
+        Stores `keys_values` (N, 2, kv_heads, head_dim) in `data`.
         """
-        places = self._on(query.device)
-        count, longest = len(self.lengths), self.longest
-        rows = self._rows(keys_values, places).permute(2, 0, 3, 1, 4)  # (2, n, kv_heads, T, head_dim)
-        stored = self.data[layer].copy_(rows)
+        layout = self._layout(query.device)
+        count, max_seqlen = len(self.seqlens), self.max_seqlen
+        padded = self._pad(keys_values, layout).permute(2, 0, 3, 1, 4)  # (2, n, kv_heads, max_seqlen, head_dim)
+        stored = self.data[layer].copy_(padded)
         keys, values = stored[0], stored[1]
         kv_heads, size = keys.shape[1], keys.shape[3]
         if last:
             if not len(query):
                 return query
             grouped = query.view(count, kv_heads, -1, size)
-            mask = None if self.even else self._mask("ends", places)
-            return attend(grouped, keys, values, mask, places.parts, layer).reshape(count, -1)
-        query = self._rows(query, places)  # (n, T, heads, head_dim)
+            mask = None if self.even else self._mask("padding", layout)
+            return attend(grouped, keys, values, mask, layout.prefixes, layer).reshape(count, -1)
+        query = self._pad(query, layout)  # (n, max_seqlen, heads, head_dim)
         group = query.shape[2] // kv_heads
-        if places.parts:
-            grouped = query.view(count, longest, kv_heads, group, size).permute(0, 2, 3, 1, 4)
-            grouped = grouped.reshape(count, kv_heads, group * longest, size)
-            mask = self._mask("causal", places, group) if group > 1 else None
-            out = attend(grouped, keys, values, mask, places.parts, layer, causal=group == 1)
-            out = out.reshape(count, kv_heads * group, longest, size)
+        if layout.prefixes:
+            grouped = query.view(count, max_seqlen, kv_heads, group, size).permute(0, 2, 3, 1, 4)
+            grouped = grouped.reshape(count, kv_heads, group * max_seqlen, size)
+            mask = self._mask("causal", layout, group) if group > 1 else None
+            out = attend(grouped, keys, values, mask, layout.prefixes, layer, causal=group == 1)
+            out = out.reshape(count, kv_heads * group, max_seqlen, size)
         else:
             keys, values = (part.repeat_interleave(group, dim=1) if group > 1 else part for part in (keys, values))
-            out = attention(query.transpose(1, 2), keys, values, causal=longest > 1)
-        out = out.transpose(1, 2).reshape(count * longest, -1)  # (n * T, D)
-        return out if places.real is None else out.index_select(0, places.real)
+            out = attention(query.transpose(1, 2), keys, values, causal=max_seqlen > 1)
+        out = out.transpose(1, 2).reshape(count * max_seqlen, -1)  # (n * max_seqlen, D)
+        return out if layout.unpad_index is None else out.index_select(0, layout.unpad_index)
 
-    def _rows(self, packed: Tensor, places: _OnDevice) -> Tensor:
-        """(N, …) to (n, T, …)."""
-        padded = packed if places.gather is None else packed.index_select(0, places.gather)
-        return padded.view(len(self.lengths), self.longest, *packed.shape[1:])
+    def _pad(self, packed: Tensor, layout: _Layout) -> Tensor:
+        """(N, …) to (n, max_seqlen, …)."""
+        padded = packed if layout.pad_index is None else packed.index_select(0, layout.pad_index)
+        return padded.view(len(self.seqlens), self.max_seqlen, *packed.shape[1:])
 
-    def _on(self, device: torch.device) -> _OnDevice:
-        if device not in self._places:
-            lengths, *padding = (one.to(device, non_blocking=True) for one in self._uploaded)
-            gather, real = padding or (None, None)
-            self._places[device] = _OnDevice(lengths, gather, real, shared_parts(self.chains, device))
-        return self._places[device]
+    def _layout(self, device: torch.device) -> _Layout:
+        if device not in self._layouts:
+            seqlens, *padding = (one.to(device, non_blocking=True) for one in self._uploaded)
+            pad_index, unpad_index = padding or (None, None)
+            self._layouts[device] = _Layout(seqlens, pad_index, unpad_index, shared_prefixes(self.prefixes, device))
+        return self._layouts[device]
 
-    def _mask(self, kind: str, places: _OnDevice, group: int = 1) -> Tensor:
-        """The mask of one `kind`: "ends" hides what follows each row's end, (n, 1, 1, T); "causal" what follows each of
-        the `group` * T queries, (group * T, T)."""
-        if kind not in places.masks:
-            lengths, longest = places.lengths, self.longest
-            if kind == "ends":
-                last = lengths[:, None, None, None] - 1
+    def _mask(self, kind: str, layout: _Layout, group: int = 1) -> Tensor:
+        """The "padding" mask (n, 1, 1, max_seqlen), or the "causal" mask (group * max_seqlen, max_seqlen)."""
+        if kind not in layout.masks:
+            seqlens, width = layout.seqlens, self.max_seqlen
+            if kind == "padding":
+                last = seqlens[:, None, None, None] - 1
             else:
-                last = torch.arange(longest, device=lengths.device).repeat(group)[:, None]
-            places.masks[kind] = aligned_mask(lambda columns: columns <= last, longest, self.spec.dtype, lengths.device)
-        return places.masks[kind]
+                last = torch.arange(width, device=seqlens.device).repeat(group)[:, None]
+            layout.masks[kind] = aligned_mask(lambda slots: slots <= last, width, self.spec.dtype, seqlens.device)
+        return layout.masks[kind]
 
 
 class DecodeStep:
-    """One new token per row, after the tokens in the cache.
+    """One new token per row behind the tokens in the cache.
 
     `ids` and `positions` (B,) are on the device of the embeddings. The parameters of `sampler` share their
-    host-to-device copy: there is one per step.
+    host-to-device copy, so a step has one.
     """
 
     def __init__(self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None) -> None:
@@ -130,39 +127,40 @@ class DecodeStep:
         self.cache = cache
         self.width = cache.end - cache.start + 1
         self.end = max(cache.positions()) + 1
-        hidden = [self.width - 1 - length for length in cache.lengths]  # columns of other rows, on the left
+        hidden = [self.width - 1 - length for length in cache.lengths]  # token slots left of each row
         columns: list[Numbers] = [ids, cache.positions(), *([hidden] if any(hidden) else [])]
         device = cache.spec.device
-        sampled = sampler.columns() if sampler is not None and device.type == "cuda" else []
+        sampled = sampler.host_params() if sampler is not None and device.type == "cuda" else []
         uploaded = upload_columns([*columns, *sampled], device)
         self.ids, self.positions, *padding = uploaded[: len(columns)]
         if sampler is not None and sampled:
-            sampler.receive(uploaded[len(columns) :])
+            sampler.set_device_params(uploaded[len(columns) :])
         self._hidden = padding[0] if padding else None
         self._masks: dict[torch.device, Tensor | None] = {}
 
     def attention(self, layer: int, query: Tensor, keys_values: Tensor, last: bool) -> Tensor:
-        """Queries (B, heads, head_dim) and new `keys_values` (B, 2, kv_heads, head_dim) to contexts (B, D)."""
+        """Attention of queries (B, heads, head_dim): contexts (B, D). Stores `keys_values` (B, 2, kv_heads,
+        head_dim) in the cache."""
         cache, count = self.cache, len(query)
-        rows = cache.data[layer, :, :count]  # (2, B, kv_heads, columns, head_dim)
+        rows = cache.data[layer, :, :count]  # (2, B, kv_heads, slots, head_dim)
         rows[:, :, :, cache.end] = keys_values.transpose(0, 1)
         keys, values = rows[..., cache.start : cache.end + 1, :]
         grouped = query.view(count, keys.shape[1], -1, keys.shape[3])
-        mask, parts = self._mask(query.device), cache.shared(query.device)
-        return attend(grouped, keys, values, mask, parts, layer).reshape(count, -1)
+        mask, prefixes = self._mask(query.device), cache.shared(query.device)
+        return attend(grouped, keys, values, mask, prefixes, layer).reshape(count, -1)
 
     def visible(self) -> Tensor | None:
-        """(B, W) bool: the columns each row sees, its new one included; None where no row is padded."""
+        """Boolean mask (B, W) of the token slots of each row, its new one included; None if no row is padded."""
         if self._hidden is None:
             return None
         return torch.arange(self.width, device=self._hidden.device) >= self._hidden[:, None]
 
     def _mask(self, device: torch.device) -> Tensor | None:
-        """`visible` as attention adds it, (B, 1, 1, W), on `device`."""
+        """`visible` as an additive mask (B, 1, 1, W) on `device`."""
         if device not in self._masks:
             mask = None
             if self._hidden is not None:
                 hidden = self._hidden.to(device, non_blocking=True)[:, None, None, None]
-                mask = aligned_mask(lambda columns: columns >= hidden, self.width, self.cache.spec.dtype, device)
+                mask = aligned_mask(lambda slots: slots >= hidden, self.width, self.cache.spec.dtype, device)
             self._masks[device] = mask
         return self._masks[device]

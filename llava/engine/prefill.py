@@ -1,142 +1,189 @@
-"""Prompts to keys, values and first logits, everything that prompts have in common computed once.
+"""Prefill: prompts to keys, values and first logits, with common prefixes computed once.
 
-What the store knows of a prompt is taken from there; what several prompts of the batch, or of those waiting behind it,
-begin with is computed once and stored; the rest runs in batches of rows.
+Cached prefixes come from the prefix cache. Prefixes that several prompts of the batch, or of those waiting, have in
+common are computed once and cached. The remaining tokens run in batches of rows.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
 
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.engine.features import FeatureEncoder
-from llava.engine.model_runner import LanguageModel
+from llava.engine.features import FeatureEncoder, Features
+from llava.engine.model_runner import ModelRunner
 from llava.engine.prefix_cache import (
     MIN_SHARED,
-    Chain,
-    Elements,
+    Node,
+    Prefix,
     PrefixCache,
-    Prompt,
-    Segment,
-    Span,
-    Work,
-    common_length,
-    is_picture,
-    running_sum,
-    share,
-    tokens_of,
+    PrefixMatch,
+    common_prefix_length,
+    num_tokens,
+    token_ends,
 )
+from llava.engine.sequence import CacheKeys, HashedImage, Prompt, is_image_key
+from llava.errors import RequestError
 
-__all__ = ["Prefilled", "Prefiller", "Prompt"]
-
-Features = dict[bytes, Tensor]
+MIN_SAVED: Final = 64  # tokens a shared prefix must save; it costs time in every decode step
 
 
 @dataclass(frozen=True)
-class Prefilled:
-    """Some of the prompts, by number: keys and values of their rows, the rows' own lengths, what they stand behind,
-    and logits (n, V) of their first new token."""
+class PrefillOutput:
+    """Keys and values of some prompts, by index: `data` (layers, 2, n, kv_heads, T, head_dim), left-aligned.
+
+    `lengths` are the rows' tokens behind `prefixes`; `logits` (n, V) are those of the first new tokens.
+    """
 
     indices: list[int]
     data: Tensor
     lengths: list[int]
-    chains: list[Chain]
+    prefixes: list[Prefix]
     logits: Tensor
 
 
-class Prefiller:
-    """Runs prompts through the model, see the module's docstring. `max_tokens` bounds one forward."""
+@dataclass(eq=False)
+class PrefillItem:
+    """A prompt during a prefill; `prefix` covers its first `done` cache keys.
 
-    def __init__(self, lm: LanguageModel, features: FeatureEncoder, *, max_tokens: int, prefix_budget: int) -> None:
-        self.lm = lm
+    `index` is its position in the batch, or None for a waiting prompt. `ends[i]` is the number of tokens of the first i
+    cache keys.
+    """
+
+    index: int | None
+    prompt: Prompt
+    ends: tuple[int, ...]
+    prefix: Prefix = ()
+    done: int = 0
+
+    @property
+    def images(self) -> tuple[HashedImage, ...]:
+        """Images behind the prefix."""
+        return self.prompt.images[self.prompt.ids[: self.done].count(IMAGE_TOKEN_INDEX) :]
+
+    @property
+    def rest(self) -> CacheKeys:
+        """Cache keys behind the prefix."""
+        return self.prompt.cache_keys[self.done :]
+
+    @property
+    def limit(self) -> int:
+        """Cache keys that may still be shared; the last one must be computed to obtain logits."""
+        return len(self.prompt.cache_keys) - 1 - self.done
+
+    def num_tokens(self, count: int) -> int:
+        """Tokens of the next `count` cache keys."""
+        return self.ends[self.done + count] - self.ends[self.done]
+
+    def advance(self, match: PrefixMatch) -> None:
+        self.prefix = (*self.prefix, match)
+        self.done += match.num_keys
+
+
+class Prefiller:
+    """Prefill of batches of prompts, at most `max_tokens` in one forward pass, with a prefix cache."""
+
+    def __init__(self, runner: ModelRunner, features: FeatureEncoder, max_tokens: int, prefix_budget: int) -> None:
+        self.runner = runner
         self.features = features
         self.max_tokens = max_tokens
-        self.prefixes = PrefixCache(prefix_budget)
+        self.prefix_cache = PrefixCache(prefix_budget)
         self.computed_tokens = 0
         self.shared_tokens = 0
 
-    def run(self, prompts: Sequence[Prompt], expected: Sequence[Prompt] = ()) -> Iterator[Prefilled]:
-        """Prefill `prompts`, yielding them in groups. `expected` are waiting: what they share is kept for them."""
-        works = [self._open(index, prompt) for index, prompt in enumerate(prompts)]
-        features = self.features.encode(picture for work in works for picture in work.pictures)
-        waiting = [self._open(None, prompt) for prompt in expected]
-        share([*works, *waiting], lambda work, count: self._segment(work, count, features))
-        for work in works:
-            self._chunk(work, features)
-            self.shared_tokens += tokens_of(work.chain)
-        rows = [self._embed(work.prompt, features, work.done, len(work.prompt.ids)) for work in works]
-        for batch in self._batches(works, [len(row) for row in rows]):
-            yield self._rows([works[at] for at in batch], [rows[at] for at in batch])
+    def run(self, prompts: Sequence[Prompt], waiting: Sequence[Prompt] = ()) -> Iterator[PrefillOutput]:
+        """Prefill `prompts` and yield them in groups. Prefixes they share with `waiting` prompts are cached."""
+        items = [self._item(index, prompt) for index, prompt in enumerate(prompts)]
+        features = self.features.encode(image for item in items for image in item.images)
+        later = [self._item(None, prompt) for prompt in waiting]
+        plan_shared_prefixes([*items, *later], lambda item, count: self._compute_node(item, count, features))
+        for item in items:
+            self._compute_chunks(item, features)
+            self.shared_tokens += num_tokens(item.prefix)
+        rows = [self._embed(item.prompt, features, item.done, len(item.prompt.ids)) for item in items]
+        for batch in self._batches(items, [len(row) for row in rows]):
+            yield self._prefill_rows(batch, [items[at] for at in batch], [rows[at] for at in batch])
 
-    def new_tokens(self, prompt: Prompt, before: Prompt | None) -> int:
-        """How many tokens of `prompt` are known neither from the store nor from `before`, computed just before it."""
-        work = self._open(None, prompt)
-        same = 0 if before is None else common_length(before.elements, prompt.elements)
-        return work.ends[-1] - work.ends[max(work.done, same)]
+    def new_tokens(self, prompt: Prompt, previous: Prompt | None) -> int:
+        """Tokens of `prompt` that are neither cached nor shared with `previous`, which is prefilled just before."""
+        item = self._item(None, prompt)
+        shared = 0 if previous is None else common_prefix_length(previous.cache_keys, prompt.cache_keys)
+        return item.ends[-1] - item.ends[max(item.done, shared)]
 
-    def keep(self, prompt: Prompt, tokens: Sequence[int], chain: Chain, own: Tensor) -> None:
-        """Store what a finished row computed, for the next turn of its conversation.
+    def cache(self, prompt: Prompt, tokens: Sequence[int], prefix: Prefix, data: Tensor) -> None:
+        """Store a finished sequence in the prefix cache, for the next turn of its conversation.
 
-        `own` (layers, 2, kv_heads, length, head_dim) are the row's columns behind `chain`; `tokens` the generated ones
-        that have keys and values.
+        `data` (layers, 2, kv_heads, length, head_dim) are its keys and values behind `prefix`; `tokens` are the
+        generated tokens among them.
         """
-        elements = prompt.elements + tuple(tokens)
-        self.prefixes.add(elements, self._widths(elements), own, tokens_of(chain) if self.lm.shares else 0)
+        cache_keys = prompt.cache_keys + tuple(tokens)
+        first = num_tokens(prefix) if self.runner.shares_prefixes else 0
+        self.prefix_cache.add(cache_keys, self._token_counts(cache_keys), data, first)
 
     def embed(self, prompt: Prompt) -> Tensor:
-        """The whole prompt as embeddings (L, D), its pictures encoded as needed."""
-        return self._embed(prompt, self.features.encode(prompt.pictures), 0, len(prompt.ids))
+        """Embeddings (L, D) of a whole prompt."""
+        return self._embed(prompt, self.features.encode(prompt.images), 0, len(prompt.ids))
 
-    def _open(self, index: int | None, prompt: Prompt) -> Work:
-        chain, done = self.prefixes.match(prompt.elements, len(prompt.elements) - 1)
-        return Work(index, prompt, tuple(running_sum(self._widths(prompt.elements))), chain, done)
+    def _item(self, index: int | None, prompt: Prompt) -> PrefillItem:
+        prefix, done = self.prefix_cache.match(prompt.cache_keys, len(prompt.cache_keys) - 1)
+        return PrefillItem(index, prompt, token_ends(self._token_counts(prompt.cache_keys)), prefix, done)
 
-    def _widths(self, elements: Elements) -> list[int]:
-        """Tokens of each element."""
-        return [self.features.tokens_per_image if is_picture(element) else 1 for element in elements]
+    def _token_counts(self, cache_keys: CacheKeys) -> list[int]:
+        return [self.features.tokens_per_image if is_image_key(key) else 1 for key in cache_keys]
 
-    def _segment(self, work: Work, count: int, features: Features) -> Segment:
-        """The next `count` elements of `work`, computed and stored."""
-        embeds = self._embed(work.prompt, features, work.done, work.done + count)
-        data = self.lm.prefill_segment(embeds, work.chain)
+    def _compute_node(self, item: PrefillItem, count: int, features: Features) -> Node:
+        """Compute and cache the next `count` cache keys of `item`."""
+        cache_keys = item.prompt.cache_keys[: item.done + count]
+        embeds = self._embed(item.prompt, features, item.done, len(cache_keys))
+        data = self.runner.prefill_kv(embeds, item.prefix)
         self.computed_tokens += len(embeds)
-        elements = work.rest[:count]
-        return self.prefixes.insert(work.chain, elements, self._widths(elements), data)
+        return self.prefix_cache.insert(item.prefix, cache_keys, self._token_counts(cache_keys), data)
 
-    def _chunk(self, work: Work, features: Features) -> None:
-        """Compute a prompt that is too long for one forward piece by piece, up to its last piece."""
+    def _compute_chunks(self, item: PrefillItem, features: Features) -> None:
+        """Chunked prefill of a prompt that is too long for one forward pass, up to its last chunk."""
         size = max(self.max_tokens, MIN_SHARED)
-        while work.tokens(work.limit) >= size:
-            count = max(1, bisect_right(work.ends, work.ends[work.done] + size) - 1 - work.done)
-            work.advance(Span(self._segment(work, min(count, work.limit), features), min(count, work.limit)))
+        while item.num_tokens(item.limit) >= size:
+            count = max(1, bisect_right(item.ends, item.ends[item.done] + size) - 1 - item.done)
+            count = min(count, item.limit)
+            item.advance(PrefixMatch(self._compute_node(item, count, features), count))
 
-    def _rows(self, works: Sequence[Work], rows: Sequence[Tensor]) -> Prefilled:
-        chains = [work.chain for work in works]
-        data, last = self.lm.prefill(rows, chains)
+    def _prefill_rows(self, indices: list[int], items: Sequence[PrefillItem], rows: Sequence[Tensor]) -> PrefillOutput:
+        prefixes = [item.prefix for item in items]
+        data, last = self.runner.prefill(rows, prefixes)
         self.computed_tokens += sum(map(len, rows))
-        lengths = [len(row) + (0 if self.lm.shares else tokens_of(chain)) for row, chain in zip(rows, chains)]
-        held: list[Chain] = chains if self.lm.shares else [()] * len(works)
-        return Prefilled([work.number for work in works], data, lengths, held, self.lm.logits(last))
+        lengths = [len(row) for row in rows]
+        if not self.runner.shares_prefixes:  # the rows contain their prefixes
+            lengths = [length + num_tokens(prefix) for length, prefix in zip(lengths, prefixes, strict=True)]
+            prefixes = [()] * len(items)
+        return PrefillOutput(indices, data, lengths, prefixes, self.runner.logits(last))
 
     def _embed(self, prompt: Prompt, features: Features, start: int, stop: int) -> Tensor:
-        """(L, D) of ids `start` to `stop`, pictures in place."""
+        """Embeddings (L, D) of ids `start` to `stop`. Raises `RequestError` if L is not the number of planned slots."""
         ids = prompt.ids[start:stop]
         first = prompt.ids[:start].count(IMAGE_TOKEN_INDEX)
-        pictures = prompt.pictures[first : first + ids.count(IMAGE_TOKEN_INDEX)]
-        if not pictures:
-            return self.lm.embed(ids)
-        embeddings: Tensor = self.lm.model.embed_prompt(ids, [features[picture.digest] for picture in pictures])
-        return embeddings
+        images = prompt.images[first : first + ids.count(IMAGE_TOKEN_INDEX)]
+        if not images:
+            return self.runner.embed(ids)
+        embeds: Tensor = self.runner.model.embed_prompt(ids, [features[image.digest] for image in images])
+        planned = sum(self._token_counts(prompt.cache_keys[start:stop]))
+        if len(embeds) != planned:
+            raise RequestError(
+                f"The model returned {len(embeds)} embeddings for {planned} token slots ({len(images)} image(s) of "
+                f"{self.features.tokens_per_image} tokens each); send images of the model's input size."
+            )
+        return embeds
 
-    def _batches(self, works: Sequence[Work], lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers of works to run together: at most `max_tokens` with padding, and not too different in length."""
-        behind = [tokens_of(work.chain) if not self.lm.shares else len(work.chain) > 0 for work in works]
+    def _batches(self, items: Sequence[PrefillItem], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of items to run together: at most `max_tokens` with padding, and of similar length."""
+        shares = self.runner.shares_prefixes
+        behind = [len(item.prefix) > 0 if shares else num_tokens(item.prefix) for item in items]
         batch: list[int] = []
-        for at in sorted(range(len(works)), key=lambda at: (behind[at], lengths[at])):
+        for at in sorted(range(len(items)), key=lambda at: (behind[at], lengths[at])):
             if batch and (
                 behind[at] != behind[batch[0]]
                 or lengths[at] * (len(batch) + 1) > self.max_tokens
@@ -147,3 +194,37 @@ class Prefiller:
             batch.append(at)
         if batch:
             yield batch
+
+
+def plan_shared_prefixes(items: Sequence[PrefillItem], compute: Callable[[PrefillItem, int], Node]) -> None:
+    """Compute the prefixes that at least two of `items` share behind their cached ones, and advance the items.
+
+    `compute(item, count)` returns a node of an item's next `count` cache keys.
+    """
+    groups: dict[tuple[tuple[int, int], ...], list[PrefillItem]] = {}
+    for item in items:
+        groups.setdefault(tuple((id(match.node), match.num_keys) for match in item.prefix), []).append(item)
+    for group in groups.values():
+        _plan(sorted(group, key=lambda item: item.rest), compute)
+
+
+def _plan(group: list[PrefillItem], compute: Callable[[PrefillItem, int], Node]) -> None:
+    """Plan a group sorted by its remaining cache keys, so that neighbours share the longest prefixes."""
+    if len(group) < 2 or all(item.index is None for item in group):
+        return
+    common = [
+        common_prefix_length(left, right) for left, right in pairwise([item.rest[: item.limit] for item in group])
+    ]
+    count = min(common)
+    tokens = group[0].num_tokens(count)
+    if tokens >= MIN_SHARED and tokens * (len(group) - 1) >= MIN_SAVED:
+        node = compute(group[0], count)
+        for item in group:
+            item.advance(PrefixMatch(node, count))
+    part = [group[0]]
+    for item, length in zip(group[1:], common, strict=True):
+        if length == count:
+            _plan(part, compute)
+            part = []
+        part.append(item)
+    _plan(part, compute)

@@ -1,4 +1,4 @@
-"""Sampling of the next token: greedy, or temperature and top-p from a generator of the request's own."""
+"""Next-token sampling: greedy, or temperature and top-p with one random generator per request."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from llava.engine.sequence import SamplingParams
 from llava.model.transfer import upload_columns
 
-NO_TOKEN: Final = -1  # in place of a token where the logits are not finite
-_COLDEST: Final = 1e-6  # a float32 logit divided by less may not be finite any more
+NO_TOKEN: Final = -1  # sampled from logits that are not finite
+_MIN_TEMPERATURE: Final = 1e-6  # a float32 logit divided by less may overflow
 
 
 def make_generator(params: SamplingParams) -> torch.Generator | None:
-    """A CPU generator for a sampled request (seeded from the system when no seed is given), None for a greedy one.
+    """A CPU generator for a sampled request (seeded by the system if `seed` is None), None for a greedy one.
 
-    Every request has its own, so that its neighbours in the batch do not change its draws.
+    With one generator per request, the other requests in the batch do not change its draws.
     """
     if params.temperature == 0.0:
         return None
@@ -31,48 +31,48 @@ def make_generator(params: SamplingParams) -> torch.Generator | None:
 
 
 class Sampler:
-    """Chooses the next token of every row of one step.
+    """Sampler of the next token of every row of one step.
 
     On CUDA all rows are sampled together and the logits stay on the GPU: each request's generator draws one number,
-    and `columns` returns the values to upload, ideally in the step's single copy (`upload_columns`). Elsewhere the
-    sampled rows are processed one by one on the CPU. The same seed draws different tokens in the two ways.
+    and `host_params` returns the values to upload, ideally in the step's single copy (`upload_columns`). On other
+    devices the sampled rows are processed one by one on the CPU. The same seed draws different tokens in the two ways.
     """
 
     def __init__(self, params: Sequence[SamplingParams], generators: Sequence[torch.Generator | None]) -> None:
         self.params = params
         self.generators = generators
-        self._uploaded: Sequence[Tensor] = ()
+        self._device_params: Sequence[Tensor] = ()
 
     @property
     def is_greedy(self) -> bool:
         return all(generator is None for generator in self.generators)
 
-    def columns(self) -> list[list[float]]:
+    def host_params(self) -> list[list[float]]:
         """Temperature (0: greedy), top_p and a uniform draw in [0, 1) of every row; empty if all rows are greedy."""
         if self.is_greedy:
             return []
         draws = [0.0 if one is None else float(torch.rand((), generator=one)) for one in self.generators]
         return [[float(one.temperature) for one in self.params], [float(one.top_p) for one in self.params], draws]
 
-    def receive(self, columns: Sequence[Tensor]) -> None:
-        """Take `columns` as tensors (B,) float32 on the device of the logits."""
-        self._uploaded = columns
+    def set_device_params(self, params: Sequence[Tensor]) -> None:
+        """Set the uploaded `host_params`: tensors (B,) float32."""
+        self._device_params = params
 
     def sample(self, logits: Tensor) -> Tensor:
-        """Tokens (B,) int64 from logits (B, V), on their device; `NO_TOKEN` where the largest logit is not finite."""
-        best = logits.argmax(dim=-1)  # (B,); a NaN counts as the largest
+        """Sample tokens (B,) int64 from logits (B, V), on their device; `NO_TOKEN` if the largest is not finite."""
+        best = logits.argmax(dim=-1)  # (B,); NaN counts as the largest
         finite = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite()
         tokens = best
         if not self.is_greedy and logits.is_cuda:
-            columns = self._uploaded or upload_columns(self.columns(), logits.device)
-            temperature, top_p, draws = (one.to(logits.device, non_blocking=True) for one in columns)
+            params = self._device_params or upload_columns(self.host_params(), logits.device)
+            temperature, top_p, draws = (one.to(logits.device, non_blocking=True) for one in params)
             tokens = torch.where(temperature > 0, sample_top_p(logits, temperature, top_p, draws), best)
         elif not self.is_greedy:
             rows = zip(best.tolist(), finite.tolist(), logits.cpu(), self.params, self.generators, strict=True)
             tokens = torch.tensor(
                 [
-                    token if generator is None or not known else _draw(row, options, generator)
-                    for token, known, row, options, generator in rows
+                    token if generator is None or not is_finite else _draw(row, params, generator)
+                    for token, is_finite, row, params, generator in rows
                 ],
                 device=logits.device,
             )
@@ -80,28 +80,28 @@ class Sampler:
 
 
 def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
-    """One token (B,) of every row of `logits` (B, V) by inverse transform sampling, without leaving the device.
+    """Sample one token (B,) per row of `logits` (B, V) by inverse transform sampling, on the device.
 
     `temperature`, `top_p` and `draws`, uniform in [0, 1), are (B,) float32.
     """
-    probabilities = torch.softmax(logits.float() / temperature.clamp(min=_COLDEST).unsqueeze(-1), dim=-1)
+    probabilities = torch.softmax(logits.float() / temperature.clamp(min=_MIN_TEMPERATURE).unsqueeze(-1), dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the strictly more probable tokens
     outside = (before >= top_p.unsqueeze(-1)) & (top_p < 1.0).unsqueeze(-1)
     mass = ordered.masked_fill(outside, 0.0).cumsum(-1)  # (B, V)
     at = torch.searchsorted(mass, draws.unsqueeze(-1) * mass[:, -1:], right=True)
-    # Rounding may lift a draw past the last token that is kept, and NaN is past the end.
+    # Rounding may lift a draw past the last token of the set, and NaN is past the end.
     at = torch.minimum(at, (~outside).sum(-1, keepdim=True) - 1)
     return order.gather(-1, at).squeeze(-1)
 
 
-def _draw(logits: Tensor, options: SamplingParams, generator: torch.Generator) -> int:
-    """One token of a row of `logits` (V,) on the CPU: what `torch.multinomial` draws, the seed being the same.
+def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """Sample a token from `logits` (V,) on the CPU: the token that `torch.multinomial` draws with the same seed.
 
-    That divides every probability by an exponential variate and takes the largest quotient. The generator draws one
-    value per vocabulary entry, but only those of the candidates need the logarithm, which would take most of the time.
+    `multinomial` divides every probability by an exponential variate and takes the largest quotient. The generator
+    draws one value per vocabulary entry, but only the candidates' need the logarithm, which takes most of the time.
     """
-    tokens, probabilities = top_p_candidates(logits, options.temperature, options.top_p)
+    tokens, probabilities = top_p_candidates(logits, params.temperature, params.top_p)
     uniform = torch.rand(len(logits), dtype=torch.float64, generator=generator)
     exponential = torch.log1p(-uniform[tokens]).neg_().float()
     return int(tokens[(probabilities / exponential).argmax()])
@@ -110,13 +110,13 @@ def _draw(logits: Tensor, options: SamplingParams, generator: torch.Generator) -
 def top_p_candidates(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Ids and probabilities (K,) of the smallest set of tokens whose softmax(logits / temperature) sums to `top_p`.
 
-    The most probable token always stays (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
+    The set contains at least one token (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
     """
-    probabilities = torch.softmax(logits.float() / max(temperature, _COLDEST), dim=-1)  # (V,)
+    probabilities = torch.softmax(logits.float() / max(temperature, _MIN_TEMPERATURE), dim=-1)  # (V,)
     if top_p >= 1.0:
         return torch.arange(len(probabilities)), probabilities
-    # Tokens below (1 - top_p) / V weigh less than 1 - top_p together, so all of them lie outside the set and need no
-    # sorting; half of it leaves room for rounding.
+    # Tokens below (1 - top_p) / V weigh less than 1 - top_p together, so they are outside the set and need no sorting;
+    # half of that leaves room for rounding.
     candidates = (probabilities >= 0.5 * (1.0 - top_p) / len(probabilities)).nonzero().squeeze(-1)
     ordered, order = probabilities[candidates].sort(descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the strictly more probable tokens

@@ -1,38 +1,47 @@
-"""What goes into the engine and what comes out: sampling parameters, requests, completions and the handle between."""
+"""Requests, completions, and the state of a sequence inside the engine."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc, deque
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 from PIL import Image
 
-from llava.conversation import Conversation, with_image_token
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.engine.detokenizer import Detokenizer, TextStream
 from llava.errors import RequestError
 
 ImageInput = Image.Image | torch.Tensor
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+CacheKeys = tuple[int, ...]
+
+_IMAGE_KEY: Final = 2**40  # cache keys of images start here, above every token id
+_TYPES: Final[tuple[tuple[type, str, tuple[str, ...]], ...]] = (
+    (Integral, "an integer", ("max_new_tokens", "num_beams", "seed")),
+    (Real, "a number", ("temperature", "top_p")),
+)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An input picture and the digest of its content; two pictures with equal digests have equal features."""
+class HashedImage:
+    """An image with the hash of its content; images with equal digests have equal features."""
 
     digest: bytes
     content: ImageInput
 
 
-def identify(image: ImageInput | Picture) -> Picture:
-    """Name a picture by its content: size, kind and every pixel. Whoever asks often about one does it once.
+def hash_image(image: ImageInput | HashedImage) -> HashedImage:
+    """Hash an image: its size, its mode or dtype, and every pixel. A `HashedImage` is returned as it is.
 
-    Raises `RequestError` for what is neither a PIL image nor a tensor (3, S, S).
+    Raises `RequestError` for anything but a PIL image or a tensor (3, S, S).
     """
-    if isinstance(image, Picture):
+    if isinstance(image, HashedImage):
         return image
     if not isinstance(image, Image.Image) and not (isinstance(image, torch.Tensor) and image.shape[:-2] == (3,)):
         found = f"a tensor {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
@@ -47,27 +56,16 @@ def identify(image: ImageInput | Picture) -> Picture:
     else:
         digest.update(f"{image.dtype} {tuple(image.shape)}".encode())
         digest.update(image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return Picture(digest.digest(), image)
-
-
-# --- Requests, their handles and completions -------------------------------------------------------------------------
-
-
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-_KINDS: Final[tuple[tuple[type, str, tuple[str, ...]], ...]] = (
-    (Integral, "a whole number", ("max_new_tokens", "num_beams", "seed")),
-    (Real, "a number", ("temperature", "top_p")),
-)
+    return HashedImage(digest.digest(), image)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one answer is decoded.
+    """Decoding parameters of one request.
 
-    `temperature` 0 is greedy. `seed` makes a sampled answer reproducible whatever else shares the batch.
-    `num_beams` above 1 runs alone, through the library's beam search, and streams only its final text.
-    Raises `RequestError` for a value that cannot be honoured.
+    A `temperature` of 0 decodes greedily. A `seed` makes a sampled answer reproducible, independent of the other
+    requests in the batch. `num_beams` above 1 runs beam search outside the batch and streams only the final text.
+    Raises `RequestError` for a value out of range.
     """
 
     max_new_tokens: int = 512
@@ -78,24 +76,23 @@ class SamplingParams:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        for kind, wanted, names in _KINDS:
+        for kind, wanted, names in _TYPES:
             for name in names:
                 value = getattr(self, name)
                 if not isinstance(value, kind) and not (name == "seed" and value is None):
-                    raise RequestError(f"{name} is {value!r}; it must be {wanted}.")
+                    raise RequestError(f"{name} must be {wanted}, got {value!r}.")
         stop: object = self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) for text in stop):
-            raise RequestError(f"stop is {stop!r}; give a tuple of strings.")
-        if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+            raise RequestError(f"stop must be a tuple of strings, got {stop!r}.")
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
-            raise RequestError(f"temperature is {self.temperature}; it must lie in [0, 100] (0 decodes greedily).")
+            raise RequestError(f"temperature must be in [0, 100] (0 decodes greedily), got {self.temperature}.")
         if not 0.0 < self.top_p <= 1.0:  # also refuses NaN
-            raise RequestError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+            raise RequestError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RequestError(f"seed is {self.seed}; it must lie in [0, 2^63).")
-        if self.num_beams < 1:
-            raise RequestError(f"num_beams is {self.num_beams}; it must be at least 1.")
+            raise RequestError(f"seed must be in [0, 2^63), got {self.seed}.")
 
 
 GREEDY = SamplingParams()
@@ -103,24 +100,25 @@ GREEDY = SamplingParams()
 
 @dataclass(frozen=True)
 class Request:
-    """A rendered prompt with one `<image>` per picture (or its token ids with -200), and how to decode.
+    """A rendered prompt with one `<image>` per image, or its token ids with -200 per image, and sampling parameters.
 
-    A picture is a PIL image, preprocessed by the engine, or a ready float tensor (3, S, S), or what `identify` made of
-    one. `keep` stores what was
-    computed, within the engine's budget, so that the next turn of the conversation starts behind this one.
+    An image is a PIL image, which the engine preprocesses, a preprocessed float tensor (3, S, S), or a `HashedImage`
+    of either. With `cache_prefix` the prompt and its answer are stored in the prefix cache, for the next turn of the
+    conversation.
     """
 
-    prompt: str | Sequence[int]
-    images: Sequence[ImageInput | Picture] = ()
+    prompt: str | abc.Sequence[int]
+    images: abc.Sequence[ImageInput | HashedImage] = ()
     params: SamplingParams = GREEDY
-    keep: bool = True
+    cache_prefix: bool = True
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `text` is cleaned (spec/eval.md §1.5): no special tokens, cut at the first stop string, stripped.
+    """The answer to a request.
 
-    `token_ids` are the new tokens as generated, the end token included; `prompt_tokens` counts image tokens.
+    `text` contains no special tokens, ends before the first stop string, and is stripped. `token_ids` are the new
+    tokens as generated, including the end token; `prompt_tokens` counts image tokens.
     """
 
     text: str
@@ -132,24 +130,24 @@ class Completion:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an engine has done since it was made, in tokens, and what it holds now, in bytes."""
+    """Counters of an engine since its creation, and its current load and memory in bytes."""
 
     generated_tokens: int
-    computed_tokens: int  # of prompts, through the model
-    shared_tokens: int  # of prompts, that needed no computing for their own sake
+    computed_tokens: int  # prompt tokens that went through the model
+    shared_tokens: int  # prompt tokens taken from the prefix cache or computed once for several prompts
     encoded_images: int
     running: int
     waiting: int
-    row_bytes: int  # keys and values of the running rows
-    prefix_bytes: int  # stored beginnings
-    feature_bytes: int  # stored image features
+    kv_bytes: int  # KV cache of the running requests
+    prefix_bytes: int
+    feature_bytes: int
 
 
 @dataclass(eq=False)
 class RequestHandle:
-    """A submitted request: iterate it for text as it comes, or ask for `result()`; both drive the engine meanwhile."""
+    """A submitted request. Iterate it for text as it is generated, or call `result()`; both drive the engine."""
 
-    drive: Callable[[], bool]
+    drive: abc.Callable[[], bool]
     prompt_tokens: int
     completion: Completion | None = None
     cancelled: bool = False
@@ -160,22 +158,22 @@ class RequestHandle:
         return self.completion is not None
 
     def cancel(self) -> None:
-        """Stop this request at the engine's next step; what was generated so far is kept."""
+        """Stop this request at the engine's next step; its completion holds the tokens generated so far."""
         self.cancelled = True
 
     def push(self, text: str) -> None:
-        """Engine side: hand over new text."""
+        """Add generated text; called by the engine."""
         if text:
             self._pieces.append(text)
 
     def take(self) -> str:
-        """The text that came since the last call, without waiting (for callers that drive the engine themselves)."""
+        """Return the text generated since the last call, without driving the engine."""
         pieces = []
         while self._pieces:
             pieces.append(self._pieces.popleft())
         return "".join(pieces)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> abc.Iterator[str]:
         while True:
             piece = self.take()
             if piece:
@@ -186,19 +184,70 @@ class RequestHandle:
                 self.drive()
 
     def result(self) -> Completion:
-        """The finished answer, driving the engine until it is there."""
+        """Drive the engine until the request is finished."""
         while self.completion is None:
             self.drive()
         return self.completion
 
 
-# --- From a question and its pictures to a rendered prompt: a single turn, the answer left open -----------------------
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt; `ids` contain -200 for every image."""
+
+    ids: tuple[int, ...]
+    images: tuple[HashedImage, ...]
+
+    @cached_property
+    def cache_keys(self) -> CacheKeys:
+        """The token ids, with one number derived from the digest for every image."""
+        if not self.images:
+            return self.ids
+        image_keys = iter([_IMAGE_KEY + int.from_bytes(image.digest, "big") for image in self.images])
+        return tuple(next(image_keys) if token == IMAGE_TOKEN_INDEX else token for token in self.ids)
 
 
-def render_question(template: Conversation, text: str, images: int, config: Any) -> str:
-    """The prompt of a single-turn question (spec/eval.md §1.3); `template` stays as it is."""
-    conversation = template.copy()
-    question = with_image_token(text, template, config, images) if images else text
-    conversation.append_message(conversation.roles[0], question)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
+def is_image_key(cache_key: int) -> bool:
+    """Whether a cache key stands for an image."""
+    return cache_key >= _IMAGE_KEY
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request inside the engine: its prompt, generated tokens and output text."""
+
+    prompt: Prompt
+    params: SamplingParams
+    handle: RequestHandle
+    max_new_tokens: int
+    end_ids: frozenset[int]
+    generator: torch.Generator | None
+    detokenizer: Detokenizer
+    stream: TextStream
+    cache_prefix: bool
+    max_tokens: int  # of prompt and answer
+    tokens: list[int] = field(default_factory=list)
+    detokenized: int = 0  # tokens decoded to text
+
+    def append(self, token: int) -> FinishReason | None:
+        """Append the next token; return the finish reason if it follows from the token alone."""
+        self.tokens.append(token)
+        if token in self.end_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_new_tokens else None
+
+    def detokenize(self) -> bool:
+        """Decode new tokens and push their text to the handle; true if a stop string has ended the answer."""
+        for token in self.tokens[self.detokenized :]:
+            if token not in self.end_ids and not self.stream.stopped:
+                self.handle.push(self.stream.push(self.detokenizer.push(token)))
+        self.detokenized = len(self.tokens)
+        return self.stream.stopped
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        """Push the remaining text and set the completion."""
+        if self.detokenize() and reason == "length":
+            reason = "stop"
+        self.handle.push(self.stream.push(self.detokenizer.flush(), final=True))
+        self.handle.completion = Completion(
+            self.stream.text, tuple(self.tokens), reason, self.handle.prompt_tokens, error
+        )

@@ -1,10 +1,8 @@
-"""Have a judge compare two answers to questions without pictures: see `llava/eval/judging/reviews.py`."""
+"""Compare two answers to text questions with a judge; see `llava.eval.judging.reviews`."""
 
-import sys
+from llava.eval.judging.reviews import TEXT, review_program
 
-from llava.eval.judging.reviews import no_context, review_program
-
-main = review_program(__doc__, no_context, "gpt-4", fallback=True)
+main = review_program(__doc__, TEXT, "gpt-4")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

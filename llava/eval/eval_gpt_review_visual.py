@@ -1,10 +1,8 @@
-"""Have a judge compare two answers about COCO images, given captions and boxes; see `llava.eval.judging.reviews`."""
+"""Compare two answers about COCO images described by captions and boxes; see `llava.eval.judging.reviews`."""
 
-import sys
+from llava.eval.judging.reviews import VISUAL, review_program
 
-from llava.eval.judging.reviews import box_context, review_program
-
-main = review_program(__doc__, box_context, "gpt-4-0314")
+main = review_program(__doc__, VISUAL, "gpt-4-0314")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,6 +1,4 @@
-"""Score GQA answers against `testdev_balanced_questions.json`, here without the official tool."""
-
-import sys
+"""Score GQA answers with `testdev_balanced_questions.json`; the official tool is not needed."""
 
 from llava.eval.benchmarks import gqa
 from llava.eval.program import file_flag, program
@@ -8,4 +6,4 @@ from llava.eval.program import file_flag, program
 main = program(__doc__, gqa.evaluate, file_flag("--question-file"), file_flag("--result-file"))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,6 +1,4 @@
-"""Score MME: official task files (`--results-dir`), or a model's answers (`--annotation-dir` and `--result-file`)."""
-
-import sys
+"""Score MME: official task files (`--results-dir`), or answers (`--annotation-dir` and `--result-file`)."""
 
 from llava.eval.benchmarks import mme
 from llava.eval.program import file_flag, program
@@ -9,4 +7,4 @@ _NAMES = ("--results-dir", "--annotation-dir", "--result-file", "--output-dir")
 main = program(__doc__, mme.evaluate, *(file_flag(name, required=False) for name in _NAMES))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,7 +1,5 @@
 """Score POPE answers: `python llava/eval/eval_pope.py --annotation-dir … --question-file … --result-file …`."""
 
-import sys
-
 from llava.eval.benchmarks import pope
 from llava.eval.program import file_flag, program
 
@@ -9,4 +7,4 @@ _FLAGS = map(file_flag, ("--annotation-dir", "--question-file", "--result-file")
 main = program(__doc__, pope.evaluate, *_FLAGS)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,13 +1,10 @@
-"""Score a model and GPT-4 together on ScienceQA (spec/eval.md §4.5)."""
+"""Score the ensemble of a model and GPT-4 on ScienceQA."""
 
-import sys
-
-from llava.eval.benchmarks.science_qa import OPTIONS, letters
-from llava.eval.benchmarks.science_qa_ensemble import ensemble
+from llava.eval.benchmarks.science_qa import OPTIONS, ensemble, parse_options
 from llava.eval.program import file_flag, flag, program
 
-_CHOICE = (flag("--split", default="test"), flag("--options", type=letters, default=OPTIONS))
+_CHOICE = (flag("--split", default="test"), flag("--options", type=parse_options, default=OPTIONS))
 main = program(__doc__, ensemble, *map(file_flag, ("--base-dir", "--gpt4-result", "--our-result")), *_CHOICE)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

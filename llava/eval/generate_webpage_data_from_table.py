@@ -1,61 +1,130 @@
-"""A page to read a judge's reviews: two answers to each question side by side, the scores, and what the judge wrote.
+"""Build a web page of a judge's reviews: two answers to each question side by side, the scores, and the explanation.
 
     python llava/eval/generate_webpage_data_from_table.py --question Q.jsonl --baseline REFERENCE.jsonl \\
         --answers MODEL.jsonl [OTHER.jsonl ...] --reviews reviews/MODEL.jsonl [reviews/OTHER.jsonl ...] --output webpage
 
-Writes OUTPUT/data.json and OUTPUT/index.html, which opens from the disk. The baseline is the first of the two answers
-that were judged (`--answer-list`); reviews are given in the order of the answers.
+Writes OUTPUT/data.json and OUTPUT/index.html, a single file without external resources. The baseline is the first of
+the two judged answers (`--answer-list`); reviews are in the order of the answers.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Final, TypedDict
 
 from llava.errors import ConfigError
-from llava.eval.judging.page import PAGE, to_html
 from llava.eval.judging.reviews import SCORES
 from llava.eval.program import file_flag, flag, program
-from llava.eval.run.files import by_key, read_results, read_rows, require_same, write_json
+from llava.eval.run.answers import read_results
+from llava.eval.run.files import Record, Row, by_key, read_rows, require_same, write_json
 from llava.files import write_text
 
-Rows = Mapping[Any, Mapping[str, Any]]
+_BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
+_ITALIC = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*]+?)(?<=[^\s*])\*(?![\w*])")
+_CODE = re.compile(r"`([^`]+)`")
+_ITEM = re.compile(r"\s*(?:[-*+]|(\d+)[.)])\s+(.*)")
+_HEADING = re.compile(r"#{1,6}\s+(.*)")
 
-ASSISTANT = re.compile(r"(?<!\*)\bAssistant [12]\b(?!\*)")
+
+def to_html(text: str) -> str:
+    """Convert Markdown to HTML, escaping all other markup."""
+    return "".join(_blocks(text.replace("\r\n", "\n").split("\n")))
 
 
-def words_of(review: Mapping[str, Any]) -> str:
-    """What the judge wrote, without the line of scores, the two assistants in bold."""
+def _inline(text: str) -> str:
+    """Convert bold, italics and code within a line."""
+    parts = re.split(_CODE, text)
+    return "".join(
+        f"<code>{escape(part)}</code>" if at % 2 else _emphasis(escape(part)) for at, part in enumerate(parts)
+    )
+
+
+def _emphasis(text: str) -> str:
+    return _ITALIC.sub(r"<em>\1</em>", _BOLD.sub(r"<strong>\1</strong>", text))
+
+
+def _blocks(lines: list[str]) -> Iterator[str]:
+    at = 0
+    while at < len(lines):
+        line = lines[at]
+        if line.strip().startswith("```"):
+            end = next((n for n in range(at + 1, len(lines)) if lines[n].strip().startswith("```")), len(lines))
+            code = "\n".join(lines[at + 1 : end])
+            yield f"<pre><code>{escape(code)}</code></pre>"
+            at = end + 1
+        elif not line.strip():
+            at += 1
+        elif match := _HEADING.match(line):
+            yield f"<h4>{_inline(match[1])}</h4>"
+            at += 1
+        else:
+            same = _ITEM.match if _ITEM.match(line) else _is_paragraph
+            end = next((n for n in range(at, len(lines)) if not same(lines[n])), len(lines))
+            yield _list(lines[at:end]) if same is not _is_paragraph else _paragraph(lines[at:end])
+            at = end
+
+
+def _is_paragraph(line: str) -> bool:
+    """Whether a line belongs to a paragraph."""
+    return bool(line.strip()) and not (_ITEM.match(line) or _HEADING.match(line) or line.strip().startswith("```"))
+
+
+def _paragraph(lines: list[str]) -> str:
+    return f"<p>{'<br>'.join(map(_inline, lines))}</p>"
+
+
+def _list(lines: list[str]) -> str:
+    found = [match for line in lines if (match := _ITEM.match(line))]
+    tag = "ol" if found[0][1] else "ul"
+    start = f' start="{int(found[0][1])}"' if tag == "ol" and int(found[0][1]) != 1 else ""
+    return f"<{tag}{start}>{''.join(f'<li>{_inline(match[2])}</li>' for match in found)}</{tag}>"
+
+
+class PageData(TypedDict):
+    """Content of `data.json`; questions are numbered 1 … n in the order of their file."""
+
+    questions: list[Row]
+    models: list[str]
+    baseline: str
+
+
+_ASSISTANT: Final = re.compile(r"(?<!\*)\bAssistant [12]\b(?!\*)")
+
+
+def review_text(review: Record) -> str:
+    """The text of a review without the line of scores, with the names of the assistants in bold."""
     text = str(review.get("content", review.get("text", "")))
     first, _, rest = text.lstrip().partition("\n")
     body = rest if SCORES.fullmatch(first) else text
-    return ASSISTANT.sub(lambda match: f"**{match[0]}**", body).strip()
+    return _ASSISTANT.sub(lambda match: f"**{match[0]}**", body).strip()
 
 
-def read_answers(path: Path, questions: Rows, name: str | None) -> tuple[str, Rows]:
-    """A model's name (given, else `model_id`, else the file's) and its answers by question."""
+def read_answers(path: Path, questions: Mapping[object, Record], name: str | None) -> tuple[str, dict[object, Row]]:
+    """The name of a model (default: `model_id`, or the file's stem) and its answers by question."""
     rows = by_key(read_results(path), path, "question_id")
     require_same(rows, questions, path)
     return name or str(next(iter(rows.values())).get("model_id") or path.stem), rows
 
 
-def collect(
+def build_data(
     question: Path, baseline: Path, answers: Sequence[Path], reviews: Sequence[Path], names: Sequence[str]
-) -> dict[str, Any]:
-    """The content of `data.json`; questions are numbered 1 … n in the order of their file."""
+) -> PageData:
+    """Join questions, answers and reviews."""
     if len(answers) != len(reviews):
-        raise ConfigError(f"--answers has {len(answers)} files and --reviews {len(reviews)}; give one for each.")
+        raise ConfigError(
+            f"--answers has {len(answers)} files and --reviews {len(reviews)}; give one review per answer."
+        )
     if names and len(names) != 1 + len(answers):
-        raise ConfigError(f"--names has {len(names)} names; give {1 + len(answers)}, the baseline's first.")
+        raise ConfigError(f"--names expects {1 + len(answers)} names, the baseline's first; got {len(names)}.")
     questions = by_key(read_rows(question, "question_id", "text"), question, "question_id")
     given: list[str | None] = list(names) or [None] * (1 + len(answers))
     models = [read_answers(path, questions, name) for path, name in zip([baseline, *answers], given, strict=True)]
     if len(dict(models)) < len(models):
-        raise ConfigError(f"Two files are by {models[0][0]!r}; tell them apart by --names.")
+        raise ConfigError(f"Two files are by {models[0][0]!r}; distinguish them with --names.")
     judged = []
     for path in reviews:
         judged.append(by_key(read_rows(path, "question_id"), path, "question_id"))
@@ -67,7 +136,7 @@ def collect(
             "category": row.get("category", "default"),
             "question": row["text"],
             "answers": {name: found[key]["text"] for name, found in models},
-            "evaluations": {name: words_of(found[key]) for name, found in opponents},
+            "evaluations": {name: review_text(found[key]) for name, found in opponents},
             "scores": {name: found[key].get("tuple", found[key].get("score")) for name, found in opponents},
         }
         for number, (key, row) in enumerate(questions.items(), 1)
@@ -75,30 +144,30 @@ def collect(
     return {"questions": rows, "models": [name for name, _ in models], "baseline": models[0][0]}
 
 
-def rendered(data: Mapping[str, Any]) -> str:
-    """The page with the data inside, every text as safe HTML."""
+def render_page(data: PageData) -> str:
+    """The HTML page with all texts converted to safe HTML."""
     rows = [
         {**row, "question": to_html(row["question"])}
         | {part: {name: to_html(text) for name, text in row[part].items()} for part in ("answers", "evaluations")}
         for row in data["questions"]
     ]
-    inside = json.dumps({**data, "questions": rows}).replace("<", "\\u003c")
-    return PAGE.replace("__DATA__", inside)
+    template = (Path(__file__).parent / "judging" / "page.html").read_text(encoding="utf-8")
+    return template.replace("__DATA__", json.dumps({**data, "questions": rows}).replace("<", "\\u003c"))
 
 
-def write(
+def write_page(
     question: Path, baseline: Path, answers: Sequence[Path], reviews: Sequence[Path], output: Path, names: Sequence[str]
 ) -> str:
-    data = collect(question, baseline, answers, reviews, names)
+    data = build_data(question, baseline, answers, reviews, names)
     write_json(output / "data.json", data, indent=2)
-    write_text(output / "index.html", rendered(data))
+    write_text(output / "index.html", render_page(data))
     return f"{output / 'index.html'}"
 
 
-_MANY = [file_flag("--answers", nargs="+"), file_flag("--reviews", nargs="+")]
-_WHERE = file_flag("--output", default=Path("webpage"))
-_NAMES = flag("--names", nargs="*", default=[], help="of the baseline and then the models (default: from the answers)")
-main = program(__doc__, write, file_flag("--question"), file_flag("--baseline"), *_MANY, _WHERE, _NAMES)
+_LISTS = [file_flag("--answers", nargs="+"), file_flag("--reviews", nargs="+")]
+_OUTPUT = file_flag("--output", default=Path("webpage"))
+_NAMES = flag("--names", nargs="*", default=[], help="names of the baseline and the models (default: from the answers)")
+main = program(__doc__, write_page, file_flag("--question"), file_flag("--baseline"), *_LISTS, _OUTPUT, _NAMES)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

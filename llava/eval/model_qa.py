@@ -1,26 +1,30 @@
-"""Answer text questions with a language model that sees no pictures (spec/eval.md §2.2), as a baseline.
+"""Answer text questions with a language model without images, as a baseline.
 
     python -m llava.eval.model_qa --model-name MODEL --question-file tables/question.jsonl --answers-file answer.jsonl
 
-The template is the default one with its example turns; decoding is sampled at temperature 0.7, from a fixed seed.
+Prompts use the default template with its example turns. Answers are sampled at temperature 0.7 with a fixed seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from llava.conversation import default_conversation
 from llava.errors import CheckpointError
-from llava.eval.run.answers import Row, answer_id
-from llava.eval.run.files import read_rows, write_jsonl
+from llava.eval.run.answers import answer_id
+from llava.eval.run.files import Record, Row, read_rows, write_jsonl
 from llava.mm_utils import KeywordsStoppingCriteria
 from llava.placement import resolve_device
 from llava.utils import guarded
@@ -28,22 +32,27 @@ from llava.utils import guarded
 TEMPERATURE = 0.7
 
 
-def load(name: str, device: torch.device) -> tuple[Any, Any]:
-    """Tokenizer and model of a directory or hub name; 16-bit weights unless on CPU."""
+def load(name: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model of a directory or hub name, in float32 on CPU and float16 elsewhere."""
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=False)
         model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:  # the last for a kind of model that the library does not know
-        raise CheckpointError(f"{name} is no causal language model that can be loaded ({error}).") from error
+    except (OSError, ValueError, KeyError) as error:  # KeyError: a model type unknown to transformers
+        raise CheckpointError(f"Cannot load a causal language model from {name} ({error}).") from error
     return tokenizer, model.to(device).eval()
 
 
 @torch.inference_mode()
 def answers(
-    tokenizer: Any, model: Any, questions: Iterable[Row], model_id: str, max_new_tokens: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    questions: Iterable[Record],
+    model_id: str,
+    max_new_tokens: int,
+    seed: int,
 ) -> Iterator[Row]:
-    """The published records: without `prompt`, one a question. Only new tokens are decoded (defect R17)."""
+    """The published record of each question, without `prompt`."""
     torch.manual_seed(seed)
     for question in questions:
         conversation = default_conversation.copy()
@@ -58,8 +67,8 @@ def answers(
         )  # fmt: skip
         text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         text = text.partition(conversation.sep)[0].strip()
-        found = answer_id(model_id, question["question_id"], question["text"], text)
-        yield {"question_id": question["question_id"], "text": text, "answer_id": found, "model_id": model_id,
+        identifier = answer_id(model_id, question["question_id"], question["text"], text)
+        yield {"question_id": question["question_id"], "text": text, "answer_id": identifier, "model_id": model_id,
                "metadata": {}}  # fmt: skip
 
 
@@ -70,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--question-file", type=Path, default=Path("tables/question.jsonl"))
     parser.add_argument("--answers-file", type=Path, default=Path("answer.jsonl"))
     parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best available)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     questions = read_rows(args.question_file, "question_id", "text")
@@ -81,4 +90,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Answer MMBench's table, whose pictures are in it (spec/eval.md §2.3).
+"""Answer an MMBench table, which contains its images.
 
     python -m llava.eval.model_vqa_mmbench --model-path CHECKPOINT --question-file mmbench_dev_20230712.tsv \\
         --answers-file answers/NAME.jsonl --single-pred-prompt --temperature 0
@@ -7,12 +7,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.benchmarks import mmbench
-from llava.eval.benchmarks.mmbench import read_table
 from llava.eval.model_vqa_loader import answer_file, build_parser
 from llava.eval.run.questions import Question
 from llava.utils import guarded
@@ -25,15 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--single-pred-prompt", action="store_true", help="ask for the option's letter only")
     parser.add_argument("--lang", default="en", help="language of that request: en or cn (default %(default)s)")
     args = parser.parse_args(argv)
-    table = functools.lru_cache(maxsize=1)(read_table)
+    table = functools.lru_cache(maxsize=1)(mmbench.read_table)
 
     def read(path: Path) -> list[Question]:
-        return mmbench.questions(
+        return mmbench.make_questions(
             table(path), all_rounds=args.all_rounds, single_pred_prompt=args.single_pred_prompt, lang=args.lang
         )
 
-    return answer_file(args, read, lambda path: mmbench.pictures(table(path)))
+    return answer_file(args, read, lambda path: mmbench.table_images(table(path)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

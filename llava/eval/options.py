@@ -1,81 +1,124 @@
-"""Flags shared by the evaluation programs (spec/eval.md §2.1), and the engine and settings they ask for."""
+"""Settings shared by `llava eval` and the `model_vqa*` programs."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from llava.conversation import get_template, template_for
-from llava.engine import Engine
-from llava.engine.arguments import EngineArgs, sampling_params
+from llava.engine import Engine, SamplingParams
+from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args, sampling_params
 from llava.errors import ConfigError
-from llava.eval.run.endpoint import address, only_model
-from llava.eval.run.remote_model import RemoteModel
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.remote_model import RemoteModel, normalize_url, served_model
+from llava.eval.run.runner import RunSettings
 from llava.mm_utils import get_model_name_from_path
 
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """How to go through the questions."""
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=4, help="worker processes that load and preprocess images")
-    parser.add_argument("--limit", type=int, help="ask only this many questions")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="continue an answers file even without its manifest")
-    group.add_argument("--overwrite", action="store_true", help="start the answers file afresh")
+Args = TypeVar("Args", bound="EvalArgs")
 
 
-def add_api_flags(parser: argparse.ArgumentParser) -> None:
-    """Asking a server instead of loading a checkpoint."""
-    parser.add_argument("--api-base", help="ask a server with OpenAI's API, such as http://127.0.0.1:8000/v1")
-    parser.add_argument("--api-model", help="its model's name (default: the only one it lists)")
-    parser.add_argument("--api-timeout", type=float, default=600.0, help="seconds for a reply (default %(default)s)")
+@dataclass(frozen=True)
+class EvalArgs:
+    """Settings of an evaluation: the model or server, decoding, and the processing of questions.
+
+    `engine` is None if the server at `api_base` answers, `max_new_tokens` is None for the default of the benchmark. The
+    other fields are the flags of `add_cli_args`; subclasses add the flags of their programs.
+    """
+
+    engine: EngineArgs | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int | None = None
+    conv_mode: str | None = None
+    api_base: str | None = None
+    api_model: str | None = None
+    api_timeout: float = 600.0
+    batch_size: int = 16
+    num_workers: int = 4
+    limit: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int | None) -> None:
+        """Add the flags of the engine, the server, decoding and the processing of questions."""
+        add = parser.add_argument
+        EngineArgs.add_cli_args(parser, required=False)
+        add_conv_mode_arg(parser)
+        add("--api-base", help="OpenAI-compatible server to use instead of a model, as in http://127.0.0.1:8000/v1")
+        add("--api-model", help="name of the server's model (default: the only one it lists)")
+        add("--api-timeout", type=float, default=600.0, help="timeout of a reply in seconds (default %(default)s)")
+        add_sampling_args(parser, temperature=temperature, max_new_tokens=max_new_tokens)
+        add("--batch-size", type=int, default=16, help="questions answered concurrently (default %(default)s)")
+        add("--num-workers", type=int, default=4, help="image loading processes (default %(default)s)")
+        add("--limit", type=int, help="number of questions to ask (default: all)")
+        group = parser.add_mutually_exclusive_group()
+        group.add_argument("--resume", action="store_true", help="continue an answers file that has no manifest")
+        group.add_argument("--overwrite", action="store_true", help="start the answers file over")
+
+    @classmethod
+    def from_cli_args(cls: type[Args], args: argparse.Namespace) -> Args:
+        """Settings from the parsed flags of `add_cli_args`.
+
+        Raises `ConfigError` for values out of range, an unknown template, or without exactly one of model and server.
+        """
+        for name in ("limit", "batch_size", "num_chunks"):
+            value = getattr(args, name, None)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        params = sampling_params(args)
+        if args.conv_mode is not None:
+            get_template(args.conv_mode)
+        if args.model_path is None and args.api_base is None:
+            raise ConfigError("No model given; use --model-path CHECKPOINT, or --api-base URL of a server.")
+        if args.model_path is not None and args.api_base is not None:
+            raise ConfigError("--model-path and --api-base exclude each other; give one of them.")
+        engine = None if args.api_base else EngineArgs.from_cli_args(args, max_batch_size=args.batch_size)
+        given = {each.name: getattr(args, each.name) for each in fields(cls) if hasattr(args, each.name)}
+        return cls(**{**given, "engine": engine, "params": params})
+
+    @cached_property
+    def served_name(self) -> str:
+        """The name of the server's model; without `--api-model`, the server is asked."""
+        assert self.api_base is not None
+        return self.api_model or served_model(normalize_url(self.api_base))
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model in answers and folders."""
+        return get_model_name_from_path(self.engine.model_path if self.engine else self.served_name)
+
+    def load_model(self) -> tuple[Engine | RemoteModel, str]:
+        """The model and the name of its conversation template, which is empty for a server."""
+        if self.engine is None:
+            assert self.api_base is not None
+            size, timeout = self.batch_size, self.api_timeout
+            return RemoteModel(self.api_base, self.served_name, batch_size=size, timeout=timeout), ""
+        engine = self.engine.build_engine()
+        return engine, template_for(engine.model.config, self.model_name, self.conv_mode)
+
+    def run_settings(self, template: str, image_folder: Path, max_new_tokens: int = 128) -> RunSettings:
+        """Settings of a run; `max_new_tokens` applies if the flag is absent."""
+        engine = self.engine
+        quantization = None
+        if engine is not None and (engine.load_8bit or engine.load_4bit):
+            quantization = "8 bit" if engine.load_8bit else "4 bit"
+        limit = max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+        return RunSettings(
+            model_path=engine.model_path if engine else "",
+            model_id=self.model_name,
+            template=template,
+            params=replace(self.params, max_new_tokens=limit),
+            image_folder=image_folder,
+            num_workers=self.num_workers,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            quantization=quantization,
+        )
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse numbers and names that cannot be honoured, before data are read and a model is loaded."""
-    for name in ("limit", "batch_size", "num_chunks"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    sampling_params(args)
-    if args.conv_mode is not None:
-        get_template(args.conv_mode)
-
-
-def model_name(args: argparse.Namespace) -> str:
-    """What the model is called in answers and folders; asks the server for it if need be."""
-    if args.api_base is None:
-        if args.model_path is None:
-            raise ConfigError("No model: give --model-path CHECKPOINT, or --api-base URL of a server.")
-        return get_model_name_from_path(args.model_path)
-    if args.model_path is not None:
-        raise ConfigError("Give either --model-path or --api-base, not both.")
-    args.api_model = args.api_model or only_model(address(args.api_base))
-    return get_model_name_from_path(args.api_model)
-
-
-def build_model(args: argparse.Namespace) -> tuple[Engine | RemoteModel, str]:
-    """What is asked, and the name of its template; a server has its own."""
-    name = model_name(args)
-    if args.api_base is not None:
-        remote = RemoteModel(args.api_base, args.api_model, batch_size=args.batch_size, timeout=args.api_timeout)
-        return remote, ""
-    engine = EngineArgs.from_cli_args(args, max_batch_size=args.batch_size).build_engine()
-    return engine, template_for(engine.model.config, name, args.conv_mode)
-
-
-def settings_from(
-    args: argparse.Namespace, template: str, image_folder: Path, max_new_tokens: int = 128
-) -> RunSettings:
-    return RunSettings(
-        model_path=str(args.model_path),
-        model_id=model_name(args),
-        template=template,
-        params=sampling_params(args, max_new_tokens),
-        image_folder=image_folder,
-        num_workers=args.num_workers,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        quantization="8 bit" if args.load_8bit else "4 bit" if args.load_4bit else None,
-    )
+def complete_args(parser: argparse.ArgumentParser, args: object) -> argparse.Namespace:
+    """A namespace of the public attributes of `args`, completed by the parser's defaults."""
+    given = {name: getattr(args, name) for name in dir(args) if not name.startswith("_")}
+    return parser.parse_args([], argparse.Namespace(**given))

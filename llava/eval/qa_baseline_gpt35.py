@@ -1,6 +1,6 @@
-"""Answer text questions by a judge's model, for a baseline beside one's own: `-q QUESTIONS -o ANSWERS` (§2.2).
+"""Answer text questions with GPT-3.5 as a baseline: `-q QUESTIONS -o ANSWERS`.
 
-A question that gets no reply has the text `#ERROR#`; the exit status is then 1.
+A question without a reply gets the text `#ERROR#`, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava.errors import RequestError
 from llava.eval.judging.judge import Judge, base_url
-from llava.eval.run.answers import Row, answer_id
-from llava.eval.run.files import read_rows
+from llava.eval.run.answers import answer_id
+from llava.eval.run.files import Record, Row, read_rows
 from llava.files import write_text
 from llava.utils import guarded
 
@@ -27,15 +26,15 @@ MODEL_ID = "gpt-3.5-turbo:20230327"
 FAILED = "#ERROR#"
 
 
-def answer(judge: Judge, question: Row) -> Row:
+def answer(client: Judge, question: Record) -> Row:
     """The published record of one question."""
     try:
-        text = judge.ask(question["text"])
+        text = client.ask(question["text"])
     except RequestError as error:
         logger.warning("Question %s: %s", question["question_id"], error)
         text = FAILED
-    found = answer_id(MODEL_ID, question["question_id"], question["text"], text)
-    return {"answer_id": found, "question_id": question["question_id"], "model_id": MODEL_ID, "text": text}
+    identifier = answer_id(MODEL_ID, question["question_id"], question["text"], text)
+    return {"answer_id": identifier, "question_id": question["question_id"], "model_id": MODEL_ID, "text": text}
 
 
 @guarded
@@ -45,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--max-tokens", type=int, default=1024)
     args = parser.parse_args(argv)
-    judge = Judge(MODEL, base_url(None), args.max_tokens, tries=3)
+    client = Judge(MODEL, base_url(None), args.max_tokens, tries=3)
     questions = read_rows(args.question, "question_id", "text")
     with ThreadPoolExecutor(32) as pool:
-        rows = sorted(pool.map(lambda row: answer(judge, row), questions), key=lambda row: row["question_id"])
+        rows = sorted(pool.map(lambda row: answer(client, row), questions), key=lambda row: row["question_id"])
     write_text(args.output, "\n".join(map(json.dumps, rows)))
     return 1 if any(row["text"] == FAILED for row in rows) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,7 +1,7 @@
-"""ScienceQA problems as conversations: the published prompt formats, and the question file of the benchmark (§3.2, §6).
+"""ScienceQA prompt formats: training conversations, instruction files, and the benchmark's question file.
 
-A format is INPUT-OUTPUT: `QCM` is question, context, multiple choices, `L` and `E` the lecture and the explanation
-(`solution` in the data), `A` the answer.
+A format is INPUT-OUTPUT, where the letters stand for the parts in order: question (Q), context (C), multiple choices
+(M), lecture (L), explanation (E, `solution` in the data) and answer (A).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from llava.eval.benchmarks.science_qa import OPTIONS, Problem, read_problems
-from llava.eval.run.files import write_json, write_jsonl
+from llava.eval.run.files import Row, write_json, write_jsonl
 
 INPUTS: Final = ("CQM", "QCM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
 OUTPUTS: Final = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA", "LEPA")
@@ -20,7 +20,7 @@ FORMATS: Final = tuple(f"{given}-{wanted}" for given in INPUTS for wanted in OUT
 
 
 def _tidy(text: str) -> str:
-    """Pairs of spaces made one, once, as published; no `BECAUSE:` without a reason at the end."""
+    """Replace double spaces once, as published, and remove a final `BECAUSE:` without a reason."""
     return text.replace("  ", " ").strip().removesuffix("BECAUSE:").strip()
 
 
@@ -30,7 +30,7 @@ def _reasons(problem: Problem, code: str) -> str:
 
 
 def model_input(problem: Problem, code: str) -> str:
-    """What is asked, one line a part in the order of `code`, without the `Question: ` that would come first."""
+    """The input: one line per part in the order of `code`, without a leading `Question: `."""
     choices = " ".join(f"({letter}) {choice}" for letter, choice in zip(OPTIONS, problem["choices"], strict=False))
     lines = []
     for part in re.findall("[LE]+|[QCM]", code):
@@ -46,7 +46,7 @@ def model_input(problem: Problem, code: str) -> str:
 
 
 def model_output(problem: Problem, code: str) -> str:
-    """What is to be answered. `AL` gives the solution and `AE` the lecture: swapped when published, and kept."""
+    """The output. As in the published code, `AL` contains the solution and `AE` the lecture."""
     letter = OPTIONS[problem["answer"]]
     if code == "LEPA":
         solution = _reasons(problem, "E")
@@ -58,69 +58,49 @@ def model_output(problem: Problem, code: str) -> str:
     return _tidy(f"{_reasons(problem, code[:-1])} The answer is {letter}.")
 
 
-def _rows(base_dir: Path, split: str, prompt_format: str) -> Iterator[tuple[dict[str, str], str, str]]:
-    """(id and, if there is one, image), input with `<image>` on its last line, output."""
-    given, wanted = prompt_format.split("-")
-    for pid, problem in read_problems(base_dir, split).items():
-        image = {"image": f"{pid}/{problem['image']}"} if problem.get("image") else {}
-        text = model_input(problem, given) + ("\n<image>" if image else "")
-        yield {"id": pid, **image}, text, model_output(problem, wanted)
-
-
-def _conversation(text: str, answer: str) -> list[Mapping[str, Any]]:
-    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-
-
-def convert_to_llava(base_dir: Path, split: str, prompt_format: str) -> Path:
-    """Write `llava_SPLIT_FORMAT.json`, conversations to train with."""
-    path = base_dir / f"llava_{split}_{prompt_format}.json"
-    rows = [{**head, "conversations": _conversation(*pair)} for head, *pair in _rows(base_dir, split, prompt_format)]
-    write_json(path, rows, indent=2)
-    return path
-
-
-def convert_to_jsonl(base_dir: Path, split: str, prompt_format: str) -> Path:
-    """Write `scienceqa_SPLIT_FORMAT.jsonl`, one instruction and output a line."""
-    path = base_dir / f"scienceqa_{split}_{prompt_format}.jsonl"
-    rows = [
-        {**head, "instruction": text, "output": answer} for head, text, answer in _rows(base_dir, split, prompt_format)
-    ]
-    write_jsonl(path, rows)
-    return path
-
-
 def question_text(problem: Problem) -> str:
-    """The question as the benchmark's file has it: `<image>`, context, question, lettered options."""
+    """The question in the form of the benchmark's file: `<image>`, context, question, lettered options."""
     lines = ["<image>"] if problem.get("image") else []
     lines += [f"Context: {problem['hint']}"] if problem.get("hint") else []
     options = (f"{letter}. {choice}" for letter, choice in zip(OPTIONS, problem["choices"], strict=False))
     return "\n".join((*lines, problem["question"], *options))
 
 
-def convert_to_questions(base_dir: Path, split: str, prompt_format: str = "CQM-A") -> Path:
-    """Write the benchmark's question file, `llava_SPLIT_CQM-A.json`, which otherwise only a download brings."""
-    path = base_dir / f"llava_{split}_{prompt_format}.json"
-    rows = []
+def _conversation(text: str, answer: str) -> list[Row]:
+    return [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+
+
+def _rows(task: str, base_dir: Path, split: str, prompt_format: str) -> Iterator[Row]:
+    """Yield the rows of a conversion; in the inputs of the published formats, `<image>` is the last line."""
+    input_code, output_code = prompt_format.split("-")
     for pid, problem in read_problems(base_dir, split).items():
-        image = {"image": f"{pid}/{problem['image']}"} if problem.get("image") else {}
-        turns = _conversation(question_text(problem), OPTIONS[problem["answer"]])
-        rows.append({"id": pid, **image, "conversations": turns})
-    write_json(path, rows, indent=2)
-    return path
+        head = {"id": pid, **({"image": f"{pid}/{problem['image']}"} if problem.get("image") else {})}
+        text = model_input(problem, input_code) + ("\n<image>" if problem.get("image") else "")
+        answer = model_output(problem, output_code)
+        if task == "convert_to_questions":
+            text, answer = question_text(problem), OPTIONS[problem["answer"]]
+        if task == "convert_to_jsonl":
+            yield {**head, "instruction": text, "output": answer}
+        else:
+            yield {**head, "conversations": _conversation(text, answer)}
 
 
-TASKS: Final[Mapping[str, Any]] = {
-    "convert_to_llava": convert_to_llava,
-    "convert_to_jsonl": convert_to_jsonl,
-    "convert_to_questions": convert_to_questions,
-}
-DEFAULTS: Final[Mapping[str, str]] = {
-    "convert_to_llava": "QCM-LEA",
-    "convert_to_jsonl": "QCM-LEPA",
-    "convert_to_questions": "CQM-A",
+# task: default format and output file
+TASKS: Final[Mapping[str, tuple[str, str]]] = {
+    "convert_to_llava": ("QCM-LEA", "llava_{}_{}.json"),  # training conversations
+    "convert_to_jsonl": ("QCM-LEPA", "scienceqa_{}_{}.jsonl"),  # instructions and outputs
+    "convert_to_questions": ("CQM-A", "llava_{}_{}.json"),  # the question file of the benchmark
 }
 
 
 def convert(task: str, base_dir: Path, split: str, prompt_format: str | None) -> str:
-    """Run one of the conversions; returns the file it wrote."""
-    return str(TASKS[task](base_dir, split, prompt_format or DEFAULTS[task]))
+    """Run a conversion of `TASKS` and return the path of its output."""
+    default_format, name = TASKS[task]
+    prompt_format = prompt_format or default_format
+    path = base_dir / name.format(split, prompt_format)
+    rows = list(_rows(task, base_dir, split, prompt_format))
+    if path.suffix == ".jsonl":
+        write_jsonl(path, rows)
+    else:
+        write_json(path, rows, indent=2)
+    return str(path)

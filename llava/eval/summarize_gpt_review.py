@@ -1,18 +1,18 @@
-"""Summarise judged reviews per category: `-d FOLDER` or `-f FILE …` (spec/eval.md §5)."""
+"""Summarize reviews per category: `-d FOLDER` or `-f FILE …`."""
 
-import sys
 from pathlib import Path
 
 from llava.eval.judging.reviews import summarize
 from llava.eval.program import file_flag, flag, program
 
-_WHICH = (
-    flag("-v", "--version"),
-    flag("-s", "--select", nargs="*"),
+_FLAGS = (
+    file_flag("-d", "--dir", required=False),
+    flag("-v", "--version", help="release of the judge: 0314 or 0613"),
+    flag("-s", "--select", nargs="*", help="texts that must all occur in the file name"),
     flag("-f", "--files", nargs="*", type=Path, default=[]),
+    flag("-i", "--ignore", nargs="*", type=int, default=[], help="ids of questions to exclude"),
 )
-_IGNORE = flag("-i", "--ignore", nargs="*", type=int, default=[])
-main = program(__doc__, summarize, file_flag("-d", "--dir", required=False), *_WHICH, _IGNORE)
+main = program(__doc__, summarize, *_FLAGS)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -36,7 +36,7 @@ from llava.model.lora import (
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.quantization import Quantizer, size_name
+from llava.model.quantization import Quantizer, storage_name
 from llava.model.registry import language_model_spec
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import empty_weights, load_weights
@@ -113,7 +113,7 @@ def load_pretrained_model(
         target,
         device_map,
         shapes=shapes,
-        dtype=size_name(chosen, bits),
+        storage=storage_name(chosen, bits),
         tied=bool(config.tie_word_embeddings),
         num_gpus=num_gpus,
         max_memory=max_memory,
@@ -142,7 +142,7 @@ def load_pretrained_model(
 def preflight(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
     """Find, before weights are read, that the tower is not there or does not fit the projector, or that a full
     checkpoint holds differences."""
-    tower: Any = build_vision_tower(config, found.path)
+    tower: Any = build_vision_tower(config, found.path, delay_load=True)
     tower.source(from_checkpoint)
     _ = tower.image_processor
     kind = getattr(config, "mm_projector_type", None) or "linear"
@@ -207,7 +207,7 @@ def all_shapes(source: Path, config: Any, from_checkpoint: bool) -> dict[str, tu
     stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(apart)}
     if not getattr(config, "mm_vision_tower", None):
         return stored
-    tower: Any = build_vision_tower(config, Path(config.name_or_path))
+    tower: Any = build_vision_tower(config, Path(config.name_or_path), delay_load=True)
     with empty_weights():
         projector = parameter_shapes(build_vision_projector(config))
     beside = {"vision_tower.": tower.stored_shapes(from_checkpoint), "mm_projector.": projector}

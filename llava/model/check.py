@@ -1,14 +1,13 @@
-"""What a directory of weights is, and whether it is whole: `llava check DIR [--model-base BASE]`.
+"""Identify a directory of weights and check it for completeness: `llava check DIR [--model-base BASE]`.
 
-Names and shapes are verified by the very code that loads them, with tensors that take no memory in place of the
-weights, so a 13B model takes seconds. Nothing is downloaded.
+The loading code itself verifies names and shapes, on placeholder tensors, so a 13B model takes seconds. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PretrainedConfig
 
 from llava.conversation import get_template, template_for
 from llava.mm_utils import get_model_name_from_path
@@ -27,65 +27,67 @@ from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.llava_arch import parameter_shapes
-from llava.model.multimodal_encoder.builder import TOWERS, build_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_projector.builder import projected_tokens
 from llava.model.quantization import weight_bytes
+from llava.model.registry import TOWERS, tower_type
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import load_weights
 from llava.utils import guarded
 
 Shapes = Mapping[str, tuple[int, ...]]
-DTYPES: Final = ("fp32", "bf16", "int8", "nf4")
-LONGEST: Final = 8192  # positions of the rotary tables made here; loading makes all, in every layer
+STORAGE: Final = ("fp32", "bf16", "int8", "nf4")
+MAX_POSITIONS: Final = 8192  # of the rotary tables built here, one per layer
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model: its name, what it is and where from, and the shapes of the weights it keeps in memory."""
+    """A part of a model: name, description and source, and shapes of the weights it keeps in memory."""
 
     name: str
     detail: str
     shapes: Shapes
 
-    def bytes(self, dtype: str) -> int:
-        return sum(weight_bytes(name, shape, dtype) for name, shape in self.shapes.items())
+    def bytes(self, storage: str) -> int:
+        return sum(weight_bytes(name, shape, storage) for name, shape in self.shapes.items())
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What `examine` found: the directory, the parts verified, and further facts as (label, text)."""
+    """Result of `examine`: the checkpoint, the verified parts, and further facts as (label, text)."""
 
     found: Checkpoint
     parts: list[Part]
     facts: list[tuple[str, str]] = field(default_factory=list)
 
 
-def weightless(shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of these shapes that share one number."""
+def verify(
+    model: nn.Module, shapes: Shapes, source: Path, *, optional: tuple[str, ...] = (), ignored: tuple[str, ...] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Run `load_weights` on placeholder tensors of these `shapes`, and return the shapes of the model's parameters."""
     zero = torch.zeros(())
-    return ((name, zero.expand(shape)) for name, shape in shapes.items())
-
-
-def verify(model: nn.Module, shapes: Shapes, source: Path, **rules: Any) -> dict[str, tuple[int, ...]]:
-    """Load weightless tensors as `weights.load_weights` loads real ones; the shapes of the model's parameters."""
-    load_weights(model, weightless(shapes), dtype=torch.float32, device="meta", source=str(source), **rules)
+    tensors = ((name, zero.expand(shape)) for name, shape in shapes.items())
+    load_weights(
+        model, tensors, dtype=torch.float32, device="meta", source=str(source), optional=optional, ignored=ignored
+    )
     return parameter_shapes(model)
 
 
-def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> list[Part]:
-    """Language model and projector, verified against the headers of the weight files."""
+def language_parts(found: Checkpoint, base: Checkpoint | None, config: PretrainedConfig) -> list[Part]:
+    """The language model and the projector, verified against the headers of the weight files."""
     source = base.path if base else found.path
     short = copy.copy(config)
     if isinstance(positions := getattr(config, "max_position_embeddings", None), int):
-        short.max_position_embeddings = min(positions, LONGEST)
+        short.max_position_embeddings = min(positions, MAX_POSITIONS)
     model = builder.empty_model(found, base, short)
     stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(ckpt.TOWER_PREFIXES)}
     optional = ckpt.PROJECTOR_PREFIXES if base else ()
     shapes = verify(model, stored, source, optional=optional, ignored=builder.IGNORED_WEIGHTS)
-    mine = {name: shape for name, shape in shapes.items() if not name.startswith(ckpt.PROJECTOR_PREFIXES)}
+    language = {name: shape for name, shape in shapes.items() if not name.startswith(ckpt.PROJECTOR_PREFIXES)}
     projector = {name: shape for name, shape in shapes.items() if name.startswith(ckpt.PROJECTOR_PREFIXES)}
-    text = f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {model.config.vocab_size}"
-    parts = [Part("language model", f"{text}; {len(mine)} weights verified in {source}", mine)]
+    detail = f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {model.config.vocab_size}"
+    parts = [Part("language model", f"{detail}; {len(language)} weights verified in {source}", language)]
     if not getattr(config, "mm_vision_tower", None):
         if found.kind is Kind.LORA:
             lora.check_adapter(lora.adapter_shapes(found.path), shapes, found.path)
@@ -96,16 +98,16 @@ def language_parts(found: Checkpoint, base: Checkpoint | None, config: Any) -> l
     return [*parts, Part("projector", f"{kind}, {width}; {len(projector)} weights verified in {where}", projector)]
 
 
-def tower_part(args: Any, directory: Path | None, from_checkpoint: bool) -> tuple[Part, VisionTower]:
-    """The vision tower that loading would take, verified up to the layer whose features are used."""
-    tower: Any = build_vision_tower(args, directory)
-    source, _, table = tower.source(from_checkpoint)
-    config = copy.deepcopy(tower.config)
-    vision = tower.spec.vision(config)
-    layers, vision.image_size = vision.num_hidden_layers, math.isqrt(table - 1) * vision.patch_size
-    model = tower.empty(config, source)
+def tower_part(
+    args: PretrainedConfig | SimpleNamespace, directory: Path | None, from_checkpoint: bool
+) -> tuple[Part, VisionTower]:
+    """The vision tower that loading would use, verified up to the layer of the features."""
+    tower = build_vision_tower(args, directory, delay_load=True)
+    source, _, rows = tower.source(from_checkpoint)
+    model = tower.empty(source, rows)
     stored = tower.stored_shapes(from_checkpoint)
     shapes = verify(model, stored, source, optional=tower.spec.unused)
+    layers = tower.spec.vision(tower.config).num_hidden_layers
     kind = f"{tower.settings['model_type']}, {tower.depth} of {layers} layers, width {tower.hidden_size}"
     return Part("vision tower", f"{kind}; {len(stored)} weights verified in {source}", shapes), tower
 
@@ -117,13 +119,13 @@ def examine(
     vision_tower: str | None = None,
     template: str | None = None,
 ) -> Findings:
-    """Verify a directory without reading its weights. Raises the error that loading it would raise.
+    """Verify a checkpoint, adapter, language model or vision tower without reading its weights.
 
-    A text-only language model and a vision tower are verified too; they are what bases and towers are made of.
+    Raises the error that loading it would raise.
     """
     found = ckpt.inspect(builder.local_directory(path))
-    if found.kind is Kind.TOWER or found.model_type in TOWERS:
-        found = replace(found, kind=Kind.TOWER)  # also one that a user has registered
+    if found.kind is Kind.TOWER or tower_type(found.config) in TOWERS:
+        found = replace(found, kind=Kind.TOWER)  # also if registered by the user
         whole = SimpleNamespace(mm_vision_tower=str(found.path), mm_vision_select_layer=-1)
         return Findings(found, [tower_part(whole, None, False)[0]])
     if found.kind is Kind.LANGUAGE_MODEL:
@@ -144,11 +146,12 @@ def examine(
     origin = "stored in the checkpoint" if getattr(config, "conv_template", None) == chosen else "not stored"
     with ckpt.config_errors(found.path):
         cache = cache_bytes(config)
+    image_tokens = projected_tokens(config, *tower.feature_shapes)
     facts = [
         tokenizer_fact(base.path if base else found.path),
-        ("image", f"{tower.image_processor.crop_size['height']} px, {tower.num_features} tokens"),
+        ("image", f"{tower.image_processor.crop_size['height']} px, {image_tokens} tokens"),
         ("template", f"{chosen} ({'--conv-mode' if template else origin})"),
-        ("context", f"{builder.context_length(config)} tokens, {gib(cache)} of cache in 16 bit when full"),
+        ("context", f"{builder.context_length(config)} tokens, {gib(cache)} of KV cache in 16 bit when full"),
     ]
     if base is not None:
         facts.insert(0, base_fact(base))
@@ -163,8 +166,8 @@ def tokenizer_fact(directory: Path) -> tuple[str, str]:
     return "tokenizer", f"{len(load_tokenizer(directory))} entries, in {directory}"
 
 
-def cache_bytes(config: Any) -> int:
-    """Keys and values of one full context in 16 bit."""
+def cache_bytes(config: PretrainedConfig) -> int:
+    """Size of the KV cache of one full context in 16 bit."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = config.hidden_size // config.num_attention_heads * heads
     return int(2 * 2 * config.num_hidden_layers * width * builder.context_length(config))
@@ -175,21 +178,21 @@ def gib(count: int) -> str:
 
 
 def report(findings: Findings) -> str:
-    """The page that `llava check` prints."""
+    """Format the output of `llava check`."""
     found, parts = findings.found, findings.parts
     kind = f" (model_type {found.model_type})" if found.model_type else ""
     rows = [*((part.name, part.detail) for part in parts), *findings.facts]
     lines = [f"{found.path} holds {found.kind.value}{kind}", *(f"  {label:<16}{text}" for label, text in rows), ""]
-    lines.append(f"  {'memory':<16}" + "".join(f"{dtype:>14}" for dtype in DTYPES))
+    lines.append(f"  {'memory':<16}" + "".join(f"{storage:>14}" for storage in STORAGE))
     total = Part("together", "", {name: shape for part in parts for name, shape in part.shapes.items()})
     for part in [*parts, total] if len(parts) > 1 else parts:
-        lines.append(f"  {part.name:<16}" + "".join(f"{gib(part.bytes(dtype)):>14}" for dtype in DTYPES))
+        lines.append(f"  {part.name:<16}" + "".join(f"{gib(part.bytes(storage)):>14}" for storage in STORAGE))
     return "\n".join(lines)
 
 
 @contextmanager
 def without_network() -> Iterator[None]:
-    """Look for bases and towers on this machine only, whatever the user's own settings are."""
+    """Set `HF_HUB_OFFLINE`, so that bases and towers are searched on this machine only."""
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -205,9 +208,12 @@ def without_network() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", metavar="DIR", help="a checkpoint, adapter, language model or vision tower")
-    parser.add_argument("--model-base", help="the language model of a projector or adapter (adapters name their own)")
-    parser.add_argument("--vision-tower", help="the tower to use instead of the one the checkpoint names")
-    parser.add_argument("--conv-mode", help="the conversation template to use instead of the stored one")
+    parser.add_argument(
+        "--model-base",
+        help="language model of a projector or adapter (default for adapters: the one in adapter_config.json)",
+    )
+    parser.add_argument("--vision-tower", help="vision tower to use instead of that of the checkpoint")
+    parser.add_argument("--conv-mode", help="conversation template to use instead of the stored one")
     args = parser.parse_args(argv)
     with without_network():
         findings = examine(args.directory, args.model_base, vision_tower=args.vision_tower, template=args.conv_mode)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava.errors import CheckpointError, LlavaError
+from llava.model.registry import LANGUAGE_MODELS, TOWERS, tower_type
 
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
@@ -118,10 +119,7 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
         return Kind.INTERNVL_CHAT
     if model_type == "llava" and "mm_vision_tower" not in config:
         return Kind.HF_LLAVA
-    from llava.model.multimodal_encoder.builder import TOWERS  # imports this module
-    from llava.model.registry import LANGUAGE_MODELS
-
-    if model_type in TOWERS:
+    if tower_type(config) in TOWERS:
         return Kind.TOWER
     if "mm_vision_tower" in config and model_type in LANGUAGE_MODELS:
         return Kind.FULL if has_weights(path) else Kind.PROJECTOR if (path / PROJECTOR_FILE).is_file() else Kind.EMPTY
@@ -136,6 +134,8 @@ def has_weights(path: Path) -> bool:
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the model's weights, safetensors first; a shard that an index names must exist."""
+    if os.path.isfile(path):  # noqa: PTH113 (as in require_directory)
+        return [path]
     path = require_directory(path)
     for name, single in zip(INDEX_FILES, SINGLE_FILES):
         if (path / name).is_file():

@@ -1,14 +1,14 @@
-"""One model on several devices: which part goes where, and the hooks that carry activations between them (MGPU).
+"""Place one model on several GPUs: the device map, and hooks that move activations between devices.
 
-Embeddings, tower and projector stay together on the first device, so that features meet the words where they are
-spliced; decoder layers follow in order; the last norm and the head stay together on the last.
+Embeddings, tower and projector share the first device, where image features are spliced in; decoder layers follow in
+order; the final norm and the head share the last.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -18,18 +18,23 @@ from llava.errors import ConfigError
 from llava.model.quantization import PREFIXES, weight_bytes
 from llava.placement import Placement, balanced_device_map, gpu_budgets, resolve_device
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
 DeviceMap = str | Mapping[str, str | int | torch.device] | None
 _LAYER = re.compile(r"(?:" + "|".join(map(re.escape, PREFIXES)) + r")\d+")
 _END = re.compile(r"model\.norm\.|transformer\.norm_f\.|lm_head\.")
 
 
-def parts_of(shapes: Mapping[str, tuple[int, ...]], dtype: str, tied: bool) -> list[tuple[tuple[str, ...], int]]:
-    """Module names and bytes of what is placed as one, in the order of computation; a tied head stays in front."""
+def split_parts(shapes: Mapping[str, tuple[int, ...]], storage: str, tied: bool) -> list[tuple[tuple[str, ...], int]]:
+    """Names and bytes of the modules that share a device, in order of computation; a tied head belongs to the first."""
     front, end = 0, 0
     layers: dict[str, int] = {}
     ends: set[str] = set()
     for name, shape in shapes.items():
-        size = weight_bytes(name, shape, dtype)
+        size = weight_bytes(name, shape, storage)
         layer = _LAYER.match(name)
         if layer:
             layers[layer[0]] = layers.get(layer[0], 0) + size
@@ -45,35 +50,33 @@ def infer_device_map(
     device: torch.device,
     device_map: DeviceMap,
     *,
-    shapes: Any,
-    dtype: str,
+    shapes: Callable[[], Mapping[str, tuple[int, ...]]],
+    storage: str,
     tied: bool,
     num_gpus: int | None = None,
     max_memory: str | None = None,
 ) -> Placement:
-    """Where each weight goes. `shapes()` gives names and shapes of all, asked for only when it matters.
+    """The device of each weight; `shapes()`, names and shapes of all weights, is called only if needed.
 
-    A mapping is taken as it is, names to devices. Otherwise everything goes to `device`, except where that is CUDA
-    without a number and the weights do not fit on the first GPU, or limits are given: then on as few as hold them.
+    A mapping is used as given. Otherwise all weights go to `device`, unless that is "cuda" without an index and they do
+    not fit on the first GPU, or a limit is given: then to as few GPUs as hold them.
     """
     if isinstance(device_map, Mapping):
         if num_gpus is not None or max_memory is not None:
-            raise ConfigError("A device map says all; leave --num-gpus and --max-memory out, or the map.")
+            raise ConfigError("A device map excludes --num-gpus and --max-memory; remove the map, or the limits.")
         return Placement({name: _explicit(where) for name, where in device_map.items()})
     limited = num_gpus is not None or max_memory is not None
     if device != torch.device("cuda"):
         if limited:
-            raise ConfigError(
-                f"--num-gpus and --max-memory share out GPUs, but the device is {device}; use --device cuda."
-            )
+            raise ConfigError(f"--num-gpus and --max-memory require --device cuda, got {device}.")
         return Placement({"": device})
     if not limited and torch.cuda.device_count() == 1:
         return Placement({"": device})
-    parts = parts_of(shapes(), dtype, tied)
+    parts = split_parts(shapes(), storage, tied)
     if not limited:
         [(first, room)] = gpu_budgets(1, None).items()
         if sum(size for _, size in parts) <= room:
-            return Placement({"": first})  # without asking the others, which costs memory on each
+            return Placement({"": first})  # querying the others would cost memory on each
     return balanced_device_map(parts, gpu_budgets(num_gpus, max_memory))
 
 
@@ -81,8 +84,11 @@ def _explicit(where: str | int | torch.device) -> torch.device:
     return resolve_device(f"cuda:{where}" if isinstance(where, int) else where)
 
 
-def dispatch(model: Any, placement: Placement) -> None:
-    """Let a model whose weights lie as `placement` says run: inputs go to each part, logits come back to the ids."""
+def dispatch(model: LlavaLlamaForCausalLM, placement: Placement) -> None:
+    """Add hooks that move inputs to the device of each part, and logits back to that of the ids.
+
+    The weights must be placed according to `placement`. Does nothing on a single device.
+    """
     if not placement.is_split:
         return
     core = model.get_model()
@@ -94,7 +100,7 @@ def dispatch(model: Any, placement: Placement) -> None:
         if any(True for _ in module.parameters()) and "vision_tower" not in name:
             weight = next(module.parameters()).device
             add_hook_to_module(module, AlignDevicesHook(execution_device=weight))
-    first = core.get_input_embeddings().weight.device
+    first = cast("PreTrainedModel", model).get_input_embeddings().weight.device
     add_hook_to_module(
         model, AlignDevicesHook(execution_device=first, io_same_device=True, skip_keys="past_key_values")
     )

@@ -1,7 +1,7 @@
-"""8-bit and 4-bit linear layers of the language model, through bitsandbytes (arXiv:2208.07339, arXiv:2305.14314).
+"""8-bit and 4-bit decoder weights with bitsandbytes (arXiv:2208.07339, arXiv:2305.14314).
 
-Only the decoder's linear layers are quantised; tower, projector, embeddings and head keep 16-bit or 32-bit
-precision. Each weight is quantised as it is read, so neither the 16-bit model nor extra copies are ever in memory.
+Only the linear layers of the decoder are quantized; tower, projector, embeddings and head stay in 16 or 32 bit. Each
+weight is quantized while the model loads, so the unquantized model is never in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,21 @@ from llava.errors import ConfigError
 from llava.placement import to_device
 from llava.utils import require
 
-PREFIXES = ("model.layers.", "transformer.blocks.")  # of LLaMA, of MPT
-BLOCK, SCALES_BLOCK = 64, 256  # weights that share a scale, and scales that share one (arXiv:2305.14314, §3)
-SLICE = 4096 * BLOCK  # weights packed at a time on a CPU
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from peft.tuners.lora import Linear as LoraLinear
+
+PREFIXES: Final = ("model.layers.", "transformer.blocks.")  # decoder layers of LLaMA and of MPT
+BLOCK: Final = 64  # weights per scale in 4 bit
+SCALES_BLOCK: Final = 256  # scales per second-level scale (double quantization, arXiv:2305.14314)
+SLICE: Final = 4096 * BLOCK  # weights quantized at a time on the CPU
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """`bits` 8 (LLM.int8, threshold 6) or 4; products are computed in `dtype`.
+    """Quantizes linear layers to `bits` 8 (LLM.int8, threshold 6) or 4; matmuls run in `dtype`.
 
-    4 bits: `quant_type` "nf4" or "fp4"; `double_quant` quantises the scales of the blocks as well.
+    In 4 bit, `quant_type` is "nf4" or "fp4", and `double_quant` quantizes the block scales too.
     """
 
     bits: int
@@ -39,18 +44,18 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise ConfigError(f"Weights can be quantised to 4 or 8 bits, not {self.bits}.")
+            raise ConfigError(f"Weights can be quantized to 4 or 8 bits, not {self.bits}.")
         if self.device.type not in ("cuda", "cpu"):
             raise ConfigError(
-                f"bitsandbytes runs on CUDA and CPU, not on {self.device.type}; leave out --load-{self.bits}bit "
-                f"or --bits {self.bits}."
+                f"bitsandbytes runs on CUDA and CPU, not on {self.device.type}; remove --load-{self.bits}bit or "
+                f"--bits {self.bits}."
             )
         require("bitsandbytes", "quant")
-        # In 8 bit it warns at every product that its inputs become float16, which is as it should be.
+        # LLM.int8 warns at every matmul that it casts its inputs to float16, as intended.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     def quantize_on_load(self, model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
-        """Put a decoder weight into a quantised layer on `device`, in its module's place; false for what stays."""
+        """Replace the linear layer of a decoder weight by a quantized one on `device`. False for other weights."""
         path, _, kind = name.rpartition(".")
         if not name.startswith(PREFIXES) or kind != "weight":
             return False
@@ -62,20 +67,22 @@ class Quantizer:
         return True
 
     def supports(self, weight: Tensor) -> bool:
-        """On a CPU the 4-bit kernel takes blocks of 32x64 weights; a layer of another shape stays in full precision."""
-        blocks = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0
-        return self.bits == 8 or self.device.type != "cpu" or blocks
+        """Whether `weight` can be quantized: the 4-bit CPU kernel requires a multiple of 32x64."""
+        in_blocks = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0
+        return self.bits == 8 or self.device.type != "cpu" or in_blocks
 
     def layer(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> nn.Module:
-        """A quantised linear layer with `weight` `(out, in)` on `device`."""
+        """A quantized linear layer of `weight` `(out, in)` on `device`."""
         bnb = require("bitsandbytes", "quant")
         width_out, width_in = weight.shape
-        layer: Any
+        layer: nn.Linear  # the base class of both
         if self.bits == 4:
             scheme = {"quant_type": self.quant_type, "compress_statistics": self.double_quant}
             layer = bnb.nn.Linear4bit(width_in, width_out, bias=False, compute_dtype=self.dtype, device="meta",
                                       **scheme)  # fmt: skip
-            packed, state = self._pack(weight) if device.type == "cpu" else self._quantize_4bit(weight, device)
+            packed, state = (
+                self._quantize_4bit_sliced(weight) if device.type == "cpu" else self._quantize_4bit(weight, device)
+            )
             layer.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True,
                                              **scheme)  # fmt: skip
             layer.quant_state = state
@@ -84,15 +91,14 @@ class Quantizer:
                                         device="meta")  # fmt: skip
             codes, scales = self._quantize_rows(weight, device)
             layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
-        layer.bias = bias
-        module: nn.Module = layer
-        return module
+        layer.bias = cast("nn.Parameter", bias)
+        return layer
 
     def _quantize_rows(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """int8 codes `(out, in)` and float32 row scales `(out,)` on `device`, as `Int8Params.to` creates them.
+        """int8 codes `(out, in)` and float32 row scales `(out,)` on `device`, as from `Int8Params.to`.
 
-        `Int8Params.to` quantises only CPU tensors, so a weight already on the GPU (with a merged adapter) would stay
-        16-bit until the first forward. On the CPU it needs 11 bytes per weight, so rows go in slices.
+        `Int8Params.to` would leave a weight already on the GPU (merged with an adapter) in 16 bit until the first
+        forward. On the CPU it needs 11 bytes per weight; here rows are quantized in slices.
         """
         quantize = require("bitsandbytes", "quant").functional.int8_vectorwise_quant
         codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
@@ -104,8 +110,8 @@ class Quantizer:
             codes[rows], scales[rows], _ = quantize(part)
         return codes, scales
 
-    def _quantize_4bit(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Any]:
-        """Packed codes uint8 `(ceil(out * in / 2), 1)` and their state on `device`, as `Params4bit.to` creates them."""
+    def _quantize_4bit(self, weight: Tensor, device: torch.device) -> tuple[Tensor, QuantState]:
+        """Packed codes uint8 `(ceil(out * in / 2), 1)` and their state on `device`, as from `Params4bit.to`."""
         quantize = require("bitsandbytes", "quant").functional.quantize_4bit
         whole = to_device(weight, device).to(self.dtype).contiguous()
         packed, state = quantize(
@@ -113,11 +119,8 @@ class Quantizer:
         )
         return packed, state
 
-    def _pack(self, weight: Tensor) -> tuple[Tensor, Any]:
-        """What `quantize_4bit` of the library gives for the whole `weight`, made a slice at a time.
-
-        Its way on a CPU takes twelve bytes a weight; one of the slices overwrites those of the one before.
-        """
+    def _quantize_4bit_sliced(self, weight: Tensor) -> tuple[Tensor, QuantState]:
+        """The result of `_quantize_4bit` on the CPU, computed in slices: the library needs 12 bytes per weight."""
         functional = require("bitsandbytes", "quant").functional
         flat = weight.reshape(-1)
         packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
@@ -143,16 +146,16 @@ class Quantizer:
         return True
 
     def merge_and_quantize(self, model: nn.Module, where: Callable[[str], torch.device]) -> None:
-        """Quantise what `defer` put in place, on the device that `where(name)` gives, merging PEFT's part first.
+        """Merge the PEFT adapter into the weights assigned by `defer`, and quantize them on the device `where(name)`.
 
-        Layer by layer, so that no two are there in 16 or 32 bit. PEFT's products are computed in float32.
+        One layer at a time, so that only one is in 16 or 32 bit. PEFT multiplies in float32.
         """
         for name in [name for name, _ in model.named_modules()]:  # a list of modules would keep all weights alive
             if ".base_layer" not in name and ".lora_" not in name and name.startswith(PREFIXES):
-                self._merge_and_place(model, name, where)
+                self._merge_layer(model, name, where)
 
-    def _merge_and_place(self, model: nn.Module, name: str, where: Callable[[str], torch.device]) -> None:
-        """Merge the adapter (if any) of the module `name` and quantise it; only linear layers are changed."""
+    def _merge_layer(self, model: nn.Module, name: str, where: Callable[[str], torch.device]) -> None:
+        """Merge the adapter, if any, of the linear layer `name` and quantize it."""
         module = model.get_submodule(name)
         linear = getattr(module, "base_layer", module)
         if not isinstance(linear, nn.Linear):
@@ -160,30 +163,29 @@ class Quantizer:
         device = where(name)
         linear.weight.data = to_device(linear.weight.data, device).to(self.dtype)
         if linear is not module:
-            layer: Any = module.to(device)
-            layer.merge(safe_merge=True)
+            cast("LoraLinear", module.to(device)).merge(safe_merge=True)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, linear)
         self.quantize_on_load(model, f"{name}.weight", linear.weight.data, device)
 
 
-def size_name(dtype: torch.dtype, bits: int = 0) -> str:
-    """What `weight_bytes` calls a dtype, or weights packed to `bits`."""
+def storage_name(dtype: torch.dtype, bits: int = 0) -> str:
+    """The `storage` argument of `weight_bytes` for a dtype, or for `bits` 4 or 8."""
     return {4: "nf4", 8: "int8"}.get(bits, "fp32" if dtype is torch.float32 else "bf16")
 
 
-def weight_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
-    """Memory of one weight. Quantised loads pack the decoder's matrices only; the rest stays in 16 bit.
+def weight_bytes(name: str, shape: tuple[int, ...], storage: str) -> int:
+    """Memory of one weight, with `storage` fp32, bf16, int8 or nf4; weights that are not quantized take 16 bit.
 
-    int8 keeps a float32 scale a row (arXiv:2208.07339); nf4 half a byte a weight, one byte for each 64 weights and a
-    float32 for each 256 of those (arXiv:2305.14314).
+    int8 adds a float32 scale per row (arXiv:2208.07339); nf4 one byte per 64 weights and a float32 per 256 of those
+    (arXiv:2305.14314).
     """
     count = math.prod(shape)
-    if dtype == "fp32":
+    if storage == "fp32":
         return 4 * count
-    if dtype == "bf16" or not name.startswith(PREFIXES) or len(shape) < 2:
+    if storage == "bf16" or not name.startswith(PREFIXES) or len(shape) < 2:
         return 2 * count
-    if dtype == "int8":
+    if storage == "int8":
         return count + 4 * shape[0]
     blocks = math.ceil(count / BLOCK)
     return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / SCALES_BLOCK)

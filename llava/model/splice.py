@@ -37,7 +37,7 @@ class Spliced:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SpliceLayout:
     """Runs of token kinds in each row of a batch `(B, T)`, as `(kind, length)`; each placeholder is its own run.
     `counts` holds the number of placeholders in each row."""
 
@@ -45,7 +45,7 @@ class Layout:
     counts: list[int]
 
     @classmethod
-    def of(cls, input_ids: Tensor, mask: Tensor | None, slots: int | None = None) -> Layout:
+    def of(cls, input_ids: Tensor, mask: Tensor | None, slots: int | None = None) -> SpliceLayout:
         """Describe `input_ids` and `mask` (`(B, T)`, on the CPU); padding is where the mask is 0.
 
         Raises `RequestError` when the rows do not use `slots` slots or the mask hides a placeholder. Without `slots`
@@ -182,7 +182,7 @@ def splice_batch(
             past = given[:, :past_length].bool()
         if bool((~mask[:, 0] & mask[:, -1]).any()):
             padding_side = "left"
-    layout = Layout.of(ids, mask, len(slots))
+    layout = SpliceLayout.of(ids, mask, len(slots))
     rows = layout.splice(embeds, slots)
     lengths = [sum(map(len, row)) for row in rows]
     valid = [[torch.ones(count, dtype=torch.bool)] for count in lengths]

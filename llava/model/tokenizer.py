@@ -1,22 +1,21 @@
-"""The tokenizer of a checkpoint directory, found by its files (any LLaMA-architecture model brings its own)."""
+"""Load the tokenizer of a checkpoint directory."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint import read_json
 
 
-def load_tokenizer(directory: Path, **kwargs: Any) -> Any:
-    """The slow tokenizer where there is one (as the published recipes use), otherwise the fast one.
+def load_tokenizer(directory: Path, **kwargs: int | str | bool) -> PreTrainedTokenizerBase:
+    """The slow tokenizer if available, as in the published recipes, else the fast one (MPT's GPT-NeoX has no slow one).
 
-    MPT's GPT-NeoX has no slow one. `kwargs` go to the tokenizer (`model_max_length`, `padding_side`, …). Raises
-    `CheckpointError` when the directory holds neither `tokenizer.model` nor `tokenizer.json`, or one that needs code.
+    `kwargs` are passed to the tokenizer (`model_max_length`, `padding_side`, …). Raises `CheckpointError` if the
+    directory has no tokenizer, a damaged one, or one that requires code.
     """
     settings = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
     named = str(settings.get("tokenizer_class", ""))
@@ -28,10 +27,10 @@ def load_tokenizer(directory: Path, **kwargs: Any) -> Any:
         if named:
             has_slow = tokenizer_class_from_name(named.removesuffix("Fast")) is not None
             return AutoTokenizer.from_pretrained(directory, use_fast=not has_slow, trust_remote_code=False, **kwargs)
-    except Exception as error:  # the tokenizers package raises nothing narrower for a damaged file
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise CheckpointError(
             f"The tokenizer of {directory} ({named or 'without a class'}) cannot be loaded: "
-            f"{' '.join(str(error).split())[:200]}; code from checkpoints is not run: copy its files again, or save it "
-            "in the tokenizer.json layout."
+            f"{' '.join(str(error).split())[:200]}. Code in checkpoints is not executed; download the tokenizer files "
+            "again, or save them in the tokenizer.json layout."
         ) from error
-    raise CheckpointError(f"{directory} holds no tokenizer (tokenizer.model or tokenizer.json); download it again.")
+    raise CheckpointError(f"{directory} has no tokenizer.model or tokenizer.json; download it again.")

@@ -1,4 +1,4 @@
-"""Access to parameters that DeepSpeed ZeRO-3 has partitioned over the ranks."""
+"""Access to parameters partitioned over the ranks by DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = 0) -> Iterator[None]:
-    """Inside, the parameters are whole on every rank; what rank `modifier_rank` writes is what all keep.
+    """Gather `parameters` on every rank; changes by rank `modifier_rank` are broadcast on exit.
 
-    Without ZeRO-3 this does nothing, and DeepSpeed is not imported.
+    Without ZeRO-3, does nothing and does not import DeepSpeed.
     """
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:

@@ -1,7 +1,7 @@
-"""Tiny checkpoints with seeded random weights in the published layouts, one per kind that the loader accepts.
+"""Tiny checkpoints with seeded random weights in the published layouts, one of each kind.
 
-Head sizes match the published models (128 for Vicuna and InternViT, 64 for CLIP), so the device picks the same kernels.
-The weights are large enough that every position and every image affects the logits.
+Head sizes are those of the published models (128 for Vicuna and InternViT, 64 for CLIP), so that the device selects the
+same kernels. The weights are large enough for every position and every image to affect the logits.
 """
 
 from __future__ import annotations
@@ -10,19 +10,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM
@@ -31,55 +25,35 @@ from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, Int
 PIXELS: Final = 112  # side of an image: 8 x 8 patches of 14 pixels
 EOS: Final = 2
 VOCABULARY: Final = 320
-SELECT_LAYER: Final = -2  # of three tower layers, the last is neither loaded nor run
-TOWER_WIDTH: Final = 256
-ADAPTER_RANK: Final = 8
-ADAPTER_ALPHA: Final = 16
-LLAMA: Final[Mapping[str, Any]] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "eos_token_id": EOS,
-}
-GROUPED: Final[Mapping[str, Any]] = {"num_attention_heads": 4, "num_key_value_heads": 2}  # grouped-query attention
-MPT: Final[Mapping[str, Any]] = {
-    "vocab_size": VOCABULARY,
-    "d_model": 192,
-    "n_heads": 3,
-    "n_layers": 2,
-    "max_seq_len": 512,
-    "pad_token_id": 0,
-    "eos_token_id": EOS,
-}
+RANK, ALPHA = 8, 16  # of the adapter
+COMMON: Final[dict[str, int]] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": EOS}
+LLAMA: Final[dict[str, int]] = {
+    **COMMON, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+GROUPED: Final[dict[str, int]] = {"num_attention_heads": 4, "num_key_value_heads": 2}  # grouped-query attention
+MPT: Final[dict[str, int]] = {**COMMON, "d_model": 192, "n_heads": 3, "n_layers": 2, "max_seq_len": 512}
+TOWER: Final[dict[str, int]] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "image_size": PIXELS, "patch_size": 14,
+}  # fmt: skip
+CHAT: Final[Mapping[str, object]] = {
+    "mm_hidden_size": TOWER["hidden_size"], "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch", "mm_vision_image_size": PIXELS, "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False, "image_aspect_ratio": "pad", "use_mm_proj": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory, its base (if any), and the expected weights of the loaded model, by name.
 
-    `exact` is false where loading computes weights (a merged adapter), which then match only up to rounding.
+    `exact` is false if loading computes weights (a merged adapter), which then match up to rounding.
     """
 
     path: Path
     base: Path | None
     weights: Mapping[str, Tensor]
     exact: bool = True
-
-
-def make_tokenizer(directory: Path) -> None:
-    """Save a byte-level tokenizer padded to the vocabulary size."""
-    pieces = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"<{index}>" for index in range(len(pieces), VOCABULARY)]
-    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 
 
 def randomize(module: nn.Module, seed: int) -> None:
@@ -98,63 +72,47 @@ def randomize(module: nn.Module, seed: int) -> None:
 
 
 def make_tower(directory: Path, kind: str, seed: int) -> dict[str, Tensor]:
-    """Save a tower; return the weights that affect the features, by their names in the loaded tower."""
-    sizes: dict[str, Any] = {
-        "hidden_size": TOWER_WIDTH,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "image_size": PIXELS,
-        "patch_size": 14,
-    }
-    tower: nn.Module
+    """Save a tower, and return the weights that affect the features (those of the last layer do not)."""
+    tower: transformers.CLIPVisionModel | InternVisionModel
     if kind == "clip":
-        tower = CLIPVisionModel(CLIPVisionConfig(**sizes, num_attention_heads=4))
-        CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=PIXELS).save_pretrained(directory)
+        tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER, num_attention_heads=4))
+        transformers.CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=PIXELS).save_pretrained(directory)
     else:
-        tower = InternVisionModel(InternVisionConfig(**sizes, num_attention_heads=2))
+        tower = InternVisionModel(InternVisionConfig.from_dict({**TOWER, "num_attention_heads": 2}))
     randomize(tower, seed)
-    tower.save_pretrained(directory)  # type: ignore[operator]
+    tower.save_pretrained(directory)
     unused = ("layers.2.", "post_layernorm.")
     return {name: value for name, value in tower.state_dict().items() if not any(part in name for part in unused)}
 
 
-def chat_settings(tower: Path) -> dict[str, Any]:
-    return {
-        "mm_vision_tower": str(tower),
-        "mm_hidden_size": TOWER_WIDTH,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": SELECT_LAYER,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_image_size": PIXELS,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad",
-        "use_mm_proj": True,
-    }
-
-
-def save(directory: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
-    """Save configuration, weights and tokenizer in `directory`."""
+def save(directory: Path, config: transformers.PretrainedConfig, weights: Mapping[str, Tensor]) -> None:
+    """Save configuration, weights, and a byte-level tokenizer padded to the vocabulary size."""
     config.save_pretrained(directory)
-    save_file(
-        {name: value.clone() for name, value in weights.items()}, directory / "model.safetensors", {"format": "pt"}
-    )
-    make_tokenizer(directory)
+    copies = {name: value.clone() for name, value in weights.items()}
+    save_file(copies, directory / "model.safetensors", {"format": "pt"})
+    pieces = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [f"<{index}>" for index in range(len(pieces), VOCABULARY)]
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 
 
-def make_weights(root: Path, kind: str, seed: int) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+def make_weights(
+    root: Path, kind: str, seed: int
+) -> tuple[transformers.PretrainedConfig, dict[str, Tensor], dict[str, Tensor]]:
     """Configuration of a chat model, its weights without the tower, and the weights of the tower."""
-    tower_directory = root / f"{'clip' if kind == 'clip' else 'intern_vit_6b'}-tower"
-    tower = make_tower(tower_directory, kind, seed)
-    settings = {**chat_settings(tower_directory), **({} if kind != "clip" else GROUPED)}
-    model: Any
+    directory = root / f"{'clip' if kind == 'clip' else 'intern_vit_6b'}-tower"
+    tower, settings = make_tower(directory, kind, seed), {**CHAT, "mm_vision_tower": str(directory)}
+    model: LlavaLlamaForCausalLM | LlavaMptForCausalLM
     if kind == "mpt":
         model = LlavaMptForCausalLM(LlavaMptConfig(**MPT, **settings))
     else:
-        model = LlavaLlamaForCausalLM(LlavaConfig(**{**LLAMA, **settings}))
+        model = LlavaLlamaForCausalLM(LlavaConfig(**{**LLAMA, **(GROUPED if kind == "clip" else {}), **settings}))
     randomize(model, seed + 1)
     with torch.no_grad():
-        model.lm_head.weight[EOS] = 0.0  # EOS is never chosen, so answers have the requested length
+        model.get_parameter("lm_head.weight")[EOS] = 0.0  # never sampled, so answers have the requested length
     prefix = f"{model.base_model_prefix}.vision_tower.vision_tower."
     return model.config, dict(model.state_dict()), {f"{prefix}{name}": value for name, value in tower.items()}
 
@@ -167,10 +125,14 @@ def make_chat(root: Path, kind: str, seed: int) -> Checkpoint:
 
 
 def make_projector(root: Path, kind: str, seed: int) -> Checkpoint:
-    """A stage 1 checkpoint (configuration and `mm_projector.bin`) and the LLaMA base it needs."""
+    """A pretraining checkpoint (configuration and `mm_projector.bin`) and its LLaMA base."""
     config, weights, tower = make_weights(root, kind, seed)
     projector = {name: value for name, value in weights.items() if "mm_projector." in name}
-    save(root / "base", LlamaConfig(**LLAMA), {n: value for n, value in weights.items() if n not in projector})
+    save(
+        root / "base",
+        transformers.LlamaConfig(**LLAMA),
+        {n: value for n, value in weights.items() if n not in projector},
+    )
     config.save_pretrained(root / "projector")
     torch.save(projector, root / "projector" / "mm_projector.bin")
     return Checkpoint(root / "projector", root / "base", {**weights, **tower})
@@ -179,20 +141,19 @@ def make_projector(root: Path, kind: str, seed: int) -> Checkpoint:
 def make_adapter(root: Path, kind: str, seed: int) -> Checkpoint:
     """A LoRA checkpoint: the adapter, the projector in `non_lora_trainables.bin`, and the base named in its config."""
     made = make_projector(root, kind, seed)
-    config = LlavaConfig.from_pretrained(made.path)
     generator = torch.Generator().manual_seed(seed + 2)
     weights, adapter, modules = dict(made.weights), {}, ("q_proj", "v_proj")
     for name, weight in made.weights.items():
         if name.split(".")[-2] in modules and "vision_tower" not in name:
-            down = torch.randn(ADAPTER_RANK, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
-            up = torch.randn(weight.shape[0], ADAPTER_RANK, generator=generator) / weight.shape[0] ** 0.5
+            down = torch.randn(RANK, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+            up = torch.randn(weight.shape[0], RANK, generator=generator) / weight.shape[0] ** 0.5
             module = f"base_model.model.{name.removesuffix('.weight')}"
             adapter.update({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up})
-            weights[name] = weight + ADAPTER_ALPHA / ADAPTER_RANK * up @ down
+            weights[name] = weight + ALPHA / RANK * up @ down
     directory = root / "adapter"
-    config.save_pretrained(directory)
+    LlavaConfig.from_pretrained(made.path).save_pretrained(directory)
     save_file(adapter, directory / "adapter_model.safetensors", {"format": "pt"})
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": ADAPTER_RANK, "lora_alpha": ADAPTER_ALPHA,
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA,
                 "target_modules": list(modules), "base_model_name_or_path": str(made.base)}  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     projector = {f"base_model.{n}": value for n, value in weights.items() if "mm_projector." in n}
@@ -201,12 +162,8 @@ def make_adapter(root: Path, kind: str, seed: int) -> Checkpoint:
 
 
 KINDS: Final[Mapping[str, Callable[[Path, str, int], Checkpoint]]] = {
-    "llama": make_chat,
-    "clip": make_chat,
-    "mpt": make_chat,
-    "projector": make_projector,
-    "adapter": make_adapter,
-}
+    **dict.fromkeys(("llama", "clip", "mpt"), make_chat), "projector": make_projector, "adapter": make_adapter,
+}  # fmt: skip
 
 
 def make(kind: str, root: Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The device, its attention kernels, and its copy and matmul rates."""
+"""The device, its attention kernels, the C++ kernel, and copy and matmul rates."""
 
 from __future__ import annotations
 
@@ -6,27 +6,18 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from llava.engine.attention import select_kernel
 from llava.engine.native.build import find_compiler, library
 from llava.placement import native_decode_rows, resolve_attention, resolve_dtype
-from llava.self_test.inference import (
-    FLOAT32_LIMIT,
-    HALF_LIMITS,
-    REFERENCE,
-    Case,
-    Role,
-    engine_error,
-    make_engine,
-    make_requests,
-)
-from llava.self_test.report import CheckFailed, CheckSkipped, using_threads, within
+from llava.self_test import CheckFailed, CheckSkipped, inference, within
+from llava.self_test.inference import REFERENCE, Case, Role
 
 HEAD_DIM: Final = 128  # of the published models
 SECONDS: Final = 0.3  # to measure each rate for
@@ -71,44 +62,28 @@ def check_native(device: torch.device) -> str:
 
 
 def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
-    """Several batch sizes through the C++ kernel, sharing an image, against transformers' forward."""
-
-    def step(*args: Any) -> Tensor:
-        with using_threads(threads):
-            logits: Tensor = run(*args)
-        return logits
-
+    """Several batch sizes through the C++ kernel, sharing an image, against the forward of transformers."""
     loaded, errors, sizes = case.models[Role(REFERENCE.device, dtype)], [], [1, 3, native_decode_rows(dtype)]
     for size in sizes:
-        engine = make_engine(loaded, max_batch_size=size)
-        native: Any = getattr(engine.lm, "native", None)
+        engine = inference.make_engine(loaded, max_batch_size=size)
+        native = getattr(engine.model_runner, "native", None)
         if native is None:
             raise CheckSkipped("the C++ kernel is not in use")
-        run = native.step
-        with patch.object(native, "step", side_effect=step) as called:
-            errors.append(engine_error(engine, case.models[REFERENCE], make_requests(size, new_tokens=4)))
-        if called.call_count == 0:
+        requests = inference.make_requests(size, new_tokens=4)
+        with using_threads(threads), patch.object(native, "step", wraps=native.step) as step:
+            errors.append(inference.engine_error(engine, case.models[REFERENCE], requests))
+        if step.call_count == 0:
             raise CheckFailed(f"a batch of {size} was not decoded by the C++ kernel")
-    limit = FLOAT32_LIMIT if dtype == torch.float32 else HALF_LIMITS[dtype]
-    return f"{within(errors, limit)}, {', '.join(map(str, sizes))} rows"
+    return f"{within(errors, inference.LIMITS[dtype])}, {', '.join(map(str, sizes))} rows"
 
 
-def copy_rate(device: torch.device) -> str:
-    """Device copy bandwidth, reads plus writes."""
-    size = 2**30 if device.type == "cuda" else 2**26
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return f"{2 * size / seconds_of(lambda: target.copy_(source), device) / 1e9:.0f} GB/s"
-
-
-def upload_rate(device: torch.device) -> str:
-    """Host-to-device bandwidth from pinned memory."""
-    if device.type != "cuda":
-        raise CheckSkipped("CUDA only")
-    size = 2**28
-    source = torch.ones(size, dtype=torch.uint8).pin_memory()
+def copy_rate(device: torch.device, *, from_host: bool = False) -> str:
+    """Bandwidth of a copy on the device (reads plus writes), or of one from pinned host memory."""
+    size = 2**26 if device.type != "cuda" else 2**28 if from_host else 2**30
+    source = torch.ones(size, dtype=torch.uint8, device=None if from_host else device, pin_memory=from_host)
     target = torch.empty(size, dtype=torch.uint8, device=device)
-    return f"{size / seconds_of(lambda: target.copy_(source, non_blocking=True), device) / 1e9:.1f} GB/s"
+    seconds = seconds_of(lambda: target.copy_(source, non_blocking=True), device)
+    return f"{size / seconds / 1e9:.1f} GB/s" if from_host else f"{2 * size / seconds / 1e9:.0f} GB/s"
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> str:
@@ -121,34 +96,31 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the fastest of the calls made within `SECONDS`."""
+    """Seconds of one call: the fastest of the calls within `SECONDS`."""
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+
     best, end = float("inf"), time.perf_counter() + SECONDS
     work()
     while time.perf_counter() < end:
-        synchronize(device)
+        synchronize()
         start = time.perf_counter()
         work()
-        synchronize(device)
+        synchronize()
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def figure(measure: Callable[[], str]) -> Callable[[], str]:
-    """Wrap a measurement so that an error, such as out of memory, skips it instead of failing."""
-
-    def check() -> str:
-        try:
-            return measure()
-        except CheckSkipped:
-            raise
-        except Exception as error:
-            raise CheckSkipped(f"not measured: {type(error).__name__}: {error}") from error
-
-    return check
+@contextmanager
+def using_threads(count: int) -> Iterator[int]:
+    """Use `count` threads, and restore the previous count, which is yielded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)

@@ -1,46 +1,45 @@
-"""Loading, logits, tokens, sampling and quantisation, against float32 on the CPU.
+"""Loading, logits, tokens, sampling and quantization, compared with float32 on the CPU.
 
-The reference is transformers' forward and `generate`; the device, and the engine running on it, are under test.
+The reference is `forward` and `generate` of transformers; the device and the engine are under test.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Final, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.engine import Engine, Request, SamplingParams
 from llava.engine.sampling import Sampler
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.self_test import CheckFailed, CheckSkipped, within
 from llava.self_test.checkpoints import EOS, Checkpoint, make
-from llava.self_test.report import CheckFailed, CheckSkipped, within
 
-FLOAT32_LIMIT: Final = 1e-4
-HALF_LIMITS: Final = {torch.bfloat16: 0.05, torch.float16: 0.02}
+LIMITS: Final = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 QUANTIZED_LIMITS: Final = {8: 0.1, 4: 0.4}
 NEW_TOKENS: Final = 12
 TOP_P: Final = 0.6
-ROUNDING: Final = 1e-3  # probability: a token this close to the edge of the top-p set may fall on either side
+ROUNDING: Final = 1e-3  # probability: a token this close to the edge of the top-p set may be inside or outside
 
 
 class Loaded(NamedTuple):
-    """What `load_pretrained_model` returns."""
+    """Result of `load_pretrained_model`."""
 
-    tokenizer: Any
-    model: Any
-    processor: Any
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    processor: CLIPImageProcessor
 
 
 class Role(NamedTuple):
@@ -71,15 +70,16 @@ class Case:
         """Greedy tokens of each of `make_requests()` from `generate` of the reference."""
         return [generate(self.models[REFERENCE], request) for request in make_requests()]
 
-    def load(self, role: Role, **options: Any) -> Loaded:
-        path, base = self.checkpoint.path, self.checkpoint.base
-        settings = {"device": role.device, "dtype": role.dtype, "attn_implementation": role.attention, **options}
-        tokenizer, model, processor, _ = load_pretrained_model(str(path), base and str(base), **settings)
+    def load(self, role: Role, *, bits: int = 0) -> Loaded:
+        tokenizer, model, processor, _ = load_pretrained_model(
+            self.checkpoint.path, self.checkpoint.base, load_8bit=bits == 8, load_4bit=bits == 4,
+            device=role.device, dtype=role.dtype, attn_implementation=role.attention,
+        )  # fmt: skip
         return Loaded(tokenizer, model, processor)
 
 
 def make_requests(count: int = 5, new_tokens: int = NEW_TOKENS) -> list[Request]:
-    """One request with its own image, one without an image, and the rest sharing one image."""
+    """One request with an image of its own, one without an image, and the rest sharing one image."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (2, 8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
     common, other = (Image.fromarray(one).resize((120, 90), Image.Resampling.NEAREST) for one in pixels)
@@ -89,55 +89,36 @@ def make_requests(count: int = 5, new_tokens: int = NEW_TOKENS) -> list[Request]
     return [*(Request(prompt, [common], params) for prompt in shared), *alone][:count]
 
 
-def inputs(loaded: Loaded, request: Request) -> tuple[list[int], dict[str, Tensor]]:
+def model_inputs(loaded: Loaded, request: Request) -> tuple[list[int], dict[str, Tensor]]:
     """Token ids and the `images` keyword argument of the model's forward."""
     prompt, images, model = cast("str", request.prompt), cast("list[Image.Image]", request.images), loaded.model
     ids = tokenizer_image_token(prompt, loaded.tokenizer)
     if not images:
         return ids, {}
-    return ids, {"images": process_images(images, loaded.processor, model.config).to(model.device, model.dtype)}
+    pixels = torch.stack(list(process_images(images, loaded.processor, model.config)))
+    return ids, {"images": pixels.to(model.device, model.dtype)}
 
 
 @torch.no_grad()
 def generate(loaded: Loaded, request: Request) -> tuple[int, ...]:
     """Greedy tokens from transformers' `generate`."""
-    ids, images = inputs(loaded, request)
-    tokens = loaded.model.generate(
-        torch.tensor([ids], device=loaded.model.device),
-        do_sample=False,
-        max_new_tokens=request.params.max_new_tokens,
-        eos_token_id=EOS,
-        **images,
-    )
+    ids, images = model_inputs(loaded, request)
+    row, count = torch.tensor([ids], device=loaded.model.device), request.params.max_new_tokens
+    tokens = loaded.model.generate(row, do_sample=False, max_new_tokens=count, eos_token_id=EOS, **images)
     return tuple(tokens[0, len(ids) :].tolist())
 
 
 @torch.no_grad()
 def forward_logits(loaded: Loaded, request: Request, tokens: Sequence[int]) -> Tensor:
     """Logits (T, V) that predict each of the T new `tokens`, from one forward, as float32 on the CPU."""
-    ids, images = inputs(loaded, request)
+    ids, images = model_inputs(loaded, request)
     row = torch.tensor([[*ids, *tokens[:-1]]], device=loaded.model.device)
     logits: Tensor = loaded.model(input_ids=row, **images).logits[0, -len(tokens) :]
     return logits.float().cpu()
 
 
-@contextmanager
-def recorded_logits() -> Iterator[dict[int | None, list[Tensor]]]:
-    """Collect the logits (V,) that engines sample from, as float32 on the CPU, by the seed of the request."""
-    found: dict[int | None, list[Tensor]] = defaultdict(list)
-    sample = Sampler.sample
-
-    def record(sampler: Sampler, logits: Tensor) -> Tensor:
-        for row, params in zip(logits.float().cpu(), sampler.params, strict=True):
-            found[params.seed].append(row)
-        return sample(sampler, logits)
-
-    with patch.object(Sampler, "sample", record):
-        yield found
-
-
-def make_engine(loaded: Loaded, **options: Any) -> Engine:
-    return Engine(loaded.model, loaded.tokenizer, loaded.processor, **options)
+def make_engine(loaded: Loaded, max_batch_size: int = 16) -> Engine:
+    return Engine(loaded.model, loaded.tokenizer, loaded.processor, max_batch_size=max_batch_size)
 
 
 def answer(engine: Engine, requests: Sequence[Request]) -> list[tuple[int, ...]]:
@@ -151,19 +132,27 @@ def answer(engine: Engine, requests: Sequence[Request]) -> list[tuple[int, ...]]
 
 def engine_error(engine: Engine, reference: Loaded, requests: Sequence[Request]) -> float:
     """Largest relative error of the engine's logits for all requests in one batch, against one forward per request."""
-    labelled = [replace(one, params=replace(one.params, seed=seed)) for seed, one in enumerate(requests)]
-    with recorded_logits() as recorded:
-        tokens = answer(engine, labelled)
+    recorded: dict[int | None, list[Tensor]] = defaultdict(list)  # logits (V,) that the engine samples from, by seed
+    sample = Sampler.sample
+
+    def record(sampler: Sampler, logits: Tensor) -> Tensor:
+        for row, params in zip(logits.float().cpu(), sampler.params, strict=True):
+            recorded[params.seed].append(row)
+        return sample(sampler, logits)
+
+    with patch.object(Sampler, "sample", record):
+        tokens = answer(engine, [replace(r, params=replace(r.params, seed=seed)) for seed, r in enumerate(requests)])
     found = [torch.stack(recorded[seed][: len(row)]) for seed, row in enumerate(tokens)]
     return relative_error(found, [forward_logits(reference, *one) for one in zip(requests, tokens, strict=True)])
 
 
-def forward_error(loaded: Loaded, reference: Loaded, requests: Sequence[Request], tokens: Any) -> float:
+def forward_error(
+    loaded: Loaded, reference: Loaded, requests: Sequence[Request], tokens: Sequence[Sequence[int]]
+) -> float:
     """Largest relative error of the logits, one forward per request, after the same tokens."""
     pairs = list(zip(requests, tokens, strict=True))
-    return relative_error(
-        [forward_logits(loaded, *one) for one in pairs], [forward_logits(reference, *one) for one in pairs]
-    )
+    found, wanted = ([forward_logits(model, *one) for one in pairs] for model in (loaded, reference))
+    return relative_error(found, wanted)
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -173,6 +162,7 @@ def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 def require_package(name: str, extra: str) -> None:
+    """Raise `CheckSkipped` if an optional package is not installed."""
     if importlib.util.find_spec(name) is None:
         raise CheckSkipped(f"{name} is not installed: pip install 'llava[{extra}]'")
 
@@ -184,17 +174,16 @@ def check_loader(case: Case, roles: Sequence[Role]) -> str:
     case.models.update({role: case.load(role) for role in roles})
     for role in roles:
         found = dict(case.models[role].model.named_parameters(remove_duplicate=False))
-        strange = sorted(case.checkpoint.weights.keys() ^ found.keys())
-        if strange:
-            raise CheckFailed(f"{strange[0]} is {'unexpected' if strange[0] in found else 'missing'}")
+        mismatched = sorted(case.checkpoint.weights.keys() ^ found.keys())
+        if mismatched:
+            raise CheckFailed(f"{mismatched[0]} is {'unexpected' if mismatched[0] in found else 'missing'}")
         for name, weight in found.items():
-            wanted = case.checkpoint.weights[name].to(role.dtype)
-            elsewhere = weight.device.type != role.device.type or role.device.index not in (None, weight.device.index)
-            if elsewhere or weight.dtype != role.dtype:
-                raise CheckFailed(f"{name} is {weight.dtype} on {weight.device}")
+            wanted = case.checkpoint.weights[name].to(role.device, role.dtype)
             rounding = 0.0 if case.checkpoint.exact else 4 * torch.finfo(role.dtype).eps * float(wanted.abs().max())
-            if wanted.shape != weight.shape or not float((weight.detach().cpu() - wanted).abs().max()) <= rounding:
-                raise CheckFailed(f"{name} differs from the checkpoint, loaded as {role.dtype} on {role.device}")
+            try:
+                torch.testing.assert_close(weight.detach(), wanted, rtol=0.0, atol=rounding)
+            except AssertionError as error:
+                raise CheckFailed(f"{name} differs from the checkpoint in {role.dtype}: {error}") from error
     kinds = ", ".join(dict.fromkeys(str(role.dtype).removeprefix("torch.") for role in roles))
     return f"{len(found)} weights equal in {kinds}"
 
@@ -203,9 +192,7 @@ def check_logits(case: Case, role: Role) -> str:
     """Logits of forward and engine against the reference."""
     loaded, reference, requests = case.models[role], case.models[REFERENCE], make_requests()
     forward = forward_error(loaded, reference, requests, case.answers)
-    engine = engine_error(make_engine(loaded), reference, requests)
-    limit = FLOAT32_LIMIT if role.dtype == torch.float32 else HALF_LIMITS[role.dtype]
-    return within([forward, engine], limit)
+    return within([forward, engine_error(make_engine(loaded), reference, requests)], LIMITS[role.dtype])
 
 
 def check_tokens(case: Case, role: Role) -> str:
@@ -240,7 +227,7 @@ def sampled_requests() -> list[Request]:
 
 
 def check_seeds(case: Case, role: Role) -> str:
-    """A seed reproduces its tokens, whatever the rest of the batch and the position of the request in it."""
+    """A seed reproduces its tokens in another batch and at another position."""
     requests, loaded = sampled_requests(), case.models[role]
     first = answer(make_engine(loaded), requests)
     again = answer(make_engine(loaded), [*make_requests(3), *reversed(requests)])[3:][::-1]
@@ -253,11 +240,10 @@ def check_seeds(case: Case, role: Role) -> str:
 
 
 def check_top_p(case: Case, role: Role) -> str:
-    """Every sampled token lies in the smallest set of tokens whose probabilities sum to `TOP_P`."""
-    reference, sizes = case.models[REFERENCE], []
-    requests = sampled_requests()
+    """Every sampled token is in the smallest set of tokens whose probabilities sum to `TOP_P`."""
+    requests, sizes = sampled_requests(), []
     for request, tokens in zip(requests, answer(make_engine(case.models[role]), requests), strict=True):
-        probabilities = forward_logits(reference, request, tokens).double().softmax(dim=-1)  # (T, V)
+        probabilities = forward_logits(case.models[REFERENCE], request, tokens).double().softmax(dim=-1)  # (T, V)
         chosen = probabilities.gather(1, torch.tensor(tokens).unsqueeze(1))  # (T, 1)
         before = torch.where(probabilities > chosen, probabilities, 0.0).sum(dim=1)
         if bool((before >= TOP_P + ROUNDING).any()):
@@ -269,16 +255,12 @@ def check_top_p(case: Case, role: Role) -> str:
 
 
 def check_quantized(case: Case, role: Role, bits: int) -> str:
-    """Forward and engine with quantised weights, against the same model unquantised."""
+    """Forward and engine with quantized weights, against the same model unquantized."""
     require_package("bitsandbytes", "quant")
     if role.device.type == "mps":
         raise CheckSkipped("bitsandbytes runs on CUDA and CPU only")
-    plain, requests = case.models[role], make_requests(3)
-    loaded = case.load(role, **{f"load_{bits}bit": True})
-    layers = [module for module in loaded.model.modules() if type(module).__module__.startswith("bitsandbytes")]
-    if not layers:
-        raise CheckFailed("no layer was quantised")
-    tokens = [generate(loaded, request) for request in requests]
-    forward = forward_error(loaded, plain, requests, tokens)
-    engine = engine_error(make_engine(loaded), plain, requests)
-    return within([forward, engine], QUANTIZED_LIMITS[bits])
+    plain, requests, loaded = case.models[role], make_requests(3), case.load(role, bits=bits)
+    if not any(type(module).__module__.startswith("bitsandbytes") for module in loaded.model.modules()):
+        raise CheckFailed("no layer was quantized")
+    forward = forward_error(loaded, plain, requests, [generate(loaded, request) for request in requests])
+    return within([forward, engine_error(make_engine(loaded), plain, requests)], QUANTIZED_LIMITS[bits])

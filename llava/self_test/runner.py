@@ -1,24 +1,89 @@
-"""The self-test of `llava doctor`: every kind of checkpoint on one device, one line per check."""
+"""Run all checks of every kind of checkpoint on one device, and report one line each."""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from transformers.utils import logging as library_logging
 
-from llava.self_test import hardware, inference, training
+from llava.model.multimodal_encoder.tower import ENVIRONMENT as TOWER_VARIABLE
+from llava.self_test import CheckFailed, CheckSkipped, hardware, inference, training
 from llava.self_test.checkpoints import KINDS
+from llava.self_test.hardware import using_threads
 from llava.self_test.inference import REFERENCE, Case, Role
-from llava.self_test.report import Report, isolated, using_threads
+
+
+@dataclass
+class Report:
+    """Runs checks and writes `status subject check result` in columns."""
+
+    write: Callable[[str], None]
+    counts: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.perf_counter)
+
+    def run(self, subject: str, name: str, check: Callable[[], str], *, required: bool = True) -> None:
+        """Run `check`, which returns its result as text.
+
+        An exception is a failure, or a skip unless `required`; later checks still run.
+        """
+        try:
+            status, result = "ok", check()
+        except (CheckFailed, CheckSkipped) as outcome:
+            status, result = "FAIL" if isinstance(outcome, CheckFailed) else "skip", str(outcome)
+        except Exception as error:  # the device and its libraries may raise anything
+            status, result = ("FAIL", "") if required else ("skip", "not measured: ")
+            result += f"{type(error).__name__}: {error}"
+        self.counts[status] += 1
+        self.write(f"{status:<6}{subject:<14}{name:<22}{' '.join(result.split())}")
+
+    def summary(self) -> str:
+        ok, failed, skipped = (self.counts[status] for status in ("ok", "FAIL", "skip"))
+        seconds = time.perf_counter() - self.started
+        return f"{ok + failed} checks, {failed} failed{f', {skipped} skipped' if skipped else ''} ({seconds:.0f} s)"
+
+
+@contextmanager
+def isolated() -> Iterator[int]:
+    """Disable TF32, use one thread, and restore global state (random state included) afterwards.
+
+    The models are too small to gain from several threads. Yields the previous thread count.
+    """
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    dtype, verbosity = torch.get_default_dtype(), library_logging.get_verbosity()
+    try:
+        with (
+            using_threads(1) as threads,
+            patch.dict(os.environ),
+            torch.random.fork_rng(devices=[]),
+            torch.enable_grad(),
+        ):
+            os.environ.pop(TOWER_VARIABLE, None)  # would override the tower of every checkpoint
+            torch.set_default_dtype(torch.float32)
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+            library_logging.set_verbosity_error()
+            yield threads
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
+        library_logging.set_verbosity(verbosity)
 
 
 def self_test(device: torch.device, write: Callable[[str], None]) -> int:
-    """Run all checks on `device`, passing one line per check to `write`; return the number of failures.
+    """Run all checks on `device`, passing one line per check to `write`, and return the number of failures.
 
-    Nothing is downloaded: the models are created in a temporary directory.
+    Creates the models in a temporary directory; downloads nothing.
     """
     report = Report(write)
     exact, half = Role(device, torch.float32), Role(device, hardware.half_dtype(device))
@@ -29,7 +94,7 @@ def self_test(device: torch.device, write: Callable[[str], None]) -> int:
         with using_threads(threads):
             check_rates(report, device, half.dtype)
     write(report.summary())
-    return report.failed
+    return report.counts["FAIL"]
 
 
 def check_hardware(report: Report, exact: Role, half: Role, threads: int) -> None:
@@ -41,11 +106,11 @@ def check_hardware(report: Report, exact: Role, half: Role, threads: int) -> Non
 
 
 def check_kind(report: Report, kind: str, root: Path, exact: Role, half: Role, threads: int) -> None:
-    """All checks of one kind of checkpoint; only some kinds check sampling, training, quantisation and C++."""
+    """All checks of one kind of checkpoint; only some kinds check sampling, training, quantization and C++."""
     case = Case(kind, root)
     run = partial(report.run, kind)
     run("loader", lambda: inference.check_loader(case, [REFERENCE, exact, half]))
-    if not case.models:  # already reported by the loader check
+    if not case.models:  # reported by the loader check
         return
     run(f"logits {short(exact.dtype)}", lambda: inference.check_logits(case, exact))
     run("greedy tokens", lambda: inference.check_tokens(case, exact))
@@ -66,13 +131,12 @@ def check_kind(report: Report, kind: str, root: Path, exact: Role, half: Role, t
 
 def check_rates(report: Report, device: torch.device, half: torch.dtype) -> None:
     """Rates to compare with the data sheet of the GPU; they never fail."""
-    rates: dict[str, Callable[[], str]] = {"copy": partial(hardware.copy_rate, device)}
+    run = partial(report.run, "rate", required=False)
+    run("copy", lambda: hardware.copy_rate(device))
     if device.type == "cuda":
-        rates["copy from host"] = partial(hardware.upload_rate, device)
+        run("copy from host", lambda: hardware.copy_rate(device, from_host=True))
     for dtype in (half, torch.float32):
-        rates[f"matmul {short(dtype)}"] = partial(hardware.matmul_rate, device, dtype)
-    for name, measure in rates.items():
-        report.run("rate", name, hardware.figure(measure))
+        run(f"matmul {short(dtype)}", partial(hardware.matmul_rate, device, dtype))
 
 
 def short(dtype: torch.dtype) -> str:

@@ -89,7 +89,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         images = [images] if isinstance(images, str) else images
         if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
             raise DataError(f"{path} line {number}: `image` must be a path or a list of paths, got {images!r}.")
-        prompts.append(Prompt(row.get("id", row.get("question_id", len(prompts))), text, tuple(images)))
+        prompt_id = row.get("id", row.get("question_id"))
+        prompts.append(Prompt(len(prompts) if prompt_id is None else prompt_id, text, tuple(images)))
     return prompts
 
 
@@ -117,7 +118,7 @@ def answer_prompts(
         "conv_template": settings.template,
         "decoding": dataclasses.asdict(settings.params) | {"stop": list(settings.params.stop)},
         "image_aspect_ratio": engine.image_aspect_ratio,
-        "dtype": str(engine.lm.spec.dtype).removeprefix("torch."),
+        "dtype": str(engine.model_runner.spec.dtype).removeprefix("torch."),
     }
     start, failures = time.monotonic(), []
     with AnswerFile(output, prompts, identity, overwrite=overwrite) as file:
@@ -172,7 +173,9 @@ def _request(engine: Engine, prompt: Prompt, images: list[Tensor], settings: Bat
     if params.temperature > 0 and params.seed is not None:
         seed = params.seed + zlib.crc32(f"{prompt.prompt_id}\n{prompt.text}".encode())
     stop = (*params.stop, *stop_strings(conversation))
-    return Request(conversation.get_prompt(), images, dataclasses.replace(params, stop=stop, seed=seed), keep=False)
+    return Request(
+        conversation.get_prompt(), images, dataclasses.replace(params, stop=stop, seed=seed), cache_prefix=False
+    )
 
 
 class AnswerFile:

@@ -64,7 +64,7 @@ def answer(session: ChatSession, text: str, out: TextIO | None, head: str = "") 
             if out is not None:
                 echo(delta, out)
         completion = handle.result()
-    session.keep(completion)
+    session.add_answer(completion)
     return completion
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from llava.conversation import template_for
 from llava.engine.arguments import EngineArgs, add_conv_mode_arg, add_sampling_args, sampling_params
-from llava.engine.chat import ChatSession, is_stage_one
-from llava.engine.chat import load_picture as load_image
+from llava.engine.chat import ChatSession, is_stage_one, load_image
 from llava.errors import ConfigError
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.chat_batch import BatchSettings, answer_prompts

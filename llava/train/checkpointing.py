@@ -1,10 +1,12 @@
-"""Directories of a run: which `checkpoint-N` can be resumed, is there room, can this model be saved at all.
+"""Checkpoints of a run: writing and verifying them, finding one to resume from, random state, disk space.
 
-A checkpoint is written as `tmp-checkpoint-N` and renamed when whole; anything else is ignored by resuming, and said so.
+A checkpoint is written to `tmp-checkpoint-N` and renamed when complete; resuming ignores anything else and logs why.
+`model_setup.saved_parameters` decides which tensors a checkpoint holds.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import random
@@ -12,134 +14,139 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError, TrainingError
-from llava.model.checkpoint import load_bin
-from llava.train import weights
+from llava.files import atomic_write
+from llava.model.checkpoint import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, has_weights, load_bin, weight_shapes
+from llava.model.lora import ADAPTER_FILES, ADAPTER_PREFIX, adapter_shapes, read_non_lora
+from llava.train import zero
+from llava.train.model_setup import ADAPTER, saved_parameters, saved_shapes
 
 logger = logging.getLogger(__name__)
-STATE_FILE = "trainer_state.json"
-DRY_RUN = "tmp-save-test"
+STATE_FILE: Final = "trainer_state.json"
+DRY_RUN: Final = "tmp-save-test"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def step_of(directory: Path) -> int | None:
-    """N of `checkpoint-N`, or None for any other name."""
-    found = re.fullmatch(r"checkpoint-(\d+)", directory.name)
-    return int(found[1]) if found else None
+# --- Writing and reading weights --------------------------------------------------------------------------------------
 
 
-def incomplete(directory: Path) -> str | None:
-    """Why training cannot go on from this directory, or None if it can."""
-    empty = [file.name for file in sorted(directory.rglob("*")) if file.is_file() and file.stat().st_size == 0]
-    if empty:
-        return f"{empty[0]} is empty"
-    try:
-        json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{STATE_FILE} is missing or damaged"
-    if not (directory / "config.json").is_file():
-        return "config.json is missing"
-    engine = (directory / "latest").is_file()
-    if engine and not (directory / (directory / "latest").read_text().strip()).is_dir():
-        return "the DeepSpeed folder is missing"
-    if not engine and not (directory / "optimizer.pt").is_file():
-        return "it holds no optimizer state"
-    if not any(directory.glob("rng_state*.pth")):
-        return "it holds no random state"
-    try:
-        weights.stored_shapes(directory)
-    except CheckpointError as error:
-        return f"its weights cannot be read: {error}"
-    return None
+def write_bin(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a `.bin` file atomically."""
+    with atomic_write(path) as part:
+        torch.save(dict(state), part)
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete `checkpoint-N`; each incomplete one is named in the log."""
-    if not output_dir.is_dir():
-        return None
-    for left in sorted(output_dir.glob("tmp-checkpoint-*")):
-        logger.warning("Ignoring %s: it was being written when an earlier run stopped.", left)
-    found = [(step_of(d), d) for d in output_dir.glob("checkpoint-*") if d.is_dir() and step_of(d) is not None]
-    for _, directory in sorted(found, reverse=True):
-        why = incomplete(directory)
-        if why is None:
-            return directory
-        logger.warning("Ignoring %s: %s.", directory, why)
-    return None
+def save_projector(model: PreTrainedModel, directory: Path, *, final: bool, is_writer: bool) -> None:
+    """Write `config.json` and the projector; collective under ZeRO-3, ranks with `is_writer` write."""
+    state = zero.gather_state_dict(saved_parameters(model, "projector"), is_writer=is_writer)
+    if is_writer:
+        model.config.save_pretrained(directory)
+        write_bin(projector_file(directory, final=final), state)
 
 
-def resume_from(output_dir: Path, requested: str | None) -> Path | None:
-    """The checkpoint to go on from: the one asked for, else the newest complete one of `output_dir`."""
-    if requested is None or requested.lower() == "true":
-        return latest_checkpoint(output_dir)
-    if requested.lower() == "false":
-        return None
-    directory = Path(requested)
-    if not directory.is_dir():
-        raise CheckpointError(f"--resume_from_checkpoint names {directory}, which is not a directory.")
-    why = incomplete(directory)
-    if why:
-        raise CheckpointError(f"--resume_from_checkpoint names {directory}, but {why}; give a complete checkpoint-N.")
-    return directory
+def projector_file(directory: Path, *, final: bool) -> Path:
+    """`mm_projector.bin`, or as published `../mm_projector/checkpoint-N.bin` for the final save to `checkpoint-N`."""
+    if final and directory.name.startswith("checkpoint-"):
+        return directory.parent / "mm_projector" / f"{directory.name}.bin"
+    return directory / PROJECTOR_FILE
 
 
-def read_state(file: Path, what: str) -> Any:
-    """Plain data and tensors of a file, memory-mapped; one that would run code is refused."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+def save_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, is_writer: bool) -> None:
+    """Write and verify everything a loader needs except the base model; collective under ZeRO-3.
+
+    Adapter, `non_lora_trainables.bin`, configuration and tokenizer; ranks with `is_writer` write.
+    """
+    state = zero.gather_state_dict(saved_parameters(model, "lora"), is_writer=is_writer)
+    if not is_writer:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    settings = copy.copy(model.peft_config[ADAPTER])
+    settings.inference_mode, settings.target_modules = True, sorted(settings.target_modules)
+    settings.save_pretrained(str(directory))
+    with atomic_write(directory / ADAPTER_FILES[0]) as part:
+        save_file({name: value for name, value in state.items() if ".lora_" in name}, part, metadata={"format": "pt"})
+    write_bin(directory / NON_LORA_FILE, {name: value for name, value in state.items() if ".lora_" not in name})
+    verify(directory, saved_shapes(model, "lora"))
+
+
+def load_lora(model: PreTrainedModel, directory: Path) -> None:
+    """Load what `save_lora` wrote into the model in training; file and model must hold the same tensors."""
+    parameters = dict(saved_parameters(model, "lora"))
+    state: dict[str, Tensor] = load_file(directory / ADAPTER_FILES[0])
+    state |= {ADAPTER_PREFIX + name: value for name, value in read_non_lora(directory).items()}
+    missing = sorted(set(parameters) - set(state))
+    if missing:
         raise CheckpointError(
-            f"{file} cannot be read as {what} ({type(error).__name__}): it is damaged, or would run code; resume from "
-            "another checkpoint."
-        ) from error
-
-
-def check_fits(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise if a checkpoint's weights are not those of this model, which would go on with some of its own."""
-    found = weights.stored_shapes(directory)
-    other = next((name for name in sorted(expected) if found.get(name) != tuple(expected[name])), None)
-    if other:
-        what = f"{found[other]} and not {tuple(expected[other])}" if other in found else "missing"
-        raise CheckpointError(
-            f"{directory} is of a run with another model: {other} is {what}. Use the flags of that run, "
-            "or give another --output_dir."
+            f"{directory} lacks {missing[0]}, which these flags train; use the flags that the run was started with."
         )
+    copy_tensors(parameters, state, str(directory))
 
 
-def check_optimizer(directory: Path, *, engine: bool, zero3: bool, processes: int) -> None:
-    """Raise unless this run can read the optimizer's state: libraries end in a traceback, or go on without one."""
-    latest = directory / "latest"
-    folder = directory / latest.read_text().strip() if latest.is_file() else directory
-    parts = len(list(folder.glob("*_optim_states.pt")))
-    found = _keeper(latest.is_file(), any(folder.glob("zero_pp_rank_*_model_states.pt")), parts)
-    wanted = _keeper(engine, zero3, processes if parts else 0)
-    if found != wanted:
-        raise CheckpointError(
-            f"{directory} holds the optimizer's state of a run {found}, and this one is {wanted}; start it as before, "
-            "or begin another in another --output_dir."
-        )
+def load_projector(model: PreTrainedModel, directory: Path) -> None:
+    """Load what `save_projector` wrote into the model in training."""
+    copy_tensors(dict(model.named_parameters()), load_bin(directory / PROJECTOR_FILE))
 
 
-def _keeper(engine: bool, zero3: bool, processes: int) -> str:
-    if not engine:
-        return "without DeepSpeed"
-    shared = f" by {processes} processes" if processes else ""
-    return f"with DeepSpeed{shared}, weights {'partitioned (stage 3)' if zero3 else 'whole'}"
+def copy_tensors(
+    parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], source: str = "The projector file"
+) -> None:
+    """Copy tensors into the (unpartitioned) parameters of the same names; raises for unknown names or shapes."""
+    unknown = sorted(set(state) - set(parameters))
+    if unknown:
+        raise CheckpointError(f"{source} has tensors that this model lacks: {', '.join(unknown[:4])}.")
+    with torch.no_grad():
+        for name, value in state.items():
+            if parameters[name].shape != value.shape:
+                found, expected = tuple(value.shape), tuple(parameters[name].shape)
+                raise CheckpointError(f"{source}: {name} is {found}, but this model needs {expected}.")
+            parameters[name].copy_(value)
 
 
-def sanitise_generation_config(model: Any) -> None:
-    """Drop sampling parameters from a greedy configuration, as Vicuna's is; saving it fails or is skipped otherwise."""
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a full model, a projector file or an adapter, read from the file headers."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        non_lora = {ADAPTER_PREFIX + name: tuple(value.shape) for name, value in read_non_lora(directory).items()}
+        return adapter_shapes(directory) | non_lora
+    if not has_weights(directory) and (directory / PROJECTOR_FILE).is_file():
+        return {name: tuple(value.shape) for name, value in load_bin(directory / PROJECTOR_FILE).items()}
+    return weight_shapes(directory)
+
+
+def verify(directory: Path, expected: Shapes) -> None:
+    """Re-read the headers of saved weights; raises unless all `expected` tensors are there and none is empty."""
+    found = stored_shapes(directory)
+    faults = {
+        "missing": sorted(set(expected) - set(found)),
+        "of another shape": sorted(k for k in set(expected) & set(found) if tuple(expected[k]) != found[k]),
+        "empty": sorted(k for k, shape in found.items() if 0 in shape),
+    }
+    text = ", ".join(f"{len(names)} {fault} ({names[0]})" for fault, names in faults.items() if names)
+    if text:
+        raise CheckpointError(f"The weights just saved to {directory} are not those of the model: {text}.")
+
+
+# --- Checks at the start of a run -------------------------------------------------------------------------------------
+
+
+def sanitise_generation_config(model: PreTrainedModel) -> None:
+    """Drop the sampling parameters of a greedy generation config (Vicuna ships one), which transformers cannot save."""
     config = getattr(model, "generation_config", None)
     if config is not None and not config.do_sample:
         config.temperature, config.top_p, config.top_k, config.typical_p = 1.0, 1.0, 50, 1.0
 
 
-def dry_run(output_dir: Path, model: Any, tokenizer: Any) -> None:
-    """Write and delete all a save writes but the large tensors: hour 20 is not the first time (SAVE-1)."""
+def dry_run(output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write, re-read and delete everything a save writes except the large tensors, so that a fault shows at once."""
     directory = output_dir / DRY_RUN
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -152,37 +159,148 @@ def dry_run(output_dir: Path, model: Any, tokenizer: Any) -> None:
             raise TrainingError(f"A tensor written to {output_dir} reads back differently; use another --output_dir.")
     except (OSError, ValueError, TypeError) as error:
         raise TrainingError(
-            f"This run could not be saved to {output_dir}: {error}; mend it or change --output_dir."
+            f"This run could not be saved to {output_dir}: {error}; fix it or change --output_dir."
         ) from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def check_room(output_dir: Path, final_bytes: int, checkpoint_bytes: int, kept: int | None) -> None:
-    """Raise if the disk cannot take one checkpoint and the final weights; warn if not all that will be kept."""
+def check_disk_space(output_dir: Path, final_bytes: int, checkpoint_bytes: int, save_total_limit: int | None) -> None:
+    """Raise if the disk cannot hold one checkpoint and the final weights; warn if not all checkpoints to be kept."""
     free = shutil.disk_usage(output_dir).free
-    least, most = final_bytes + checkpoint_bytes, final_bytes + checkpoint_bytes * ((kept or 0) + 1)
+    least = final_bytes + checkpoint_bytes
+    most = final_bytes + checkpoint_bytes * ((save_total_limit or 0) + 1)
     if free < least:
         raise TrainingError(
             f"{output_dir} has {free / 2**30:.1f} GiB free, but this run needs {least / 2**30:.1f} GiB for "
             "a checkpoint and the final weights; free space or choose another --output_dir."
         )
-    if kept is not None and free < most:
-        logger.warning("%s has %.1f GiB free; all kept checkpoints need %.1f.", output_dir, free / 2**30, most / 2**30)
+    if save_total_limit is not None and free < most:
+        logger.warning(
+            "%s has %.1f GiB free; all kept checkpoints need %.1f GiB.", output_dir, free / 2**30, most / 2**30
+        )
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_step(directory: Path) -> int | None:
+    """N of a directory named `checkpoint-N`, else None."""
+    found = re.fullmatch(r"checkpoint-(\d+)", directory.name)
+    return int(found[1]) if found else None
+
+
+def incomplete(directory: Path) -> str | None:
+    """The reason why training cannot resume from a directory, or None if it can."""
+    empty = [file.name for file in sorted(directory.rglob("*")) if file.is_file() and file.stat().st_size == 0]
+    if empty:
+        return f"{empty[0]} is empty"
+    try:
+        json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{STATE_FILE} is missing or damaged"
+    if not (directory / "config.json").is_file():
+        return "config.json is missing"
+    deepspeed = (directory / "latest").is_file()
+    if deepspeed and not (directory / (directory / "latest").read_text().strip()).is_dir():
+        return "the DeepSpeed folder is missing"
+    if not deepspeed and not (directory / "optimizer.pt").is_file():
+        return "it holds no optimizer state"
+    if not any(directory.glob("rng_state*.pth")):
+        return "it holds no random state"
+    try:
+        stored_shapes(directory)
+    except CheckpointError as error:
+        return f"its weights cannot be read: {error}"
+    return None
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete `checkpoint-N`; logs each incomplete one that is skipped."""
+    if not output_dir.is_dir():
+        return None
+    for unfinished in sorted(output_dir.glob("tmp-checkpoint-*")):
+        logger.warning("Ignoring %s: an earlier run stopped while writing it.", unfinished)
+    found = [(checkpoint_step(path), path) for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    for _, directory in sorted((entry for entry in found if entry[0] is not None), reverse=True):
+        reason = incomplete(directory)
+        if reason is None:
+            return directory
+        logger.warning("Ignoring %s: %s.", directory, reason)
+    return None
+
+
+def checkpoint_to_resume(output_dir: Path, requested: str | None) -> Path | None:
+    """The checkpoint of `--resume_from_checkpoint`: a directory, "false", or "true" (the default) for the newest."""
+    if requested is None or requested.lower() == "true":
+        return latest_checkpoint(output_dir)
+    if requested.lower() == "false":
+        return None
+    directory = Path(requested)
+    if not directory.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint must be a checkpoint directory, got {directory}.")
+    reason = incomplete(directory)
+    if reason:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {directory} is incomplete: {reason}; pass a complete checkpoint-N."
+        )
+    return directory
+
+
+def check_weights(directory: Path, expected: Shapes) -> None:
+    """Raise unless a checkpoint holds all `expected` tensors: resuming would otherwise mix it with fresh weights."""
+    found = stored_shapes(directory)
+    other = next((name for name in sorted(expected) if found.get(name) != tuple(expected[name])), None)
+    if other:
+        what = f"{found[other]} and not {tuple(expected[other])}" if other in found else "missing"
+        raise CheckpointError(
+            f"{directory} is from a run with another model: {other} is {what}; use the flags of that run, "
+            "or another --output_dir."
+        )
+
+
+def check_optimizer(directory: Path, *, deepspeed: bool, zero3: bool, processes: int) -> None:
+    """Raise unless the optimizer state of a checkpoint was saved by the same DeepSpeed setup as this run's.
+
+    Without the check libraries end in a traceback or continue with a fresh optimizer.
+    """
+    latest = directory / "latest"
+    folder = directory / latest.read_text().strip() if latest.is_file() else directory
+    shards = len(list(folder.glob("*_optim_states.pt")))
+    found = _optimizer_setup(latest.is_file(), any(folder.glob("zero_pp_rank_*_model_states.pt")), shards)
+    expected = _optimizer_setup(deepspeed, zero3, processes if shards else 0)
+    if found != expected:
+        raise CheckpointError(
+            f"{directory} holds the optimizer state of a run {found}, but this run is {expected}; start it as before, "
+            "or use another --output_dir."
+        )
+
+
+def _optimizer_setup(deepspeed: bool, zero3: bool, processes: int) -> str:
+    if not deepspeed:
+        return "without DeepSpeed"
+    ranks = f" on {processes} processes" if processes else ""
+    return f"with DeepSpeed{ranks}, weights {'partitioned (stage 3)' if zero3 else 'whole'}"
+
+
+def load_state(file: Path, what: str) -> Any:
+    """Load tensors and plain data memory-mapped; a damaged file, or one that would run code, raises."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} cannot be read as {what} ({type(error).__name__}): it is damaged, or would run code; resume from "
+            "another checkpoint."
+        ) from error
 
 
 def random_state() -> dict[str, Any]:
-    """All generators' states as plain numbers and tensors, readable with `weights_only=True` by any torch (M36)."""
+    """States of all random generators as numbers and tensors, readable with `weights_only=True`."""
     name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state = {
         "python": random.getstate(),
-        "numpy": (
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
+        "numpy": (str(name), numpy_keys, int(position), int(has_gauss), float(cached)),
         "cpu": torch.random.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -190,7 +308,7 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any]) -> None:
     """Restore what `random_state` returned.
 
     If the number of CUDA devices differs from the checkpoint's, the devices in both are restored, with a warning.

@@ -1,16 +1,21 @@
-"""Arithmetic of a training step: multiplications and additions by part, and the peak of known devices.
+"""Model FLOPs of a training step by component, and the peak FLOP/s of known devices.
 
-Model FLOPs are counted as usual (arXiv:2204.02311, appendix B): two a weight and token forward, twice that backward
-where gradients are needed, attention at half its square because it is causal; what checkpointing computes again does
-not count.
+Counted as in PaLM (arXiv:2204.02311, appendix B): two FLOPs per weight and token forward, twice that backward where
+gradients are needed, causal attention at half its square; recomputation by gradient checkpointing does not count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Final
 
-# Dense 16-bit peak in FLOP/s without sparsity, by a part of the device's name; from the makers' data sheets.
+from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from llava.model.multimodal_encoder.tower import VisionTower
+
+# Dense 16-bit peak in FLOP/s without sparsity, by substring of the device name, from the data sheets.
 PEAKS: Final = {
     "A100": 312e12,
     "A800": 312e12,
@@ -34,16 +39,16 @@ PEAKS: Final = {
 
 
 def device_peak(name: str) -> float | None:
-    """Peak of the device of this name, or None for one that is not in the table."""
+    """Peak FLOP/s of a device by its name, or None if it is unknown."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of tower, projector and language model, as far as compute and memory need them.
+    """Dimensions of language model, vision tower and projector that determine compute and memory.
 
-    `tower_layers` are those that run; `tower_positions` of one image include the class token, `image_tokens` are what
-    the language model sees of it.
+    `tower_layers` counts the layers that run, `tower_positions` the positions of one image with the class token,
+    `image_tokens` its positions in the language model.
     """
 
     hidden: int
@@ -69,7 +74,7 @@ class Shape:
 
     @property
     def language_weights(self) -> int:
-        """Parameters of the language model, embedding, head and norms included."""
+        """Parameters of the language model with embedding, head and norms."""
         norms = (2 * self.layers + 1) * self.hidden
         return self.layers * self.layer_weights + 2 * self.vocabulary * self.hidden + norms
 
@@ -86,8 +91,8 @@ class Shape:
         return self.tower_layers * layer + self.tower_hidden * (self.tower_positions + 3 * 14 * 14)
 
 
-def shape_of(config: Any, tower: Any = None) -> Shape:
-    """The shape of a chat model from its configuration and its `VisionTower`."""
+def shape_of(config: PretrainedConfig, tower: VisionTower | None = None) -> Shape:
+    """Shape of a chat model from its configuration and vision tower."""
     language = {
         "hidden": config.hidden_size,
         "intermediate": config.intermediate_size,
@@ -96,24 +101,30 @@ def shape_of(config: Any, tower: Any = None) -> Shape:
         "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "vocabulary": config.vocab_size,
     }
-    if tower is None:
-        return Shape(**language)
+    shape = Shape(**language)
+    return shape if tower is None else with_tower(shape, config, tower)
+
+
+def with_tower(shape: Shape, config: PretrainedConfig | SimpleNamespace, tower: VisionTower) -> Shape:
+    """`shape` with a vision tower and the projector of `config`."""
+    from llava.model.multimodal_projector.builder import projected_tokens
+
     vision = tower.spec.vision(tower.config)
     kind = str(getattr(config, "mm_projector_type", "linear"))
-    return Shape(
-        **language,
+    return replace(
+        shape,
         tower_hidden=tower.image_hidden_size,
-        tower_intermediate=vision.intermediate_size,
+        tower_intermediate=getattr(vision, "intermediate_size", None) or 4 * vision.hidden_size,
         tower_layers=tower.depth,
-        tower_positions=tower.num_patches + 1,
-        image_tokens=tower.num_features,
+        tower_positions=tower.num_patches + tower.spec.class_token + tower.spec.registers,
+        image_tokens=projected_tokens(config, *tower.feature_shapes),
         projector_layers=int(kind[3]) if kind.startswith("mlp") and kind[3].isdigit() else 1,
     )
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """Which parts get gradients; `adapters` counts the weights of LoRA, which learn in place of the language model."""
+    """Components that are trained; `adapters` counts the LoRA weights trained instead of the language model."""
 
     language: bool = True
     projector: bool = True
@@ -122,18 +133,18 @@ class Trainable:
 
 
 def step_flops(
-    shape: Shape, learns: Trainable, *, tokens: float, length: float, images: float, supervised: float
+    shape: Shape, trainable: Trainable, *, tokens: float, length: float, images: float, supervised: float
 ) -> float:
-    """Model FLOPs of a forward and backward pass over `tokens` positions (images expanded) in rows of `length`.
+    """Model FLOPs of forward and backward over `tokens` positions (images expanded) in sequences of `length`.
 
-    `supervised` positions are projected to the vocabulary.
+    Logits are computed at the `supervised` positions.
     """
-    layer = 2 * shape.layer_weights + 2 * shape.hidden * length  # a token
+    layer = 2 * shape.layer_weights + 2 * shape.hidden * length  # per token
     language = shape.layers * layer * tokens + 2 * shape.vocabulary * shape.hidden * supervised
-    language *= 3 if learns.language and not learns.adapters else 2
-    language += 6 * learns.adapters * tokens
+    language *= 3 if trainable.language and not trainable.adapters else 2
+    language += 6 * trainable.adapters * tokens
     positions = shape.tower_positions
     block = 2 * (4 * shape.tower_hidden**2 + 2 * shape.tower_hidden * shape.tower_intermediate)
     tower = images * positions * shape.tower_layers * (block + 4 * shape.tower_hidden * positions)
     projector = 2 * shape.projector_weights * images * shape.image_tokens
-    return language + tower * (3 if learns.tower else 1) + projector * 3
+    return language + tower * (3 if trainable.tower else 1) + projector * 3

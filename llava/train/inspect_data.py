@@ -1,8 +1,8 @@
-"""Look at what training sees of a record: `llava inspect-data data.json --model DIR --version v1 [--html FILE]`.
+"""Show records as training sees them: `llava inspect-data data.json --model DIR --version v1 [--html FILE]`.
 
-Ids and labels come from the very functions that training calls. In the terminal, what is learned is green, what is
-only read is plain, images are yellow, and what `--model_max_length` cuts off is red; the page has the same colours and
-shows a token's id under the pointer. `--model` is any directory with the tokenizer; no weights are read.
+Ids and labels come from the functions that training calls. In the terminal, supervised tokens are green, context is
+plain, images are yellow, and tokens truncated at `--model_max_length` are red; the page has the same colors and shows
+the id of a token under the pointer. `--model` is any directory with the tokenizer; no weights are read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import get_template
@@ -29,99 +31,100 @@ from llava.model.tokenizer import load_tokenizer
 from llava.train.model_setup import template_name
 from llava.utils import guarded
 
-LEARNED, READ, IMAGE, CUT = "learned", "read", "image", "cut"
-COLORS: Final = {LEARNED: "\033[32m", READ: "", IMAGE: "\033[33m", CUT: "\033[31m"}
+SUPERVISED, CONTEXT, IMAGE, TRUNCATED = "supervised", "context", "image", "truncated"
+COLORS: Final = {SUPERVISED: "\033[32m", CONTEXT: "", IMAGE: "\033[33m", TRUNCATED: "\033[31m"}
+MARKS: Final = {SUPERVISED: ("⟦", "⟧"), CONTEXT: ("", ""), IMAGE: ("‹", "›"), TRUNCATED: ("✂", "✂")}
 STYLE: Final = """body{font:15px/1.5 system-ui;max-width:60em;margin:2em auto;padding:0 1em;background:#fff;color:#222}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:1em;border-radius:6px}
-.learned{background:#c8efc8}.image{background:#ffe08a}.cut{background:#ffd0d0;text-decoration:line-through}
+.supervised{background:#c8efc8}.image{background:#ffe08a}.truncated{background:#ffd0d0;text-decoration:line-through}
 .bad{color:#b00}i{font-style:normal}"""
 
 
 @dataclass(frozen=True)
-class View:
-    """One record as training sees it: (id, kind, piece) of every token, and a line that sums it up."""
+class RecordView:
+    """A record as training sees it: (id, kind, piece) of every token, and a summary line."""
 
     title: str
     tokens: list[tuple[int, str, str]]
     summary: str
 
 
-def view(record: Record, title: str, tokenizer: Any, template: str, image_tokens: int) -> View:
-    """The record as it would be trained on; an image stands for `image_tokens` positions of the language model."""
-    whole = record_example(record, tokenizer, get_template(template))
+def view_record(
+    record: Record, title: str, tokenizer: PreTrainedTokenizerBase, template: str, image_tokens: int
+) -> RecordView:
+    """Tokenize and classify a record; an image takes `image_tokens` positions of the language model."""
+    example = record_example(record, tokenizer, get_template(template))
     limit = tokenizer.model_max_length
-    kept = truncate(whole, limit)
-    cut = len(whole.input_ids) - len(kept.input_ids)
-    texts_left = len(kept.input_ids) - len(record.image) if cut else len(whole.input_ids)
+    kept = truncate(example, limit)
+    images, cut = len(record.image), len(example.input_ids) - len(kept.input_ids)
+    text_left = len(kept.input_ids) - images if cut else len(example.input_ids)
     tokens: list[tuple[int, str, str]] = []
-    for token, label in zip(whole.input_ids.tolist(), whole.labels.tolist()):
+    for token, label in zip(example.input_ids.tolist(), example.labels.tolist()):
         if token == IMAGE_TOKEN_INDEX:
             tokens.append((token, IMAGE, f"<image {sum(t[1] == IMAGE for t in tokens) + 1}>"))
             continue
-        kind = CUT if texts_left <= 0 else READ if label == IGNORE_INDEX else LEARNED
-        texts_left -= 1
+        kind = TRUNCATED if text_left <= 0 else CONTEXT if label == IGNORE_INDEX else SUPERVISED
+        text_left -= 1
         tokens.append((token, kind, str(tokenizer.convert_ids_to_tokens(token))))
-    learned = int((kept.labels != IGNORE_INDEX).sum())
-    images = len(record.image)
+    supervised = int((kept.labels != IGNORE_INDEX).sum())
     positions = len(kept.input_ids) + images * (image_tokens - 1)
-    summary = f"{len(kept.input_ids)} ids, {learned} learned; {positions} positions with {images} images"
+    summary = f"{len(kept.input_ids)} ids, {supervised} supervised; {positions} positions with {images} images"
     summary += f" of {image_tokens} each" if images else ""
-    summary += f"; {cut} ids cut at --model_max_length {limit}" if cut else ""
-    named = ", ".join(record.image)
-    return View(title + (f", {named}" if named else ""), tokens, summary)
+    summary += f"; {cut} ids truncated at --model_max_length {limit}" if cut else ""
+    return RecordView(", ".join([title, *record.image]), tokens, summary)
 
 
-def as_text(page: View, tokenizer: Any, *, color: bool) -> str:
-    """The view for a terminal; without `color`, kinds are written as ⟦learned⟧, ‹image› and ✂cut✂."""
-    marks = {LEARNED: ("⟦", "⟧"), READ: ("", ""), IMAGE: ("‹", "›"), CUT: ("✂", "✂")}
+def as_text(view: RecordView, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> str:
+    """The view for a terminal; without `color`, tokens are marked ⟦supervised⟧, ‹image› and ✂truncated✂."""
     out = []
-    for kind, run in itertools.groupby(page.tokens, key=lambda token: token[1]):
+    for kind, run in itertools.groupby(view.tokens, key=lambda token: token[1]):
         group = list(run)
         text = "".join(piece for *_, piece in group) if kind == IMAGE else tokenizer.decode([t for t, *_ in group])
-        before, after = (COLORS[kind], "\033[0m" if COLORS[kind] else "") if color else marks[kind]
+        before, after = (COLORS[kind], "\033[0m" if COLORS[kind] else "") if color else MARKS[kind]
         out.append(f"{before}{_printable(text)}{after}")
-    return f"{page.title}\n{''.join(out)}\n{page.summary}\n"
+    return f"{view.title}\n{''.join(out)}\n{view.summary}\n"
 
 
 def _printable(text: str) -> str:
-    """Without the control characters that would speak to the terminal."""
+    """Replace control characters, which could send commands to the terminal."""
     return "".join(char if char in "\n\t" or char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def as_html(pages: Sequence[View | str], title: str) -> str:
-    """One page for all views; a string stands for a record that cannot be shown."""
+def as_html(views: Sequence[RecordView | str], title: str) -> str:
+    """One page of all views; a string is the error of a bad record."""
     body = []
-    for page in pages:
-        if isinstance(page, str):
-            body.append(f'<p class="bad">{html.escape(page)}</p>')
+    for view in views:
+        if isinstance(view, str):
+            body.append(f'<p class="bad">{html.escape(view)}</p>')
             continue
         marks = "".join(
             f'<i class="{kind}" title="{token}">{html.escape(_readable(piece))}</i>'
-            for token, kind, piece in page.tokens
+            for token, kind, piece in view.tokens
         )
-        body.append(f"<h2>{html.escape(page.title)}</h2><pre>{marks}</pre><p>{html.escape(page.summary)}</p>")
-    key = " ".join(f'<i class="{kind}">{kind}</i>' for kind in COLORS)
+        body.append(f"<h2>{html.escape(view.title)}</h2><pre>{marks}</pre><p>{html.escape(view.summary)}</p>")
+    legend = " ".join(f'<i class="{kind}">{kind}</i>' for kind in COLORS)
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html>{head}<h1>{html.escape(title)}</h1><p>{key}</p>{''.join(body)}\n"
+    return f"<!doctype html>{head}<h1>{html.escape(title)}</h1><p>{legend}</p>{''.join(body)}\n"
 
 
 def _readable(piece: str) -> str:
-    return (
-        piece.replace("\u2581", " ").replace("<0x0A>", "\u21b5\n").replace("\u0120", " ").replace("\u010a", "\u21b5\n")
-    )
+    """A token of SentencePiece or byte-level BPE with its spaces and line breaks visible."""
+    for mark, text in (("\u2581", " "), ("<0x0A>", "\u21b5\n"), ("\u0120", " "), ("\u010a", "\u21b5\n")):
+        piece = piece.replace(mark, text)
+    return piece
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava inspect-data", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="annotations: .json, .jsonl or .parquet")
+    parser.add_argument("file", metavar="FILE", help="annotation file: .json, .jsonl or .parquet")
     parser.add_argument("--model", required=True, metavar="DIR", help="a model, or any directory with its tokenizer")
     parser.add_argument("--version", default="v1", help="conversation template, as in training (default: %(default)s)")
     parser.add_argument("--model_max_length", type=int, default=2048, help="as in training (default: %(default)s)")
-    parser.add_argument("--records", type=int, nargs="+", metavar="INDEX", help="which records (default: the first)")
-    parser.add_argument("--samples", type=int, default=3, help="how many from the first on (default: %(default)s)")
-    parser.add_argument("--image_tokens", type=int, default=576, help="positions an image takes (default: %(default)s)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead of printing")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colours in the terminal")
+    parser.add_argument("--records", type=int, nargs="+", metavar="INDEX", help="records to show (default: the first)")
+    parser.add_argument("--samples", type=int, default=3, help="number of first records to show (default: %(default)s)")
+    parser.add_argument("--image_tokens", type=int, default=576, help="positions per image (default: %(default)s)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead of printing")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colors in the terminal")
     return parser
 
 
@@ -130,25 +133,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     tokenizer = load_tokenizer(Path(args.model), model_max_length=args.model_max_length, padding_side="right")
     records, template = read_records(args.file), template_name(args.version)
-    pages: list[View | str] = []
+    views: list[RecordView | str] = []
     for index in args.records if args.records is not None else range(min(args.samples, len(records))):
         try:
             record = parse_record(records[index])
-            pages.append(view(record, f"record {index}", tokenizer, template, args.image_tokens))
+            views.append(view_record(record, f"record {index}", tokenizer, template, args.image_tokens))
         except IndexError as error:
-            pages.append(f"{error}.")
+            views.append(f"{error}.")
         except LlavaError as error:
-            pages.append(f"record {index} is bad: {error.args[0]}")
+            views.append(f"record {index} is bad: {error.args[0]}")
     if args.html:
-        write_text(args.html, as_html(pages, f"{args.file}, template {args.version}"))
-        print(f"{args.html}: {len(pages)} records.")  # noqa: T201 - a program
+        write_text(args.html, as_html(views, f"{args.file}, template {args.version}"))
+        print(f"{args.html}: {len(views)} records.")  # noqa: T201 - a program
     else:
-        color = args.color == "always" or (
-            args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        )
-        for page in pages:
-            print(page if isinstance(page, str) else as_text(page, tokenizer, color=color))  # noqa: T201
-    return int(any(isinstance(page, str) for page in pages))
+        on_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        color = args.color == "always" or (args.color == "auto" and on_terminal)
+        for view in views:
+            print(view if isinstance(view, str) else as_text(view, tokenizer, color=color))  # noqa: T201
+    return int(any(isinstance(view, str) for view in views))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""`train` for a mixture of data sets: `torchrun ... llava/train/train_custom.py --meta_path mixture.json ...`.
-
-The mixture (spec/train.md §3.2) is read by `llava.data.mixture`; `--version` is honoured.
-"""
+"""`llava.train.train` for a mixture: `torchrun ... llava/train/train_custom.py --meta_path mixture.json ...`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`train` under the name of the published recipes: `torchrun --nproc_per_node 8 llava/train/train_mem.py ...`.
-
-FlashAttention-2 is taken wherever it can run (`--attn_implementation auto`, the default), as in `train`.
-"""
+"""`llava.train.train` under the name that the published recipes use; attention is chosen in the same way."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`train_custom` for slurm: `srun python llava/train/train_mem_custom.py ...`, one task a GPU; torchrun works as well.
+"""`train_custom` for slurm: `srun python llava/train/train_mem_custom.py ...`, one task per GPU.
 
-The launcher is told by its environment variables, and the process group is joined before anything is parsed.
+Detects slurm, Open MPI or torchrun by its environment, and joins the process group before parsing arguments.
 """
 
 from __future__ import annotations

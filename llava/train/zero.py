@@ -1,44 +1,43 @@
-"""DeepSpeed: what a ZeRO file really does, integers where the library writes floats, and gathering of partitions.
+"""DeepSpeed ZeRO: reading a configuration file, filling in values, and gathering partitioned parameters.
 
-The shipped `scripts/zero*.json` follow spec/train.md §11; any file of a user's passes through here as well.
+Applies to the shipped `scripts/zero*.json` and to any other file passed to `--deepspeed`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from llava.errors import ConfigError
 from llava.model.zero import gathered
 from llava.utils import require
 
-logger = logging.getLogger(__name__)
+ZeroConfig = dict[str, Any]
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The ZeRO file as a dictionary; DeepSpeed itself must be importable."""
+def read_config(path: str) -> ZeroConfig:
+    """Read a ZeRO file; raises `ConfigError` if it is not a JSON object, `DependencyError` without DeepSpeed."""
     require("deepspeed", "train")
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"--deepspeed names {path}, which does not exist; scripts/zero*.json are shipped.") from error
+        raise ConfigError(f"--deepspeed {path} does not exist; scripts/zero*.json are shipped.") from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--deepspeed names {path}, which is not JSON: {error}.") from error
+        raise ConfigError(f"--deepspeed {path} is not JSON: {error}.") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"--deepspeed names {path}, which holds no JSON object.")
+        raise ConfigError(f"--deepspeed {path} must hold a JSON object, got {type(config).__name__}.")
     return config
 
 
-def settle(config: dict[str, Any], hidden_size: int) -> None:
-    """Say in `config`, in place, what libraries would fill in differently from version to version.
+def fill_defaults(config: ZeroConfig, hidden_size: int) -> None:
+    """Set, in place, the values that library versions fill in differently.
 
-    transformers 4.36.2 fills one "auto" with a float, which DeepSpeed refuses; a file without `gradient_clipping` means
-    no clipping, as in the published recipes, while DeepSpeed clips at 1.0 from 0.19 on.
+    transformers 4.36.2 replaces one "auto" by a float, which DeepSpeed rejects. The published recipes have no
+    `gradient_clipping` entry and do not clip, but DeepSpeed clips at 1.0 without one from 0.19 on.
     """
     config.setdefault("gradient_clipping", 0.0)
     zero = config.get("zero_optimization", {})
@@ -46,8 +45,8 @@ def settle(config: dict[str, Any], hidden_size: int) -> None:
         zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
 
 
-def describe(config: dict[str, Any] | None, max_grad_norm: float, scheduler: str) -> str:
-    """One line on what the run does with gradients and learning rate; a ZeRO file can overrule the flags (T23)."""
+def describe_schedule(config: ZeroConfig | None, max_grad_norm: float, scheduler: str) -> str:
+    """One line about gradient clipping and the learning rate schedule, in which a ZeRO file can override the flags."""
     if config is None:
         clipped = f"clipped at norm {max_grad_norm}" if max_grad_norm else "not clipped"
         return f"Gradients are {clipped}; the learning rate follows {scheduler}."
@@ -66,16 +65,25 @@ def describe(config: dict[str, Any] | None, max_grad_norm: float, scheduler: str
     return f"ZeRO stage {stage}: gradients are {clipped}; the learning rate follows {schedule}."
 
 
-def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape of the whole parameter, partitioned or not."""
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the unpartitioned parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def collect(named: Iterable[tuple[str, torch.nn.Parameter]], *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """CPU copies of whole parameters, one gathered at a time; ranks with `keep=False` take part and get nothing."""
+def gather_state_dict(named: Iterable[tuple[str, nn.Parameter]], *, is_writer: bool = True) -> dict[str, Tensor]:
+    """CPU copies of full parameters, gathered one at a time; collective, and empty on ranks without `is_writer`."""
     state = {}
     for name, parameter in named:
         with gathered([parameter], modifier_rank=None):
-            if keep:
+            if is_writer:
                 state[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def full_state_dict(model: nn.Module, *, is_writer: bool) -> dict[str, Tensor]:
+    """All full parameters and persistent buffers on the CPU; collective, and empty on ranks without `is_writer`."""
+    state = gather_state_dict(model.named_parameters(), is_writer=is_writer)
+    if is_writer:
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        state |= {name: value.detach().cpu() for name, value in model.state_dict().items() if name not in parameters}
     return state

@@ -1,21 +1,21 @@
 # shellcheck shell=sh
-# What the benchmarks of this folder share; each sources it from the project's root, then calls in turn:
+# Common part of the benchmarks of this folder, which source it from the repository root and call:
 #
-#   need FILE...                             stop before the model is loaded when one is missing
-#   answer RUNNER QUESTIONS IMAGES ANSWERS FLAG...        into one file, questions in order
-#   answer_sharded RUNNER QUESTIONS IMAGES FOLDER FLAG... into FOLDER/merge.jsonl
-#   need_judge                               stop when neither a key nor a server is named
-#   step WORD...                             a scorer or converter
+#   need FILE...                                          requires files before the model is loaded
+#   answer RUNNER QUESTIONS IMAGES ANSWERS FLAG...        writes one file, in the order of the questions
+#   answer_sharded RUNNER QUESTIONS IMAGES FOLDER FLAG... writes FOLDER/merge.jsonl
+#   need_judge                                            requires the key or address of a judge
+#   step WORD...                                          runs a scorer or converter
 #
-# Several GPUs in CUDA_VISIBLE_DEVICES make one process each, otherwise there is one; parts are joined when all are
-# whole. What was interrupted goes on where it stopped, also with another number of GPUs.
+# With several GPUs in CUDA_VISIBLE_DEVICES, each runs one process, and shards are merged when all are complete. An
+# interrupted run resumes, also with another number of GPUs.
 #
-# The first argument of a benchmark is the checkpoint, the others go to the runner (--device cpu, --model-base …).
-# Environment: EVAL_DATA (folder of the benchmarks), CONV_MODE, PYTHON. LLAVA_DRY_RUN=1 prints the commands only.
+# The first argument of a benchmark is the checkpoint; the others are passed to the runner (--device cpu, --model-base …).
+# Environment: EVAL_DATA (folder of the benchmarks), CONV_MODE, PYTHON. LLAVA_DRY_RUN=1 only prints the commands.
 set -eu
 . scripts_internvl/_common.sh
 
-[ $# -ge 1 ] || fail "no checkpoint given; usage: sh $0 CHECKPOINT [FLAG ...]"
+[ $# -ge 1 ] || fail "A checkpoint is required; usage: sh $0 CHECKPOINT [FLAG ...]"
 CHECKPOINT=${1%/}
 shift
 NAME=$(basename "$CHECKPOINT")
@@ -26,21 +26,21 @@ CONV_MODE=${CONV_MODE:-vicuna_v1}
 need() {
     [ -z "${LLAVA_DRY_RUN:-}" ] || return 0
     for file in "$@"; do
-        [ -e "$file" ] || fail "$file is missing; docs/Evaluation.md and llava eval prepare say where it comes from."
+        [ -e "$file" ] || fail "$file is missing; see docs/Evaluation.md or run llava eval prepare."
     done
 }
 
 need_judge() {
     [ -n "${OPENAI_API_KEY:-}${OPENAI_BASE_URL:-}${LLAVA_DRY_RUN:-}" ] ||
-        fail "no judge: set OPENAI_API_KEY, or OPENAI_BASE_URL for another server."
+        fail "A judge is required; set OPENAI_API_KEY, or OPENAI_BASE_URL for another server."
 }
 
 step() {
-    printf '%s\n' "$(print_command "$@")" # in one piece, for processes side by side
+    printf '%s\n' "$(print_command "$@")" # in one write, since processes run in parallel
     [ -n "${LLAVA_DRY_RUN:-}" ] || ${in_place:+exec} "$@"
 }
 
-# The list of GPUs as words; - for no list.
+# The GPUs of CUDA_VISIBLE_DEVICES, separated by spaces; - if it is not set.
 gpu_list() {
     list=$(echo "${CUDA_VISIBLE_DEVICES:-}" | tr ',' ' ')
     echo "${list:--}"
@@ -87,7 +87,7 @@ in_parts() {
     for gpu in $list; do
         (
             [ "$gpu" = - ] || export CUDA_VISIBLE_DEVICES="$gpu"
-            # Ctrl-C does not reach what runs in the background, so a shard watches this shell.
+            # Ctrl-C does not reach background processes, so shards watch this shell.
             export LLAVA_EVAL_PARENT=$$
             in_place=1
             ask "$runner" "$questions" "$images" "$folder/${count}_$index.jsonl" \
@@ -102,6 +102,6 @@ in_parts() {
         wait "$pid" || failed="$failed $index"
         index=$((index + 1))
     done
-    [ -z "$failed" ] || fail "shard(s)$failed of $count failed (see above); run the same command again, it goes on there."
-    step "$PYTHON" -m llava.eval.merge --answers-dir "$folder" --num-chunks "$count" --output "$target"
+    [ -z "$failed" ] || fail "Shard(s)$failed of $count failed (see above); run the same command again to resume."
+    step "$PYTHON" -m llava.eval.run.shards --answers-dir "$folder" --num-chunks "$count" --output "$target"
 }

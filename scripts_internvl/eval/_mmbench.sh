@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Both MMBench scripts after _common.sh: mmbench FOLDER SPLIT FLAG... answers, writes the server's table, scores dev.
+# Common part of the MMBench scripts: mmbench FOLDER SPLIT FLAG... answers, writes the submission, scores dev splits.
 mmbench() {
     D=$EVAL_DATA/$1 split=$2
     shift 2

@@ -1,5 +1,5 @@
 #!/bin/sh
-# GQA, 12,578 questions of testdev-balanced: sh scripts_internvl/eval/gqa.sh CHECKPOINT (spec/eval.md §4.8)
+# GQA, 12,578 questions of testdev-balanced: sh scripts_internvl/eval/gqa.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

@@ -1,6 +1,6 @@
 #!/bin/sh
-# LLaVA-Bench in the wild, 60 questions, compared by a judge: sh scripts_internvl/eval/llavabench.sh CHECKPOINT
-# The judge is OpenAI's (OPENAI_API_KEY), or any server with its API that OPENAI_BASE_URL names.
+# LLaVA-Bench in the wild, 60 questions, reviewed by a judge: sh scripts_internvl/eval/llavabench.sh CHECKPOINT
+# The judge is OpenAI's API (OPENAI_API_KEY) or a compatible server (OPENAI_BASE_URL).
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

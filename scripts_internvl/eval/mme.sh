@@ -1,5 +1,5 @@
 #!/bin/sh
-# MME, 2,374 yes/no questions: sh scripts_internvl/eval/mme.sh CHECKPOINT (spec/eval.md §4.7)
+# MME, 2,374 yes/no questions: sh scripts_internvl/eval/mme.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

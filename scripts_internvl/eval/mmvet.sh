@@ -1,5 +1,5 @@
 #!/bin/sh
-# MM-Vet, 218 questions, graded by its notebook: sh scripts_internvl/eval/mmvet.sh CHECKPOINT
+# MM-Vet, 218 questions, graded by the official notebook: sh scripts_internvl/eval/mmvet.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# POPE, 8,910 yes/no questions: sh scripts_internvl/eval/pope.sh CHECKPOINT (spec/eval.md §4.3)
+# POPE, 8,910 yes/no questions: sh scripts_internvl/eval/pope.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# SEED-Bench, 19,242 questions: sh scripts_internvl/eval/seed.sh CHECKPOINT (spec/eval.md §4.6)
+# SEED-Bench, 19,242 questions: sh scripts_internvl/eval/seed.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# ScienceQA, 4,241 questions: sh scripts_internvl/eval/sqa.sh CHECKPOINT (spec/eval.md §4.4)
+# ScienceQA, 4,241 questions: sh scripts_internvl/eval/sqa.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# TextVQA, 5,000 questions of the validation split: sh scripts_internvl/eval/textvqa.sh CHECKPOINT (spec/eval.md §4.2)
+# TextVQA, 5,000 questions of the validation split: sh scripts_internvl/eval/textvqa.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# VizWiz, 8,000 questions of the test split, scored by its server: sh scripts_internvl/eval/vizwiz.sh CHECKPOINT
+# VizWiz, 8,000 questions of the test split, scored by the official server: sh scripts_internvl/eval/vizwiz.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

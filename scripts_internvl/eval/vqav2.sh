@@ -1,5 +1,5 @@
 #!/bin/sh
-# VQAv2, 107,394 questions of test-dev, scored by its server: sh scripts_internvl/eval/vqav2.sh CHECKPOINT
+# VQAv2, 107,394 questions of test-dev, scored by the official server: sh scripts_internvl/eval/vqav2.sh CHECKPOINT
 set -eu
 cd "$(dirname "$0")/../.."
 . scripts_internvl/eval/_common.sh

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava.engine import attention, linear
+from llava.engine import attention, layers
 
 MEMORY: Final = 141 * 10**9
 ALIGNMENT: Final = 16  # elements between the rows of a mask that the memory-efficient kernel reads
@@ -41,7 +41,7 @@ def fake_card(patch: pytest.MonkeyPatch) -> FakeTensorMode:
     patch.setattr(Tensor, "pin_memory", lambda self, device=None: self)
     patch.setattr(F, "scaled_dot_product_attention", fused_attention)
     patch.setattr(attention, "_cuda_efficient", efficient_attention)
-    patch.setattr(linear, "fuse", stacked)
+    patch.setattr(layers, "fuse_weights", stacked)
     return FakeTensorMode()
 
 
@@ -77,5 +77,5 @@ def efficient_attention(
 
 
 def stacked(modules: Sequence[nn.Linear], name: str) -> Tensor:
-    """Replaces `linear.fuse`, which compares memory addresses."""
+    """Replaces `layers.fuse_weights`, which compares memory addresses."""
     return torch.cat([module.get_parameter(name).data for module in modules])

@@ -141,7 +141,7 @@ def shape_at(pixels: int) -> Shape:
     return shape_of(config, tower)
 
 
-def test_floors_of_two_cards() -> None:
+def test_floors_of_two_gpus() -> None:
     """Milliseconds computed independently from widths and depths, and seconds per step."""
     small, large = shape_at(336), shape_at(448)
 

@@ -1,4 +1,4 @@
-"""Synchronisations of a decode step: one upload and one download, whatever the batch."""
+"""Synchronisations of a decode step: one upload and one download for any batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9}}
 
 @pytest.fixture(scope="module")
 def parts(checkpoints: dict[str, tuple[Path, Any]]) -> Parts:
-    with devices.pretended_cuda():
+    with devices.simulated_cuda():
         return load(checkpoints, "llama sdpa", "cuda")
 
 
@@ -100,6 +100,6 @@ def test_a_prefill_with_images_waits_for_nothing_but_its_tokens(
     engine = Engine(*parts, max_batch_size=16)
     handles = [engine.submit(request) for request in requests(count, "images", sampling)]
     with torch.no_grad(), card.record() as events:
-        engine._admit()
+        engine._prefill()
     assert engine.running + sum(handle.done for handle in handles) == count
     assert not events.syncs and len(events.downloads) == 1, f"\n{events.table()}"

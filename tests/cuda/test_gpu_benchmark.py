@@ -58,7 +58,7 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
         assert part["status"] == "ok" and part["lines"], (name, part)
         assert all(line.get("ok", True) for line in part["lines"]), name
     assert "| what | measured | floor or prediction | fraction |" in done.stdout
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.golden
@@ -150,7 +150,7 @@ def test_a_part_over_its_limit_is_stopped_and_the_next_runs(bench: Bench, stubbo
 
 
 def test_a_part_that_hangs_ends_the_run_with_all_known_lines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that heeds no signals is not interrupted; only exiting the process ends it."""
+    """A call that blocks signals cannot be interrupted; only exiting the process ends it."""
     gone = threading.Event()
     left: list[dict[str, Any]] = []
 
@@ -305,7 +305,7 @@ def test_shares_and_what_misses_its_floor(bench: Bench, capsys: pytest.CaptureFi
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
-def test_without_a_card_one_sentence_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_the_error_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main([]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("No CUDA GPU is visible") and printed.err.count("\n") == 1

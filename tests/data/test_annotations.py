@@ -1,4 +1,4 @@
-"""Annotation files: three formats, records found by place for any JSON, and one sentence for a broken file."""
+"""Annotation files: three formats, offsets of records in any JSON, and errors of malformed files."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_both_json_formats(tmp_path: Path) -> None:
         assert isinstance(records, JsonRecords)
         assert list(records) == items and records[-1] == items[-1] and records[:2] == items[:2]
         assert list(pickle.loads(pickle.dumps(records))) == items  # noqa: S301 - our own
-        with pytest.raises(IndexError, match="not 3"):
+        with pytest.raises(IndexError, match="index 3 is out of range"):
             records[3]
 
 
-def test_parquet_rows_are_the_same_records(tmp_path: Path) -> None:
+def test_parquet(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     text = {"conversations": GOOD["conversations"]}
     pq.write_table(pa.Table.from_pylist([GOOD, {"id": 8, **text}]), tmp_path / "a.parquet", row_group_size=1)
@@ -41,7 +41,7 @@ def test_parquet_rows_are_the_same_records(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     records = read_records(tmp_path / "b.parquet")
     assert records[0] == {"image": ["a", "b"], **text}
-    with pytest.raises(DataError, match="conversations are not valid JSON"):
+    with pytest.raises(DataError, match="conversations is not valid JSON"):
         records[1]
 
 
@@ -58,7 +58,7 @@ def test_parquet_rows_are_the_same_records(tmp_path: Path) -> None:
         ("a.json", b"\xff\xfe", "is not valid JSON"),
         ("a.json", b"", "is not valid JSON"),
         ("a.json", b'{"a": 1}', "holds dict; expected an array of objects .*--meta_path"),
-        ("a.json", b'{"a": 1}\n{"a": 1}', r"is not valid JSON: Extra data.*is called \*.jsonl"),
+        ("a.json", b'{"a": 1}\n{"a": 1}', r"is not valid JSON: Extra data.*one record per line \*.jsonl"),
         ("a.json", b"[]", "without records"),
         ("a.jsonl", b"", "without records"),
         ("a.jsonl", b"\n \n", "without records"),
@@ -73,7 +73,7 @@ def test_parquet_rows_are_the_same_records(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 or not", "is not valid Parquet"),
     ],
 )
-def test_broken_files(tmp_path: Path, name: str, content: bytes | None, why: str) -> None:
+def test_malformed_files(tmp_path: Path, name: str, content: bytes | None, why: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=why) as error:
@@ -81,18 +81,18 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes | None, why: str
     assert name in str(error.value)
 
 
-def test_a_broken_record_does_not_break_the_file(tmp_path: Path) -> None:
+def test_a_malformed_record_raises_on_access(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"{}\n{]\n{}\n\xff\n")
     (tmp_path / "a.json").write_bytes(b'[{}, {"a": nul}, {}, {"\xff": 1}]')
     for name in ("a.json", "a.jsonl"):
         records = read_records(tmp_path / name)
         assert (len(records), records[0], records[2]) == (4, {}, {})
         for index in (1, 3):
-            with pytest.raises(DataError, match="it is not valid JSON"):
+            with pytest.raises(DataError, match="the record is not valid JSON"):
                 records[index]
 
 
-def test_records_may_stand_any_distance_apart(tmp_path: Path) -> None:
+def test_gaps_of_any_width_between_records(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[{}" + " " * 70 + ",\n{}, {}," + " " * 70 + "{}]")
     assert isinstance(read_records(tmp_path / "a.json"), JsonRecords) and len(read_records(tmp_path / "a.json")) == 4
 
@@ -113,10 +113,10 @@ JSON = st.recursive(
     st.booleans(),
     st.integers(1, 40),
 )
-def test_any_array_is_read_as_the_library_reads_it(
+def test_any_array_equals_json_loads(
     tmp_path_factory: pytest.TempPathFactory, items: list[Any], indent: int | None, ascii_only: bool, chunk: int
 ) -> None:
-    """Also when the file is cut into pieces of a few bytes, between a backslash and what it escapes, say."""
+    """Also with chunks of a few bytes, which may separate a backslash from the escaped character."""
     path = tmp_path_factory.mktemp("any") / "a.json"
     path.write_text(json.dumps(items, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:

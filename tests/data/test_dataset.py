@@ -1,4 +1,4 @@
-"""Dataset and collator: the published batches, images in row order, and no bad record hidden."""
+"""Dataset and collator: published batches, images in row order, bad records reported."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def collate(dataset: LazySupervisedDataset, *indices: int) -> dict[str, Any]:
     return DataCollatorForSupervisedDataset(dataset.tokenizer)([dataset[index] for index in indices])
 
 
-def colour(image: torch.Tensor) -> str:
-    """Which of red, green and blue fills the middle of a (3, S, S) image; "none" for zeros."""
+def color(image: torch.Tensor) -> str:
+    """The color in the center of a (3, S, S) image; "none" for zeros."""
     middle = image[:, 14, 14]
     return "none" if not image.any() else ("red", "green", "blue")[int(middle.argmax())]
 
@@ -104,8 +104,8 @@ def test_golden_batches(golden_dir: Path, vicuna_tokenizer_file: Path) -> None:
         assert ((difference - torch.tensor(case["images"]["value"])).abs() > 0.02).sum() <= 2
 
 
-def test_slots_follow_the_rows(make: Make) -> None:
-    """Every row brings a slot for each of its images, and one of zeros when it has none."""
+def test_images_follow_the_rows(make: Make) -> None:
+    """Each row contributes its images, or one of zeros."""
     dataset = make(
         [
             record("hi"),
@@ -116,7 +116,7 @@ def test_slots_follow_the_rows(make: Make) -> None:
     )
     batch = collate(dataset, 2, 0, 1, 3)
     assert batch["images"].shape == (5, 3, 28, 28)
-    assert [colour(image) for image in batch["images"]] == ["green", "blue", "none", "red", "red"]
+    assert [color(image) for image in batch["images"]] == ["green", "blue", "none", "red", "red"]
     assert (batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(1).tolist() == [2, 0, 1, 1]
     assert [tuple(dataset[index]["image"].shape[:-2]) for index in range(3)] == [(3,), (3,), (2, 3)]
     assert dataset.lengths == [2, 3 + 128, 4 + 128, 6 + 128]
@@ -126,12 +126,12 @@ def test_slots_follow_the_rows(make: Make) -> None:
 def test_text_run_has_no_images(make: Make) -> None:
     batch = collate(make([record("hi"), record("what?")], is_multimodal=False), 0, 1)
     assert "images" not in batch
-    with pytest.raises(DataError, match="record 0: it has an image, but the run has no --vision_tower"):
+    with pytest.raises(DataError, match="record 0: the record has an image, but the run has no --vision_tower"):
         make([record("<image>", image="red.png")], is_multimodal=False)
 
 
 def test_mask_comes_from_lengths(make: Make) -> None:
-    """A genuine <unk> has the id of the padding, and is neither masked out nor left unsupervised."""
+    """An <unk> in the text has the id of the padding, yet is attended to and supervised."""
     batch = collate(make([record("hi", "is <unk> ok"), record("a longer question than that", "b")]), 0, 1)
     lengths = batch["attention_mask"].sum(1)
     row = batch["input_ids"][0]
@@ -142,7 +142,7 @@ def test_mask_comes_from_lengths(make: Make) -> None:
     assert (batch["labels"][~batch["attention_mask"]] == IGNORE_INDEX).all()
 
 
-def test_collator_wants_images_in_all_rows_or_none() -> None:
+def test_collator_requires_images_in_all_rows_or_none() -> None:
     ids = torch.tensor([1, 2])
     rows = [{"input_ids": ids, "labels": ids, "image": torch.zeros(3, 4, 4)}, {"input_ids": ids, "labels": ids}]
     for batch in (rows, rows[::-1]):
@@ -169,16 +169,16 @@ def test_truncation_keeps_the_image_and_is_counted(make: Make) -> None:
 @pytest.mark.parametrize(
     ("bad", "kind", "why"),
     [
-        (record("<image>", image="missing.png"), ImageError, "missing.png: there is no such file"),
+        (record("<image>", image="missing.png"), ImageError, "missing.png: no such file"),
         (record("<image>", image="broken.png"), ImageError, "broken.png: the file is damaged"),
-        (record("<image>", image=["red.png", "data.json"]), DataError, "2 images are declared, but the turns hold 1"),
-        (record("no placeholder", image="red.png"), DataError, "1 images are declared, but the turns hold 0"),
-        (record("<image>"), DataError, "0 images are declared"),
+        (record("<image>", image=["red.png", "data.json"]), DataError, "has 2 images, but its turns contain 1"),
+        (record("no placeholder", image="red.png"), DataError, "has 1 images, but its turns contain 0"),
+        (record("<image>"), DataError, "has 0 images"),
         ({"conversations": [{"from": "user", "value": "x"}]}, DataError, "from 'user'"),
         ("text", DataError, "the record is str"),
     ],
 )
-def test_a_bad_record_is_named(make: Make, tmp_path: Path, bad: Any, kind: type, why: str) -> None:
+def test_errors_of_bad_records(make: Make, tmp_path: Path, bad: Any, kind: type, why: str) -> None:
     with pytest.raises(kind, match=why) as error:
         make([record("hi"), bad])[1]
     text = str(error.value)
@@ -186,7 +186,7 @@ def test_a_bad_record_is_named(make: Make, tmp_path: Path, bad: Any, kind: type,
     assert "--on_bad_sample skip" in text and "\n" not in text
 
 
-def test_skip_takes_the_next_of_the_same_modality(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_skip_prefers_the_next_record_of_the_same_modality(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     records = [
         record("<image>", image="missing.png"),
         record("text"),
@@ -196,20 +196,20 @@ def test_skip_takes_the_next_of_the_same_modality(make: Make, caplog: pytest.Log
     ]
     with caplog.at_level(logging.WARNING):
         dataset = make(records, on_bad_sample="skip")
-        assert dataset.report()["bad"] == 1  # the last, known without opening anything
+        assert dataset.report()["bad"] == 1  # the last one, known before images are opened
         for _ in range(3):
-            assert colour(dataset[0]["image"]) == colour(dataset[2]["image"]) == "blue"
+            assert color(dataset[0]["image"]) == color(dataset[2]["image"]) == "blue"
             assert torch.equal(dataset[4]["input_ids"], dataset[1]["input_ids"])
     assert dataset.report()["bad"] == 3
     assert [text.startswith("Skipped: ") for text in caplog.messages] == [True] * 3
 
 
-def test_skip_takes_one_of_another_modality_where_none_is_alike(make: Make) -> None:
-    """As beside a record that is no JSON at all, in a data set of images."""
+def test_skip_falls_back_to_another_modality(make: Make) -> None:
+    """A bad record without a known image, in a dataset of images."""
     dataset = make(
         [{**record("<image>"), "images": "red.png"}, record("<image>", image="blue.png")], on_bad_sample="skip"
     )
-    assert colour(dataset[0]["image"]) == "blue" and dataset.report()["bad"] == 1
+    assert color(dataset[0]["image"]) == "blue" and dataset.report()["bad"] == 1
 
 
 def test_skip_counts_across_workers(make: Make) -> None:
@@ -220,22 +220,22 @@ def test_skip_counts_across_workers(make: Make) -> None:
     assert dataset.report()["bad"] == 8
 
 
-def test_skip_gives_up_on_a_wrong_folder(make: Make, tmp_path: Path) -> None:
+def test_skip_stops_at_too_many_bad_records(make: Make, tmp_path: Path) -> None:
     records = [record("<image>", image="red.png") for _ in range(40)]
     dataset = make(records, on_bad_sample="skip", image_folder=str(tmp_path / "elsewhere"))
     with pytest.raises(ConfigError, match=r"11 of 40 records .* more than the 10 that may be skipped"):
         dataset[5]
 
 
-def test_nothing_left_to_stand_in(make: Make) -> None:
+def test_no_replacement_left(make: Make) -> None:
     dataset = make([record("<image>", image=f"missing{index}.png") for index in range(2)], on_bad_sample="skip")
-    with pytest.raises(DataError, match="no record to stand in for record 0"):
+    with pytest.raises(DataError, match="no replacement for record 0"):
         dataset[0]
     with pytest.raises(DataError, match="no usable record"):
         make([record("<image>")], on_bad_sample="skip")
 
 
-def test_unknown_keys_are_mentioned_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_keys_are_logged_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     make([record("a") | {"images": "x", "model": ""}, record("b") | {"model": ""}])
     assert [message.split(": ")[1] for message in caplog.messages] == ["keys 'images', 'model' are not used."]
 
@@ -258,14 +258,14 @@ def test_data_module(make: Make, tmp_path: Path) -> None:
         make_supervised_data_module(tokenizer(10), args, "v1")
 
 
-def test_the_default_template_is_taken_when_made(make: Make) -> None:
+def test_the_default_template_is_read_by_the_constructor(make: Make) -> None:
     conversation.default_conversation = conv_templates["llava_v0"]
     dataset = make([record("hi")], template=None)
     conversation.default_conversation = conv_templates["v1"]
     assert "###Human: hi" in dataset.tokenizer.decode(dataset[0]["input_ids"])
 
 
-def test_every_item_of_a_plain_run_is_a_caption(make: Make) -> None:
+def test_plain_runs_accept_captions_only(make: Make) -> None:
     dataset = make([record("Describe <image> please", "a cat", "red.png"), record("text only")], template="plain")
     assert dataset[0]["input_ids"][:2].tolist() == [1, IMAGE_TOKEN_INDEX]
     with pytest.raises(DataError, match="record 1: .* use it for captions only"):

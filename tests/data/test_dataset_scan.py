@@ -1,4 +1,4 @@
-"""The look through a whole file: the same on the spot and in processes, and a training told of what it finds."""
+"""Scans of whole files: equal results inline and in processes, and problems that reach training."""
 
 from __future__ import annotations
 
@@ -57,38 +57,38 @@ def test_words_are_counted_as_python_splits(texts: list[str]) -> None:
     assert count_words(texts).tolist() == [len(text.split()) for text in texts]
 
 
-def test_images_are_looked_for_or_opened(file: Path) -> None:
+def test_images_are_checked_for_existence_or_decoded(file: Path) -> None:
     records = read_records(file)
-    looked = DatasetScan(records, images=file.parent, workers=2).result().problems
-    opened = DatasetScan(records, images=file.parent, decode=True, workers=2).result().problems
-    assert sorted(looked) == [2, 3] and "is not in" in looked[3][0]
-    assert sorted(opened) == [2, 3, 4]
-    assert "there is no such file" in opened[3][0] and "damaged or incomplete" in opened[4][0]
+    exist = DatasetScan(records, images=file.parent, workers=2).result().problems
+    decoded = DatasetScan(records, images=file.parent, decode=True, workers=2).result().problems
+    assert sorted(exist) == [2, 3] and "is not in" in exist[3][0]
+    assert sorted(decoded) == [2, 3, 4]
+    assert "no such file" in decoded[3][0] and "damaged or incomplete" in decoded[4][0]
 
 
-def test_parquet_is_looked_at_in_processes_too(tmp_path: Path) -> None:
+def test_parquet_in_processes(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.Table.from_pylist([RECORDS[1], RECORDS[0]]), tmp_path / "a.parquet")
     assert DatasetScan(read_records(tmp_path / "a.parquet"), workers=2).result().words.tolist() == [3, 4]
 
 
-def test_what_is_no_object_has_no_keys(tmp_path: Path) -> None:
+def test_records_that_are_not_objects_have_no_keys(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([3, "ab", record("hi")]))
     found = DatasetScan(read_records(tmp_path / "a.json")).result()
     assert found.keys == {"conversations"} and sorted(found.problems) == [0, 1]
 
 
-def test_only_the_process_that_began_a_survey_ends_it(tmp_path: Path) -> None:
-    """A loader's worker is a copy of it."""
-    dataset_scan._clear(os.getpid() + 1, [], tmp_path)
+def test_only_the_owner_of_a_scan_cleans_up(tmp_path: Path) -> None:
+    """Data loader workers hold copies of it."""
+    dataset_scan._clean_up(os.getpid() + 1, [], tmp_path)
     assert tmp_path.is_dir()
-    dataset_scan._clear(os.getpid(), [], tmp_path)
+    dataset_scan._clean_up(os.getpid(), [], tmp_path)
     assert not tmp_path.exists()
 
 
 def test_a_process_that_dies_is_an_error(file: Path) -> None:
     running = DatasetScan(read_records(file), workers=2)
-    (file.parent / "data.json").write_text("[")  # under the feet of those that have not read it
+    (file.parent / "data.json").write_text("[")  # for processes that have not read it yet
     running._running[0].kill()
     with pytest.raises(DataError, match=r"data.json ended with status -9"):
         running.result()
@@ -104,8 +104,8 @@ def test_a_copy_for_another_process_never_waits(file: Path) -> None:
     assert running.result().words[0] == 4
 
 
-def test_training_starts_first_and_is_told_of_faults_later(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_scan, "AT_ONCE", 0)
+def test_training_starts_before_the_scan_ends(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_scan, "INLINE_RECORDS", 0)
     strict = datasets.LazySupervisedDataset(str(file), tokenizer(), arguments(file), "v1")
     with pytest.raises(DataError, match="record 2: conversations is missing"):
         strict.check(wait=True)

@@ -1,4 +1,4 @@
-"""Labels: equal to the published ones where those are right, exactly the answers everywhere else."""
+"""Labels: the published ones, except for known defects, and exactly the answers for any tokenizer and template."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from llava.data.labels import (
     check_template,
     preprocess,
     preprocess_multimodal,
+    tokenize,
     training_spans,
     truncate,
 )
 from llava.data.records import Turn
-from llava.data.tokens import tokenize
 from llava.errors import DataError, TemplateError
 from llava.mm_utils import tokenizer_image_token
 from tests.data import zoo
@@ -43,7 +43,7 @@ def fits(tokenizer: Any, template: str) -> bool:
 
 
 FITTING = [(name, template) for name in zoo.MAKERS for template in conv_templates if fits(zoo.make(name), template)]
-# What a chat holds, with the strings that are dangerous to it.
+# Pieces of a chat, among them separators and special tokens.
 PIECES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(
@@ -51,12 +51,12 @@ PIECES = st.one_of(
     ),
 )
 TEXTS = st.lists(PIECES, min_size=1, max_size=4).map("".join).filter(lambda text: text and "<image>" not in text)
-# An answer starts and ends in a letter, so that no token reaches beyond it.
+# Answers start and end with a letter, so that no token extends beyond them.
 ANSWERS = TEXTS.map(lambda text: f"a{text}z")
 
 
 def squeeze(text: str) -> str:
-    """Blanks do not survive decoding in every tokenizer, and SentencePiece's blank is one."""
+    """Text without whitespace, which not every tokenizer decodes, nor the space of SentencePiece."""
     return "".join(text.replace("\u2581", " ").split())
 
 
@@ -78,9 +78,7 @@ def spans_of(labels: torch.Tensor) -> list[list[int]]:
 
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(FITTING), st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=3), st.booleans())
-def test_supervised_text_is_exactly_the_answers(
-    pair: tuple[str, str], rounds: list[tuple[str, str]], image: bool
-) -> None:
+def test_supervised_text_equals_the_answers(pair: tuple[str, str], rounds: list[tuple[str, str]], image: bool) -> None:
     tokenizer, template = zoo.make(pair[0]), conv_templates[pair[1]]
     plain = template.sep_style is SeparatorStyle.PLAIN
     image, rounds = image or plain, rounds[:1] if plain else rounds
@@ -110,24 +108,24 @@ def test_tokens_cover_the_text_in_order(name: str, text: str) -> None:
     assert all(0 <= token.start <= token.end <= len(text) for token in tokens)
     covered = {index for token in tokens for index in range(token.start, token.end)}
     assert all(text[index].isspace() for index in set(range(len(text))) - covered)
-    if name == "chatml-byte-bpe":  # its library leaves blanks out of the offsets
+    if name == "chatml-byte-bpe":  # its offsets omit spaces
         assert len(covered) == len(text)
-    # Sharing happens only inside a character.
+    # Tokens overlap only within a character.
     assert all(right.start >= left.end - 1 for left, right in pairwise(tokens))
 
 
-def test_a_tokenizer_that_rewrites_text_is_refused() -> None:
-    class Spelling(LlamaTokenizer):  # type: ignore[misc]
+def test_a_tokenizer_that_normalizes_text_is_rejected() -> None:
+    class Normalizing(LlamaTokenizer):  # type: ignore[misc]
         def tokenize(self, text: str, **kwargs: Any) -> list[str]:
             return super().tokenize(text.replace("c", "k"), **kwargs)  # type: ignore[no-any-return]
 
-    tokenizer = Spelling(zoo.sentencepiece_file(), legacy=False)
+    tokenizer = Normalizing(zoo.sentencepiece_file(), legacy=False)
     with pytest.raises(TemplateError, match="use the fast version"):
         check_template(tokenizer, conv_templates["v1"])
 
 
 @pytest.mark.parametrize("name", sorted(zoo.MAKERS))
-def test_check_template_names_those_that_fit(name: str) -> None:
+def test_check_template_names_templates_that_fit(name: str) -> None:
     missing = [template for template in conv_templates if (name, template) not in FITTING]
     for template in missing:
         with pytest.raises(TemplateError, match="does not fit this tokenizer") as error:
@@ -192,8 +190,8 @@ def test_golden_samples(golden_dir: Path, vicuna_tokenizer_file: Path) -> None:
 
 
 @pytest.mark.golden
-def test_golden_defects_are_mended(golden_dir: Path, vicuna_tokenizer_file: Path) -> None:
-    """The same ids, and the answers supervised that the published code masks with the whole sample."""
+def test_golden_defects_are_fixed(golden_dir: Path, vicuna_tokenizer_file: Path) -> None:
+    """The published ids, with the answers supervised where the published code masks the whole sample."""
     book = json.loads((golden_dir / "train" / "samples.json").read_text())
     checked = 0
     for case in book["cases"]:
@@ -209,8 +207,8 @@ def test_golden_defects_are_mended(golden_dir: Path, vicuna_tokenizer_file: Path
     assert checked >= 20
 
 
-def test_vicuna_tokenizer_too(vicuna_tokenizer_file: Path) -> None:
-    """The contract's own example (spec/train.md §4.3): 69 ids, 53-56 and 66-68 counted from one image in front."""
+def test_vicuna_tokenizer(vicuna_tokenizer_file: Path) -> None:
+    """A conversation of two rounds with an image, counted by hand."""
     turns = [Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Color?")]
     turns += [Turn("gpt", "Black.")]
     for legacy, length in ((False, 63), (True, 64)):
@@ -227,13 +225,13 @@ def turns_of(*texts: str) -> list[Turn]:
     return [Turn(("human", "gpt")[index % 2], text) for index, text in enumerate(texts)]
 
 
-def test_an_empty_answer_between_others_costs_nothing_else() -> None:
+def test_an_empty_answer_does_not_affect_others() -> None:
     tokenizer = zoo.make("llama-new")
     example = build_example(turns_of("q", "", "r", "yes"), tokenizer, conv_templates["v1"], has_image=False)
     assert [squeeze(tokenizer.decode(run)) for run in supervised_runs(example)] == ["yes</s>"]
 
 
-def test_system_turn_replaces_the_system_text() -> None:
+def test_a_system_turn_replaces_the_system_text() -> None:
     turns = [Turn("system", "Be brief."), *turns_of("q", "a")]
     for name, start in {
         "v1": "Be brief. USER",
@@ -244,22 +242,22 @@ def test_system_turn_replaces_the_system_text() -> None:
     assert conv_templates["v1"].system.startswith("A chat")
 
 
-def test_no_default_few_shot_in_training() -> None:
+def test_training_has_no_few_shot_messages() -> None:
     assert "renewable" not in "".join(span.text for span in training_spans(turns_of("q", "a"), conv_templates["v0"]))
 
 
-def test_other_single_style_templates_train_as_they_render() -> None:
+def test_other_single_style_templates_keep_their_rendering() -> None:
     text = "".join(span.text for span in training_spans(turns_of("q", "a"), conv_templates["llava_v0"]))
     assert text.endswith("###Human: q###Assistant: a###")
 
 
 @pytest.mark.parametrize("turns", [turns_of("no placeholder", "a"), turns_of("<image>", "a", "b", "c"), []])
-def test_plain_takes_captions_only(turns: list[Turn]) -> None:
+def test_plain_accepts_captions_only(turns: list[Turn]) -> None:
     with pytest.raises(DataError, match="use it for captions only"):
         build_example(turns, zoo.make("llama-new"), conv_templates["plain"], has_image=True)
 
 
-def test_plain_keeps_a_placeholder_per_image() -> None:
+def test_plain_keeps_one_placeholder_per_image() -> None:
     example = build_example(
         turns_of("<image> and <image>", "two"), zoo.make("llama-new"), get_template("plain"), has_image=True
     )
@@ -285,7 +283,7 @@ def test_image_positions_are_never_supervised() -> None:
         ("no image", True, "v1", 1, "no image"),
     ],
 )
-def test_multimodal_text_rule(text: str, start_end: bool, version: str, images: int, wanted: str) -> None:
+def test_preprocess_multimodal(text: str, start_end: bool, version: str, images: int, wanted: str) -> None:
     conversation.default_conversation = conv_templates[version]
     source = [[{"from": "human", "value": text}]]
     args = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=start_end)

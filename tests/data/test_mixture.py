@@ -1,4 +1,4 @@
-"""Mixtures: read and checked, uniform over repeats, and trained on with the template that was asked for."""
+"""Mixtures: validation, sampling over repeats, and training with the requested template."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(path: Path, meta: Any) -> Path:
 def mixture(sets: Path, root: Path) -> Path:
     """Images twice, text once."""
     entries = {
-        "pictures": {"annotation": str(sets / "pretrain.json"), "root": str(sets / "images"), "repeat_time": 2},
+        "images": {"annotation": str(sets / "pretrain.json"), "root": str(sets / "images"), "repeat_time": 2},
         "words": {"annotation": str(sets / "finetune.json"), "root": "", "data_augment": False},
     }
     return write(root / "meta.json", entries)
@@ -60,7 +60,7 @@ def test_every_sample_of_every_repeat_is_drawn_once_an_epoch(
     assert data.report() == {"bad": 0, "truncated": 0, "unsupervised": 0}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["conv_template"] == "v1"
     part, held_out = split(data, 0.25, seed=3)
-    kept, held = ([data.record_of(place) for place in share.places] for share in (part, held_out))
+    kept, held = ([data.record_of(place) for place in share.indices] for share in (part, held_out))
     assert len(held) == len(set(held)) and not set(held) & set(kept) and len({*held, *kept}) == 16
     assert len(kept) < 24 - len(held)  # a repeat of what is held out is left out
 
@@ -74,26 +74,26 @@ def test_the_entry_point_reports_a_missing_mixture(
 
 
 @pytest.mark.parametrize(
-    ("meta", "said"),
+    ("meta", "message"),
     [
         ([], "expected an object"),
-        ({"a": 1}, "a: it is int"),
+        ({"a": 1}, "a: the entry is int"),
         ({"a": {"annotation": "x.csv"}}, "annotation is 'x.csv'"),
         ({"a": {}}, "annotation is None"),
         ({"a": {"annotation": "x.json", "root": "s3://bucket"}}, "root is 's3://bucket'"),
         ({"a": {"annotation": "x.json", "repeat_time": 0}}, "repeat_time is 0"),
         ({"a": {"annotation": "x.json", "repeat_time": True}}, "repeat_time is True"),
-        ({"a": {"annotation": "x.json", "weight": 2}}, "key 'weight' is unknown"),
+        ({"a": {"annotation": "x.json", "weight": 2}}, "unknown key 'weight'"),
     ],
 )
-def test_a_faulty_mixture_is_refused_by_entry(tmp_path: Path, meta: Any, said: str) -> None:
+def test_invalid_mixtures(tmp_path: Path, meta: Any, message: str) -> None:
     with pytest.raises(DataError, match="mixture") as caught:
         read_mixture(write(tmp_path / "meta.json", meta))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_augmentation_is_said_to_have_no_effect(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_data_augment_is_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     entry = {"annotation": "x.jsonl", "data_augment": True}
     (read,) = read_mixture(write(tmp_path / "meta.json", {"a": entry}))
     assert (read.repeat_time, read.root) == (1, "")
-    assert "data_augment has no effect" in caplog.text
+    assert "data_augment is ignored" in caplog.text

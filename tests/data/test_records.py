@@ -1,4 +1,4 @@
-"""Records: one sentence for every way to be wrong."""
+"""Validation and parsing of records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.records import Record, Turn, glance, parse_record, parse_turns, validate_record
+from llava.data.dataset_scan import image_errors
+from llava.data.records import Record, Turn, parse_record, parse_turns, problems_of, quick_check
 from llava.errors import DataError
 
 GOOD: dict[str, Any] = {
@@ -44,12 +45,12 @@ def with_turns(*turns: tuple[Any, Any], image: Any = None) -> dict[str, Any]:
     ],
 )
 def test_good_records(record: dict[str, Any], image: list[str], roles: list[str]) -> None:
-    assert validate_record(record, 0) == []
+    assert list(problems_of(record)) == []
     parsed = parse_record(record)
     assert (parsed.image, [turn.role for turn in parsed.turns]) == (image, roles)
 
 
-def test_normal_form() -> None:
+def test_parse_record() -> None:
     assert parse_record(GOOD) == Record(["a.png"], [Turn("human", "<image>\nq"), Turn("gpt", "a")])
 
 
@@ -70,37 +71,36 @@ def test_normal_form() -> None:
         (with_turns(("human", "a")), "no gpt turn"),
         (with_turns(("gpt", "a"), ("human", "q")), "no gpt turn"),
         (with_turns(("system", "s")), "no gpt turn"),
-        (with_turns(("human", "<image>"), ("gpt", "a")), "0 images are declared, but the turns hold 1"),
-        (with_turns(("human", "q"), ("gpt", "a"), image="a"), "1 images are declared, but the turns hold 0"),
-        (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", "b"]), "2 images are declared, .* hold 1"),
+        (with_turns(("human", "<image>"), ("gpt", "a")), "has 0 images, but its turns contain 1"),
+        (with_turns(("human", "q"), ("gpt", "a"), image="a"), "has 1 images, but its turns contain 0"),
+        (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", "b"]), "has 2 images, .* contain 1"),
         (
             with_turns(("human", "<image>"), ("gpt", "a"), ("human", "<image>"), ("gpt", "b"), image="a"),
-            "1 image is declared, but 2 turns",
+            "has 1 image, but 2 turns",
         ),
-        (with_turns(("human", "<image>"), ("gpt", "<image>"), image=["a", "b"]), "in a turn that is not human"),
+        (with_turns(("human", "<image>"), ("gpt", "<image>"), image=["a", "b"]), "a turn that is not human contains"),
         (with_turns(("human", "<image>"), ("gpt", "a"), image=3), "expected a path or a list of paths"),
         (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", ""]), "expected a path or a list of paths"),
         (with_turns(("human", "<image>"), ("gpt", "a"), image=["a", 3]), "expected a path or a list of paths"),
         (with_turns(("human", "<image>"), ("gpt", "a"), image=""), "expected a path or a list of paths"),
-        (with_turns(("human", "q"), ("gpt", "<image>"), image="a"), "in a turn that is not human"),
+        (with_turns(("human", "q"), ("gpt", "<image>"), image="a"), "a turn that is not human contains"),
     ],
 )
 def test_bad_records(record: Any, why: str) -> None:
     with pytest.raises(DataError, match=why):
         parse_record(record)
-    problems = validate_record(record, 42)
-    assert problems and all(problem.startswith("42: ") for problem in problems)
-    assert glance(record) is None
+    assert list(problems_of(record))
+    assert quick_check(record) is None
 
 
-def test_missing_files_are_problems_too(tmp_path: Path) -> None:
-    assert validate_record(GOOD, 1, tmp_path) == [f"1: image 'a.png' is not in {tmp_path}"]
-    assert validate_record({**GOOD, "conversations": []}, 1, tmp_path)[0].startswith("1: conversations is missing")
+def test_missing_images_are_problems(tmp_path: Path) -> None:
+    assert image_errors(tmp_path, decode=False)(parse_record(GOOD)) == [f"image 'a.png' is not in {tmp_path}"]
+    assert next(problems_of({**GOOD, "conversations": []})).startswith("conversations is missing")
     (tmp_path / "a.png").touch()
-    assert validate_record(GOOD, 1, tmp_path) == []
+    assert image_errors(tmp_path, decode=False)(parse_record(GOOD)) == []
 
 
-def test_turns_alone_are_checked_too() -> None:
+def test_parse_turns() -> None:
     assert parse_turns([{"from": "GPT", "value": "x"}]) == [Turn("gpt", "x")]
     with pytest.raises(DataError, match="a turn is from 'user'"):
         parse_turns([{"from": "user", "value": "x"}])
@@ -119,8 +119,8 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_any_json_is_parsed_or_refused(record: Any) -> None:
-    if validate_record(record, 0):
+def test_any_json_is_parsed_or_rejected(record: Any) -> None:
+    if list(problems_of(record)):
         with pytest.raises(DataError):
             parse_record(record)
     else:

@@ -1,4 +1,4 @@
-"""Orders: the published ones, and every index exactly once for any lengths."""
+"""Sampling orders: the published ones, and every index exactly once for any lengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llava.data.sampler import (
     LengthGroupedSampler,
-    _deal,
+    _split_rows,
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
     split_to_even_chunks,
@@ -63,7 +63,7 @@ def test_at_most_two_megabatches_mix_modalities(lengths: list[int], batch: int, 
     assert set(mixed) <= {0, len(runs) - 1}
 
 
-def test_one_modality_is_grouped_by_length() -> None:
+def test_a_single_modality_is_grouped_by_length() -> None:
     for sign in (1, -1):
         lengths = [sign * length for length in (5, 1, 9, 3, 7, 2, 8, 4)]
         torch.manual_seed(0)
@@ -84,18 +84,18 @@ def test_epochs_differ_and_repeat() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
-def test_all_runs_are_dealt_at_once_as_one_by_one(size: int, count: int, runs: int, seed: int) -> None:
+def test_split_rows_equals_split_to_even_chunks(size: int, count: int, runs: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     lengths = draw.integers(0, 9, runs * count * size)
     indices = draw.permutation(len(lengths)).reshape(runs, -1)
-    dealt = _deal(indices, lengths, count)
-    one_by_one = [split_to_even_chunks(run, lengths.tolist(), count) for run in indices.tolist()]
-    assert dealt.reshape(runs, count, size).tolist() == one_by_one
+    split = _split_rows(indices, lengths, count)
+    expected = [split_to_even_chunks(run, lengths.tolist(), count) for run in indices.tolist()]
+    assert split.reshape(runs, count, size).tolist() == expected
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
-def test_chunks_are_even(lengths: list[int], count: int) -> None:
+def test_even_chunks(lengths: list[int], count: int) -> None:
     indices = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     chunks = split_to_even_chunks(indices, lengths, count)
     assert len(chunks) == count
@@ -103,6 +103,6 @@ def test_chunks_are_even(lengths: list[int], count: int) -> None:
     assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
 
 
-def test_lengths_are_needed() -> None:
-    with pytest.raises(ValueError, match="needs the lengths"):
+def test_lengths_are_required() -> None:
+    with pytest.raises(ValueError, match="lengths must be given"):
         LengthGroupedSampler(1, 1)

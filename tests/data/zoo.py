@@ -1,4 +1,4 @@
-"""Small tokenizers of every family the labels must work with, made on the spot."""
+"""Small tokenizers of all supported families, trained on the fly."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from transformers import GPT2Tokenizer, LlamaTokenizer, LlamaTokenizerFast, PreT
 CORPUS = """A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful,
 detailed, and polite answers to the user's questions. USER: What color is the shape? ASSISTANT: The shape is red.
 Human: Is there a blue circle? Assistant: no. ### [INST] <<SYS>> [/INST] <human>: <bot>: 1 2 3 <image> ### Human
-system user assistant Answer the questions. A small picture of a cat on a mat, two dogs and 37 birds. Why? So."""
+system user assistant Answer the questions. A small image of a cat on a mat, two dogs and 37 birds. Why? So."""
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<eoh>", "<eoa>"]
 
 
 @cache
 def _directory() -> TemporaryDirectory[str]:
-    return TemporaryDirectory()  # lives as long as the cache does
+    return TemporaryDirectory()  # deleted at exit, with the cache
 
 
 @cache
 def sentencepiece_file() -> str:
-    """A LLaMA-like model: identity normaliser, byte fallback, 384 pieces."""
+    """A LLaMA-like model: identity normalizer, byte fallback, 384 pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.splitlines() * 4),
@@ -75,7 +75,7 @@ def _byte_bpe(special: list[str], bos: str | None = None, trim_offsets: bool = T
 
 
 def _chatml() -> Any:
-    """As SmolLM2: no BOS is added, although `bos_token` is what every ChatML turn starts with."""
+    """Like SmolLM2: adds no BOS, although `bos_token` starts every ChatML turn."""
     return PreTrainedTokenizerFast(
         tokenizer_object=_byte_bpe(SPECIAL), bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
@@ -113,7 +113,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
 
 @cache
 def make(name: str) -> Any:
-    """The tokenizer `name` of `MAKERS`, made once."""
+    """The tokenizer `name` of `MAKERS`, cached."""
     tokenizer = MAKERS[name]()
     tokenizer.model_max_length = 10**6
     return tokenizer

@@ -1,4 +1,4 @@
-"""The tiny chat model, loaded once, and the way to compare with: the library's `generate`, one request at a time."""
+"""A tiny chat model, and transformers' `generate` for one request at a time as the reference."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Solo = Callable[[Sequence[int], Sequence[Tensor], int], tuple[int, ...]]
 def parts(tiny_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """(model, tokenizer, image_processor) in float32 on the CPU.
 
-    The weights are large, so that every position and picture changes the tokens; with usual ones errors would not show.
-    Heads have 16 numbers, as many as the C++ kernel's vectors.
+    The weights are large, so that every position and image changes the tokens; usual ones would hide errors. The head
+    size is 16, the vector size of the C++ kernel.
     """
     lively = tmp_path_factory.mktemp("lively") / "chat"
     directory = make_chat(lively, tiny_dirs["tower"], initializer_range=0.25, hidden_size=64)
@@ -39,9 +39,9 @@ def make_engine(parts: tuple[Any, Any, Any]) -> Callable[..., Engine]:
 
 
 @pytest.fixture(scope="session")
-def column_bytes(parts: tuple[Any, Any, Any]) -> int:
-    """Memory that one token's keys and values take."""
-    return Engine(*parts).lm.spec.column_bytes
+def bytes_per_token(parts: tuple[Any, Any, Any]) -> int:
+    """Bytes of the keys and values of one token."""
+    return Engine(*parts).model_runner.spec.bytes_per_token
 
 
 @pytest.fixture

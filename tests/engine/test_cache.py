@@ -1,4 +1,4 @@
-"""Storage of keys and values: rows join, grow and leave, and each keeps exactly what was written for it."""
+"""KV cache: rows are added, grow and are removed, and each keeps its content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def content(cache: KVCache, row: int) -> Tensor:
 
 
 def step(cache: KVCache, rows: list[Tensor]) -> None:
-    """Write a new column for every row through `update`, as the model does, checking what attention would see."""
+    """Write a new token for every row through `update`, and check the keys and values that attention reads."""
     mask = DecodeStep([0] * len(rows), cache).visible()
     new = torch.randn(2, 2, len(rows), 1, 1, 2)  # (layers, 2, B, H, 1, D)
     for layer in range(2):
@@ -57,7 +57,7 @@ def test_rows_keep_their_content(data: st.DataObject) -> None:
                 for _ in range(data.draw(st.integers(1, 40))):
                     step(cache, rows)
         assert cache.lengths == [row.shape[-2] for row in rows]
-        assert cache.get_seq_length() == max(cache.lengths, default=0)  # no column that nobody uses
+        assert cache.get_seq_length() == max(cache.lengths, default=0)  # no unused token slot
         for row, expected in enumerate(rows):
             assert torch.equal(content(cache, row), expected)
 
@@ -83,7 +83,7 @@ def test_an_idle_cache_is_reused() -> None:
     assert cache.data.data_ptr() == buffer and cache.lengths == [60, 1, 2]
 
 
-def test_no_column_lies_beyond_the_context() -> None:
+def test_no_token_slot_is_beyond_the_context() -> None:
     cache = KVCache(replace(SPEC, context_length=100))
     cache.join(torch.randn(2, 2, 2, 1, 70, 2), [70, 10])
     assert cache.data.shape[4] == 100  # not 70 * 1.5

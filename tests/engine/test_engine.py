@@ -1,4 +1,4 @@
-"""The engine gives what one-at-a-time `generate` gives, whatever shares its batch, and refuses what it cannot serve."""
+"""The engine returns the tokens of one-at-a-time `generate` for any batch, and refuses invalid requests."""
 
 from __future__ import annotations
 
@@ -24,62 +24,62 @@ from llava.errors import ConfigError, RequestError
 from llava.model.builder import load_pretrained_model
 from tests.engine.conftest import Solo
 
-PICTURES = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+IMAGES = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 TOKENS = st.integers(3, 383)
 MakeEngine = Callable[..., Engine]
-SEGMENT = prefix_cache.Segment
+NODE = prefix_cache.Node
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> Request:
-    """A prompt of 0 to 3 pictures; half of them begin alike, so that prefixes are shared."""
+    """A prompt of 0 to 3 images; half of them share a prefix."""
     count = draw(st.integers(0, 3))
     begin = [1, 300, 301, 302] if draw(st.booleans()) else [1, *draw(st.lists(TOKENS, max_size=6))]
     ids = list(begin)
     for _ in range(count):
         ids += [-200, *draw(st.lists(TOKENS, max_size=5))]
     ids += draw(st.lists(TOKENS, min_size=1, max_size=30))
-    images = [PICTURES[draw(st.integers(0, 3))] for _ in range(count)]
+    images = [IMAGES[draw(st.integers(0, 3))] for _ in range(count)]
     return Request(ids, images, SamplingParams(max_new_tokens=draw(st.integers(1, 20))))
 
 
-def columns(request: Request, engine: Engine) -> int:
-    """Keys and values that a request may need, in tokens."""
+def max_tokens(request: Request, engine: Engine) -> int:
+    """Largest number of cached tokens of a request."""
     length = len(request.prompt) + 15 * len(request.images)
-    return length + min(request.params.max_new_tokens, engine.lm.context_length - length)
+    return length + min(request.params.max_new_tokens, engine.model_runner.context_length - length)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_schedule_equals_one_at_a_time(
-    make_engine: MakeEngine, solo: Solo, column_bytes: int, data: st.DataObject
+    make_engine: MakeEngine, solo: Solo, bytes_per_token: int, data: st.DataObject
 ) -> None:
-    """Whatever arrives when, is cancelled, fits or does not: the same tokens, within all budgets, nothing kept."""
-    room = data.draw(st.sampled_from([None, 50, 110, 160, 300]))  # in tokens; one request may need up to 118
-    budget = None if room is None else room * column_bytes
+    """Any order of arrival, cancellation and refusal yields the same tokens, within all budgets, and leaks nothing."""
+    room = data.draw(st.sampled_from([None, 50, 110, 160, 300]))  # tokens; a request needs up to 118
+    budget = None if room is None else room * bytes_per_token
     engine = make_engine(
         max_batch_size=data.draw(st.integers(1, 6)),
         max_prefill_tokens=data.draw(st.sampled_from([1, 100, 8192])),
         **dict.fromkeys(("prefix_cache_bytes", "feature_cache_bytes"), data.draw(st.sampled_from([0, 20_000, 2**29]))),
         kv_cache_bytes=budget,
     )
-    engine._on_cuda = data.draw(st.booleans())  # as on CUDA, where tokens become text one step later
-    stores = (engine.features.store, engine.prefiller.prefixes)
-    segments: WeakSet[prefix_cache.Segment] = WeakSet()
+    engine._on_cuda = data.draw(st.booleans())  # as on CUDA, where detokenization runs one step later
+    stores = (engine.features.store, engine.prefiller.prefix_cache)
+    nodes: WeakSet[prefix_cache.Node] = WeakSet()
 
-    def remember(*parts: Any) -> prefix_cache.Segment:
-        segment = SEGMENT(*parts)
-        segments.add(segment)
-        return segment
+    def remember(*parts: Any) -> prefix_cache.Node:
+        node = NODE(*parts)
+        nodes.add(node)
+        return node
 
     waiting = data.draw(st.lists(requests(), min_size=3, max_size=8))
     submitted = []
-    with mock.patch.object(prefix_cache, "Segment", remember):
+    with mock.patch.object(prefix_cache, "Node", remember):
         while waiting or any(not handle.done for _, handle in submitted):
-            least = int(all(handle.done for _, handle in submitted))  # there is something to do in every step
+            least = int(all(handle.done for _, handle in submitted))  # every step has work
             for _ in range(data.draw(st.integers(least, 3)) if waiting else 0):
                 request = waiting.pop() if waiting else None
-                if request is not None and room is not None and columns(request, engine) > room:
+                if request is not None and room is not None and max_tokens(request, engine) > room:
                     with pytest.raises(RequestError, match="kv_cache_bytes"):
                         engine.submit(request)
                 elif request is not None:
@@ -87,7 +87,7 @@ def test_any_schedule_equals_one_at_a_time(
             if submitted and data.draw(st.integers(0, 9)) == 0:
                 submitted[data.draw(st.integers(0, len(submitted) - 1))][1].cancel()
             engine.step()
-            assert budget is None or engine.statistics().row_bytes <= budget
+            assert budget is None or engine.statistics().kv_bytes <= budget
             assert all(store.bytes <= store.budget for store in stores)
     for request, handle in submitted:
         expected = solo(request.prompt, request.images, request.params.max_new_tokens)
@@ -97,9 +97,9 @@ def test_any_schedule_equals_one_at_a_time(
         else:
             assert answer.token_ids == expected
             assert answer.finish_reason == ("stop" if expected[-1] == 2 else "length")
-    assert not engine.step() and engine._cache.lengths == [] and engine._cache.chains == []
-    assert set(segments) == set(engine.prefiller.prefixes._segments)  # what was evicted is gone with its last row
-    assert sum(part.data.nbytes for part in segments if part.data is not None) == engine.statistics().prefix_bytes
+    assert not engine.step() and engine._cache.lengths == [] and engine._cache.prefixes == []
+    assert set(nodes) == set(engine.prefiller.prefix_cache._nodes)  # evicted nodes are freed with their last row
+    assert sum(node.data.nbytes for node in nodes) == engine.statistics().prefix_bytes
 
 
 @pytest.mark.golden
@@ -133,7 +133,7 @@ def golden_pixels(height: int, width: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(channels).astype(np.float32))
 
 
-def test_pictures_are_encoded_once_and_together(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_encoded_once_and_together(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(max_batch_size=8)
     sizes: list[int] = []
     encode = engine.model.encode_images
@@ -146,11 +146,11 @@ def test_pictures_are_encoded_once_and_together(make_engine: MakeEngine, monkeyp
     assert first[0].text != first[1].text or first[0].token_ids != first[1].token_ids
 
 
-def test_shared_beginnings_are_computed_once(make_engine: MakeEngine, solo: Solo) -> None:
+def test_shared_prefixes_are_computed_once(make_engine: MakeEngine, solo: Solo) -> None:
     engine = make_engine(max_batch_size=8)
     prompts = [[1, 300, 310, -200, 320, 330 + n] for n in range(6)]
-    answers = engine.generate([Request(ids, [PICTURES[0]], SamplingParams(5)) for ids in prompts])
-    assert [answer.token_ids for answer in answers] == [solo(ids, [PICTURES[0]], 5) for ids in prompts]
+    answers = engine.generate([Request(ids, [IMAGES[0]], SamplingParams(5)) for ids in prompts])
+    assert [answer.token_ids for answer in answers] == [solo(ids, [IMAGES[0]], 5) for ids in prompts]
     assert engine.prefiller.computed_tokens == (4 + 16) + 6 * 1  # 320 belongs to all of them, too
     assert engine.prefiller.shared_tokens == 6 * (4 + 16)
 
@@ -179,7 +179,7 @@ def test_a_special_token_named_as_stop_ends_the_answer(make_engine: MakeEngine, 
     assert answer.token_ids == tokens[: tokens.index(tokens[4]) + 1] and answer.finish_reason == "stop"
 
 
-def test_a_seed_fixes_the_answer_whatever_the_neighbours(make_engine: MakeEngine) -> None:
+def test_a_seed_fixes_the_answer_for_any_batch(make_engine: MakeEngine) -> None:
     params = SamplingParams(20, temperature=1.5, top_p=0.9, seed=11)
     alone = make_engine().generate([Request("Describe", params=params)])[0]
     others = [Request(f"Why {n}?", params=SamplingParams(3 + n, temperature=1.0, seed=n)) for n in range(5)]
@@ -209,57 +209,57 @@ def test_beam_search_equals_the_library(make_engine: MakeEngine, parts: tuple[An
     with torch.no_grad():
         expected = model.generate(
             torch.tensor([ids]),
-            images=PICTURES[0][None],
+            images=IMAGES[0][None],
             num_beams=3,
             max_new_tokens=8,
             do_sample=False,
             eos_token_id=2,
         )[0, len(ids) :].tolist()
-    answer = make_engine().generate([Request(ids, [PICTURES[0]], SamplingParams(8, num_beams=3))])[0]
+    answer = make_engine().generate([Request(ids, [IMAGES[0]], SamplingParams(8, num_beams=3))])[0]
     assert list(answer.token_ids) == expected[: expected.index(2) + 1 if 2 in expected else None]
-    two = make_engine().generate([Request([1, -200, -200, 5], PICTURES[:2], SamplingParams(3, num_beams=2))])[0]
+    two = make_engine().generate([Request([1, -200, -200, 5], IMAGES[:2], SamplingParams(3, num_beams=2))])[0]
     assert len(two.token_ids) <= 3 and two.finish_reason in ("stop", "length")
 
 
 @pytest.mark.parametrize(("tags", "images"), [(2, 1), (0, 1), (1, 0), (1, 3)])
 def test_image_counts_must_agree(engine: Engine, tags: int, images: int) -> None:
     with pytest.raises(RequestError, match=rf"{tags} <image> placeholder.*{images} image"):
-        engine.submit(Request("<image>" * tags + " what?", PICTURES[:images]))
+        engine.submit(Request("<image>" * tags + " what?", IMAGES[:images]))
 
 
 def test_length_limits_count_image_tokens(engine: Engine) -> None:
-    context = engine.lm.context_length
+    context = engine.model_runner.context_length
     fits = [1] * (context - 16 - 1) + [-200]
-    handle = engine.submit(Request(fits, PICTURES[:1], SamplingParams(100)))
+    handle = engine.submit(Request(fits, IMAGES[:1], SamplingParams(100)))
     assert handle.result().finish_reason == "length" and len(handle.result().token_ids) == 1
     assert handle.result().prompt_tokens == context - 1
     with pytest.raises(
         RequestError, match=rf"{context} tokens long \({context - 16} of text, 16 of 1 image.*{context}"
     ):
-        engine.submit(Request([1, *fits], PICTURES[:1]))
+        engine.submit(Request([1, *fits], IMAGES[:1]))
 
 
 def test_empty_prompts_and_missing_towers_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="empty"):
         engine.submit(Request([]))
-    monkeypatch.setattr(engine.model, "get_vision_tower", lambda: None)
+    monkeypatch.setattr(engine.model.get_model(), "get_vision_tower", lambda: None)
     with pytest.raises(RequestError, match="no vision tower"):
-        engine.submit(Request("<image>", PICTURES[:1]))
+        engine.submit(Request("<image>", IMAGES[:1]))
 
 
 @pytest.mark.parametrize("prompt", [None, 5, [1.5], ["a"], [1, 384], [1, -5], torch.ones(1, 3), "a\ud83d"])
-def test_prompts_of_no_tokens_are_refused(engine: Engine, prompt: Any) -> None:
-    with pytest.raises(RequestError, match=r"neither text nor token ids|tokens are 0 to 383"):
+def test_invalid_prompts_are_refused(engine: Engine, prompt: Any) -> None:
+    with pytest.raises(RequestError, match=r"must be text or token ids|must be in \[0, 383\]"):
         engine.submit(Request(prompt))
 
 
 @pytest.mark.parametrize("image", ["photo.jpg", b"...", None, np.zeros((4, 4, 3)), torch.zeros(1, 3, 56, 56)])
-def test_images_of_no_use_are_refused(engine: Engine, image: Any) -> None:
+def test_invalid_images_are_refused(engine: Engine, image: Any) -> None:
     with pytest.raises(RequestError, match="give a PIL image"):
         engine.submit(Request("<image>", [image]))
 
 
-def test_no_batch_is_refused(make_engine: MakeEngine) -> None:
+def test_an_empty_batch_size_is_refused(make_engine: MakeEngine) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         make_engine(max_batch_size=0)
 
@@ -269,7 +269,7 @@ def test_a_request_without_finite_logits_fails_alone(engine: Engine, solo: Solo)
     done = engine.generate([broken, Request([1, 300], params=SamplingParams(6))])
     assert done[0].finish_reason == "error" and "NaN" in str(done[0].error)
     assert done[1].token_ids == solo([1, 300], [], 6)
-    assert engine.generate([Request([1, -200, 3], PICTURES[:1], SamplingParams(2))])[0].error is None
+    assert engine.generate([Request([1, -200, 3], IMAGES[:1], SamplingParams(2))])[0].error is None
 
 
 def test_a_closed_stream_is_cancelled(engine: Engine) -> None:
@@ -286,13 +286,31 @@ def test_a_failing_prefill_fails_its_requests_only(engine: Engine, solo: Solo, m
 
     healthy = engine.submit(Request([1, 300], params=SamplingParams(6)))
     engine.step()
-    broken = engine.submit(Request([1, -200, 3], PICTURES[:1]))
+    broken = engine.submit(Request([1, -200, 3], IMAGES[:1]))
     with monkeypatch.context() as patch:
         patch.setattr(engine.model, "encode_images", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.step()
     assert broken.result().finish_reason == "error" and "out of memory" in str(broken.result().error)
     assert healthy.result().token_ids == solo([1, 300], [], 6)
+
+
+def test_a_wrong_number_of_embeddings_is_an_error_that_names_both(
+    engine: Engine, solo: Solo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KV slots that were planned but never written must not be read."""
+    encode = engine.model.encode_images
+    request = Request([1, 300, -200, 3], IMAGES[:1], SamplingParams(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "encode_images", lambda images: encode(images)[:, :9])
+        handle = engine.submit(request)
+        with pytest.raises(RequestError, match="returned 12 embeddings for 19 token slots"):
+            engine.step()
+    assert handle.result().finish_reason == "error" and "16 tokens each" in str(handle.result().error)
+    assert engine.statistics().prefix_bytes == 0
+    data = torch.zeros(1, 2, 1, 9, 4)
+    with pytest.raises(ValueError, match="9 tokens of keys and values for 10 tokens"):
+        prefix_cache.PrefixCache(10**6).insert((), tuple(range(10)), [1] * 10, data)
 
 
 def test_aspect_ratio_is_the_checkpoints_unless_given(make_engine: MakeEngine) -> None:
@@ -326,7 +344,7 @@ def test_threads_take_turns(engine: Engine, solo: Solo) -> None:
             assert found == [solo([1, first + n], [], 9) for n in range(6)]
 
 
-def test_what_an_interrupted_call_asked_is_cancelled(engine: Engine) -> None:
+def test_an_interrupted_call_cancels_its_requests(engine: Engine) -> None:
     def interrupt(finished: int) -> None:
         raise KeyboardInterrupt
 
@@ -344,7 +362,7 @@ def test_progress_counts_every_request(engine: Engine) -> None:
     assert sum(seen) == 9 and len(seen) > 1
 
 
-def test_finished_requests_are_forgotten(engine: Engine) -> None:
+def test_finished_requests_are_freed(engine: Engine) -> None:
     handle = engine.submit(Request([1, 300], params=SamplingParams(3)))
     handle.result()
     reference = weakref.ref(handle)
@@ -355,13 +373,13 @@ def test_finished_requests_are_forgotten(engine: Engine) -> None:
 
 def test_bfloat16_runs(tiny_dirs: dict[str, Path]) -> None:
     engine = load_engine(tiny_dirs["chat"], device="cpu", dtype="bfloat16")
-    answers = engine.generate([Request([1, -200, 300 + n], PICTURES[n : n + 1], SamplingParams(4)) for n in range(3)])
-    assert engine.lm.spec.dtype is torch.bfloat16 and all(len(answer.token_ids) >= 1 for answer in answers)
+    answers = engine.generate([Request([1, -200, 300 + n], IMAGES[n : n + 1], SamplingParams(4)) for n in range(3)])
+    assert engine.model_runner.spec.dtype is torch.bfloat16 and all(len(answer.token_ids) >= 1 for answer in answers)
 
 
 def test_eager_attention_agrees(tiny_dirs: dict[str, Path]) -> None:
-    """The library's forward serves "eager", our own "sdpa"; answers are longer than the columns held in reserve."""
-    ask = [Request([1, -200, *range(300, 301 + n)], PICTURES[:1], SamplingParams(90)) for n in range(5)]
+    """Transformers' forward ("eager") and the engine's own ("sdpa") agree, also after the KV cache has grown."""
+    ask = [Request([1, -200, *range(300, 301 + n)], IMAGES[:1], SamplingParams(90)) for n in range(5)]
     answers = []
     for kernel in ("eager", "sdpa"):
         tokenizer, model, processor, _ = load_pretrained_model(
@@ -371,48 +389,46 @@ def test_eager_attention_agrees(tiny_dirs: dict[str, Path]) -> None:
     assert answers[0] == answers[1]
 
 
-def test_the_next_turn_starts_behind_the_last(make_engine: MakeEngine, solo: Solo) -> None:
+def test_the_next_turn_reuses_the_last(make_engine: MakeEngine, solo: Solo) -> None:
     engine = make_engine()
     first = [1, *range(300, 330), -200, 310]
-    answer = engine.generate([Request(first, PICTURES[:1], SamplingParams(12))])[0].token_ids
+    answer = engine.generate([Request(first, IMAGES[:1], SamplingParams(12))])[0].token_ids
     second = [*first, *answer, 320, 321]
     before = engine.statistics()
-    assert engine.generate([Request(second, PICTURES[:1], SamplingParams(8))])[0].token_ids == solo(
-        second, PICTURES[:1], 8
-    )
+    assert engine.generate([Request(second, IMAGES[:1], SamplingParams(8))])[0].token_ids == solo(second, IMAGES[:1], 8)
     after = engine.statistics()
     assert after.computed_tokens - before.computed_tokens == 3  # the last token of the answer, and the new ones
     assert after.shared_tokens - before.shared_tokens == len(second) - 1 + 16 - 3 and after.encoded_images == 1
     other = make_engine()
-    other.generate([Request(first, PICTURES[:1], SamplingParams(12), keep=False)])
+    other.generate([Request(first, IMAGES[:1], SamplingParams(12), cache_prefix=False)])
     assert other.statistics().prefix_bytes == 0
 
 
-def test_rows_keep_to_their_budget_and_a_request_beyond_it_is_refused(
-    make_engine: MakeEngine, solo: Solo, column_bytes: int
+def test_the_kv_cache_stays_within_its_budget_and_larger_requests_are_refused(
+    make_engine: MakeEngine, solo: Solo, bytes_per_token: int
 ) -> None:
     engine = make_engine(
-        max_batch_size=8, kv_cache_bytes=100 * column_bytes, prefix_cache_bytes=0, feature_cache_bytes=0
+        max_batch_size=8, kv_cache_bytes=100 * bytes_per_token, prefix_cache_bytes=0, feature_cache_bytes=0
     )
     prompts = [[1, *range(300, 310 + n)] for n in range(6)]
     handles = [engine.submit(Request(ids, params=SamplingParams(20))) for ids in prompts]
     most = 0
     while engine.step():
         most = max(most, engine.running)
-        assert engine.statistics().row_bytes <= 100 * column_bytes
-    assert most == 3  # the shortest three need 33 columns each at most
+        assert engine.statistics().kv_bytes <= 100 * bytes_per_token
+    assert most == 3  # the shortest three need at most 33 token slots each
     assert [handle.result().token_ids for handle in handles] == [solo(ids, [], 20) for ids in prompts]
     with pytest.raises(RequestError, match="kv_cache_bytes"):
         engine.submit(Request([1, *range(300, 380)], params=SamplingParams(30)))
 
 
-def test_a_long_prompt_is_computed_in_pieces_and_does_not_hold_up_the_others(
+def test_chunked_prefill_of_a_long_prompt_does_not_delay_the_others(
     make_engine: MakeEngine, solo: Solo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(max_prefill_tokens=32)
     sizes: list[int] = []
-    run = engine.lm._run  # type: ignore[attr-defined]
-    monkeypatch.setattr(engine.lm, "_run", lambda x, *rest: (sizes.append(len(x)), run(x, *rest))[1])
+    run = engine.model_runner._run  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine.model_runner, "_run", lambda x, *rest: (sizes.append(len(x)), run(x, *rest))[1])
     long = [1, *(3 + n * 7 % 380 for n in range(150))]
     assert engine.generate([Request(long, params=SamplingParams(5))])[0].token_ids == solo(long, [], 5)
     assert max(sizes) <= 32
@@ -421,16 +437,16 @@ def test_a_long_prompt_is_computed_in_pieces_and_does_not_hold_up_the_others(
     later = [engine.submit(Request([1, n, *range(200, 220)], params=SamplingParams(2))) for n in (40, 41, 42)]
     tokens = engine.generated_tokens
     engine.step()
-    assert engine.generated_tokens - tokens == 3  # one of the three was let in: its first, and one for each row
+    assert engine.generated_tokens - tokens == 3  # one of the three was admitted: its first token, and one for each row
     assert running.result().token_ids == solo([1, 300], [], 30)
     assert [one.result().token_ids for one in later] == [solo([1, n, *range(200, 220)], [], 2) for n in (40, 41, 42)]
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_stop_string_ends_the_answer_and_what_is_kept_is_what_was_computed(
+def test_a_stop_string_ends_the_answer_and_the_cached_prefix_is_correct(
     make_engine: MakeEngine, overlaps: bool
 ) -> None:
-    """With `_on_cuda` the text is looked at while the next token is computed, which must not show."""
+    """With `_on_cuda` the text is decoded while the next token is computed; the results are the same."""
     prompt = [1, 300, *range(310, 330)]
     whole = make_engine().generate([Request(prompt, params=SamplingParams(40))])[0]
     stop = whole.text[8:11]
@@ -445,10 +461,10 @@ def test_a_stop_string_ends_the_answer_and_what_is_kept_is_what_was_computed(
     again = [*prompt, *whole.token_ids[:30]]
     turn = engine.generate([Request(again, params=SamplingParams(5))])[0]
     assert turn.token_ids == make_engine().generate([Request(again, params=SamplingParams(5))])[0].token_ids
-    assert engine.statistics().shared_tokens > len(prompt)  # the answer's own tokens are found, too
+    assert engine.statistics().shared_tokens > len(prompt)  # the tokens of the answer are cached, too
 
 
-def test_a_stream_is_a_step_late_at_most_when_it_overlaps(make_engine: MakeEngine) -> None:
+def test_an_overlapped_stream_is_at_most_one_step_late(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine._on_cuda = True
     handle = engine.submit(Request([1, 300, 301], params=SamplingParams(30)))
@@ -460,13 +476,11 @@ def test_a_stream_is_a_step_late_at_most_when_it_overlaps(make_engine: MakeEngin
     assert (pieces + handle.take()) == handle.result().text
 
 
-def test_an_idle_engine_gives_the_memory_of_its_rows_back(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_engine_frees_its_kv_cache(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
     engine.generate([Request([1, 300, 301], params=SamplingParams(3))])
-    assert engine.statistics().row_bytes > 0  # a little is kept for the next request
+    assert engine.statistics().kv_bytes > 0  # a small buffer stays allocated
     monkeypatch.setattr(cache, "_IDLE_BYTES", 0)
     engine._on_cuda = True
     assert engine.generate([Request([1, 300, 301], params=SamplingParams(3))])
-    assert engine.statistics().row_bytes == 0
+    assert engine.statistics().kv_bytes == 0

@@ -1,4 +1,4 @@
-"""LLaMA's layers run by ourselves give the library's numbers, and where they cannot run the library's forward does."""
+"""`LlamaRunner` computes the logits of transformers' forward; unsupported models use that forward."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.engine import attention
-from llava.engine.attention import Shared, attend
+from llava.engine.attention import SharedPrefix, attend
 from llava.engine.cache import KVCache
-from llava.engine.linear import Product
+from llava.engine.layers import FusedLinear
 from llava.engine.llama import LlamaRunner, build_model_runner
-from llava.engine.model_runner import LanguageModel
-from llava.engine.prefix_cache import PrefixCache, Span
+from llava.engine.model_runner import ModelRunner
+from llava.engine.prefix_cache import PrefixCache, PrefixMatch
 from llava.placement import prefers_matrix_vector
 from tests.tiny import llama_settings
 
@@ -48,32 +48,32 @@ def make_model(**overrides: Any) -> Any:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_logits_are_the_librarys(variant: str) -> None:
-    """Rows of different lengths, one behind a shared beginning and one not, then decode steps with all of them."""
+def test_logits_equal_transformers(variant: str) -> None:
+    """Rows of different lengths, with and without a shared prefix, then decode steps with all of them."""
     model = make_model(**VARIANTS[variant])
     begin, tails = list(range(3, 43)), [[50, 51, 52], [60], [70, 71, 72, 73, 74]]
     rows = [[*begin, *tails[0]], [*begin, *tails[1]], tails[2]]
     expected = [model(torch.tensor([row])).logits[0, -1] for row in rows]
-    lm = build_model_runner(model)
-    assert isinstance(lm, LlamaRunner)
-    segment = PrefixCache(2**20).insert((), tuple(begin), [1] * 40, lm.prefill_segment(lm.embed(begin), ()))
-    chains = [(Span(segment, 40),), (Span(segment, 40),), ()]
-    data, states = lm.prefill([lm.embed(tail) for tail in tails], chains)
-    torch.testing.assert_close(lm.logits(states), torch.stack(expected), atol=2e-4, rtol=1e-4)
-    cache = KVCache(lm.spec)
-    cache.join(data, [3, 1, 5], chains)
+    runner = build_model_runner(model)
+    assert isinstance(runner, LlamaRunner)
+    node = PrefixCache(2**20).insert((), tuple(begin), [1] * 40, runner.prefill_kv(runner.embed(begin), ()))
+    prefixes = [(PrefixMatch(node, 40),), (PrefixMatch(node, 40),), ()]
+    data, states = runner.prefill([runner.embed(tail) for tail in tails], prefixes)
+    torch.testing.assert_close(runner.logits(states), torch.stack(expected), atol=2e-4, rtol=1e-4)
+    cache = KVCache(runner.spec)
+    cache.join(data, [3, 1, 5], prefixes)
     for step in range(3):
         new = [100 + step, 110 + step, 120 + step]
         for row, token in zip(rows, new, strict=True):
             row.append(token)
         expected = [model(torch.tensor([row])).logits[0, -1] for row in rows]
-        torch.testing.assert_close(lm.decode(new, cache), torch.stack(expected), atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(runner.decode(new, cache), torch.stack(expected), atol=2e-4, rtol=1e-4)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
-def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
-    """By the CPU's kernel, and from materialised scores, as on other devices, for a few heads at a time."""
+def test_attention_in_parts_equals_attention_over_all(data: st.DataObject) -> None:
+    """With the CPU kernel, and with materialised scores, as on other devices, a few heads at a time."""
     rows, kv_heads, queries, width = (data.draw(st.integers(1, top)) for top in (4, 3, 4, 5))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     query = torch.randn(rows, kv_heads, queries, 8)
@@ -84,7 +84,7 @@ def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
         mask[row, ..., length:] = -torch.inf
     members = [row for row in range(rows) if data.draw(st.booleans())] or [0]
     part = torch.randn(1, 2, kv_heads, data.draw(st.integers(1, 6)), 8)
-    shared = [Shared(torch.tensor(members), part)]
+    shared = [SharedPrefix(torch.tensor(members), part)]
     causal = queries == width and data.draw(st.booleans())
     lengths = [width] * rows if causal else lengths
     given = (query, own[0], own[1], None if causal else mask, shared, 0)
@@ -102,15 +102,15 @@ def test_attention_in_parts_is_attention_over_all(data: st.DataObject) -> None:
         torch.testing.assert_close(got[row], want)
 
 
-def test_the_librarys_forward_serves_the_rest() -> None:
+def test_unsupported_models_use_the_forward_of_transformers() -> None:
     eager = make_model(attn_implementation="eager")
-    assert type(build_model_runner(eager)) is LanguageModel
+    assert type(build_model_runner(eager)) is ModelRunner
     hooked = make_model()
     hooked.model.layers[1]._hf_hook = object()
-    assert type(build_model_runner(hooked)) is LanguageModel
+    assert type(build_model_runner(hooked)) is ModelRunner
 
 
-def test_fusing_stores_nothing_twice_and_saving_still_works(tmp_path: Path) -> None:
+def test_fused_weights_share_memory_and_can_be_saved(tmp_path: Path) -> None:
     model = make_model(attention_bias=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first, second = LlamaRunner(model), LlamaRunner(model)
@@ -123,15 +123,15 @@ def test_fusing_stores_nothing_twice_and_saving_still_works(tmp_path: Path) -> N
     assert all(torch.equal(saved[name], value) for name, value in before.items())
 
 
-def test_layers_that_are_not_plain_are_called_one_by_one() -> None:
+def test_quantized_layers_are_called_one_by_one() -> None:
     class Packed(torch.nn.Linear):
         """Stands for a layer in 4 or 8 bit."""
 
     plain, packed = torch.nn.Linear(4, 3), Packed(4, 2)
     x = torch.randn(5, 4)
-    both = Product(plain, packed)
+    both = FusedLinear(plain, packed)
     assert both.weight is None
     torch.testing.assert_close(both(x), torch.cat([plain(x), packed(x)], -1))
-    half = Product(torch.nn.Linear(4, 3).bfloat16(), torch.nn.Linear(4, 2).bfloat16())
+    half = FusedLinear(torch.nn.Linear(4, 3).bfloat16(), torch.nn.Linear(4, 2).bfloat16())
     assert half.vector == prefers_matrix_vector(torch.device("cpu"), torch.bfloat16) is True
     torch.testing.assert_close(half(x[:1].bfloat16()), half(x[:2].bfloat16())[:1], atol=0.02, rtol=0.02)

@@ -8,60 +8,59 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llava.engine import memory
+from llava.engine import cache
 from llava.engine.arguments import EngineArgs
-from llava.engine.cache import CacheSpec
-from llava.engine.memory import CacheBounds, cache_bounds
+from llava.engine.cache import CacheBounds, CacheSpec, cache_bounds
 
 GIB = 2**30
 CPU = CacheSpec(layers=32, kv_heads=32, head_dim=128, dtype=torch.bfloat16, device=torch.device("cpu"))  # 512 KiB
-CARD = replace(CPU, device=torch.device("cuda", 0), context_length=2048)
+GPU = replace(CPU, device=torch.device("cuda", 0), context_length=2048)
 
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Free bytes by card, for the test to set."""
+    """Free bytes by GPU index, set by the test."""
     room: dict[int, int] = {}
-    monkeypatch.setattr(memory, "free_memory", lambda device: room[device.index])
+    monkeypatch.setattr(cache, "free_memory", lambda device: room[device.index])
     return room
 
 
-def test_a_cpu_has_the_bounds_it_always_had() -> None:
+def test_defaults_on_the_cpu() -> None:
     assert cache_bounds(CPU) == CacheBounds(None, 512 * 2**20, 512 * 2**20)
     assert cache_bounds(CPU, kv=5, features=0) == CacheBounds(5, 512 * 2**20, 0)
 
 
-def test_on_cuda_they_follow_from_free_memory(free: dict[int, int]) -> None:
+def test_defaults_on_cuda_are_fractions_of_free_memory(free: dict[int, int]) -> None:
     free[0] = 100 * GIB
-    assert cache_bounds(CARD) == CacheBounds(int(0.35 * 100 * GIB), 20 * GIB, int(0.02 * 100 * GIB))
-    assert cache_bounds(CARD, 1, 2, 3, 4) == CacheBounds(1, 2, 3, 4)
+    assert cache_bounds(GPU) == CacheBounds(int(0.35 * 100 * GIB), 20 * GIB, int(0.02 * 100 * GIB))
+    assert cache_bounds(GPU, 1, 2, 3, 4) == CacheBounds(1, 2, 3, 4)
     free[0] = 1000 * GIB
-    assert cache_bounds(CARD).features == 2 * GIB  # hundreds of images
+    assert cache_bounds(GPU).features == 2 * GIB  # hundreds of images
 
 
-def test_one_full_context_fits_where_there_is_room(free: dict[int, int]) -> None:
+def test_the_kv_cache_holds_a_full_context_if_there_is_room(free: dict[int, int]) -> None:
     free[0] = int(2.5 * GIB)  # 35 % of it would hold 1,792 tokens
-    assert cache_bounds(CARD).kv == 2048 * CARD.column_bytes == GIB
+    assert cache_bounds(GPU).kv == 2048 * GPU.bytes_per_token == GIB
     free[0] = GIB
-    assert cache_bounds(CARD).kv == int(0.45 * GIB)
-    assert cache_bounds(CARD).prefix == pytest.approx(0.1 * GIB, rel=1e-6)  # a KV cache that grows is there twice
+    assert cache_bounds(GPU).kv == int(0.45 * GIB)
+    assert cache_bounds(GPU).prefix == pytest.approx(0.1 * GIB, rel=1e-6)  # a growing KV cache exists twice
     free[0] = 0
-    assert cache_bounds(CARD).kv == cache_bounds(CARD).prefix == 0
+    assert cache_bounds(GPU).kv == cache_bounds(GPU).prefix == 0
 
 
-def test_a_prefill_leaves_room_on_a_small_card(free: dict[int, int]) -> None:
+def test_a_prefill_leaves_room_on_a_small_gpu(free: dict[int, int]) -> None:
     """Its own keys and values exist beside the KV cache until they are copied into it."""
     free[0] = 100 * GIB
-    assert cache_bounds(CARD).prefill_tokens == 8192
+    assert cache_bounds(GPU).prefill_tokens == 8192
     free[0] = 10 * GIB
-    assert cache_bounds(CARD).prefill_tokens == GIB // CARD.column_bytes == 2048
+    assert cache_bounds(GPU).prefill_tokens == GIB // GPU.bytes_per_token == 2048
     free[0] = GIB // 2
-    assert cache_bounds(CARD).prefill_tokens == 512
+    assert cache_bounds(GPU).prefill_tokens == 512
 
 
-def test_the_fullest_card_bounds_a_model_that_is_split(free: dict[int, int]) -> None:
-    cards = [torch.device("cuda", index) for index in (0, 1)]
-    split = replace(CARD, layer_devices=(cards[0],) * 8 + (cards[1],) * 24)
+def test_the_fullest_gpu_limits_a_split_model(free: dict[int, int]) -> None:
+    gpus = [torch.device("cuda", index) for index in (0, 1)]
+    split = replace(GPU, layer_devices=(gpus[0],) * 8 + (gpus[1],) * 24)
     free.update({0: 10 * GIB, 1: 24 * GIB})
     assert cache_bounds(split).prefix == int(0.2 * 32 * GIB)  # 24 of 32 layers are on the second
     free[0] = 4 * GIB

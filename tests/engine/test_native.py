@@ -1,4 +1,4 @@
-"""The C++ decode kernel gives PyTorch's numbers, whoever shares the batch, and its absence is no failure."""
+"""The C++ decode kernel computes PyTorch's logits for any batch; without it decoding still works."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ import torch
 from llava.engine.cache import KVCache
 from llava.engine.llama import LlamaRunner
 from llava.engine.native import build
-from llava.engine.prefix_cache import PrefixCache, Span
+from llava.engine.prefix_cache import PrefixCache, PrefixMatch
 from tests.engine.test_llama import VARIANTS, make_model
 
-BEGIN = list(range(3, 43))
+PREFIX = list(range(3, 43))
 
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """What is known of compiler and library is forgotten, before and after."""
+    """Clear the cached library before and after the test."""
     build.library.cache_clear()
     yield
     build.library.cache_clear()
 
 
-def rows_of(lm: LlamaRunner, lengths: list[int], behind: list[bool]) -> KVCache:
-    """Rows of random tokens, some behind a shared beginning."""
-    segment = PrefixCache(2**20).insert((), tuple(BEGIN), [1] * 40, lm.prefill_segment(lm.embed(BEGIN), ()))
-    chains = [(Span(segment, 40),) if shares else () for shares in behind]
-    rows = [lm.embed([50 + row + at for at in range(length)]) for row, length in enumerate(lengths)]
-    cache = KVCache(lm.spec)
-    cache.join(lm.prefill(rows, chains)[0], lengths, chains)
+def rows_of(runner: LlamaRunner, lengths: list[int], behind: list[bool]) -> KVCache:
+    """Rows of random tokens, some behind a shared prefix."""
+    node = PrefixCache(2**20).insert((), tuple(PREFIX), [1] * 40, runner.prefill_kv(runner.embed(PREFIX), ()))
+    prefixes = [(PrefixMatch(node, 40),) if shares else () for shares in behind]
+    rows = [runner.embed([50 + row + at for at in range(length)]) for row, length in enumerate(lengths)]
+    cache = KVCache(runner.spec)
+    cache.join(runner.prefill(rows, prefixes)[0], lengths, prefixes)
     return cache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", sorted({*VARIANTS} - {"gelu"}))
 @torch.inference_mode()
-def test_logits_and_caches_are_pytorchs(variant: str, dtype: torch.dtype) -> None:
+def test_logits_and_caches_equal_pytorchs(variant: str, dtype: torch.dtype) -> None:
     model = make_model(**VARIANTS[variant]).to(dtype)
     kernel, plain = LlamaRunner(model), LlamaRunner(model)
     plain.native = None
     assert kernel.native is not None
     lengths, behind = [1, 5, 2, 7, 3, 4, 6], [True, False, True, True, False, True, False]
-    caches = [rows_of(lm, lengths, behind) for lm in (kernel, plain)]
+    caches = [rows_of(runner, lengths, behind) for runner in (kernel, plain)]
     close = {"atol": 2e-4, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 0.15, "rtol": 0.05}
     for step in range(4):
         ids = [100 + step + 5 * row for row in range(7)]
-        got, want = (lm.decode(ids, cache) for lm, cache in zip((kernel, plain), caches, strict=True))
+        got, want = (runner.decode(ids, cache) for runner, cache in zip((kernel, plain), caches, strict=True))
         torch.testing.assert_close(got, want.float(), **close)
     for row in range(7):
         torch.testing.assert_close(caches[0].row(row), caches[1].row(row), **close)
@@ -59,47 +59,49 @@ def test_logits_and_caches_are_pytorchs(variant: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    """Bit for bit, whatever the size of the batch."""
-    lm = LlamaRunner(make_model().to(dtype))
-    assert lm.native is not None
+    """Logits are bitwise equal for every batch size."""
+    runner = LlamaRunner(make_model().to(dtype))
+    assert runner.native is not None
     lengths, behind = [3] * 11, [True] * 11
-    together = lm.decode(list(range(100, 111)), rows_of(lm, lengths, behind))
+    together = runner.decode(list(range(100, 111)), rows_of(runner, lengths, behind))
     for count in (1, 2, 5, 8):
-        cache = rows_of(lm, lengths, behind)
+        cache = rows_of(runner, lengths, behind)
         for row in range(10, count - 1, -1):
             cache.drop(row)
-        assert torch.equal(lm.decode(list(range(100, 100 + count)), cache), together[:count])
+        assert torch.equal(runner.decode(list(range(100, 100 + count)), cache), together[:count])
 
 
 @torch.inference_mode()
-def test_what_is_not_a_number_stays_so() -> None:
-    """Broken weights must be seen, not rounded to something finite."""
-    lm = LlamaRunner(make_model().bfloat16())
-    cache = rows_of(lm, [2, 2], [False, False])
-    weight = lm.layers[0].qkv.weight
+def test_nan_is_preserved() -> None:
+    """NaN in the weights reaches the logits and the cache."""
+    runner = LlamaRunner(make_model().bfloat16())
+    cache = rows_of(runner, [2, 2], [False, False])
+    weight = runner.layers[0].qkv.weight
     assert weight is not None
     weight[-1, 0] = torch.nan
-    assert not lm.decode([5, 6], cache).isfinite().all()
+    assert not runner.decode([5, 6], cache).isfinite().all()
     assert not cache.row(0)[0, 1, -1, -1].isfinite().all()
 
 
 @pytest.mark.parametrize("other", [{"hidden_size": 72}, {"intermediate_size": 100}, {"hidden_act": "gelu"}])
-def test_other_sizes_and_activations_go_the_other_way(other: dict[str, Any]) -> None:
+def test_unsupported_sizes_and_activations_do_not_use_the_kernel(other: dict[str, Any]) -> None:
     assert LlamaRunner(make_model(**other)).native is None
 
 
-def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+def test_it_can_be_disabled(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     monkeypatch.setenv("LLAVA_NATIVE", "0")
     assert LlamaRunner(make_model()).native is None
 
 
-def test_without_a_compiler_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, fresh: None, tmp_path: Path) -> None:
+def test_without_a_compiler_the_kernel_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, fresh: None, tmp_path: Path
+) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert LlamaRunner(make_model()).native is None
 
 
-def test_a_compiler_that_fails_is_told_once(
+def test_a_failing_compiler_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, fresh: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = tmp_path / "c++"

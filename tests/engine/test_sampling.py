@@ -1,4 +1,4 @@
-"""Sampling: the top-p set, seeds, both ways of drawing, and the refusal of parameters that make no sense."""
+"""Sampling: the top-p set, seeds, both sampling methods, and invalid parameters."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def test_greedy_rows_are_not_disturbed_by_sampled_ones() -> None:
     assert all(sample(logits, [hot, cold])[1] == 0 for _ in range(20))
 
 
-def test_only_sampled_rows_draw_and_each_by_itself() -> None:
+def test_only_sampled_rows_draw_independently() -> None:
     warm = [SamplingParams(temperature=1.0, top_p=0.5, seed=seed) for seed in (1, 2)]
     generators = [make_generator(one) for one in warm]
-    columns = Sampler([warm[0], SamplingParams(), warm[1]], [generators[0], None, generators[1]]).columns()
-    alone = [Sampler([one], [make_generator(one)]).columns() for one in warm]
+    columns = Sampler([warm[0], SamplingParams(), warm[1]], [generators[0], None, generators[1]]).host_params()
+    alone = [Sampler([one], [make_generator(one)]).host_params() for one in warm]
     assert columns[:2] == [[1.0, 0.0, 1.0], [0.5, 1.0, 0.5]]
     assert columns[2] == [alone[0][2][0], 0.0, alone[1][2][0]]
-    assert Sampler([SamplingParams()], [None]).columns() == []
+    assert Sampler([SamplingParams()], [None]).host_params() == []
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-45])
@@ -102,7 +102,7 @@ def test_the_coldest_sampling_is_greedy(temperature: float) -> None:
     assert sample_top_p(logits, torch.tensor([temperature]), torch.ones(1), torch.tensor([0.999])).tolist() == [1]
 
 
-def test_a_row_of_no_finite_logits_has_no_token() -> None:
+def test_a_row_without_finite_logits_has_no_token() -> None:
     logits = torch.tensor([[0.0, math.nan, 1.0], [0.0, 1.0, -math.inf], [math.inf, 0.0, 0.0]])
     warm = SamplingParams(temperature=0.01, seed=0)
     assert sample(logits, [warm, warm, SamplingParams()]) == [NO_TOKEN, 1, NO_TOKEN]
@@ -132,6 +132,6 @@ def test_a_row_of_no_finite_logits_has_no_token() -> None:
         {"top_p": None},
     ],
 )
-def test_impossible_parameters_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_parameters_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(options))):
         SamplingParams(**options)

@@ -1,4 +1,4 @@
-"""Made-up data of every benchmark in its official layout: a few questions each, with pictures and labels."""
+"""Synthetic data of every benchmark in its official layout: a few questions with images and labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ASK = f"\n{SHORT_SUFFIX}"
 COLORS = ("red", "blue", "green")
 
 
-def picture(path: Path, color: str = "red") -> None:
+def save_image(path: Path, color: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 30), color).save(path)
 
@@ -31,7 +31,7 @@ def dump(path: Path, value: Any) -> Path:
 
 
 def make_pope(root: Path) -> None:
-    picture(root / "val2014" / "1.jpg")
+    save_image(root / "val2014" / "1.jpg")
     (root / "coco").mkdir()
     rows = []
     for first, category in ((0, "adversarial"), (10, "popular"), (20, "random")):
@@ -46,7 +46,7 @@ def make_pope(root: Path) -> None:
 
 
 def make_textvqa(root: Path) -> None:
-    picture(root / "train_images" / "i.jpg")
+    save_image(root / "train_images" / "i.jpg")
     asked = [f"Q{n}?" for n in range(3)]
     rows = [{"question_id": "i", "image": "i.jpg", "text": text + ASK} for text in asked]
     write_jsonl(root / "llava_textvqa_val_v051_ocr.jsonl", rows)
@@ -55,7 +55,7 @@ def make_textvqa(root: Path) -> None:
 
 
 def make_science_qa(root: Path) -> None:
-    picture(root / "images" / "test" / "1" / "image.png")
+    save_image(root / "images" / "test" / "1" / "image.png")
     problem = {"question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "grade": "grade3"}
     dump(root / "problems.json", {"1": {**problem, "image": "image.png"}, "2": {**problem, "image": None}})
     dump(root / "pid_splits.json", {"test": ["1", "2"]})
@@ -69,7 +69,7 @@ def make_mme(root: Path) -> None:
     rows = []
     for task in TASKS:
         place = root / "MME_Benchmark_release_version" / task
-        picture(place / "0.png")
+        save_image(place / "0.png")
         (place / "0.txt").write_text("Is it? Please answer yes or no.\tYes\nNot? Please answer yes or no.\tNo\n")
         rows += [
             {"question_id": f"{task}/0.png", "image": f"{task}/0.png", "text": text + ASK, "category": task}
@@ -80,14 +80,14 @@ def make_mme(root: Path) -> None:
 
 def make_vqav2(root: Path) -> None:
     for number, color in enumerate(COLORS):
-        picture(root / "test2015" / f"{number}.jpg", color)
+        save_image(root / "test2015" / f"{number}.jpg", color)
     rows = [
         {"question_id": 100 + n, "image": f"{n % 3}.jpg", "text": f"What is {n}?{ASK}", "category": "default"}
         for n in range(5)
     ]
     write_jsonl(root / "llava_vqav2_mscoco_test-dev2015.jsonl", rows)
     write_jsonl(root / "llava_vqav2_mscoco_test2015.jsonl", [*rows, {**rows[0], "question_id": 900}])
-    picture(root / "val2014" / "COCO_val2014_000000000007.jpg")
+    save_image(root / "val2014" / "COCO_val2014_000000000007.jpg")
     asked = [{"image_id": 7, "question": f"Val {n}?", "question_id": n} for n in range(2)]
     dump(root / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": asked})
     people = [{"question_id": n, "answers": [{"answer": "yes"}] * 10} for n in range(2)]
@@ -96,7 +96,7 @@ def make_vqav2(root: Path) -> None:
 
 def make_gqa(root: Path) -> None:
     for number, color in enumerate(COLORS):
-        picture(root / "data" / "images" / f"n{number}.jpg", color)
+        save_image(root / "data" / "images" / f"n{number}.jpg", color)
     ids = [str(n) for n in range(7)]
     rows = [
         {"question_id": each, "image": f"n{int(each) % 3}.jpg", "text": f"Q{each}?{ASK}", "category": "default"}
@@ -111,7 +111,7 @@ def make_vizwiz(root: Path) -> None:
     rows = []
     for split in ("test", "val"):
         for number, color in enumerate(COLORS[:2]):
-            picture(root / split / f"VizWiz_{split}_{number:08d}.jpg", color)
+            save_image(root / split / f"VizWiz_{split}_{number:08d}.jpg", color)
     for number in range(2):
         name = f"VizWiz_test_{number:08d}.jpg"
         rows.append({"question_id": number, "image": name, "text": f"What?\nWhen…{ASK}", "category": "default"})
@@ -139,11 +139,11 @@ def make_mmbench(root: Path, *names: str) -> None:
 
 def make_mmbench_en(root: Path) -> None:
     make_mmbench(root, "mmbench_dev_20230712.tsv")
-    picture_column = 9
+    image_column = 9
     lines = (root / "mmbench_dev_20230712.tsv").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines]
     hidden = [[value for at, value in enumerate(row) if rows[0][at] != "answer"] for row in rows]
-    assert rows[0][picture_column] == "image"
+    assert rows[0][image_column] == "image"
     (root / "mmbench_test_en_20231003.tsv").write_text("".join("\t".join(row) + "\n" for row in hidden))
 
 
@@ -152,8 +152,8 @@ def make_mmbench_cn(root: Path) -> None:
 
 
 def make_seed(root: Path) -> None:
-    picture(root / "SEED-Bench-image" / "1.png")
-    picture(root / "SEED-Bench-video-image" / "v0.png", "blue")
+    save_image(root / "SEED-Bench-image" / "1.png")
+    save_image(root / "SEED-Bench-video-image" / "v0.png", "blue")
     options = "\nA. a\nB. b\nC. c\nD. d\n" + LETTER_SUFFIX
     rows = [{"question_id": 101, "image": "SEED-Bench-image/1.png", "text": "What?" + options, "category": "default"}]
     rows += [{**rows[0], "question_id": "v0", "image": "SEED-Bench-video-image/v0.png"}]
@@ -169,7 +169,7 @@ def make_seed(root: Path) -> None:
 
 
 def make_mm_vet(root: Path) -> None:
-    picture(root / "images" / "v1_0.png")
+    save_image(root / "images" / "v1_0.png")
     rows = [{"image": "v1_0.png", "text": f"What {n}?", "category": "conv", "question_id": n} for n in range(2)]
     write_jsonl(root / "llava-mm-vet.jsonl", rows)
     references = {
@@ -185,7 +185,7 @@ def make_mm_vet(root: Path) -> None:
 
 
 def make_llava_bench(root: Path) -> None:
-    picture(root / "images" / "001.jpg")
+    save_image(root / "images" / "001.jpg")
     kinds = ("conv", "detail", "complex")
     rows = [{"question_id": n, "image": "001.jpg", "text": "Why?", "category": kind} for n, kind in enumerate(kinds)]
     write_jsonl(root / "questions.jsonl", rows)
@@ -196,7 +196,7 @@ def make_llava_bench(root: Path) -> None:
 
 
 def make_coco(root: Path) -> None:
-    picture(root / "val2014" / "0.jpg")
+    save_image(root / "val2014" / "0.jpg")
     rows = [{"question_id": n, "image": "0.jpg", "text": "Why?", "category": "conv"} for n in range(2)]
     write_jsonl(root / "qa90_questions.jsonl", rows)
     write_jsonl(
@@ -215,7 +215,7 @@ def make_easy_vqa(root: Path) -> None:
     for split, count in (("train", 2), ("test", 3)):
         rows = []
         for image in range(count):
-            picture(root / split / "images" / f"{image}.png", COLORS[image % 3])
+            save_image(root / split / "images" / f"{image}.png", COLORS[image % 3])
             rows += [["what color is the shape?", COLORS[image % 3], image], ["is it red?", "yes", image]]
         dump(root / split / "questions.json", rows)
 
@@ -240,7 +240,7 @@ BENCHMARKS: dict[str, tuple[str, int, Callable[[Path], None]]] = {
 
 
 def make_everything(root: Path) -> Path:
-    """Data of all benchmarks below `root` (which gets a neighbour for COCO's); returns `root`."""
+    """Write the data of all benchmarks below `root`, and COCO's beside it; return `root`."""
     for folder, _, make in BENCHMARKS.values():
         place = root / folder
         place.mkdir(parents=True)

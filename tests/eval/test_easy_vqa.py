@@ -1,4 +1,4 @@
-"""easy-VQA: scores, the question-only baseline, and the whole command on data of its layout."""
+"""easy-VQA: scores, the question-only baseline, and `llava eval` on synthetic data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from PIL import Image
 
 from llava.errors import ConfigError, DataError
 from llava.eval import main as evaluate
-from llava.eval.benchmarks.easy_vqa import EasyVQA, Item, normalize, question_only, score, table
+from llava.eval.benchmarks.easy_vqa import (
+    EasyVQA,
+    Prediction,
+    normalize,
+    question_only_baseline,
+    read_items,
+    score_predictions,
+)
 from llava.eval.benchmarks.registry import make_task
 from tests.eval.conftest import read_jsonl
 
@@ -30,29 +37,33 @@ def test_normalize(text: str, plain: str) -> None:
 
 def test_score_by_group() -> None:
     items = [
-        Item("is it red?", "yes", "Yes."),
-        Item("is it red?", "no", "yes"),
-        Item("what shape?", "circle", "Circle"),
-        Item("what shape?", "triangle", "a triangle"),
-        Item("what color?", "teal", "teal"),
+        Prediction("is it red?", "yes", "Yes."),
+        Prediction("is it red?", "no", "yes"),
+        Prediction("what shape?", "circle", "Circle"),
+        Prediction("what shape?", "triangle", "a triangle"),
+        Prediction("what color?", "teal", "teal"),
     ]
-    result = score(items, TRAINING)
+    result = score_predictions(items, TRAINING)
     assert result["overall"] == {"n": 5, "correct": 3, "accuracy": 60.0}
     assert result["yes_no"]["accuracy"] == 50.0 and result["open"]["correct"] == 2
-    assert result["question_only"]["overall"]["correct"] == 2  # "no" and "circle"; an unseen question is a miss
+    assert result["question_only"]["overall"]["correct"] == 2  # "no" and "circle"; unseen questions count as wrong
     assert result["per_answer"]["triangle"] == {"n": 1, "correct": 0, "accuracy": 0.0}
-    assert "60.00 %" in table(result) and "40.00 %" in table(result)
+    assert "60.00 %" in EasyVQA.table(result) and "40.00 %" in EasyVQA.table(result)
 
 
 def test_groups_without_questions_have_no_accuracy() -> None:
-    result = score([Item("is it red?", "yes", "yes")], TRAINING)
-    assert result["open"] == {"n": 0, "correct": 0, "accuracy": None} and "–" in table(result)
+    result = score_predictions([Prediction("is it red?", "yes", "yes")], TRAINING)
+    assert result["open"] == {"n": 0, "correct": 0, "accuracy": None} and "–" in EasyVQA.table(result)
     with pytest.raises(DataError, match="no answers"):
-        score([], TRAINING)
+        score_predictions([], TRAINING)
 
 
-def test_ties_of_the_baseline_are_settled() -> None:
-    assert question_only([("q", "b"), ("q", "a")]) == question_only([("q", "a"), ("q", "b")]) == {"q": "a"}
+def test_ties_of_the_baseline_are_deterministic() -> None:
+    assert (
+        question_only_baseline([("q", "b"), ("q", "a")])
+        == question_only_baseline([("q", "a"), ("q", "b")])
+        == {"q": "a"}
+    )
 
 
 @needs_package
@@ -60,9 +71,9 @@ def test_official_split_and_baseline() -> None:
     task = make_task("easy_vqa")
     assert isinstance(task, EasyVQA) and len(task.questions()) == 9673
     assert (task.image_folder / task.questions()[0].images[0]).is_file()
-    training = [(question, answer) for _, (question, answer, _) in task._read("train")]
-    items = [Item(question, answer, answer) for _, (question, answer, _) in task._read("test")]
-    result = score(items, training)
+    training = [(question, answer) for question, answer, _ in read_items(task.root / "train/questions.json")]
+    items = [Prediction(question, answer, answer) for question, answer, _ in read_items(task.question_path)]
+    result = score_predictions(items, training)
     assert result["overall"]["accuracy"] == 100.0
     assert result["question_only"]["overall"]["accuracy"] == pytest.approx(67.0, abs=0.1)
     assert len(result["per_answer"]) == 13 and len(task.questions(1000)) == 1000
@@ -102,19 +113,19 @@ def test_command_answers_and_scores(
     assert [row["question_id"] for row in rows] == list(range(12))
     assert rows[0]["prompt"] == "what color is the shape?"
     assert evaluate.main(command(tiny_dirs, data_root)) == 0
-    assert "12 from before" in capsys.readouterr().err
+    assert "12 reused" in capsys.readouterr().err
 
 
-def test_limit_is_spread_and_said(
+def test_limit_is_evenly_spaced_and_printed(
     tiny_dirs: dict[str, Path], data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main(command(tiny_dirs, data_root, "--limit", "4")) == 0
-    assert "test split, 4 questions spread evenly over it" in capsys.readouterr().out
+    assert "test split, 4 evenly spaced questions" in capsys.readouterr().out
     rows = read_jsonl(data_root / "out/easy_vqa/answers.jsonl")
     assert [row["question_id"] for row in rows] == [0, 3, 6, 9]
 
 
-def test_a_lost_picture_withholds_the_score(
+def test_a_missing_image_prevents_scoring(
     tiny_dirs: dict[str, Path], data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data_root / "test/images/3.png").unlink()
@@ -125,11 +136,11 @@ def test_a_lost_picture_withholds_the_score(
         EasyVQA(data_root, "test").score(data_root / "out/easy_vqa/answers.jsonl")
 
 
-def test_unknown_names_and_missing_data_are_one_sentence(
+def test_unknown_names_and_missing_data_are_reported_in_one_line(
     tiny_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert evaluate.main(["--tasks", "pope2", "--model-path", "x"]) == 2
-    assert "no task 'pope2'; choose from vqav2" in capsys.readouterr().err
+    assert "Unknown task 'pope2'; choose from vqav2" in capsys.readouterr().err
     assert evaluate.main(command(tiny_dirs, tmp_path)) == 2
     assert "questions.json" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no split 'dev'"):

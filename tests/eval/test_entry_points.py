@@ -1,4 +1,4 @@
-"""The programs of spec/eval.md §2: flags, defaults, records."""
+"""The `model_*` programs and `run_llava`: flags, defaults, records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava.errors import ImageError
 from llava.eval import model_qa, model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
 from llava.eval.run.images import Base64Images, prefetch
 from llava.eval.run.questions import Question
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.runner import RunSettings
 from tests.eval.benchdata import make_mmbench_en, make_science_qa, make_textvqa
 from tests.eval.conftest import read_jsonl, write_jsonl
 
@@ -53,14 +53,16 @@ def test_mmbench_by_rounds(flags: list[str], tmp_path: Path, capsys: pytest.Capt
     assert model_vqa_mmbench.main([*flags, "--question-file", str(table), "--lang", "fr"]) == 2
 
 
-def test_science_with_its_answer_prompter(flags: list[str], tmp_path: Path) -> None:
+def test_science_qa_answer_prompter(flags: list[str], tmp_path: Path) -> None:
     make_science_qa(tmp_path)
     science = ["--question-file", str(tmp_path / "llava_test_CQM-A.json"), "--single-pred-prompt"]
     science += ["--image-folder", str(tmp_path / "images/test")]
     assert model_vqa_science.main([*flags, *science]) == 0
     first = read_jsonl(tmp_path / "a.jsonl")
     assert first[0]["prompt"].startswith("<image>\nQ?")
-    assert model_vqa_science.main([*flags, *science, "--answer-prompter"]) == 2  # other answers are in the file
+    assert (
+        model_vqa_science.main([*flags, *science, "--answer-prompter"]) == 2
+    )  # the file has answers of other settings
     assert model_vqa_science.main([*flags, *science, "--answer-prompter", "--overwrite"]) == 0
     for row, before in zip(read_jsonl(tmp_path / "a.jsonl"), first):
         assert row["text"].startswith(f"{before['text']}\n The answer is ")
@@ -73,9 +75,9 @@ def test_long_answers(flags: list[str], tmp_path: Path) -> None:
     assert len(read_jsonl(tmp_path / "a.jsonl")) == 3
 
 
-def test_one_answer_about_two_pictures(
+def test_one_answer_about_two_images(
     flags: list[str],
-    pictures: Path,
+    images: Path,
     capsys: pytest.CaptureFixture[str],
     engine: Engine,
     monkeypatch: pytest.MonkeyPatch,
@@ -84,7 +86,7 @@ def test_one_answer_about_two_pictures(
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda request: (asked.append(request), submit(request))[1])
     base = flags[:-2]
-    one, two = (str(pictures / f"{name}.png") for name in ("red", "blue"))
+    one, two = (str(images / f"{name}.png") for name in ("red", "blue"))
     assert run_llava.main([*base, "--image-file", one, "--sep", "", "--query", "What is it?"]) == 0
     query = "Is <image-placeholder> like <image-placeholder>?"
     assert run_llava.main([*base, "--image-file", f"{one};{two}", "--sep", ";", "--query", query]) == 0
@@ -96,7 +98,7 @@ def test_one_answer_about_two_pictures(
     assert run_llava.main([*base, "--image-file", one, "--query", "x", "--conv-mode", "v9"]) == 2
 
 
-def test_a_language_model_answers_without_pictures(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_language_model_answers_without_images(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
     questions = write_jsonl(tmp_path / "q.jsonl", [{"question_id": n, "text": "What is red?"} for n in range(2)])
     flags = ["--model-name", str(tiny_dirs["base"]), "--question-file", str(questions), "--max-new-tokens", "5"]
     for name in ("a", "b"):
@@ -111,10 +113,10 @@ def test_a_language_model_answers_without_pictures(tiny_dirs: dict[str, Path], t
         assert model_qa.main(["--model-name", str(unfit), "--question-file", str(questions), "--device", "cpu"]) == 2
 
 
-def test_worker_processes_open_pictures_in_order(pictures: Path) -> None:
+def test_worker_processes_open_images_in_order(images: Path) -> None:
     names = ("red", "green", "blue", "gray")
     questions = [Question(n, str(n), (f"{names[n % 4]}.png",)) for n in range(20)] + [Question(20, "x", ("gone.png",))]
-    settings = RunSettings("", "", "", SamplingParams(1), pictures)
+    settings = RunSettings("", "", "", SamplingParams(1), images)
     found = list(prefetch(questions, range(21), settings.source, 2))
     assert [position for position, _ in found] == list(range(21))
     colors = [images[0].getpixel((0, 0)) for _, images in found[:4]]  # type: ignore[index]
@@ -122,7 +124,7 @@ def test_worker_processes_open_pictures_in_order(pictures: Path) -> None:
     assert isinstance(found[20][1], ImageError)
 
 
-def test_pictures_in_a_table() -> None:
+def test_images_in_a_table() -> None:
     with pytest.raises(ImageError, match="not base64"):
         Base64Images({"a": "?"}).open("a")
     with pytest.raises(ImageError, match="Cannot read image 'b'"):

@@ -1,4 +1,4 @@
-"""`python -m llava.eval.model_vqa_loader`: published flags, chunks, and a kill at any time."""
+"""`python -m llava.eval.model_vqa_loader`: published flags, chunks, and resumption after SIGKILL."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 
 
 @pytest.fixture
-def flags(tiny_dirs: dict[str, Path], pictures: Path, tmp_path: Path) -> list[str]:
+def flags(tiny_dirs: dict[str, Path], images: Path, tmp_path: Path) -> list[str]:
     questions = write_jsonl(tmp_path / "questions.jsonl", question_rows(10))
     return [
-        *("--model-path", str(tiny_dirs["chat"]), "--image-folder", str(pictures), "--question-file", str(questions)),
+        *("--model-path", str(tiny_dirs["chat"]), "--image-folder", str(images), "--question-file", str(questions)),
         *("--device", "cpu", "--conv-mode", "vicuna_v1", "--max_new_tokens", "4"),
     ]
 
@@ -74,16 +74,16 @@ def test_default_answers_file_goes_to_the_current_folder(
     [
         (["--conv-mode", "v9"], "template 'v9'"),
         (["--question-file", "none.jsonl"], "none.jsonl"),
-        (["--chunk-idx", "1"], "chunk index is 1"),
-        (["--top_p", "2"], "top_p is 2.0"),
-        (["--question-file", os.devnull], "no question file"),
-        (["--image-folder", "/nowhere"], "no folder '/nowhere'; correct --image-folder"),
-        (["--batch-size", "0"], "--batch-size is 0"),
-        (["--limit", "-1"], "--limit is -1"),
-        (["--num-chunks", "0"], "--num-chunks is 0"),
+        (["--chunk-idx", "1"], "chunk index must be between 0 and 0 for 1 chunk(s), got 1"),
+        (["--top_p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--question-file", os.devnull], "--question-file '/dev/null' is not a file"),
+        (["--image-folder", "/nowhere"], "--image-folder '/nowhere' is not a directory"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--limit", "-1"], "--limit must be at least 1, got -1"),
+        (["--num-chunks", "0"], "--num-chunks must be at least 1, got 0"),
     ],
 )
-def test_faults_are_one_sentence_before_a_model_is_loaded(
+def test_errors_are_reported_in_one_line_before_a_model_is_loaded(
     flags: list[str],
     tmp_path: Path,
     extra: list[str],
@@ -104,12 +104,14 @@ def test_a_file_without_questions_is_refused(
     monkeypatch.setattr(model_vqa_loader, "exit_with_parent", lambda: followed.append(True))
     (tmp_path / "questions.jsonl").write_text("\n")
     assert model_vqa_loader.main(flags) == 2
-    assert "holds no questions" in capsys.readouterr().err
+    assert "has no questions" in capsys.readouterr().err
     assert followed  # as a shard of a script
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_one_sentence(flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(
+    flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     answers = tmp_path / "a.jsonl"
     answers.symlink_to("/dev/full")
     assert model_vqa_loader.main([*flags, "--limit", "1", "--answers-file", str(answers)]) == 2
@@ -131,7 +133,7 @@ def test_a_full_disk_is_one_sentence(flags: list[str], capsys: pytest.CaptureFix
     ],
 )
 def test_plain_models_use_registered_tags_only(name: str, model: str, explicit: bool, expected: str) -> None:
-    assert model_vqa_loader.plain_override(name, model, explicit) == expected
+    assert model_vqa_loader.mmtag_template(name, model, explicit) == expected
 
 
 def test_a_pad_or_crop_flag_is_recorded(flags: list[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Question files and their chunks (spec/eval.md §1.1, §13)."""
+"""Question files, chunks and evenly spaced subsets."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
+from llava.eval.benchmarks import science_qa
 from llava.eval.run.files import read_json
 from llava.eval.run.questions import (
     Question,
     get_chunk,
     read_questions,
-    read_science_questions,
     split_list,
-    spread,
+    subsample,
 )
 
 
@@ -50,8 +50,8 @@ def test_impossible_chunks_are_refused(n: int, k: int) -> None:
 
 
 @given(total=st.integers(1, 500), limit=st.integers(1, 500))
-def test_a_limit_spreads_evenly(total: int, limit: int) -> None:
-    chosen = list(spread(range(total), limit))
+def test_a_subsample_is_evenly_spaced(total: int, limit: int) -> None:
+    chosen = list(subsample(range(total), limit))
     assert len(chosen) == min(limit, total) == len(set(chosen)) and chosen[0] == 0
     gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
@@ -59,16 +59,16 @@ def test_a_limit_spreads_evenly(total: int, limit: int) -> None:
 
 def test_limits_below_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
-        spread([1, 2], 0)
+        subsample([1, 2], 0)
 
 
-def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
+def test_byte_order_marks_and_crlf_are_read(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     rows = '{"question_id": 1, "text": "a"}\r\n\r\n{"question_id": 2, "text": "ü"}'
     file.write_text(rows, encoding="utf-8-sig", newline="")
     assert read_questions(file) == [Question(1, "a"), Question(2, "ü")]
     file.write_text('[{"id": "1", "conversations": [{"value": "a"}]}]', encoding="utf-8-sig")
-    assert read_science_questions(file)[0].prompt == "a" and read_json(file)[0]["id"] == "1"
+    assert science_qa.read_questions(file)[0].prompt == "a" and read_json(file)[0]["id"] == "1"
 
 
 def test_question_file(tmp_path: Path) -> None:
@@ -88,20 +88,20 @@ def test_question_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('{"question_id": 1, "text": "a"}\n{"question_id"', "line 2 is not JSON"),
-        ('{"question_id": 1}', "line 1 lacks text; it has question_id"),
-        ('{"text": "a"}', "line 1 lacks question_id"),
+        ('{"question_id": 1}', "line 1 is missing text; found question_id"),
+        ('{"text": "a"}', "line 1 is missing question_id; found text"),
         ("[1]", "line 1 is a list"),
         ('{"question_id": 1, "text": null}', "line 1 has a text or an image that is not a string"),
         ('{"question_id": 1, "text": "a", "image": 5}', "line 1 has a text or an image that is not a string"),
     ],
 )
-def test_faults_name_file_and_line(tmp_path: Path, content: str, message: str) -> None:
+def test_errors_name_file_and_line(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text(content)
     with pytest.raises(DataError, match=message):
         read_questions(file)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl"):
         read_questions(tmp_path / "none.jsonl")

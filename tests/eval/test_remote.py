@@ -1,4 +1,4 @@
-"""`--api-base`: the same questions to a server with OpenAI's API, pictures and all."""
+"""`--api-base`: questions and images sent to an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from llava.engine.sequence import SamplingParams
 from llava.errors import ConfigError, ImageError, RequestError
 from llava.eval import main as evaluate
 from llava.eval import model_vqa_loader
-from llava.eval.run.endpoint import chat, only_model
 from llava.eval.run.manifest import manifest_path
-from llava.eval.run.remote_model import RemoteModel, data_url, in_threads
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.remote_model import RemoteModel, chat_completion, data_url, map_unordered, served_model
+from llava.eval.run.runner import RunSettings
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 from tests.eval.fake_server import FakeServer
 
 
 def color(body: dict[str, Any]) -> tuple[int, str]:
-    """The colour of the picture in a message, or that there is none."""
+    """Reply with the color of the image in a message, or with its text."""
     content = body["messages"][0]["content"]
     if isinstance(content, str):
-        return 200, f" no picture: {content} "
+        return 200, f" no image: {content} "
     kinds = [part["type"] for part in content]
     assert kinds == ["image_url", "text"]
     encoded = content[0]["image_url"]["url"].partition(";base64,")[2]
@@ -47,19 +46,19 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     fake.close()
 
 
-def command(server: FakeServer, pictures: Path, tmp_path: Path, *more: str) -> list[str]:
+def command(server: FakeServer, images: Path, tmp_path: Path, *more: str) -> list[str]:
     questions = write_jsonl(tmp_path / "q.jsonl", question_rows(10))
     return [
-        *("--api-base", server.url + "/", "--image-folder", str(pictures), "--question-file", str(questions)),
+        *("--api-base", server.url + "/", "--image-folder", str(images), "--question-file", str(questions)),
         *("--answers-file", str(tmp_path / "a.jsonl"), "--temperature", "0", *more),
     ]
 
 
-def test_questions_go_to_a_server(server: FakeServer, pictures: Path, tmp_path: Path) -> None:
-    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+def test_questions_go_to_a_server(server: FakeServer, images: Path, tmp_path: Path) -> None:
+    assert model_vqa_loader.main(command(server, images, tmp_path)) == 0
     rows = read_jsonl(tmp_path / "a.jsonl")
     assert [row["text"] for row in rows[:5]] == [
-        "(255, 0, 0)", "(0, 128, 0)", "(0, 0, 255)", "(128, 128, 128)", "no picture: What is number 4?",
+        "(255, 0, 0)", "(0, 128, 0)", "(0, 0, 255)", "(128, 128, 128)", "no image: What is number 4?",
     ]  # fmt: skip
     assert rows[0]["model_id"] == "fake" and len(rows) == 10
     body = server.bodies[0]
@@ -67,23 +66,23 @@ def test_questions_go_to_a_server(server: FakeServer, pictures: Path, tmp_path: 
     identity = json.loads(manifest_path(tmp_path / "a.jsonl").read_text())["identity"]
     assert identity["checkpoint"] == "api:fake"
     count = len(server.bodies)
-    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+    assert model_vqa_loader.main(command(server, images, tmp_path)) == 0
     assert len(server.bodies) == count
 
 
-def test_failures_are_recorded_and_healed(
-    server: FakeServer, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_failures_are_recorded_and_retried(
+    server: FakeServer, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def moody(body: dict[str, Any]) -> tuple[int, str]:
         return (400, "too long") if "number 4" in str(body) else color(body)
 
     server.answer = moody
-    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--temperature", "0.5", "--batch-size", "3")) == 1
+    assert model_vqa_loader.main(command(server, images, tmp_path, "--temperature", "0.5", "--batch-size", "3")) == 1
     assert "1 question(s) failed" in capsys.readouterr().err
     assert "HTTP 400" in read_jsonl(tmp_path / "a.jsonl")[4]["metadata"]["error"]
     assert len({body["seed"] for body in server.bodies}) == 10
     server.answer = color
-    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--temperature", "0.5")) == 0
+    assert model_vqa_loader.main(command(server, images, tmp_path, "--temperature", "0.5")) == 0
 
 
 def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
@@ -91,20 +90,20 @@ def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
     deltas = [{"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [{"delta": {"content": "grün "}}]}]
     deltas += [{"choices": [{"delta": {"content": "ja"}}]}, {"choices": [], "usage": {}}]
     server.stream = "".join(f"data: {json.dumps(each, ensure_ascii=False)}\n\n" for each in deltas) + "data: [DONE]\n"
-    assert chat(server.url, {"model": "m"}) == "grün ja" and server.bodies[0]["stream"] is False
+    assert chat_completion(server.url, {"model": "m"}) == "grün ja" and server.bodies[0]["stream"] is False
     server.stream = 'data: {"error": {"message": "broken"}}\n\n'
     with pytest.raises(RequestError, match="a stream without an answer"):
-        chat(server.url, {"model": "m"}, tries=1)
+        chat_completion(server.url, {"model": "m"}, tries=1)
 
 
-def test_a_server_that_answers_nothing_ends_the_run(
-    server: FakeServer, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_server_without_answers_ends_the_run(
+    server: FakeServer, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.answer = lambda body: (404, "no such model")
-    assert model_vqa_loader.main(command(server, pictures, tmp_path, "--batch-size", "2")) == 2
-    assert "8 questions in a row got no answer" in capsys.readouterr().err
+    assert model_vqa_loader.main(command(server, images, tmp_path, "--batch-size", "2")) == 2
+    assert "8 consecutive questions got no answer" in capsys.readouterr().err
     server.answer = color
-    assert model_vqa_loader.main(command(server, pictures, tmp_path)) == 0
+    assert model_vqa_loader.main(command(server, images, tmp_path)) == 0
 
 
 def test_llava_eval_asks_a_server(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,11 +121,11 @@ def test_llava_eval_asks_a_server(server: FakeServer, tmp_path: Path, capsys: py
     assert evaluate.main([*flags, "--score-only", "--num-chunks", "2"]) == 2
     assert "Shard 0 of 2" in capsys.readouterr().err and count == 7
     server.answer = lambda body: (400, "no")
-    assert evaluate.main([*flags, "--overwrite"]) == 1  # the answers are new, and failed: the old score is not theirs
+    assert evaluate.main([*flags, "--overwrite"]) == 1  # new answers failed, so the old score is removed
     assert not (tmp_path / "gqa" / "score.json").exists()
 
 
-def test_work_in_threads_is_not_waited_for_when_it_is_given_up() -> None:
+def test_closing_does_not_wait_for_running_threads() -> None:
     release, started = threading.Event(), threading.Event()
 
     def work(item: int) -> int:
@@ -135,33 +134,33 @@ def test_work_in_threads_is_not_waited_for_when_it_is_given_up() -> None:
             assert release.wait(60)
         return item * item
 
-    assert sorted(in_threads(lambda item: -item, range(50), 4)) == list(range(-49, 1))
-    answers = in_threads(work, range(10), 2)
+    assert sorted(map_unordered(lambda item: -item, range(50), 4)) == list(range(-49, 1))
+    answers = map_unordered(work, range(10), 2)
     assert next(answers) in (0, 1) and started.wait(60)
-    answers.close()  # returns though one is at work
+    answers.close()  # returns while a thread is still running
     release.set()
     with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda item: 1 // item, [1, 0], 2))
+        list(map_unordered(lambda item: 1 // item, [1, 0], 2))
 
 
-def test_a_server_with_several_models_wants_a_name(server: FakeServer) -> None:
+def test_a_server_with_several_models_requires_a_name(server: FakeServer) -> None:
     server.models = ["a", "b"]
-    with pytest.raises(RequestError, match="has the models a, b; name one: --api-model"):
-        only_model(server.url)
+    with pytest.raises(RequestError, match="has the models a, b; choose one with --api-model"):
+        served_model(server.url)
     with pytest.raises(RequestError, match="does not list its models"):
-        only_model("http://127.0.0.1:9/v1")
+        served_model("http://127.0.0.1:9/v1")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "No model: give --model-path CHECKPOINT, or --api-base"),
-        (["--api-base", "http://x", "--model-path", "y"], "not both"),
+        ([], "No model given; use --model-path CHECKPOINT, or --api-base"),
+        (["--api-base", "http://x", "--model-path", "y"], "exclude each other; give one of them"),
         (["--api-base", "URL", "--num_beams", "2"], "beam search"),
-        (["--api-base", "127.0.0.1:1/v1", "--api-model", "m"], "'127.0.0.1:1/v1' has no http:// or https://"),
+        (["--api-base", "127.0.0.1:1/v1", "--api-model", "m"], "'127.0.0.1:1/v1' must start with http:// or https://"),
     ],
 )
-def test_contradictions_are_one_sentence(
+def test_conflicting_flags_are_reported_in_one_line(
     flags: list[str], message: str, server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = write_jsonl(tmp_path / "q.jsonl", question_rows(1))
@@ -172,17 +171,17 @@ def test_contradictions_are_one_sentence(
     assert message in capsys.readouterr().err
 
 
-def test_no_follow_up_by_a_server() -> None:
+def test_servers_do_not_support_follow_ups() -> None:
     settings = RunSettings("", "", "", SamplingParams(4), follow_up=" ###")
     with pytest.raises(ConfigError, match="--answer-prompter"):
         RemoteModel("http://x", "m").identity(settings)
 
 
-def test_pictures_travel_as_they_are_or_as_png(pictures: Path) -> None:
-    content = (pictures / "red.png").read_bytes()
+def test_images_are_sent_unchanged_or_as_png(images: Path) -> None:
+    content = (images / "red.png").read_bytes()
     assert data_url(content) == f"data:image/png;base64,{base64.b64encode(content).decode()}"
     buffer = io.BytesIO()
     Image.new("RGB", (3, 3), "red").save(buffer, "BMP")
     assert data_url(buffer.getvalue()).startswith("data:image/png;base64,")
     with pytest.raises(ImageError):
-        data_url(b"no picture")
+        data_url(b"no image")

@@ -1,4 +1,4 @@
-"""Running a benchmark: the model's own answers, in order; failures kept apart; wrong resumes refused."""
+"""Runs of a benchmark: answers, failures, resumption, manifests, and image prefetching."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from PIL import Image
 
 from llava.conversation import get_template, stop_strings
 from llava.engine import Engine, Request, SamplingParams, load_engine
-from llava.engine.sequence import Picture, identify, render_question
+from llava.engine.chat import render_question
+from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import ConfigError, ImageError
 from llava.eval.run.images import prefetch
-from llava.eval.run.local_model import LocalModel, question_seed
+from llava.eval.run.local_model import LocalModel
 from llava.eval.run.manifest import checkpoint_fingerprint, manifest_path
 from llava.eval.run.questions import Question, read_questions
-from llava.eval.run.runner import report, run, work_order
-from llava.eval.run.settings import RunSettings
+from llava.eval.run.runner import RunSettings, group_by_images, report, run
 from llava.images import open_image, preprocess_image
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 
@@ -33,11 +33,11 @@ def questions(tmp_path: Path) -> list[Question]:
 
 
 @pytest.fixture
-def settings(tiny_dirs: dict[str, Path], pictures: Path) -> RunSettings:
-    return RunSettings(str(tiny_dirs["chat"]), "tiny", "v1", SamplingParams(6), pictures, num_workers=2)
+def settings(tiny_dirs: dict[str, Path], images: Path) -> RunSettings:
+    return RunSettings(str(tiny_dirs["chat"]), "tiny", "v1", SamplingParams(6), images, num_workers=2)
 
 
-def test_answers_are_those_of_single_requests(
+def test_answers_equal_those_of_single_requests(
     engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
 ) -> None:
     outcome = run(engine, questions, tmp_path / "a.jsonl", settings)
@@ -53,7 +53,7 @@ def test_answers_are_those_of_single_requests(
         assert row["text"] == engine.generate([request])[0].text
 
 
-def test_a_run_is_resumed_without_asking_twice(
+def test_a_resumed_run_asks_no_question_twice(
     engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -61,23 +61,23 @@ def test_a_run_is_resumed_without_asking_twice(
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
     outcome = run(engine, questions, path, settings)
-    assert 0 < outcome.asked < 21 and outcome.asked + outcome.found == 21
+    assert 0 < outcome.asked < 21 and outcome.asked + outcome.reused == 21
     assert path.read_bytes() == whole
     monkeypatch.setattr(engine, "submit", lambda request: pytest.fail("asked again"))
     assert run(engine, questions, path, settings).asked == 0
 
 
-def test_failures_are_recorded_and_healed(
-    engine: Engine, settings: RunSettings, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_failures_are_recorded_and_retried(
+    engine: Engine, settings: RunSettings, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torn = tmp_path / "images" / "torn.png"
     torn.parent.mkdir()
-    torn.write_bytes((pictures / "red.png").read_bytes()[:40])
+    torn.write_bytes((images / "red.png").read_bytes()[:40])
     questions = [
-        Question(0, "fine", (str(pictures / "red.png"),)),
+        Question(0, "fine", (str(images / "red.png"),)),
         Question(1, "torn", (str(torn),)),
         Question(2, "gone", ("nowhere.png",)),
-        Question(3, "two tags <image> <image>", (str(pictures / "red.png"),)),
+        Question(3, "two tags <image> <image>", (str(images / "red.png"),)),
         Question(4, "too long " * 3000),
         Question(5, "fine too"),
     ]
@@ -91,7 +91,7 @@ def test_failures_are_recorded_and_healed(
     assert json.loads(manifest_path(path).read_text())["status"] == "failed"
     lines: list[str] = []
     assert report(outcome, path, lines.append) == 1 and "4 question(s) failed" in lines[-1]
-    torn.write_bytes((pictures / "red.png").read_bytes())
+    torn.write_bytes((images / "red.png").read_bytes())
     assert {question_id for question_id, _ in run(engine, questions, path, settings).failures} == {2, 3, 4}
     assert read_jsonl(path)[1]["text"]
 
@@ -107,8 +107,8 @@ def test_sampled_answers_depend_on_neither_batch_nor_shard(
         run(one, questions, tmp_path / f"{k}.jsonl", dataclasses.replace(hot, chunk=(k, 3)))
         parts += (tmp_path / f"{k}.jsonl").read_bytes()
     assert parts == (tmp_path / "whole.jsonl").read_bytes()
-    assert question_seed(settings, questions[0]) is None
-    assert question_seed(hot, questions[0]) != question_seed(hot, questions[1])
+    assert settings.seed_for(questions[0]) is None
+    assert hot.seed_for(questions[0]) != hot.seed_for(questions[1])
 
 
 def test_another_models_answers_are_not_continued(
@@ -133,18 +133,18 @@ def test_another_models_answers_are_not_continued(
     assert path.read_bytes() != before
 
 
-def test_answers_of_unknown_origin_need_a_word(
+def test_answers_without_a_manifest_require_a_flag(
     engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
     run(engine, questions, path, settings)
     manifest_path(path).unlink()
-    with pytest.raises(ConfigError, match="--overwrite to start afresh or --resume"):
+    with pytest.raises(ConfigError, match="--overwrite to start over or --resume"):
         run(engine, questions, path, settings)
     assert run(engine, questions, path, dataclasses.replace(settings, resume=True)).asked == 0
 
 
-def test_manifest_says_what_produced_the_answers(
+def test_the_manifest_records_the_settings(
     engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -170,18 +170,18 @@ def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
     assert checkpoint_fingerprint("org/name") == "org/name"
 
 
-def test_questions_of_a_picture_become_neighbours() -> None:
+def test_questions_are_grouped_by_image() -> None:
     questions = [Question(n, str(n), (f"{n % 3}.png",)) for n in range(9)]
-    assert list(work_order(questions, range(9))) == [0, 3, 6, 1, 4, 7, 2, 5, 8]
-    assert list(work_order(questions, range(9), window=5)) == [0, 3, 1, 4, 2, 5, 8, 6, 7]
+    assert list(group_by_images(questions, range(9))) == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    assert list(group_by_images(questions, range(9), window=5)) == [0, 3, 1, 4, 2, 5, 8, 6, 7]
 
 
-def test_pictures_are_opened_once_for_neighbours_and_not_all_ahead(
+def test_consecutive_questions_share_images_that_are_opened_lazily(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Any] = []
     real = open_image
-    monkeypatch.setattr("llava.eval.run.images.open_image", lambda path: (opened.append(path.name), real(path))[1])
+    monkeypatch.setattr("llava.images.open_image", lambda path: (opened.append(path.name), real(path))[1])
     questions = [Question(n, str(n), (f"{('red', 'green', 'blue', 'gray')[n // 5 % 4]}.png",)) for n in range(40)]
     stream = prefetch(questions, range(40), settings.source, 0)
     next(stream)
@@ -202,7 +202,7 @@ def test_memory_holds_two_batches_of_requests(
         return submit(request)
 
     monkeypatch.setattr(engine, "submit", counting)
-    for _ in LocalModel(engine).ask(questions, range(len(questions)), settings):
+    for _ in LocalModel(engine).answer(questions, range(len(questions)), settings):
         live -= 1
     assert live == 0 and most <= 2 * engine.max_batch_size
 
@@ -210,7 +210,7 @@ def test_memory_holds_two_batches_of_requests(
 def test_images_are_preprocessed_by_the_workers(
     engine: Engine, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same pixels, so the same answers and as many cache hits; the engine's thread only takes them over."""
+    """Equal pixels, answers and cache hits; the engine's thread does not preprocess."""
     for number in range(20):
         Image.new("RGB", (30, 20), (number, 90, 10 * number)).save(tmp_path / f"{number}.png")
     questions = [Question(n, f"What is it? {n}", (f"{n // 2}.png",)) for n in range(40)]
@@ -245,8 +245,8 @@ def test_workers_give_the_pixels_and_digests_of_this_process(
     for position, images in prefetch(questions, range(16), settings.source, 2, preprocess):
         assert not isinstance(images, ImageError)
         for name, found in zip(questions[position].images, images, strict=True):
-            want = identify(preprocess(settings.source.open(name)))
-            assert isinstance(found, Picture) and isinstance(found.content, torch.Tensor)
+            want = hash_image(preprocess(settings.source.open(name)))
+            assert isinstance(found, HashedImage) and isinstance(found.content, torch.Tensor)
             assert found.digest == want.digest
             assert torch.equal(found.content, want.content)
     assert all(
@@ -256,7 +256,7 @@ def test_workers_give_the_pixels_and_digests_of_this_process(
     )
 
 
-def test_an_image_that_cannot_be_preprocessed_fails_its_question_alone(settings: RunSettings) -> None:
+def test_an_image_that_cannot_be_preprocessed_fails_only_its_question(settings: RunSettings) -> None:
     questions = [Question(n, str(n), ("red.png" if n % 2 else "blue.png",)) for n in range(16)]
     refused = open_image(settings.image_folder / "red.png").getpixel((0, 0))
 
@@ -271,7 +271,7 @@ def test_an_image_that_cannot_be_preprocessed_fails_its_question_alone(settings:
 
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """Images of one color a name, each referenced weakly."""
+    """Image source that keeps weak references to its images."""
 
     opened: dict[str, weakref.ref[Image.Image]] = dataclasses.field(default_factory=dict)
 
@@ -292,13 +292,13 @@ def test_finished_questions_free_their_images(
     engine: Engine, settings: RunSettings, monkeypatch: pytest.MonkeyPatch, follow_up: str | None
 ) -> None:
     source, handles = Tracked(), weakref.WeakKeyDictionary[Any, str]()
-    settings = dataclasses.replace(settings, pictures=source, num_workers=0, follow_up=follow_up)
+    settings = dataclasses.replace(settings, images=source, num_workers=0, follow_up=follow_up)
     questions = [Question(n, "x" * (n % 7 + 1), (str(n),)) for n in range(30)]
     submit, submitted, latest = engine.submit, [], "none"
 
     def tracking(request: Request) -> Any:
         handle = submit(request)
-        assert isinstance(request.images[0], Picture)
+        assert isinstance(request.images[0], HashedImage)
         handles[handle] = next(n for n, ref in source.opened.items() if ref() is request.images[0].content)
         submitted.append(handles[handle])
         return handle
@@ -308,7 +308,7 @@ def test_finished_questions_free_their_images(
     gc.disable()  # freed by their last reference, not at some later collection
     try:
         answered = set()
-        for position, _, error in LocalModel(engine).ask(questions, range(30), settings):
+        for position, _, error in LocalModel(engine).answer(questions, range(30), settings):
             assert error is None
             answered.add(str(position))
             latest = max(source.opened, key=int)
@@ -322,7 +322,7 @@ def test_finished_questions_free_their_images(
 
 
 @pytest.mark.parametrize("follow_up", [None, " So:"])
-def test_only_rows_that_are_continued_are_kept(
+def test_prefixes_are_cached_for_follow_ups_only(
     engine: Engine,
     questions: list[Question],
     settings: RunSettings,
@@ -331,7 +331,7 @@ def test_only_rows_that_are_continued_are_kept(
 ) -> None:
     kept: list[bool] = []
     submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda request: (kept.append(request.keep), submit(request))[1])
-    list(LocalModel(engine).ask(questions, range(21), dataclasses.replace(settings, follow_up=follow_up)))
+    monkeypatch.setattr(engine, "submit", lambda request: (kept.append(request.cache_prefix), submit(request))[1])
+    list(LocalModel(engine).answer(questions, range(21), dataclasses.replace(settings, follow_up=follow_up)))
     assert kept.count(True) == (0 if follow_up is None else 21)
     assert kept.count(False) == 21

@@ -1,4 +1,4 @@
-"""Every benchmark by `llava eval`, on made-up data in the official layout: one run, then what came of it."""
+"""`llava eval --tasks all` on synthetic data in the official layouts, and the tasks' answers and scores."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 
 from llava.engine.sequence import SamplingParams
 from llava.eval import main as evaluate
+from llava.eval.benchmarks import science_qa
 from llava.eval.benchmarks.registry import TASKS, make_task, make_tasks
-from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question, read_science_questions
+from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question
+from llava.eval.run.runner import Answer, RunSettings
 from llava.eval.run.runner import run as answer_all
-from llava.eval.run.settings import Asked, RunSettings
 from llava.eval.run.shards import shard_path, shards_folder
 from tests.eval.benchdata import ASK, BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
@@ -28,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def grades(body: dict[str, Any]) -> tuple[int, str]:
-    """A judge that likes everything half, or a little less than the reference."""
+    """Replies of a judge: grade 0.5, or scores 8 and 6."""
     return 200, "0.5" if body["messages"][-1]["content"].endswith("Grade:") else "8 6\nThe second is shorter."
 
 
@@ -53,12 +54,12 @@ def score_of(run: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def test_the_list_is_whole() -> None:
+def test_the_registry_is_complete() -> None:
     assert set(TASKS) == set(BENCHMARKS) and len(TASKS) == 14
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_all_answers_and_a_score_each(name: str, run: Path, data: Path) -> None:
+def test_every_task_is_answered_and_scored(name: str, run: Path, data: Path) -> None:
     folder, count, _ = BENCHMARKS[name]
     rows = read_jsonl(run / name / "answers.jsonl")
     score = score_of(run, name)
@@ -74,19 +75,19 @@ def test_all_answers_and_a_score_each(name: str, run: Path, data: Path) -> None:
 
 
 class Yes:
-    """A model that says yes."""
+    """A model that answers yes."""
 
     batch_size = 4
 
-    def identity(self, settings: RunSettings) -> dict[str, Any]:
+    def identity(self, settings: RunSettings) -> dict[str, object]:
         return {"checkpoint": "yes"}
 
-    def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
+    def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
         return ((position, "yes", None) for position in order)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_dead_shard_or_a_missing_answer_is_named_and_nothing_is_scored(
+def test_missing_shards_and_answers_are_reported_and_not_scored(
     name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llava.eval.benchmarks.easy_vqa.package_data", lambda: data / "easy_vqa")
@@ -105,18 +106,18 @@ def test_a_dead_shard_or_a_missing_answer_is_named_and_nothing_is_scored(
         answer_all(Yes(), questions, shard_path(shards_folder(answers), index, 2), settings)
     rows = read_jsonl(dead)
     write_jsonl(dead, rows[1:])
-    assert f"{name}: Shard 1 of 2" in (said := refused("--num-chunks", "2")) and f"has {len(rows) - 1} of" in said
+    assert f"{name}: Shard 1 of 2" in (error := refused("--num-chunks", "2")) and f"has {len(rows) - 1} of" in error
     dead.unlink()
-    assert f"{name}: Shard 1 of 2" in (said := refused("--num-chunks", "2")) and "is missing" in said
+    assert f"{name}: Shard 1 of 2" in (error := refused("--num-chunks", "2")) and "is missing" in error
     assert not answers.exists()
     answer_all(Yes(), questions, answers, RunSettings("yes", "yes", "", SamplingParams(4)))
     rows = read_jsonl(answers)
     write_jsonl(answers, rows[:-1])
-    assert f"question {questions[-1].question_id!r}" in refused()
+    assert f"question without an answer is {questions[-1].question_id!r}" in refused()
     write_jsonl(answers, rows[1:])
     assert f"line 1 answers question {rows[1]['question_id']!r}" in refused()
     write_jsonl(answers, [*rows[:-1], {**rows[-1], "text": "", "metadata": {"error": "too long"}}])
-    assert f"1 of them failed; not scored. The first without an answer is question {questions[-1].question_id!r}" in (
+    assert f"1 of them failed; not scored. The first question without an answer is {questions[-1].question_id!r}" in (
         refused()
     )
 
@@ -145,11 +146,11 @@ def test_without_a_judge_the_answers_are_kept_and_not_scored(
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     for name in ("mm_vet", "llava_bench"):
-        with pytest.raises(ValueError, match="There is no judge"):
+        with pytest.raises(ValueError, match="No judge is configured"):
             make_task(name, data / BENCHMARKS[name][0]).score(run / name / "answers.jsonl")
 
 
-def test_new_answers_and_another_judge_are_reviewed_anew(
+def test_new_answers_and_another_judge_are_reviewed_again(
     run: Path, data: Path, judge: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(run / "llava_bench", tmp_path / "llava_bench")
@@ -162,7 +163,7 @@ def test_new_answers_and_another_judge_are_reviewed_anew(
     judge.replies = [(200, "4 2")]
     scored = task.score(answers)
     assert (scored["accuracy"], scored["judge"]["model"]) == (50, "other")
-    assert len(judge.bodies) == 6  # its address is new, so the replies that were copied are not its
+    assert len(judge.bodies) == 6  # the cache key includes the URL, so copied replies are not used
 
 
 def test_mmbench_is_asked_as_published(run: Path, data: Path) -> None:
@@ -174,7 +175,7 @@ def test_mmbench_is_asked_as_published(run: Path, data: Path) -> None:
     english, chinese = (make_task(name, data / name).questions()[0] for name in ("mmbench", "mmbench_cn"))
     assert english.text == f"Which?\nA. kite\nB. cup\n{LETTER_SUFFIX}"
     assert chinese.text == f"Which?\nA. kite\nB. cup\n{LETTER_SUFFIX_CN}"
-    assert english.images == make_task("mmbench", data / "mmbench").questions()[1].images  # one picture, two rows
+    assert english.images == make_task("mmbench", data / "mmbench").questions()[1].images  # one image, two rows
 
 
 RIGHT = {
@@ -193,11 +194,11 @@ def score(name: str, data: Path, folder: Path, texts: list[str], limit: int | No
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_answers_score_full_also_for_a_part_of_the_questions(name: str, data: Path, tmp_path: Path) -> None:
+def test_right_answers_score_full_with_and_without_a_limit(name: str, data: Path, tmp_path: Path) -> None:
     full = 2000 if name == "mme" else 100
     assert score(name, data, tmp_path, RIGHT[name], None) == pytest.approx(full)
     if name.startswith("mm"):
-        with pytest.raises(ValueError, match="no --limit"):
+        with pytest.raises(ValueError, match="does not support --limit"):
             score(name, data, tmp_path, RIGHT[name], 1)
     else:
         assert score(name, data, tmp_path, RIGHT[name], 1) == pytest.approx(full)
@@ -216,14 +217,14 @@ def test_the_test_split_of_mmbench_is_only_submitted(data: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "easy_vqa"])
-def test_a_missing_file_is_named_with_its_source(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is missing; it comes from .*https?://.* llava eval prepare"):
+def test_a_missing_file_is_reported_with_its_source(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is missing; its source is .*https?://.* llava eval prepare"):
         make_task(name, tmp_path).questions()
     if name != "llava_bench_coco":
         assert str(make_task(name).image_folder).startswith(str(Path("playground/data/eval")))
 
 
-def test_tasks_are_named_once_and_all_means_all(tmp_path: Path) -> None:
+def test_tasks_are_unique_and_all_selects_every_task(tmp_path: Path) -> None:
     assert [task.name for task in make_tasks(["gqa", " all", "gqa"])][:2] == ["gqa", "vqav2"]
     with pytest.raises(ValueError, match="use --eval-data"):
         make_tasks(["gqa", "pope"], tmp_path)
@@ -231,29 +232,29 @@ def test_tasks_are_named_once_and_all_means_all(tmp_path: Path) -> None:
 
 def test_science_questions_are_asked_with_and_without_the_suffix(data: Path, tmp_path: Path) -> None:
     path = data / "scienceqa" / "llava_test_CQM-A.json"
-    first, second = read_science_questions(path, single_pred_prompt=True)
+    first, second = science_qa.read_questions(path, single_pred_prompt=True)
     assert first.prompt == f"<image>\n{first.text}" and first.text == f"Q?\nA. x\nB. y\n{LETTER_SUFFIX}"
     assert second.prompt == second.text and second.images == ()
-    assert read_science_questions(path)[1].text == "Q?\nA. x\nB. y"
+    assert science_qa.read_questions(path)[1].text == "Q?\nA. x\nB. y"
     (tmp_path / "bad.json").write_text('[{"id": 1}]')
     with pytest.raises(ValueError, match=r"bad\.json is not a list of ScienceQA"):
-        read_science_questions(tmp_path / "bad.json")
+        science_qa.read_questions(tmp_path / "bad.json")
 
 
-def test_prepare_says_what_is_here_and_what_is_not(
+def test_prepare_lists_found_and_missing_files(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", TASKS["gqa"].layouts["testdev_balanced"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", TASKS["gqa"].layouts["testdev_balanced"])
     assert evaluate.main(["prepare", "pope", "--eval-data", str(data), "--checksums"]) == 1
     shown = capsys.readouterr().out
-    assert "pope: 6 questions, 8910 are published" in shown and "sha256" in shown
+    assert "pope: 6 questions, expected 8910" in shown and "sha256" in shown
     assert evaluate.main(["prepare", "--eval-data", str(data / "none")]) == 1
     shown = capsys.readouterr().out
     assert shown.count("not ready") >= 13 and "https://cs.stanford.edu" in shown
     import dataclasses
 
-    layout = TASKS["gqa"].layouts["testdev_balanced"]  # type: ignore[attr-defined]
-    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", dataclasses.replace(layout, rows=7))  # type: ignore[attr-defined]
+    layout = TASKS["gqa"].layouts["testdev_balanced"]
+    monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", dataclasses.replace(layout, rows=7))
     assert evaluate.main(["prepare", "gqa", "--eval-data", str(data)]) == 0
     assert "gqa: ready, 7 questions" in capsys.readouterr().out
     for split, rows in (("test", 9673), ("train", 38575)):

@@ -1,7 +1,6 @@
-"""Golden numbers of the reference that are small enough to live here: prompts, model names, orders of samples.
+"""A small subset of the golden values of the reference: prompts, model names, sample orders.
 
-Made from the public golden data once; cases marked as the reference's defects are left out. All the others run in
-`tests/test_golden.py`, where the data are.
+Cases marked as defects of the reference are excluded. `tests/test_golden.py` runs the full set where it is available.
 """
 
 from __future__ import annotations

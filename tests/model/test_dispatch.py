@@ -1,4 +1,4 @@
-"""One model on several devices gives what it gives on one, shown on pretended CUDA cards."""
+"""A model on several devices has the logits of one device, on simulated GPUs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ MPT_IN_ORDER = {"": "cuda:0", "transformer.blocks.0": "cuda:1", "transformer.blo
 
 
 @pytest.fixture
-def pretended() -> Iterator[None]:
-    with devices.pretended_cuda(count=4):
+def simulated() -> Iterator[None]:
+    with devices.simulated_cuda(count=4):
         yield
 
 
@@ -43,7 +43,7 @@ def answer(model: Any) -> torch.Tensor:
 
 
 def test_the_pretence_notices_what_a_gpu_would() -> None:
-    with devices.pretended_cuda(count=2):
+    with devices.simulated_cuda(count=2):
         near, far = torch.ones(2, 2, device="cuda:0"), torch.ones(2, 2, device="cuda:1")
         with pytest.raises(RuntimeError, match=r"aten.add.Tensor got tensors on cuda:0, cuda:1"):
             near + far
@@ -56,7 +56,7 @@ def test_the_pretence_notices_what_a_gpu_would() -> None:
 @pytest.mark.parametrize("device_map", [APART, IN_ORDER], ids=["by part", "in order"])
 @torch.no_grad()
 def test_a_four_way_split_gives_the_same(
-    tiny_dirs: dict[str, Path], pretended: None, device_map: dict[str, str]
+    tiny_dirs: dict[str, Path], simulated: None, device_map: dict[str, str]
 ) -> None:
     alone = load(tiny_dirs["chat"])
     tokenizer, split, processor, _ = load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map=device_map)
@@ -73,9 +73,9 @@ def test_a_four_way_split_gives_the_same(
     answers = [[answer.token_ids for answer in engine.generate(requests)] for engine in engines]
     assert answers[0] == answers[1]
     layers = [next(layer.parameters()).device for layer in split.model.layers]
-    cache = engines[0].lm.spec.empty(3, 4)
+    cache = engines[0].model_runner.spec.empty(3, 4)
     assert [cache[layer, 0].device for layer in range(2)] == layers  # no step carries keys and values
-    assert cache.nbytes == engines[1].lm.spec.empty(3, 4).nbytes and cache.shape[0] == 2
+    assert cache.nbytes == engines[1].model_runner.spec.empty(3, 4).nbytes and cache.shape[0] == 2
     with pytest.raises(IndexError, match="layer 2 of 2"):
         cache[2, 0]
     for move in (split.cpu, split.half, lambda: split.to("cpu")):
@@ -84,7 +84,7 @@ def test_a_four_way_split_gives_the_same(
 
 
 @torch.no_grad()
-def test_without_the_carriers_it_fails(tiny_dirs: dict[str, Path], pretended: None, monkeypatch: Any) -> None:
+def test_without_the_carriers_it_fails(tiny_dirs: dict[str, Path], simulated: None, monkeypatch: Any) -> None:
     monkeypatch.setattr(builder, "dispatch", lambda model, placement: None)
     split = load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map=IN_ORDER)[1]
     with pytest.raises(RuntimeError, match="got tensors on"):
@@ -92,7 +92,7 @@ def test_without_the_carriers_it_fails(tiny_dirs: dict[str, Path], pretended: No
 
 
 @torch.no_grad()
-def test_mpt_and_its_tied_head(tiny_dirs: dict[str, Path], tmp_path: Path, pretended: None) -> None:
+def test_mpt_and_its_tied_head(tiny_dirs: dict[str, Path], tmp_path: Path, simulated: None) -> None:
     chat = tiny.make_mpt_chat(tmp_path, tiny_dirs["tower"])
     alone = load(chat)
     tokenizer, split, _, _ = load_pretrained_model(chat, device="cpu", device_map=MPT_IN_ORDER)
@@ -109,8 +109,8 @@ def budgets(*sizes: int) -> dict[torch.device, int]:
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch, pretended: None) -> Any:
-    """A machine with pretended GPUs; the returned function sets the bytes of each."""
+def gpus(monkeypatch: pytest.MonkeyPatch, simulated: None) -> Any:
+    """A machine with simulated GPUs; the returned function sets the memory of each in bytes."""
 
     def offer(*sizes: int) -> None:
         monkeypatch.setattr(dispatch, "gpu_budgets", lambda num, limit: budgets(*sizes[:num]))
@@ -143,7 +143,7 @@ def test_the_parts_are_all_of_the_model(tiny_dirs: dict[str, Path], tmp_path: Pa
         config = builder.read_config(builder.ckpt.inspect(chat))
         config.name_or_path = str(chat)
         shapes = builder.all_shapes(chat, config, True)
-        parts = dispatch.parts_of(shapes, "fp32", tied)
+        parts = dispatch.split_parts(shapes, "fp32", tied)
         assert sum(size for _, size in parts) == 4 * sum(parameter.numel() for parameter in model.parameters())
         wanted = sorted(parameter_shapes(model))
         assert len(shapes) == len(wanted)
@@ -155,13 +155,13 @@ def test_the_parts_are_all_of_the_model(tiny_dirs: dict[str, Path], tmp_path: Pa
 
 
 def test_faults(tiny_dirs: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="the device is cpu; use --device cuda"):
+    with pytest.raises(ConfigError, match="require --device cuda, got cpu"):
         load(tiny_dirs["chat"], max_memory="1GiB")
-    with pytest.raises(ConfigError, match="A device map says all"):
+    with pytest.raises(ConfigError, match="A device map excludes --num-gpus"):
         load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map={"": "cpu"}, num_gpus=2)
     with pytest.raises(ConfigError, match=r'add an entry ""'):
         load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map={"model": "cpu"})
-    with pytest.raises(ConfigError, match="'cuda:1' was asked for, but no CUDA GPU"):
+    with pytest.raises(ConfigError, match="'cuda:1' is not available: no CUDA GPU"):
         load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map={"": 1})
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import PretrainedConfig
 
 from llava.errors import ConfigError
+from llava.model.multimodal_encoder import intern_vit_6b
 from llava.model.multimodal_encoder.intern_vit_6b import (
     DropPath,
     InternAttention,
@@ -206,6 +207,39 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def test_positions_of_a_frozen_table_are_resampled_once_per_change(
+    model: InternVisionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return resample_positions(*args)
+
+    monkeypatch.setattr(intern_vit_6b, "resample_positions", counted)
+    embeddings, pixels = model.embeddings, torch.randn(1, 3, 84, 84)
+    model(pixels)
+    model(pixels)
+    assert len(calls) == 2  # the table is trainable
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        first = model(pixels).last_hidden_state
+        assert torch.equal(model(pixels).last_hidden_state, first)
+    assert len(calls) == 3
+    assert not embeddings.positions(6, 6).is_inference()
+    for change in (
+        lambda: embeddings.position_embedding.add_(1),
+        lambda: embeddings.load_state_dict({name: weight + 1 for name, weight in embeddings.state_dict().items()}),
+        lambda: setattr(embeddings.position_embedding, "data", embeddings.position_embedding + 1),
+        lambda: model.double(),
+    ):
+        change()
+        table = embeddings.position_embedding
+        assert torch.equal(embeddings.positions(6, 6), resample_positions(table, 6, 6))
+        assert embeddings.positions(5, 6).shape[1] == 31
+    assert torch.equal(embeddings.positions(4, 4), embeddings.position_embedding)
 
 
 @pytest.mark.parametrize("grid", [(4, 9, 9), (16, 24, 24), (24, 16, 16), (5, 3, 8), (1, 4, 2), (16, 17, 1), (7, 2, 7)])

@@ -1,4 +1,4 @@
-"""Adapters and their merge: strict, verified, all or nothing (users.md LORA-1 to LORA-5)."""
+"""LoRA adapters are loaded strictly; a merge is verified and atomic."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rewrite(directory: Path, change: Any) -> None:
 
 
 def test_the_formula_of_an_adapter(adapter: Path, tiny_dirs: dict[str, Path]) -> None:
-    """W + (alpha / r) B A on the adapted weights, the base's own elsewhere; the base is named by the adapter."""
+    """The merged weights are W + (alpha / r) B A where adapted, else those of the base named by the adapter."""
     model = load(adapter).state_dict()
     base = load_file(tiny_dirs["base"] / "model.safetensors")
     state = load_file(adapter / "adapter_model.safetensors")
@@ -71,7 +71,7 @@ def test_an_adapter_is_refused_before_its_base_is_read(adapter: Path, monkeypatc
     with pytest.raises(CheckpointError, match="no adapter_model.safetensors"):
         load(adapter)
     (adapter / "non_lora_trainables.bin").unlink()
-    with pytest.raises(CheckpointError, match="lacks non_lora_trainables.bin"):
+    with pytest.raises(CheckpointError, match="has no non_lora_trainables.bin"):
         load(adapter)
 
 
@@ -104,7 +104,7 @@ def test_the_base_is_asked_for_and_checked(tiny_dirs: dict[str, Path], adapter: 
 
 
 def test_a_run_with_image_tokens(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
-    """The base has 384 rows; the run added two, trained in full, and its adapter loads, checks and merges."""
+    """A run that added two fully trained rows to the 384 of the base loads, checks and merges."""
     flags = {"mm_use_im_start_end": True, "vocab_size": 386}
     chat = tiny.make_chat(tmp_path / "chat", tiny_dirs["tower"], **flags)
     run = tiny.make_lora(tmp_path / "run", chat, tiny_dirs["base"])
@@ -149,21 +149,21 @@ def test_settings_of_another_peft(adapter: Path) -> None:
     edit.write_text(json.dumps({**settings, "eva_config": None, "lora_bias": False, "peft_version": "0.99"}))
     assert torch.equal(logits(load(adapter)), expected)
     edit.write_text(json.dumps({**settings, "lora_bias_of_tomorrow": True}))
-    with pytest.raises(CheckpointError, match=r"sets lora_bias_of_tomorrow, which cannot be had with peft"):
+    with pytest.raises(CheckpointError, match=r"sets lora_bias_of_tomorrow, which peft .* does not support here"):
         load(adapter)
     edit.write_text(json.dumps({**settings, "megatron_config": {"a": 1}, "megatron_core": "antigravity"}))
     with pytest.raises(CheckpointError, match="sets megatron_config"):  # PEFT would import what the adapter names
         load(adapter)
     for nonsense in ({"lora_alpha": "x"}, {"target_modules": "("}, {"r": 8}):
         edit.write_text(json.dumps({**settings, **nonsense}))
-        with pytest.raises(CheckpointError, match="cannot be put onto this model") as said:
+        with pytest.raises(CheckpointError, match="cannot be attached to this model") as said:
             load(adapter)
         assert len(str(said.value)) < 700
     edit.write_text(json.dumps({**settings, "peft_type": "PREFIX_TUNING"}))
     with pytest.raises(CheckpointError, match="type PREFIX_TUNING; only LORA"):
         load(adapter)
     edit.write_text(json.dumps({**settings, "target_modules": ["nothing_of_this_name"]}))
-    with pytest.raises(CheckpointError, match="cannot be put onto this model .*Target modules"):
+    with pytest.raises(CheckpointError, match="cannot be attached to this model .*Target modules"):
         load(adapter)
 
 
@@ -178,7 +178,7 @@ def test_the_trained_projector_is_needed_and_fits(adapter: Path) -> None:
     with pytest.raises(CheckpointError, match="no projector weights"):
         load(adapter)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"lacks non_lora_trainables.bin.*same step"):
+    with pytest.raises(CheckpointError, match=r"has no non_lora_trainables.bin.*same step"):
         load(adapter)
 
 

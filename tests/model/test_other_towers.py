@@ -144,7 +144,8 @@ def test_internvl_14b(tmp_path: Path) -> None:
         h = h + (silu(x @ p["mlp.gate_proj.weight"].T) * (x @ p["mlp.up_proj.weight"].T)) @ p["mlp.down_proj.weight"].T
     torch.testing.assert_close(queries, rms(h, weights["qllama.model.norm.weight"]), atol=1e-4, rtol=1e-4)
 
-    assert (tower.hidden_size, tower.image_hidden_size, tower.num_features) == (16, 32, 4 + 5)
+    assert (tower.hidden_size, tower.image_hidden_size) == (16, 32)
+    assert tower.feature_shapes == [(4, 32), (5, 16)]
     projector = build_vision_projector(
         SimpleNamespace(mm_projector_type="two_mlp", mm_hidden_size=16, mm_image_hidden_size=32, hidden_size=6)
     )

@@ -56,7 +56,7 @@ def test_clip_features_are_the_selected_hidden_state(clip: Path, layer: int, fea
     want = whole[layer][:, 1:] if feature == "patch" else whole[layer]
     torch.testing.assert_close(tower(images), want, atol=1e-5, rtol=1e-5)
     assert len(tower.vision_tower.vision_model.encoder.layers) == (layer if layer >= 0 else 5 + layer)
-    assert tower.num_features == want.shape[1]
+    assert tower.feature_shapes == [tuple(want.shape[1:])]
     assert tower.image_processor.crop_size == {"height": 56, "width": 56}
     rest = tower.unused_tensors()
     assert "vision_tower.vision_model.post_layernorm.weight" in rest

@@ -20,7 +20,7 @@ from PIL import Image
 
 from llava.conversation import get_template, stop_strings
 from llava.engine import Engine, Request, SamplingParams, chat
-from llava.engine.chat import ChatSession, is_stage_one, load_picture, parse_setting
+from llava.engine.chat import ChatSession, is_stage_one, load_image, parse_setting
 from llava.errors import ConfigError, ImageError, RequestError
 from llava.serve import cli
 from llava.serve.chat_terminal import command, interrupt_cancels, role_name
@@ -40,7 +40,7 @@ def session(engine: Engine) -> ChatSession:
 
 def say(session: ChatSession, text: str) -> str:
     completion = session.ask(text).result()
-    session.keep(completion)
+    session.add_answer(completion)
     return completion.text
 
 
@@ -68,7 +68,7 @@ def test_a_second_turn_computes_its_new_tokens_only(session: ChatSession, engine
     session.attach(str(photo))
     say(session, "What is this? " * 10)
     before, whole = engine.statistics(), session.ask("And why?")
-    session.keep(whole.result())
+    session.add_answer(whole.result())
     after = engine.statistics()
     new = after.computed_tokens - before.computed_tokens
     assert after.encoded_images == before.encoded_images
@@ -88,9 +88,9 @@ def test_answers_equal_the_engines(session: ChatSession, engine: Engine, photo: 
 def test_a_second_image_joins_and_warns(session: ChatSession, photo: Path, caplog: pytest.LogCaptureFixture) -> None:
     session.attach(str(photo))
     say(session, "one")
-    assert "single pictures" not in caplog.text
+    assert "single images" not in caplog.text
     session.attach(str(photo))
-    assert "single pictures" in caplog.text
+    assert "single images" in caplog.text
     say(session, "Compare <image> with the first.")
     assert session.prompt.count("<image>") == 2 and len(session.images) == 2
 
@@ -127,7 +127,7 @@ def test_a_cancelled_answer_is_kept_or_the_question_taken_back(session: ChatSess
     session.attach(str(photo))
     handle = session.ask("hello")
     handle.cancel()
-    session.keep(handle.result())
+    session.add_answer(handle.result())
     assert session.conversation.messages == [] and session.images == []
     assert say(session, "again") and session.prompt.count("<image>") == 1  # the image is still attached
 
@@ -189,14 +189,14 @@ def test_stage_one_is_told_by_the_config(config: dict[str, Any], stage_one: bool
 def test_addresses_go_through_the_guarded_fetcher(photo: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
     monkeypatch.setattr(chat, "fetch_image", lambda url: (asked.append(url), Image.new("RGB", (2, 2)))[1])
-    assert load_picture("https://example.org/a.png").size == (2, 2)
+    assert load_image("https://example.org/a.png").size == (2, 2)
     local = tmp_path / "https.png"
     shutil.copy(photo, local)
-    assert load_picture(str(local)).size == (40, 30) and asked == ["https://example.org/a.png"]
+    assert load_image(str(local)).size == (40, 30) and asked == ["https://example.org/a.png"]
     monkeypatch.undo()
     for unsafe in ("https://127.0.0.1/a.png", "http://localhost/a.png", "https://169.254.169.254/latest"):
         with pytest.raises(ImageError):
-            load_picture(unsafe)
+            load_image(unsafe)
 
 
 def test_interrupt_cancels_then_leaves(engine: Engine) -> None:
@@ -237,7 +237,7 @@ def test_one_prompt_as_text_and_json(
         (["--input", "a.jsonl"], "--input and --output require each other"),
         (["--json"], "--json requires --prompt"),
         (["--input", "a", "--output", "b", "--prompt", "c"], "--input cannot be combined"),
-        (["--temperature", "nan"], "temperature is nan"),
+        (["--temperature", "nan"], "temperature must be in [0, 100] (0 decodes greedily), got nan"),
         (["--image-file", "nowhere.png", "--prompt", "x"], "nowhere.png"),
         (["--input", "nowhere.jsonl", "--output", "b"], "nowhere.jsonl is not a file"),
         (["--conv-mode", "v1x", "--prompt", "x"], "the nearest is"),
@@ -300,7 +300,7 @@ def test_a_piped_conversation(
         input="\n".join(lines), capture_output=True, text=True, env=child_environment, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "nowhere.png: there is no such file" in result.stdout and result.stdout.count("ASSISTANT: ") >= 2
+    assert "nowhere.png: no such file" in result.stdout and result.stdout.count("ASSISTANT: ") >= 2
     assert result.stdout.rstrip().endswith("Goodbye.") and "USER: error: The prompt has 1 <image>" in result.stdout
     saved = json.loads((tmp_path / "c.json").read_text())
     assert len(saved["messages"]) == 4 and saved["messages"][0][1] == "<image>\nWhat is this?"

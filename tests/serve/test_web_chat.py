@@ -17,11 +17,12 @@ from PIL import Image
 
 from llava.conversation import get_template
 from llava.errors import ImageError, RequestError
+from llava.images import PROCESS_MODES
 from llava.serve.common.protocol import ErrorType, ModelInfo, ServeError, WorkerStatus
 from llava.serve.web.answer import choose_template, request_body
 from llava.serve.web.chat import CURSOR, Chat, Sampling, Turn, escape
 from llava.serve.web.examples import EXAMPLES, draw_all
-from llava.serve.web.images import MAX_IMAGES, MODES, UploadedImage, as_jpeg, load_image, load_images
+from llava.serve.web.images import MAX_IMAGES, UploadedImage, as_jpeg, load_image, load_images
 from llava.serve.web.log import ConversationLog
 from llava.serve.web.page import SHAPES, write_icons
 
@@ -194,7 +195,7 @@ def size_of(encoded: str) -> tuple[int, int]:
 
 def test_modes(upload: Callable[..., UploadedImage]) -> None:
     wide = upload(40, 20)
-    sizes = {mode: size_of(wide.encode(mode)) for mode in MODES}
+    sizes = {mode: size_of(wide.encode(mode)) for mode in PROCESS_MODES}
     assert sizes == {"Default": (40, 20), "Pad": (40, 40), "Crop": (20, 20), "Resize": (336, 336)}
     padded = Image.open(io.BytesIO(base64.b64decode(wide.encode("Pad"))))
     assert padded.getpixel((0, 0)) == (122, 116, 104) and padded.getpixel((20, 20)) == (200, 30, 30)

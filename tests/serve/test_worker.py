@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from llava.engine import Engine, Request
-from llava.engine.sequence import Picture
+from llava.engine.sequence import HashedImage
 from llava.errors import ContextLengthError
 from llava.serve.common.protocol import WorkerStatus
 from llava.serve.worker.heartbeat import HeartBeat
@@ -126,7 +126,9 @@ def test_texts_and_images_are_preprocessed_outside_the_engine_thread() -> None:
     assert len(threads) == 2 + 1 + 1
     assert all(name.startswith("prepare") for name in threads)
     assert job.request.prompt == [7] * len("<image><image>")
-    assert [tuple(image.content.shape) for image in job.request.images if isinstance(image, Picture)] == [(3, 2, 2)] * 2
+    assert [tuple(image.content.shape) for image in job.request.images if isinstance(image, HashedImage)] == [
+        (3, 2, 2)
+    ] * 2
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
@@ -143,7 +145,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
             asked.append(text)
             return SimpleNamespace(input_ids=[1])
 
-    tokenize = tokenizer_for(SimpleNamespace(tokenizer=Tokenizer(), lm=SimpleNamespace(context_length=10)))
+    tokenize = tokenizer_for(SimpleNamespace(tokenizer=Tokenizer(), model_runner=SimpleNamespace(context_length=10)))
     asked.clear()
     with pytest.raises(ContextLengthError, match="44 characters, at least 11 tokens"):
         tokenize("abcd" * 11)

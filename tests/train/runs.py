@@ -98,7 +98,7 @@ def environment() -> dict[str, str]:
 
 
 class Forked:
-    """The processes of a run, forked by `tests.train.zygote`; to the tests it is like one process."""
+    """The processes of a run, forked by `tests.train.zygote`, with the interface of one process."""
 
     def __init__(self, argv: Sequence[str], log: Path, ranks: int, **more: Any):
         self.zygote = zygote()
@@ -135,7 +135,7 @@ class Forked:
 
 @functools.cache
 def zygote() -> subprocess.Popen[bytes]:
-    """The one of this test session; it ends with its stdin."""
+    """The zygote of this test session; it exits when its stdin closes."""
     command = [sys.executable, "-m", "tests.train.zygote"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), cwd=ROOT, bufsize=0
@@ -145,7 +145,7 @@ def zygote() -> subprocess.Popen[bytes]:
 
 
 class Launched:
-    """A run under its launcher, in a session of its own."""
+    """A run under its launcher, in its own session."""
 
     def __init__(self, command: Sequence[str], log: Path):
         with log.open("ab") as file:
@@ -167,7 +167,7 @@ def start(
 
 
 def finish(argv: Sequence[str], log: Path, ranks: int = 1, program: Sequence[str] | None = None, **more: Any) -> None:
-    """Run to the end; the log's tail is the message if it fails."""
+    """Run to the end; on failure the assertion shows the tail of the log."""
     process = start(argv, log, ranks, program, **more)
     try:
         code = process.wait(DEADLINE)
@@ -210,7 +210,7 @@ def losses(output_dir: Path) -> list[float]:
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """The weights a run saved, whichever form they have."""
+    """The weights that a run saved, in any format."""
     if (directory / "mm_projector.bin").is_file():
         state: dict[str, torch.Tensor] = torch.load(directory / "mm_projector.bin", weights_only=True)
         return state

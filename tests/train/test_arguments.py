@@ -1,4 +1,4 @@
-"""The flags: their frozen set and defaults, and that every faulty one is named, all at once."""
+"""Training flags: published names and defaults, and errors that name every invalid flag."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ TRAINING = {
     "remove_unused_columns": False,
     "freeze_mm_mlp_adapter": False,
     "freeze_llm": False,
+    "freeze_policy": "default",
+    "loss": "cross_entropy",
     "mpt_attn_impl": "triton",
     "model_max_length": 512,
     "double_quant": True,
@@ -85,7 +87,7 @@ def test_the_published_flags_and_defaults_are_frozen(tmp_path: Path) -> None:
     assert training.report_to == (["tensorboard"] if importlib.util.find_spec("tensorboard") else [])
 
 
-def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
+def test_all_invalid_flags_are_reported_in_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_arguments(
             given(
@@ -147,25 +149,25 @@ def test_all_faults_of_all_groups_come_in_one_message(tmp_path: Path) -> None:
         (["--bits", "four"], ["--bits"]),
     ],
 )
-def test_a_faulty_flag_is_named(tmp_path: Path, flags: list[str], named: list[str]) -> None:
+def test_an_invalid_flag_is_named(tmp_path: Path, flags: list[str], named: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_arguments(given(tmp_path, *flags))
     assert all(name in str(caught.value) for name in named)
 
 
-def test_a_flag_without_effect_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_flags_without_effect_log_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parse_arguments(given(tmp_path, "--cache_dir", "x", "--lora_weight_path", "y", "--image_grid_pinpoints", "z"))
     assert [message.split()[0] for message in caplog.messages] == [
         *("--cache_dir", "--lora_weight_path", "--image_grid_pinpoints")
     ]
 
 
-def test_missing_data_is_said(tmp_path: Path) -> None:
+def test_missing_data_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--data_path is missing"):
         parse_arguments(["--output_dir", str(tmp_path), "--use_cpu", "True"])
 
 
-def test_a_reporter_that_is_not_installed_costs_a_warning_only(
+def test_missing_reporter_package_logs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -178,7 +180,7 @@ def test_unique_prefixes_are_accepted_as_in_published_scripts(tmp_path: Path) ->
     assert parse_arguments(given(tmp_path, "--group_by_mod", "True"))[2].group_by_modality_length
 
 
-def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
+def test_global_batch_size_sets_accumulation_steps(tmp_path: Path) -> None:
     more = ("--global_batch_size", "24", "--per_device_train_batch_size", "3")
     assert parse_arguments(given(tmp_path, *more))[2].gradient_accumulation_steps == 8
 
@@ -193,7 +195,7 @@ def test_the_global_batch_decides_the_accumulation(tmp_path: Path) -> None:
         (["--optim", "adamw_torch_fused"], "adamw_torch_fused"),
     ],
 )
-def test_on_cuda_the_default_optimizer_is_fused_unless_one_is_named(
+def test_on_cuda_the_default_optimizer_is_fused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -212,7 +214,7 @@ def test_on_cuda_the_default_optimizer_is_fused_unless_one_is_named(
 @pytest.mark.parametrize(
     "other", [{"device": torch.device("cpu")}, {"device": torch.device("mps")}, {"fp16": True}, {"deepspeed_plugin": 1}]
 )
-def test_elsewhere_the_default_optimizer_stays(other: dict[str, Any]) -> None:
+def test_off_cuda_the_default_optimizer_is_unfused(other: dict[str, Any]) -> None:
     settings = {"device": torch.device("cuda"), "fp16": False, "deepspeed_plugin": None, "process_index": 0}
     for given, optimizer in ((settings, "adamw_torch_fused"), (settings | other, "adamw_torch")):
         args: Any = SimpleNamespace(optim="adamw_torch", **given)

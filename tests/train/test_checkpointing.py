@@ -1,4 +1,4 @@
-"""Which checkpoint is resumed, saves that are checked, room on the disk, random state, and the projector file."""
+"""Checkpoint selection, verification of saves, disk space, random state, and the projector file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from llava.errors import CheckpointError, ConfigError, TrainingError
 from llava.model.checkpoint import load_bin
-from llava.train import checkpointing, weights
+from llava.train import checkpointing
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import train
 
@@ -34,7 +34,7 @@ def make_checkpoint(output_dir: Path, step: int) -> Path:
     return directory
 
 
-def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path: Path) -> None:
+def test_latest_checkpoint_is_chosen_by_step(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         make_checkpoint(tmp_path, step)
     assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
@@ -42,7 +42,7 @@ def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("config.json", "config.json is missing"),
         ("trainer_state.json", "trainer_state.json is missing"),
@@ -51,21 +51,21 @@ def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path: Path) -> No
         ("mm_projector.bin", "weights"),
     ],
 )
-def test_an_incomplete_checkpoint_is_passed_over_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, said: str
+def test_incomplete_checkpoints_are_skipped_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, message: str
 ) -> None:
     make_checkpoint(tmp_path, 1)
     newest = make_checkpoint(tmp_path, 2)
     (newest / name).unlink()
     assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-    assert str(newest) in caplog.text and said in caplog.text
+    assert str(newest) in caplog.text and message in caplog.text
     (newest / name).touch()
     caplog.clear()
     assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
     assert f"{name} is empty" in caplog.text
 
 
-def test_a_checkpoint_half_written_is_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unfinished_checkpoints_are_skipped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_checkpoint(tmp_path, 1)
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "tmp-checkpoint-2")
     assert checkpointing.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
@@ -83,14 +83,14 @@ def test_a_deepspeed_checkpoint_needs_its_folder(tmp_path: Path) -> None:
 
 def test_a_requested_checkpoint_is_checked(tmp_path: Path) -> None:
     good = make_checkpoint(tmp_path, 1)
-    assert checkpointing.resume_from(tmp_path, str(good)) == good
-    assert checkpointing.resume_from(tmp_path, None) == good
-    assert checkpointing.resume_from(tmp_path, "False") is None
+    assert checkpointing.checkpoint_to_resume(tmp_path, str(good)) == good
+    assert checkpointing.checkpoint_to_resume(tmp_path, None) == good
+    assert checkpointing.checkpoint_to_resume(tmp_path, "False") is None
     (good / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match="optimizer"):
-        checkpointing.resume_from(tmp_path, str(good))
-    with pytest.raises(CheckpointError, match="not a directory"):
-        checkpointing.resume_from(tmp_path, str(tmp_path / "checkpoint-7"))
+        checkpointing.checkpoint_to_resume(tmp_path, str(good))
+    with pytest.raises(CheckpointError, match="must be a checkpoint directory, got"):
+        checkpointing.checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-7"))
 
 
 def test_random_state_is_restored_from_a_file_without_pickled_objects(tmp_path: Path) -> None:
@@ -104,30 +104,30 @@ def test_a_save_is_verified(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(2, 3), "b": torch.ones(4)}
     save_file(tensors, tmp_path / "model.safetensors")
     expected = {"a": (2, 3), "b": (4,)}
-    weights.verify(tmp_path, expected)
+    checkpointing.verify(tmp_path, expected)
     for wrong in ({**expected, "c": (1,)}, {**expected, "b": (5,)}):
         with pytest.raises(CheckpointError, match="not those of the model"):
-            weights.verify(tmp_path, wrong)
+            checkpointing.verify(tmp_path, wrong)
     save_file({**tensors, "a": torch.ones(0)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="empty"):
-        weights.verify(tmp_path, {"b": (4,)})
+        checkpointing.verify(tmp_path, {"b": (4,)})
 
 
 @pytest.mark.parametrize(
-    ("stage", "engine", "zero3", "processes", "why"),
+    ("stage", "deepspeed", "zero3", "processes", "why"),
     [
         (0, False, False, 4, None),
         (2, True, False, 2, None),
         (3, True, True, 2, None),
-        (0, True, False, 2, "a run without DeepSpeed, and this one is with DeepSpeed"),
-        (2, False, False, 2, "a run with DeepSpeed by 2 processes.* this one is without DeepSpeed"),
-        (2, True, False, 1, "by 2 processes.* this one is with DeepSpeed by 1 processes"),
+        (0, True, False, 2, "a run without DeepSpeed, but this run is with DeepSpeed"),
+        (2, False, False, 2, "a run with DeepSpeed on 2 processes.* this run is without DeepSpeed"),
+        (2, True, False, 1, "on 2 processes.* this run is with DeepSpeed on 1 processes"),
         (2, True, True, 2, r"weights whole, .* weights partitioned \(stage 3\)"),
         (3, True, False, 2, r"weights partitioned \(stage 3\), .* weights whole"),
     ],
 )
-def test_an_optimizer_is_gone_on_with_by_runs_of_its_kind_only(
-    tmp_path: Path, stage: int, engine: bool, zero3: bool, processes: int, why: str | None
+def test_optimizer_state_of_another_setup_is_refused(
+    tmp_path: Path, stage: int, deepspeed: bool, zero3: bool, processes: int, why: str | None
 ) -> None:
     """The names are those that DeepSpeed 0.19 writes in two processes."""
     if stage:
@@ -137,7 +137,7 @@ def test_an_optimizer_is_gone_on_with_by_runs_of_its_kind_only(
             (tmp_path / f"global_step8/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
             model = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
             (tmp_path / f"global_step8/{model}_model_states.pt").touch()
-    check = partial(checkpointing.check_optimizer, tmp_path, engine=engine, zero3=zero3, processes=processes)
+    check = partial(checkpointing.check_optimizer, tmp_path, deepspeed=deepspeed, zero3=zero3, processes=processes)
     if why is None:
         check()
         return
@@ -145,37 +145,37 @@ def test_an_optimizer_is_gone_on_with_by_runs_of_its_kind_only(
         check()
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_models_are_read(tmp_path: Path) -> None:
+def test_unwritable_output_dir_fails_before_loading(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Cannot write .*/file/run: Not a directory"):
         train(["--use_cpu", "True", "--data_path", "none.json", "--output_dir", str(tmp_path / "file/run")])
 
 
-def test_a_checkpoint_of_another_model_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_checkpoints_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, 3), "rest": torch.ones(1)}, tmp_path / "model.safetensors")
-    checkpointing.check_fits(tmp_path, {"a": (2, 3)})
+    checkpointing.check_weights(tmp_path, {"a": (2, 3)})
     with pytest.raises(CheckpointError, match="run with another model: b is missing.*--output_dir"):
-        checkpointing.check_fits(tmp_path, {"a": (2, 3), "b": (1,)})
+        checkpointing.check_weights(tmp_path, {"a": (2, 3), "b": (1,)})
     with pytest.raises(CheckpointError, match=r"a is \(2, 3\) and not \(3, 2\)"):
-        checkpointing.check_fits(tmp_path, {"a": (3, 2)})
+        checkpointing.check_weights(tmp_path, {"a": (3, 2)})
 
 
 def test_a_projector_file_must_fit_by_name_and_shape() -> None:
     model = torch.nn.ModuleDict({"mm_projector": torch.nn.Linear(3, 2)})
     parameters = dict(model.named_parameters())
-    weights.copy_named(parameters, {"mm_projector.weight": torch.full((2, 3), 7.0)})
+    checkpointing.copy_tensors(parameters, {"mm_projector.weight": torch.full((2, 3), 7.0)})
     assert float(model["mm_projector"].weight.detach().sum()) == 42
     with pytest.raises(CheckpointError, match="lacks"):
-        weights.copy_named(parameters, {"mm_projector.scale": torch.ones(1)})
+        checkpointing.copy_tensors(parameters, {"mm_projector.scale": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"\(3, 2\)"):
-        weights.copy_named(parameters, {"mm_projector.weight": torch.ones(3, 2)})
+        checkpointing.copy_tensors(parameters, {"mm_projector.weight": torch.ones(3, 2)})
 
 
-def test_the_last_projector_of_a_checkpoint_folder_goes_beside_it(tmp_path: Path) -> None:
-    assert weights.projector_file(tmp_path / "run", final=True) == tmp_path / "run" / "mm_projector.bin"
+def test_final_projector_path_of_a_checkpoint_directory(tmp_path: Path) -> None:
+    assert checkpointing.projector_file(tmp_path / "run", final=True) == tmp_path / "run" / "mm_projector.bin"
     folder = tmp_path / "checkpoint-5"
-    assert weights.projector_file(folder, final=False) == folder / "mm_projector.bin"
-    assert weights.projector_file(folder, final=True) == tmp_path / "mm_projector" / "checkpoint-5.bin"
+    assert checkpointing.projector_file(folder, final=False) == folder / "mm_projector.bin"
+    assert checkpointing.projector_file(folder, final=True) == tmp_path / "mm_projector" / "checkpoint-5.bin"
 
 
 def test_code_in_a_projector_file_is_refused(tmp_path: Path) -> None:
@@ -190,22 +190,22 @@ def test_code_in_a_projector_file_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_disk_too_small_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_disk_space_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
-    checkpointing.check_room(tmp_path, 2**30, 2**30, None)
+    checkpointing.check_disk_space(tmp_path, 2**30, 2**30, None)
     with pytest.raises(TrainingError, match=r"10\.0 GiB free"):
-        checkpointing.check_room(tmp_path, 6 * 2**30, 5 * 2**30, 1)
+        checkpointing.check_disk_space(tmp_path, 6 * 2**30, 5 * 2**30, 1)
 
 
-def test_a_disk_that_fills_later_is_warned_of(
+def test_disk_that_will_fill_up_logs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
-    checkpointing.check_room(tmp_path, 2**30, 4 * 2**30, 3)
+    checkpointing.check_disk_space(tmp_path, 2**30, 4 * 2**30, 3)
     assert "10.0 GiB free" in caplog.text
 
 
-def test_a_model_that_cannot_be_saved_stops_the_run_at_its_start(tmp_path: Path) -> None:
+def test_dry_run_fails_for_an_unsavable_model(tmp_path: Path) -> None:
     class Config:
         def save_pretrained(self, directory: Path) -> None:
             raise OSError(28, "No space left on device")
@@ -216,9 +216,7 @@ def test_a_model_that_cannot_be_saved_stops_the_run_at_its_start(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_gives_back_something_else_stops_the_run_at_its_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_fails_when_data_reads_back_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = SimpleNamespace(save_pretrained=lambda directory: None)
     checkpointing.dry_run(tmp_path, SimpleNamespace(config=saved), saved)
     monkeypatch.setattr(checkpointing, "load_bin", lambda path: {"probe": torch.zeros(2)})
@@ -227,7 +225,7 @@ def test_a_disk_that_gives_back_something_else_stops_the_run_at_its_start(
 
 
 @pytest.mark.parametrize(("saved", "visible"), [(4, 2), (2, 4), (0, 2), (2, 0), (3, 3)])
-def test_random_state_is_restored_on_the_devices_that_both_have(
+def test_random_state_is_restored_on_common_devices(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, saved: int, visible: int
 ) -> None:
     restored: dict[int, Any] = {}
@@ -243,7 +241,7 @@ def test_random_state_is_restored_on_the_devices_that_both_have(
     assert caplog.text.count("will not reproduce") == (saved != visible)
 
 
-def test_a_damaged_random_state_is_said(tmp_path: Path) -> None:
+def test_damaged_random_state_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rng_state.pth").write_bytes(b"not a state")
     trainer: Any = SimpleNamespace(_rng_file=lambda directory: tmp_path / "rng_state.pth")
     with pytest.raises(CheckpointError, match=r"rng_state.pth cannot be read as random state"):

@@ -20,7 +20,7 @@ from tests.train import runs
 Run = Callable[[int, str], Path]
 SCRIPTS = runs.ROOT / "scripts"
 STEPS = 16
-LOSS_ATOL = 1e-4  # the last printed digit
+LOSS_ATOL = 1e-4  # the last logged digit
 WEIGHT_ATOL = 1e-5
 
 
@@ -90,7 +90,7 @@ def test_a_killed_run_resumes_exactly(
     argv = runs.flags(tiny_dirs, small_data, killed, stage, **options(zero))
     runs.kill_at(argv, killed, 6, tmp_path / "log", ranks=2)
     runs.finish(argv, tmp_path / "log", ranks=2)
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(two_ranks(stage, zero), killed)
     (newest,) = killed.glob("*checkpoint-*")
     saved = {path.name for path in newest.iterdir()}
@@ -104,7 +104,7 @@ def test_a_killed_run_resumes_exactly(
 
 
 @pytest.mark.slow
-def test_bfloat16_checkpointing_and_what_else_learns_under_zero3(
+def test_bfloat16_checkpointing_tokens_and_positions_under_zero3(
     tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path
 ) -> None:
     """Start and end tokens, positions of the tower, reentrant checkpointing: all that gathers partitions."""

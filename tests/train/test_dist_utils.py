@@ -1,4 +1,4 @@
-"""What each launcher's environment is translated into."""
+"""Process group variables derived from each launcher's environment."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.train import runs
 SLURM = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_NODELIST": "host[1-2]", "SLURM_LOCALID": "1"}
 
 
-def test_the_launcher_is_told_by_its_variables() -> None:
+def test_launcher_is_detected_from_the_environment() -> None:
     assert dist_utils.detect_launcher({}) is None
     assert dist_utils.detect_launcher({"RANK": "0", "WORLD_SIZE": "2", **SLURM}) == "pytorch"
     assert dist_utils.detect_launcher({"OMPI_COMM_WORLD_RANK": "0"}) == "mpi"
     assert dist_utils.detect_launcher(SLURM) == "slurm"
 
 
-def test_torchrun_is_passed_on() -> None:
+def test_torchrun_environment_is_kept() -> None:
     given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert dist_utils.group_environment("pytorch", given) == given
 
@@ -52,7 +52,7 @@ def test_slurm_ranks_of_one_job_agree_on_host_and_port(monkeypatch: pytest.Monke
     assert dist_utils.group_environment("slurm", {**SLURM, "MASTER_PORT": "5"}, port=7)["MASTER_PORT"] == "7"
 
 
-def test_slurm_without_its_tool_says_what_to_set() -> None:
+def test_slurm_without_scontrol_names_the_remedy() -> None:
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         dist_utils.group_environment("slurm", SLURM)
 
@@ -75,8 +75,8 @@ def test_a_group_of_one_is_joined_on_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_what_any_rank_finds_is_counted(tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path) -> None:
-    """A picture is opened by the rank that draws it."""
+def test_faults_are_merged_over_ranks(tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path) -> None:
+    """Each rank opens the images of its own samples."""
     records = json.loads((small_data / "pretrain.json").read_text())
     for index in range(0, 32, 8):
         records[index]["image"] = "lost.png"

@@ -1,4 +1,4 @@
-"""The estimate: published hours, known memory, a measured run, and advice where a run does not fit."""
+"""Estimate: published hours, known memory, a measured run, and suggestions when a run does not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llava.errors import TrainingError
-from llava.train import estimate, sizes
+from llava.train import estimate
+from llava.train import estimate_inputs as inputs
 from llava.train import train as program
 from llava.train.flops import Shape, Trainable, device_peak, step_flops
 from tests.test_package import ROOT, plain_environment
@@ -20,24 +21,24 @@ from tests.train import runs
 SEVEN = Shape(4096, 11008, 32, 32, 32, 32000, 1024, 4096, 23, 577, 576)
 
 
-def published(stage: str, size: str) -> tuple[estimate.Setup, float]:
-    """A run of LLaVA-1.5 on eight A100s, and its hours if they reached all of their peak."""
+def published(stage: str, size: str) -> tuple[estimate.RunConfig, float]:
+    """A run of LLaVA-1.5 on eight A100s, and its hours at 100 % MFU."""
     recipe = ROOT / "scripts" / "v1_5" / f"{stage}.sh"
-    flags = estimate.command_of(recipe, 8, ["--model_name_or_path", f"lmsys/vicuna-{size}-v1.5"])
-    data = sizes.data_of(flags)
-    setup = estimate.setup_of(flags, 8, data)
-    assert estimate.needed(estimate.longest(setup, data, flags.model_max_length)) < 80e9  # it did fit
-    return setup, estimate.hours(setup, data.samples, 1, sizes.peak_of("A100"), 1.0)
+    flags = estimate.read_recipe(recipe, 8, ["--model_name_or_path", f"lmsys/vicuna-{size}-v1.5"])
+    data = inputs.dataset_stats(flags)
+    run = estimate.run_config(flags, 8, data)
+    assert estimate.required_bytes(estimate.worst_case(run, data, flags.model_max_length)) < 80e9  # it did fit
+    return run, estimate.training_hours(run, data.samples, 1, inputs.gpu_peak("A100"), 1.0)
 
 
 @pytest.mark.parametrize(("stage", "known", "unseen"), [("pretrain", 5.5, 3.5), ("finetune", 20, 10)])
-def test_the_share_of_13b_predicts_the_hours_of_7b(stage: str, known: float, unseen: float) -> None:
-    """One share of the peak a stage is taken from the published 13B run; what it says of 7B is a prediction."""
-    setup, at_peak = published(stage, "13b")
-    assert estimate.MFU[setup.stage] == pytest.approx(at_peak / known, rel=0.005)
+def test_mfu_fitted_to_13b_predicts_hours_of_7b(stage: str, known: float, unseen: float) -> None:
+    """The MFU of each stage is fitted to the published 13B run; the hours of 7B are a prediction."""
+    run, at_peak = published(stage, "13b")
+    assert estimate.MFU[run.zero_stage] == pytest.approx(at_peak / known, rel=0.005)
     smaller, at_peak = published(stage, "7b")
-    assert smaller.stage == setup.stage
-    assert at_peak / estimate.MFU[smaller.stage] == pytest.approx(unseen, rel=0.25)
+    assert smaller.zero_stage == run.zero_stage
+    assert at_peak / estimate.MFU[smaller.zero_stage] == pytest.approx(unseen, rel=0.25)
 
 
 def test_sizes_of_known_models() -> None:
@@ -51,22 +52,22 @@ def test_sizes_of_known_models() -> None:
 
 
 def test_memory_follows_zero() -> None:
-    """Sixteen bytes a parameter together, shared out by stage (arXiv:1910.02054, figure 1)."""
-    setup = estimate.Setup(
-        Shape(4096, 11008, 32, 32, 32, 32000), Trainable(projector=False), 1, 100, 0, engine=True, gpus=64
+    """Sixteen bytes per parameter, sharded by stage (arXiv:1910.02054, figure 1)."""
+    run = estimate.RunConfig(
+        Shape(4096, 11008, 32, 32, 32, 32000), Trainable(projector=False), 1, 100, 0, deepspeed=True, gpus=64
     )
-    count = setup.shape.language_weights
+    count = run.shape.language_weights
     for stage, wanted in ((0, 16), (1, 4 + 12 / 64), (2, 2 + 14 / 64)):
-        staged = estimate.replace(setup, stage=stage)
-        parts = estimate.parts(staged)
+        staged = estimate.replace(run, zero_stage=stage)
+        parts = estimate.memory_breakdown(staged)
         assert parts["weights"] + parts["gradients"] + parts["optimizer"] == pytest.approx(wanted * count)
-    three = estimate.parts(estimate.replace(setup, stage=3))
-    assert three["weights"] == pytest.approx(2 * count / 64 + 2 * estimate.LIVE)
-    packed = estimate.weights(estimate.replace(setup, bits=4, learns=Trainable(adapters=10**7)))
+    three = estimate.memory_breakdown(estimate.replace(run, zero_stage=3))
+    assert three["weights"] == pytest.approx(2 * count / 64 + 2 * estimate.MAX_LIVE_PARAMETERS)
+    packed = estimate.weight_bytes(estimate.replace(run, bits=4, trainable=Trainable(adapters=10**7)))
     assert packed < 0.35 * 2 * count
 
 
-def test_work_counts_two_a_weight_and_six_where_it_learns() -> None:
+def test_flops_are_two_per_weight_and_six_if_trained() -> None:
     few = {"tokens": 1e6, "length": 1, "images": 0, "supervised": 1e6}
     weights = SEVEN.layers * SEVEN.layer_weights + SEVEN.vocabulary * SEVEN.hidden
     assert step_flops(SEVEN, Trainable(), **few) == pytest.approx(6 * weights * 1e6, rel=1e-3)
@@ -76,12 +77,16 @@ def test_work_counts_two_a_weight_and_six_where_it_learns() -> None:
 def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(ROOT / "scripts_internvl" / "finetune_internvit6b_224to336_vicuna7b.sh")
     assert estimate.main([recipe]) == 0
-    said = capsys.readouterr().out
-    assert "8 GPUs x 16 rows x 1 accumulated = global batch 128; ZeRO stage 3" in said and "It fits 80 GB." in said
+    output = capsys.readouterr().out
+    assert "8 GPUs x 16 samples x 1 accumulation steps = global batch 128; ZeRO stage 3" in output
+    assert "It fits 80 GB." in output
     assert estimate.main([recipe, "--gpus", "1", "--gpu-memory", "24"]) == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "does not fit 24 GB" in said and "BATCH=8" in said and "zero3_offload.json" in said and "--lora_enable" in said
+        "does not fit 24 GB" in output
+        and "BATCH=8" in output
+        and "zero3_offload.json" in output
+        and "--lora_enable" in output
     )
     small = [
         "--lora_enable",
@@ -98,26 +103,26 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
     custom = str(ROOT / "scripts_internvl" / "finetune_internvit6b_224to336_vicuna13b_custom_data.sh")
     capsys.readouterr()
     assert estimate.main([custom, "--gpus", "128"]) in (0, 1)
-    assert "128 GPUs x 2 rows x 2 accumulated = global batch 512" in capsys.readouterr().out
+    assert "128 GPUs x 2 samples x 2 accumulation steps = global batch 512" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
-        (["nowhere.sh"], "no recipe"),
+        (["nowhere.sh"], "Recipe nowhere.sh does not exist"),
         (["scripts/v1_5/finetune.sh", "--gpus", "12"], "multiple of 8"),
-        (["scripts/v1_5/finetune.sh", "--gpus", "3"], "cannot share the global batch"),
-        (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "takes one of A100"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "3"], "is not divisible by 3 GPUs"),
+        (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "--gpu must be one of A100"),
         (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
-        (["scripts/v1_5/finetune.sh", "--gpus", "0"], "a number from 1"),
-        (["scripts/v1_5/finetune.sh", "--mfu", "40"], "a share above 0, up to 1"),
-        (["scripts/zero2.json"], "is no recipe"),
-        (["scripts_internvl/_common.sh"], "is no recipe"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "0"], "--gpus must be at least 1"),
+        (["scripts/v1_5/finetune.sh", "--mfu", "40"], "--mfu must be above 0 and at most 1, got 40"),
+        (["scripts/zero2.json"], "is not a training recipe"),
+        (["scripts_internvl/_common.sh"], "is not a training recipe"),
         (["scripts_internvl/eval/pope.sh"], "cannot be run"),
         (["scripts/v1_5/finetune.sh", "--deepspeed", "LICENSE"], "cannot be read as JSON"),
     ],
 )
-def test_faults_are_one_sentence(
+def test_errors_are_one_sentence(
     argv: list[str], why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -126,23 +131,27 @@ def test_faults_are_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("flag", "given", "lacks"), [("model_name_or_path", "tower", "vocab_size"), ("vision_tower", "base", "image_size")]
+    ("flag", "given", "why"),
+    [
+        ("model_name_or_path", "tower", "its config.json has no vocab_size"),
+        ("vision_tower", "base", "is of type 'llama', which is not one of clip"),
+    ],
 )
-def test_a_directory_of_another_kind_is_one_sentence(
-    tiny_dirs: dict[str, Path], flag: str, given: str, lacks: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_kind_of_directory_is_an_error(
+    tiny_dirs: dict[str, Path], flag: str, given: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert estimate.main([str(ROOT / "scripts/v1_5/pretrain.sh"), f"--{flag}", str(tiny_dirs[given])]) == 2
-    assert f"its config.json has no {lacks}" in capsys.readouterr().err
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("echo hello  # _common.sh", "prints no training command"), (": > started", "is no recipe")],
+    [("echo hello  # _common.sh", "prints no training command"), (": > started", "is not a training recipe")],
 )
-def test_a_script_that_trains_nothing_is_no_recipe(
+def test_other_scripts_are_refused_and_not_run(
     text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is not started: scripts_internvl/quickstart.sh would train."""
+    """They could start a training run, as scripts_internvl/quickstart.sh does."""
     monkeypatch.chdir(tmp_path)
     Path("a.sh").write_text(text)
     assert estimate.main(["a.sh"]) == 2
@@ -150,7 +159,7 @@ def test_a_script_that_trains_nothing_is_no_recipe(
     assert not Path("started").exists()
 
 
-def test_a_run_out_of_memory_is_told_what_is_smaller(
+def test_out_of_memory_error_suggests_smaller_settings(
     tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object, **kwargs: object) -> None:

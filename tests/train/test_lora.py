@@ -1,4 +1,4 @@
-"""LoRA training: where the adapters sit, what learns beside them, and directories that are whole by themselves."""
+"""LoRA training: target modules, parameters trained beside the adapters, and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from llava.arguments import parse_arguments
 from llava.errors import CheckpointError, ConfigError
 from llava.model.builder import load_pretrained_model
-from llava.train import model_setup, weights
+from llava.train import checkpointing, model_setup
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import prepare, train
 from tests import tiny
@@ -36,7 +36,7 @@ def flags(dirs: Dirs, data: Path, out: Path, **more: Any) -> list[str]:
 
 
 def prepared(dirs: Dirs, data: Path, out: Path, **more: Any) -> tuple[Any, Any]:
-    """Model and tokenizer as the first step finds them."""
+    """Model and tokenizer ready for the first step."""
     model, tokenizer, _ = prepare(*parse_arguments(flags(dirs, data, out, **more)))
     return model, tokenizer
 
@@ -47,7 +47,7 @@ def learning(model: torch.nn.Module) -> set[str]:
 
 @pytest.fixture(scope="module")
 def with_clip(tmp_path_factory: pytest.TempPathFactory) -> Dirs:
-    """A CLIP tower, whose linear layers are named as the decoder's and have biases; bases whose attention has them."""
+    """A CLIP tower, whose linear layers have the names of the decoder's, and bases with attention biases."""
     root = tmp_path_factory.mktemp("clip")
     tower = tiny.make_clip_tower(root / "clip-vit-tiny")
     return {
@@ -57,7 +57,7 @@ def with_clip(tmp_path_factory: pytest.TempPathFactory) -> Dirs:
     }
 
 
-def test_adapters_sit_on_the_decoder_alone_also_when_training_goes_on_from_a_chat_model(
+def test_adapters_are_on_the_decoder_only_when_fine_tuning_a_chat_model(
     with_clip: Dirs, small_data: Path, tmp_path: Path
 ) -> None:
     more = {"model_name_or_path": with_clip["chat"], "mm_vision_select_layer": -2}
@@ -69,7 +69,7 @@ def test_adapters_sit_on_the_decoder_alone_also_when_training_goes_on_from_a_cha
 
 
 @pytest.mark.parametrize(("bias", "trained"), [("none", False), ("lora_only", True), ("all", True)])
-def test_biases_learn_and_are_saved_as_asked_the_towers_never(
+def test_lora_bias_trains_and_saves_decoder_biases_only(
     with_clip: Dirs, small_data: Path, tmp_path: Path, bias: str, trained: bool
 ) -> None:
     more = {"mm_vision_select_layer": -2, "lora_bias": bias, "max_steps": 2}
@@ -83,12 +83,13 @@ def test_biases_learn_and_are_saved_as_asked_the_towers_never(
     assert bool(bias_of_values.any()) == trained
 
 
-def test_the_difference_between_the_biases() -> None:
+def test_parameters_trained_by_lora_bias() -> None:
     of_target, other = "model.layers.0.self_attn.q_proj.base_layer.bias", "model.norm.bias"
-    assert [model_setup.learns(of_target, mode) for mode in ("none", "lora_only", "all")] == [False, True, True]
-    assert [model_setup.learns(other, mode) for mode in ("none", "lora_only", "all")] == [False, False, True]
-    assert not model_setup.learns("model.vision_tower.vision_tower.layers.0.q_proj.bias", "all")
-    assert not model_setup.learns("model.embed_tokens.weight", "all")
+    trained = model_setup.is_trained_with_lora
+    assert [trained(of_target, mode) for mode in ("none", "lora_only", "all")] == [False, True, True]
+    assert [trained(other, mode) for mode in ("none", "lora_only", "all")] == [False, False, True]
+    assert not trained("model.vision_tower.vision_tower.layers.0.q_proj.bias", "all")
+    assert not trained("model.embed_tokens.weight", "all")
 
 
 def test_adapters_and_projector_have_float32_masters_and_the_rest_16_bit(
@@ -111,7 +112,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("more", [{}, {"mm_use_im_start_end": True, "mm_use_im_patch_token": True}])
-def test_every_checkpoint_and_the_result_load_as_the_model_in_memory_was(
+def test_checkpoints_load_with_the_logits_of_the_model_in_memory(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     seen: dict[int, torch.Tensor] = {}
@@ -161,7 +162,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_dirs: Dirs, small_data: Pat
     assert all(bool(value.any()) for name, value in moved.items() if ".lora_B." in name)
 
 
-def test_a_resume_is_exact_and_an_incomplete_checkpoint_is_passed_over(
+def test_resume_is_exact_and_skips_incomplete_checkpoints(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In a later epoch, with dropout, and image tokens that made the vocabulary grow."""
@@ -173,30 +174,30 @@ def test_a_resume_is_exact_and_an_incomplete_checkpoint_is_passed_over(
     (tmp_path / "checkpoint-10" / "adapter_config.json").unlink()
     train(argv)
     assert "checkpoint-15: its weights cannot be read" in caplog.text
-    assert f"Going on from {tmp_path / 'checkpoint-5'}" in caplog.text
+    assert f"Resuming from {tmp_path / 'checkpoint-5'}" in caplog.text
     assert runs.losses(tmp_path) == losses and len(losses) == 16
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(tmp_path).items())
 
 
 def test_a_checkpoint_of_other_adapters_is_not_resumed(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     model, tokenizer = prepared(tiny_dirs, small_data, tmp_path)
-    model_setup.save(model, tokenizer, tmp_path / "a", keep=True)
+    checkpointing.save_lora(model, tokenizer, tmp_path / "a", is_writer=True)
     other, _ = prepared(tiny_dirs, small_data, tmp_path, lora_r=8)
     with pytest.raises(CheckpointError, match=r"is \(4, "):
-        model_setup.load(other, tmp_path / "a")
+        checkpointing.load_lora(other, tmp_path / "a")
     with_rows, _ = prepared(tiny_dirs, small_data, tmp_path, mm_use_im_start_end=True)
     with pytest.raises(CheckpointError, match="lacks"):
-        model_setup.load(with_rows, tmp_path / "a")
+        checkpointing.load_lora(with_rows, tmp_path / "a")
 
 
 def test_a_save_is_verified(tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = prepared(tiny_dirs, small_data, tmp_path)
-    monkeypatch.setattr(weights, "write_bin", lambda path, state: torch.save(dict(list(state.items())[1:]), path))
+    monkeypatch.setattr(checkpointing, "write_bin", lambda path, state: torch.save(dict(list(state.items())[1:]), path))
     with pytest.raises(CheckpointError, match="1 missing"):
-        model_setup.save(model, tokenizer, tmp_path / "a", keep=True)
+        checkpointing.save_lora(model, tokenizer, tmp_path / "a", is_writer=True)
 
 
-def test_a_pad_token_that_an_adapter_cannot_carry_is_refused(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_a_new_pad_token_is_refused_with_lora(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\[PAD\]"):
         prepared(tiny_dirs, small_data, tmp_path, version="v0")
 
@@ -210,6 +211,6 @@ def test_a_killed_run_resumes_exactly(tiny_dirs: Dirs, small_data: Path, tmp_pat
     runs.kill_at(argv, killed, 5, tmp_path / "log")
     assert not (killed / "trainer_state.json").exists()
     runs.finish(argv, tmp_path / "log")
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(whole, killed)
     assert [path.name for path in killed.glob("*checkpoint-*")] == ["checkpoint-6"]

@@ -31,7 +31,7 @@ LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "ma
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_packed_weights_resumes_exactly(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_a_killed_qlora_run_resumes_exactly(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     """QLoRA under ZeRO-2; ZeRO-3 is refused."""
     base = tiny.make_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -40,7 +40,7 @@ def test_a_killed_run_with_packed_weights_resumes_exactly(tiny_dirs: Dirs, small
     argv = runs.flags(tiny_dirs, small_data, killed, 2, **more)
     runs.kill_at(argv, killed, 6, tmp_path / "log", ranks=2)
     runs.finish(argv, tmp_path / "log", ranks=2)
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(whole, killed)
 
 
@@ -58,7 +58,7 @@ def test_two_ranks_equal_one_process_and_a_killed_run_resumes_exactly(
     argv = runs.flags(tiny_dirs, small_data, killed, 2, **more)
     runs.kill_at(argv, killed, 6, tmp_path / "log", ranks=2)
     runs.finish(argv, tmp_path / "log", ranks=2)
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(whole, killed)
     for step in (4, 8):
         directory = whole / f"checkpoint-{step}"

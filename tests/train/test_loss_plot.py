@@ -1,4 +1,4 @@
-"""The loss curve: smoothing without bias, and a picture that is one."""
+"""Loss plot: smoothing without bias, and a valid PNG file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.train.run_metadata import plot_loss, smoothed, smoothing
+from llava.train.reporting import plot_loss, smoothed, smoothing
 
 
 def test_smoothing_has_no_bias_to_the_start_and_follows_the_mean() -> None:
-    assert smoothed([3.0] * 5, weight=0.9) == pytest.approx([3.0] * 5)
-    assert smoothed([4.0, 2.0], weight=0.5) == pytest.approx([4.0, (0.25 * 4 + 0.5 * 2) / 0.75])
+    assert smoothed([3.0] * 5, decay=0.9) == pytest.approx([3.0] * 5)
+    assert smoothed([4.0, 2.0], decay=0.5) == pytest.approx([4.0, (0.25 * 4 + 0.5 * 2) / 0.75])
 
 
 def test_a_short_curve_is_smoothed_less_than_a_long_one() -> None:
     assert [smoothing(count) for count in (2, 40, 200, 10**6)] == [0.5, 0.5, 0.9, 0.99]
 
 
-def test_the_picture_is_drawn_from_the_lines_that_have_a_loss(tmp_path: Path) -> None:
+def test_the_plot_shows_entries_with_a_loss(tmp_path: Path) -> None:
     path = tmp_path / "loss.png"
     assert not plot_loss([{"step": 1, "loss": 2.0}, {"step": 1, "train_loss": 2.0}], path, "run")
     assert not path.exists()

@@ -1,4 +1,4 @@
-"""One rank with text only beside one with images only, at every step: no hang, and zeros teach nothing (Z3-1)."""
+"""One rank with text only and one with images only in every step: no hang, no gradient from zero images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES += [("zero3", checkpointing, tower) for checkpointing in (False, True) for
 
 @pytest.fixture(scope="module")
 def by_turns(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records for two ranks that take them by turns: text, image, text, image …"""
+    """Records for two ranks that take them in turn: text, image, text, image …"""
     records = json.loads((small_data / "finetune.json").read_text())
     text = [record for record in records if "image" not in record]
     image = [record for record in records if "image" in record]
@@ -67,8 +67,8 @@ def test_text_on_one_rank_and_images_on_the_other(
     runs.assert_equal_weights(out, alone(tower), atol=2e-5)
 
 
-def test_the_stand_in_changes_neither_loss_nor_gradients(tiny_dirs: Dirs) -> None:
-    """Text with zeros for an image, as such a rank has it, against text alone."""
+def test_zero_images_change_neither_loss_nor_gradients(tiny_dirs: Dirs) -> None:
+    """Text with a zero image, as on the text-only rank, against text alone."""
     model = load_pretrained_model(tiny_dirs["chat"], device="cpu")[1].train()
     ids = torch.tensor([[1, 5, 9, 11, 20, 7]])
     seen = []

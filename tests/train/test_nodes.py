@@ -1,4 +1,4 @@
-"""Two nodes: a recipe on each, one global batch; a lost node ends the other, and both go on together.
+"""Two nodes: a recipe on each, one global batch; losing a node ends the other, and both resume together.
 
 On loopback, and with `LLAVA_NETNS=1` (as root, with iproute2) also in two network namespaces joined by a cable of their
 own, which share nothing of the network with each other or with the machine.
@@ -46,7 +46,7 @@ def hosts(request: pytest.FixtureRequest) -> Iterator[list[Host]]:
 
 
 def node(hosts: list[Host], rank: int, port: int, flags: list[str], out: Path, log: Path) -> runs.Launched:
-    """The recipe as it is started on one of two nodes with a device each."""
+    """Start the recipe on one of two nodes with one device each."""
     _, interface, inside = hosts[rank]
     names = {"NNODES": 2, "NODE_RANK": rank, "GPUS": 1, "MASTER_ADDR": hosts[0][0], "PORT": port, "BATCH": 1}
     names |= {"OUTPUT_DIR": out, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -80,5 +80,5 @@ def test_two_nodes_train_and_survive_the_loss_of_one(
     assert "ended with status" in (tmp_path / "log0").read_text()
     pair = both()
     assert [process.wait(runs.DEADLINE) for process in pair] == [0, 0], (tmp_path / "log0").read_text()[-3000:]
-    assert "Going on from" in (tmp_path / "log0").read_text()
+    assert "Resuming from" in (tmp_path / "log0").read_text()
     assert len(runs.losses(out)) == 16

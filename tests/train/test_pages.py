@@ -1,4 +1,4 @@
-"""The commands of the pages about data and training, run one after the other as they are written, on tiny models.
+"""The commands in the docs about data and training, run in order on tiny models.
 
 A folder stands in for the project: its scripts, and under the names of the pages small models and data. The shell, the
 recipes and the programs are real; `torchrun` and `srun` start one process here, on the CPU, for one step.
@@ -38,13 +38,13 @@ SHIMS = {
     "torchrun": f'while [ "${{1%.py}}" = "$1" ]; do shift; done; exec python "$@" {SMALLER}',
 }
 SHIMS["srun"] = SHIMS["torchrun"]
-# what a command of these beginnings gets behind it
+# flags appended to commands with these prefixes
 MORE = {"sh scripts_internvl/eval/": "--device cpu --max-new-tokens 2", "llava chat": "--device cpu --max-new-tokens 2"}
-FINDS = "llava check data.json"  # the command whose exit status is 1: one record there is bad
+FINDS = "llava check data.json"  # this command exits with status 1: one record is bad
 
 
 def commands_of(page: str) -> list[str]:
-    """In the order in which they stand there; of those within a sentence, the ones that are whole."""
+    """Commands of a page in order: code blocks, then complete inline commands."""
     path = ROOT / "docs" / f"{page}.md"
     inline = [command for command in INLINE.findall(path.read_text(encoding="utf-8")) if command.endswith("--help")]
     return [*written(path), *inline]
@@ -52,7 +52,7 @@ def commands_of(page: str) -> list[str]:
 
 @pytest.fixture
 def project(tiny_dirs: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder, its models and data, and the programs that stand in for `python`, `torchrun`, `srun` and `llava`."""
+    """A project folder with models, data, and stand-ins for `python`, `torchrun`, `srun` and `llava`."""
     root = tmp_path / "project"
     for name in ("llava", "scripts", "scripts_internvl"):
         (root / name).parent.mkdir(exist_ok=True)
@@ -72,15 +72,15 @@ def project(tiny_dirs: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.M
     state = {"model.mm_projector.weight": torch.zeros(48, 32), "model.mm_projector.bias": torch.zeros(48)}
     (root / "work_dirs/llava_pretrain").mkdir(parents=True)
     torch.save(state, root / "work_dirs/llava_pretrain/mm_projector.bin")
-    for name in ("224to336_vicuna13b", "448_vicuna13b"):  # their stage 1 gave what that of the 7B model gives
+    for name in ("224to336_vicuna13b", "448_vicuna13b"):  # the tiny models are the same
         (root / f"work_dirs/pretrain_internvit6b_{name}").symlink_to("pretrain_internvit6b_224to336_vicuna7b")
     monkeypatch.chdir(root)
-    monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody types
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # no keyboard input
     return root
 
 
 def make_datasets(root: Path) -> None:
-    """Records and pictures under the names of the pages; one record of the user's own is bad."""
+    """Records and images under the names used in the docs; one custom record is bad."""
     data = runs.make_data(root / "playground/data", samples=20, text_rows=[3])
     (root / "playground/llava_v1_5_mix665k.json").write_bytes((data / "finetune.json").read_bytes())
     (data / "LLaVA-Pretrain").mkdir()
@@ -135,12 +135,12 @@ def test_every_command_of_the_pages_works(project: Path, tmp_path: Path) -> None
 
 
 def what_they_left(project: Path) -> None:
-    """What the pages say is there afterwards."""
+    """Check the outputs that the docs describe."""
     assert len(json.loads((project / "clean.json").read_text())) == 60
     assert len(json.loads((project / "playground/clean.json").read_text())) == 20
     assert "<!doctype html>" in (project / "view.html").read_text()
     mine = project / "work_dirs/mine"
-    assert (mine / "adapter_config.json").is_file() and "train_runtime" in (mine / "train.log").read_text()
+    assert (mine / "adapter_config.json").is_file() and "training finished: " in (mine / "train.log").read_text()
     assert len((mine / "samples.jsonl").read_text().splitlines()) == 1  # one record in fifty of sixty
     assert json.loads((mine / "trainer_state.json").read_text())["best_model_checkpoint"]
     assert json.loads((mine / "run.json").read_text())["samples"] == 59
@@ -148,7 +148,7 @@ def what_they_left(project: Path) -> None:
         project / "work_dirs" / f"{stage}_internvit6b_224to336_vicuna7b" for stage in ("pretrain", "finetune")
     )
     assert (first / "mm_projector.bin").is_file() and (second / "model.safetensors").is_file()
-    assert "train_runtime" in (second / "train.log").read_text()
+    assert "training finished: " in (second / "train.log").read_text()
     result = project / "playground/data/eval/scienceqa/answers/InternVL-Chat-ViT-6B-Vicuna-13B_result.json"
     assert "acc" in json.loads(result.read_text())
     assert runs.tensors(project / "work_dirs/llava_finetune_sqa")

@@ -1,4 +1,4 @@
-"""QLoRA: the decoder's linear layers in 8 or 4 bits while adapters and projector learn, with the real library."""
+"""QLoRA with bitsandbytes: the decoder in 8 or 4 bits, adapters and projector trained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def decoder_layers(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_only_the_decoder_is_packed_and_precision_is_where_it_must_be(
+def test_only_the_decoder_is_quantized_and_dtypes_are_right(
     dirs: Dirs, small_data: Path, tmp_path: Path, bits: int
 ) -> None:
     model, _ = prepared(dirs, small_data, tmp_path, bits=bits, bf16=True)
@@ -52,7 +52,7 @@ def test_only_the_decoder_is_packed_and_precision_is_where_it_must_be(
 
 
 @pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("fp4", False)])
-def test_the_flags_choose_the_four_bits(
+def test_flags_set_the_4_bit_format(
     dirs: Dirs, small_data: Path, tmp_path: Path, quant_type: str, double: bool
 ) -> None:
     more = {"bits": 4, "quant_type": quant_type, "double_quant": double}
@@ -68,7 +68,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.02), (4, 0.2)])
-def test_a_run_learns_the_packed_weights_stay_and_it_loads_on_the_base_in_full_precision(
+def test_qlora_trains_keeps_quantized_weights_and_loads_on_the_full_base(
     dirs: Dirs, small_data: Path, tmp_path: Path, bits: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llava.train import train as program
@@ -98,7 +98,7 @@ def test_a_run_learns_the_packed_weights_stay_and_it_loads_on_the_base_in_full_p
     assert (got - want).norm() / want.norm() < tolerance
 
 
-def test_packed_weights_cannot_be_shared_out() -> None:
+def test_quantized_weights_with_zero3_are_refused() -> None:
     args: Any = SimpleNamespace(bits=4, n_gpu=1, deepspeed="zero3.json")
     args.hf_deepspeed_config = SimpleNamespace(is_zero3=lambda: True)
     with pytest.raises(ConfigError, match="ZeRO stage 3"):
@@ -116,7 +116,7 @@ def test_a_resume_is_exact(
     train(argv)
     before, losses = runs.tensors(tmp_path), runs.losses(tmp_path)
     train(argv)
-    assert f"Going on from {tmp_path / 'checkpoint-5'}" in caplog.text
+    assert f"Resuming from {tmp_path / 'checkpoint-5'}" in caplog.text
     assert runs.losses(tmp_path) == losses and len(losses) == 8
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(tmp_path).items())
 
@@ -129,5 +129,5 @@ def test_a_killed_run_resumes_exactly(dirs: Dirs, small_data: Path, tmp_path: Pa
     argv = flags(dirs, small_data, killed, **more)
     runs.kill_at(argv, killed, 5, tmp_path / "log")
     runs.finish(argv, tmp_path / "log")
-    assert "Going on from" in (tmp_path / "log").read_text()
+    assert "Resuming from" in (tmp_path / "log").read_text()
     runs.assert_equal_runs(whole, killed)

@@ -1,4 +1,4 @@
-"""Dashboards: TensorBoard unasked where it is installed; a wandb that fails, or would ask, loses no run."""
+"""Reporters: TensorBoard by default where installed; wandb never prompts, and a failing reporter ends no run."""
 
 from __future__ import annotations
 
@@ -7,40 +7,39 @@ from pathlib import Path
 
 import pytest
 
+from llava.arguments import usable_reporters
 from llava.train import reporting
 from llava.train.train import train
 from tests.train import runs
 
 
-def test_tensorboard_is_taken_where_it_is_installed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tensorboard_is_used_where_installed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     installed = {"tensorboard"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
-    assert reporting.usable(["auto"]) == ["tensorboard"]
-    assert reporting.usable("none") == reporting.usable(None) == ["none"]
-    assert reporting.usable(["tensorboard", "wandb"]) == ["tensorboard"]
+    assert usable_reporters(["auto"]) == ["tensorboard"]
+    assert usable_reporters("none") == usable_reporters(None) == ["none"]
+    assert usable_reporters(["tensorboard", "wandb"]) == ["tensorboard"]
     assert "--report_to wandb: the package wandb is not installed" in caplog.text
     installed.clear()
     caplog.clear()
-    assert reporting.usable("auto") == reporting.usable("all") == ["none"]
+    assert usable_reporters("auto") == usable_reporters("all") == ["none"]
     assert caplog.text.count("not installed") == 2
 
 
-def test_wandb_without_a_key_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_a_key_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for given, mode in (({}, "offline"), ({"WANDB_API_KEY": "k"}, None), ({"WANDB_MODE": "online"}, "online")):
         environment = dict(given)
-        reporting.quiet_wandb(environment)
+        reporting.default_wandb_offline(environment)
         assert environment.get("WANDB_MODE") == mode
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k\n")
     (tmp_path / ".netrc").chmod(0o600)
     environment = {}
-    reporting.quiet_wandb(environment)
+    reporting.default_wandb_offline(environment)
     assert environment == {}
 
 
-def test_a_run_goes_on_without_a_dashboard_that_fails(
+def test_training_continues_without_a_failing_reporter(
     tiny_dirs: dict[str, Path],
     small_data: Path,
     tmp_path: Path,

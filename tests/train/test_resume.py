@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL and started again equals one that was never interrupted (users.md SAVE-2)."""
+"""A run that is killed with SIGKILL and resumed equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_one_process_is_exact(tiny_dirs: dict[str, Path], small_data: Path, tmp_
     runs.kill_at(argv, killed, 5, tmp_path / "log")
     assert not (killed / "trainer_state.json").exists()
     runs.finish(argv, tmp_path / "log")
-    said = (tmp_path / "log").read_text()
-    assert "Going on from" in said and "Resuming with" not in said
+    output = (tmp_path / "log").read_text()
+    assert "Resuming from" in output and "Resuming with" not in output
     assert len(runs.losses(whole)) == 16
     runs.assert_equal_runs(whole, killed)
     assert sorted(path.name for path in killed.glob("*checkpoint-*")) == ["checkpoint-14", "checkpoint-16"]

@@ -1,4 +1,4 @@
-"""Both stages in one process: what learns, what is saved, what is recorded, and how faults end a run."""
+"""Both stages in one process: trained parameters, saved files, metadata and errors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.train import runs
 Dirs = dict[str, Path]
 
 
-def chatty(dirs: Dirs, tmp_path: Path, **given: Any) -> tuple[Any, ModelArguments, TrainingArguments]:
-    """A tiny model with vision modules, as `prepare` has it before anything is frozen."""
+def build_model(dirs: Dirs, tmp_path: Path, **given: Any) -> tuple[Any, ModelArguments, TrainingArguments]:
+    """A tiny model with vision modules, before the freeze policy is applied."""
     model_args = ModelArguments(
         model_name_or_path=str(dirs["base"]),
         vision_tower=str(dirs["tower"]),
@@ -41,7 +41,7 @@ def chatty(dirs: Dirs, tmp_path: Path, **given: Any) -> tuple[Any, ModelArgument
     return model, model_args, args
 
 
-def parts_that_learn(model: torch.nn.Module) -> set[str]:
+def trained_parts(model: torch.nn.Module) -> set[str]:
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tower = {name for name in names if "vision_tower" in name}
     if tower:
@@ -53,7 +53,7 @@ def parts_that_learn(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("given", "learns"),
+    ("given", "trained"),
     [
         ({}, {"core", "head", "projector"}),
         ({"tune_mm_mlp_adapter": True}, {"projector"}),
@@ -65,20 +65,18 @@ def parts_that_learn(model: torch.nn.Module) -> set[str]:
         ({"tune_vit_pos_embedding": True, "tune_mm_mlp_adapter": True}, {"projector", "tower"}),
     ],
 )
-def test_the_table_of_what_is_trained(
-    tiny_dirs: Dirs, tmp_path: Path, given: dict[str, bool], learns: set[str]
-) -> None:
-    model, model_args, args = chatty(tiny_dirs, tmp_path, **given)
-    model_setup.set_trainable(model, model_args, args)
-    assert parts_that_learn(model) == learns
+def test_the_default_freeze_policy(tiny_dirs: Dirs, tmp_path: Path, given: dict[str, bool], trained: set[str]) -> None:
+    model, model_args, args = build_model(tiny_dirs, tmp_path, **given)
+    model_setup.default_freeze_policy(model, model_args, args)
+    assert trained_parts(model) == trained
 
 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(TrainingError, match="nothing would be trained"):
-        model_setup.count(torch.nn.Linear(2, 2).requires_grad_(False))
+        model_setup.count_parameters(torch.nn.Linear(2, 2).requires_grad_(False))
 
 
-def test_one_process_a_gpu_is_asked_for() -> None:
+def test_several_gpus_in_one_process_are_refused() -> None:
     args: Any = SimpleNamespace(bits=16, n_gpu=8, deepspeed=None)
     with pytest.raises(ConfigError, match=r"sees 8 GPUs.*--nproc_per_node 8"):
         refuse_unsupported(args)
@@ -89,20 +87,20 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(tiny_dirs: Dirs
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=r"do not fit its config.json: model.layers.2"):
-        chatty({**tiny_dirs, "base": base}, tmp_path)
+        build_model({**tiny_dirs, "base": base}, tmp_path)
 
 
-def test_positions_can_only_be_tuned_where_there_is_a_table(tiny_dirs: Dirs, tmp_path: Path) -> None:
+def test_tuning_positions_needs_an_internvit_tower(tiny_dirs: Dirs, tmp_path: Path) -> None:
     clip = tiny.make_clip_tower(tmp_path / "clip-vit")
-    model, model_args, args = chatty({**tiny_dirs, "tower": clip}, tmp_path, tune_vit_pos_embedding=True)
+    model, model_args, args = build_model({**tiny_dirs, "tower": clip}, tmp_path, tune_vit_pos_embedding=True)
     with pytest.raises(ConfigError, match="needs an InternViT tower"):
-        model_setup.set_trainable(model, model_args, args)
+        model_setup.default_freeze_policy(model, model_args, args)
 
 
 def test_masters_are_float32_and_frozen_weights_16_bit(tiny_dirs: Dirs, tmp_path: Path) -> None:
-    model, model_args, args = chatty(tiny_dirs, tmp_path, tune_mm_mlp_adapter=True, bf16=True)
-    model_setup.set_trainable(model, model_args, args)
-    model_setup.set_precision(model, torch.bfloat16, engine=False)
+    model, model_args, args = build_model(tiny_dirs, tmp_path, tune_mm_mlp_adapter=True, bf16=True)
+    model_setup.default_freeze_policy(model, model_args, args)
+    model_setup.set_precision(model, torch.bfloat16, deepspeed=False)
     for name, parameter in model.named_parameters():
         assert parameter.dtype is (torch.float32 if "mm_projector" in name else torch.bfloat16), name
 
@@ -134,7 +132,7 @@ def test_stage_one_then_stage_two_then_load(tiny_dirs: Dirs, small_data: Path, t
     assert torch.equal(base_model.get_model().mm_projector[0].bias, runs.tensors(first)["model.mm_projector.0.bias"])
 
 
-def test_the_run_is_recorded(
+def test_run_json_and_log_describe_the_run(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
@@ -151,7 +149,7 @@ def test_the_run_is_recorded(
     assert "Global batch 8" in caplog.text and "clipped at norm 1.0" in caplog.text
 
 
-def test_a_chat_checkpoint_is_trained_further_with_its_own_projector(
+def test_fine_tuning_a_chat_checkpoint_keeps_its_projector(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
@@ -179,9 +177,7 @@ def test_a_chat_checkpoint_is_trained_further_with_its_own_projector(
     assert "was trained with --mm_vision_select_layer -4; this run has -2." in caplog.text
 
 
-def test_a_language_model_alone_is_trained_on_text_with_a_pad_token_of_its_own(
-    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
-) -> None:
+def test_text_only_training_adds_a_pad_token(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     texts = [r for r in json.loads((small_data / "finetune.json").read_text()) if "image" not in r]
     (tmp_path / "text.json").write_text(json.dumps(texts))
@@ -204,20 +200,20 @@ def test_freeze_llm_saves_everything_and_changes_the_projector_only(
     assert any("vision_tower" in name for name in after) and any("mm_projector" in name for name in after)
 
 
-def test_tuned_positions_learn_and_are_saved(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_tuned_positions_are_trained_and_saved(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(runs.flags(tiny_dirs, small_data, out, 1, tune_vit_pos_embedding=True, max_steps=2))
     table = runs.tensors(out)["model.vision_tower.vision_tower.embeddings.position_embedding"]
     assert not torch.equal(table, runs.tensors(tiny_dirs["tower"])["embeddings.position_embedding"])
 
 
-def test_the_tower_learns_in_full_or_its_last_layers(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
-    model, model_args, args = chatty(tiny_dirs, tmp_path, unfreeze_mm_vision_tower=True)
-    model_setup.set_trainable(model, model_args, args)
+def test_the_tower_is_trained_in_full_or_its_last_layers(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    model, model_args, args = build_model(tiny_dirs, tmp_path, unfreeze_mm_vision_tower=True)
+    model_setup.default_freeze_policy(model, model_args, args)
     assert all(parameter.requires_grad for parameter in model.get_vision_tower().parameters())
     model_args.unfreeze_mm_vision_layers = 4
-    with pytest.raises(ConfigError, match="has 3 layers that are used"):
-        model_setup.set_trainable(model, model_args, args)
+    with pytest.raises(ConfigError, match=r"must be at most 3, the number of layers that .* runs, got 4"):
+        model_setup.default_freeze_policy(model, model_args, args)
 
     out = tmp_path / "run"
     more = {"unfreeze_mm_vision_tower": True, "unfreeze_mm_vision_layers": 1, "max_steps": 2}
@@ -231,7 +227,7 @@ def test_the_tower_learns_in_full_or_its_last_layers(tiny_dirs: Dirs, small_data
     assert all(torch.equal(loaded[name], after[name]) for name in changed)
 
 
-def test_deterministic_runs_are_equal_and_ask_torch_for_it(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_deterministic_runs_are_equal(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     try:
         for name in "ab":
             train(runs.flags(tiny_dirs, small_data, tmp_path / name, 2, deterministic=True, max_steps=2))
@@ -241,7 +237,7 @@ def test_deterministic_runs_are_equal_and_ask_torch_for_it(tiny_dirs: Dirs, smal
     runs.assert_equal_runs(tmp_path / "a", tmp_path / "b")
 
 
-def test_start_and_end_tokens_learn_with_the_projector(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_start_and_end_tokens_are_trained_with_the_projector(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(runs.flags(tiny_dirs, small_data, out, 1, version="v1", mm_use_im_start_end=True, max_steps=2))
     rows = runs.tensors(out)["model.embed_tokens.weight"]
@@ -282,7 +278,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_dirs: Dirs, small_data: Pat
         runs.assert_equal_weights(saving, plain, atol=1e-6)
 
 
-def test_a_projector_checkpoint_holds_no_language_model_and_old_ones_go(
+def test_projector_checkpoints_are_small_and_rotated(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
@@ -299,11 +295,11 @@ def test_a_projector_checkpoint_holds_no_language_model_and_old_ones_go(
     train([*argv, "--seed", "43"])
     assert "Resuming with other flags: --seed 43 (was 42); " in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
-    with pytest.raises(CheckpointError, match="another model: model.mm_projector.4.bias is missing"):
+    with pytest.raises(CheckpointError, match="with another model: model.mm_projector.4.bias is missing"):
         train([*argv, "--mm_projector_type", "mlp3x_gelu"])
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(
+def test_a_damaged_checkpoint_is_skipped_and_the_result_is_the_same(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
@@ -313,14 +309,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(
     before = runs.tensors(out)
     train(argv)
     assert "checkpoint-6: its weights cannot be read" in caplog.text
-    assert f"Going on from {out / 'checkpoint-3'}" in caplog.text
+    assert f"Resuming from {out / 'checkpoint-3'}" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
 
 
-def test_with_accumulation_a_resume_is_exact_over_an_epoch_with_a_rest(
+def test_resume_is_exact_when_accumulation_does_not_divide_an_epoch(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path
 ) -> None:
-    """11 batches an epoch, two a step: the eleventh must not leak into the next epoch's first step."""
+    """11 batches per epoch, two per step: the last must not leak into the next epoch's first step."""
     out = tmp_path / "run"
     more = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
     argv = runs.flags(tiny_dirs, small_data, out, 2, save_strategy="steps", save_steps=7, **more)
@@ -419,7 +415,7 @@ def test_a_bad_record_ends_the_run_by_name_or_is_skipped_and_counted(
 
 
 @pytest.mark.parametrize(
-    ("more", "error", "said"),
+    ("more", "error", "message"),
     [
         ({"version": "vicuna"}, TemplateError, "vicuna_v1"),
         ({"version": "Hermes-2"}, TemplateError, "templates that fit: "),
@@ -432,11 +428,11 @@ def test_a_bad_record_ends_the_run_by_name_or_is_skipped_and_counted(
         ({"data_path": "nowhere.json"}, DataError, "nowhere.json"),
     ],
 )
-def test_faults_end_a_run_before_its_first_step_in_one_sentence(
-    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, more: dict[str, Any], error: type[LlavaError], said: str
+def test_errors_before_the_first_step_are_one_sentence(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, more: dict[str, Any], error: type[LlavaError], message: str
 ) -> None:
     more = {key: tiny_dirs.get(value, value) if key == "model_name_or_path" else value for key, value in more.items()}
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(error, match=message) as caught:
         train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, **more))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
     assert not (tmp_path / "run" / "log.jsonl").exists()
@@ -456,8 +452,8 @@ def test_code_in_the_pretrained_projector_is_refused(tiny_dirs: Dirs, small_data
         )
 
 
-def test_the_console_entry_says_one_line_and_fails(
+def test_main_prints_a_one_line_error(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, bits=3)) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: --bits is 3")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: --bits must be 4, 8 or 16, got 3.")

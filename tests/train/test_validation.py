@@ -1,10 +1,11 @@
-"""Validation: what is held out, its loss as torch computes it, answers written down, and the best checkpoint kept."""
+"""Validation: held-out records, loss, sample answers, and the best checkpoint."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ Dirs = dict[str, Path]
 
 
 class Numbers:
-    """A data set whose items are their places."""
+    """A data set whose items are their indices."""
 
     lengths = modality_lengths = tuple(range(100, 120))
 
@@ -30,45 +31,45 @@ class Numbers:
         return index
 
 
-def test_a_share_is_held_out_the_same_for_a_seed() -> None:
-    one, other = validation.split(Numbers(), 0.2, seed=1), validation.split(Numbers(), 0.2, seed=1)
-    rest, held = ([part[i] for i in range(len(part))] for part in one)
-    assert (len(held), sorted(rest + held)) == (4, list(range(20)))  # type: ignore[operator, comparison-overlap]
-    assert one[1].places == other[1].places != validation.split(Numbers(), 0.2, seed=2)[1].places
-    assert one[0].lengths == one[0].modality_lengths == [100 + place for place in one[0].places]
-    assert one[0].original(3) == one[0].places[3]
-    with pytest.raises(DataError, match="leaves none to train on"):
-        validation.split(Numbers(), 0.99, seed=1)
+def test_split_depends_on_the_seed_alone() -> None:
+    numbers: Any = Numbers()
+    one, other = validation.split(numbers, 0.2, seed=1), validation.split(numbers, 0.2, seed=1)
+    parts: Any = one
+    rest, held = ([part[i] for i in range(len(part))] for part in parts)
+    assert (len(held), sorted(rest + held)) == (4, list(range(20)))
+    assert one[1].indices == other[1].indices != validation.split(numbers, 0.2, seed=2)[1].indices
+    assert one[0].lengths == one[0].modality_lengths == [100 + index for index in one[0].indices]
+    assert one[0].original(3) == one[0].indices[3]
+    with pytest.raises(DataError, match="leaves nothing to train on"):
+        validation.split(numbers, 0.99, seed=1)
 
 
-def test_the_question_ends_where_the_last_answer_begins() -> None:
+def test_the_prompt_ends_where_the_last_answer_begins() -> None:
     ids, x = torch.arange(9), -100
     item = {"input_ids": ids, "labels": torch.tensor([x, x, 2, 3, x, x, 6, 7, x])}
-    question, expected = validation.open_end(item)
+    question, expected = validation.split_last_answer(item)
     assert (question.tolist(), expected.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7])
-    assert len(validation.open_end({"input_ids": ids, "labels": torch.full((9,), x)})[1]) == 0
+    assert len(validation.split_last_answer({"input_ids": ids, "labels": torch.full((9,), x)})[1]) == 0
 
 
-def test_a_validation_that_never_comes_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    answers = validation.Answers(trainer=None, count=1)
-    args = SimpleNamespace(evaluation_strategy="steps")
+def test_validation_that_never_happens_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    answers = validation.SampleGenerations(trainer=None, count=1)  # type: ignore[arg-type]
+    args: Any = SimpleNamespace(evaluation_strategy="steps")
     for steps, every in ((10, 10), (9, 10)):
         state = SimpleNamespace(max_steps=steps, eval_steps=every, is_world_process_zero=True)
         answers.on_train_begin(args, state, None)
-    assert [text[:52] for text in caplog.messages] == ["The run has 9 steps and is validated every 10, so ne"]
+    assert [text[:52] for text in caplog.messages] == ["Validation every 10 steps never happens in a run of "]
 
 
-def test_the_lowest_loss_is_remembered() -> None:
+def test_the_checkpoint_with_the_lowest_loss_is_tracked() -> None:
     state = SimpleNamespace(best_metric=None, best_model_checkpoint=None)
     for loss, name in ((3.0, "a"), (1.0, "b"), (2.0, "c")):
-        validation.note_best(state, {"eval_loss": loss}, Path(name))
-    validation.note_best(state, None, Path("d"))
+        validation.track_best_checkpoint(state, {"eval_loss": loss}, Path(name))
+    validation.track_best_checkpoint(state, None, Path("d"))
     assert (state.best_metric, state.best_model_checkpoint) == (1.0, "b")
 
 
-def test_a_run_is_validated_at_every_save_and_is_otherwise_the_same(
-    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
-) -> None:
+def test_validation_at_every_save_does_not_change_training(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     """The held-out records are the training records here, so losses can be compared; a rate of 0 repeats them."""
     plain, seen = tmp_path / "plain", tmp_path / "seen"
     more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
@@ -87,7 +88,7 @@ def test_a_run_is_validated_at_every_save_and_is_otherwise_the_same(
     assert state["best_model_checkpoint"].endswith("checkpoint-4") and state["best_metric"] == losses[4]
 
 
-def test_the_best_checkpoint_stays_and_a_share_is_not_trained_on(
+def test_the_best_checkpoint_is_kept_and_held_out_records_are_not_trained(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The validation loss rises here, so the first checkpoint is the best."""
@@ -103,7 +104,7 @@ def test_the_best_checkpoint_stays_and_a_share_is_not_trained_on(
 def test_the_best_weights_can_be_the_final_ones(
     stage: int, lora: bool, tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the run goes on in a folder that has been moved."""
+    """Also when the run resumes in a moved directory."""
     monkeypatch.setattr(LLaVATrainer, "evaluate", lambda self, **_: {"eval_loss": float(self.state.global_step)})
     first, moved = tmp_path / "first", tmp_path / "moved"
     more = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "validation_fraction": 0.25}
@@ -121,7 +122,7 @@ def test_the_best_weights_can_be_the_final_ones(
 
 
 @pytest.mark.slow
-def test_ranks_under_zero3_are_validated_and_answer_alike(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+def test_validation_and_samples_under_zero3(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     """Each layer is gathered for the evaluation and for every token of the answers; the best weights come back."""
     more = {
         "max_steps": 3,

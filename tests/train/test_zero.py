@@ -1,4 +1,4 @@
-"""The shipped ZeRO files against spec/train.md §11 and the installed DeepSpeed, and what is said about them."""
+"""The shipped ZeRO files: published values, accepted by the installed DeepSpeed, and described in the log."""
 
 from __future__ import annotations
 
@@ -55,31 +55,35 @@ def test_deepspeed_accepts_a_shipped_file(name: str) -> None:
 
 
 def test_the_automatic_prefetch_size_becomes_an_integer() -> None:
-    config = {"zero_optimization": {"stage3_prefetch_bucket_size": "auto", "reduce_bucket_size": "auto"}}
-    zero.settle(config, 48)
+    config: dict[str, Any] = {
+        "zero_optimization": {"stage3_prefetch_bucket_size": "auto", "reduce_bucket_size": "auto"}
+    }
+    zero.fill_defaults(config, 48)
     assert config["zero_optimization"] == {"stage3_prefetch_bucket_size": 2073, "reduce_bucket_size": "auto"}
 
 
-def test_no_entry_means_no_clipping_whatever_deepspeed_defaults_to() -> None:
+def test_missing_gradient_clipping_means_none() -> None:
     config, own = load("zero2"), {"gradient_clipping": "auto"}
-    zero.settle(config, 48)
-    zero.settle(own, 48)
+    zero.fill_defaults(config, 48)
+    zero.fill_defaults(own, 48)
     assert config["gradient_clipping"] == 0.0 and own["gradient_clipping"] == "auto"
 
 
-def test_what_becomes_of_gradients_and_schedule_is_said() -> None:
-    assert "clipped at norm 1.0" in zero.describe(None, 1.0, "cosine")
-    assert "not clipped" in zero.describe(load("zero2"), 1.0, "cosine")
-    offload = zero.describe(load("zero3_offload"), 1.0, "cosine")
+def test_description_of_clipping_and_schedule() -> None:
+    assert "clipped at norm 1.0" in zero.describe_schedule(None, 1.0, "cosine")
+    assert "not clipped" in zero.describe_schedule(load("zero2"), 1.0, "cosine")
+    offload = zero.describe_schedule(load("zero3_offload"), 1.0, "cosine")
     assert "clipped at norm 1.0 by DeepSpeed" in offload and "WarmupLR" in offload
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "does not exist"), ("{", "not JSON"), ("[]", "no JSON object")])
-def test_a_faulty_file_is_named(tmp_path: Path, content: str | None, said: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), ("{", "not JSON"), ("[]", "must hold a JSON object, got list")]
+)
+def test_invalid_zero_files_are_errors(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "zero.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         zero.read_config(str(path))
 
 

@@ -1,4 +1,4 @@
-"""A process that has imported all once and forks the processes of runs, which start in no time and can be killed.
+"""A process that imports everything once and forks the processes of runs, which start fast and can be killed.
 
 Reads jobs from stdin, one JSON object a line: `argv`, `ranks`, `log`, and `in_order` to leave the records undisturbed.
 Answers each with `{"pids": [...]}`, and with `{"codes": [...]}` when all of its processes are gone; if one fails, the
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def take_records_in_order() -> None:
-    """Without drawing: the ranks get the records of the file by turns."""
+    """Disable shuffling: ranks take the records of the file in turn."""
     from torch.utils.data import SequentialSampler
 
     from llava.train.llava_trainer import LLaVATrainer
@@ -35,7 +35,7 @@ def take_records_in_order() -> None:
 
 
 def be_rank(rank: int, job: dict[str, Any], port: int) -> int:
-    """In the fork: this rank's environment and output, then the program."""
+    """In the fork: set up environment and output of this rank, then run the program."""
     ranks, log = job["ranks"], Path(job["log"])
     os.setpgid(0, 0)
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

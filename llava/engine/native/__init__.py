@@ -1,1 +1,1 @@
-"""Kernels of our own in C++, compiled on the user's machine at first use; without a compiler PyTorch's are used."""
+"""C++ decode kernel for small batches on the CPU, compiled at first use."""

@@ -1,7 +1,7 @@
-"""Compile a C++ source for this processor and load it, once a machine: `library()`.
+"""Build and load the C++ decode kernel: `library()` compiles it for this processor once per machine.
 
-The compiled file lies in the user's cache directory under a name made of everything it depends on, so it is never
-stale. It is written under another name and renamed, so that processes may build at once. LLAVA_NATIVE=0 turns it off.
+The compiled file is in the user's cache directory, named by a hash of everything it depends on, so it is never stale.
+It is written under a temporary name and renamed, so several processes may build at once. LLAVA_NATIVE=0 disables it.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ from llava.files import atomic_write
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_SECONDS = 120
+_TIMEOUT = 120  # seconds
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled source; None where it is turned off or cannot be built, which is said once. Linux only so far."""
+    """The compiled library; None if it is disabled or cannot be built, which is logged once. Linux only."""
     compiler = find_compiler()
     if os.environ.get("LLAVA_NATIVE", "1") == "0" or sys.platform != "linux":
         return None
     if compiler is None:
-        logger.info("There is no C++ compiler: decoding goes on without the C++ kernel.")
+        logger.info("No C++ compiler found; decoding runs without the C++ kernel.")
         return None
     try:
         name = f"decode-{fingerprint(compiler)}.so"
         root = cache_directory()
         if root is not None:
-            return ready(root / name, compiler)
+            return load(root / name, compiler)
         with tempfile.TemporaryDirectory() as directory:  # a loaded library does not need its file
-            return ready(Path(directory, name), compiler)
+            return load(Path(directory, name), compiler)
     except (OSError, subprocess.SubprocessError) as error:
         detail = str(getattr(error, "stderr", "") or error).strip()
-        logger.warning("Decoding goes on without the C++ kernel, which could not be built by %s: %s", compiler, detail)
+        logger.warning("Decoding runs without the C++ kernel, which could not be built by %s: %s", compiler, detail)
         return None
 
 
-def ready(path: Path, compiler: str) -> ctypes.CDLL:
-    """The library at `path`, compiled before if it is not there."""
+def load(path: Path, compiler: str) -> ctypes.CDLL:
+    """Load the library at `path`, compiling it if the file does not exist."""
     if not path.exists():
         compile_to(path, compiler)
     return ctypes.CDLL(str(path))
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first of the usual names."""
+    """Path of the C++ compiler: $CXX, or the first of c++, g++ and clang++ on the PATH."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def cache_directory() -> Path | None:
-    """Ours under $XDG_CACHE_HOME; None where it cannot be written, or where others can write to it."""
+    """`llava/native` under $XDG_CACHE_HOME; None if it is not writable, or writable by other users."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava" / "native"
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -74,14 +74,14 @@ def cache_directory() -> Path | None:
 
 
 def fingerprint(compiler: str) -> str:
-    """Of the source, the flags, the compiler and the processor."""
-    asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_SECONDS)
-    about = [SOURCE.read_text(), *FLAGS, asked.stdout, platform.machine(), processor()]
-    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:20]
+    """Hash of the source, the flags, the compiler version and the processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_TIMEOUT)
+    parts = [SOURCE.read_text(), *FLAGS, version.stdout, platform.machine(), processor()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
 def processor() -> str:
-    """What this processor can do, as the kernel tells it: a cache directory may be shared by unlike machines."""
+    """Instruction sets of this processor; a cache directory may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -90,7 +90,7 @@ def processor() -> str:
 
 
 def compile_to(path: Path, compiler: str) -> None:
-    """Write the library to `path`, whole or not at all. Raises `CalledProcessError` with the compiler's words."""
+    """Compile the library to `path` atomically. Raises `CalledProcessError` with the compiler's output."""
     with atomic_write(path) as draft:
         command = [compiler, *FLAGS, "-o", str(draft), str(SOURCE)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT)

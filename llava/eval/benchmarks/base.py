@@ -1,4 +1,4 @@
-"""What a benchmark is to `llava eval`: where its questions are, how to ask them, how to score the answers."""
+"""The benchmark interface: question files, images, scoring and tables."""
 
 from __future__ import annotations
 
@@ -8,33 +8,65 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from llava.errors import DataError
-from llava.eval.run.answers import Row, complete_answers
+from llava.errors import ConfigError, DataError
+from llava.eval.run.answers import complete_answers
+from llava.eval.run.files import Record, Row
 from llava.eval.run.images import ImageFolder, ImageSource
-from llava.eval.run.questions import Question, read_questions, spread
+from llava.eval.run.questions import Question, read_questions, subsample
+
+Scores = dict[str, Any]  # content of score.json
+EVAL_DATA: Final = Path("playground/data/eval")
+EVAL_ZIP: Final = "eval.zip, linked by https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
+COCO: Final = "http://images.cocodataset.org/zips/"
 
 
 @dataclass(frozen=True)
 class RequiredFile:
-    """A file or folder that a benchmark needs, where it comes from, and how many rows it should have."""
+    """A file or folder of a benchmark and its source."""
 
     path: Path
     source: str
-    rows: int | None = None
 
     @property
     def missing(self) -> bool:
-        """Absent, or an empty folder."""
+        """Whether the path does not exist or is an empty folder."""
         return not self.path.exists() or (self.path.is_dir() and next(self.path.iterdir(), None) is None)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Files of one split, relative to the benchmark's folder.
+
+    `questions` has `rows` questions and comes from `source`. `images` is a folder from `image_source`, empty if the
+    images are elsewhere. `labels` maps every other file to its source.
+    """
+
+    questions: str
+    images: str
+    rows: int
+    image_source: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    source: str = EVAL_ZIP
+
+
 class Task(ABC):
-    """One benchmark, split and data folder. A new one is a subclass and an entry in `llava.eval.tasks.TASKS`."""
+    """One benchmark and split. Register a subclass in `llava.eval.benchmarks.registry`.
+
+    Args:
+        data_root: folder with the files of the layout (default: `playground/data/eval/FOLDER`).
+        split: a key of `layouts`, whose first one has published scores.
+
+    `column` is the name in the published table (`llava.eval.reporting.data`), `metric` the key of the published score.
+    `supports_limit` is false if scores depend on groups of questions.
+    """
 
     name: ClassVar[str]
-    splits: ClassVar[tuple[str, ...]]
-    max_new_tokens: ClassVar[int]
-    column: ClassVar[str | None] = None  # its name in the published table (`llava.eval.reporting.published`)
+    folder: ClassVar[str]
+    layouts: ClassVar[Mapping[str, Layout]]
+    column: ClassVar[str | None] = None
+    metric: ClassVar[str] = "accuracy"
+    max_new_tokens: ClassVar[int] = 128
+    supports_limit: ClassVar[bool] = True
 
     def __init__(self, data_root: Path | None, split: str) -> None:
         self.data_root = data_root
@@ -42,88 +74,7 @@ class Task(ABC):
 
     @classmethod
     def default_root(cls, eval_data: Path) -> Path | None:
-        """The task's data folder below that of all benchmarks; None where it is elsewhere."""
-        return None
-
-    @property
-    @abstractmethod
-    def image_folder(self) -> Path:
-        """What the questions' image names are below."""
-
-    @property
-    def pictures(self) -> ImageSource:
-        """Where the questions' pictures are."""
-        return ImageFolder(self.image_folder)
-
-    @abstractmethod
-    def needs(self) -> Sequence[RequiredFile]:
-        """Every file and folder of the split."""
-
-    @property
-    def published_rows(self) -> int | None:
-        """How many questions the split has officially, None when that is not known."""
-        return next((need.rows for need in self.needs() if need.rows is not None), None)
-
-    @abstractmethod
-    def questions(self, limit: int | None = None) -> Sequence[Question]:
-        """The questions of the split in its official order, or `limit` of them spread evenly over it.
-
-        Raises `DataError` when a file is missing, saying which and where it comes from.
-        """
-
-    @abstractmethod
-    def score(self, answers: Path, limit: int | None = None) -> dict[str, Any]:
-        """Scores of a complete answers file; `DataError` when a row is missing or failed (EVAL-4).
-
-        What a server has to score is written beside the answers, and named under `upload`.
-        """
-
-    @abstractmethod
-    def table(self, score: dict[str, Any]) -> str:
-        """The scores as text to print."""
-
-    def primary_metric(self, score: dict[str, Any]) -> float | None:
-        """The one number that is published; None where only a server can tell."""
-        found = score.get("accuracy")
-        return None if found is None else float(found)
-
-    def references(self, rows: Sequence[Row]) -> list[str]:
-        """For a report: the right answer to each row's question, empty where it is unknown."""
-        return [""] * len(rows)
-
-
-# --- Benchmarks whose questions are a file of `eval -------------------------------------------------------------------
-
-
-DATA: Final = Path("playground/data/eval")
-EVAL_ZIP: Final = "eval.zip, linked by https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
-COCO: Final = "http://images.cocodataset.org/zips/"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Files of one split below the benchmark's folder: questions (`rows` of them), pictures, and `labels`.
-
-    `labels` says for each other file where it comes from; so do `source` and `pictures` for the first two.
-    """
-
-    questions: str
-    images: str
-    rows: int
-    pictures: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-    source: str = EVAL_ZIP
-
-
-class FileTask(Task):
-    """`data_root` (default: `playground/data/eval/FOLDER`) holds the files of the split's layout."""
-
-    max_new_tokens: ClassVar[int] = 128
-    folder: ClassVar[str]
-    layouts: ClassVar[Mapping[str, Layout]]
-
-    @classmethod
-    def default_root(cls, eval_data: Path) -> Path:
+        """The task's folder below the folder of all benchmarks, None if its data is elsewhere."""
         return eval_data / cls.folder
 
     @property
@@ -132,7 +83,7 @@ class FileTask(Task):
 
     @property
     def root(self) -> Path:
-        return self.data_root if self.data_root is not None else self.default_root(DATA)
+        return self.data_root or EVAL_DATA / self.folder
 
     @property
     def question_path(self) -> Path:
@@ -142,29 +93,63 @@ class FileTask(Task):
     def image_folder(self) -> Path:
         return self.root / self.layout.images
 
-    def needs(self) -> Sequence[RequiredFile]:
+    @property
+    def images(self) -> ImageSource:
+        return ImageFolder(self.image_folder)
+
+    @property
+    def published_rows(self) -> int:
+        """The official number of questions."""
+        return self.layout.rows
+
+    def required_files(self) -> Sequence[RequiredFile]:
+        """Every file and folder of the split."""
         layout = self.layout
-        files = [RequiredFile(self.root / name, source) for name, source in layout.labels.items()]
-        images = [RequiredFile(self.image_folder, layout.pictures)] if layout.images else []
-        return [RequiredFile(self.question_path, layout.source, layout.rows), *files, *images]
+        labels = [RequiredFile(self.root / name, source) for name, source in layout.labels.items()]
+        images = [RequiredFile(self.image_folder, layout.image_source)] if layout.images else []
+        return [RequiredFile(self.question_path, layout.source), *labels, *images]
 
     def questions(self, limit: int | None = None) -> Sequence[Question]:
-        for need in self.needs():
-            if need.missing:
-                raise DataError(
-                    f"{self.name} needs {need.path}, which is missing; it comes from {need.source}. "
-                    f"See all it needs: llava eval prepare {self.name}"
-                )
-        return spread(self.read(self.question_path), limit)
+        """The questions in official order, or `limit` evenly spaced ones.
 
-    def read(self, path: Path) -> Sequence[Question]:
+        Raises `DataError` naming a missing file and its source, `ConfigError` if the task does not support a limit.
+        """
+        if limit is not None and not self.supports_limit:
+            raise ConfigError(f"{self.name} is scored over groups of questions and does not support --limit.")
+        for file in self.required_files():
+            if file.missing:
+                raise DataError(
+                    f"{self.name} requires {file.path}, which is missing; its source is {file.source}. "
+                    f"List all required files with: llava eval prepare {self.name}"
+                )
+        return subsample(self.read_questions(self.question_path), limit)
+
+    def read_questions(self, path: Path) -> Sequence[Question]:
         """All questions of the file."""
         return read_questions(path)
 
-    def score(self, answers: Path, limit: int | None = None) -> dict[str, Any]:
+    def score(self, answers: Path, limit: int | None = None) -> Scores:
+        """Scores of a complete answers file. Raises `DataError` if an answer is missing or failed.
+
+        Answers that a server has to score are written to a file, named under `upload`.
+        """
         rows = complete_answers(answers, self.questions(limit))
         return {"task": self.name, "split": self.split, **self.score_rows(rows, answers)}
 
     @abstractmethod
-    def score_rows(self, rows: Sequence[Row], path: Path) -> dict[str, Any]:
-        """Scores of complete answers, which `path` holds; of those questions only, if they are a part of the file."""
+    def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
+        """Scores of the complete answers in `path`; with `--limit`, these are answers to a part of the questions."""
+
+    @staticmethod
+    @abstractmethod
+    def table(scores: Scores) -> str:
+        """The scores as printed."""
+
+    def primary_metric(self, scores: Scores) -> float | None:
+        """The published metric, None if only a server can compute it."""
+        found = scores.get(self.metric)
+        return None if found is None else float(found)
+
+    def references(self, rows: Sequence[Record]) -> list[str]:
+        """The reference answer to the question of each record, empty where it is unknown."""
+        return [""] * len(rows)

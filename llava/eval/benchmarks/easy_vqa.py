@@ -1,4 +1,4 @@
-"""Scores of easy-VQA: exact match, beside what the question alone would give. Needs no model and no torch."""
+"""easy-VQA: exact match, compared with a baseline that knows only the question."""
 
 from __future__ import annotations
 
@@ -8,101 +8,99 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import RequiredFile, Task
-from llava.eval.run.answers import Row, complete_answers
-from llava.eval.run.questions import Question, spread
+from llava.eval.benchmarks.base import Layout, Scores, Task
+from llava.eval.run.files import Record, Row
+from llava.eval.run.questions import Question
+
+INSTALL = "pip install easy-vqa==1.0"
+PYPI = f"PyPI ({INSTALL})"
 
 
 @dataclass(frozen=True)
-class Item:
-    """A question, the true answer, and the one given."""
+class Prediction:
+    """A question, its reference answer, and the model's answer."""
 
     question: str
-    truth: str
+    reference: str
     answer: str
 
     @property
     def is_yes_no(self) -> bool:
-        return self.truth in ("yes", "no")
+        return self.reference in ("yes", "no")
+
+
+class Accuracy(TypedDict):
+    """Number of questions, correct answers, and accuracy in percent (None without questions)."""
+
+    n: int
+    correct: int
+    accuracy: float | None
+
+
+def read_items(path: Path) -> list[tuple[str, str, int]]:
+    """Question, answer and image number of each row of a `questions.json`."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [(str(question), str(answer), int(image)) for question, answer, image in rows]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"Cannot read {path} ({error}); reinstall the data: {INSTALL}.") from error
 
 
 def normalize(text: str) -> str:
-    """Lower case, without surrounding space and a final period."""
+    """Lower case, without surrounding whitespace and one final period."""
     return text.strip().lower().removesuffix(".").strip()
 
 
-def question_only(training: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """For every question text its most frequent training answer: all one can know without the picture.
-
-    The answer first in the alphabet wins a tie.
-    """
+def question_only_baseline(training: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The most frequent training answer to each question, the first in alphabetical order for ties."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in training:
         counts[question][answer] += 1
     return {question: min(found, key=lambda text: (-found[text], text)) for question, found in counts.items()}
 
 
-def score(items: Sequence[Item], training: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Accuracy in percent overall, on yes/no and on open questions, per true answer, and of the question-only guess."""
-    if not items:
+def score_predictions(predictions: Sequence[Prediction], training: Iterable[tuple[str, str]]) -> Scores:
+    """Accuracies overall, of yes/no and open questions and per reference answer, and those of the baseline."""
+    if not predictions:
         raise DataError("There are no answers to score.")
-    guess = question_only(training)
+    baseline = question_only_baseline(training)
 
-    def right(item: Item) -> bool:
-        return normalize(item.answer) == normalize(item.truth)
+    def is_correct(item: Prediction) -> bool:
+        return normalize(item.answer) == normalize(item.reference)
 
-    def guessed(item: Item) -> bool:
-        return guess.get(item.question) == item.truth
+    def baseline_is_correct(item: Prediction) -> bool:
+        return baseline.get(item.question) == item.reference
 
-    references = sorted({item.truth for item in items})
+    per_answer = {
+        reference: _accuracy([item for item in predictions if item.reference == reference], is_correct)
+        for reference in sorted({item.reference for item in predictions})
+    }
     return {
-        "n": len(items),
-        **_accuracies(items, right),
-        "question_only": _accuracies(items, guessed),
-        "per_answer": {
-            truth: _accuracy([item for item in items if item.truth == truth], right) for truth in references
-        },
+        "n": len(predictions),
+        **_by_kind(predictions, is_correct),
+        "question_only": _by_kind(predictions, baseline_is_correct),
+        "per_answer": per_answer,
     }
 
 
-def _accuracies(items: Sequence[Item], right: Callable[[Item], bool]) -> dict[str, Any]:
+def _by_kind(items: Sequence[Prediction], is_correct: Callable[[Prediction], bool]) -> dict[str, Accuracy]:
     return {
-        "overall": _accuracy(items, right),
-        "yes_no": _accuracy([item for item in items if item.is_yes_no], right),
-        "open": _accuracy([item for item in items if not item.is_yes_no], right),
+        "overall": _accuracy(items, is_correct),
+        "yes_no": _accuracy([item for item in items if item.is_yes_no], is_correct),
+        "open": _accuracy([item for item in items if not item.is_yes_no], is_correct),
     }
 
 
-def _accuracy(items: Sequence[Item], right: Callable[[Item], bool]) -> dict[str, Any]:
-    correct = sum(map(right, items))
+def _accuracy(items: Sequence[Prediction], is_correct: Callable[[Prediction], bool]) -> Accuracy:
+    correct = sum(map(is_correct, items))
     return {"n": len(items), "correct": correct, "accuracy": 100 * correct / len(items) if items else None}
 
 
-def table(score: dict[str, Any]) -> str:
-    """The scores as a text table, one line a group."""
-
-    def percent(group: dict[str, Any]) -> str:
-        return "–" if group["accuracy"] is None else f"{group['accuracy']:.2f} %"
-
-    lines = [f"{'':<12}{'questions':>10}{'accuracy':>12}{'question only':>16}"]
-    for key, label in (("overall", "overall"), ("yes_no", "yes / no"), ("open", "open")):
-        group, guess = score[key], score["question_only"][key]
-        lines.append(f"{label:<12}{group['n']:>10}{percent(group):>12}{percent(guess):>16}")
-    lines += [f"{truth:<12}{group['n']:>10}{percent(group):>12}" for truth, group in score["per_answer"].items()]
-    return "\n".join(lines)
-
-
-# --- easy-VQA ---------------------------------------------------------------------------------------------------------
-
-
-INSTALL = "pip install easy-vqa==1.0"
-
-
 def package_data() -> Path:
-    """The data folder of the installed package, which is never imported; `DataError` when it is absent."""
+    """The data folder of the installed package, without importing it. Raises `DataError` if it is not installed."""
     spec = importlib.util.find_spec("easy_vqa")
     locations = spec.submodule_search_locations if spec is not None else None
     if not locations:
@@ -111,57 +109,53 @@ def package_data() -> Path:
 
 
 class EasyVQA(Task):
-    """`data_root` holds `{train,test}/questions.json` and `{train,test}/images/N.png`; default: the package's."""
+    """The data is `package_data` unless `data_root` is given."""
 
     name: ClassVar[str] = "easy_vqa"
-    splits: ClassVar[tuple[str, ...]] = ("test", "train")
     max_new_tokens: ClassVar[int] = 16
+    layouts: ClassVar = {
+        "test": Layout("test/questions.json", "test/images", 9673, PYPI, {"train/questions.json": PYPI}, PYPI),
+        "train": Layout("train/questions.json", "train/images", 38575, PYPI, source=PYPI),
+    }
+
+    @classmethod
+    def default_root(cls, eval_data: Path) -> None:
+        return None
 
     @property
     def root(self) -> Path:
-        return self.data_root if self.data_root is not None else package_data()
+        return self.data_root or package_data()
 
-    @property
-    def image_folder(self) -> Path:
-        return self.root / self.split / "images"
+    def read_questions(self, path: Path) -> Sequence[Question]:
+        return [
+            Question(index, question, (f"{image}.png",)) for index, (question, _, image) in enumerate(read_items(path))
+        ]
 
-    def needs(self) -> Sequence[RequiredFile]:
-        source = f"PyPI ({INSTALL})"
-        rows = {"test": 9673, "train": 38575}
-        splits = sorted(rows, key=lambda split: split != self.split)  # its own first
-        files = [RequiredFile(self.root / split / "questions.json", source, rows[split]) for split in splits]
-        return [*files, RequiredFile(self.image_folder, source)]
+    def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
+        references = self.references(rows)
+        predictions = [Prediction(row["prompt"], reference, row["text"]) for row, reference in zip(rows, references)]
+        training = [(question, answer) for question, answer, _ in read_items(self.root / "train" / "questions.json")]
+        return score_predictions(predictions, training)
 
-    def questions(self, limit: int | None = None) -> Sequence[Question]:
-        rows = spread(self._read(self.split), limit)
-        return [Question(index, question, (f"{image}.png",)) for index, (question, _, image) in rows]
-
-    def score(self, answers: Path, limit: int | None = None) -> dict[str, Any]:
-        rows = spread(self._read(self.split), limit)
-        given = complete_answers(answers, self.questions(limit))
-        items = [Item(question, truth, answer["text"]) for (_, (question, truth, _)), answer in zip(rows, given)]
-        training = [(question, truth) for _, (question, truth, _) in self._read("train")]
-        return {"task": self.name, "split": self.split, **score(items, training)}
-
-    def primary_metric(self, score: dict[str, Any]) -> float | None:
-        found = score["overall"]["accuracy"]
+    def primary_metric(self, scores: Scores) -> float | None:
+        found = scores["overall"]["accuracy"]
         return None if found is None else float(found)
 
-    def references(self, rows: Sequence[Row]) -> list[str]:
-        known = self._read(self.split)
-        return [known[int(row["question_id"])][1][1] for row in rows]
+    def references(self, rows: Sequence[Record]) -> list[str]:
+        items = read_items(self.question_path)
+        return [items[int(row["question_id"])][1] for row in rows]
 
-    def table(self, score: dict[str, Any]) -> str:
-        return table(score)
+    @staticmethod
+    def table(scores: Scores) -> str:
+        """One line per group of questions."""
 
-    def _read(self, split: str) -> list[tuple[int, tuple[str, str, int]]]:
-        """Question numbers with (question, answer, image number), in official order."""
-        path = self.root / split / "questions.json"
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            return [
-                (index, (str(question), str(answer), int(image)))
-                for index, (question, answer, image) in enumerate(rows)
-            ]
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"Cannot read {path} ({error}); reinstall the data: {INSTALL}.") from error
+        def percent(group: Accuracy) -> str:
+            return "–" if group["accuracy"] is None else f"{group['accuracy']:.2f} %"
+
+        lines = [f"{'':<12}{'questions':>10}{'accuracy':>12}{'question only':>16}"]
+        for key, label in (("overall", "overall"), ("yes_no", "yes / no"), ("open", "open")):
+            group, baseline = scores[key], scores["question_only"][key]
+            lines.append(f"{label:<12}{group['n']:>10}{percent(group):>12}{percent(baseline):>16}")
+        for reference, group in scores["per_answer"].items():
+            lines.append(f"{reference:<12}{group['n']:>10}{percent(group):>12}")
+        return "\n".join(lines)

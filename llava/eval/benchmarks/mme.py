@@ -1,8 +1,6 @@
-"""MME: yes/no questions, two a picture (spec/eval.md §4.7). Published: Perception.
+"""MME: yes/no questions, two per image. Published: the Perception score.
 
-A task's score is 100·acc + 100·acc+: of the answers, and of the pictures with both answers right.
-
-Rows are (picture file, question, true answer, given answer). Pairs are formed by picture, not by line (defect M19).
+The score of a task is 100·acc + 100·acc+, the accuracy over answers and over images with both answers correct.
 """
 
 from __future__ import annotations
@@ -10,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.base import FileTask, Layout
-from llava.eval.run.answers import Row
-from llava.eval.run.files import read_results, require_same
-from llava.eval.run.questions import Question
+from llava.eval.benchmarks.base import Layout, Scores, Task
+from llava.eval.run.answers import read_results
+from llava.eval.run.files import Record, Row, require_same
+from llava.eval.run.questions import SHORT_SUFFIX
 from llava.files import write_text
 
 GROUPS: Final = MappingProxyType(
@@ -29,8 +27,10 @@ GROUPS: Final = MappingProxyType(
     }
 )
 TASKS: Final = tuple(task for tasks in GROUPS.values() for task in tasks)
-SUFFIX: Final = "Answer the question using a single word or phrase."
 ENDING: Final = "Please answer yes or no."
+PAGE: Final = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation, on request"
+
+Key = tuple[str, str, str]  # task, image stem, question with single spaces
 
 
 class ResultRow(NamedTuple):
@@ -38,36 +38,95 @@ class ResultRow(NamedTuple):
 
     image: str
     question: str
-    truth: str
+    reference: str
     answer: str
 
 
+def _numbered_lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read {path}: {error}.") from error
+    return [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_references(folder: Path) -> dict[Key, tuple[str, str]]:
+    """The official questions and their answers (Yes or No) of `MME_Benchmark_release_version`."""
+    references: dict[Key, tuple[str, str]] = {}
+    for task in TASKS:
+        directory = folder / task
+        directory = directory / "questions_answers_YN" if (directory / "images").is_dir() else directory
+        for path in sorted(directory.glob("*.txt")):
+            for number, line in _numbered_lines(path):
+                question, tab, answer = line.rpartition("\t")
+                if not tab or answer.strip() not in ("Yes", "No"):
+                    raise DataError(f"{path} line {number} must have a question, a tab, and Yes or No.")
+                references[task, path.stem, " ".join(question.split())] = (question, answer.strip())
+    if not references:
+        raise DataError(f"{folder} has none of MME's tasks; expected MME_Benchmark_release_version.")
+    return references
+
+
+def answer_key(row: Record) -> Key:
+    """The key of the question that a record answers; its id is `<task>/<file>` or `<task>/images/<file>`."""
+    path = PurePosixPath(row["question_id"])
+    question = row["prompt"].removesuffix(SHORT_SUFFIX).strip()
+    question = question if ENDING in question else f"{question} {ENDING}"
+    return path.parts[0], path.stem, " ".join(question.split())
+
+
+def result_rows(annotation_dir: Path, result_file: Path) -> dict[str, list[ResultRow]]:
+    """Rows of every task from an answers file. Raises `DataError` unless it answers exactly the official questions."""
+    references = read_references(annotation_dir)
+    answers = read_results(result_file, "prompt")
+    keys = list(map(answer_key, answers))
+    require_same(keys, references, result_file)
+    rows: dict[str, list[ResultRow]] = {}
+    for key, answer in zip(keys, answers, strict=True):
+        text = " ".join(answer["text"].replace("\t", "\n").splitlines())
+        rows.setdefault(key[0], []).append(ResultRow(f"{key[1]}.txt", *references[key], text))
+    return rows
+
+
+def read_results_dir(folder: Path) -> dict[str, list[ResultRow]]:
+    """The official `<task>.txt` files of a folder."""
+    tasks: dict[str, list[ResultRow]] = {}
+    for task in TASKS:
+        path = folder / f"{task}.txt"
+        for number, line in _numbered_lines(path) if path.is_file() else []:
+            fields = line.split("\t", 3)
+            if len(fields) != 4:
+                raise DataError(f"{path} line {number} has {len(fields)} of 4 fields: image, question, label, answer.")
+            tasks.setdefault(task, []).append(ResultRow(*fields))
+    return tasks
+
+
 def parse(text: str) -> str:
-    """The official rule: `yes`, then `no`, somewhere in the first four characters; else `other`."""
+    """The official rule: `yes`, then `no`, within the first four characters; else `other`."""
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def score_task(rows: Sequence[ResultRow], name: str) -> dict[str, Any]:
-    """acc, acc+ and score of one task; `DataError` unless every picture has two rows."""
-    right: dict[str, list[bool]] = {}
+def score_task(rows: Sequence[ResultRow], name: str) -> Scores:
+    """acc, acc+ and score of one task. Raises `DataError` unless every image has two rows."""
+    if not rows:
+        raise DataError(f"Task {name} has no rows; not scored.")
+    correct: dict[str, list[bool]] = {}
     for row in rows:
-        right.setdefault(row.image, []).append(parse(row.answer) == row.truth.lower())
-    odd = [image for image, found in right.items() if len(found) != 2]
-    if odd or not rows:
+        correct.setdefault(row.image, []).append(parse(row.answer) == row.reference.lower())
+    unpaired = [image for image, pair in correct.items() if len(pair) != 2]
+    if unpaired:
         raise DataError(
-            f"Task {name} has {len(odd)} picture(s) without exactly two answers, the first {odd[0]}; not scored."
-            if odd
-            else f"Task {name} has no rows; not scored."
+            f"Task {name} has {len(unpaired)} image(s) without exactly two answers, first {unpaired[0]}; not scored."
         )
-    accuracy = sum(map(sum, right.values())) / len(rows)
-    both = sum(map(all, right.values())) / len(right)
+    accuracy = sum(map(sum, correct.values())) / len(rows)
+    both = sum(map(all, correct.values())) / len(correct)
     other = sum(parse(row.answer) == "other" for row in rows)
     return {"n": len(rows), "acc": accuracy, "acc+": both, "score": 100 * accuracy + 100 * both, "other": other}
 
 
-def score(rows: Mapping[str, Sequence[ResultRow]]) -> dict[str, Any]:
-    """Scores of all tasks and both groups; `DataError` when a task is missing."""
+def score_tasks(rows: Mapping[str, Sequence[ResultRow]]) -> Scores:
+    """Scores of all tasks and both groups. Raises `DataError` if a task is missing."""
     missing = [task for task in TASKS if task not in rows]
     if missing:
         raise DataError(f"MME's task(s) {', '.join(missing)} are missing; not scored.")
@@ -76,127 +135,45 @@ def score(rows: Mapping[str, Sequence[ResultRow]]) -> dict[str, Any]:
     return {**groups, "tasks": tasks}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The official tool's lines, then how many answers were neither yes nor no."""
-    lines = []
-    for group, members in GROUPS.items():
-        lines += [f"=========== {group} ===========", f"total score: {result[group]} \n"]
-        lines += [f"\t {task}  score: {result['tasks'][task]['score']}" for task in members]
-        lines.append("")
-    lines.append(f"answers neither yes nor no: {sum(task['other'] for task in result['tasks'].values())}")
-    return "\n".join(lines)
+class Mme(Task):
+    name: ClassVar[str] = "mme"
+    column = "MME"
+    supports_limit = False
+    metric = "Perception"
+    folder = "MME"
+    layouts: ClassVar = {"test": Layout("llava_mme.jsonl", "MME_Benchmark_release_version", 2374, PAGE)}
 
+    def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
+        return score_tasks(result_rows(self.image_folder, path))
 
-def read_results_dir(folder: Path) -> dict[str, list[ResultRow]]:
-    """The official `<task>.txt` files of a folder."""
-    found = {}
-    for task in TASKS:
-        path = folder / f"{task}.txt"
-        if path.is_file():
-            found[task] = [_row(line, path, number) for number, line in _lines(path)]
-    return found
+    def references(self, rows: Sequence[Record]) -> list[str]:
+        references = read_references(self.image_folder)
+        return [references[answer_key(row)][1] for row in rows]
 
-
-def _row(line: str, path: Path, number: int) -> ResultRow:
-    fields = line.split("\t", 3)
-    if len(fields) != 4:
-        raise DataError(f"{path} line {number} has {len(fields)} of the 4 fields picture, question, truth, answer.")
-    return ResultRow(*fields)
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path}: {error}.") from error
-    return [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-Key = tuple[str, str, str]
-
-
-def read_truth(folder: Path) -> dict[Key, tuple[str, str]]:
-    """By task, picture stem and question (single spaces): the question as written, and its true answer."""
-    truth: dict[Key, tuple[str, str]] = {}
-    for task in TASKS:
-        place = folder / task
-        place = place / "questions_answers_YN" if (place / "images").is_dir() else place
-        for path in sorted(place.glob("*.txt")):
-            for number, line in _lines(path):
-                question, tab, answer = line.rpartition("\t")
-                if not tab or answer.strip() not in ("Yes", "No"):
-                    raise DataError(f"{path} line {number} is not a question, a tab, and Yes or No.")
-                truth[task, path.stem, " ".join(question.split())] = (question, answer.strip())
-    if not truth:
-        raise DataError(f"{folder} holds none of MME's tasks; expected MME_Benchmark_release_version.")
-    return truth
-
-
-def answer_key(question_id: str, prompt: str) -> Key:
-    """The key of `read_truth` for an answer; its id is `<task>/<file>` or `<task>/images/<file>`."""
-    path = PurePosixPath(question_id)
-    question = prompt.removesuffix(SUFFIX).strip()
-    question = question if ENDING in question else f"{question} {ENDING}"
-    return path.parts[0], path.stem, " ".join(question.split())
-
-
-def convert(annotation_dir: Path, result_file: Path) -> dict[str, list[ResultRow]]:
-    """Rows of every task from an answers file; `DataError` unless it answers exactly the official questions."""
-    truth = read_truth(annotation_dir)
-    answers = read_results(result_file, "prompt")
-    keys = [answer_key(row["question_id"], row["prompt"]) for row in answers]
-    require_same(keys, truth, result_file)
-    rows: dict[str, list[ResultRow]] = {}
-    for key, answer in zip(keys, answers, strict=True):
-        text = " ".join(answer["text"].replace("\t", "\n").splitlines())
-        rows.setdefault(key[0], []).append(ResultRow(f"{key[1]}.txt", *truth[key], text))
-    return rows
+    @staticmethod
+    def table(scores: Scores) -> str:
+        """The lines of the official tool, followed by the number of answers that are neither yes nor no."""
+        lines = []
+        for group, members in GROUPS.items():
+            lines += [f"=========== {group} ===========", f"total score: {scores[group]} \n"]
+            lines += [f"\t {task}  score: {scores['tasks'][task]['score']}" for task in members]
+            lines.append("")
+        lines.append(f"answers neither yes nor no: {sum(task['other'] for task in scores['tasks'].values())}")
+        return "\n".join(lines)
 
 
 def evaluate(
     results_dir: Path | None, annotation_dir: Path | None, result_file: Path | None, output_dir: Path | None
 ) -> str:
-    """Score official task files, or an answers file with the official questions; keep task files in `output_dir`."""
+    """`eval_mme`: score official task files or an answers file; write the task files to `output_dir`."""
     if (results_dir is None) == (result_file is None) or (annotation_dir is None) != (result_file is None):
         raise ConfigError("Give either --results-dir, or both --annotation-dir and --result-file.")
     if results_dir is not None:
-        rows: Mapping[str, Sequence[ResultRow]] = read_results_dir(results_dir)
+        rows = read_results_dir(results_dir)
     else:
         assert annotation_dir is not None and result_file is not None
-        rows = convert(annotation_dir, result_file)
+        rows = result_rows(annotation_dir, result_file)
     if output_dir is not None:
         for task, lines in rows.items():
             write_text(output_dir / f"{task}.txt", "".join("\t".join(line) + "\n" for line in lines))
-    return table(score(rows))
-
-
-# --- MME --------------------------------------------------------------------------------------------------------------
-
-
-PAGE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation, on request"
-
-
-class Mme(FileTask):
-    name: ClassVar[str] = "mme"
-    column = "MME"
-    folder = "MME"
-    layouts: ClassVar = {"test": Layout("llava_mme.jsonl", "MME_Benchmark_release_version", 2374, PAGE)}
-    splits = tuple(layouts)
-
-    def questions(self, limit: int | None = None) -> Sequence[Question]:
-        if limit is not None:
-            raise ConfigError("MME is scored by pairs of questions, so it takes no --limit.")
-        return super().questions()
-
-    def score_rows(self, rows: Sequence[Row], path: Path) -> dict[str, Any]:
-        return score(convert(self.image_folder, path))
-
-    def primary_metric(self, score: dict[str, Any]) -> float | None:
-        return float(score["Perception"])
-
-    def references(self, rows: Sequence[Row]) -> list[str]:
-        truth = read_truth(self.image_folder)
-        return [truth[answer_key(row["question_id"], row["prompt"])][1] for row in rows]
-
-    def table(self, score: dict[str, Any]) -> str:
-        return table(score)
+    return Mme.table(score_tasks(rows))

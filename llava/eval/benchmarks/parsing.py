@@ -1,7 +1,7 @@
-"""The answer normaliser of the VQA challenges and the accuracy over ten people's answers (spec/eval.md §4.1, §4.2).
+"""Answer parsing shared by benchmarks: VQA answer normalization, soft accuracy, and multiple-choice options.
 
-TextVQA, VQAv2 and VizWiz use both. Some values look odd (`none` becomes `0`, `N/A` becomes `n`); they are kept, because
-the published numbers were made with them.
+TextVQA, VQAv2 and VizWiz use the normalization of the VQA challenge. Some results look odd (`none` becomes `0`, `N/A`
+becomes `n`), but the published scores were computed with them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from llava.errors import DataError
 PUNCTUATION: Final = ';/[]"{}()=+\\_-><@`,?!'
 DIGIT_COMMA: Final = re.compile(r"\d,\d")
 PERIOD: Final = re.compile(r"\.(?!\d)")
-MOST_PERIODS: Final = 32  # the challenge's code passes a flag where the count belongs; 32 is that flag's value
+MAX_PERIODS: Final = 32  # the challenge's code passes the flag re.UNICODE, which is 32, as the count
 ARTICLES: Final = frozenset(("a", "an", "the"))
+LEADING_LETTER: Final = re.compile(r"\s*(?:[(\[{]\s*([A-Za-z])\s*[)\]}]|([A-Za-z])\s*(?:[.):]|$))")
 _DIGITS: Final = "zero one two three four five six seven eight nine ten"
 NUMBERS: Final = MappingProxyType({"none": "0", **{word: str(n) for n, word in enumerate(_DIGITS.split())}})
 
@@ -50,7 +51,7 @@ CONTRACTIONS: Final = _contractions()
 
 
 def normalize(text: str) -> str:
-    """The answer as the challenges compare it: lower case, without punctuation and articles, numbers as digits."""
+    """Normalize an answer as the VQA challenge: lower case, no punctuation or articles, number words as digits."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     words = (NUMBERS.get(word, word) for word in _without_punctuation(text).split())
@@ -58,50 +59,44 @@ def normalize(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """A mark beside a space is deleted wherever it stands, any other becomes a space."""
+    """Delete marks that occur next to a space anywhere, replace the others by a space."""
     clean = text
     for mark in PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         clean = clean.replace(mark, "" if beside_space or DIGIT_COMMA.search(text) else " ")
-    return PERIOD.sub("", clean, count=MOST_PERIODS)
+    return PERIOD.sub("", clean, count=MAX_PERIODS)
 
 
-def soft_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Mean over the people of min(1, matches among the others / 3); 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 of ten.
+def soft_accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """VQA accuracy: the mean over the annotators of min(1, matches among the others / 3).
 
-    Both sides are normalised here. `DataError` when nobody was asked.
+    0.3, 0.6, 0.9 and 1 for 1, 2, 3 and 4 matches of ten. Answers are normalized. Raises `DataError` without annotators.
     """
-    if not people:
+    if not human_answers:
         raise DataError("A question has no reference answers, so its answer cannot be scored.")
-    wanted = normalize(answer)
-    same = [normalize(other) == wanted for other in people]
-    matches = sum(same)
-    if not matches:
+    normalized = normalize(answer)
+    matches = [normalize(other) == normalized for other in human_answers]
+    total = sum(matches)
+    if not total:
         return 0.0
-    return sum(min(1.0, (matches - own) / 3) for own in same) / len(people)
+    return sum(min(1.0, (total - own) / 3) for own in matches) / len(human_answers)
 
 
-# --- Reading the option a multiple-choice answer means ----------------------------------------------------------------
+def parse_option(text: str, options: Mapping[str, str]) -> str | None:
+    """The letter of `options` (letter → text) that an answer chooses, None if it is ambiguous.
 
-
-LEADING: Final = re.compile(r"\s*(?:[(\[{]\s*([A-Za-z])\s*[)\]}]|([A-Za-z])\s*(?:[.):]|$))")
-
-
-def read_option(text: str, options: Mapping[str, str]) -> str | None:
-    """The letter among `options` (letter → text) that an answer means, None if it means none or several.
-
-    A leading letter, alone or with `.`, `)`, `:` or in brackets; else the only option whose text the answer contains.
+    A leading letter, alone or followed by `.`, `)`, `:` or in brackets; otherwise the only option whose text occurs in
+    the answer as whole words.
     """
-    match = LEADING.match(text)
+    match = LEADING_LETTER.match(text)
     if match:
         letter = (match[1] or match[2]).upper()
         if letter in options:
             return letter
-    low = text.lower()
-    inside = [letter for letter, option in options.items() if option and _contains(low, option.lower())]
-    return inside[0] if len(inside) == 1 else None
+    lower = text.lower()
+    contained = [letter for letter, option in options.items() if option and _contains(lower, option.lower())]
+    return contained[0] if len(contained) == 1 else None
 
 
 def _contains(text: str, option: str) -> bool:
-    """Whether `option` stands in `text` as whole words."""
     return re.search(rf"(?<!\w){re.escape(option.strip())}(?!\w)", text) is not None

@@ -1,57 +1,54 @@
-"""Say, for each benchmark, which of its files are here, which are missing, and where those come from.
+"""List the files of each benchmark, which of them are missing, and where to download them.
 
     llava eval prepare [TASK ...] [--eval-data DIR] [--checksums]
 
-Nothing is downloaded. The exit status is 1 when something is missing or a file has another number of questions.
+Nothing is downloaded. The exit status is 1 if a file is missing or has an unexpected number of questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import LlavaError
-from llava.eval.benchmarks.base import RequiredFile, Task
+from llava.eval.benchmarks.base import EVAL_DATA, RequiredFile, Task
 from llava.eval.benchmarks.registry import ALL, TASKS, make_tasks
 from llava.eval.run.manifest import file_digest
 from llava.utils import guarded
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the data are, for `llava eval` too."""
-    default = os.environ.get("EVAL_DATA", "playground/data/eval")
-    parser.add_argument("--split", help="of the data (default: the one scores are published for)")
-    parser.add_argument("--data-root", type=Path, help="folder of the one benchmark asked for")
-    parser.add_argument(
-        "--eval-data", type=Path, default=Path(default), help="folder of all benchmarks (EVAL_DATA; %(default)s)"
-    )
+    """Add the flags that locate the data."""
+    add = parser.add_argument
+    default = Path(os.environ.get("EVAL_DATA", EVAL_DATA))
+    add("--split", help="split of the benchmark (default: the one with published scores)")
+    add("--data-root", type=Path, help="data folder of a single benchmark")
+    add("--eval-data", type=Path, default=default, help="parent folder of all benchmarks (EVAL_DATA; %(default)s)")
 
 
-def state(need: RequiredFile, checksums: bool) -> str:
-    """One line about a file or folder."""
-    if need.missing:
-        return f"  missing  {need.path}\n           from {need.source}"
-    sha256 = f"  sha256 {file_digest(need.path)}" if checksums and need.path.is_file() else ""
-    return f"  here     {need.path}{sha256}"
+def describe_file(file: RequiredFile, checksums: bool) -> str:
+    """State and path of a file or folder, and its source if it is missing."""
+    if file.missing:
+        return f"  missing  {file.path}\n           from {file.source}"
+    sha256 = f"  sha256 {file_digest(file.path)}" if checksums and file.path.is_file() else ""
+    return f"  found    {file.path}{sha256}"
 
 
-def check(task: Task, checksums: bool = False) -> tuple[list[str], bool]:
-    """What there is to say about a benchmark, and whether it can be run as published."""
-    needs = task.needs()
-    lines = [state(need, checksums) for need in needs]
-    if any(need.missing for need in needs):
+def check_task(task: Task, checksums: bool = False) -> tuple[list[str], bool]:
+    """A report on the files of a benchmark, and whether it is ready to run as published."""
+    files = task.required_files()
+    lines = [describe_file(file, checksums) for file in files]
+    if any(file.missing for file in files):
         return [f"{task.name}: not ready", *lines], False
     try:
-        found = len(task.questions())
+        count = len(task.questions())
     except LlavaError as error:
         return [f"{task.name}: not ready", *lines, f"  damaged  {error}"], False
-    wanted = task.published_rows
-    if wanted is not None and found != wanted:
-        return [f"{task.name}: {found} questions, {wanted} are published", *lines], False
-    return [f"{task.name}: ready, {found} questions", *lines], True
+    if count != task.published_rows:
+        return [f"{task.name}: {count} questions, expected {task.published_rows}", *lines], False
+    return [f"{task.name}: ready, {count} questions", *lines], True
 
 
 @guarded
@@ -64,13 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checksums", action="store_true", help="print the sha256 of every file")
     args = parser.parse_args(argv)
     names = [name for word in args.tasks for name in word.split(",")]
-    ready = True
+    all_ready = True
     for task in make_tasks(names, args.data_root, args.split, args.eval_data):
-        lines, whole = check(task, args.checksums)
-        ready = ready and whole
+        lines, ready = check_task(task, args.checksums)
+        all_ready = all_ready and ready
         print("\n".join(lines))
-    return 0 if ready else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 0 if all_ready else 1

@@ -1,4 +1,4 @@
-"""The benchmarks `llava eval` knows, by name."""
+"""The registry of benchmarks."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ from llava.eval.benchmarks.seed import SeedBench
 from llava.eval.benchmarks.textvqa import TextVQA
 from llava.eval.benchmarks.vqa import VizWiz, VQAv2
 
-_ALL: Final[tuple[type[Task], ...]] = (
+_CLASSES: Final[tuple[type[Task], ...]] = (
     *(VQAv2, Gqa, VizWiz, ScienceQA, TextVQA, Pope, Mme, MMBench, MMBenchCN),
     *(SeedBench, LlavaBench, LlavaBenchCoco, MMVet, EasyVQA),
 )
-TASKS: Final[dict[str, type[Task]]] = {task.name: task for task in _ALL}
+TASKS: Final[dict[str, type[Task]]] = {task.name: task for task in _CLASSES}
 ALL: Final = "all"
 
 
 def make_task(name: str, data_root: Path | None = None, split: str | None = None) -> Task:
-    """The task of that name; `split` defaults to the one scores are published for."""
+    """A task by name; `split` defaults to the one with published scores."""
     if name not in TASKS:
-        raise ConfigError(f"There is no task {name!r}; choose from {', '.join(TASKS)}, {ALL}.")
+        raise ConfigError(f"Unknown task {name!r}; choose from {', '.join(TASKS)}, {ALL}.")
     task = TASKS[name]
-    if split is not None and split not in task.splits:
-        raise ConfigError(f"Task {name} has no split {split!r}; choose from {', '.join(task.splits)}.")
-    return task(data_root, split or task.splits[0])
+    split = split or next(iter(task.layouts))
+    if split not in task.layouts:
+        raise ConfigError(f"Task {name} has no split {split!r}; choose from {', '.join(task.layouts)}.")
+    return task(data_root, split)
 
 
 def make_tasks(
     names: Sequence[str], data_root: Path | None = None, split: str | None = None, eval_data: Path | None = None
 ) -> list[Task]:
-    """Each of the named tasks once, `all` standing for every one.
+    """The named tasks without duplicates; `all` stands for every task.
 
-    `data_root` is the folder of a single task, `eval_data` the one that has a folder for each.
+    `data_root` is the data folder of a single task, `eval_data` the parent folder of all.
     """
     stripped = [name.strip() for name in names]
     wanted = list(dict.fromkeys(each for name in stripped for each in (TASKS if name == ALL else [name])))
     if data_root is not None and len(wanted) > 1:
-        raise ConfigError(f"--data-root is the folder of one task, and {len(wanted)} are asked for; use --eval-data.")
+        raise ConfigError(f"--data-root is the folder of one task, got {len(wanted)} tasks; use --eval-data.")
     tasks = [make_task(name, data_root, split) for name in wanted]
     for task in tasks:
         if data_root is None and eval_data is not None:

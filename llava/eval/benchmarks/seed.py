@@ -1,121 +1,115 @@
-"""SEED-Bench: accuracy per question type, pictures and videos apart, and the file to upload (spec/eval.md §4.6)."""
+"""SEED-Bench: multiple-choice accuracy per question type, for images and video frames, and the file to upload."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import FileTask, Layout, RequiredFile
-from llava.eval.benchmarks.parsing import read_option
-from llava.eval.run.answers import Row
-from llava.eval.run.files import by_key, read_json, read_results, require_same, write_jsonl
+from llava.eval.benchmarks.base import Layout, RequiredFile, Scores, Task
+from llava.eval.benchmarks.parsing import parse_option
+from llava.eval.run.answers import read_results
+from llava.eval.run.files import Record, Row, by_key, read_json, require_same, write_jsonl
+from llava.eval.run.questions import QuestionId
 
-KINDS = ("image", "video")
+PAGE = "https://github.com/AILab-CVC/SEED-Bench"
 
 
-def plain_id(question_id: Any) -> Any:
-    """An integer where the id is one, so that `103` and `"103"` meet."""
+def plain_id(question_id: QuestionId) -> QuestionId:
+    """The id as an integer if it is one, so that `103` and `"103"` are equal."""
     text = str(question_id)
     return int(text) if text.isdecimal() else question_id
 
 
-def read_annotation(path: Path) -> dict[str, Any]:
-    """`SEED-Bench.json`, with at least one question."""
+def read_annotation(path: Path) -> Row:
+    """`SEED-Bench.json` with at least one question."""
     annotation = read_json(path)
     if not isinstance(annotation, dict) or not annotation.get("questions"):
         raise DataError(f"{path} has no 'questions'; expected SEED-Bench.json.")
     return annotation
 
 
-def upload(questions: Sequence[Mapping[str, Any]], answers: Mapping[Any, str]) -> list[dict[str, Any]]:
-    """Rows for the server, ids as annotated; `answers` are texts by `plain_id`."""
-    asked = [question["question_id"] for question in questions]
-    return [{"question_id": each, "prediction": answers[plain_id(each)]} for each in asked]
+def upload_rows(questions: Sequence[Record], answers: Mapping[QuestionId, str]) -> list[Row]:
+    """Rows of the upload, with ids as annotated; `answers` are texts by `plain_id`."""
+    ids = [question["question_id"] for question in questions]
+    return [{"question_id": each, "prediction": answers[plain_id(each)]} for each in ids]
 
 
-def score(annotation: Mapping[str, Any], answers: Mapping[Any, str]) -> dict[str, Any]:
-    """Accuracies in percent: per type in the order of their ids, in total, and per kind that occurs.
+def score_answers(annotation: Record, answers: Mapping[QuestionId, str]) -> Scores:
+    """Accuracies in percent: per question type in the order of their ids, in total, and per data type.
 
-    `answers` are texts by `plain_id`. Right is the letter exactly; `lenient` also accepts `B.`, `(B)`, or the option.
+    `answers` are texts by `plain_id`; the exact letter is correct. `lenient` accepts `B.`, `(B)` and the option's text.
     """
     names = {number: name for name, number in annotation["question_type"].items()}
     questions = annotation["questions"]
 
-    def right(question: Mapping[str, Any]) -> bool:
+    def is_correct(question: Record) -> bool:
         return bool(answers.get(plain_id(question["question_id"])) == question["answer"])
 
-    def leniently(question: Mapping[str, Any]) -> bool:
+    def is_correct_lenient(question: Record) -> bool:
         options = {letter: str(question.get(f"choice_{letter.lower()}", "")) for letter in "ABCD"}
-        return bool(read_option(answers.get(plain_id(question["question_id"]), ""), options) == question["answer"])
+        return bool(parse_option(answers.get(plain_id(question["question_id"]), ""), options) == question["answer"])
 
-    def accuracy(members: Sequence[Mapping[str, Any]]) -> float:
-        return 100 * sum(map(right, members)) / len(members)
+    def accuracy(group: Sequence[Record]) -> float:
+        return 100 * sum(map(is_correct, group)) / len(group)
 
     by_type = {number: [q for q in questions if q["question_type_id"] == number] for number in sorted(names)}
-    by_kind = {kind: [q for q in questions if q["data_type"] == kind] for kind in KINDS}
+    by_kind = {kind: [q for q in questions if q["data_type"] == kind] for kind in ("image", "video")}
     return {
         "n": len(questions),
-        "types": {names[number]: accuracy(members) for number, members in by_type.items() if members},
+        "types": {names[number]: accuracy(group) for number, group in by_type.items() if group},
         "total": accuracy(questions),
-        "lenient": 100 * sum(map(leniently, questions)) / len(questions),
-        "kinds": {kind: accuracy(members) for kind, members in by_kind.items() if members},
+        "lenient": 100 * sum(map(is_correct_lenient, questions)) / len(questions),
+        "kinds": {kind: accuracy(group) for kind, group in by_kind.items() if group},
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
-    lines = [f"{name}: {value:.2f}%" for name, value in result["types"].items()]
-    lines.append(f"Total accuracy: {result['total']:.2f}%")
-    lines += [f"{kind} accuracy: {value:.2f}%" for kind, value in result["kinds"].items()]
-    return "\n".join((*lines, f"read leniently (brackets, periods, option texts): {result['lenient']:.2f} %"))
-
-
-def evaluate(annotation_file: Path, result_file: Path, result_upload_file: Path) -> str:
-    """Print the accuracies and write the upload; `DataError` unless exactly the annotated questions are answered."""
-    annotation = read_annotation(annotation_file)
-    rows = [{**row, "question_id": plain_id(row["question_id"])} for row in read_results(result_file)]
-    answers = {key: row["text"] for key, row in by_key(rows, result_file, "question_id").items()}
-    asked = [question["question_id"] for question in annotation["questions"]]
-    require_same(answers, map(plain_id, asked), result_file)
-    write_jsonl(result_upload_file, upload(annotation["questions"], answers))
-    return table(score(annotation, answers))
-
-
-# --- SEED-Bench -------------------------------------------------------------------------------------------------------
-
-
-PAGE = "https://github.com/AILab-CVC/SEED-Bench"
-
-
-class SeedBench(FileTask):
-    """Pictures are in two folders beside the question file, frames of videos in the second."""
+class SeedBench(Task):
+    """Images are in two folders beside the question file; the second one has video frames."""
 
     name: ClassVar[str] = "seed"
     column = "SEED"
+    metric = "total"
     folder = "seed_bench"
     layouts: ClassVar = {"test": Layout("llava-seed-bench.jsonl", ".", 19242, PAGE, {"SEED-Bench.json": PAGE})}
-    splits = ("test",)
 
-    def needs(self) -> Sequence[RequiredFile]:
+    def required_files(self) -> Sequence[RequiredFile]:
         folders = {"SEED-Bench-image": PAGE, "SEED-Bench-video-image": f"{PAGE}: the middle frames of its videos"}
-        return [*super().needs()[:-1], *(RequiredFile(self.root / name, source) for name, source in folders.items())]
+        files = super().required_files()[:-1]
+        return [*files, *(RequiredFile(self.root / name, source) for name, source in folders.items())]
 
-    def score_rows(self, rows: Sequence[Row], path: Path) -> dict[str, Any]:
+    def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
         annotation = read_annotation(self.root / "SEED-Bench.json")
         answers = {plain_id(row["question_id"]): row["text"] for row in rows}
-        asked = [each for each in annotation["questions"] if plain_id(each["question_id"]) in answers]
+        asked = [question for question in annotation["questions"] if plain_id(question["question_id"]) in answers]
         target = path.with_name("upload.jsonl")
-        write_jsonl(target, upload(asked, answers))
-        return {**score({**annotation, "questions": asked}, answers), "upload": str(target)}
+        write_jsonl(target, upload_rows(asked, answers))
+        return {**score_answers({**annotation, "questions": asked}, answers), "upload": str(target)}
 
-    def primary_metric(self, score: dict[str, Any]) -> float | None:
-        return float(score["total"])
-
-    def references(self, rows: Sequence[Row]) -> list[str]:
+    def references(self, rows: Sequence[Record]) -> list[str]:
         questions = read_annotation(self.root / "SEED-Bench.json")["questions"]
-        answers = {plain_id(each["question_id"]): str(each["answer"]) for each in questions}
+        answers = {plain_id(question["question_id"]): str(question["answer"]) for question in questions}
         return [answers[plain_id(row["question_id"])] for row in rows]
 
-    def table(self, score: dict[str, Any]) -> str:
-        return table(score)
+    @staticmethod
+    def table(scores: Scores) -> str:
+        lines = [f"{name}: {value:.2f}%" for name, value in scores["types"].items()]
+        lines.append(f"Total accuracy: {scores['total']:.2f}%")
+        lines += [f"{kind} accuracy: {value:.2f}%" for kind, value in scores["kinds"].items()]
+        lines.append(f"lenient accuracy (brackets, periods, option texts): {scores['lenient']:.2f} %")
+        return "\n".join(lines)
+
+
+def evaluate(annotation_file: Path, result_file: Path, result_upload_file: Path) -> str:
+    """`convert_seed_for_submission`: score an answers file and write the upload.
+
+    Raises `DataError` unless the file answers exactly the annotated questions.
+    """
+    annotation = read_annotation(annotation_file)
+    rows = [{**row, "question_id": plain_id(row["question_id"])} for row in read_results(result_file)]
+    answers = {key: row["text"] for key, row in by_key(rows, result_file, "question_id").items()}
+    asked = [plain_id(question["question_id"]) for question in annotation["questions"]]
+    require_same(answers, asked, result_file)
+    write_jsonl(result_upload_file, upload_rows(annotation["questions"], answers))
+    return SeedBench.table(score_answers(annotation, answers))

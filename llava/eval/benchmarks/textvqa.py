@@ -1,26 +1,28 @@
-"""TextVQA: soft accuracy over ten people's answers (spec/eval.md §4.2). The picture and the question are the key."""
+"""TextVQA: soft accuracy over the answers of ten people, joined by image and question."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.base import FileTask, Layout
+from llava.eval.benchmarks.base import Layout, Scores, Task
 from llava.eval.benchmarks.parsing import soft_accuracy
-from llava.eval.run.answers import Row
-from llava.eval.run.files import read_json, read_results, require_same
+from llava.eval.run.answers import read_results
+from llava.eval.run.files import Record, Row, read_json, require_same
 
 logger = logging.getLogger(__name__)
 
 OCR = "Reference OCR token:"
+ANNOTATIONS = "TextVQA_0.5.1_val.json"
+PAGE = "https://textvqa.org/dataset/"
 
 
-def question_of(prompt: str) -> str:
-    """The annotated question inside a prompt, in lower case; it may have several lines itself (defect M10)."""
+def prompt_processor(prompt: str) -> str:
+    """The annotated question inside a prompt, in lower case; it may have several lines."""
     if prompt.startswith("OCR tokens: "):
         head, _, rest = prompt.partition("Question: ")
         question, found, _ = rest.partition(" Short answer:")
@@ -32,62 +34,39 @@ def question_of(prompt: str) -> str:
             body = body.partition("\n")[2]
         return body.partition(f"\n{OCR} ")[0].lower()
     raise DataError(
-        f"No TextVQA question can be told from the prompt {prompt[:80]!r}; expected a question and a suffix."
+        f"Cannot find the TextVQA question in the prompt {prompt[:80]!r}; expected a question and a suffix."
     )
 
 
-def score(annotations: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Any]:
-    """Mean soft accuracy in percent; `DataError` when the answers of `path` are to other questions."""
-    people = {(item["image_id"], item["question"].lower()): item["answers"] for item in annotations}
-    keys = [(row["question_id"], question_of(row["prompt"])) for row in rows]
-    require_same(keys, ((item["image_id"], item["question"].lower()) for item in annotations), path)
-    total = sum(soft_accuracy(row["text"], people[key]) for key, row in zip(keys, rows, strict=True))
-    return {"n": len(rows), "accuracy": 100 * total / len(rows)}
-
-
-def evaluate_file(annotations: Sequence[Mapping[str, Any]], result_file: Path) -> dict[str, Any]:
-    """`score` of an answers file."""
-    return score(annotations, read_results(result_file, "prompt"), result_file)
-
-
-def read_annotations(path: Path) -> Sequence[Mapping[str, Any]]:
+def read_annotations(path: Path) -> Sequence[Record]:
     """The list under `data` of `TextVQA_0.5.1_val.json`."""
     content = read_json(path)
     rows = content.get("data") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all({"image_id", "question", "answers"} <= row.keys() for row in rows):
-        raise DataError(f"{path} is no TextVQA annotation file: no list 'data' of image_id, question and answers.")
+        raise DataError(
+            f"{path} is not a TextVQA annotation file: expected a list 'data' of image_id, question, answers."
+        )
     return rows
 
 
-def evaluate(annotation_file: Path, result_file: Path | None, result_dir: Path | None) -> str:
-    """The published lines for one answers file, every `.jsonl` of a folder, or both."""
-    if result_file is None and result_dir is None:
-        raise ConfigError("Nothing to score: give --result-file or --result-dir.")
-    files = [] if result_file is None else [result_file]
-    if result_dir is not None:
-        if not result_dir.is_dir():
-            raise ConfigError(f"--result-dir {result_dir} is no folder.")
-        inside = sorted(result_dir.iterdir())
-        files += [path for path in inside if path.suffix == ".jsonl"]
-        for path in inside:
-            if path.suffix != ".jsonl":
-                logger.warning("Skipping %s: not a .jsonl file.", path.name)
-    annotations = read_annotations(annotation_file)
-    return "\n".join(table(path.stem, evaluate_file(annotations, path)) for path in files)
+def annotation_key(item: Record) -> tuple[str, str]:
+    return item["image_id"], item["question"].lower()
 
 
-def table(name: str, result: Mapping[str, Any]) -> str:
-    return f"{name}\nSamples: {result['n']}\nAccuracy: {result['accuracy']:.2f}%\n"
+def answer_key(row: Record) -> tuple[str, str]:
+    return row["question_id"], prompt_processor(row["prompt"])
 
 
-# --- TextVQA ----------------------------------------------------------------------------------------------------------
+def score_answers(annotations: Sequence[Record], rows: Sequence[Record], path: Path) -> Scores:
+    """Mean soft accuracy in percent. Raises `DataError` if the answers of `path` are to other questions."""
+    human_answers = {annotation_key(item): item["answers"] for item in annotations}
+    keys = [answer_key(row) for row in rows]
+    require_same(keys, map(annotation_key, annotations), path)
+    total = sum(soft_accuracy(row["text"], human_answers[key]) for key, row in zip(keys, rows, strict=True))
+    return {"n": len(rows), "accuracy": 100 * total / len(rows)}
 
 
-ANNOTATIONS = "TextVQA_0.5.1_val.json"
-PAGE = "https://org/dataset/"
-
-
-class TextVQA(FileTask):
+class TextVQA(Task):
     name: ClassVar[str] = "textvqa"
     column = "TextVQA"
     folder = "textvqa"
@@ -97,20 +76,37 @@ class TextVQA(FileTask):
             {ANNOTATIONS: PAGE},
         )
     }  # fmt: skip
-    splits = tuple(layouts)
 
-    def score_rows(self, rows: Sequence[Row], path: Path) -> dict[str, Any]:
-        given = {(row["question_id"], question_of(row["prompt"])) for row in rows}
+    def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
+        asked = set(map(answer_key, rows))
         annotations = read_annotations(self.root / ANNOTATIONS)
-        asked = [item for item in annotations if (item["image_id"], item["question"].lower()) in given]
-        return score(asked, rows, path)
+        return score_answers([item for item in annotations if annotation_key(item) in asked], rows, path)
 
-    def references(self, rows: Sequence[Row]) -> list[str]:
-        people = {
-            (item["image_id"], item["question"].lower()): Counter(item["answers"]).most_common(1)[0][0]
-            for item in read_annotations(self.root / ANNOTATIONS)
+    def references(self, rows: Sequence[Record]) -> list[str]:
+        annotations = read_annotations(self.root / ANNOTATIONS)
+        human_answers: dict[tuple[str, str], list[str]] = {
+            annotation_key(item): item["answers"] for item in annotations
         }
-        return [people[row["question_id"], question_of(row["prompt"])] for row in rows]
+        return [Counter(human_answers[answer_key(row)]).most_common(1)[0][0] for row in rows]
 
-    def table(self, score: dict[str, Any]) -> str:
-        return table(self.name, score)
+    @staticmethod
+    def table(scores: Scores) -> str:
+        return f"{scores['task']}\nSamples: {scores['n']}\nAccuracy: {scores['accuracy']:.2f}%\n"
+
+
+def evaluate(annotation_file: Path, result_file: Path | None, result_dir: Path | None) -> str:
+    """`eval_textvqa`: score an answers file, every `.jsonl` of a folder, or both."""
+    if result_file is None and result_dir is None:
+        raise ConfigError("Nothing to score; give --result-file or --result-dir.")
+    files = [] if result_file is None else [result_file]
+    if result_dir is not None:
+        if not result_dir.is_dir():
+            raise ConfigError(f"--result-dir {result_dir} is not a folder.")
+        for path in sorted(result_dir.iterdir()):
+            if path.suffix == ".jsonl":
+                files.append(path)
+            else:
+                logger.warning("Skipping %s: not a .jsonl file.", path.name)
+    annotations = read_annotations(annotation_file)
+    scores = [score_answers(annotations, read_results(path, "prompt"), path) for path in files]
+    return "\n".join(TextVQA.table({"task": path.stem, **each}) for path, each in zip(files, scores))

@@ -1,4 +1,4 @@
-"""Writing one table as an Excel file, which the MMBench server wants; the standard library is enough for that."""
+"""Excel files with one sheet, for submissions to the MMBench server; standard library only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _OFFICE: Final = "http://schemas.openxmlformats.org/officeDocument/2006/relation
 _PACKAGE: Final = "http://schemas.openxmlformats.org/package/2006"
 _TYPE: Final = "application/vnd.openxmlformats-officedocument.spreadsheetml"
 _HEAD: Final = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
-_FORBIDDEN: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # no XML text may have them
-_WHOLE: Final = re.compile(r"0|-?[1-9]\d{0,14}")  # more digits than Excel's numbers keep stay text
+_FORBIDDEN: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # not allowed in XML 1.0
+_WHOLE: Final = re.compile(r"0|-?[1-9]\d{0,14}")  # Excel numbers have 15 digits; longer ones stay text
 
 _PARTS: Final = (
     (
@@ -44,7 +44,7 @@ _PARTS: Final = (
 
 
 def write_xlsx(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    """Write the rows as the only sheet; whole numbers become numbers, empty cells are left out."""
+    """Write the rows as the only sheet. Integers become numbers; empty cells are omitted."""
     lines = (
         f'<row r="{number}">' + "".join(_cell(value, column, number) for column, value in enumerate(row)) + "</row>"
         for number, row in enumerate(rows, 1)
@@ -59,14 +59,14 @@ def write_xlsx(path: Path, rows: Sequence[Sequence[str]]) -> None:
 def _cell(value: str, column: int, row: int) -> str:
     if not value:
         return ""
-    place = f"{_letters(column)}{row}"
+    reference = f"{_letters(column)}{row}"
     if _WHOLE.fullmatch(value):
-        return f'<c r="{place}"><v>{value}</v></c>'
+        return f'<c r="{reference}"><v>{value}</v></c>'
     text = escape(_FORBIDDEN.sub("", value)).replace("\r", "&#13;")
-    return f'<c r="{place}" t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
+    return f'<c r="{reference}" t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
 
 
 def _letters(column: int) -> str:
-    """A, B, …, Z, AA, … for 0, 1, …, 25, 26, …"""
+    """The name of a column: A, B, …, Z, AA, … for 0, 1, …, 25, 26, …"""
     head, last = divmod(column, 26)
     return (_letters(head - 1) if head else "") + chr(ord("A") + last)

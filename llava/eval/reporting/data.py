@@ -1,56 +1,118 @@
-"""What a report is made of: runs as `llava eval` left them, compared with the published row."""
+"""Data of a report: runs of `llava eval`, the published scores, and their comparison.
+
+A score agrees with a published one within its noise band: one standard error of a proportion over the questions of the
+benchmark, and ±20 for MME, which LLaVA's maintainers gave for retraining. The same weights on other hardware differ by
+far less.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Final
 
 from llava.errors import DataError
 from llava.eval.benchmarks.registry import TASKS
-from llava.eval.reporting.published import COLUMNS, Published, band, find
-from llava.eval.run.files import read_json
+from llava.eval.run.files import Record, read_json
 
+# questions of each published score: groups of rotations for MMBench, questions with an image for ScienceQA
+QUESTIONS: Final = MappingProxyType(
+    {
+        "VQAv2": 107394, "GQA": 12578, "VizWiz": 8000, "SQA": 2017, "TextVQA": 5000, "POPE": 8910, "MME": 2374,
+        "MMB": 1164, "MMB-CN": 1164, "MM-Vet": 218, "SEED": 19242, "LLaVA-Bench": 60,
+    }
+)  # fmt: skip
+COLUMNS: Final = tuple(QUESTIONS)
+MME_BAND: Final = 20.0
 INSIDE: Final = "inside"
 OUTSIDE: Final = "outside"
 FIELDS: Final = ("run", "task", "split", "questions", "ours", "published", "difference", "band", "verdict")
 
 
 @dataclass(frozen=True)
+class Published:
+    """A row of the model zoo; `checkpoint` is the hub name without the owner."""
+
+    checkpoint: str
+    method: str
+    tower: str
+    llm: str
+    resolution: int
+    scores: Mapping[str, float] = field(hash=False)
+
+
+def _row(checkpoint: str, method: str, tower: str, llm: str, resolution: int, scores: str) -> Published:
+    values = map(float, scores.split())
+    order = (*COLUMNS[:10], "SEED", "LLaVA-Bench")
+    return Published(checkpoint, method, tower, llm, resolution, MappingProxyType(dict(zip(order, values))))
+
+
+_CHAT: Final = "InternVL-Chat-1.0"
+
+PUBLISHED: Final = (
+    _row("llava-v1.5-7b", "LLaVA-1.5", "CLIP-L-336px", "V-7B", 336,
+         "78.5 62.0 50.0 66.8 58.2 85.9 1510.7 64.3 58.3 30.5 58.6 65.4"),
+    _row("llava-v1.5-13b", "LLaVA-1.5", "CLIP-L-336px", "V-13B", 336,
+         "80.0 63.3 53.6 71.6 61.3 85.9 1531.3 67.7 63.6 35.4 61.6 72.5"),
+    _row("InternVL-Chat-ViT-6B-Vicuna-7B", _CHAT, "IViT-6B-224px", "V-7B", 336,
+         "79.3 62.9 52.5 66.2 57.0 86.4 1525.1 64.6 57.6 31.2"),
+    _row("InternVL-Chat-ViT-6B-Vicuna-13B", _CHAT, "IViT-6B-224px", "V-13B", 336,
+         "80.2 63.9 54.6 70.1 58.7 87.1 1546.9 66.5 61.9 33.7"),
+    _row("InternVL-Chat-ViT-6B-Vicuna-13B-448px", _CHAT, "IViT-6B-448px", "V-13B", 448,
+         "82.0 64.1 60.1 71.6 64.8 87.2 1579.0 68.2 64.0 36.7"),
+)  # fmt: skip
+
+
+def find_published(checkpoint: str) -> Published | None:
+    """The published row of a checkpoint in any case, None if there is none."""
+    return next((row for row in PUBLISHED if row.checkpoint.lower() == checkpoint.lower()), None)
+
+
+def noise_band(column: str, score: float) -> float:
+    """Half-width of the noise band around a published score, in points."""
+    if column == "MME":
+        return MME_BAND
+    proportion = min(max(score / 100, 0.0), 1.0)
+    return 100 * math.sqrt(proportion * (1 - proportion) / QUESTIONS[column])
+
+
+@dataclass(frozen=True)
 class Run:
-    """A folder of `llava eval`: the content of each task's `score.json`, by task."""
+    """An output folder of `llava eval` with the content of each `score.json` by task."""
 
     name: str
     folder: Path
-    scores: Mapping[str, Mapping[str, Any]]
+    scores: Mapping[str, Record]
     published: Published | None = None
 
     @property
-    def by_column(self) -> dict[str, Mapping[str, Any]]:
-        """Scores that have a column in the published table."""
+    def by_column(self) -> dict[str, Record]:
+        """Scores by column of the published table."""
         columns = {TASKS[task].column: score for task, score in self.scores.items()}
         return {column: columns[column] for column in COLUMNS if column in columns}
 
 
 def read_run(folder: Path, against: str | None = None) -> Run:
-    """Read a run; `against` names the published checkpoint to compare with, by default the model's own name."""
+    """Read a run and the published row of the checkpoint `against` (default: the model's name)."""
     found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/score.json"))}
     scores = {task: found[task] for task in TASKS if task in found}
     if not scores:
-        raise DataError(f"{folder} has no TASK/score.json; name a folder that llava eval wrote.")
+        raise DataError(f"{folder} has no TASK/score.json; expected an output folder of llava eval.")
     name = str(next(iter(scores.values()))["model_id"])
-    published = find(against or name)
+    published = find_published(against or name)
     if published is None and against is not None:
-        raise DataError(f"Nothing is published for {against!r}; see docs/Evaluation.md for the names.")
+        raise DataError(f"No published scores for {against!r}; docs/Evaluation.md lists the names.")
     return Run(name, folder, scores, published)
 
 
 @dataclass(frozen=True)
-class Line:
-    """One benchmark of one run; `published` and what follows from it are None where there is nothing to compare."""
+class Comparison:
+    """The score of one task of a run; `published` and `band` are None if there is no published score."""
 
     run: str
     task: str
@@ -68,7 +130,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """Inside or outside the noise band, or why that cannot be said."""
+        """Inside or outside the noise band, or the reason why the scores cannot be compared."""
         if self.ours is None:
             return "scored by its server"
         if self.limit is not None:
@@ -79,55 +141,54 @@ class Line:
             return "nothing published"
         return INSIDE if abs(self.difference) <= self.band else OUTSIDE
 
+    def cells(self) -> list[str]:
+        """The formatted values of `FIELDS`."""
+        count = "–" if self.questions is None else f"{self.questions:,}"
+        band = "–" if self.band is None else f"±{self.band:.1f}"
+        scores = [format_score(self.ours), format_score(self.published), format_score(self.difference, signed=True)]
+        return [self.run, self.task, self.split, count, *scores, band, self.verdict]
 
-def lines(run: Run) -> list[Line]:
-    """A line a task, in the order of the table."""
-    made = []
+
+def compare(run: Run) -> list[Comparison]:
+    """The comparison of each task of a run with its published score."""
+    rows = []
     for task, score in run.scores.items():
         column, split = TASKS[task].column, str(score.get("split", ""))
-        official = split == TASKS[task].splits[0]
-        value = run.published.scores.get(column) if run.published and column and official else None
-        made.append(
-            Line(
-                run.name, task, split, score.get("questions"), score.get("primary_metric"), score.get("limit"), value,
-                None if value is None or column is None else band(column, value), score.get("published_questions"),
-            )
-        )  # fmt: skip
-    return made
+        official = split == next(iter(TASKS[task].layouts))
+        published = run.published.scores.get(column) if run.published and column and official else None
+        band = None if published is None or column is None else noise_band(column, published)
+        questions, limit = score.get("questions"), score.get("limit")
+        ours = score.get("primary_metric")
+        rows.append(
+            Comparison(run.name, task, split, questions, ours, limit, published, band, score.get("published_questions"))
+        )
+    return rows
 
 
-def number(value: float | None, signed: bool = False) -> str:
-    """One decimal, as published; a dash for none."""
+def format_score(value: float | None, signed: bool = False) -> str:
+    """One decimal as published, a dash for None."""
     return "–" if value is None else f"{value:+.1f}" if signed else f"{value:.1f}"
 
 
-def zoo(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the model-zoo table: each run below its published row, in the published columns."""
-    present = [column for column in COLUMNS if any(column in run.by_column for run in runs)]
+def model_zoo(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the model zoo table, with each run below its published row."""
+    columns = [column for column in COLUMNS if any(column in run.by_column for run in runs)]
+
+    def ours(run: Run, facts: Sequence[str]) -> list[str]:
+        scores = run.by_column
+        return ["ours", *facts, *(format_score(scores.get(column, {}).get("primary_metric")) for column in columns)]
+
     rows = []
     for published in dict.fromkeys(run.published for run in runs if run.published is not None):
         facts = [published.method, published.tower, published.llm, str(published.resolution)]
-        rows.append(["published", *facts, *(number(published.scores.get(column)) for column in present)])
-        rows += [_ours(run, facts, present) for run in runs if run.published == published]
-    rows += [_ours(run, [run.name, "", "", ""], present) for run in runs if run.published is None]
-    return ["", "model", "tower", "LLM", "res.", *present], rows
-
-
-def _ours(run: Run, facts: Sequence[str], present: Sequence[str]) -> list[str]:
-    found = run.by_column
-    return ["ours", *facts, *(number(found.get(column, {}).get("primary_metric")) for column in present)]
-
-
-def table_of(line: Line) -> list[str]:
-    """Base64Images of a line, in the order of `FIELDS`."""
-    count = "–" if line.questions is None else f"{line.questions:,}"
-    width = "–" if line.band is None else f"±{line.band:.1f}"
-    figures = [number(line.ours), number(line.published), number(line.difference, signed=True), width]
-    return [line.run, line.task, line.split, count, *figures, line.verdict]
+        rows.append(["published", *facts, *(format_score(published.scores.get(column)) for column in columns)])
+        rows += [ours(run, facts) for run in runs if run.published == published]
+    rows += [ours(run, [run.name, "", "", ""]) for run in runs if run.published is None]
+    return ["", "model", "tower", "LLM", "res.", *columns], rows
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with columns as wide as their widest cell."""
+    """A Markdown table with aligned columns."""
     cells = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in [header, *rows]]
     widths = [max(len(row[at]) for row in cells) for at in range(len(header))]
     texts = ["| " + " | ".join(f"{text:<{width}}" for text, width in zip(row, widths)) + " |" for row in cells]
@@ -136,21 +197,21 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """Both tables."""
-    parts = ["# Evaluation", markdown_table(*zoo(runs))] if any(run.by_column for run in runs) else ["# Evaluation"]
-    rows = [table_of(line) for run in runs for line in lines(run)]
+    """The model zoo table and the comparison table."""
+    parts = ["# Evaluation"]
+    if any(run.by_column for run in runs):
+        parts.append(markdown_table(*model_zoo(runs)))
+    rows = [comparison.cells() for run in runs for comparison in compare(run)]
     parts += ["## Ours and published", markdown_table(FIELDS, rows)]
-    note = "`inside`: no further from the published score than its noise band (docs/Evaluation.md says how wide it is)."
+    note = "`inside`: the score is within the noise band of the published one (docs/Evaluation.md defines the band)."
     return "\n\n".join([*parts, note]) + "\n"
 
 
 def csv_text(runs: Sequence[Run]) -> str:
-    """A line a task of a run, numbers in full."""
+    """One line per task and run, with unrounded numbers."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*FIELDS, "limit"])
-    for run in runs:
-        for line in lines(run):
-            facts = (line.run, line.task, line.split, line.questions, line.ours, line.published, line.difference)
-            writer.writerow([*facts, line.band, line.verdict, line.limit])
+    columns = (*FIELDS, "limit")
+    writer.writerow(columns)
+    writer.writerows([getattr(row, column) for column in columns] for run in runs for row in compare(run))
     return buffer.getvalue()

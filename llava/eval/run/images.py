@@ -1,66 +1,71 @@
-"""Images of a benchmark: where they are, and loading and preprocessing them in worker processes."""
+"""Image sources of benchmarks, and a prefetcher that loads and preprocesses images in worker processes."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import torch
-from PIL import Image
-
-from llava.engine.sequence import Picture, identify
 from llava.errors import ImageError, LlavaError
 from llava.eval.run.questions import Question
-from llava.images import open_image
+from llava.utils import usable_cores
 
-Loaded = Sequence[Image.Image | Picture] | LlavaError
-Preprocess = Callable[[Image.Image], torch.Tensor]
-_Packed = list[tuple[bytes, np.ndarray]]  # digest and pixels (3, S, S) float32 of each image
+if TYPE_CHECKING:  # scoring programs import this module and must not load torch
+    import numpy as np
+    import torch
+    from PIL import Image
 
-_PER_WORKER = 8  # pictures that make another process worth its start
-_AHEAD = 4  # questions' pictures that a worker holds ready
+    from llava.engine.sequence import HashedImage
+
+    Loaded = Sequence[Image.Image | HashedImage] | LlavaError
+    Preprocess = Callable[[Image.Image], torch.Tensor]
+    Packed = Sequence[Image.Image | tuple[bytes, np.ndarray]]  # images, or digests and pixels (3, S, S) float32
+
+_IMAGES_PER_WORKER = 8  # fewer images do not pay for another process
+_PREFETCH = 4  # questions per worker whose images are ready in advance
 
 
 class ImageSource(Protocol):
-    """Where the names in `Question.images` lead; `ImageError` for one that leads nowhere."""
+    """Maps the names in `Question.images` to images. Raises `ImageError` for an unknown name."""
 
     def open(self, name: str) -> Image.Image:
-        """The picture in RGB, upright."""
+        """The image in RGB, with its EXIF orientation applied."""
 
     def read(self, name: str) -> bytes:
-        """The picture's file."""
+        """The content of the image file."""
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Names are paths below a folder."""
+    """Image source whose names are paths relative to a directory."""
 
     path: Path
 
     def open(self, name: str) -> Image.Image:
+        from llava.images import open_image
+
         return open_image(self.path / name)
 
     def read(self, name: str) -> bytes:
         path = self.path / name
         if not path.is_file():
-            raise ImageError(f"Cannot read image {path}: there is no such file.")
+            raise ImageError(f"Cannot read image {path}: no such file.")
         return path.read_bytes()
 
 
 @dataclass(frozen=True)
 class Base64Images:
-    """Names are keys of base64 texts, as in the tables of MMBench."""
+    """Image source of base64 strings by name, as in the tables of MMBench."""
 
     texts: Mapping[str, str]
 
     def open(self, name: str) -> Image.Image:
+        from llava.images import open_image
+
         return open_image(self.read(name))
 
     def read(self, name: str) -> bytes:
@@ -70,18 +75,11 @@ class Base64Images:
             raise ImageError(f"Cannot read image {name[:40]!r}: it is not base64 ({error}).") from error
 
 
-def opened(source: ImageSource, names: Sequence[str]) -> Loaded:
-    """A question's pictures, or why one of them cannot be opened."""
-    try:
-        return [source.open(name) for name in names]
-    except LlavaError as error:
-        return error
+class _ImageDataset:
+    """Dataset of the images of each question, preprocessed if a function is given.
 
-
-class _Pictures:
-    """Dataset of each question's images, optionally preprocessed.
-
-    Workers send arrays through a pipe, since shared memory in containers is 64 MB by default (+0.5 ms per image).
+    Preprocessed images are arrays, which workers send through a pipe: shared memory in containers is 64 MB by default
+    (the pipe costs 0.5 ms per image).
     """
 
     def __init__(
@@ -92,31 +90,32 @@ class _Pictures:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Loaded | _Packed:
-        images = opened(self.source, self.names[index])
-        if self.preprocess is None or isinstance(images, LlavaError):
-            return images
+    def __getitem__(self, index: int) -> Packed | LlavaError:
+        from llava.engine.sequence import hash_image
+
         try:
-            pixels = [self.preprocess(image) for image in images if isinstance(image, Image.Image)]
+            images = [self.source.open(name) for name in self.names[index]]
+            if self.preprocess is None:
+                return images
+            return [(hash_image(pixels).digest, pixels.numpy()) for pixels in map(self.preprocess, images)]
         except LlavaError as error:
             return error
-        return [(identify(tensor).digest, tensor.numpy()) for tensor in pixels]
 
 
-def _as_it_is(item: Any) -> Any:
+def _unbatched(item: Packed | LlavaError) -> Packed | LlavaError:
+    """Collate function that leaves an item unchanged."""
     return item
 
 
-def _unpacked(item: Any) -> Loaded:
-    """Rebuild images from a worker; the digest travels with the pixels."""
+def _unpack(item: Packed | LlavaError) -> Loaded:
+    """Convert the arrays of a worker back to tensors; the digest comes with the pixels."""
+    import torch
+
+    from llava.engine.sequence import HashedImage
+
     if isinstance(item, LlavaError):
         return item
-    return [Picture(digest, torch.from_numpy(array)) for digest, array in item]
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [HashedImage(each[0], torch.from_numpy(each[1])) if isinstance(each, tuple) else each for each in item]
 
 
 def prefetch(
@@ -126,12 +125,12 @@ def prefetch(
     workers: int,
     preprocess: Preprocess | None = None,
 ) -> Iterator[tuple[int, Loaded]]:
-    """Yield (position, images) in `order`; consecutive questions with equal images load them once.
+    """Yield (position, images or error) in `order`; consecutive questions with equal images load them once.
 
-    At most `workers` processes (none for a handful of images) stay a few images ahead of the consumer. With
-    `preprocess` they return pixels; without workers, images are preprocessed where they are used.
+    Up to `workers` processes load images a few questions ahead and apply `preprocess`. A handful of images is loaded in
+    this process instead, without `preprocess`.
     """
-    groups = [(names, list(found)) for names, found in groupby(order, key=lambda at: questions[at].images)]
+    groups = [(names, list(positions)) for names, positions in groupby(order, key=lambda at: questions[at].images)]
     loader = _loader(source, [names for names, _ in groups], workers, preprocess)
     for (_, positions), images in zip(groups, loader, strict=True):
         for position in positions:
@@ -140,14 +139,19 @@ def prefetch(
 
 def _loader(
     source: ImageSource, names: Sequence[Sequence[str]], workers: int, preprocess: Preprocess | None
-) -> Iterable[Loaded]:
-    pictures: Any = _Pictures(source, names, preprocess)
-    workers = min(workers, usable_cores(), len(pictures) // _PER_WORKER)
+) -> Iterator[Loaded]:
+    workers = min(workers, usable_cores(), len(names) // _IMAGES_PER_WORKER)
     if workers < 1:
-        return (opened(source, question) for question in names)
+        images = _ImageDataset(source, names)
+        return map(_unpack, (images[index] for index in range(len(images))))
     from torch.utils.data import DataLoader
 
-    loader: Iterable[Loaded] = DataLoader(
-        pictures, batch_size=None, num_workers=workers, prefetch_factor=_AHEAD, collate_fn=_as_it_is
+    dataset = _ImageDataset(source, names, preprocess)
+    loader: Iterable[Packed | LlavaError] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # a map-style dataset by its methods
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=_PREFETCH,
+        collate_fn=_unbatched,
     )
-    return loader if preprocess is None else map(_unpacked, loader)
+    return map(_unpack, loader)

@@ -1,4 +1,4 @@
-"""Several processes for one run: those that torchrun started, or one for each visible GPU, started and watched here."""
+"""Data-parallel evaluation: one process per visible GPU, or the processes of torchrun."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from llava.errors import ConfigError, DataError
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The entries of `CUDA_VISIBLE_DEVICES`; none when it is unset."""
+    """The entries of `CUDA_VISIBLE_DEVICES`; empty if it is unset."""
     return [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
 
 def torchrun_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """(rank, world size) of a process that torchrun started among several, else None."""
+    """(rank, world size) of a torchrun process, None if there is only one process."""
     try:
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     except KeyError:
         return None
     except ValueError as error:
-        raise ConfigError(f"RANK and WORLD_SIZE must be numbers ({error}); let torchrun set them.") from error
+        raise ConfigError(
+            f"RANK and WORLD_SIZE must be integers ({error}); start the processes with torchrun."
+        ) from error
     return (rank, size) if size > 1 else None
 
 
 def run_shards(module: str, arguments: Sequence[str], count: int) -> None:
-    """Run `python -m MODULE ARGUMENTS --num-chunks COUNT --chunk-idx K` for every K at once, each on a GPU of its own.
+    """Run `python -m MODULE ARGUMENTS --num-chunks COUNT --chunk-idx K` for every K in parallel, one GPU each.
 
-    All are waited for; `DataError` names those that failed, with their exit status.
+    Waits for all processes. Raises `DataError` with the exit statuses of those that failed.
     """
     gpus = visible_gpus()
     processes = []
@@ -50,13 +52,13 @@ def run_shards(module: str, arguments: Sequence[str], count: int) -> None:
     failed = [f"{index} (status {status})" for index, status in enumerate(statuses) if status]
     if failed:
         raise DataError(
-            f"Of {count} shards these failed, see above: {', '.join(failed)}; nothing is merged or scored. Run the "
-            "same command again, it goes on there."
+            f"{len(failed)} of {count} shards failed, see above: {', '.join(failed)}; nothing is merged or scored. Run "
+            "the same command again to resume them."
         )
 
 
 def gather_statuses(status: int) -> list[int]:
-    """The exit status of every process of torchrun, known to all once all have come here."""
+    """All-gather the exit statuses of the torchrun processes."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=14))

@@ -1,139 +1,130 @@
-"""Asking a model in this process: the engine's batch is kept full, every question ends on its own."""
+"""Answers from an engine in this process; its batch stays full while questions finish at different times."""
 
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llava.conversation import get_template, stop_strings
 from llava.engine import Engine, Request, RequestHandle
-from llava.engine.sequence import Picture, identify, render_question
+from llava.engine.chat import render_question
+from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import LlavaError
-from llava.eval.run.images import Loaded, prefetch
+from llava.eval.run.images import prefetch
 from llava.eval.run.manifest import checkpoint_fingerprint
 from llava.eval.run.questions import Question
-from llava.eval.run.settings import Asked, RunSettings
 from llava.images import preprocess_image
+
+if TYPE_CHECKING:
+    from llava.eval.run.images import Loaded
+    from llava.eval.run.runner import Answer, RunSettings
 
 FOLLOW_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A question in flight. `first`: the first answer, if this is the follow-up.
+    """A running question. `first` is the first answer if this is the follow-up.
 
-    `request` is kept only if a follow-up comes: it holds the images, which are otherwise freed once the engine has the
-    answer.
+    `request` is kept only if a follow-up comes, because it holds the images.
     """
 
     position: int
     request: Request | None = None
     first: str | None = None
 
-    def again(self, first: str, follow_up: str) -> tuple[Request, _Pending]:
-        """The same question with its answer and the words that ask for the letter."""
+    def follow_up(self, first: str, text: str) -> tuple[Request, _Pending]:
+        """The request that continues the prompt with the first answer and the follow-up text."""
         assert self.request is not None
-        prompt = f"{self.request.prompt}{first}{follow_up}"
+        prompt = f"{self.request.prompt}{first}{text}"
         params = dataclasses.replace(self.request.params, max_new_tokens=FOLLOW_UP_TOKENS)
-        request = dataclasses.replace(self.request, prompt=prompt, params=params, keep=False)
+        request = dataclasses.replace(self.request, prompt=prompt, params=params, cache_prefix=False)
         return request, _Pending(self.position, first=first)
 
-    def whole(self, text: str) -> str:
-        """What is recorded."""
+    def answer(self, text: str) -> str:
+        """The recorded answer."""
         return text if self.first is None else f"{self.first}\n The answer is {text}"
 
 
 class LocalModel:
-    """An engine as the runner sees it."""
+    """`EvalModel` over an engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.batch_size = engine.max_batch_size
 
-    def identity(self, settings: RunSettings) -> dict[str, Any]:
-        """What decides the answers beside questions and decoding."""
+    def identity(self, settings: RunSettings) -> dict[str, object]:
         engine, config = self.engine, self.engine.model.config
         example = render_question(get_template(settings.template), "{question}", 1, config)
         return {
             "checkpoint": checkpoint_fingerprint(settings.model_path),
             "template": {"name": settings.template, "text": example},
             "image_aspect_ratio": engine.image_aspect_ratio,
-            "dtype": str(engine.lm.spec.dtype).removeprefix("torch."),
+            "dtype": str(engine.model_runner.spec.dtype).removeprefix("torch."),
             "quantization": settings.quantization,
             **({} if settings.follow_up is None else {"follow_up": settings.follow_up}),
             "attention": getattr(config, "_attn_implementation", None),
-            "device": engine.lm.spec.device.type,
+            "device": engine.model_runner.spec.device.type,
         }
 
-    def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
-        """Yield (position, answer, error or None) as questions finish."""
+    def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
         engine, follow_up = self.engine, settings.follow_up
         active: dict[RequestHandle, _Pending] = {}
         submitted = self._submit(questions, order, settings)
-        more = True
-        while more or active:
-            while more and len(active) < 2 * engine.max_batch_size:
+        exhausted = False
+        while active or not exhausted:
+            while not exhausted and len(active) < 2 * engine.max_batch_size:
                 item = next(submitted, None)
                 if item is None:
-                    more = False
+                    exhausted = True
                 elif isinstance(item[1], LlavaError):
                     yield item[0].position, "", str(item[1])
                 else:
                     active[item[1]] = item[0]
             engine.step()
             for handle in [handle for handle in active if handle.done]:
-                done, pending = handle.result(), active.pop(handle)
-                if done.error:
-                    yield pending.position, "", done.error
+                completion, pending = handle.result(), active.pop(handle)
+                if completion.error:
+                    yield pending.position, "", completion.error
                 elif follow_up and pending.first is None:
-                    request, again = pending.again(done.text, follow_up)
+                    request, second = pending.follow_up(completion.text, follow_up)
                     try:
-                        active[engine.submit(request)] = again
+                        active[engine.submit(request)] = second
                     except LlavaError as error:
                         yield pending.position, "", str(error)
                 else:
-                    yield pending.position, pending.whole(done.text), None
+                    yield pending.position, pending.answer(completion.text), None
 
     def _submit(
         self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings
     ) -> Iterator[tuple[_Pending, RequestHandle | LlavaError]]:
-        """Lazily submit one question per item; holds only the current images."""
+        """Submit one question per item; holds only the current images."""
         engine, template = self.engine, get_template(settings.template)
         stop = (*settings.params.stop, *stop_strings(template))
-        asked_twice = settings.follow_up is not None
+        has_follow_up = settings.follow_up is not None
         preprocess = None
         if engine.image_processor is not None:
             preprocess = partial(
                 preprocess_image, processor=engine.image_processor, aspect_ratio=engine.image_aspect_ratio
             )
-        opened: Loaded = []
-        named: list[Picture] = []
-        for position, images in prefetch(questions, order, settings.source, settings.num_workers, preprocess):
+        current: Loaded = []
+        images: list[HashedImage] = []
+        for position, loaded in prefetch(questions, order, settings.source, settings.num_workers, preprocess):
             try:
-                if isinstance(images, LlavaError):
-                    raise images
-                if images is not opened:  # neighbours with equal images share them
-                    opened, named = images, [identify(image) for image in images]
+                if isinstance(loaded, LlavaError):
+                    raise loaded
+                if loaded is not current:  # consecutive questions with equal images share them
+                    current, images = loaded, [hash_image(image) for image in loaded]
                 question = questions[position]
                 text = question.text or question.prompt
-                prompt = render_question(template, text, len(named), engine.model.config)
-                params = dataclasses.replace(settings.params, stop=stop, seed=question_seed(settings, question))
+                prompt = render_question(template, text, len(images), engine.model.config)
+                params = dataclasses.replace(settings.params, stop=stop, seed=settings.seed_for(question))
                 # Finished answers are kept only for follow-ups; otherwise they would evict shared prefixes.
-                request = Request(prompt, named, params, keep=asked_twice)
-                submitted: RequestHandle | LlavaError = engine.submit(request)
-                yield _Pending(position, request if asked_twice else None), submitted
+                request = Request(prompt, images, params, cache_prefix=has_follow_up)
+                handle = engine.submit(request)
+                yield _Pending(position, request if has_follow_up else None), handle
             except LlavaError as error:
                 yield _Pending(position), error
-
-
-def question_seed(settings: RunSettings, question: Question) -> int | None:
-    """A seed of the question's own, so that a sampled answer depends neither on the batch nor on the shard."""
-    if settings.params.temperature == 0 or settings.params.seed is None:
-        return None
-    rounds = () if question.round_id is None else (question.round_id,)
-    key = "\n".join(map(str, (question.question_id, question.prompt, *rounds)))
-    return settings.params.seed + zlib.crc32(key.encode())

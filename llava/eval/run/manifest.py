@@ -1,4 +1,4 @@
-"""The manifest beside an answers file: what produced it, exactly enough to be diffed and to refuse a wrong resume."""
+"""Manifests of answers files: model, settings, versions and data behind the answers, compared before a resume."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llava.errors import ConfigError, DataError
-from llava.eval.run.answers import lock
+from llava.eval.run.answers import lock_file
+from llava.eval.run.files import Row
 from llava.eval.run.questions import Question
 from llava.files import write_text
 from llava.provenance import git_commit, installed_versions
 
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json")
-_SAMPLES, _SAMPLE = 32, 1 << 16  # of a weight file: reading 26 GB for a hash would take longer than many a benchmark
+_SAMPLES, _SAMPLE = 32, 1 << 16  # per weight file; hashing 26 GB would take longer than many benchmarks
 
 
 def manifest_path(answers: Path) -> Path:
@@ -26,9 +26,9 @@ def manifest_path(answers: Path) -> Path:
 
 
 def checkpoint_fingerprint(path: str | Path) -> str:
-    """sha256 over a checkpoint's configuration, and names, sizes and samples (32 of 64 KiB) of its other files.
+    """sha256 of a checkpoint's files: names, sizes, and contents (32 evenly spaced 64 KiB samples of large files).
 
-    A hub name stands for itself.
+    A hub name is returned unchanged.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -43,7 +43,7 @@ def checkpoint_fingerprint(path: str | Path) -> str:
 
 
 def _samples(file: Path) -> Iterator[bytes]:
-    """All of a small file; of a large one evenly spread parts, the first and the last among them."""
+    """Yield a small file whole, and evenly spaced parts of a large one including the first and the last."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         if size <= _SAMPLES * _SAMPLE:
@@ -64,14 +64,14 @@ def file_digest(path: Path) -> str:
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:
-    """sha256 over ids, texts, picture names and rounds, in order."""
+    """sha256 of ids, texts, image names and rounds, in order."""
     rows = [[*question.key, question.text, question.images] for question in questions]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Row:
     """Versions, hardware and code commit of this process."""
-    import torch  # here, so that merging and scoring need none
+    import torch  # lazily: merging and scoring do not need it
 
     gpus = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     versions = installed_versions()
@@ -85,18 +85,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_manifest(answers: Path, identity: dict[str, Any], **facts: Any) -> None:
-    """Write (atomically) what identifies the answers, and facts about this run."""
-    save_manifest(answers, {"identity": plain(identity), **facts, "environment": environment()})
+def write_manifest(answers: Path, identity: Mapping[str, object], **facts: object) -> None:
+    """Write the manifest of a run: its identity, `facts` about it, and the environment."""
+    save_manifest(answers, {"identity": to_json(identity), **facts, "environment": environment()})
 
 
-def save_manifest(answers: Path, content: Mapping[str, Any]) -> None:
-    """Write a manifest's content whole: the file is the old one or the new one."""
-    write_text(manifest_path(answers), json.dumps(content, indent=2, default=_plain) + "\n")
+def save_manifest(answers: Path, content: Mapping[str, object]) -> None:
+    """Write the manifest of an answers file."""
+    write_text(manifest_path(answers), json.dumps(content, indent=2, default=_jsonable) + "\n")
 
 
-def read_manifest(answers: Path) -> dict[str, Any] | None:
-    """The manifest of an answers file, None when there is none."""
+def read_manifest(answers: Path) -> Row | None:
+    """The manifest of an answers file, None if it has none."""
     path = manifest_path(answers)
     if not path.is_file():
         return None
@@ -104,24 +104,24 @@ def read_manifest(answers: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["identity"]["chunk"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no manifest of answers; remove it and use --resume.") from error
+        raise DataError(f"{path} is not the manifest of an answers file; remove it and use --resume.") from error
     return dict(content)
 
 
-def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity as it comes back from a file."""
-    return dict(json.loads(json.dumps(identity, default=_plain)))
+def to_json(identity: Mapping[str, object]) -> Row:
+    """An identity as `read_manifest` returns it."""
+    return dict(json.loads(json.dumps(identity, default=_jsonable)))
 
 
-def check_resume(answers: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Prepare `answers` for a run: remove it on `overwrite`, refuse to continue answers of other settings.
+def check_resume(answers: Path, identity: Mapping[str, object], *, resume: bool, overwrite: bool) -> None:
+    """Remove `answers` on `overwrite`; otherwise refuse to continue answers made with other settings.
 
-    Raises `ConfigError` naming the first setting that differs, or asking what to do with a file of unknown origin.
+    Raises `ConfigError` naming the first setting that differs, or if the settings of the file are unknown.
     """
     manifest = manifest_path(answers)
     if overwrite:
         if answers.is_file():
-            lock(answers).close()  # refuses to take it from a process that is writing it
+            lock_file(answers).close()  # raises if another process is writing the file
         answers.unlink(missing_ok=True)
         manifest.unlink(missing_ok=True)
     if not answers.is_file():
@@ -131,23 +131,23 @@ def check_resume(answers: Path, identity: dict[str, Any], *, resume: bool, overw
         if resume or not answers.stat().st_size:
             return
         raise ConfigError(
-            f"{answers} exists without {manifest.name}, so its settings are unknown; use --overwrite to start "
-            "afresh or --resume to continue it."
+            f"{answers} exists without {manifest.name}, so its settings are unknown; use --overwrite to start over or "
+            "--resume to continue it."
         )
-    before, now = content["identity"], plain(identity)
+    before, now = content["identity"], to_json(identity)
     differing = [key for key in now if before.get(key) != now[key]]
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"{answers} was made with {key} {_short(before.get(key))}, this run has {_short(now[key])}; use another "
-            "answers file, or --overwrite."
+            f"{answers} was made with {key} {_shorten(before.get(key))}, this run has {_shorten(now[key])}; use "
+            "another answers file, or --overwrite."
         )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _plain(value: Any) -> Any:
+def _jsonable(value: object) -> object:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)

@@ -1,124 +1,203 @@
-"""Asking a server with OpenAI's API instead of a model in this process: a vLLM, SGLang or lmdeploy cluster, or ours.
+"""Client of servers with an OpenAI-compatible API (vLLM, SGLang, LMDeploy, `llava serve`), and answers from them.
 
-The server applies its own conversation template; pictures travel as they are, in data URLs.
+The server applies its own conversation template. Images are sent unchanged, as data URLs.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
+import logging
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from queue import SimpleQueue
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+import requests
 
 from llava.errors import ConfigError, LlavaError, RequestError
-from llava.eval.run.endpoint import address, chat
-from llava.eval.run.local_model import question_seed
 from llava.eval.run.questions import Question
-from llava.eval.run.settings import Asked, RunSettings
-from llava.images import open_image
+
+if TYPE_CHECKING:
+    from llava.eval.run.runner import Answer, RunSettings
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-GIVE_UP: Final = 8  # questions in a row without an answer: the server is down, or the model's name is wrong
-ACCEPTED: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")  # by every server that takes pictures
+RETRIED_STATUSES: Final = (408, 409, 429)  # client errors that may pass; all statuses from 500 on are retried as well
+MAX_FAILURES: Final = 8  # consecutive unanswered questions that end a run: server down, or wrong model name
+MIME_TYPES: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")  # accepted by every multimodal server
+
+
+def normalize_url(url: str) -> str:
+    """The base URL of an API without a trailing slash. Raises `ConfigError` if the scheme is missing."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"The address {url!r} must start with http:// or https://, as in http://HOST:PORT/v1.")
+    return url.rstrip("/")
+
+
+def auth_headers() -> dict[str, str]:
+    """Request headers with the key of `OPENAI_API_KEY`, if it is set."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def chat_completion(
+    url: str,
+    body: Mapping[str, object],
+    *,
+    tries: int = 6,
+    timeout: float = 120.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> str:
+    """POST `body` to `url/chat/completions` and return the text of the reply.
+
+    Timeouts, statuses from 500 on and `RETRIED_STATUSES` are retried after 1, 2, 4 … seconds. Raises `RequestError`
+    after `tries` attempts, and immediately for any other status.
+    """
+    reason = ""
+    for attempt in range(tries):
+        if attempt:
+            logger.warning("%s failed (%s); retrying.", url, reason)
+            sleep(min(2.0 ** (attempt - 1), 60.0))
+        try:
+            request = {**body, "stream": False}  # some servers stream by default
+            reply = requests.post(f"{url}/chat/completions", json=request, headers=auth_headers(), timeout=timeout)
+            if reply.ok:
+                return _text(reply)
+            reason = f"HTTP {reply.status_code}: {reply.text[:200]}"
+            if reply.status_code < 500 and reply.status_code not in RETRIED_STATUSES:
+                break
+        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+    raise RequestError(f"The model {body['model']} at {url} gave no reply ({reason}).")
+
+
+def _text(reply: requests.Response) -> str:
+    """The text of a reply, also from servers that send a stream of events although none was requested."""
+    if not reply.headers.get("Content-Type", "").startswith("text/event-stream"):
+        return str(reply.json()["choices"][0]["message"]["content"] or "")
+    lines = (line.removeprefix("data:").strip() for line in reply.content.decode("utf-8").split("\n"))
+    events = [json.loads(line) for line in lines if line and line != "[DONE]" and line[0] == "{"]
+    if not events or any("error" in event for event in events):
+        raise ValueError(f"a stream without an answer: {reply.content[-200:]!r}")
+    return "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
+
+
+def served_model(url: str, timeout: float = 30.0) -> str:
+    """The name of the only model of a server. Raises `RequestError` if it lists several or none."""
+    try:
+        reply = requests.get(f"{url}/models", headers=auth_headers(), timeout=timeout)
+        reply.raise_for_status()
+        names = [str(model["id"]) for model in reply.json()["data"]]
+    except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+        raise RequestError(f"The server at {url} does not list its models ({error}); check --api-base.") from error
+    if len(names) != 1:
+        listed = ", ".join(names) or "(none)"
+        raise RequestError(f"The server at {url} has the models {listed}; choose one with --api-model.")
+    return names[0]
 
 
 def data_url(content: bytes) -> str:
-    """A picture for a message; kinds that servers may not know become PNG. `ImageError` for what is no picture."""
+    """The data URL of an image file; formats outside `MIME_TYPES` become PNG. Raises `ImageError` for other files."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(io.BytesIO(content)) as image:
-            kind = image.get_format_mimetype()
+            mime_type = image.get_format_mimetype()
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        kind = None
-    if kind not in ACCEPTED:
+        mime_type = None
+    if mime_type not in MIME_TYPES:
+        from llava.images import open_image
+
         buffer = io.BytesIO()
         open_image(content).save(buffer, "PNG")
-        kind, content = "image/png", buffer.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+        mime_type, content = "image/png", buffer.getvalue()
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
 
 
-def in_threads(work: Callable[[int], T], items: Iterable[int], count: int) -> Iterator[T]:
-    """What `work` makes of each item, as it comes; `count` are under way at a time.
+def map_unordered(function: Callable[[int], T], items: Iterable[int], threads: int) -> Iterator[T]:
+    """Yield `function(item)` for each item as it finishes, computed by daemon threads.
 
-    Unlike those of a pool, the threads are not waited for when the program ends or the user interrupts it.
+    Unlike a `ThreadPoolExecutor`, an interrupted or finished program does not wait for calls in progress.
     """
-    asked: SimpleQueue[int | None] = SimpleQueue()
-    answered: SimpleQueue[T | BaseException] = SimpleQueue()
-    over = threading.Event()
+    inputs: SimpleQueue[int | None] = SimpleQueue()
+    outputs: SimpleQueue[T | BaseException] = SimpleQueue()
+    closed = threading.Event()
 
-    def run() -> None:
-        while (item := asked.get()) is not None and not over.is_set():
+    def work() -> None:
+        while (item := inputs.get()) is not None and not closed.is_set():
             try:
-                answered.put(work(item))
-            except BaseException as error:  # raised where the answers are waited for
-                answered.put(error)
+                outputs.put(function(item))
+            except BaseException as error:  # raised again in the consumer
+                outputs.put(error)
 
-    for _ in range(count):
-        threading.Thread(target=run, daemon=True).start()
-    waiting, under_way = iter(items), 0
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()
+    remaining, running = iter(items), 0
     try:
         while True:
-            while under_way < 2 * count and (item := next(waiting, None)) is not None:
-                asked.put(item)
-                under_way += 1
-            if not under_way:
+            while running < 2 * threads and (item := next(remaining, None)) is not None:
+                inputs.put(item)
+                running += 1
+            if not running:
                 return
-            answer = answered.get()
-            under_way -= 1
-            if isinstance(answer, BaseException):
-                raise answer
-            yield answer
+            output = outputs.get()
+            running -= 1
+            if isinstance(output, BaseException):
+                raise output
+            yield output
     finally:
-        over.set()
-        for _ in range(count):
-            asked.put(None)
+        closed.set()
+        for _ in range(threads):
+            inputs.put(None)
 
 
 class RemoteModel:
-    """A server as the runner sees it; `batch_size` requests are under way at a time."""
+    """`EvalModel` over a server, with `batch_size` concurrent requests."""
 
     def __init__(self, url: str, model: str, *, batch_size: int = 16, timeout: float = 600.0, tries: int = 6) -> None:
-        self.url, self.model = address(url), model
+        self.url, self.model = normalize_url(url), model
         self.batch_size, self.timeout, self.tries = batch_size, timeout, tries
 
-    def identity(self, settings: RunSettings) -> dict[str, Any]:
-        """The model's name; its address may change between runs."""
+    def identity(self, settings: RunSettings) -> dict[str, object]:
+        """The model's name; the server's address may change between runs."""
         if settings.params.num_beams > 1:
-            raise ConfigError("A server cannot be asked for beam search; leave out --num_beams.")
+            raise ConfigError("--api-base does not support beam search; remove --num_beams.")
         if settings.follow_up is not None:
-            raise ConfigError("A server cannot continue an answer of its own; leave out --answer-prompter.")
+            raise ConfigError("--api-base does not support --answer-prompter; remove it.")
         return {"checkpoint": f"api:{self.model}", "template": "the server's"}
 
-    def ask(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Asked]:
-        """Yield (position, answer, error or None) as replies come; `RequestError` when nothing is answered any more."""
+    def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
+        """Yield answers as replies arrive. Raises `RequestError` after `MAX_FAILURES` consecutive failures."""
         url_of = lru_cache(maxsize=64)(lambda name: data_url(settings.source.read(name)))
 
-        def one(position: int) -> Asked:
+        def answer_one(position: int) -> Answer:
             try:
-                return position, chat(
-                    self.url, self.body(questions[position], url_of, settings), tries=self.tries, timeout=self.timeout
-                ).strip(), None  # fmt: skip
+                body = self.body(questions[position], url_of, settings)
+                text = chat_completion(self.url, body, tries=self.tries, timeout=self.timeout)
             except LlavaError as error:
                 return position, "", str(error)
+            return position, text.strip(), None
 
-        refused = 0
-        for position, text, error in in_threads(one, order, self.batch_size):
-            refused = 0 if error is None else refused + 1
-            if refused == GIVE_UP:
-                raise RequestError(f"{GIVE_UP} questions in a row got no answer, the last: {error}")
+        failures = 0
+        for position, text, error in map_unordered(answer_one, order, self.batch_size):
+            failures = 0 if error is None else failures + 1
+            if failures == MAX_FAILURES:
+                raise RequestError(f"{MAX_FAILURES} consecutive questions got no answer, the last: {error}")
             yield position, text, error
 
-    def body(self, question: Question, url_of: Any, settings: RunSettings) -> dict[str, Any]:
-        """The request of one question: its pictures, then its text; a plain text without pictures."""
+    def body(self, question: Question, url_of: Callable[[str], str], settings: RunSettings) -> dict[str, object]:
+        """The request of one question: its images, then its text; a plain string if there are no images."""
         params, text = settings.params, question.text or question.prompt
-        pictures = [{"type": "image_url", "image_url": {"url": url_of(name)}} for name in question.images]
-        content = [*pictures, {"type": "text", "text": text}] if pictures else text
-        seed = question_seed(settings, question)
+        images = [{"type": "image_url", "image_url": {"url": url_of(name)}} for name in question.images]
+        content = [*images, {"type": "text", "text": text}] if images else text
+        seed = settings.seed_for(question)
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],

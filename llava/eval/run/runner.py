@@ -1,72 +1,124 @@
-"""Asking a model all questions of a benchmark, or a part of them; answers are written in order, runs can be resumed."""
+"""Run a model over the questions of a benchmark: settings, the model interface, and resumable runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from tqdm import tqdm
 
-from llava.engine import Engine
+from llava.engine import Engine, SamplingParams
 from llava.eval.run.answers import AnswersWriter, MakeRow, answer_row
+from llava.eval.run.images import ImageFolder, ImageSource
 from llava.eval.run.local_model import LocalModel
-from llava.eval.run.manifest import check_resume, file_digest, plain, questions_fingerprint, write_manifest
-from llava.eval.run.questions import Question, get_chunk
-from llava.eval.run.settings import Answerer, RunSettings
+from llava.eval.run.manifest import check_resume, file_digest, questions_fingerprint, to_json, write_manifest
+from llava.eval.run.questions import Question, QuestionId, get_chunk
 from llava.eval.run.shards import earlier_rows, keys_digest
 
-WINDOW = 1024  # questions reordered at a time, so that those of one picture meet in a batch
+WINDOW = 1024  # questions reordered at a time to bring questions about the same image together
+
+Answer = tuple[int, str, str | None]  # position, text, error
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of one run over one benchmark.
+
+    `template` is a registered conversation template. `params` apply to every question, except for the seed. `chunk`
+    (k, n) selects chunk k of n. `images` replaces `image_folder`. The manifest records the hashes of `files` and the
+    `quantization` of the weights. With `follow_up`, each question is asked a second time with the first answer and this
+    text appended to the prompt (`--answer-prompter` of ScienceQA).
+    """
+
+    model_path: str
+    model_id: str
+    template: str
+    params: SamplingParams
+    image_folder: Path = Path()
+    num_workers: int = 4
+    resume: bool = False
+    overwrite: bool = False
+    chunk: tuple[int, int] = (0, 1)
+    images: ImageSource | None = None
+    files: tuple[Path, ...] = ()
+    quantization: str | None = None
+    follow_up: str | None = None
+
+    @property
+    def source(self) -> ImageSource:
+        return self.images or ImageFolder(self.image_folder)
+
+    def seed_for(self, question: Question) -> int | None:
+        """Sampling seed of a question, independent of batch and shard; None for greedy decoding or without a seed."""
+        if self.params.temperature == 0 or self.params.seed is None:
+            return None
+        rounds = () if question.round_id is None else (question.round_id,)
+        key = "\n".join(map(str, (question.question_id, question.prompt, *rounds)))
+        return self.params.seed + zlib.crc32(key.encode())
+
+
+class EvalModel(Protocol):
+    """A model in this process (`LocalModel`) or on a server (`RemoteModel`)."""
+
+    batch_size: int
+
+    def identity(self, settings: RunSettings) -> dict[str, object]:
+        """What determines the answers besides questions and decoding; runs may share answers only if it is equal."""
+
+    def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
+        """Answer the questions at the positions of `order` and yield the answers as they finish."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did: answers asked now, found from before, failed ones with their reasons, and its time."""
+    """Result of a run: questions asked, answers reused from earlier runs, failed questions with errors, seconds."""
 
     asked: int
-    found: int
-    failures: tuple[tuple[Any, str], ...]
+    reused: int
+    failures: tuple[tuple[QuestionId, str], ...]
     seconds: float
 
 
 def run(
-    model: Engine | Answerer,
+    model: Engine | EvalModel,
     questions: Sequence[Question],
     answers: Path,
     settings: RunSettings,
     make_row: MakeRow | None = None,
 ) -> Outcome:
-    """Ask what is not answered yet of `settings.chunk`, writing `answers` (see `llava.eval.run.answers`) and its
-    manifest.
+    """Answer the questions of `settings.chunk` and write the answers file and its manifest.
 
-    `questions` are those of all chunks. What earlier runs answered in other chunks, or in one, is taken over.
+    `questions` are those of all chunks. Answers of earlier runs with equal settings are reused, whatever their chunks.
+    Raises `ConfigError` if `answers` belongs to other settings.
     """
-    answerer = LocalModel(model) if isinstance(model, Engine) else model
-    identity = run_identity(answerer, questions, settings)
+    eval_model = LocalModel(model) if isinstance(model, Engine) else model
+    identity = run_identity(eval_model, questions, settings)
     check_resume(answers, identity, resume=settings.resume, overwrite=settings.overwrite)
-    known = {} if settings.overwrite else earlier_rows(answers, plain(identity), questions)
+    known = {} if settings.overwrite else earlier_rows(answers, to_json(identity), questions)
     index, count = settings.chunk
-    mine = get_chunk(questions, count, index)
-    writer = AnswersWriter(answers, mine, known)
+    chunk = get_chunk(questions, count, index)
+    writer = AnswersWriter(answers, chunk, known)
     facts = {
-        "batch_size": answerer.batch_size, "questions": len(mine), "total": len(questions),
-        "keys": keys_digest(question.key for question in mine),
+        "batch_size": eval_model.batch_size, "questions": len(chunk), "total": len(questions),
+        "keys": keys_digest(question.key for question in chunk),
         "files": {path.name: file_digest(path) for path in settings.files},
     }  # fmt: skip
     write_manifest(answers, identity, status="running", **facts)
     started = time.monotonic()
-    todo = [position for position in range(len(mine)) if position not in writer.finished]
-    failures: list[tuple[Any, str]] = []
+    todo = [position for position in range(len(chunk)) if position not in writer.finished]
+    failures: list[tuple[QuestionId, str]] = []
     complete = False
     make_row = make_row or answer_row(settings.model_id)
     try:
-        with tqdm(total=len(mine), initial=len(writer.finished), unit="question", desc=answers.name) as bar:
-            for position, text, error in answerer.ask(mine, work_order(mine, todo), settings):
+        with tqdm(total=len(chunk), initial=len(writer.finished), unit="question", desc=answers.name) as bar:
+            for position, text, error in eval_model.answer(chunk, group_by_images(chunk, todo), settings):
                 if error is not None:
-                    failures.append((mine[position].question_id, error))
-                writer.put(position, make_row(mine[position], text, error))
+                    failures.append((chunk[position].question_id, error))
+                writer.write(position, make_row(chunk[position], text, error))
                 bar.update()
         complete = True
     finally:
@@ -79,19 +131,19 @@ def run(
     return outcome
 
 
-def run_identity(answerer: Answerer, questions: Sequence[Question], settings: RunSettings) -> dict[str, Any]:
-    """Everything that decides the answers (EVAL-1); two runs with equal identities may share an answers file."""
+def run_identity(model: EvalModel, questions: Sequence[Question], settings: RunSettings) -> dict[str, object]:
+    """Everything that determines the answers. Runs with equal identities may share an answers file."""
     return {
         "model_id": settings.model_id,
         "questions": questions_fingerprint(questions),
         "chunk": settings.chunk,
         "decoding": settings.params,
-        **answerer.identity(settings),
+        **model.identity(settings),
     }
 
 
-def work_order(questions: Sequence[Question], positions: Sequence[int], window: int = WINDOW) -> Iterator[int]:
-    """`positions` reordered inside windows, so that questions of one picture are neighbours."""
+def group_by_images(questions: Sequence[Question], positions: Sequence[int], window: int = WINDOW) -> Iterator[int]:
+    """Reorder `positions` within windows so that questions about the same images are consecutive."""
     for start in range(0, len(positions), window):
         part = positions[start : start + window]
         first: dict[tuple[str, ...], int] = {}
@@ -100,12 +152,12 @@ def work_order(questions: Sequence[Question], positions: Sequence[int], window: 
         yield from sorted(part, key=lambda position: (first[questions[position].images], position))
 
 
-def report(outcome: Outcome, answers: Path, say: Callable[[str], None]) -> int:
-    """Tell how a run went; the exit status, 1 when a question could not be answered."""
+def report(outcome: Outcome, answers: Path, log: Callable[[str], None]) -> int:
+    """Log a summary of a run and return the exit status: 1 if a question failed, else 0."""
     rate = outcome.asked / outcome.seconds if outcome.seconds else 0.0
-    say(f"{outcome.asked} answered in {outcome.seconds:.1f} s ({rate:.1f}/s), {outcome.found} from before: {answers}")
+    log(f"{outcome.asked} answered in {outcome.seconds:.1f} s ({rate:.1f}/s), {outcome.reused} reused: {answers}")
     for question_id, error in outcome.failures[:10]:
-        say(f"failed: question {question_id}: {error}")
+        log(f"failed: question {question_id}: {error}")
     if outcome.failures:
-        say(f"{len(outcome.failures)} question(s) failed and are marked in the answers; run again to retry them.")
+        log(f"{len(outcome.failures)} question(s) failed and are marked in the answers file; run again to retry them.")
     return 1 if outcome.failures else 0

@@ -19,8 +19,9 @@ from transformers.models.mpt.modeling_mpt import MptAttention
 
 from llava.errors import ConfigError
 from llava.model.language_model.causal_lm import LlavaConfigMixin, LlavaForCausalLMMixin
-from llava.model.llava_arch import LlavaMetaModel, past_length_of
+from llava.model.llava_arch import LlavaMetaModel, PastKeyValues, past_length_of
 from llava.model.registry import LanguageModelSpec
+from llava.model.splice import Images
 
 LayerPast = tuple[Cache, int]
 
@@ -194,11 +195,16 @@ class LlavaMptForCausalLM(LlavaForCausalLMMixin, MptForCausalLM):
         return self.transformer
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+        self,
+        input_ids: Tensor,
+        past_key_values: PastKeyValues = None,
+        inputs_embeds: Tensor | None = None,
+        images: Images | None = None,
+        **kwargs: object,
+    ) -> dict[str, object]:
         """As for every chat model; an empty `Cache` counts as no past."""
         past = past_key_values if past_length_of(past_key_values) else None
-        inputs = super().prepare_inputs_for_generation(input_ids, past, inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, past, inputs_embeds, images, **kwargs)
         return {**inputs, "past_key_values": past_key_values}
 
 

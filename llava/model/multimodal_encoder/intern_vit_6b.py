@@ -20,7 +20,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from llava.errors import ConfigError
-from llava.model.multimodal_encoder.builder import TowerSpec
+from llava.model.registry import TowerSpec
+from llava.model.zero import is_partitioned
 from llava.placement import runs_fused_rms_norm
 
 
@@ -143,10 +144,22 @@ class InternVisionEmbeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(1, 1, width))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Parameter(torch.randn(1, grid * grid + 1, width))
+        self._resampled: tuple[tuple[object, ...], Tensor, Tensor] | None = None  # key, its table, the result
 
     def positions(self, height: int, width: int) -> Tensor:
-        """The table for a grid of `height` x `width` patches: `(1, 1 + height*width, C)`, in the table's dtype."""
-        return resample_positions(self.position_embedding, height, width)
+        """The table for a grid of `height` x `width` patches: `(1, 1 + height*width, C)`, in the table's dtype.
+
+        That of a frozen table is computed once.
+        """
+        table = self.position_embedding
+        if table.requires_grad or table.is_inference() or is_partitioned(table):  # changes without notice
+            return resample_positions(table, height, width)
+        key = (height, width, table._version, table.untyped_storage()._cdata, table.dtype)
+        if self._resampled is None or self._resampled[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # a result that training can use too
+                # The reference to the table keeps the address of its storage from being reused.
+                self._resampled = key, table.detach(), resample_positions(table, height, width)
+        return self._resampled[2]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.dim() != 4:

@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from llava.errors import ConfigError
-from llava.model.multimodal_encoder.builder import TowerSpec
 from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel, intern_vit_processor
+from llava.model.registry import TowerSpec
 
 
 @dataclass

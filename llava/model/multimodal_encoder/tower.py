@@ -1,7 +1,6 @@
-"""The vision tower as the chat model sees it: found late, loaded strictly, stopped where its features are taken.
+"""Vision tower of a chat model: lookup, strict loading, and feature selection.
 
-Behaviour is that of spec/model.md §2.3, without its defects: strict weights in the target dtype (M2), frozen modules
-stay in eval mode (M27), and layers after `mm_vision_select_layer` are neither loaded nor run (`design.md`, decision 3).
+Nothing is looked up until it is needed. Layers above `mm_vision_select_layer` are neither loaded nor run.
 """
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +26,42 @@ from llava.model.checkpoint import (
     has_weights,
     iter_tensors,
     layer_index,
+    read_json,
     weight_shapes,
 )
-from llava.model.multimodal_encoder.builder import TowerSpec, find_tower, read_tower_settings, tower_spec
+from llava.model.hub import snapshot
+from llava.model.registry import TowerSpec, tower_spec, tower_type
 from llava.model.weights import empty_weights, load_weights
 
 logger = logging.getLogger(__name__)
+ENVIRONMENT = "LLAVA_VISION_TOWER"
+TIMM = "timm/"
 FEATURES = ("patch", "cls_patch")
-LONGEST_SIDE = 4096  # pixels; what a checkpoint may ask every image to be made into
+LONGEST_SIDE = 4096  # pixels
+Features = Tensor | tuple[Tensor, Tensor]
+
+
+class TowerArguments(Protocol):
+    """Settings of a `VisionTower`: a chat model's configuration or training arguments.
+
+    Also read if present: `mm_vision_select_feature`, `mm_vision_image_size` (pixels), and `mm_vision_tower_config` (the
+    tower's settings as stored in a chat checkpoint).
+    """
+
+    @property
+    def mm_vision_select_layer(self) -> int: ...
 
 
 class VisionTower(nn.Module):
-    """Images `(K, 3, S, S)` to features `(K, n, C)`; `.vision_tower` is the model once `load_model` has run.
+    """Encode images `(K, 3, S, S)` to features `(K, n, C)`; `.vision_tower` is the model after `load_model`.
 
-    `name` is a directory or hub name; `args` carries `mm_vision_select_layer`, and optionally
-    `mm_vision_select_feature`, `mm_vision_image_size` and `mm_vision_tower_config` (the tower's settings as a chat
-    checkpoint keeps them). Until a property needs it, nothing is looked up.
+    Args:
+        name: directory, hub name, or `timm/NAME[:FILE]`.
+        args: the settings listed in `TowerArguments`.
+        checkpoint_dir: the chat checkpoint, which may contain the tower's weights or lie beside them.
     """
 
-    def __init__(self, name: str, args: Any, *, checkpoint_dir: Path | None = None) -> None:
+    def __init__(self, name: str, args: TowerArguments, *, checkpoint_dir: Path | None = None) -> None:
         super().__init__()
         self.name = name
         with config_errors(checkpoint_dir or name):
@@ -56,17 +73,17 @@ class VisionTower(nn.Module):
         self.checkpoint_dir = checkpoint_dir
         stored = getattr(args, "mm_vision_tower_config", None)
         self._settings: dict[str, Any] | None = stored if isinstance(stored, dict) else None
-        self.rest_of: tuple[Path, str] | None = None
+        self._loaded_from: tuple[Path, str] | None = None
 
-    # --- what it is -------------------------------------------------------------------------------------------
+    # --- Configuration --------------------------------------------------------------------------------------------
 
     @cached_property
     def directory(self) -> Path | None:
-        """Where the tower lies; `None` when only the chat checkpoint knows it (its settings are stored there)."""
+        """The tower's directory or weights file; `None` when only its settings are known (of a checkpoint, of timm)."""
         try:
             return find_tower(self.name, self.checkpoint_dir)
         except CheckpointError:
-            if self._settings is None:
+            if self._settings is None and not self.name.startswith(TIMM):
                 raise
             return None
 
@@ -74,17 +91,22 @@ class VisionTower(nn.Module):
     def settings(self) -> dict[str, Any]:
         if self._settings is not None:
             return self._settings
-        if self.directory is None:
-            raise CheckpointError(f"The vision tower {self.name!r} was not found.")
-        return read_tower_settings(self.directory)
+        return read_tower_settings(self.name, self.directory)
 
     @cached_property
     def spec(self) -> TowerSpec:
-        return tower_spec(self.settings, self.name)
+        with config_errors(self.name):
+            spec = tower_spec(self.settings, self.name)
+        if self.select_feature == "cls_patch" and not spec.class_token:
+            raise ConfigError(
+                f"mm_vision_select_feature='cls_patch' needs a class token, which the vision tower {self.name!r} does "
+                "not have; use 'patch'."
+            )
+        return spec
 
     @cached_property
     def config(self) -> Any:
-        """The tower's own configuration, with the layers of the whole tower."""
+        """The tower's own configuration, with the number of layers of the whole tower."""
         with config_errors(self.name):
             config = self.spec.config(self.settings)
         vision = self.spec.vision(config)
@@ -96,7 +118,7 @@ class VisionTower(nn.Module):
 
     @cached_property
     def depth(self) -> int:
-        """How many layers lie before the selected features: the index into the L + 1 hidden states (§1.7)."""
+        """The number of layers to run; the selected features are entry `depth` of the L + 1 hidden states."""
         layers = int(self.spec.vision(self.config).num_hidden_layers)
         depth = self.select_layer + (layers + 1 if self.select_layer < 0 else 0)
         if not 0 <= depth <= layers:
@@ -113,7 +135,7 @@ class VisionTower(nn.Module):
             sides = sorted(processor.crop_size[side] for side in ("height", "width"))
         if not self.spec.vision(self.config).patch_size <= sides[0] <= sides[1] <= LONGEST_SIDE:
             raise CheckpointError(
-                f"The vision tower {self.name!r} would be shown images of {sides[0]} to {sides[1]} px; correct "
+                f"The vision tower {self.name!r} would get images of {sides[0]} to {sides[1]} px; correct "
                 "mm_vision_image_size, or the tower's preprocessor_config.json."
             )
         return processor
@@ -128,19 +150,21 @@ class VisionTower(nn.Module):
 
     @property
     def image_hidden_size(self) -> int:
-        """Width of the patch features; differs from `hidden_size` where the tower has queries of their own width."""
+        """Width of the patch features; differs from `hidden_size` for towers with queries."""
         return int(self.spec.vision(self.config).hidden_size)
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image at the resolution actually used (M26)."""
+        """The number of patches of one image at the size the image processor produces."""
         crop, patch = self.image_processor.crop_size, self.spec.vision(self.config).patch_size
         return int((crop["height"] // patch) * (crop["width"] // patch))
 
     @property
-    def num_features(self) -> int:
-        """Tokens one image takes in the language model."""
-        return self.num_patches + (self.select_feature == "cls_patch") + self.spec.queries(self.config)
+    def feature_shapes(self) -> list[tuple[int, int]]:
+        """(tokens, width) of the features of one image: of its patches, then of its queries if the tower has any."""
+        shapes = [(self.num_patches + (self.select_feature == "cls_patch"), self.image_hidden_size)]
+        queries = self.spec.queries(self.config)
+        return [*shapes, (queries, self.hidden_size)] if queries else shapes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,10 +178,11 @@ class VisionTower(nn.Module):
     def dummy_feature(self) -> Tensor:
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
-    # --- loading ----------------------------------------------------------------------------------------------
+    # --- Loading --------------------------------------------------------------------------------------------------
 
     def load_model(
         self,
+        device_map: object = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -165,34 +190,36 @@ class VisionTower(nn.Module):
     ) -> None:
         """Load the weights up to the selected layer, strictly, and freeze them.
 
-        Weights inside the chat checkpoint win when the set is complete (§11.3, VT-4), unless `from_checkpoint` is
-        false; then the tower's own directory is read. Which one was used is logged.
+        With `from_checkpoint`, weights in the chat checkpoint are preferred when the set is complete; otherwise the
+        tower's own weights are read. `device_map` is accepted for compatibility and ignored.
         """
         if self.is_loaded:
             return
-        source, prefix, table = self.source(from_checkpoint)
-        config = copy.deepcopy(self.config)
-        vision, grid = self.spec.vision(config), math.isqrt(table - 1)
-        if grid != vision.image_size // vision.patch_size:
-            logger.info("tower positions: the stored table has a %dx%d grid, not %d px", grid, grid, vision.image_size)
-            vision.image_size = grid * vision.patch_size
-        model = self.empty(config, source)
+        source, prefix, rows = self.source(from_checkpoint)
+        model = self.empty(source, rows)
         tensors = (
             (name.removeprefix(prefix), tensor)
             for name, tensor in iter_tensors(source, lambda name: name.startswith(prefix) and self.needs(name, prefix))
             if tensor is not None
         )
         load_weights(model, tensors, dtype=dtype or torch.float32, device=device or "cpu", source=str(source),
-             optional=self.spec.unused)  # fmt: skip
+                     optional=self.spec.unused)  # fmt: skip
         self.vision_tower = model.requires_grad_(False).eval()
-        self.rest_of = (source, prefix)
+        self._loaded_from = (source, prefix)
         logger.info("vision tower %s: features after layer %d, from %s", self.name, self.depth, source)
 
-    def empty(self, config: Any, source: Path) -> nn.Module:
-        """The tower up to the selected layer, without memory for its weights, which `source` holds."""
+    def empty(self, source: Path, rows: int | None) -> nn.Module:
+        """The tower up to the selected layer on the meta device, for a position table of `rows` rows in `source`."""
         for part in (self.settings, *self.settings.values()):
             check_depth(part.get("num_hidden_layers") if isinstance(part, dict) else None, source)
+        config = copy.deepcopy(self.config)
         with config_errors(self.name), empty_weights():
+            vision = self.spec.vision(config)
+            configured = vision.image_size // vision.patch_size
+            grid = configured if rows is None else math.isqrt(rows)  # with a row for the class token or without
+            if grid != configured:
+                logger.info("tower positions: the stored table is %dx%d, not for %d px", grid, grid, vision.image_size)
+                vision.image_size = grid * vision.patch_size
             return self.spec.build(config, self.depth)
 
     def stored_shapes(self, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
@@ -206,65 +233,119 @@ class VisionTower(nn.Module):
         index = layer_index(name, self.spec.layers) if self.spec.layers else None
         return not name.startswith(self.spec.unused) and (index is None or index < self.depth)
 
-    def source(self, from_checkpoint: bool) -> tuple[Path, str, int]:
-        """The directory to read, the prefix of the tower's keys in it, and the rows of its position table."""
+    def source(self, from_checkpoint: bool) -> tuple[Path, str, int | None]:
+        """The directory or file to read, the prefix of the tower's keys, and the rows of its position table."""
+        positions = self.spec.positions
         if from_checkpoint and self.checkpoint_dir is not None and has_weights(self.checkpoint_dir):
             shapes = weight_shapes(self.checkpoint_dir)
             for prefix in TOWER_PREFIXES:
                 layers = {layer_index(name, prefix + (self.spec.layers or "")) for name in shapes}
-                positions = prefix + self.spec.positions
-                if positions in shapes and (
-                    self.spec.layers is None or all(index in layers for index in range(self.depth))
-                ):
-                    return self.checkpoint_dir, prefix, shapes[positions][-2]
+                whole = self.spec.layers is None or all(index in layers for index in range(self.depth))
+                stored = any(name.startswith(prefix) for name in shapes) if positions is None else (
+                    prefix + positions in shapes
+                )  # fmt: skip
+                if whole and stored:
+                    return self.checkpoint_dir, prefix, shapes[prefix + positions][-2] if positions else None
         if self.directory is None:
             find_tower(self.name, self.checkpoint_dir)  # raises with the places tried
             raise CheckpointError(f"The vision tower {self.name!r} has settings but no weights.")
+        if positions is None:
+            return self.directory, "", None
         shapes = weight_shapes(self.directory)
-        if self.spec.positions not in shapes:
+        if positions not in shapes:
             raise CheckpointError(
-                f"{self.directory} lacks {self.spec.positions!r}: it does not hold the tower it names."
+                f"{self.directory} does not contain {positions!r}, so it does not hold the weights of the vision tower "
+                f"{self.name!r}; pass the directory or file of that tower."
             )
-        return self.directory, "", shapes[self.spec.positions][-2]
+        return self.directory, "", shapes[positions][-2]
 
     def unused_tensors(self) -> dict[str, Tensor]:
-        """The weights that were not loaded because no feature needs them, read now: a full save stays complete."""
-        if self.rest_of is None:
+        """The weights that were not loaded because no feature needs them, read now, so that a full save is complete."""
+        if self._loaded_from is None:
             return {}
-        source, prefix = self.rest_of
+        source, prefix = self._loaded_from
         parts = {name for name, _ in self.vision_tower.named_children()}
         wanted = iter_tensors(source, lambda name: name.startswith(prefix) and not self.needs(name, prefix))
         rest = ((name.removeprefix(prefix), tensor) for name, tensor in wanted if tensor is not None)
         return {f"vision_tower.{name}": tensor.to(self.dtype) for name, tensor in rest if name.split(".")[0] in parts}
 
-    # --- running ----------------------------------------------------------------------------------------------
+    # --- Forward --------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> VisionTower:
-        """A frozen tower stays in eval mode whatever the enclosing model does (M27)."""
+        """Set training mode; a frozen tower stays in eval mode."""
         trainable = any(parameter.requires_grad for parameter in self.parameters())
         return super().train(mode and trainable)
 
     def forward(self, images: Tensor | Iterable[Tensor]) -> Any:
-        """Features `(K, n, C)` of `(K, 3, H, W)` images, in the images' dtype; a list is encoded one by one.
+        """Features `(K, n, C)` of images `(K, 3, H, W)`, in their dtype; images `(3, H, W)` of a list one by one.
 
-        A tower with queries gives a pair: patch features and query features `(K, q, hidden_size)`.
-
-        Gradients flow only when some parameter of the tower is trainable.
+        A tower with queries returns a pair: patch features and query features `(K, q, hidden_size)`. Gradients flow
+        only when a parameter of the tower is trainable.
         """
         if not isinstance(images, Tensor):
             return [self._encode(image.unsqueeze(0)) for image in images]
         return self._encode(images)
 
-    def _encode(self, images: Tensor) -> Any:
+    def _encode(self, images: Tensor) -> Features:
         if not self.is_loaded:
             raise CheckpointError(f"The vision tower {self.name!r} is not loaded; call load_model() first.")
         trainable = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with nullcontext() if trainable else torch.no_grad():
             output = self.vision_tower(images.to(self.device, self.dtype))
-            features = self.feature_select(output.last_hidden_state).to(images.dtype)  # (K, n, C)
+            features = self.feature_select(output).to(images.dtype)  # (K, n, C)
             queries = getattr(output, "query_features", None)
             return features if queries is None else (features, queries.to(images.dtype))
 
-    def feature_select(self, tokens: Tensor) -> Tensor:
-        """Drop the class token for `patch`, keep it for `cls_patch`."""
-        return tokens[:, 1:] if self.select_feature == "patch" else tokens
+    def feature_select(self, output: Any) -> Tensor:
+        """Select features from the tokens `(K, T, C)` of the tower, given as such or as `last_hidden_state`.
+
+        `patch` drops the class token, `cls_patch` keeps it; registers are dropped.
+        """
+        tokens: Tensor = output if isinstance(output, Tensor) else output.last_hidden_state
+        patches = tokens[:, self.spec.class_token + self.spec.registers :]
+        if self.select_feature == "patch":
+            return patches
+        return torch.cat([tokens[:, :1], patches], dim=1) if self.spec.registers else tokens
+
+
+def find_tower(name: str, checkpoint_dir: Path | None = None) -> Path:
+    """Find the local directory of a tower, or the weights file of `timm/NAME:FILE`; errors list every place tried.
+
+    Order: the variable `LLAVA_VISION_TOWER`, the path as given, the path and then its last component relative to the
+    checkpoint and beside it, the Hugging Face cache, the hub (unless offline).
+    """
+    name = os.environ.get(ENVIRONMENT) or name
+    _, is_file, file = name.partition(":") if name.startswith(TIMM) else (name, "", "")
+    path = file if is_file else name
+    candidates = [Path(path)]
+    if checkpoint_dir is not None:
+        last = Path(path.rstrip("/")).name
+        candidates += [checkpoint_dir / path, checkpoint_dir / last, checkpoint_dir.resolve().parent / last]
+    for place in candidates:
+        if os.path.isfile(place if is_file else place / "config.json"):  # noqa: PTH113 (as in require_directory)
+            return place
+    found, asked = (None, []) if is_file else snapshot(name, ["*.json", "*.safetensors", "*.bin"])
+    if found is None:
+        places = dict.fromkeys([*map(str, candidates), *asked])
+        remedy = f"pass its directory with --vision-tower (or {ENVIRONMENT})"
+        if name.startswith(TIMM):
+            remedy = f"pass its weights with --vision-tower {name.partition(':')[0]}:FILE (or {ENVIRONMENT})"
+        raise CheckpointError(
+            f"The vision tower {name!r} was not found; tried {', '.join(places)}. Download it and {remedy}."
+        )
+    return found
+
+
+def read_tower_settings(name: str, path: Path | None) -> dict[str, Any]:
+    """The settings of a tower: its `config.json`, of a composite one the `vision_config`; or those timm has for a name.
+
+    `path` is what `find_tower` found for `name`: a directory, the weights file of `timm/NAME:FILE`, or nothing.
+    """
+    if path is None or not path.is_dir():
+        from llava.model.multimodal_encoder.timm_encoder import named_settings
+
+        return named_settings(os.environ.get(ENVIRONMENT) or name)
+    settings = read_json(path / "config.json")
+    if "vision_config" in settings and settings.get("model_type") in ("clip", "intern_vit_6b"):
+        return {"model_type": settings["model_type"], **settings["vision_config"]}
+    return {"model_type": tower_type(settings), **settings} if "architecture" in settings else settings

@@ -7,10 +7,10 @@ import re
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import Final, cast
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, get_template, with_image_token
+from llava.conversation import Content, Conversation, get_template, with_image_token
 from llava.errors import RequestError
 from llava.serve.web.images import UploadedImage
 
@@ -80,9 +80,11 @@ class Chat:
         turns = [turn for turn in self.turns if turn.answer or turn is self.turns[-1]]
         for index, turn in enumerate(turns):
             count = len(turn.images)
-            content: str | tuple[str, None, str] = turn.text
+            content: Content = turn.text
             if index == 0 and count == 1 and DEFAULT_IMAGE_TOKEN not in turn.text:
-                content = (f"{DEFAULT_IMAGE_TOKEN}\n{turn.text}", None, turn.mode)
+                content = cast(
+                    Content, (f"{DEFAULT_IMAGE_TOKEN}\n{turn.text}", None, turn.mode)
+                )  # images are sent apart
             elif count:
                 content = with_image_token(turn.text, conversation, None, count)
             conversation.append_message(conversation.roles[0], content)

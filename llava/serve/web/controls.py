@@ -10,8 +10,8 @@ from typing import Final
 import gradio as gr
 
 from llava.errors import LlavaError, RequestError
+from llava.images import PROCESS_MODES
 from llava.serve.web.chat import Sampling, escape
-from llava.serve.web.images import MODES
 
 DEFAULTS: Final = Sampling()
 PRIVATE: Final[dict[str, object]] = {"show_progress": "hidden", "api_visibility": "private"}  # no public endpoint
@@ -74,8 +74,8 @@ def image_box(elem_id: str) -> gr.Gallery:
 
 def mode_choice() -> gr.Radio:
     return gr.Radio(
-        list(MODES),
-        value=MODES[0],
+        list(PROCESS_MODES),
+        value=PROCESS_MODES[0],
         label="Preprocessing of images that are not square",
         info="Default: as in training. Pad: add margins. Crop: keep the center. Resize: stretch.",
     )

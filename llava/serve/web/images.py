@@ -12,14 +12,11 @@ from typing import Final
 from PIL import Image
 
 from llava.errors import ImageError
-from llava.images import expand2square, open_image
+from llava.images import PROCESS_MODES, open_image, process_upload
 
-MODES: Final = ("Default", "Pad", "Crop", "Resize")
 MAX_IMAGES: Final = 8
 _MAX_SIDE: Final = 2048
 _MAX_BYTES: Final = 2 * 2**20
-_PAD_COLOR: Final = (122, 116, 104)  # mean of CLIP's image processor
-_STRETCH: Final = 336
 _SENT_FORMATS: Final = ("JPEG", "PNG", "WEBP")
 
 
@@ -40,14 +37,14 @@ class UploadedImage:
         return f"data:{kind};base64,{base64.b64encode(self.data).decode()}"
 
     def encode(self, mode: str) -> str:
-        """Base64 of the file sent to workers; `mode` is one of `MODES`.
+        """Base64 of the file sent to workers; `mode` is one of `PROCESS_MODES`.
 
         `Default` sends the upload as is, to be preprocessed as in the other programs; `Crop` keeps the central square,
         `Pad` pads to a square and `Resize` stretches to 336 x 336.
         """
-        if mode not in MODES:
-            raise ImageError(f"Unknown preprocess mode {mode!r}; must be one of {', '.join(MODES)}.")
-        return base64.b64encode(self.data if mode == "Default" else _png(_processed(self.decode(), mode))).decode()
+        if mode not in PROCESS_MODES:
+            raise ImageError(f"Unknown preprocess mode {mode!r}; must be one of {', '.join(PROCESS_MODES)}.")
+        return base64.b64encode(self.data if mode == "Default" else _png(process_upload(self.decode(), mode))).decode()
 
 
 def load_images(paths: Sequence[str]) -> tuple[UploadedImage, ...]:
@@ -77,16 +74,6 @@ def load_image(path: str) -> UploadedImage:
 def as_jpeg(image: UploadedImage) -> bytes:
     """The image as JPEG without the metadata of the upload, for the log."""
     return _jpeg(image.decode())
-
-
-def _processed(image: Image.Image, mode: str) -> Image.Image:
-    if mode == "Pad":
-        return expand2square(image, _PAD_COLOR)
-    if mode == "Resize":
-        return image.resize((_STRETCH, _STRETCH))
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -14,7 +14,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import template_for
 from llava.engine.arguments import EngineArgs
-from llava.engine.sequence import Completion, ImageInput, Picture, Request, SamplingParams
+from llava.engine.sequence import Completion, HashedImage, ImageInput, Request, SamplingParams
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
@@ -46,13 +46,13 @@ class BackendSettings:
 def model_info(engine: Engine, model_name: str, conv_mode: str | None, settings: BackendSettings) -> ModelInfo:
     """Public properties of a loaded model."""
     model = engine.model
-    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
+    image_tokens = int(getattr(model, "num_image_tokens", 0))  # absent from language models
     return ModelInfo(
         conv_template=template_for(model.config, model_name, conv_mode),
-        context_length=engine.lm.context_length,
-        image_tokens=0 if tower is None else int(tower.num_features),
+        context_length=engine.model_runner.context_length,
+        image_tokens=image_tokens,
         max_new_tokens=settings.max_new_tokens,
-        max_images=settings.max_images if tower is not None else 0,
+        max_images=settings.max_images if image_tokens else 0,
     )
 
 
@@ -63,7 +63,7 @@ class LoadedModel(NamedTuple):
     info: ModelInfo
     wraps_images: bool = False  # with <im_start> and <im_end>
     tokenize: Callable[[str], str | Sequence[int]] = lambda text: text
-    preprocess: Callable[[str], ImageInput | Picture] = ImagePreprocessor(lambda image: image)
+    preprocess: Callable[[str], ImageInput | HashedImage] = ImagePreprocessor(lambda image: image)
 
 
 LoadModel = Callable[[Callable[[float], None]], LoadedModel]  # argument: called with the fraction of weights loaded

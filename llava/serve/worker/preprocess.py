@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.engine.cache import LRUCache
-from llava.engine.sequence import ImageInput, Picture, identify
+from llava.engine.sequence import HashedImage, ImageInput, hash_image
 from llava.errors import ContextLengthError
 from llava.images import ImageLimits
 from llava.mm_utils import load_image_from_base64, tokenizer_image_token
@@ -36,19 +36,19 @@ class ImagePreprocessor:
         self._cache = LRUCache(_CACHE_BYTES)
         self._lock = threading.Lock()
 
-    def __call__(self, encoded: str) -> ImageInput | Picture:
+    def __call__(self, encoded: str) -> ImageInput | HashedImage:
         """Decode and preprocess a base64 image; raises `ImageError`."""
         key = hashlib.blake2b(encoded.encode(errors="surrogatepass")).digest()
         with self._lock:
             cached = self._cache.get(key)
         if cached is not None:
-            return identify(cached)
+            return hash_image(cached)
         image_input = self._pixels(load_image_from_base64(encoded, IMAGE_LIMITS))
         if not isinstance(image_input, Tensor):
             return image_input
         with self._lock:
             self._cache.put(key, image_input)
-        return identify(image_input)
+        return hash_image(image_input)
 
 
 def tokenizer_for(engine: Engine) -> Callable[[str], Sequence[int]]:
@@ -57,7 +57,7 @@ def tokenizer_for(engine: Engine) -> Callable[[str], Sequence[int]]:
     A prompt too long for the context at any tokenization raises `ContextLengthError` without being tokenized, which
     would take minutes.
     """
-    context = engine.lm.context_length
+    context = engine.model_runner.context_length
     longest = max(map(len, engine.tokenizer.get_vocab()))  # characters per token
     engine.tokenizer("")  # the first call of a fast tokenizer sets its padding, which is not thread-safe
 

@@ -1,0 +1,118 @@
+"""Fused linear layers, RMS norm and decoder layers of a LLaMA, as the engine runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava.placement import prefers_matrix_vector, runs_fused_rms_norm
+
+if TYPE_CHECKING:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+
+class FusedLinear:
+    """Linear layers of one input as one matrix product: (N, in) to (N, sum of outs).
+
+    The parameters of plain linear layers become views of one tensor, so memory stays the same and transformers'
+    forward (beam search) uses the same weights; `state_dict` returns separate tensors. Other layers (4 and 8 bit) are
+    called one by one, and `weight` is None.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.modules = modules
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        linear = [module for module in modules if type(module) is nn.Linear]
+        biased = [module.bias is not None for module in linear]
+        if len(linear) != len(modules) or any(biased) != all(biased):
+            return
+        self.weight = fuse_weights(linear, "weight")
+        self.bias = fuse_weights(linear, "bias") if all(biased) else None
+        self.vector = prefers_matrix_vector(self.weight.device, self.weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            parts = [module(x) for module in self.modules]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if self.vector and len(x) == 1:
+            out = torch.mv(self.weight, x[0])
+            return (out if self.bias is None else out + self.bias).unsqueeze(0)
+        return F.linear(x, self.weight, self.bias)
+
+
+def fuse_weights(modules: Sequence[nn.Linear], name: str) -> Tensor:
+    """Concatenate a parameter of all modules and make the parameters views of the result, unless they already are."""
+    parameters = [module.get_parameter(name) for module in modules]
+    first = parameters[0].data
+    offset = first.storage_offset()
+    fused = True
+    for parameter in parameters:
+        same = parameter.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        fused = fused and same and parameter.is_contiguous() and bool(parameter.storage_offset() == offset)
+        offset += parameter.numel()
+    if fused:
+        rows = sum(map(len, parameters))
+        return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    whole = torch.cat([parameter.data for parameter in parameters])
+    views = torch.split(whole, [len(parameter) for parameter in parameters])
+    for module, parameter, view in zip(modules, parameters, views, strict=True):
+        parameter.data = view
+        module._register_state_dict_hook(_clone_state)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def _clone_state(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """State dict hook: checkpoint writers refuse, or drop, tensors that share storage."""
+    for name in ("weight", "bias"):
+        if f"{prefix}{name}" in state:
+            state[f"{prefix}{name}"] = state[f"{prefix}{name}"].clone()
+
+
+class RMSNorm:
+    """Root mean square norm (Zhang and Sennrich, 2019), in float32 and scaled in the model's dtype, as in transformers.
+
+    On CUDA it is torch's fused kernel, which scales before rounding: one launch instead of six, and a smaller error.
+    """
+
+    def __init__(self, module: LlamaRMSNorm) -> None:
+        self.weight: Tensor = module.weight
+        self.eps: float = module.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if runs_fused_rms_norm(x, self.weight):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        x32 = x.float()
+        scale = x32.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (x32 * scale).to(x.dtype) * self.weight
+
+
+class DecoderLayer:
+    """Weights of one LLaMA layer, with q, k, v and gate, up fused; all on `device`."""
+
+    def __init__(self, layer: LlamaDecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.device: torch.device = layer.input_layernorm.weight.device
+        self.norm = RMSNorm(layer.input_layernorm)
+        self.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = FusedLinear(attention.o_proj)
+        self.mlp_norm = RMSNorm(layer.post_attention_layernorm)
+        self.gate_up = FusedLinear(mlp.gate_proj, mlp.up_proj)
+        self.activation: nn.Module = mlp.act_fn
+        self.down = FusedLinear(mlp.down_proj)
+        self.in_place = isinstance(self.activation, nn.SiLU) and self.down.weight is not None
+
+    @property
+    def projections(self) -> tuple[FusedLinear, ...]:
+        return (self.qkv, self.out, self.gate_up, self.down)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """MLP with its residual, (N, D) to (N, D)."""
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        if self.in_place:  # allocating memory for a long prompt costs as much as the arithmetic
+            return self.down(F.silu(gate, inplace=True).mul_(up)).add_(x)
+        return x + self.down(self.activation(gate) * up)
