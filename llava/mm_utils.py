@@ -10,20 +10,13 @@ import torch
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ImageError
-from llava.images import DEFAULT, ImageLimits, expand2square, open_image, process_images
+from llava.images import DEFAULT, ImageLimits, open_image
+from llava.images import expand2square as expand2square
+from llava.images import process_images as process_images
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "KeywordsStoppingCriteria",
-    "expand2square",
-    "get_model_name_from_path",
-    "load_image_from_base64",
-    "process_images",
-    "tokenizer_image_token",
-]
 
 
 def load_image_from_base64(image: str, limits: ImageLimits = DEFAULT) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib
 import logging
@@ -12,11 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llava.constants import LOGDIR
 from llava.errors import DependencyError, LlavaError
 from llava.files import write_errors
+
+if TYPE_CHECKING:
+    import asyncio
 
 LOG_FORMAT: Final = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 LOG_DATE_FORMAT: Final = "%Y-%m-%d %H:%M:%S"

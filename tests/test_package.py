@@ -188,6 +188,12 @@ def test_plain_english() -> None:
     assert found == []
 
 
+def test_images_are_called_images() -> None:
+    python = [path for folder in ("llava", "scripts", "playground") for path in (ROOT / folder).rglob("*.py")]
+    words = re.compile(r"pictures?(?![a-z])", re.IGNORECASE)
+    assert [name_of(path) for path in python if words.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_the_measures_of_language_see_what_they_forbid() -> None:
     assert all(CITATION.search(text) for text in ("see \u00a7 3", "(spec/" + "train.md)", "users" + ".md SEC-3"))
     text = 'raise Error(\n    "The worker broke "\n    f"off")  # and\n    # is told\n    # the share'

@@ -129,14 +129,14 @@ def test_the_prepared_files_agree_with_the_package(easy_vqa: Path) -> None:
 
 
 def test_colors_are_those_of_the_pixels(easy_vqa: Path) -> None:
-    """The labels are read from words; the pictures must say the same."""
+    """Labels derived from questions agree with the images."""
     primary = {"red": (255, 0, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "teal": (0, 128, 128)}
     labels = json.loads((easy_vqa / "labels.json").read_text())
     checked = 0
     for name, found in list(labels.items())[:200]:
         if found.get("color") in primary:
-            with Image.open(easy_vqa / "train" / f"{name}.png") as picture:
-                assert primary[found["color"]] in {color for _, color in picture.convert("RGB").getcolors(4096)}
+            with Image.open(easy_vqa / "train" / f"{name}.png") as image:
+                assert primary[found["color"]] in {color for _, color in image.convert("RGB").getcolors(4096)}
             checked += 1
     assert checked > 50
 
@@ -209,8 +209,8 @@ def test_shown_answers_say_what_was_wrong(tmp_path: Path, capsys: pytest.Capture
         truth = rest.removeprefix("(truth: ").split(",")[0]
         assert ("right" in rest) == (answer.lower().rstrip(".") == truth)
     assert {"right" in line for line in shown} == {True, False}
-    with Image.open(tmp_path / "answers.png") as picture:
-        assert picture.width > picture.height
+    with Image.open(tmp_path / "answers.png") as image:
+        assert image.width > image.height
 
 
 def test_missing_answers_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

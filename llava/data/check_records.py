@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llava.data.annotations import SUFFIXES, JsonRecords, Records, read_records
 from llava.data.dataset_scan import DatasetScan, ScanResult
+from llava.data.mixture import read_mixture
 from llava.errors import DataError
 from llava.files import atomic_write, write_errors
 from llava.utils import guarded, require
@@ -39,8 +40,6 @@ def make_parser() -> argparse.ArgumentParser:
 def read_datasets(file: Path, images: Path | None) -> list[tuple[Path, Path | None]]:
     """Annotation files and image folders: those of a mixture, or `file` and `images` themselves."""
     if file.suffix == ".json" and _is_mixture(file):
-        from llava.data.mixture import read_mixture  # imports torch
-
         return [(Path(entry.annotation), Path(entry.root)) for entry in read_mixture(file)]
     return [(file, images)]
 

@@ -1,19 +1,21 @@
-"""Supervised dataset and its collator; records and images are loaded on access, and bad records are never hidden."""
+"""Supervised datasets, their mixtures and the collator; records and images are loaded on access."""
 
 from __future__ import annotations
 
+import bisect
+import copy
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers.trainer_utils import seed_worker
 
 from llava import conversation
@@ -22,6 +24,7 @@ from llava.conversation import Conversation, get_template, image_placeholder
 from llava.data.annotations import read_records
 from llava.data.dataset_scan import DatasetScan, ScanResult
 from llava.data.labels import Example, build_example, check_template, place_images, truncate
+from llava.data.mixture import Entry, read_mixture
 from llava.data.records import Record, Turn, parse_record
 from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
 from llava.images import open_image, preprocess_image
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Batch = dict[str, torch.Tensor | list[torch.Tensor]]
 Merge = Callable[[torch.Tensor], torch.Tensor]
 _COUNTERS: Final = ("bad", "truncated", "unsupervised")
 _KNOWN_KEYS: Final = frozenset({"id", "image", "conversations"})
@@ -78,15 +82,13 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
     def lengths(self) -> list[int]:
         """Words of each record, plus 128 with an image; 0 for a bad record."""
         result = self._scan_result()
-        lengths: list[int] = (result.words + 128 * result.image).tolist()
-        return lengths
+        return cast("list[int]", (result.words + 128 * result.image).tolist())
 
     @cached_property
     def modality_lengths(self) -> list[int]:
         """Words of each record, negative without an image."""
         result = self._scan_result()
-        lengths: list[int] = np.where(result.image, result.words, -result.words).tolist()
-        return lengths
+        return cast("list[int]", np.where(result.image, result.words, -result.words).tolist())
 
     def check(self, *, wait: bool = False) -> bool:
         """Raise or skip the bad records found by the scan, once it is complete; returns whether it is.
@@ -204,6 +206,49 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         return kind(f"{self.data_path}, record {index}: {str(error.args[0]).rstrip('.')}; {remedy}.")
 
 
+class MixtureDataset(ConcatDataset[dict[str, torch.Tensor]]):
+    """Concatenation of the datasets of a mixture, each `repeat_time` times; items as in `LazySupervisedDataset`."""
+
+    def __init__(
+        self, entries: list[Entry], tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, template: Conversation
+    ):
+        self.parts: dict[str, LazySupervisedDataset] = {}
+        for entry in entries:
+            args = copy.copy(data_args)
+            args.data_path, args.image_folder = entry.annotation, entry.root
+            self.parts[entry.name] = LazySupervisedDataset(entry.annotation, tokenizer, args, template)
+        super().__init__([self.parts[entry.name] for entry in entries for _ in range(entry.repeat_time)])
+        for entry in entries:
+            count, repeats = len(self.parts[entry.name]), entry.repeat_time
+            logger.info("%s: %d samples x %d, %.2f %%", entry.name, count, repeats, 100 * count * repeats / len(self))
+
+    def record_of(self, index: int) -> tuple[int, int]:
+        """Identifier of the dataset and index in it of a sample; equal for all its repeats."""
+        part = bisect.bisect_right(self.cumulative_sizes, index)
+        return id(self.datasets[part]), index - (self.cumulative_sizes[part - 1] if part else 0)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [length for part in self._repeated() for length in part.lengths]
+
+    @cached_property
+    def modality_lengths(self) -> list[int]:
+        return [length for part in self._repeated() for length in part.modality_lengths]
+
+    def _repeated(self) -> list[LazySupervisedDataset]:
+        return cast("list[LazySupervisedDataset]", self.datasets)
+
+    def check(self, *, wait: bool = False) -> bool:
+        """Whether the scans of all datasets are complete; raises as `LazySupervisedDataset.check` does."""
+        complete = [part.check(wait=wait) for part in self.parts.values()]  # checks all of them
+        return all(complete)
+
+    def report(self, merge: Merge = torch.Tensor.long) -> dict[str, int]:
+        """Sum of the datasets' reports, without repeats."""
+        reports = [part.report(merge) for part in self.parts.values()]
+        return {key: sum(report[key] for report in reports) for key in reports[0]}
+
+
 def record_example(
     record: Record, tokenizer: PreTrainedTokenizerBase, template: Conversation, *, start_end: bool = False
 ) -> Example:
@@ -219,7 +264,7 @@ class DataCollatorForSupervisedDataset:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> Batch:
         """`input_ids`, `labels` (B, T) int64, `attention_mask` (B, T) bool and, with images, `images`.
 
         `images` (K, 3, S, S) are those of all rows in order, or a list if sizes differ; a row has at least one. Raises
@@ -232,11 +277,7 @@ class DataCollatorForSupervisedDataset:
         labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE_INDEX)
         lengths = torch.tensor([len(row.input_ids) for row in rows])  # (B,)
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        batch: dict[str, torch.Tensor | list[torch.Tensor]] = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "attention_mask": mask,
-        }
+        batch: Batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
         with_image = [item["image"] for item in instances if "image" in item]
         if with_image and len(with_image) < len(instances):
             raise DataError(
@@ -280,9 +321,18 @@ def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None
 def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, template: Conversation | str | None = None
 ) -> dict[str, Any]:
-    """Dataset and collator for the Trainer. Raises `TemplateError` or `DataError` if no answers can be learned."""
-    dataset = LazySupervisedDataset(data_args.data_path or "", tokenizer, data_args, template)
-    check_template(tokenizer, dataset.template)
-    check_supervision(dataset)
+    """Dataset of `data_path`, or mixture of `meta_path`, and collator for the Trainer.
+
+    Raises `TemplateError` or `DataError` if no answers can be learned.
+    """
+    template = get_template(template) if isinstance(template, str) else template or conversation.default_conversation
+    check_template(tokenizer, template)
+    dataset: MixtureDataset | LazySupervisedDataset
+    if meta_path := getattr(data_args, "meta_path", None):
+        dataset = MixtureDataset(read_mixture(meta_path), tokenizer, data_args, template)
+    else:
+        dataset = LazySupervisedDataset(data_args.data_path or "", tokenizer, data_args, template)
+    for part in dataset.parts.values() if isinstance(dataset, MixtureDataset) else [dataset]:
+        check_supervision(part)
     collator = DataCollatorForSupervisedDataset(tokenizer)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}

@@ -50,38 +50,34 @@ def scan_records(records: Records, start: int, stop: int, check: RecordCheck | N
     """Scan the records [start, stop); `check` returns further problems of a valid record, such as missing images."""
     result = ScanResult(np.zeros(stop - start, np.int32), np.zeros(stop - start, np.bool_))
     for block in range(start, stop, BLOCK):
-        texts = _scan_block(records, block, min(block + BLOCK, stop), check, result, start)
+        indices = range(block, min(block + BLOCK, stop))
+        texts = [_scan_record(records, index, check, result, index - start) for index in indices]
         result.words[block - start : block - start + len(texts)] = count_words(texts)
     return result
 
 
-def _scan_block(
-    records: Records, begin: int, end: int, check: RecordCheck | None, result: ScanResult, start: int
-) -> list[str]:
-    """Add the records [begin, end) to `result`, which begins at `start`; returns their texts, empty for bad ones."""
-    texts = []
-    for index in range(begin, end):
-        texts.append("")
-        try:
-            raw = records[index]
-        except DataError as error:
-            result.problems[index] = [str(error.args[0])]
-            continue
-        if isinstance(raw, dict):
-            result.keys.update(raw)
-        checked = quick_check(raw) if check is None else None
-        if checked:
-            texts[-1], result.image[index - start] = checked
-            continue
-        problems = list(problems_of(raw))
-        if not problems:
-            record = parse_record(raw)
-            problems = check(record) if check else []
-            texts[-1] = "\n".join(turn.text for turn in record.turns)
-            result.image[index - start] = bool(record.image)
-        if problems:
-            result.problems[index] = problems
-    return texts
+def _scan_record(records: Records, index: int, check: RecordCheck | None, result: ScanResult, row: int) -> str:
+    """Add a record to `row` of `result`, except for its words; returns its text, empty for a bad record."""
+    try:
+        raw = records[index]
+    except DataError as error:
+        result.problems[index] = [str(error.args[0])]
+        return ""
+    if isinstance(raw, dict):
+        result.keys.update(raw)
+    checked = quick_check(raw) if check is None else None
+    if checked:
+        text, result.image[row] = checked
+        return text
+    problems = list(problems_of(raw))
+    if not problems:
+        record = parse_record(raw)
+        problems = check(record) if check else []
+        result.image[row] = bool(record.image)
+    if problems:
+        result.problems[index] = problems
+        return ""
+    return "\n".join(turn.text for turn in record.turns)
 
 
 def count_words(texts: Sequence[str]) -> npt.NDArray[np.int32]:

@@ -48,16 +48,11 @@ class Token(NamedTuple):
 
 
 def build_example(
-    turns: Sequence[Turn],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Conversation,
-    *,
-    has_image: bool,
-    model_max_length: int | None = None,
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: Conversation, *, has_image: bool
 ) -> Example:
-    """Ids and labels of a conversation, truncated to `model_max_length` if given.
+    """Ids and labels of a conversation; a token is supervised if any of its characters is.
 
-    A token is supervised if any of its characters is. Raises `DataError` for turns that the template cannot render.
+    Raises `DataError` for turns that the template cannot render.
     """
     spans = training_spans(turns, template)
     prompt = "".join(span.text for span in spans)
@@ -67,8 +62,7 @@ def build_example(
     # A token without characters, such as the space before an answer, is treated as the next character.
     mask = [1 in supervised[token.start : max(token.end, token.start + 1)] for token in tokens]
     keep = torch.tensor(mask, dtype=torch.bool) & (input_ids != IMAGE_TOKEN_INDEX)
-    example = Example(input_ids, torch.where(keep, input_ids, IGNORE_INDEX))
-    return example if model_max_length is None else truncate(example, model_max_length)
+    return Example(input_ids, torch.where(keep, input_ids, IGNORE_INDEX))
 
 
 def truncate(example: Example, limit: int) -> Example:
@@ -207,16 +201,11 @@ def preprocess(
 
     As published, only samples without images are truncated to the tokenizer's `model_max_length` here.
     """
-    limit = None if has_image else tokenizer.model_max_length
     template = conversation.default_conversation
-    examples = [
-        build_example(parse_turns(source), tokenizer, template, has_image=has_image, model_max_length=limit)
-        for source in sources
-    ]
-    return {
-        "input_ids": [example.input_ids for example in examples],
-        "labels": [example.labels for example in examples],
-    }
+    examples = [build_example(parse_turns(source), tokenizer, template, has_image=has_image) for source in sources]
+    if not has_image:
+        examples = [truncate(example, tokenizer.model_max_length) for example in examples]
+    return {"input_ids": [ids for ids, _ in examples], "labels": [labels for _, labels in examples]}
 
 
 def preprocess_multimodal(sources: Sources, data_args: DataArguments, num_images: int = 1) -> Sources:

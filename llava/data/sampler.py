@@ -7,7 +7,7 @@ All ranks must draw the same order, from equal global random states as published
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ def get_length_grouped_indices(
     lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
 ) -> list[int]:
     """A permutation of the indices in megabatches of `batch_size * world_size`, split evenly among ranks by length."""
-    return _to_list(_length_grouped(np.asarray(lengths, np.int64), batch_size, world_size, generator))
+    return cast("list[int]", _length_grouped(np.asarray(lengths, np.int64), batch_size, world_size, generator).tolist())
 
 
 def get_modality_length_grouped_indices(
@@ -50,7 +50,7 @@ def get_modality_length_grouped_indices(
     sizes = np.abs(signed)
     image, text = np.flatnonzero(signed > 0), np.flatnonzero(signed <= 0)
     if not len(image) or not len(text):
-        return _to_list(_length_grouped(sizes, batch_size, world_size, generator))
+        return cast("list[int]", _length_grouped(sizes, batch_size, world_size, generator).tolist())
     megabatch = batch_size * world_size
     single: list[Indices] = []
     rest: list[Indices] = []
@@ -64,12 +64,7 @@ def get_modality_length_grouped_indices(
     if len(mixed) >= megabatch:
         single.insert(0, mixed[:megabatch])
         mixed = mixed[megabatch:]
-    return _to_list(np.concatenate([*single, mixed]))
-
-
-def _to_list(order: Indices) -> list[int]:
-    indices: list[int] = order.tolist()
-    return indices
+    return cast("list[int]", np.concatenate([*single, mixed]).tolist())
 
 
 def _length_grouped(lengths: Indices, batch_size: int, world_size: int, generator: torch.Generator | None) -> Indices:

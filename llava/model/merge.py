@@ -14,28 +14,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError
 from llava.files import atomic_directory
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.quantization import PREFIXES
 from llava.model.registry import language_model_spec
 from llava.model.tokenizer import load_tokenizer
 from llava.model.verification import cast_parameters, check_logits, probe_logits
 from llava.placement import resolve_attention
 from llava.utils import guarded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")

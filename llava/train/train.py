@@ -24,7 +24,6 @@ from llava.arguments import DataArguments, ModelArguments, TrainingArguments, pa
 from llava.conversation import get_template
 from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedDataset, make_supervised_data_module
 from llava.data.labels import preprocess, preprocess_multimodal
-from llava.data.mixture import make_mixture_module
 from llava.errors import ConfigError, TrainingError
 from llava.files import write_errors
 from llava.model.verification import cast_parameters
@@ -93,8 +92,7 @@ def prepare(
     model = model_setup.load_base(model_args, args)
     model.loss_function = loss
     adapted = model_setup.add_lora(model, model_args, args) if args.lora_enable else model
-    tokenizer = model_setup.load_training_tokenizer(model_args, args)
-    model_setup.set_pad_token(model, tokenizer, model_args.version, may_grow=not args.lora_enable)
+    tokenizer = model_setup.setup_tokenizer(model, model_args, args)
     dtype = model_setup.compute_dtype(args)
     if model_args.vision_tower is not None:
         model_setup.add_vision(model, model_args, data_args, dtype)
@@ -180,8 +178,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     with write_errors(output_dir):  # before anything is loaded
         output_dir.mkdir(parents=True, exist_ok=True)
     model, tokenizer, template = prepare(model_args, data_args, args)
-    make_data = make_mixture_module if data_args.meta_path else make_supervised_data_module
-    data = make_data(tokenizer, data_args, get_template(template))
+    data = make_supervised_data_module(tokenizer, data_args, get_template(template))
     validation.add_validation_set(data, tokenizer, data_args, args, get_template(template))
     if args.deepspeed:
         zero.fill_defaults(args.hf_deepspeed_config.config, model.config.hidden_size)
@@ -189,7 +186,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         model=model,
         tokenizer=tokenizer,
         args=args,
-        saves="projector" if model_args.tune_mm_mlp_adapter else "lora" if args.lora_enable else "full",
         callbacks=[LogFiles(output_dir, plot=args.plot_loss), DataCheck(data["train_dataset"].check)],
         **data,
     )

@@ -16,8 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from llava.arguments import DataArguments, TrainingArguments
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
-from llava.data.dataset import LazySupervisedDataset, Merge
-from llava.data.mixture import MixtureDataset
+from llava.data.dataset import LazySupervisedDataset, Merge, MixtureDataset
 from llava.errors import DataError
 
 if TYPE_CHECKING:

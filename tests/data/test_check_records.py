@@ -40,20 +40,20 @@ def test_report_and_clean_copy(root: Path, capsys: pytest.CaptureFixture[str]) -
     (root / "data.json").write_text(json.dumps(RECORDS, ensure_ascii=False))
     for name in ("clean.json", "clean.jsonl"):
         assert main([str(root / "data.json"), "--images", str(root), "--write-clean", str(root / name)]) == 1
-        said = capsys.readouterr().out.splitlines()
+        output = capsys.readouterr().out.splitlines()
         assert (
             sorted(
                 {
                     int(line.split(":")[1])
-                    for line in said
+                    for line in output
                     if line.startswith(f"{root}/data.json:") and " records in " not in line
                 }
             )
             == BAD
         )
-        assert f"{root}/data.json:4: a turn from gpt has the value '3', expected text" in said
-        assert "6 records" in said[-2] and said[-2].endswith("3 bad; good are 2 with images and 1 without.")
-        assert said[-1] == f"{root / name}: 3 good records."
+        assert f"{root}/data.json:4: a turn from gpt has the value '3', expected text" in output
+        assert "6 records" in output[-2] and output[-2].endswith("3 bad; good are 2 with images and 1 without.")
+        assert output[-1] == f"{root / name}: 3 good records."
         assert list(read_records(root / name)) == [RECORDS[i] for i in range(6) if i not in BAD]
         assert main([str(root / name), "--images", str(root)]) == 0
         capsys.readouterr()
@@ -100,8 +100,8 @@ def test_mixture(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sets = {name: {"annotation": f"{root}/{name}.json", "root": str(root)} for name in "ab"}
     (root / "meta.json").write_text(json.dumps(sets))
     assert main([str(root / "meta.json")]) == 1
-    said = capsys.readouterr().out
-    assert "a.json: 2 records" in said and "b.json: 4 records" in said and "b.json:0: Cannot read image" in said
+    output = capsys.readouterr().out
+    assert "a.json: 2 records" in output and "b.json: 4 records" in output and "b.json:0: Cannot read image" in output
 
 
 def test_clean_copies_that_cannot_be_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,8 +128,8 @@ def test_invalid_command_lines(
     monkeypatch.chdir(root)
     (root / "data.json").write_text(json.dumps(RECORDS[:1]))
     assert main(["data.json", *more]) == 2
-    said = capsys.readouterr()
-    assert why in said.err and not said.out  # before records are scanned
+    output = capsys.readouterr()
+    assert why in output.err and not output.out  # before records are scanned
     assert main(["data.json", "--write-clean", "data.json/clean.json"]) == 2
     assert "Cannot write data.json/clean.json: " in capsys.readouterr().err
     (root / "bad.json").write_text("[{}]")
@@ -139,8 +139,8 @@ def test_invalid_command_lines(
 
 def test_help_lists_the_flags_of_both_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert "--write-clean" in said and "--model-base" in said
+    output = capsys.readouterr().out
+    assert "--write-clean" in output and "--model-base" in output
 
 
 def test_directories_are_checked_as_models(tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,12 +222,12 @@ def test_ten_thousand_fuzzed_records_have_exact_counts(tmp_path: Path, capsys: p
     for name, total, wrong in (("a.json", len(made), bad), ("a.jsonl", len(lines), broken)):
         clean = tmp_path / f"clean-{name}"
         assert main([str(tmp_path / name), "--all", "--write-clean", str(clean)]) == 1
-        said = capsys.readouterr().out.splitlines()
+        shown = capsys.readouterr().out.splitlines()
         named = {
-            int(line.split(":")[1]) for line in said if line.startswith(f"{tmp_path / name}:") and " bad; " not in line
+            int(line.split(":")[1]) for line in shown if line.startswith(f"{tmp_path / name}:") and " bad; " not in line
         }
         assert sorted(named) == wrong
-        assert f"{total} records" in said[-2] and f"{len(wrong)} bad;" in said[-2]
+        assert f"{total} records" in shown[-2] and f"{len(wrong)} bad;" in shown[-2]
         assert len(read_records(clean)) == total - len(wrong)
         assert main([str(clean)]) == 0
         capsys.readouterr()
@@ -297,9 +297,9 @@ def test_five_hundred_odd_images_have_exact_counts(tmp_path: Path, capsys: pytes
         bad += [index] if is_bad else []
     (tmp_path / "a.json").write_text(json.dumps([record("<image>", image=f"{i}.img") for i in range(500)]))
     assert main([str(tmp_path / "a.json"), "--images", str(tmp_path)]) == 1
-    said = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out.splitlines()
     named = [
-        int(line.split(":")[1]) for line in said if line.startswith(f"{tmp_path}/a.json:") and " bad; " not in line
+        int(line.split(":")[1]) for line in output if line.startswith(f"{tmp_path}/a.json:") and " bad; " not in line
     ]
     assert named == bad and len(bad) > 200
-    assert f"{len(bad)} bad;" in said[-1]
+    assert f"{len(bad)} bad;" in output[-1]

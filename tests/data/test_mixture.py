@@ -60,7 +60,7 @@ def test_every_sample_of_every_repeat_is_drawn_once_an_epoch(
     assert data.report() == {"bad": 0, "truncated": 0, "unsupervised": 0}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["conv_template"] == "v1"
     part, held_out = split(data, 0.25, seed=3)
-    kept, held = ([data.record_of(place) for place in share.places] for share in (part, held_out))
+    kept, held = ([data.record_of(index) for index in subset.indices] for subset in (part, held_out))
     assert len(held) == len(set(held)) and not set(held) & set(kept) and len({*held, *kept}) == 16
     assert len(kept) < 24 - len(held)  # a repeat of what is held out is left out
 
@@ -74,7 +74,7 @@ def test_the_entry_point_reports_a_missing_mixture(
 
 
 @pytest.mark.parametrize(
-    ("meta", "said"),
+    ("meta", "message"),
     [
         ([], "expected an object"),
         ({"a": 1}, "a: the entry is int"),
@@ -86,10 +86,10 @@ def test_the_entry_point_reports_a_missing_mixture(
         ({"a": {"annotation": "x.json", "weight": 2}}, "unknown key 'weight'"),
     ],
 )
-def test_invalid_mixtures(tmp_path: Path, meta: Any, said: str) -> None:
+def test_invalid_mixtures(tmp_path: Path, meta: Any, message: str) -> None:
     with pytest.raises(DataError, match="mixture") as caught:
         read_mixture(write(tmp_path / "meta.json", meta))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_data_augment_is_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Serving checks 8–11, 21, 22 and 29 (anchors.md §3.4): whatever is sent, on every route."""
+"""Serving checks 8–11, 21, 22 and 29: whatever is sent, on every route."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from llava.serve.common.middleware import Limits
 from llava.serve.common.security import OPEN_PATHS
 from llava.serve.worker.app import worker_routes
-from llava.serve.worker.local_backend import Settings
+from llava.serve.worker.local_backend import BackendSettings
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,
@@ -152,7 +152,7 @@ def test_check_09_nan_missing_and_null(parts: tuple[LiveController, LiveWorker])
 
 
 def test_check_09_the_cap_on_answers_holds() -> None:
-    with live_worker(StubEngine(), Settings(max_new_tokens=5)) as worker:
+    with live_worker(StubEngine(), BackendSettings(max_new_tokens=5)) as worker:
         frames = frames_of(generate(worker.url, request_body(tokens=4096)))
     assert frames[-1]["usage"]["completion_tokens"] == 5
     assert frames[-1]["finish_reason"] == "length"
@@ -160,7 +160,7 @@ def test_check_09_the_cap_on_answers_holds() -> None:
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("tags", [0, 1, 2])
-def test_check_10_as_many_pictures_as_placeholders(
+def test_check_10_as_many_images_as_placeholders(
     parts: tuple[LiveController, LiveWorker], images: int, tags: int
 ) -> None:
     controller, worker = parts
@@ -178,8 +178,8 @@ def test_check_10_as_many_pictures_as_placeholders(
 def test_check_10_a_placeholder_typed_by_a_user_of_the_api(parts: tuple[LiveController, LiveWorker]) -> None:
     controller, _ = parts
     text = {"type": "text", "text": "what is <image>?"}
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + b64(png())}}
-    for content, expected in (("what is <image>?", 400), ([text, picture], 200), ([text, picture, picture], 400)):
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + b64(png())}}
+    for content, expected in (("what is <image>?", 400), ([text, image], 200), ([text, image, image], 400)):
         body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 2}
         assert post(controller.url, "/v1/chat/completions", body).status_code == expected
 
@@ -295,9 +295,9 @@ def large_texts() -> set[int]:
 @pytest.mark.parametrize("route", ["/worker_generate_stream", "/v1/chat/completions"])
 def test_check_22_a_body_is_let_go_once_it_was_handed_on(route: str) -> None:
     others = large_texts()  # of earlier tests
-    picture = png(2, 2) + bytes(2**20)  # what follows the end of a PNG file is ignored
-    legacy = request_body("<image>", tokens=10**6, images=[b64(picture)], stream_mode="delta")
-    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(picture)}"}}
+    image = png(2, 2) + bytes(2**20)  # what follows the end of a PNG file is ignored
+    legacy = request_body("<image>", tokens=10**6, images=[b64(image)], stream_mode="delta")
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(image)}"}}
     chat = {"model": MODEL, "messages": [{"role": "user", "content": [part]}]}
     body = chat if route.startswith("/v1") else legacy
     text = json.dumps(body).encode()
@@ -308,7 +308,7 @@ def test_check_22_a_body_is_let_go_once_it_was_handed_on(route: str) -> None:
             head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
             sock.sendall(f"{head}\r\n\r\n".encode() + text)
             until(lambda: engine.running == 1)
-            del body, chat, legacy, part, picture, text
+            del body, chat, legacy, part, image, text
             until(lambda: large_texts() <= others, seconds=10)
         until(lambda: worker.in_use == 0)
 

@@ -1,4 +1,4 @@
-"""Serving checks 23–28 and 30 (anchors.md §3.4): pictures of every kind, addresses, files, and weights of others."""
+"""Serving checks 23–28 and 30: images of every kind, addresses, files, and weights of others."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def grey_bomb(width: int, height: int) -> bytes:
 
 
 def gif(frames: int) -> bytes:
-    """An animation of 1x1 pictures."""
+    """An animation of 1x1 images."""
     head = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
     frame = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
     return head + frame * frames + b";"
@@ -105,7 +105,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_check_23_pictures_that_cost_too_much_are_refused_by_their_header(worker: LiveWorker, name: str) -> None:
+def test_check_23_images_that_cost_too_much_are_refused_by_their_header(worker: LiveWorker, name: str) -> None:
     text = b64(REFUSED[name]())
     forget_peak()
     before = peak()
@@ -137,7 +137,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def in_mode(mode: str) -> tuple[bytes, np.ndarray]:
-    """A picture's file, and what its pixels are in RGB, found without our opener."""
+    """An image's file, and what its pixels are in RGB, found without our opener."""
     base = Image.fromarray(BASE)
     grey = np.stack([np.asarray(base.convert("L"))] * 3, axis=-1)
     colors = np.asarray(base.convert("P").convert("RGB"))
@@ -166,7 +166,7 @@ MODES = ("RGB", "CMYK", "L", "LA", "P", "P+alpha", "RGBA", "1", "I;16", "EXIF", 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_check_24_every_mode_of_picture_arrives_upright_in_rgb(worker: LiveWorker, mode: str) -> None:
+def test_check_24_every_mode_of_image_arrives_upright_in_rgb(worker: LiveWorker, mode: str) -> None:
     data, expected = in_mode(mode)
     assert generate(worker.url, request_body("<image>", 1, images=[b64(data)])).status_code == 200
     (given,) = worker.engine.history[-1].request.images
@@ -200,15 +200,15 @@ def test_check_25_addresses_are_fetched_only_when_allowed(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("allow_urls", [False, True], ids=["data only", "urls allowed"])
 def test_check_28_paths_are_not_opened(tmp_path: Path, allow_urls: bool) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures_evil").mkdir()
-    secret = tmp_path / "pictures_evil" / "a.png"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images_evil").mkdir()
+    secret = tmp_path / "images_evil" / "a.png"
     secret.write_bytes(png())
-    (tmp_path / "pictures" / "link.png").symlink_to(secret)
+    (tmp_path / "images" / "link.png").symlink_to(secret)
     with live_controller(allow_urls=allow_urls) as controller, live_worker(controller=controller.url) as served:
         until(lambda: controller.registry.models() == [MODEL])
         paths = ["file:///etc/passwd", "/etc/passwd.png", f"file://{secret}", f"file://localhost{secret}", str(secret)]
-        paths += [f"{tmp_path}/pictures/../pictures_evil/a.png", f"{tmp_path}/pictures/link.png", f"FILE:{secret}"]
+        paths += [f"{tmp_path}/images/../images_evil/a.png", f"{tmp_path}/images/link.png", f"FILE:{secret}"]
         for address in (*paths, "data:text/plain;base64,aGk=", "data:image/png,raw", "ftp://example.org/a.png", ""):
             assert ask(controller, address) == 400, address
         for path in paths:

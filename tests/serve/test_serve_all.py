@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 
 from llava.serve import main as serve
-from llava.serve.launcher import serve_all
-from llava.serve.launcher.child_process import ChildFailed, Part
-from llava.serve.launcher.serve_all import Stack, build_parser, listed, web_arguments
+from llava.serve import serve_all
+from llava.serve.serve_all import ChildFailed, ChildProcess, Supervisor, build_parser, listed_models, web_arguments
 from tests.serve.fake_service import FakeService
 from tests.serve.programs import alive, children
 from tests.serve.stubs import until
@@ -30,11 +29,11 @@ from tests.serve.stubs import until
 def test_every_part_has_its_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for part, (module, _) in serve.PARTS.items():
+    for part, (module, _) in serve.SERVICES.items():
         assert f"  {part} " in shown
         assert Path(*module.split(".")).with_suffix(".py").is_file()
-    assert serve.main([]) == 2 and "usage: llava serve PART" in capsys.readouterr().err
-    assert serve.main(["everything"]) == 2 and "has no part 'everything'" in capsys.readouterr().err
+    assert serve.main([]) == 2 and "usage: llava serve SERVICE" in capsys.readouterr().err
+    assert serve.main(["everything"]) == 2 and "got 'everything'" in capsys.readouterr().err
 
 
 def test_the_rest_of_the_line_goes_to_the_part(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,9 +52,9 @@ def test_flags_are_shared_out() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--controller", "http://x"], "--controller of a worker is chosen here"),
-        (["--worker=http://x"], "--worker of a worker is chosen here"),
-        (["--model", "b", "--model-name", "x"], "--model-name gives one name"),
+        (["--controller", "http://x"], "--controller of a worker cannot be set here"),
+        (["--worker=http://x"], "--worker of a worker cannot be set here"),
+        (["--model", "b", "--model-name", "x"], "--model-name names a single model"),
     ],
 )
 def test_contradictions_are_refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +81,7 @@ LISTENS = "sys.stderr.write('INFO | Listening on http://127.0.0.1:5\\n')\n"
 
 
 def test_a_part_says_where_it_listens_and_is_ended(program: Callable[[str], str]) -> None:
-    stack = Stack(5)
+    stack = Supervisor(5)
     part = stack.start("one", program(LISTENS + "time.sleep(600)"), [])
     assert stack.address_of(part) == "http://127.0.0.1:5"
     stack.check()
@@ -92,25 +91,25 @@ def test_a_part_says_where_it_listens_and_is_ended(program: Callable[[str], str]
 
 
 def test_a_part_that_ends_is_noticed_with_its_last_words(program: Callable[[str], str]) -> None:
-    stack = Stack(5)
+    stack = Supervisor(5)
     last = "sys.stderr.write('error: the disk is full\\nnow | INFO | m | Stopping.\\n'); sys.exit(1)"
     part = stack.start("one", program(last), [])
-    with pytest.raises(ChildFailed, match="The one ended with status 1: error: the disk is full"):
+    with pytest.raises(ChildFailed, match="The one exited with status 1: error: the disk is full"):
         stack.address_of(part)
     stack.stop()
 
 
 def test_a_part_that_will_not_end_is_ended_by_force(program: Callable[[str], str]) -> None:
     deaf = program("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS + "time.sleep(600)")
-    part = Part("one", deaf, [])
+    part = ChildProcess("one", deaf, [])
     until(lambda: part.address)
-    part.stop(0.2, give_up=lambda: False)
+    part.stop(0.2, force=lambda: False)
     assert part.process.returncode == -signal.SIGKILL
 
 
 def test_a_second_signal_does_not_wait(program: Callable[[str], str]) -> None:
     deaf = program("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS + "time.sleep(600)")
-    stack = Stack(600)
+    stack = Supervisor(600)
     stack.address_of(stack.start("one", deaf, []))
     stack.on_signal(signal.SIGINT, None)
     stack.on_signal(signal.SIGINT, None)
@@ -122,17 +121,17 @@ def test_a_second_signal_does_not_wait(program: Callable[[str], str]) -> None:
 
 
 def test_signals_end_the_stack_and_are_given_back(program: Callable[[str], str]) -> None:
-    stack, before = Stack(5), signal.getsignal(signal.SIGTERM)
+    stack, before = Supervisor(5), signal.getsignal(signal.SIGTERM)
 
     def serve_until_told() -> None:
-        with stack.heeding_signals():
+        with stack.handle_signals():
             stack.address_of(stack.start("one", program(LISTENS + "time.sleep(600)"), []))
             os.kill(os.getpid(), signal.SIGTERM)
             until(stack.check)
 
     with pytest.raises(KeyboardInterrupt):
         serve_until_told()
-    assert not alive(stack.parts[0].process.pid) and signal.getsignal(signal.SIGTERM) is before
+    assert not alive(stack.children[0].process.pid) and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_part_does_not_outlive_whoever_started_it(program: Callable[[str], str]) -> None:
@@ -140,8 +139,8 @@ def test_a_part_does_not_outlive_whoever_started_it(program: Callable[[str], str
     deaf = program("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS + "time.sleep(600)")
     lines = f"""
         import time
-        from llava.serve.launcher.child_process import Part
-        part = Part("one", "{deaf}", [], grace=0.1)
+        from llava.serve.serve_all import ChildProcess
+        part = ChildProcess("one", "{deaf}", [], grace=0.1)
         while not part.address:
             time.sleep(0.01)
         print(part.process.pid, flush=True)
@@ -156,9 +155,9 @@ def test_a_part_does_not_outlive_whoever_started_it(program: Callable[[str], str
 
 
 def test_what_a_page_lists() -> None:
-    assert listed("http://127.0.0.1:9") == []
+    assert listed_models("http://127.0.0.1:9") == []
     with FakeService().serving() as service:  # has no /ready
-        assert listed(service.url) == []
+        assert listed_models(service.url) == []
 
 
 # --- the real thing -------------------------------------------------------------------------------------------------
@@ -197,7 +196,7 @@ def test_one_command_serves_a_model(stack: subprocess.Popen[str], tmp_path: Path
     assert stack.wait(60) == 1
     assert stack.stdout.read() == ""
     assert not any(map(alive, parts))
-    assert "error: The worker ended with status -9" in (tmp_path / "log").read_text()
+    assert "error: The worker exited with status -9" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
