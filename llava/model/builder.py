@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPImageProcessor, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -160,7 +160,7 @@ def preflight(found: Checkpoint, config: PretrainedConfig, from_checkpoint: bool
     if found.kind is not Kind.FULL or not ckpt.reads_lazily(found.path):
         return
     for _, norm in ckpt.iter_tensors(found.path, lambda name: name in ckpt.FINAL_NORMS):
-        if norm is not None and bool(norm.abs().max() < MAX_DELTA_NORM):
+        if bool(norm.abs().max() < MAX_DELTA_NORM):
             raise CheckpointError(
                 f"The weights of {found.path} are delta weights (the final norm is nearly 0); apply them to their base "
                 "with python -m llava.model.apply_delta."
@@ -337,7 +337,7 @@ def model_config(found: Checkpoint, vision_tower: str | None) -> PretrainedConfi
     missing = [key for key in REQUIRED_SETTINGS if getattr(config, key, None) is None]
     if missing:
         raise CheckpointError(
-            f"{found.path}/config.json lacks {' and '.join(missing)}; copy it from the same training run."
+            f"{found.path}/config.json has no {' and '.join(missing)}; copy it from the same training run."
         )
     if not isinstance(getattr(config, "conv_template", None), str | None):
         raise CheckpointError(
@@ -364,7 +364,7 @@ def language_model(
     tensors = ckpt.iter_tensors(source, lambda name: not name.startswith(ckpt.TOWER_PREFIXES))
     load_weights(
         model,
-        _present(tensors),
+        tensors,
         dtype=dtype,
         device=where.of,
         source=str(source),
@@ -374,10 +374,6 @@ def language_model(
     )
     _refresh_rotary(model, dtype, where)
     return model
-
-
-def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, tensor) for name, tensor in tensors if tensor is not None)
 
 
 def _refresh_rotary(model: nn.Module, dtype: torch.dtype, where: Placement) -> None:

@@ -236,27 +236,26 @@ def progress_of(
     progress(1.0)
 
 
-def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield `(name, tensor)` of every weight of a directory or file; weights not `wanted` are `None` and not read."""
+def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Yield `(name, tensor)` of the `wanted` weights of a directory or file; others are not read."""
     count = _COUNT.get()
     for name, tensor in _stored(path, wanted):
-        read = 0 if tensor is None else tensor.numel()
+        read = tensor.numel()
         yield name, tensor
         del tensor  # free it before the next is read
         if count is not None:
             count(read)
 
 
-def _stored(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
+def _stored(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     for file in weight_files(path):
         if file.suffix == ".safetensors":
             yield from _safetensors(file, wanted)
         else:
-            for name, tensor in load_bin(file).items():
-                yield name, tensor if wanted(name) else None
+            yield from ((name, tensor) for name, tensor in load_bin(file).items() if wanted(name))
 
 
-def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
+def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of one file in file order.
 
     A tensor keeps the memory mapping it was read from alive, with all pages read through it. The mapping is therefore
@@ -267,10 +266,7 @@ def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
             names = list(header.offset_keys() if hasattr(header, "offset_keys") else header.keys())
         shard: Any = None
         mapped = 0
-        for name in names:
-            if not wanted(name):
-                yield name, None
-                continue
+        for name in filter(wanted, names):
             if shard is None or mapped > REMAP_BYTES:
                 shard, mapped = safe_open(file, framework="pt"), 0
             tensor: Tensor = shard.get_tensor(name)

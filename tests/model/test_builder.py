@@ -190,7 +190,7 @@ def test_a_projector_that_does_not_fit_names_both_sides(projector: Path, tiny_di
 
 
 def test_a_projector_with_added_tokens(projector: Path, tiny_dirs: dict[str, Path]) -> None:
-    """The base has fewer rows than the checkpoint's config says; the new rows come after the base's own."""
+    """The base has fewer embeddings than the checkpoint's config; new rows are appended to those of the base."""
     edit_config(projector, mm_use_im_start_end=True, mm_use_im_patch_token=True, vocab_size=387)
     with pytest.raises(CheckpointError, match="without --mm_use_im_start_end"):
         load(projector, tiny_dirs["base"])

@@ -109,7 +109,7 @@ def test_damage_is_found(made: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["mm_hidden_size", "mm_vision_select_layer"])
 def test_a_configuration_without_its_keys(made: dict[str, Path], key: str) -> None:
     edit_config(made["chat"], **{key: None})
-    with pytest.raises(CheckpointError, match=f"config.json lacks {key}; copy it"):
+    with pytest.raises(CheckpointError, match=f"config.json has no {key}; copy it"):
         examine(made["chat"])
 
 

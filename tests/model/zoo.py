@@ -354,7 +354,7 @@ REFUSED: Final[dict[str, Refused]] = {
     "tower of another type": Refused(
         full(config={"mm_vision_tower_config": {"model_type": "siglip"}}), "'siglip', which is not one of"
     ),
-    "settings missing": Refused(full(drop=("mm_hidden_size",)), "lacks mm_hidden_size"),
+    "settings missing": Refused(full(drop=("mm_hidden_size",)), "has no mm_hidden_size"),
     "MPT variant": Refused(
         full(source="mpt_chat", config={"attn_config": {"alibi": False}}), "This MPT has alibi=False"
     ),

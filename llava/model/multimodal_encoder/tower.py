@@ -201,7 +201,6 @@ class VisionTower(nn.Module):
         tensors = (
             (name.removeprefix(prefix), tensor)
             for name, tensor in iter_tensors(source, lambda name: name.startswith(prefix) and self.needs(name, prefix))
-            if tensor is not None
         )
         load_weights(model, tensors, dtype=dtype or torch.float32, device=device or "cpu", source=str(source),
                      optional=self.spec.unused)  # fmt: skip
@@ -268,7 +267,7 @@ class VisionTower(nn.Module):
         source, prefix = self._loaded_from
         parts = {name for name, _ in self.vision_tower.named_children()}
         wanted = iter_tensors(source, lambda name: name.startswith(prefix) and not self.needs(name, prefix))
-        rest = ((name.removeprefix(prefix), tensor) for name, tensor in wanted if tensor is not None)
+        rest = ((name.removeprefix(prefix), tensor) for name, tensor in wanted)
         return {f"vision_tower.{name}": tensor.to(self.dtype) for name, tensor in rest if name.split(".")[0] in parts}
 
     # --- Forward --------------------------------------------------------------------------------------------------
