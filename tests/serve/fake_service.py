@@ -1,4 +1,4 @@
-"""A controller and its workers in one thread, answering as old ones or ours would; tests say what, and how slowly."""
+"""A controller and its workers in one thread, with configurable answers and delays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.serve.stubs import until
 
 @dataclass
 class FakeService:
-    """What it serves and what happened. A model's answer is a list of frames, or of words that become frames."""
+    """Served models, answers and recorded calls. An answer is a list of frames, or of words that become frames."""
 
     models: list[str] = field(default_factory=lambda: ["alpha"])
     answers: dict[str, list[Any]] = field(default_factory=dict)

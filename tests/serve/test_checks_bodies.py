@@ -240,7 +240,7 @@ def test_check_21_every_route_but_two_needs_the_key(caplog: pytest.LogCaptureFix
 
 
 def test_check_21_the_route_list_is_whole(parts: tuple[LiveController, LiveWorker]) -> None:
-    """What the fuzz and the key test discover is every route that the applications have."""
+    """The fuzz and key tests discover every route of the applications."""
     app = worker_routes(parts[1].worker)
     paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
     assert paths == {path for _, path in routes_of(parts[1].url)}

@@ -398,7 +398,7 @@ def test_check_30_weights_are_data(tiny_dirs: dict[str, Path], tmp_path: Path, n
 
 
 def test_check_30_the_state_of_an_optimizer_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run resumes from may come from others, too."""
+    """A checkpoint to resume from may be untrusted, too."""
     from llava.train.llava_trainer import LLaVATrainer
 
     mark = tmp_path / "executed"

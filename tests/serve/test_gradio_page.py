@@ -1,4 +1,4 @@
-"""What the page's controls do, without a browser: every event with its button states, the flags, and start orders."""
+"""Event handlers of the page without a browser: button states, flags, and start orders."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def pair(services: AppServices) -> CompareTab:
 
 @pytest.fixture
 def chart(tmp_path: Path) -> list[tuple[str, None]]:
-    """What the image box hands over."""
+    """The value of the image box."""
     (tmp_path / "chart.png").write_bytes(png(40, 30))
     return [(str(tmp_path / "chart.png"), None)]
 
