@@ -109,7 +109,7 @@ class FakeService:
 
 @contextmanager
 def web_server(service: FakeService, environment: dict[str, str], *flags: str) -> Iterator[str]:
-    """The address of a web server in a process of its own; it must end well, and without a traceback."""
+    """Run a web server in a child process; yields its URL and checks that it exits cleanly."""
     command = [sys.executable, "-m", "llava.serve.gradio_web_server", "--controller", service.url, "--port", "0"]
     process = subprocess.Popen(
         [*command, "--model-list-mode", "reload", *flags], stderr=subprocess.PIPE, text=True, env=environment

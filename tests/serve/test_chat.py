@@ -352,7 +352,7 @@ def test_a_piped_conversation(
 
 
 class Terminal:
-    """A process on a pseudo-terminal, as a person at a keyboard would see it."""
+    """A process on a pseudo-terminal."""
 
     def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
         self.pid, self.descriptor = pty.fork()
@@ -364,7 +364,7 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def expect(self, text: str, seconds: float = 60) -> None:
-        """Read until `text` appears after what was expected before."""
+        """Read until `text` appears after the previously expected text."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             self._read(deadline)
@@ -384,7 +384,7 @@ class Terminal:
             raise AssertionError(f"The program ended after {self.seen!r}") from error
 
     def poll(self, seconds: float) -> int | None:
-        """The exit status, None if the program still runs after so long."""
+        """The exit status, None if the program is still running after `seconds`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
