@@ -1,6 +1,6 @@
 """A simulated CUDA machine: code takes its CUDA branches, with values computed on the CPU.
 
-    with devices.pretended_cuda(count=2) as card:
+    with devices.simulated_cuda(count=2) as card:
         model = load_pretrained_model(path, device="cuda")[1]
         with card.record() as events:
             ...
@@ -137,7 +137,7 @@ class Card:
     """The simulated machine: `count` equal GPUs, their memory, and recorded events."""
 
     count: int = 1
-    name: str = "Pretended H200"
+    name: str = "Simulated H200"
     capability: tuple[int, int] = (9, 0)
     total_bytes: int = 139 * GIB
     free_bytes: dict[int, int] = field(default_factory=dict)  # by GPU; default: all of it
@@ -387,16 +387,16 @@ class Event:
 
 def enter_no_grad(self: Any) -> None:
     """Replacement for `torch.inference_mode`, which does not support tensors with `__torch_dispatch__`."""
-    self.pretended = torch.no_grad() if self.mode else contextlib.nullcontext()
-    self.pretended.__enter__()
+    self.simulated = torch.no_grad() if self.mode else contextlib.nullcontext()
+    self.simulated.__enter__()
 
 
 def exit_no_grad(self: Any, *error: Any) -> None:
-    self.pretended.__exit__(*error)
+    self.simulated.__exit__(*error)
 
 
 @contextlib.contextmanager
-def pretended_cuda(count: int = 1) -> Iterator[Card]:
+def simulated_cuda(count: int = 1) -> Iterator[Card]:
     """A machine with `count` simulated GPUs, in this thread and in those that it starts."""
     card = Card(count)
     with pytest.MonkeyPatch.context() as patch:
@@ -411,11 +411,11 @@ def pretended_cuda(count: int = 1) -> Iterator[Card]:
         patch.setattr(torch.inference_mode, "__exit__", exit_no_grad)
         run = threading.Thread.run
 
-        def run_pretending(self: threading.Thread) -> None:
+        def run_simulated(self: threading.Thread) -> None:
             with Pretence():
                 run(self)
 
-        patch.setattr(threading.Thread, "run", run_pretending)
+        patch.setattr(threading.Thread, "run", run_simulated)
         _cards.append(card)
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(…, device=…)` then shows its copy
         try:

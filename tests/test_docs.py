@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from llava import cli, errors
-from llava.serve.main import PARTS
+from llava.serve.main import SERVICES
 from tests.test_package import ROOT
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
@@ -62,8 +62,8 @@ def words_of(command: str) -> list[str]:
 
 def module_of(words: list[str]) -> str | None:
     """The module of ours that a command runs."""
-    if words[:2] == ["llava", "serve"] and len(words) > 2 and words[2] in PARTS:
-        return PARTS[words[2]][0]
+    if words[:2] == ["llava", "serve"] and len(words) > 2 and words[2] in SERVICES:
+        return SERVICES[words[2]][0]
     if words[0] == "llava" and len(words) > 1 and words[1] in cli.COMMANDS:
         return cli.COMMANDS[words[1]].module
     return words[2] if words[:2] == ["python", "-m"] and words[2].startswith("llava.") else None

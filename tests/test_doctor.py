@@ -1,4 +1,4 @@
-"""`llava doctor` on invented machines: no bad version is installed for these tests."""
+"""`llava doctor` on simulated machines."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_what_is_built_needs_a_compiler(feature: str) -> None:
     assert "compiler" in why
 
 
-def test_a_broken_package_keeps_its_own_words() -> None:
+def test_a_broken_package_keeps_its_error() -> None:
     facts = dataclasses.replace(MACHINE, broken={"flash-attn": "ImportError: undefined symbol"})
     assert features(facts)["flash attention"] == (
         False,
@@ -178,7 +178,7 @@ def test_cards_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
         ("exec sleep 60", "nvidia-smi does not answer (TimeoutExpired): restart the machine, or reinstall the driver"),
     ],
 )
-def test_the_driver_is_asked(body: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_version(body: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     program.chmod(0o755)
@@ -195,7 +195,7 @@ def test_it_runs_as_a_command() -> None:
 
 
 def test_the_three_tables_of_versions_agree() -> None:
-    """pyproject.toml's ranges, constraints.txt's pins and the doctor's rules are one piece of knowledge."""
+    """The ranges of pyproject.toml, the pins of constraints.txt and the rules of the doctor agree."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     declared = [Requirement(entry) for entry in re.findall(r'"([a-z][\w.-]*(?:\[\w+\])?[=<>][^"]*)"', text)]
     pins = {}

@@ -1,4 +1,4 @@
-"""Device, dtype and attention decisions, with CUDA imitated."""
+"""Device, dtype and attention selection, with simulated CUDA."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_to_device_pins_only_what_goes_from_the_cpu_to_cuda(monkeypatch: pytest.
 
 
 def test_bfloat16_is_a_matter_of_the_chosen_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of the current device, nor of PyTorch's own check, which is true of cards that emulate it."""
+    """Independent of the current device and of PyTorch's check, which is true for emulation."""
     cards = {0: (8, 0), 1: (7, 0), 2: (7, 5), 3: (9, 0)}  # A100, V100, T4, H100
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)

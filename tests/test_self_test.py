@@ -1,4 +1,4 @@
-"""`llava doctor --self-test`: it passes on the CPU, and each fault below fails the expected checks."""
+"""`llava doctor --self-test` passes on the CPU, and each injected fault fails the expected checks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LINES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models this small run faster on one thread when the machine is busy."""
+    """Small models run faster on one thread on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -81,7 +81,7 @@ def flags() -> list[Any]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run the command for one kind of checkpoint: exit status and lines. No connection may be opened."""
+    """Run the command for one kind of checkpoint; returns exit status and lines. Opening a connection fails."""
 
     needs_native()
 
@@ -90,7 +90,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(hardware, "SECONDS", 0.0)
-    monkeypatch.setattr(inference, "require_package", skip_quantisation)
+    monkeypatch.setattr(inference, "require_package", skip_quantization)
 
     def command(kind: str) -> tuple[int, dict[str, dict[str, tuple[str, str]]]]:
         monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
@@ -112,7 +112,7 @@ def needs_native() -> None:
         pytest.skip("the C++ kernel cannot be built here")
 
 
-def skip_quantisation(name: str, extra: str) -> None:
+def skip_quantization(name: str, extra: str) -> None:
     if name == "bitsandbytes":
         raise CheckSkipped("left out of this test")
 
@@ -276,16 +276,15 @@ def test_gradients_twice_as_large(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, dict[str, tuple[str, str]]]]:
-    """Run the checks of one kind of checkpoint through their CUDA branches. The simulated GPU supports neither
-    autocast nor bitsandbytes."""
+    """Run the checks of one kind of checkpoint on a simulated GPU, which supports neither autocast nor bitsandbytes."""
     monkeypatch.setattr(runner, "check_rates", lambda *args: None)
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
-    monkeypatch.setattr(inference, "require_package", skip_quantisation)
+    monkeypatch.setattr(inference, "require_package", skip_quantization)
 
     def command(kind: str) -> dict[str, dict[str, tuple[str, str]]]:
         monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
         lines: list[str] = []
-        with devices.pretended_cuda():
+        with devices.simulated_cuda():
             runner.self_test(torch.device("cuda"), lines.append)
         return parse("\n".join(lines))
 
@@ -298,7 +297,7 @@ def test_a_card_passes(kind: str, run_on_cuda: Any) -> None:
     assert lines[kind].keys() == LINES[kind] - set(NATIVE)
     left_out = {"training bfloat16", "8-bit", "4-bit"}
     assert {word for name, (word, _) in lines[kind].items() if name not in left_out} == {"ok"}
-    assert lines["device"]["cuda"][1].startswith("Pretended H200, 139 GiB, compute capability 9.0, torch ")
+    assert lines["device"]["cuda"][1].startswith("Simulated H200, 139 GiB, compute capability 9.0, torch ")
     assert lines["C++ kernel"]["decoding"] == ("skip", "only used on the CPU")
 
 
@@ -327,7 +326,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> inference.Case:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_layers_with_a_wrong_scale(bits: int, case: inference.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_layers_with_a_wrong_scale(bits: int, case: inference.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     assert "limit" in inference.check_quantized(case, HALF, bits)
     load, name = case.load, "model.layers.0.mlp.down_proj"

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from llava.files import atomic_write
+
 Status = Literal["ok", "failed", "skipped", "timeout"]
 NOT_ASKED: Final = "not selected"
 ENOUGH: Final = 0.7  # lines below this fraction of their floor are listed at the end
@@ -105,12 +107,10 @@ class Report:
             "versions": self.versions,
             "parts": {name: part.as_json() for name, part in self.parts.items()},
         }
-        beside = self.file.with_name(self.file.name + ".tmp")
-        with beside.open("w", encoding="utf-8") as file:
+        with atomic_write(self.file) as part, part.open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(self.file)
 
     def begin(self, part: str) -> None:
         """Record that a part runs, with the status to keep if the process dies."""

@@ -35,18 +35,18 @@ def worker(engine: Any, limit: int) -> Iterator[int]:
         from llava.serve.common.middleware import Keys, Limits
         from llava.serve.common.security import ApiKeys
         from llava.serve.worker.app import Worker, make_worker_app
-        from llava.serve.worker.local_backend import Loaded, LocalModel, Settings, describe
-        from llava.serve.worker.preprocess import Pictures, tokenizer_for
+        from llava.serve.worker.local_backend import BackendSettings, LoadedModel, LocalBackend, model_info
+        from llava.serve.worker.preprocess import ImagePreprocessor, tokenizer_for
         from tests.serve.stubs import Live, until
     except ImportError as error:
         raise Skip(f"serving needs a package that is not installed: {error}") from error
     from llava.images import preprocess_image
 
-    settings = Settings(limit=limit, queue_limit=limit)
-    info = describe(engine, "random", None, settings)
-    pixels = Pictures(lambda image: preprocess_image(image, engine.image_processor, engine.image_aspect_ratio))
-    loaded = Loaded(engine, info, False, tokenizer_for(engine), pixels)
-    served = Worker(LocalModel(lambda progress: loaded, settings), "random")
+    settings = BackendSettings(limit=limit, queue_limit=limit)
+    info = model_info(engine, "random", None, settings)
+    pixels = ImagePreprocessor(lambda image: preprocess_image(image, engine.image_processor, engine.image_aspect_ratio))
+    loaded = LoadedModel(engine, info, False, tokenizer_for(engine), pixels)
+    served = Worker(LocalBackend(lambda progress: loaded, settings), "random")
     live = Live(lambda port: make_worker_app(served, Keys(ApiKeys([])), Limits())).start()
     try:
         until(lambda: served.backend.state == "ready")

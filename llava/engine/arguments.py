@@ -30,7 +30,7 @@ _CACHES: Final = {
 class EngineArgs:
     """Settings of an engine: the checkpoint, its placement and precision, image preprocessing, and memory limits.
 
-    The fields are the flags of `add_cli_args`. Cache limits are bytes, None for the default of `llava.engine.memory`.
+    The fields are the flags of `add_cli_args`. Cache limits are bytes, None for the default of `cache_bounds`.
     """
 
     model_path: str

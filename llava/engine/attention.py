@@ -116,31 +116,24 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, *, ma
     return attention_from_scores, "materialised scores"
 
 
-def _flash_on_cpu(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     assert _cpu_flash is not None
-    out, lse = _cpu_flash(query, keys, values, is_causal=causal, attn_mask=mask)
+    out, lse = _cpu_flash(q, k, v, is_causal=causal, attn_mask=mask)
     return out, lse
 
 
-def _flash_on_cuda(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _flash_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     assert _cuda_flash is not None
-    out, lse, *_ = _cuda_flash(query, keys, values, is_causal=causal)
+    out, lse, *_ = _cuda_flash(q, k, v, is_causal=causal)
     return out, lse
 
 
-def _efficient_on_cuda(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _efficient_on_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     """`mask` must come from `aligned_mask`: the kernel reads its rows in vectors and does not pad."""
     assert _cuda_efficient is not None
-    count, heads, queries, _ = query.shape
-    bias = None if mask is None else mask.expand(count, heads, queries, keys.shape[2])
-    out, lse, *_ = _cuda_efficient(query, keys, values, bias, True, is_causal=causal)
-    return out, lse[..., :queries]  # the kernel rounds the number of queries up
+    bias = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+    out, lse, *_ = _cuda_efficient(q, k, v, bias, True, is_causal=causal)
+    return out, lse[..., : q.shape[2]]  # the kernel rounds the number of queries up
 
 
 def attention_from_scores(

@@ -1,13 +1,13 @@
-"""KV cache of the running batch, its sharding over devices, and an LRU cache of tensors."""
+"""KV cache of the running batch, an LRU cache of tensors, and the memory limits of the engine's caches."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from types import EllipsisType
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,19 @@ from llava.model.transfer import upload_columns
 
 _SLACK = 64  # token slots allocated beyond those in use
 _IDLE_BYTES = 64 * 2**20  # an idle cache up to this size keeps its buffer
+_STORE_BYTES: Final = 512 * 2**20  # prefix cache and feature cache on other devices than CUDA
+_PREFILL_TOKENS: Final = 8192
+_LEAST_PREFILL_TOKENS: Final = 512
+# Fractions of the free memory; the rest is for activations. A KV cache that grows by half temporarily takes 5/3 of its
+# final size.
+_KV_SHARE: Final = 0.35
+_PREFIX_SHARE: Final = 0.2
+_FEATURE_SHARE: Final = 0.02
+_PREFILL_SHARE: Final = 0.1
+_CONTEXT_SHARE: Final = 0.45  # KV cache, if `_KV_SHARE` does not hold one full context
+_LEAST_PREFIX_SHARE: Final = 0.05
+_CACHES_SHARE: Final = 0.85  # KV and prefix cache while the former grows
+_GROWTH: Final = 5 / 3
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
@@ -31,13 +44,6 @@ class ShardedKV:
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.parts = tuple(parts)
-
-    @classmethod
-    def empty(cls, devices: Sequence[torch.device], shape: Sequence[int], dtype: torch.dtype) -> ShardedKV:
-        """An uninitialised tensor (layers, *shape) for the devices of all layers."""
-        return cls(
-            [torch.empty((len(list(some)), *shape), dtype=dtype, device=device) for device, some in groupby(devices)]
-        )
 
     @property
     def shape(self) -> torch.Size:
@@ -93,9 +99,9 @@ class CacheSpec:
         Write every slot before it is read, also masked ones: a NaN there would reach the output.
         """
         shape = (2, rows, self.kv_heads, slots, self.head_dim)
-        if self.layer_devices:
-            return cast(Tensor, ShardedKV.empty(self.layer_devices, shape, self.dtype))
-        return torch.empty((self.layers, *shape), dtype=self.dtype, device=self.device)
+        shards = groupby(self.layer_devices or (self.device,) * self.layers)
+        parts = [torch.empty((len(list(some)), *shape), dtype=self.dtype, device=device) for device, some in shards]
+        return cast(Tensor, ShardedKV(parts)) if self.layer_devices else parts[0]
 
 
 class KVCache(Cache):
@@ -274,3 +280,57 @@ class LRUCache:
             self.bytes -= self._items.popitem(last=False)[1].nbytes
         self._items[key] = value
         self.bytes += size
+
+
+@dataclass(frozen=True)
+class CacheBounds:
+    """Bytes of the KV cache (None: unlimited), prefix cache and feature cache, and prompt tokens per forward pass."""
+
+    kv: int | None = None
+    prefix: int = _STORE_BYTES
+    features: int = _STORE_BYTES
+    prefill_tokens: int = _PREFILL_TOKENS
+
+
+def cache_bounds(
+    spec: CacheSpec,
+    kv: int | None = None,
+    prefix: int | None = None,
+    features: int | None = None,
+    prefill_tokens: int | None = None,
+) -> CacheBounds:
+    """Complete the given bounds with defaults.
+
+    On CUDA the defaults are fractions of the currently free memory; the KV cache holds at least one full context if
+    that leaves room. A model split over GPUs is limited by the GPU with the least free memory per layer.
+    """
+    bounds = {"kv": kv, "prefix": prefix, "features": features, "prefill_tokens": prefill_tokens}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    free = spec.device.type == "cuda" and len(given) < len(bounds)
+    return replace(_from_free_memory(spec) if free else CacheBounds(), **given)
+
+
+def _from_free_memory(spec: CacheSpec) -> CacheBounds:
+    layers = Counter(spec.layer_devices or (spec.device,) * spec.layers)
+    room = min(free_memory(device) * spec.layers // count for device, count in layers.items())
+    context = (spec.context_length or 0) * spec.bytes_per_token
+    prefill = int(_PREFILL_SHARE * room) // spec.bytes_per_token  # its keys and values exist beside the KV cache
+    kv = max(int(_KV_SHARE * room), min(context, int(_CONTEXT_SHARE * room)))
+    prefix = max(_LEAST_PREFIX_SHARE, min(_PREFIX_SHARE, _CACHES_SHARE - _GROWTH * kv / room)) if room else 0.0
+    return CacheBounds(
+        kv=kv,
+        prefix=int(prefix * room),
+        features=min(4 * _STORE_BYTES, int(_FEATURE_SHARE * free_memory(spec.device))),
+        prefill_tokens=max(_LEAST_PREFILL_TOKENS, min(_PREFILL_TOKENS, prefill)),
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a CUDA device, including memory that PyTorch has reserved but not allocated."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
+
+
+def format_size(size: int) -> str:
+    """Bytes as GiB, or as MiB below 1 GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

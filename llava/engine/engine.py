@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.engine.cache import KVCache
+from llava.engine.cache import KVCache, cache_bounds, format_size
 from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream
 from llava.engine.features import FeatureEncoder
 from llava.engine.llama import build_model_runner
-from llava.engine.memory import cache_bounds, format_size
 from llava.engine.prefill import Prefiller
 from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
 from llava.engine.sequence import (
@@ -53,7 +52,7 @@ class Engine:
     `image_aspect_ratio` defaults to the model's setting. `max_prefill_tokens` limits the prompt tokens of one forward
     pass, and so the time running requests wait between two tokens. `kv_cache_bytes` limits the KV cache of running
     requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image features cached
-    for later requests. The defaults are those of `llava.engine.memory.cache_bounds`.
+    for later requests. The defaults are those of `llava.engine.cache.cache_bounds`.
 
     Threads may share an engine: they take turns in `step` and its callers (`generate`, `stream`, `result`), and all
     their requests share the batch. The engine fuses weights in memory (`llava.engine.layers`), so create it after the
@@ -81,26 +80,21 @@ class Engine:
         self.max_batch_size = max_batch_size
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
         self.model_runner = build_model_runner(model)
-        if self.model_runner.spec.device.type == "cuda":
-            avoid_cudnn_attention(self.model_runner.spec.device)
+        spec = self.model_runner.spec
+        # On CUDA the previous step is detokenised while the GPU computes the current one.
+        self._on_cuda = spec.device.type == "cuda"
+        if self._on_cuda:
+            avoid_cudnn_attention(spec.device)
             torch.cuda.empty_cache()  # return the memory of the unfused weights
         self.special = SpecialTokens(tokenizer, model.generation_config)
-        bounds = cache_bounds(
-            self.model_runner.spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens
-        )
+        bounds = cache_bounds(spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens)
         self.kv_cache_bytes, self.max_prefill_tokens = bounds.kv, bounds.prefill_tokens
-        self.features = FeatureEncoder(
-            model, image_processor, aspect_ratio=self.image_aspect_ratio, budget=bounds.features
-        )
-        self.prefiller = Prefiller(
-            self.model_runner, self.features, max_tokens=bounds.prefill_tokens, prefix_budget=bounds.prefix
-        )
+        self.features = FeatureEncoder(model, image_processor, self.image_aspect_ratio, bounds.features)
+        self.prefiller = Prefiller(self.model_runner, self.features, bounds.prefill_tokens, bounds.prefix)
         self.generated_tokens = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by row of the KV cache
-        self._cache = KVCache(self.model_runner.spec, budget=self.kv_cache_bytes)
-        # On CUDA the previous step is detokenised while the GPU computes the current one.
-        self._on_cuda = self.model_runner.spec.device.type == "cuda"
+        self._cache = KVCache(spec, budget=self.kv_cache_bytes)
         self._lock = threading.RLock()
 
     def submit(self, request: Request) -> RequestHandle:

@@ -29,12 +29,7 @@ class FeatureEncoder:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        image_processor: CLIPImageProcessor | None,
-        *,
-        aspect_ratio: str | None,
-        budget: int,
+        self, model: PreTrainedModel, image_processor: CLIPImageProcessor | None, aspect_ratio: str | None, budget: int
     ) -> None:
         self.model = model
         self.image_processor = image_processor

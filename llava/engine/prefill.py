@@ -88,7 +88,7 @@ class PrefillItem:
 class Prefiller:
     """Prefill of batches of prompts, at most `max_tokens` in one forward pass, with a prefix cache."""
 
-    def __init__(self, runner: ModelRunner, features: FeatureEncoder, *, max_tokens: int, prefix_budget: int) -> None:
+    def __init__(self, runner: ModelRunner, features: FeatureEncoder, max_tokens: int, prefix_budget: int) -> None:
         self.runner = runner
         self.features = features
         self.max_tokens = max_tokens

@@ -15,18 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
 from llava.conversation import conv_templates, get_template
-from llava.errors import DataError
+from llava.engine.chat import render_question
+from llava.errors import ConfigError, DataError
 from llava.eval.options import EvalArgs, complete_args
 from llava.eval.run.images import ImageSource
 from llava.eval.run.questions import Question, get_chunk, read_questions
 from llava.eval.run.runner import report, run
+from llava.images import open_image
+from llava.mm_utils import process_images, tokenizer_image_token
 from llava.parent_process import exit_with_parent
 from llava.utils import guarded
 
 if TYPE_CHECKING:
-    import torch
-    from torch.utils.data import DataLoader
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -112,6 +116,28 @@ def eval_model(args: object) -> None:
     answer_file(complete_args(build_parser(), args))
 
 
+@dataclass(frozen=True)
+class CustomDataset(Dataset[tuple[Tensor, Tensor]]):
+    """The items of `create_data_loader`, without their batch axis."""
+
+    questions: Sequence[Mapping[str, str]]
+    image_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
+    model_config: PretrainedConfig
+    conv_mode: str
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = self.questions[index]
+        prompt = render_question(get_template(self.conv_mode), row["text"], 1, self.model_config)
+        image = open_image(self.image_folder / row["image"])
+        pixels: Tensor = process_images([image], self.image_processor, self.model_config)[0]
+        return tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"), pixels
+
+
 def create_data_loader(
     questions: Sequence[Mapping[str, str]],
     image_folder: str | Path,
@@ -121,7 +147,7 @@ def create_data_loader(
     batch_size: int = 1,
     num_workers: int = 4,
     conv_mode: str = "vicuna_v1",
-) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+) -> DataLoader[tuple[Tensor, Tensor]]:
     """A loader of one question at a time, in order, for `model.generate`.
 
     Args:
@@ -131,28 +157,10 @@ def create_data_loader(
 
     Yields token ids (1, T) with `IMAGE_TOKEN_INDEX` and pixels (1, 3, S, S).
     """
-    from torch.utils.data import DataLoader
-
-    from llava.engine.chat import render_question
-    from llava.errors import ConfigError
-    from llava.images import open_image
-    from llava.mm_utils import process_images, tokenizer_image_token
-
     if batch_size != 1:
         raise ConfigError(f"batch_size must be 1, got {batch_size}.")
-
-    class QuestionDataset:
-        def __len__(self) -> int:
-            return len(questions)
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            row = questions[index]
-            prompt = render_question(get_template(conv_mode), row["text"], 1, model_config)
-            image = open_image(Path(image_folder) / row["image"])
-            pixels: torch.Tensor = process_images([image], image_processor, model_config)[0]
-            return tokenizer_image_token(prompt, tokenizer, return_tensors="pt"), pixels
-
-    return DataLoader(QuestionDataset(), batch_size=1, shuffle=False, num_workers=num_workers)  # type: ignore[arg-type]
+    dataset = CustomDataset(questions, Path(image_folder), tokenizer, image_processor, model_config, conv_mode)
+    return DataLoader(dataset, batch_size=1, num_workers=num_workers)
 
 
 @guarded

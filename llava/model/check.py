@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from llava.conversation import get_template, template_for
 from llava.mm_utils import get_model_name_from_path
@@ -34,9 +35,6 @@ from llava.model.registry import TOWERS, tower_type
 from llava.model.tokenizer import load_tokenizer
 from llava.model.weights import load_weights
 from llava.utils import guarded
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 STORAGE: Final = ("fp32", "bf16", "int8", "nf4")

@@ -10,34 +10,25 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerBase,
-)
+from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import ConfigError
 from llava.files import atomic_directory
 from llava.model.builder import load_pretrained_model, local_directory, read_config
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
-from llava.model.language_model.llava_llama import LlavaConfig
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
 from llava.model.registry import language_model_spec
 from llava.model.saving import write_weights
 from llava.model.verification import cast_parameters, check_logits, probe_inputs, probe_logits
 from llava.utils import guarded
-
-if TYPE_CHECKING:
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 FORMATS: Final = ("hf-llava",)
 RENAMED: Final = (
@@ -48,7 +39,7 @@ RENAMED: Final = (
     ("lm_head.", "language_model.lm_head."),
 )
 STRATEGY: Final = {"patch": "default", "cls_patch": "full"}
-OURS: Final = (
+LLAVA_KEYS: Final = (
     *("mm_", "tune_", "freeze_", "image_", "use_mm_proj", "conv_template"),
     *("architectures", "_name_or_path", "quantization_config"),
 )
@@ -84,7 +75,7 @@ def check_exportable(found: Checkpoint) -> None:
         )
 
 
-def new_name(name: str) -> str:
+def hf_name(name: str) -> str:
     """The name in `LlavaForConditionalGeneration` of a weight of this package."""
     old, new = next(pair for pair in RENAMED if name.startswith(pair[0]))
     return new + name.removeprefix(old)
@@ -95,7 +86,7 @@ def append_mean(table: Tensor) -> Tensor:
     return torch.cat([table, table.float().mean(dim=0, keepdim=True).to(table.dtype)])
 
 
-def renamed(model: LlavaLlamaForCausalLM, dtype: torch.dtype, image_token: int) -> Iterator[tuple[str, Tensor]]:
+def hf_weights(model: LlavaLlamaForCausalLM, dtype: torch.dtype, image_token: int) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its new name; the embedding and the head have at least `image_token + 1` rows."""
     tower = model.get_vision_tower()
     assert tower is not None
@@ -105,20 +96,22 @@ def renamed(model: LlavaLlamaForCausalLM, dtype: torch.dtype, image_token: int) 
             continue
         if name in ("model.embed_tokens.weight", "lm_head.weight") and tensor.shape[0] <= image_token:
             tensor = append_mean(tensor)
-        yield new_name(name), tensor.to(dtype)
+        yield hf_name(name), tensor.to(dtype)
 
 
-def stock_config(
+def hf_config(
     model: LlavaLlamaForCausalLM, dtype: torch.dtype, image_token: int, pad_token: int
 ) -> transformers.LlavaConfig:
     tower, config = model.get_vision_tower(), model.config
     assert tower is not None
-    text = {key: value for key, value in config.to_dict().items() if not key.startswith(OURS) and key != "model_type"}
+    text = {
+        key: value for key, value in config.to_dict().items() if not key.startswith(LLAVA_KEYS) and key != "model_type"
+    }
     text["vocab_size"] = max(config.vocab_size, image_token + 1)
     vision = {key: value for key, value in tower.settings.items() if key != "model_type"}
     return transformers.LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision),
-        text_config=LlamaConfig(**text),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        text_config=transformers.LlamaConfig(**text),
         image_token_index=image_token,
         pad_token_id=pad_token,
         vocab_size=text["vocab_size"],
@@ -130,7 +123,7 @@ def stock_config(
 
 
 @torch.no_grad()
-def stock_logits(
+def hf_logits(
     directory: Path, tokenizer: PreTrainedTokenizerBase, processor: CLIPImageProcessor, image_token: int
 ) -> Tensor:
     """Logits `(L, V)` on the probe of `LlavaForConditionalGeneration`, loaded from `directory`."""
@@ -156,12 +149,12 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
         tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
         image_token = int(tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))
         pad_token = next(i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, 0) if i is not None)
-        stock_config(model, dtype, image_token, pad_token).save_pretrained(directory)
-        write_weights(directory, renamed(model, dtype, image_token))
+        hf_config(model, dtype, image_token, pad_token).save_pretrained(directory)
+        write_weights(directory, hf_weights(model, dtype, image_token))
         tokenizer.save_pretrained(directory)
-        processor.save_pretrained(directory)
+        cast("CLIPImageProcessor", processor).save_pretrained(directory)
         del model
-        found = stock_logits(directory, tokenizer, processor, image_token)
+        found = hf_logits(directory, tokenizer, processor, image_token)
         return check_logits(found[:, : expected.shape[1]], expected, "The export and its source")
 
 

@@ -1,18 +1,18 @@
-"""What makes a causal language model multimodal: tower, projector, and the splice of features into the text.
+"""Multimodal mixins of a causal language model: vision tower, projector, and splicing of features into the text.
 
-Two mixins: `LlavaMetaModel` for the core (owns `vision_tower` and `mm_projector`, spec/model.md §9), and
-`LlavaMetaForCausalLM` for the model with the head (§8, §10).
+`LlavaMetaModel` is the mixin of the core, `LlavaMetaForCausalLM` that of the model with the head.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -26,28 +26,39 @@ from llava.model.checkpoint import EMBEDDINGS, compare_shapes, load_bin, project
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, projected_tokens
-from llava.model.splice import Images, Layout, encode_slots, encode_used_slots, splice_batch, splice_prompt
+from llava.model.splice import Images, SpliceLayout, encode_slots, encode_used_slots, splice_batch, splice_prompt
 from llava.model.transfer import to_host, upload
 from llava.model.zero import gathered
 
-logger = logging.getLogger(__name__)
-NO_IMAGE = "The prompt holds <image>, but no image was given; pass one image per <image>."
+if TYPE_CHECKING:  # the mixins precede a class of transformers
+    from transformers import PreTrainedModel as Module
+
+    from llava.arguments import ModelArguments
+else:
+    Module = nn.Module
+
+PastKeyValues: TypeAlias = Cache | tuple[tuple[Tensor, ...], ...] | None
+NO_IMAGE = "The prompt contains <image>, but no image was given; pass one image per <image>."
 
 
-class LlavaMetaModel(nn.Module):
-    """Mixin of the language model's core. With `mm_vision_tower` in the config it makes a delayed tower and a
-    projector; nothing is looked up on disk before the tower is loaded."""
+class LlavaMetaModel(Module):
+    """Mixin of the language model's core; place it before the library's class.
 
-    config: Any
+    With `mm_vision_tower` in the configuration it creates a projector and a tower whose loading is delayed.
+    """
+
     vision_tower: VisionTower
     mm_projector: nn.Module
     _num_image_tokens: int | None = None
 
-    def init_vision(self, config: Any) -> None:
-        """To be called once at the end of the core's construction."""
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.init_vision(config)
+
+    def init_vision(self, config: PretrainedConfig) -> None:
+        """Create tower and projector; for cores that do not call `LlavaMetaModel.__init__`."""
         if getattr(config, "mm_vision_tower", None):
-            directory = Path(config.name_or_path) if getattr(config, "name_or_path", "") else None
-            self.vision_tower = build_vision_tower(config, directory, delay_load=True)
+            self.vision_tower = build_vision_tower(config, checkpoint_directory(config), delay_load=True)
             self.mm_projector = build_vision_projector(config)
 
     def get_vision_tower(self) -> VisionTower | None:
@@ -63,18 +74,17 @@ class LlavaMetaModel(nn.Module):
             self._num_image_tokens = projected_tokens(self.config, *tower.feature_shapes)
         return self._num_image_tokens
 
-    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None, dtype: torch.dtype | None = None) -> None:
-        """Find and load the tower, write the `mm_*` keys of the config, and make or keep the projector (§9).
+    def initialize_vision_modules(
+        self, model_args: ModelArguments, fsdp: object = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Load the tower, write the `mm_*` keys of the configuration, and create or keep the projector.
 
-        A projector that is already there and fits is kept (M14). `model_args` carries `vision_tower`,
-        `mm_vision_select_layer`, `mm_vision_select_feature`, `mm_projector_type`, `pretrain_mm_mlp_adapter` and
-        optionally `mm_vision_image_size`. The tower is loaded in `dtype` (default float32). `fsdp` is accepted for
-        compatibility.
+        A projector that fits is kept. The tower is loaded in `dtype` (default float32). `fsdp` is accepted for
+        compatibility and ignored.
         """
         config = self.config
         self._num_image_tokens = None
         same_tower = model_args.vision_tower == getattr(config, "mm_vision_tower", None)
-        directory = Path(config.name_or_path) if getattr(config, "name_or_path", "") else None
         if not same_tower:
             config.mm_vision_tower_config = None
         config.mm_vision_tower = model_args.vision_tower
@@ -82,11 +92,11 @@ class LlavaMetaModel(nn.Module):
         config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
         config.mm_vision_select_layer = model_args.mm_vision_select_layer
         config.mm_vision_select_feature = model_args.mm_vision_select_feature
-        if getattr(model_args, "mm_vision_image_size", None):
-            config.mm_vision_image_size = model_args.mm_vision_image_size
+        if image_size := getattr(model_args, "mm_vision_image_size", None):
+            config.mm_vision_image_size = image_size
         existing = self.get_vision_tower()
         if existing is None or not existing.is_loaded:
-            tower = build_vision_tower(config, directory, delay_load=True)
+            tower = build_vision_tower(config, checkpoint_directory(config), delay_load=True)
             tower.load_model(dtype=dtype, from_checkpoint=same_tower)
             self.vision_tower = tower
         config.mm_hidden_size = self.vision_tower.hidden_size
@@ -98,9 +108,7 @@ class LlavaMetaModel(nn.Module):
     def _initialize_projector(self, adapter: str | None) -> None:
         projector = build_vision_projector(self.config)
         current = getattr(self, "mm_projector", None)
-        if current is None or type(current) is not type(projector) or parameter_shapes(current) != parameter_shapes(
-            projector
-        ):  # fmt: skip
+        if type(current) is not type(projector) or parameter_shapes(current) != parameter_shapes(projector):
             self.mm_projector = projector
         for parameter in self.mm_projector.parameters():
             parameter.requires_grad_(True)
@@ -109,73 +117,55 @@ class LlavaMetaModel(nn.Module):
             self.load_tuned_positions(Path(adapter))
 
     def load_projector(self, file: Path) -> None:
-        """Load an `mm_projector.bin`, strictly (§9 step 4)."""
+        """Load an `mm_projector.bin`, strictly."""
         if not file.is_file():
             raise CheckpointError(
                 f"There is no projector file {str(file)!r}; run the pretraining stage first, or correct "
                 "--pretrain_mm_mlp_adapter."
             )
-        state = load_bin(file)
-        found = projector_state(state, file)
-        compare_shapes(
-            {name: tuple(value.shape) for name, value in found.items()}, parameter_shapes(self.mm_projector), file
-        )
-        copy_into(self.mm_projector, found)
+        state = projector_state(load_bin(file), file)
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        compare_shapes(shapes, parameter_shapes(self.mm_projector), file)
+        copy_into(self.mm_projector, state)
 
     def load_tuned_positions(self, file: Path) -> None:
-        """Load the tower positions a projector file holds after training with `tune_vit_pos_embedding` (§9 step 4)."""
-        state = load_bin(file)
+        """Load the tower's positions from a projector file that was trained with `tune_vit_pos_embedding`."""
         marker = "vision_tower.vision_tower.embeddings."
-        tuned = {name.split(marker, 1)[1]: value for name, value in state.items() if marker in name}
+        tuned = {name.split(marker, 1)[1]: value for name, value in load_bin(file).items() if marker in name}
         if any("position_embedding" in name for name in tuned):
             copy_into(cast("nn.Module", self.vision_tower.vision_tower.embeddings), tuned)
 
 
-def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Full shapes by name, also of parameters that ZeRO-3 has partitioned (`ds_shape`)."""
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
-
-
-def copy_into(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy tensors into a module's parameters by name, gathering ZeRO-3 partitions first (PROJ-1)."""
-    parameters = {name: parameter for name, parameter in module.named_parameters() if name in state}
-    with gathered(list(parameters.values())), torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name].to(parameter.dtype))
-
-
-class LlavaMetaForCausalLM(nn.Module):
+class LlavaMetaForCausalLM(Module):
     """Mixin of the model with the head; the core is `get_model()`."""
 
-    config: Any
-
-    def get_model(self) -> Any:
+    def get_model(self) -> LlavaMetaModel:
         raise NotImplementedError(f"{type(self).__name__} must define get_model()")  # pragma: no cover
 
     def get_vision_tower(self) -> VisionTower | None:
-        tower: VisionTower | None = self.get_model().get_vision_tower()
-        return tower
+        return self.get_model().get_vision_tower()
 
     @property
     def num_image_tokens(self) -> int:
         """The number of embeddings one image becomes in the prompt, after the projector; 0 without a tower."""
-        return int(self.get_model().num_image_tokens)
+        return self.get_model().num_image_tokens
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images `(K, 3, S, S)` to word-space features `(K, n, D)`."""
+        """Encode and project images `(K, 3, S, S)` to features `(K, n, D)`."""
         features = self.get_model().vision_tower(images)
         projector = self.get_model().mm_projector
         parameter = next(projector.parameters(), None)
         if parameter is not None:
-            to = {"device": parameter.device, "dtype": parameter.dtype}
-            features = features.to(**to) if isinstance(features, Tensor) else tuple(part.to(**to) for part in features)
+            features = features.to(parameter) if isinstance(features, Tensor) else tuple(
+                part.to(parameter) for part in features
+            )  # fmt: skip
         projected: Tensor = projector(features)
         return projected
 
     def embed_prompt(self, input_ids: Sequence[int] | Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Embed one row of T ids, its placeholders replaced by `features` (each `(n_i, D)`): `(L, D)`.
+        """Embed one prompt `(T,)`, its placeholders replaced by `features` (each `(n_i, D)`): `(L, D)`.
 
-        Pass ids that are known on the host as a list or a CPU tensor: no synchronisation is then needed.
+        Ids given as a list or a CPU tensor need no synchronisation.
         """
         embedding = self.get_model().get_input_embeddings()
         device = embedding.weight.device
@@ -196,15 +186,19 @@ class LlavaMetaForCausalLM(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
-        past_key_values: Any,
+        past_key_values: PastKeyValues,
         labels: Tensor | None,
         images: Images | None,
+        image_sizes: object = None,
+        modalities: object = None,
+        *,
         padding_side: str = "right",
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
-        """Splice features into a batch. Arguments and result: `(input_ids, position_ids, attention_mask,
-        past_key_values, inputs_embeds, labels)`; `input_ids` comes back `None` when embeddings replace it.
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, PastKeyValues, Tensor | None, Tensor | None]:
+        """Splice image features into a batch.
 
-        Ids without a placeholder pass through unchanged when there is no image or the step continues a past.
+        Returns `(input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`; `input_ids` is
+        `None` when embeddings replace it. Ids without a placeholder pass through unchanged without images and when a
+        past is continued. `image_sizes` and `modalities` are accepted for compatibility and ignored.
         """
         past = past_length_of(past_key_values)
         ids, host_mask, host_labels = to_host(input_ids, attention_mask, labels)
@@ -213,21 +207,20 @@ class LlavaMetaForCausalLM(nn.Module):
             if has_placeholder:
                 raise RequestError(NO_IMAGE)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        slots = encode_slots(images, self.encode_images)
         spliced = splice_batch(
             cast("Tensor", ids),
             self._embed_text(input_ids),
-            slots,
+            encode_slots(images, self.encode_images),
             attention_mask=host_mask,
             labels=host_labels,
             past_length=past,
             padding_side=padding_side,
         )
-        keep_mask = attention_mask is not None or not spliced.full
+        masked = attention_mask is not None or not spliced.full
         return (
             None,
-            spliced.position_ids if keep_mask or past else None,
-            spliced.attention_mask if keep_mask else None,
+            spliced.position_ids if masked or past else None,
+            spliced.attention_mask if masked else None,
             past_key_values,
             spliced.inputs_embeds,
             spliced.labels,
@@ -236,22 +229,23 @@ class LlavaMetaForCausalLM(nn.Module):
     def pack_inputs_and_labels(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, images: Images | None
     ) -> tuple[Tensor, list[int], Tensor]:
-        """Splice a batch and concatenate its rows without padding: embeddings `(N, D)`, the length of each row, and
-        labels `(N,)` on the CPU."""
+        """Splice a batch and concatenate it without padding.
+
+        Returns embeddings `(N, D)`, the length of each sequence, and labels `(N,)` on the CPU.
+        """
         ids, mask, host_labels = to_host(input_ids, attention_mask, labels)
         assert ids is not None and host_labels is not None
         embeds = self._embed_text(input_ids)
         slots: Sequence[Tensor] = []
         if images is not None and self.get_vision_tower() is not None:
-            layout = Layout.of(ids, mask, len(images))
+            layout = SpliceLayout.of(ids, mask, len(images))
             slots = encode_used_slots(images, self.encode_images, layout.counts)
         elif bool((ids == IMAGE_TOKEN_INDEX).any()):
             raise RequestError(NO_IMAGE)
         else:
-            layout = Layout.of(ids, mask)
+            layout = SpliceLayout.of(ids, mask)
         rows = layout.splice(embeds, slots)
-        ignored = [host_labels.new_full((len(slot),), IGNORE_INDEX) for slot in slots]
-        row_labels = layout.splice(host_labels, ignored)
+        row_labels = layout.splice(host_labels, [host_labels.new_full((len(slot),), IGNORE_INDEX) for slot in slots])
         return (
             torch.cat([piece for row in rows for piece in row]),
             [sum(map(len, row)) for row in rows],
@@ -259,41 +253,47 @@ class LlavaMetaForCausalLM(nn.Module):
         )
 
     def _embed_text(self, input_ids: Tensor) -> Tensor:
-        """Word embeddings `(B, T, D)`, zero id at placeholders; with start and end tokens under projector tuning only
-        the neighbours of a placeholder get gradient (§8.4)."""
+        """Token embeddings `(B, T, D)`, those of id 0 at placeholders.
+
+        If `<im_start>` and `<im_end>` are trained with the projector alone, only the neighbours of a placeholder get
+        gradients.
+        """
         image_at = input_ids == IMAGE_TOKEN_INDEX
         embeds: Tensor = self.get_model().get_input_embeddings()(input_ids.masked_fill(image_at, 0))
         config = self.config
         if getattr(config, "tune_mm_mlp_adapter", False) and getattr(config, "mm_use_im_start_end", False):
-            learns = torch.zeros_like(image_at)
-            learns[:, :-1] |= image_at[:, 1:]
-            learns[:, 1:] |= image_at[:, :-1]
-            embeds = torch.where(learns.unsqueeze(-1), embeds, embeds.detach())
+            trained = torch.zeros_like(image_at)
+            trained[:, :-1] |= image_at[:, 1:]
+            trained[:, 1:] |= image_at[:, :-1]
+            embeds = torch.where(trained.unsqueeze(-1), embeds, embeds.detach())
         return embeds
 
-    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
-        """Add the image tokens to tokenizer and embeddings and set what learns (§10)."""
-        model = cast("Any", self)
+    def initialize_vision_tokenizer(self, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Add the image tokens to tokenizer and embeddings, and set which embeddings are trained."""
         if model_args.mm_use_im_patch_token:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-            grow_embeddings(model, len(tokenizer), new_rows=0)
+            grow_embeddings(self, len(tokenizer), new_rows=0)
         tune_adapter = getattr(model_args, "tune_mm_mlp_adapter", False)
         if model_args.mm_use_im_start_end:
             added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-            grow_embeddings(model, len(tokenizer), new_rows=added)
+            grow_embeddings(self, len(tokenizer), new_rows=added)
             if tune_adapter:
-                model.get_input_embeddings().requires_grad_(True)
-                model.get_output_embeddings().requires_grad_(False)
+                self.get_input_embeddings().requires_grad_(True)
+                self.get_output_embeddings().requires_grad_(False)
             adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
             if adapter:
-                load_token_rows(model, Path(adapter))
+                load_token_rows(self, Path(adapter))
         elif model_args.mm_use_im_patch_token and tune_adapter:
-            model.get_input_embeddings().requires_grad_(False)
-            model.get_output_embeddings().requires_grad_(False)
+            self.get_input_embeddings().requires_grad_(False)
+            self.get_output_embeddings().requires_grad_(False)
 
 
-def past_length_of(past_key_values: Any) -> int:
-    """Cached positions of a legacy tuple or a `Cache`; 0 without one (§8.5)."""
+def checkpoint_directory(config: PretrainedConfig) -> Path | None:
+    return Path(config.name_or_path) if getattr(config, "name_or_path", "") else None
+
+
+def past_length_of(past_key_values: PastKeyValues) -> int:
+    """The number of cached positions."""
     if past_key_values is None:
         return 0
     if hasattr(past_key_values, "get_seq_length"):
@@ -301,9 +301,21 @@ def past_length_of(past_key_values: Any) -> int:
     return int(past_key_values[-1][-1].shape[-2])
 
 
-def grow_embeddings(model: Any, size: int, *, new_rows: int) -> None:
-    """Resize both embeddings to at least `size` rows, never shrinking (M20); the last `new_rows` become the mean of
-    the older ones."""
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters by name, unpartitioned also under ZeRO-3."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+
+
+def copy_into(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy tensors into a module's parameters by name; parameters partitioned by ZeRO-3 are gathered first."""
+    parameters = {name: parameter for name, parameter in module.named_parameters() if name in state}
+    with gathered(list(parameters.values())), torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name].to(parameter.dtype))
+
+
+def grow_embeddings(model: PreTrainedModel, size: int, *, new_rows: int) -> None:
+    """Resize both embeddings to at least `size` rows; the last `new_rows` become the mean of the others."""
     if size > parameter_shapes(model.get_input_embeddings())["weight"][0]:
         model.resize_token_embeddings(size)
     if not new_rows:
@@ -314,13 +326,13 @@ def grow_embeddings(model: Any, size: int, *, new_rows: int) -> None:
             weight[size - new_rows : size] = weight[: size - new_rows].mean(dim=0, keepdim=True)
 
 
-def load_token_rows(model: Any, file: Path) -> None:
-    """Take the two rows of `<im_start>` and `<im_end>` from a projector file (§10 step 4)."""
+def load_token_rows(model: PreTrainedModel, file: Path) -> None:
+    """Load the embeddings of `<im_start>` and `<im_end>` from a projector file."""
     state = load_bin(file)
     key = next((name for name in EMBEDDINGS if name in state), None)
     if key is None:
         raise CheckpointError(
-            f"{file} holds no word embeddings ({' or '.join(EMBEDDINGS)}): it was trained without "
+            f"{file} holds no token embeddings ({' or '.join(EMBEDDINGS)}): it was trained without "
             "--mm_use_im_start_end; use the same setting in both stages."
         )
     rows = state[key]
@@ -332,5 +344,5 @@ def load_token_rows(model: Any, file: Path) -> None:
             weight[-2:] = rows.to(weight.dtype)
         else:
             raise CheckpointError(
-                f"{file} holds {tuple(rows.shape)} word embeddings, but the model has {tuple(weight.shape)}."
+                f"{file} holds {tuple(rows.shape)} token embeddings, but the model has {tuple(weight.shape)}."
             )

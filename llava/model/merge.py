@@ -14,28 +14,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError
 from llava.files import atomic_directory
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.quantization import PREFIXES
 from llava.model.registry import language_model_spec
 from llava.model.tokenizer import load_tokenizer
 from llava.model.verification import cast_parameters, check_logits, probe_logits
 from llava.placement import resolve_attention
 from llava.utils import guarded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -70,7 +66,7 @@ def load_unmerged(found: Checkpoint, base: Checkpoint) -> tuple[PreTrainedTokeni
 def base_dtype(base: Checkpoint) -> torch.dtype:
     """The dtype of the stored word embeddings of the base."""
     tensors = ckpt.iter_tensors(base.path, lambda name: name in ckpt.EMBEDDINGS)
-    found = next((tensor for _, tensor in tensors if tensor is not None), None)
+    found = next((tensor for _, tensor in tensors), None)
     if found is None:
         raise CheckpointError(f"{base.path} holds no word embeddings ({' or '.join(ckpt.EMBEDDINGS)}).")
     return found.dtype
@@ -84,7 +80,7 @@ def changed_weights(model: nn.Module, base: Checkpoint) -> int:
         return name in parameters and not torch.equal(parameters[name][: tensor.shape[0]], tensor)
 
     tensors = ckpt.iter_tensors(base.path, lambda name: name.startswith((*PREFIXES, "lm_head.")))
-    return sum(differs(name, tensor) for name, tensor in tensors if tensor is not None)
+    return sum(differs(name, tensor) for name, tensor in tensors)
 
 
 def merge(model_path: str | Path, model_base: str | Path | None, save_model_path: str | Path) -> Merged:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import CheckpointError
 from llava.mm_utils import tokenizer_image_token
-
-if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPT: Final = f"USER: {DEFAULT_IMAGE_TOKEN}\nWhat color is the shape? ASSISTANT: The shape is red."
 TOLERANCE: Final = 1e-3

@@ -45,15 +45,11 @@ CHAT: Final[Mapping[str, object]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory, its base (if any), and the expected weights of the loaded model, by name.
-
-    `exact` is false if loading computes weights (a merged adapter), which then match up to rounding.
-    """
+    """A checkpoint directory, its base (if any), and the expected weights of the loaded model, by name."""
 
     path: Path
     base: Path | None
     weights: Mapping[str, Tensor]
-    exact: bool = True
 
 
 def randomize(module: nn.Module, seed: int) -> None:
@@ -158,16 +154,9 @@ def make_adapter(root: Path, kind: str, seed: int) -> Checkpoint:
     (directory / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     projector = {f"base_model.{n}": value for n, value in weights.items() if "mm_projector." in n}
     torch.save(projector, directory / "non_lora_trainables.bin")
-    return Checkpoint(directory, None, weights, exact=False)
+    return Checkpoint(directory, None, weights)
 
 
 KINDS: Final[Mapping[str, Callable[[Path, str, int], Checkpoint]]] = {
     **dict.fromkeys(("llama", "clip", "mpt"), make_chat), "projector": make_projector, "adapter": make_adapter,
 }  # fmt: skip
-
-
-def make(kind: str, root: Path) -> Checkpoint:
-    """Create the checkpoint `kind` under `root / kind`."""
-    directory = root / kind
-    directory.mkdir(parents=True)
-    return KINDS[kind](directory, kind, 10 * list(KINDS).index(kind))

@@ -88,21 +88,16 @@ def self_test(device: torch.device, write: Callable[[str], None]) -> int:
     report = Report(write)
     exact, half = Role(device, torch.float32), Role(device, hardware.half_dtype(device))
     with isolated() as threads, tempfile.TemporaryDirectory(prefix="llava-self-test-") as directory:
-        check_hardware(report, exact, half, threads)
+        report.run("device", str(device), lambda: hardware.describe_device(device, threads))
+        for role in (exact, half):
+            report.run("attention", short(role.dtype), partial(hardware.check_attention, device, role.dtype))
+        report.run("C++ kernel", "decoding", lambda: hardware.check_native(device))
         for kind in KINDS:
             check_kind(report, kind, Path(directory), exact, half, threads)
         with using_threads(threads):
             check_rates(report, device, half.dtype)
     write(report.summary())
     return report.counts["FAIL"]
-
-
-def check_hardware(report: Report, exact: Role, half: Role, threads: int) -> None:
-    device = exact.device
-    report.run("device", str(device), lambda: hardware.describe_device(device, threads))
-    for role in (exact, half):
-        report.run("attention", short(role.dtype), partial(hardware.check_attention, device, role.dtype))
-    report.run("C++ kernel", "decoding", partial(hardware.check_native, device))
 
 
 def check_kind(report: Report, kind: str, root: Path, exact: Role, half: Role, threads: int) -> None:

@@ -1,44 +1,288 @@
-"""Answering a file of prompts: JSON Lines in, JSON Lines out, resumable."""
+"""Resumable answering of a file of prompts, with JSON Lines as input and output.
+
+Answers are written in the order of the prompts. A prompt that fails gets an empty `text` and the reason in
+`metadata.error`; the next run retries it. `OUTPUT.manifest.json` records the settings, so that answers of different
+settings are never mixed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
-from llava.engine import Engine
-from llava.errors import DataError
-from llava.eval.run.files import Row, read_lines
-from llava.eval.run.questions import Question
-from llava.eval.run.runner import Outcome, RunSettings, run
+from torch import Tensor
+from tqdm import tqdm
+
+from llava.conversation import get_template, stop_strings, with_image_token
+from llava.engine import Engine, Request, RequestHandle, SamplingParams
+from llava.errors import ConfigError, DataError, LlavaError
+from llava.files import write_errors
+from llava.images import open_image, preprocess_image
+
+Row = dict[str, object]
 
 
-def read_prompts(path: Path) -> list[Question]:
-    """Rows `{"prompt": …, "image": path or list of paths, "id": …}`; `text` and `images` are accepted names too.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of the input file with the paths of its images."""
 
-    The id defaults to the row's number, counted from 0. Raises `DataError`, naming the line.
+    prompt_id: object
+    text: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Settings that determine the answers."""
+
+    model_id: str
+    template: str
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Numbers of prompts answered now and before, the failed ones with their reasons, and the seconds taken."""
+
+    answered: int
+    resumed: int
+    failures: tuple[tuple[object, str], ...]
+    seconds: float
+
+    def summary(self, output: Path) -> str:
+        rate = self.answered / self.seconds if self.seconds else 0.0
+        lines = [f"{self.answered} answered in {self.seconds:.1f} s ({rate:.1f}/s), {self.resumed} resumed: {output}"]
+        lines += [f"failed: prompt {prompt_id}: {error}" for prompt_id, error in self.failures[:10]]
+        if self.failures:
+            lines.append(f"{len(self.failures)} prompt(s) failed; run the same command again to retry them.")
+        return "\n".join(lines)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read rows `{"prompt": …, "image": path or list of paths, "id": …}`; `text`, `images` and `question_id` also work.
+
+    The default id is the index of the row. Raises `DataError`, naming the line.
     """
-    questions: list[Question] = []
-    for number, row in read_lines(path):
-        prompt = row.get("prompt", row.get("text"))
-        if not isinstance(prompt, str):
-            raise DataError(f"{path} line {number} lacks a prompt; it has {', '.join(row) or 'no keys'}.")
-        images = row.get("images", row.get("image")) or ()
-        images = (images,) if isinstance(images, str) else tuple(images)
-        question_id = row.get("id", row.get("question_id"))
-        questions.append(Question(len(questions) if question_id is None else question_id, prompt, images))
-    return questions
+    prompts: list[Prompt] = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read {path}: {error}.") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row = _parse_row(line, f"{path} line {number}")
+        text, images = row.get("prompt", row.get("text")), row.get("images", row.get("image")) or []
+        if not isinstance(text, str):
+            keys = ", ".join(row) or "none"
+            raise DataError(f"{path} line {number} must have a string `prompt`; its keys are: {keys}.")
+        images = [images] if isinstance(images, str) else images
+        if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
+            raise DataError(f"{path} line {number}: `image` must be a path or a list of paths, got {images!r}.")
+        prompt_id = row.get("id", row.get("question_id"))
+        prompts.append(Prompt(len(prompts) if prompt_id is None else prompt_id, text, tuple(images)))
+    return prompts
 
 
-def run_batch(engine: Engine, source: Path, output: Path, settings: RunSettings) -> Outcome:
-    """Answer every prompt of `source` into `output`, in order; see `llava.eval.run.runner.run` for resuming."""
+def _parse_row(line: str | bytes, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where} must be a JSON object, got {type(row).__name__}.")
+    return row
 
-    def make_row(question: Question, text: str, error: str | None) -> Row:
-        return {
-            "question_id": question.question_id,
-            "prompt": question.prompt,
-            "images": list(question.images),
+
+def answer_prompts(
+    engine: Engine, source: Path, output: Path, settings: BatchSettings, *, overwrite: bool = False
+) -> BatchResult:
+    """Answer the prompts of `source` that `output` does not answer yet.
+
+    Raises `ConfigError` when `output` has other settings or is being written by another process, and `DataError` when
+    it answers other prompts; `overwrite` starts it anew.
+    """
+    prompts = read_prompts(source)
+    identity: Row = {
+        "model_id": settings.model_id,
+        "conv_template": settings.template,
+        "decoding": dataclasses.asdict(settings.params) | {"stop": list(settings.params.stop)},
+        "image_aspect_ratio": engine.image_aspect_ratio,
+        "dtype": str(engine.model_runner.spec.dtype).removeprefix("torch."),
+    }
+    start, failures = time.monotonic(), []
+    with AnswerFile(output, prompts, identity, overwrite=overwrite) as file:
+        pending = [position for position in range(len(prompts)) if position not in file.finished]
+        with tqdm(total=len(prompts), initial=len(file.finished), unit="prompt", desc=output.name) as bar:
+            for position, text, error in _generate(engine, prompts, pending, settings):
+                if error is not None:
+                    failures.append((prompts[position].prompt_id, error))
+                file.write(position, text, error)
+                bar.update()
+    return BatchResult(len(pending), len(file.finished), tuple(failures), time.monotonic() - start)
+
+
+def _generate(
+    engine: Engine, prompts: Sequence[Prompt], positions: Sequence[int], settings: BatchSettings
+) -> Iterator[tuple[int, str, str | None]]:
+    """Yield (position, answer, error) as prompts finish. Images are opened in threads, ahead of the engine."""
+    window = 2 * engine.max_batch_size
+    running: dict[RequestHandle, int] = {}
+    loading: deque[tuple[int, Future[list[Tensor]]]] = deque()
+    remaining = iter(positions)
+
+    def load(path: str) -> Tensor:
+        return preprocess_image(open_image(path), engine.image_processor, engine.image_aspect_ratio)
+
+    with ThreadPoolExecutor(4, "images") as pool:
+        while True:
+            for position in islice(remaining, window - len(loading)):
+                images = prompts[position].images
+                loading.append((position, pool.submit(lambda paths: [load(path) for path in paths], images)))
+            while loading and len(running) < window:
+                position, loaded = loading.popleft()
+                try:
+                    running[engine.submit(_request(engine, prompts[position], loaded.result(), settings))] = position
+                except LlavaError as error:
+                    yield position, "", str(error)
+            if not (running or loading):
+                return
+            engine.step()
+            for handle in [handle for handle in running if handle.done]:
+                completion = handle.result()
+                yield running.pop(handle), "" if completion.error else completion.text, completion.error
+
+
+def _request(engine: Engine, prompt: Prompt, images: list[Tensor], settings: BatchSettings) -> Request:
+    """Render a single turn. The seed depends on the prompt, not on the batch, so that sampling is reproducible."""
+    conversation = get_template(settings.template)
+    text = with_image_token(prompt.text, conversation, engine.model.config, len(images)) if images else prompt.text
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    params, seed = settings.params, None
+    if params.temperature > 0 and params.seed is not None:
+        seed = params.seed + zlib.crc32(f"{prompt.prompt_id}\n{prompt.text}".encode())
+    stop = (*params.stop, *stop_strings(conversation))
+    return Request(
+        conversation.get_prompt(), images, dataclasses.replace(params, stop=stop, seed=seed), cache_prefix=False
+    )
+
+
+class AnswerFile:
+    """Answers in the order of the prompts, flushed line by line; a context manager.
+
+    `finished` are the positions answered before; a partial last line is removed. When failed answers are to be retried,
+    a copy is written, which replaces the file at the end.
+    """
+
+    def __init__(self, path: Path, prompts: Sequence[Prompt], identity: Row, *, overwrite: bool = False) -> None:
+        self.path, self.prompts, self.model_id = path, prompts, identity["model_id"]
+        manifest = path.with_name(f"{path.name}.manifest.json")
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path)
+        try:
+            if overwrite:
+                os.truncate(path, 0)
+            if path.stat().st_size:
+                _check_identity(path, manifest, identity)
+            rows = self._read()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._rows = {position: row for position, row in enumerate(rows) if not _error_of(row)}
+        self.finished = frozenset(self._rows)
+        retry = len(self._rows) < len(rows)
+        self._copy = path.with_name(f"{path.name}.retry") if retry else None
+        self._next = 0 if retry else len(rows)
+        with write_errors(path):
+            manifest.write_text(json.dumps({"identity": identity}, indent=2) + "\n", encoding="utf-8")
+            self._file = self._copy.open("w", encoding="utf-8") if self._copy else path.open("a", encoding="utf-8")
+        self._flush()
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._lock, write_errors(self.path):
+            self._file.close()
+            if self._copy and kind is None:
+                self._copy.replace(self.path)
+
+    def _read(self) -> list[Row]:
+        """The complete rows; raises `DataError` when they do not answer the first prompts."""
+        content = self.path.read_bytes()
+        os.truncate(self.path, content.rfind(b"\n") + 1)
+        rows = []
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
+            row = _parse_row(line, f"{self.path} line {number}")
+            prompt = self.prompts[number - 1] if number <= len(self.prompts) else None
+            if prompt is None or (row.get("question_id"), row.get("prompt")) != (prompt.prompt_id, prompt.text):
+                raise DataError(
+                    f"{self.path} line {number} does not answer prompt {number} of the input; choose another output "
+                    "file, or pass --overwrite."
+                )
+            rows.append(row)
+        return rows
+
+    def write(self, position: int, text: str, error: str | None) -> None:
+        """Add the answer of a prompt; it is written once all previous prompts have one."""
+        prompt = self.prompts[position]
+        self._rows[position] = {
+            "question_id": prompt.prompt_id,
+            "prompt": prompt.text,
+            "images": list(prompt.images),
             "text": text,
-            "model_id": settings.model_id,
+            "model_id": self.model_id,
             "metadata": {} if error is None else {"error": error},
         }
+        self._flush()
 
-    return run(engine, read_prompts(source), output, settings, make_row)
+    def _flush(self) -> None:
+        with write_errors(self.path):
+            while self._next in self._rows:
+                self._file.write(json.dumps(self._rows.pop(self._next)) + "\n")
+                self._next += 1
+            self._file.flush()
+
+
+def _check_identity(path: Path, manifest: Path, identity: Row) -> None:
+    """Raise `ConfigError` when the answers in `path` have other settings, or unknown ones."""
+    remedy = "choose another output file, or pass --overwrite."
+    try:
+        before = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
+        differing = [key for key in identity if key in before and before[key] != identity[key]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{path} exists, but {manifest.name} with its settings cannot be read; {remedy}") from error
+    for key in differing:
+        raise ConfigError(f"{path} has {key} {before[key]!r}, but this run has {identity[key]!r}; {remedy}")
+
+
+def _error_of(row: Row) -> object:
+    metadata = row.get("metadata")
+    return metadata.get("error") if isinstance(metadata, dict) else None
+
+
+def _lock(path: Path) -> TextIO:
+    """Open and lock a file until it is closed; `ConfigError` when another process has locked it."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(f"Another process is writing {path}; wait for it, or choose another output file.") from error
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    return file

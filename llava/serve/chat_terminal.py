@@ -1,4 +1,4 @@
-"""The chat in a terminal: reading lines and commands, streaming answers, Ctrl-C."""
+"""Terminal chat with commands, streamed answers and interruption by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from llava.engine.chat import ChatSession, parse_setting
 from llava.errors import LlavaError
 
 HELP = """\
-/image PATH|URL       attach a picture to the next message (repeatable)
+/image PATH|URL       attach an image to the next message (repeatable)
 /system TEXT          replace the system message
 /set NAME=VALUE       temperature, top_p, max_new_tokens, num_beams or seed
-/clear, /reset        forget the conversation and its pictures
-/save FILE            write the conversation as JSON
-/help                 this list
-/exit                 leave (also an empty line, or the end of input)
-Ctrl-C stops the running answer; pressed again, it leaves."""
+/clear, /reset        start a new conversation
+/save FILE            save the conversation as JSON
+/help                 show this list
+/exit                 exit (also an empty line, or end of input)
+Ctrl-C stops the running answer; a second one exits."""
 
 
 def role_name(role: str) -> str:
-    """A role as shown to people: `<|im_start|>user` is `user`; a template without roles has `user` too."""
+    """Display name of a template's role: `<|im_start|>user` becomes `user`, as does an empty role."""
     return re.sub(r"<\|im_start\|>|\W+", "", role) or "user"
 
 
-def say(text: str, out: TextIO | None = None) -> None:
-    """Show text at once; where output is piped too."""
+def echo(text: str, out: TextIO | None = None) -> None:
+    """Write text and flush, so that it also appears immediately in a pipe."""
     out = out or sys.stdout
     out.write(text)
     out.flush()
@@ -40,7 +40,7 @@ def say(text: str, out: TextIO | None = None) -> None:
 
 @contextmanager
 def interrupt_cancels(handle: RequestHandle) -> Iterator[None]:
-    """Let Ctrl-C cancel a running answer between two steps; a second one raises `KeyboardInterrupt`."""
+    """Context in which Ctrl-C cancels the request, and a second one raises `KeyboardInterrupt`."""
 
     def on_interrupt(signum: int, frame: FrameType | None) -> None:
         if handle.cancelled:
@@ -55,70 +55,70 @@ def interrupt_cancels(handle: RequestHandle) -> Iterator[None]:
 
 
 def answer(session: ChatSession, text: str, out: TextIO | None, head: str = "") -> Completion:
-    """Ask, stream the answer to `out` behind `head` as it comes, and keep it in the session."""
+    """Send a message, stream the answer to `out` after `head`, and add it to the session."""
     handle = session.ask(text)
     if head:
-        say(head, out)
+        echo(head, out)
     with interrupt_cancels(handle):
-        for piece in handle:
+        for delta in handle:
             if out is not None:
-                say(piece, out)
+                echo(delta, out)
         completion = handle.result()
     session.add_answer(completion)
     return completion
 
 
-def converse(session: ChatSession, *, debug: bool = False) -> int:
-    """Read messages from standard input until it ends; answers go to standard output."""
+def chat(session: ChatSession, *, debug: bool = False) -> int:
+    """Converse over standard input and output until the input ends; returns the exit status."""
     if sys.stdin.isatty():
-        # a program started in the background ignores Ctrl-C until told otherwise
+        # a program started in the background ignores SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with suppress(ImportError):  # line editing, where the platform has it
             import readline  # noqa: F401
-    say("Type a message, /help for the commands, an empty line to leave.\n")
+    echo("Enter a message, /help for commands, or an empty line to exit.\n")
     user, assistant = map(role_name, session.conversation.roles)
     while True:
         try:
             line = input(f"{user}: ").strip()
         except EOFError:
-            say("\n")
+            echo("\n")
             line = ""
         if not line or line == "/exit":
-            say("Goodbye.\n")
+            echo("Goodbye.\n")
             return 0
         try:
             if line.startswith("/"):
-                say(command(session, line) + "\n")
+                echo(command(session, line) + "\n")
                 continue
             completion = answer(session, line, sys.stdout, f"{assistant}: ")
-            say(" [stopped]\n" if completion.finish_reason == "cancelled" else "\n")
+            echo(" [stopped]\n" if completion.finish_reason == "cancelled" else "\n")
             if debug:
-                say(str({"prompt": session.prompt, "outputs": completion.text}) + "\n")
+                echo(str({"prompt": session.prompt, "outputs": completion.text}) + "\n")
         except LlavaError as error:
-            hint = " (/clear starts afresh)" if "context" in str(error) else ""
-            say(f"error: {error}{hint}\n")
+            hint = " (/clear starts a new conversation)" if "context" in str(error) else ""
+            echo(f"error: {error}{hint}\n")
 
 
 def command(session: ChatSession, line: str) -> str:
-    """Carry out a `/command` and return what to show; raises `LlavaError` when it cannot be."""
+    """Run a `/command` and return its message; raises `LlavaError` when it fails."""
     name, _, rest = line[1:].partition(" ")
     rest = rest.strip()
     match name:
         case "image" if rest:
             session.attach(rest)
-            return f"{rest} goes with your next message."
+            return f"{rest} is attached to the next message."
         case "system" if rest:
             session.set_system(rest)
-            return "The system message is replaced."
+            return "System message replaced."
         case "set" if rest:
             session.params = parse_setting(session.params, rest)
-            return f"{rest} from now on."
+            return f"Set {rest}."
         case "save" if rest:
             session.save(Path(rest).expanduser())
             return f"Saved to {rest}."
         case "clear" | "reset":
             session.clear()
-            return "The conversation is forgotten."
+            return "Conversation cleared."
         case "help":
             return HELP
-    return f"{line!r} is not a command or lacks its argument.\n{HELP}"
+    return f"{line!r} is not a command, or its argument is missing.\n{HELP}"

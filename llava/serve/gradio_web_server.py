@@ -1,9 +1,9 @@
-"""The web page: talk with the models that a controller knows, in a browser (spec/serve.md §8).
+"""Serve the web page, a chat in the browser with the models of a controller.
 
 python -m llava.serve.gradio_web_server --controller http://localhost:10000 --model-list-mode reload
 
-The page listens on this machine only, unless visitors have to log in (--auth-file) or --insecure is given.
-Set LLAVA_TOKEN (or --token-file) to what the controller and the workers have.
+The page accepts connections from this machine only, unless visitors must log in (--auth-file) or --insecure is given.
+Set LLAVA_TOKEN (or --token-file) to the token of the controller and the workers.
 """
 
 from __future__ import annotations
@@ -16,98 +16,130 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from llava.constants import LOGDIR
 from llava.errors import ConfigError
+from llava.serve.common.arguments import CONTROLLER_URL, LOGINS_VARIABLE, TOKEN_VARIABLE, CliArgs, flag
 from llava.utils import build_logger, guarded, require
 
 if TYPE_CHECKING:
-    from llava.serve.web.site import Site
+    import gradio
+    from fastapi import FastAPI
+
+    from llava.serve.web.services import AppServices
 
 logger = logging.getLogger(__name__)
 FIRST_PORT: Final = 7860
-LOGINS_VARIABLE: Final = "LLAVA_WEB_LOGINS"
 _PORTS_TRIED: Final = 100
 _MAX_UPLOAD: Final = "64mb"
 
 
+@dataclass(frozen=True)
+class WebArgs(CliArgs):
+    """Settings of the web server."""
+
+    host: str = flag("127.0.0.1", "address to bind (default %(default)s)")
+    port: int | None = flag(
+        None, f"port to bind, 0 for any free one (default: the first free one from {FIRST_PORT})", type=int
+    )
+    controller_url: str = flag(CONTROLLER_URL, "controller URL (default %(default)s)", "--controller")
+    concurrency_count: int = flag(10, "concurrent answers (default %(default)s)")
+    model_list_mode: str = flag("once", "keep the first list of models, or update it", choices=("once", "reload"))
+    default_model: str | None = flag(None, "model selected on a new page")
+    share: bool = flag(False, "create a public URL through Gradio's tunnel; requires --auth-file")
+    moderate: bool = flag(False, "check messages with OpenAI's moderation endpoint (OPENAI_API_KEY)")
+    embed: bool = flag(False, "hide title and terms")
+    auth_file: Path | None = flag(
+        None, f"logins, USER:PASSWORD per line (default: {LOGINS_VARIABLE}, comma-separated)", type=Path
+    )
+    insecure: bool = flag(False, "bind a public --host without logins")
+    token_file: Path | None = flag(None, f"file with the shared token (default: {TOKEN_VARIABLE})", type=Path)
+    log_conversations: bool = flag(False, "record answers, images and visitors' addresses in LOGDIR")
+    log_days: int = flag(30, "days after which records are deleted (default %(default)s)")
+    idle_timeout: float = flag(120.0, "timeout of a silent worker in seconds (default %(default)s)")
+
+    def __post_init__(self) -> None:
+        self.check_at_least(1, "concurrency_count", "log_days")
+        if not self.idle_timeout > 0:
+            raise ConfigError(f"--idle-timeout must be greater than 0, got {self.idle_timeout}.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, help=f"default: the first free one from {FIRST_PORT} up; 0: any")
-    add("--controller-url", "--controller", default="http://localhost:21001")
-    add("--concurrency-count", type=int, default=10, help="answers in progress at a time (default %(default)s)")
-    add("--model-list-mode", choices=("once", "reload"), default="once", help="keep the first list, or keep it current")
-    add("--default-model", help="the model a new page begins with")
-    add("--share", action="store_true", help="also a public address through Gradio's tunnel; needs --auth-file")
-    add("--moderate", action="store_true", help="ask OpenAI's moderation endpoint first (OPENAI_API_KEY)")
-    add("--embed", action="store_true", help="leave out title and terms")
-    add("--auth-file", type=Path, help=f"visitors' logins, USER:PASSWORD a line (or {LOGINS_VARIABLE}, with commas)")
-    add("--insecure", action="store_true", help="let other machines connect without a login")
-    add("--token-file", type=Path, help="file with the token shared with controller and workers")
-    add("--log-conversations", action="store_true", help="record answers, pictures and visitors' addresses in LOGDIR")
-    add("--log-days", type=int, default=30, help="delete records that are older (default %(default)s)")
-    add("--idle-timeout", type=float, default=120.0, help="seconds of a worker's silence that end an answer")
+    WebArgs.add_cli_args(parser)
     return parser
 
 
-def check(args: argparse.Namespace, logins: Sequence[tuple[str, str]]) -> None:
-    """Refuse what cannot work before anything starts."""
-    if args.concurrency_count < 1 or args.log_days < 1:
-        raise ConfigError("--concurrency-count and --log-days must be at least 1.")
-    if not args.idle_timeout > 0:
-        raise ConfigError(f"--idle-timeout is {args.idle_timeout}; it must be greater than 0.")
-    if args.share and not (logins or args.insecure):
-        raise ConfigError("--share opens the page to everyone; add --auth-file, or --insecure if that is meant.")
-
-
 def read_logins(file: Path | None) -> list[tuple[str, str]]:
-    """(user, password) of everyone who may see the page; none: no login is asked for."""
+    """(user, password) pairs of the visitors; without any, no login is required."""
     from llava.serve.common.security import read_secrets
 
     logins = []
     for line in read_secrets(file, LOGINS_VARIABLE):
         user, colon, password = line.partition(":")
         if not (user and colon and password):
-            raise ConfigError("A login is not USER:PASSWORD; write one a line in --auth-file.")
+            raise ConfigError("Every line of --auth-file must have the form USER:PASSWORD.")
         logins.append((user, password))
     return logins
 
 
-def build_site(args: argparse.Namespace) -> Site:
+def build_services(args: WebArgs) -> AppServices:
+    """Create the services behind the page; nothing is contacted yet."""
     from llava.serve.common.security import cluster_token
     from llava.serve.web.client import ServiceClient
     from llava.serve.web.log import ConversationLog
     from llava.serve.web.models import ModelCatalog
-    from llava.serve.web.moderation import Moderator
-    from llava.serve.web.site import Site
+    from llava.serve.web.services import AppServices, Moderator
 
     token = cluster_token(args.token_file)
     client = ServiceClient(args.controller_url, token=token, idle_timeout=args.idle_timeout)
     catalog = ModelCatalog(client, mode=args.model_list_mode, default_model=args.default_model)
     folder = Path(os.environ.get("LOGDIR", LOGDIR))
     log = ConversationLog(folder, chats=args.log_conversations, keep_days=args.log_days)
-    return Site(client, catalog, log, Moderator() if args.moderate else None)
+    return AppServices(client, catalog, log, Moderator() if args.moderate else None)
+
+
+def build_demo(embed_mode: bool = False, controller_url: str = CONTROLLER_URL) -> gradio.Blocks:
+    """Create the page, not yet served; `embed_mode` hides title and terms."""
+    require("gradio", "serve")
+    from llava.serve.web.page import build_page
+
+    return build_page(build_services(WebArgs(controller_url=controller_url)), embed=embed_mode)
+
+
+def get_model_list(controller_url: str = CONTROLLER_URL) -> list[str]:
+    """Refresh the workers of a controller; returns the sorted names of their models."""
+    require("httpx", "serve")
+    from llava.serve.common.client import Client
+
+    with Client() as client:
+        client.post(controller_url, "/refresh_all_workers")
+        return sorted(client.post(controller_url, "/list_models")["models"])
 
 
 def build_app(
-    site: Site, *, embed: bool = False, concurrency: int = 10, logins: Sequence[tuple[str, str]] = (), port: int = 0
-) -> Any:
-    """The web application: the page, and `/health`, `/ready` and `/metrics` beside it."""
+    services: AppServices,
+    *,
+    embed: bool = False,
+    concurrency: int = 10,
+    logins: Sequence[tuple[str, str]] = (),
+    port: int = 0,
+) -> FastAPI:
+    """Create the web application: the page, and `/health`, `/ready` and `/metrics`."""
     import fastapi
     import gradio
 
     from llava.serve.web.page import CSS, build_page, theme
 
-    closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
-    app = fastapi.FastAPI(**closed)
-    add_probes(app, site)
-    page = build_page(site, embed=embed)
+    no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    add_probes(app, services)
+    page = build_page(services, embed=embed)
     page.queue(default_concurrency_limit=concurrency, max_size=16 * concurrency, api_open=False)
-    return gradio.mount_gradio_app(
+    mounted: FastAPI = gradio.mount_gradio_app(
         app,
         page,
         path="/",
@@ -116,15 +148,17 @@ def build_app(
         max_file_size=_MAX_UPLOAD,
         show_error=False,
         footer_links=[],
-        app_kwargs=closed,
+        app_kwargs=no_docs,
         ssr_mode=False,
         enable_monitoring=False,
         theme=theme(),
         css=CSS,
     )
+    return mounted
 
 
-def add_probes(app: Any, site: Site) -> None:
+def add_probes(app: FastAPI, services: AppServices) -> None:
+    """Add `/health`, `/ready` and `/metrics`."""
     from fastapi import Response
     from fastapi.responses import JSONResponse
 
@@ -132,18 +166,18 @@ def add_probes(app: Any, site: Site) -> None:
         return {"status": "ok"}
 
     async def ready() -> JSONResponse:
-        listing = await site.catalog.listing()
+        listing = await services.catalog.listing()
         return JSONResponse({"models": list(listing.models)}, 200 if listing.models else 503)
 
     async def metrics() -> Response:
-        return Response(site.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     for probe in (health, ready, metrics):
         app.add_api_route(f"/{probe.__name__}", probe, methods=["GET"])
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket bound to `port`, or to the first free port from 7860 up; raises `ConfigError` when it is taken."""
+    """Bind `port`, by default the first free port from 7860; raises `ConfigError` when it is in use."""
     from llava.serve.common.server import bind_socket
 
     if port is not None:
@@ -155,44 +189,50 @@ def listen(host: str, port: int | None) -> socket.socket:
 
 
 def share(port: int) -> None:
-    """Open Gradio's public tunnel to the page and log its address."""
+    """Open Gradio's public tunnel to the page and log its URL."""
     import secrets
 
     from gradio import networking
 
     try:
         address = networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
-    except Exception as error:  # whatever the tunnel's programs raise, the page itself is up
-        logger.error("No public address: %s", error)
+    except Exception as error:  # the page works without the tunnel
+        logger.error("Cannot create a public URL: %s", error)
     else:
-        logger.warning("Public address: %s", address)
+        logger.warning("Public URL: %s", address)
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    # Servers that share Gradio's own folder delete each other's pictures when one of them ends.
+    args = WebArgs.from_cli_args(build_parser().parse_args(argv))
+    # Servers that share Gradio's temporary folder delete each other's images when one of them ends.
     with tempfile.TemporaryDirectory(prefix="llava-page-", ignore_cleanup_errors=True) as folder:
         os.environ.setdefault("GRADIO_TEMP_DIR", folder)
         return run(args)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: WebArgs) -> int:
     require("gradio", "serve")
     from llava.serve.common.security import bind_host
     from llava.serve.common.server import port_of, serve
 
     build_logger("llava.serve")
     logins = read_logins(args.auth_file)
-    check(args, logins)
-    how = f"--auth-file (or {LOGINS_VARIABLE})"
-    host = bind_host(args.host, protected=bool(logins), insecure=args.insecure, key="login", how=how)
-    bound = listen(host, args.port)
-    site = build_site(args)
-    app = build_app(site, embed=args.embed, concurrency=args.concurrency_count, logins=logins, port=port_of(bound))
+    check_share(args, logins)
+    remedy = f"--auth-file (or {LOGINS_VARIABLE})"
+    host = bind_host(args.host, protected=bool(logins), insecure=args.insecure, key="login", how=remedy)
+    sock = listen(host, args.port)
+    services = build_services(args)
+    app = build_app(services, embed=args.embed, concurrency=args.concurrency_count, logins=logins, port=port_of(sock))
     if args.share:
-        share(port_of(bound))
-    return serve(app, bound, site.close)
+        share(port_of(sock))
+    return serve(app, sock, services.close)
+
+
+def check_share(args: WebArgs, logins: Sequence[tuple[str, str]]) -> None:
+    """Raise `ConfigError` when a public URL would be open to everyone without --insecure."""
+    if args.share and not (logins or args.insecure):
+        raise ConfigError("--share opens the page to everyone; add --auth-file, or --insecure to allow it.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Register a worker, or a whole controller, with a controller by hand (spec/serve.md §6).
+"""Register a worker, or a whole controller, with a controller by hand.
 
 python -m llava.serve.register_worker --controller http://localhost:10000 --worker-name http://localhost:40000
 """
@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import ConfigError
+from llava.serve.common.arguments import TOKEN_VARIABLE
 from llava.utils import guarded, require
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--controller-address", "--controller", required=True)
-    add("--worker-name", "--worker", required=True, help="the worker's base address")
-    add("--check-heart-beat", action="store_true", help="expect heartbeats, and forget the worker without them")
-    add("--token-file", type=Path, help="file with the shared token (default: LLAVA_TOKEN)")
+    add("--controller-address", "--controller", required=True, help="controller URL")
+    add("--worker-name", "--worker", required=True, help="worker URL")
+    add("--check-heart-beat", action="store_true", help="remove the worker when it sends no heartbeats")
+    add("--token-file", type=Path, help=f"file with the shared token (default: {TOKEN_VARIABLE})")
     return parser
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Client(args.token_file) as client:
         reply = client.post(args.controller_address, "/register_worker", body)
     if reply is not None and not reply.get("registered", True):
-        raise ConfigError(f"The controller could not reach {args.worker_name}; is it listening there?")
+        raise ConfigError(f"The controller cannot reach {args.worker_name}; check that the worker is listening there.")
     print(f"{args.worker_name} is registered.")
     return 0
 

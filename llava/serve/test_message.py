@@ -1,4 +1,4 @@
-"""Ask a running model one thing and show the answer as it comes: a smoke test (spec/serve.md §6).
+"""Send one message to a served model and print the streamed answer, as a smoke test.
 
 python -m llava.serve.test_message --controller http://localhost:10000 --model-name MODEL [--image photo.jpg]
 """
@@ -10,25 +10,29 @@ import base64
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llava.conversation import get_template, stop_strings, template_for, with_image_token
 from llava.errors import ConfigError
+from llava.serve.common.arguments import CONTROLLER_URL, TOKEN_VARIABLE
 from llava.utils import guarded, require
+
+if TYPE_CHECKING:
+    from llava.serve.common.protocol import Frame
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--controller-address", "--controller", default="http://localhost:21001")
-    add("--worker-address", "--worker", help="ask this worker, without a controller")
-    add("--model-name", help="default: the first in the list of models")
-    add("--max-new-tokens", type=int, default=32)
+    add("--controller-address", "--controller", default=CONTROLLER_URL, help="controller URL (default %(default)s)")
+    add("--worker-address", "--worker", help="worker URL, to bypass the controller")
+    add("--model-name", help="default: the first model in the list")
+    add("--max-new-tokens", type=int, default=32, help="length limit of the answer (default %(default)s)")
     add("--message", default="Tell me a long story about a lighthouse.")
     add("--image", type=Path, action="append", default=[], help="JPEG, PNG or WebP file; repeatable")
-    add("--conv-mode", help="template (default: the one the model was trained with)")
+    add("--conv-mode", help="conversation template (default: the one the model was trained with)")
     add("--temperature", type=float, default=0.7)
-    add("--token-file", type=Path, help="file with the shared token (default: LLAVA_TOKEN)")
+    add("--token-file", type=Path, help=f"file with the shared token (default: {TOKEN_VARIABLE})")
     return parser
 
 
@@ -41,25 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Client(args.token_file) as client:
         if args.worker_address:
             address = args.worker_address
-            served = client.post(address, "/worker_get_status")["model_names"]
+            models = client.post(address, "/worker_get_status")["model_names"]
         else:
             client.post(args.controller_address, "/refresh_all_workers")
-            served = sorted(client.post(args.controller_address, "/list_models")["models"])
-            print(f"Models: {', '.join(served) or 'none'}")
-        model = args.model_name or next(iter(served), "")
+            models = sorted(client.post(args.controller_address, "/list_models")["models"])
+            print(f"Models: {', '.join(models) or 'none'}")
+        model = args.model_name or next(iter(models), "")
         if not args.worker_address:
             address = client.post(args.controller_address, "/get_worker_address", {"model": model})["address"]
-        print(f"{model or 'A model'} is at {address or 'no address'}.")
         if not address:
-            raise ConfigError(f"No worker serves {model or 'anything'}; start one, or wait until it has loaded.")
+            raise ConfigError(f"No worker serves {model or 'a model'}; start one, or wait until it has loaded.")
+        print(f"Worker of {model or 'the model'}: {address}")
         info = client.post(address, "/worker_get_status").get("info") or {}
         template = args.conv_mode or info.get("conv_template") or template_for(None, model)
-        body = body_for(args, model, template)
-        return show(client.stream(address, body), len(str(body["prompt"])))
+        body = request_body(args, model, template)
+        return print_stream(client.stream(address, body), len(str(body["prompt"])))
 
 
-def body_for(args: argparse.Namespace, model: str, template: str) -> dict[str, object]:
-    """The request: one turn in the model's template."""
+def request_body(args: argparse.Namespace, model: str, template: str) -> dict[str, object]:
+    """Body of `/worker_generate_stream` with one turn in the conversation template."""
     conversation = get_template(template)
     text = with_image_token(args.message, conversation, None, len(args.image)) if args.image else args.message
     conversation.append_message(conversation.roles[0], text)
@@ -67,7 +71,7 @@ def body_for(args: argparse.Namespace, model: str, template: str) -> dict[str, o
     try:
         images = [base64.b64encode(path.read_bytes()).decode() for path in args.image]
     except OSError as error:
-        raise ConfigError(f"Cannot read the image {error.filename}: {error.strerror}.") from error
+        raise ConfigError(f"Cannot read image {error.filename}: {error.strerror}.") from error
     return {
         "model": model,
         "prompt": conversation.get_prompt(),
@@ -78,14 +82,14 @@ def body_for(args: argparse.Namespace, model: str, template: str) -> dict[str, o
     }
 
 
-def show(frames: Iterable[dict[str, Any]], skip: int) -> int:
-    """Print the answer behind `skip` characters of prompt as it grows; status 1 after an error, or without a frame."""
+def print_stream(frames: Iterable[Frame], prompt_length: int) -> int:
+    """Print the answer as it grows; returns the exit status, 1 after an error or an empty stream."""
     shown, frame = "", None
     for frame in frames:
         if frame.get("error_code"):
             print(f"\nerror {frame['error_code']}: {frame.get('text')}", file=sys.stderr)
             return 1
-        answer = frame["text"][skip:].lstrip()
+        answer = frame["text"][prompt_length:].lstrip()
         print(answer[len(shown) :], end="", flush=True)
         shown = answer or shown
     print()

@@ -87,7 +87,7 @@ def load_lora(model: PreTrainedModel, directory: Path) -> None:
     missing = sorted(set(parameters) - set(state))
     if missing:
         raise CheckpointError(
-            f"{directory} lacks {missing[0]}, which these flags train; use the flags that the run was started with."
+            f"{missing[0]} is missing in {directory}, but these flags train it; use the flags of the interrupted run."
         )
     copy_tensors(parameters, state, str(directory))
 
@@ -103,7 +103,7 @@ def copy_tensors(
     """Copy tensors into the (unpartitioned) parameters of the same names; raises for unknown names or shapes."""
     unknown = sorted(set(state) - set(parameters))
     if unknown:
-        raise CheckpointError(f"{source} has tensors that this model lacks: {', '.join(unknown[:4])}.")
+        raise CheckpointError(f"{source} has tensors that are not in this model: {', '.join(unknown[:4])}.")
     with torch.no_grad():
         for name, value in state.items():
             if parameters[name].shape != value.shape:
@@ -184,12 +184,6 @@ def check_disk_space(output_dir: Path, final_bytes: int, checkpoint_bytes: int, 
 # --- Resuming ---------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_step(directory: Path) -> int | None:
-    """N of a directory named `checkpoint-N`, else None."""
-    found = re.fullmatch(r"checkpoint-(\d+)", directory.name)
-    return int(found[1]) if found else None
-
-
 def incomplete(directory: Path) -> str | None:
     """The reason why training cannot resume from a directory, or None if it can."""
     empty = [file.name for file in sorted(directory.rglob("*")) if file.is_file() and file.stat().st_size == 0]
@@ -221,8 +215,8 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
         return None
     for unfinished in sorted(output_dir.glob("tmp-checkpoint-*")):
         logger.warning("Ignoring %s: an earlier run stopped while writing it.", unfinished)
-    found = [(checkpoint_step(path), path) for path in output_dir.glob("checkpoint-*") if path.is_dir()]
-    for _, directory in sorted((entry for entry in found if entry[0] is not None), reverse=True):
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*"))
+    for _, directory in sorted(((int(name[1]), path) for name, path in names if name and path.is_dir()), reverse=True):
         reason = incomplete(directory)
         if reason is None:
             return directory

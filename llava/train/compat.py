@@ -75,10 +75,8 @@ def maybe_zero_3(param: Tensor, ignore_status: bool = False, name: str | None = 
 
     `ignore_status` and `name` are accepted for compatibility: they silence a warning about parameters in use.
     """
-    if isinstance(param, nn.Parameter):
-        with gathered([param], modifier_rank=None):
-            return param.detach().to("cpu", copy=True)
-    return param.detach().to("cpu", copy=True)
+    with gathered([param] if isinstance(param, nn.Parameter) else [], modifier_rank=None):
+        return param.detach().to("cpu", copy=True)
 
 
 def _state(named_params: NamedTensors, wanted: Callable[[str, Tensor], bool]) -> dict[str, Tensor]:

@@ -70,6 +70,11 @@ class RunConfig:
         return language + trainable.projector * shape.projector_weights + trainable.tower * shape.tower_weights
 
     @property
+    def full(self) -> bool:
+        """Whether the language model itself is trained, not adapters."""
+        return self.trainable.language and not self.trainable.adapters
+
+    @property
     def optimizer_shards(self) -> int:
         """Number of GPUs that share the optimizer state."""
         return self.gpus if self.zero_stage else 1
@@ -113,8 +118,7 @@ def optimizer_step_bytes(run: RunConfig) -> float:
         return run.trainable_parameters * 4 / run.optimizer_shards
     if run.foreach:
         return run.trainable_parameters * 4.0
-    full = run.trainable.language and not run.trainable.adapters
-    return 2 * 4.0 * run.shape.vocabulary * run.shape.hidden if full else 0.0
+    return 2 * 4.0 * run.shape.vocabulary * run.shape.hidden if run.full else 0.0
 
 
 def layer_activation_bytes(run: RunConfig) -> float:
@@ -124,13 +128,12 @@ def layer_activation_bytes(run: RunConfig) -> float:
     projection. Trainable linear layers save their input, too.
     """
     shape, dtype_bytes = run.shape, run.dtype_bytes
-    adapters = bool(run.trainable.adapters)
-    full = run.trainable.language and not adapters
+    adapters = run.trainable.adapters > 0
     hidden, intermediate = shape.hidden, shape.intermediate
     per_position = 2 * 4 * hidden + dtype_bytes * (4 * hidden + 2 * intermediate)
-    if full or adapters:  # inputs of q, k, v together, of o, of gate and up together, of down
+    if run.full or adapters:  # inputs of q, k, v together, of o, of gate and up together, of down
         per_position += dtype_bytes * (3 * hidden + intermediate)
-    if full:  # the normalized rows, for the gradient of a norm's weight
+    if run.full:  # the normalized rows, for the gradient of a norm's weight
         per_position += dtype_bytes * 2 * hidden
     if adapters and run.lora_dropout:  # each adapter has its own dropout: a copy and a mask
         per_position += (4 + 1) * (6 * hidden + intermediate) - dtype_bytes * (3 * hidden + intermediate)
@@ -142,12 +145,8 @@ def saved_activation_bytes(run: RunConfig) -> float:
     shape, dtype_bytes = run.shape, run.dtype_bytes
     embeddings = run.positions * dtype_bytes * 3 * shape.hidden  # before and after the splice, and the last norm
     images = run.batch_size * run.images * shape.image_tokens * dtype_bytes * (shape.tower_hidden + 3 * shape.hidden)
-    inputs_only = run.positions * dtype_bytes * shape.hidden
-    return (
-        embeddings
-        + images
-        + shape.layers * (inputs_only if run.gradient_checkpointing else layer_activation_bytes(run))
-    )
+    layer = run.positions * dtype_bytes * shape.hidden if run.gradient_checkpointing else layer_activation_bytes(run)
+    return embeddings + images + shape.layers * layer
 
 
 def activation_bytes(run: RunConfig) -> float:
@@ -194,9 +193,7 @@ def peak_bytes(run: RunConfig) -> float:
     """
     part = memory_breakdown(run)
     gradients = part["gradients"] if run.accumulation_steps > 1 or run.deepspeed else 0.0
-    head = 0.0
-    if run.trainable.language and not run.trainable.adapters and not gradients:
-        head = 4.0 * run.shape.vocabulary * run.shape.hidden
+    head = 4.0 * run.shape.vocabulary * run.shape.hidden if run.full and not gradients else 0.0
     tower = part["vision tower"] if run.trainable.tower else 0.0
     moments = [
         gradients + part["vision tower"],
@@ -215,14 +212,8 @@ def required_bytes(run: RunConfig) -> float:
 def training_hours(run: RunConfig, samples: float, epochs: float, peak_flops: float, mfu: float) -> float:
     """Hours of a run on GPUs of `peak_flops` FLOP/s each at this MFU."""
     tokens = run.positions / run.batch_size
-    flops = step_flops(
-        run.shape,
-        run.trainable,
-        tokens=tokens,
-        length=tokens,
-        images=run.images,
-        supervised=tokens * run.supervised,
-    )
+    counts = {"tokens": tokens, "length": tokens, "images": run.images, "supervised": tokens * run.supervised}
+    flops = step_flops(run.shape, run.trainable, **counts)
     return flops * samples * epochs / (peak_flops * run.gpus * mfu) / 3600
 
 
@@ -275,7 +266,7 @@ def smaller_settings(flags: RecipeFlags, run: RunConfig) -> list[str]:
         found.append("--deepspeed scripts/zero3.json")
     elif not run.offload and run.bits == 16:
         found.append("--deepspeed scripts/zero3_offload.json, which needs as much memory of the host")
-    if not run.trainable.adapters and run.trainable.language:
+    if run.full:
         found.append("--lora_enable True")
     if run.bits == 16:
         found.append("--lora_enable True --bits 4 --deepspeed scripts/zero2.json")
@@ -384,9 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = read_recipe(args.recipe, args.gpus, more)
     data = inputs.dataset_stats(flags)
     run = run_config(flags, args.gpus, data)
-    print(  # noqa: T201 - a program
-        format_estimate(flags, run, data, gpu=args.gpu, gpu_memory=args.gpu_memory, mfu=args.mfu)
-    )
+    text = format_estimate(flags, run, data, gpu=args.gpu, gpu_memory=args.gpu_memory, mfu=args.mfu)
+    print(text)  # noqa: T201 - a program
     return int(required_bytes(worst_case(run, data, flags.model_max_length)) > args.gpu_memory * 1e9)
 
 

@@ -185,7 +185,7 @@ def zero_stage(file: str | None) -> tuple[int, bool]:
 
 
 def gpu_peak(gpu: str) -> float:
-    """Dense 16-bit peak of a GPU in FLOP/s, by its name."""
+    """Dense 16-bit peak of a GPU name in FLOP/s; raises `ConfigError` if it is unknown."""
     found = device_peak(gpu)
     if found is None:
         raise ConfigError(f"--gpu must be one of {', '.join(PEAKS)}, got {gpu!r}.")

@@ -39,7 +39,7 @@ PEAKS: Final = {
 
 
 def device_peak(name: str) -> float | None:
-    """Peak FLOP/s of a device by its name, or None if it is unknown."""
+    """Peak FLOP/s of a device name, or None if it is unknown."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 

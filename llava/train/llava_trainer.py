@@ -7,6 +7,7 @@ checkpoints appear atomically.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import shutil
@@ -35,7 +36,7 @@ from llava.data.sampler import (
 )
 from llava.errors import TrainingError
 from llava.train import checkpointing, validation, zero
-from llava.train.model_setup import SaveFormat, save_format, saved_shapes
+from llava.train.model_setup import save_format, saved_shapes
 from llava.train.reporting import Console
 from llava.train.throughput import ThroughputMeter, format_duration, peak_memory
 
@@ -67,12 +68,7 @@ class DropIncompleteAccumulation(BatchSampler):
         return min(total, steps * self.accumulation * self.world_size) or total
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = super().__iter__()
-        for _ in range(len(self)):
-            batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+        return itertools.islice(super().__iter__(), len(self))
 
 
 class _EpochStart(transformers.TrainerCallback):
@@ -102,12 +98,9 @@ def summed_loss(history: Sequence[Mapping[str, float]], steps: int) -> float:
 
 
 class LLaVATrainer(transformers.Trainer):
-    """Trainer of a chat model.
+    """Trainer of a chat model; `saves` is the content of its checkpoints: "full", "projector" or "lora"."""
 
-    `saves` is the content of checkpoints: "full", "projector" or "lora"; by default the one that fits the model.
-    """
-
-    def __init__(self, *args: Any, saves: SaveFormat | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         self._order = torch.Generator()
         self._epoch = self._batch = 0
         self._last_log: float | None = None
@@ -117,7 +110,7 @@ class LLaVATrainer(transformers.Trainer):
         self._meter: ThroughputMeter | None = None
         self._first_log: tuple[int, float] | None = None
         super().__init__(*args, **kwargs)
-        self.saves: SaveFormat = saves or save_format(self.model)
+        self.saves = save_format(self.model)
         self.console = Console()
         for kind in (transformers.trainer_callback.PrinterCallback, transformers.trainer.DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(kind)

@@ -99,12 +99,6 @@ def _load_quantized_base(found: Checkpoint, config: PretrainedConfig, args: Trai
     return builder.language_model(found, None, config, dtype, args.device, quantizer.quantize_on_load)
 
 
-def load_training_tokenizer(model_args: ModelArguments, args: TrainingArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the base model with right padding and `--model_max_length`."""
-    directory = local_directory(model_args.model_name_or_path)
-    return load_tokenizer(Path(directory), model_max_length=args.model_max_length, padding_side="right")
-
-
 def template_name(version: str) -> str:
     """Resolve `--version` to the name of a registered template; raises `TemplateError` for an unknown one."""
     name = "v0" if version == "v0.5" else version  # the same template; they differ in the pad token
@@ -112,27 +106,28 @@ def template_name(version: str) -> str:
     return name
 
 
-def set_pad_token(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, version: str, *, may_grow: bool = True
-) -> None:
-    """Set the pad token: a new `[PAD]`, embedded as the mean of all rows, for `--version v0`; else the unknown token.
+def setup_tokenizer(
+    model: PreTrainedModel, model_args: ModelArguments, args: TrainingArguments
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the base model with right padding and set its pad token.
 
-    A tokenizer without an unknown token keeps its pad token or pads with its EOS token. Attention masks come from
-    sequence lengths, so any id will do.
+    `--version v0` adds `[PAD]`, embedded as the mean of all rows; otherwise the unknown token pads, else the pad token
+    that is there, else the EOS token. Attention masks come from sequence lengths, so any id will do.
     """
-    if version == "v0":
+    directory = Path(local_directory(model_args.model_name_or_path))
+    tokenizer = load_tokenizer(directory, model_max_length=args.model_max_length, padding_side="right")
+    if model_args.version == "v0":
         if tokenizer.pad_token is None:
-            if not may_grow:
+            if args.lora_enable:
                 raise ConfigError(
                     "--version v0 adds [PAD] to this tokenizer, which a LoRA adapter cannot hold; use v0.5 or v1."
                 )
             added = tokenizer.add_special_tokens({"pad_token": "[PAD]"})
             grow_embeddings(model, len(tokenizer), new_rows=added)
-    elif tokenizer.unk_token is not None:
-        tokenizer.pad_token = tokenizer.unk_token
-    elif tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    else:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 def add_vision(
@@ -312,7 +307,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(size for _, size in sizes)
 
 
-# --- What is saved ----------------------------------------------------------------------------------------------------
+# --- Saved parameters ------------------------------------------------------------------------------------------------
 
 
 def save_format(model: nn.Module) -> SaveFormat:

@@ -99,7 +99,7 @@ class Console(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Close the progress bars, so that what is printed next starts on a line of its own."""
+        """Close the progress bars, so that later output starts on a new line."""
         for bar in (self._validation, self._training):
             if bar is not None:
                 bar.close()

@@ -92,8 +92,7 @@ def prepare(
     model = model_setup.load_base(model_args, args)
     model.loss_function = loss
     adapted = model_setup.add_lora(model, model_args, args) if args.lora_enable else model
-    tokenizer = model_setup.load_training_tokenizer(model_args, args)
-    model_setup.set_pad_token(model, tokenizer, model_args.version, may_grow=not args.lora_enable)
+    tokenizer = model_setup.setup_tokenizer(model, model_args, args)
     dtype = model_setup.compute_dtype(args)
     if model_args.vision_tower is not None:
         model_setup.add_vision(model, model_args, data_args, dtype)
@@ -187,7 +186,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         model=model,
         tokenizer=tokenizer,
         args=args,
-        saves="projector" if model_args.tune_mm_mlp_adapter else "lora" if args.lora_enable else "full",
         callbacks=[LogFiles(output_dir, plot=args.plot_loss), DataCheck(data["train_dataset"].check)],
         **data,
     )

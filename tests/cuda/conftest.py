@@ -21,7 +21,7 @@ Parts = tuple[Any, Any, Any]
 
 @pytest.fixture
 def card() -> Iterator[devices.Card]:
-    with devices.pretended_cuda() as card:
+    with devices.simulated_cuda() as card:
         yield card
 
 

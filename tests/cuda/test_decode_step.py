@@ -21,7 +21,7 @@ SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9}}
 
 @pytest.fixture(scope="module")
 def parts(checkpoints: dict[str, tuple[Path, Any]]) -> Parts:
-    with devices.pretended_cuda():
+    with devices.simulated_cuda():
         return load(checkpoints, "llama sdpa", "cuda")
 
 

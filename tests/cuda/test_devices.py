@@ -53,7 +53,7 @@ def test_what_code_sees(card: devices.Card) -> None:
 
 def test_the_real_machine_is_back_afterwards() -> None:
     before = torch.cuda.device_count(), torch.Tensor.to, torch.tensor
-    with devices.pretended_cuda(count=3):
+    with devices.simulated_cuda(count=3):
         assert torch.cuda.device_count() == 3
     assert (torch.cuda.device_count(), torch.Tensor.to, torch.tensor) == before
     with torch.inference_mode():
@@ -61,7 +61,7 @@ def test_the_real_machine_is_back_afterwards() -> None:
 
 
 def test_tensors_do_not_meet_across_devices() -> None:
-    with devices.pretended_cuda(count=2) as card:
+    with devices.simulated_cuda(count=2) as card:
         near, far = rand(2, 2), rand(2, 2, device="cuda:1")
         for other in (far, torch.ones(2, 2)):
             for meet in (torch.add, torch.mm, lambda a, b: torch.cat([a, b]), lambda a, b: F.embedding(a.long(), b)):

@@ -58,7 +58,7 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
         assert part["status"] == "ok" and part["lines"], (name, part)
         assert all(line.get("ok", True) for line in part["lines"]), name
     assert "| what | measured | floor or prediction | fraction |" in done.stdout
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.golden

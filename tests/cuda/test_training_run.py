@@ -47,7 +47,7 @@ def test_a_run(tiny_dirs: dict[str, Path], data: Path, tmp_path: Path, stage: in
 
     losses, weights = run("cpu")
     forget_devices()
-    with devices.pretended_cuda() as card, card.record() as events:
+    with devices.simulated_cuda() as card, card.record() as events:
         found, tensors = run("cuda", use_cpu=None)
     assert len(losses) == 3 and found == pytest.approx(losses, abs=2e-4)
     assert tensors.keys() == weights.keys()

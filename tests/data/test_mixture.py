@@ -60,7 +60,7 @@ def test_every_sample_of_every_repeat_is_drawn_once_an_epoch(
     assert data.report() == {"bad": 0, "truncated": 0, "unsupervised": 0}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["conv_template"] == "v1"
     part, held_out = split(data, 0.25, seed=3)
-    kept, held = ([data.record_of(place) for place in share.indices] for share in (part, held_out))
+    kept, held = ([data.record_of(index) for index in subset.indices] for subset in (part, held_out))
     assert len(held) == len(set(held)) and not set(held) & set(kept) and len({*held, *kept}) == 16
     assert len(kept) < 24 - len(held)  # a repeat of what is held out is left out
 

@@ -242,7 +242,7 @@ def test_length_limits_count_image_tokens(engine: Engine) -> None:
 def test_empty_prompts_and_missing_towers_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="empty"):
         engine.submit(Request([]))
-    monkeypatch.setattr(engine.model, "get_vision_tower", lambda: None)
+    monkeypatch.setattr(engine.model.get_model(), "get_vision_tower", lambda: None)
     with pytest.raises(RequestError, match="no vision tower"):
         engine.submit(Request("<image>", IMAGES[:1]))
 

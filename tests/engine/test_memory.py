@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llava.engine import memory
+from llava.engine import cache
 from llava.engine.arguments import EngineArgs
-from llava.engine.cache import CacheSpec
-from llava.engine.memory import CacheBounds, cache_bounds
+from llava.engine.cache import CacheBounds, CacheSpec, cache_bounds
 
 GIB = 2**30
 CPU = CacheSpec(layers=32, kv_heads=32, head_dim=128, dtype=torch.bfloat16, device=torch.device("cpu"))  # 512 KiB
@@ -22,7 +21,7 @@ GPU = replace(CPU, device=torch.device("cuda", 0), context_length=2048)
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """Free bytes by GPU index, set by the test."""
     room: dict[int, int] = {}
-    monkeypatch.setattr(memory, "free_memory", lambda device: room[device.index])
+    monkeypatch.setattr(cache, "free_memory", lambda device: room[device.index])
     return room
 
 

@@ -1,4 +1,4 @@
-"""Made-up data of every benchmark in its official layout: a few questions each, with images and labels."""
+"""Synthetic data of every benchmark in its official layout: a few questions with images and labels."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ BENCHMARKS: dict[str, tuple[str, int, Callable[[Path], None]]] = {
 
 
 def make_everything(root: Path) -> Path:
-    """Data of all benchmarks below `root` (which gets a neighbour for COCO's); returns `root`."""
+    """Write the data of all benchmarks below `root`, and COCO's beside it; return `root`."""
     for folder, _, make in BENCHMARKS.values():
         place = root / folder
         place.mkdir(parents=True)

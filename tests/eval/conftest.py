@@ -1,4 +1,4 @@
-"""A tiny engine, images and a question file to run evaluations on."""
+"""Fixtures of evaluations: a tiny engine, images, a judge, and question files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava.engine import Engine, load_engine
 from tests.eval.fake_server import FakeServer
 from tests.threads import one_thread
 
-__all__ = ["one_thread"]  # a fixture for every test below
+__all__ = ["one_thread"]  # an autouse fixture
 
 COLORS = ("red", "green", "blue", "gray")
 
@@ -34,7 +34,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    """A judge on loopback, named by the environment."""
+    """A loopback judge, configured in the environment."""
     fake = FakeServer()
     monkeypatch.setenv("OPENAI_BASE_URL", fake.url + "/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -44,7 +44,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
 
 
 def question_rows(count: int) -> list[dict[str, Any]]:
-    """Questions about the images in turn, every fifth about none; two share each id, as in MME."""
+    """Questions about the four images in turn, every fifth without one; two share each id, as in MME."""
     rows: list[dict[str, Any]] = []
     for number in range(count):
         row = {"question_id": number // 2, "image": f"{COLORS[number % 4]}.png", "text": f"What is number {number}?"}

@@ -1,4 +1,4 @@
-"""A loopback server with OpenAI's API whose replies a test prepares."""
+"""An OpenAI-compatible loopback server with scripted replies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class FakeServer:
-    """Sends prepared (status, text) replies in turn, the last one for ever; or what `answer` makes of a body."""
+    """Sends the (status, text) `replies` in order and repeats the last one, or calls `answer` with the request body."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], tuple[int, str]] | None = None) -> None:
         self.replies: list[tuple[int, str]] = [(200, "8 9\nfine")]

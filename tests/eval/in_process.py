@@ -1,6 +1,6 @@
-"""A stand-in for `python` in scripts: each program runs inside the test's own process, where torch is loaded already.
+"""A replacement of `python` in scripts: programs run in the process of the test, where torch is already loaded.
 
-The scripts, their arguments, files and exit statuses stay real; only the start of an interpreter is saved.
+Scripts, arguments, files and exit statuses are real; only the start of the interpreter is skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.exit(reply["status"])
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    """What `python WORDS` would have printed and its status, for our own modules and scripts."""
+    """Output and exit status of `python WORDS` for modules and scripts of this project."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         if words[0] == "-m":
@@ -55,7 +55,7 @@ def run(words: list[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def python_in_process(folder: Path) -> Iterator[Path]:
-    """The path of an executable for `PYTHON`; programs run one after the other."""
+    """Yield the path of an executable for `PYTHON`; programs run sequentially."""
     one_at_a_time = threading.Lock()
 
     class Handler(socketserver.StreamRequestHandler):

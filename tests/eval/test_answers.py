@@ -1,4 +1,4 @@
-"""The answers file: in question order, resumable at any byte, never mixed with other questions."""
+"""Answers files: question order, resumption after an interruption at any byte, and validation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAKE = answer_row("model")
 
 
 def write(path: Path, order: list[int], *, failing: frozenset[int] = frozenset(), complete: bool = True) -> None:
-    """Ask what is not finished, answers coming in `order`."""
+    """Write the unfinished answers in `order`."""
     writer = AnswersWriter(path, QUESTIONS)
     for at in order:
         if at not in writer.finished:
@@ -62,7 +62,7 @@ def test_killed_at_any_byte_and_resumed(
     assert path.read_bytes() == expected
 
 
-def test_rows_are_on_disk_as_soon_as_their_turn_comes(tmp_path: Path, expected: bytes) -> None:
+def test_rows_are_flushed_in_question_order(tmp_path: Path, expected: bytes) -> None:
     path = tmp_path / "deep" / "answers.jsonl"
     writer = AnswersWriter(path, QUESTIONS)
     for at, lines in ((1, 0), (0, 2), (3, 2), (2, 4)):
@@ -71,7 +71,7 @@ def test_rows_are_on_disk_as_soon_as_their_turn_comes(tmp_path: Path, expected: 
     writer.close(complete=False)
 
 
-def test_failures_are_marked_and_asked_again(tmp_path: Path, expected: bytes) -> None:
+def test_failures_are_marked_and_retried(tmp_path: Path, expected: bytes) -> None:
     path = tmp_path / "answers.jsonl"
     write(path, list(range(12)), failing=frozenset({2, 7}))
     failed = path.read_bytes()
@@ -82,7 +82,7 @@ def test_failures_are_marked_and_asked_again(tmp_path: Path, expected: bytes) ->
     writer = AnswersWriter(path, QUESTIONS)
     writer.close(complete=False)
     assert set(range(12)) - writer.finished == {2, 7}
-    write(path, [7], complete=False)  # killed before all were asked again: nothing is lost
+    write(path, [7], complete=False)  # interrupted before all were retried
     assert path.read_bytes() == failed
     write(path, [7, 2])
     assert path.read_bytes() == expected and len(complete_answers(path, QUESTIONS)) == 12
@@ -120,7 +120,7 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path, expected: bytes,
         read_answers(path, QUESTIONS)
 
 
-def test_a_broken_line_inside_is_refused(tmp_path: Path, expected: bytes) -> None:
+def test_a_malformed_line_is_refused(tmp_path: Path, expected: bytes) -> None:
     path = tmp_path / "answers.jsonl"
     lines = expected.splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], b"{torn\n", *lines[3:]]))

@@ -1,4 +1,4 @@
-"""easy-VQA: scores, the question-only baseline, and the whole command on data of its layout."""
+"""easy-VQA: scores, the question-only baseline, and `llava eval` on synthetic data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_score_by_group() -> None:
     result = score_predictions(items, TRAINING)
     assert result["overall"] == {"n": 5, "correct": 3, "accuracy": 60.0}
     assert result["yes_no"]["accuracy"] == 50.0 and result["open"]["correct"] == 2
-    assert result["question_only"]["overall"]["correct"] == 2  # "no" and "circle"; an unseen question is a miss
+    assert result["question_only"]["overall"]["correct"] == 2  # "no" and "circle"; unseen questions count as wrong
     assert result["per_answer"]["triangle"] == {"n": 1, "correct": 0, "accuracy": 0.0}
     assert "60.00 %" in EasyVQA.table(result) and "40.00 %" in EasyVQA.table(result)
 
@@ -58,7 +58,7 @@ def test_groups_without_questions_have_no_accuracy() -> None:
         score_predictions([], TRAINING)
 
 
-def test_ties_of_the_baseline_are_settled() -> None:
+def test_ties_of_the_baseline_are_deterministic() -> None:
     assert (
         question_only_baseline([("q", "b"), ("q", "a")])
         == question_only_baseline([("q", "a"), ("q", "b")])
@@ -116,7 +116,7 @@ def test_command_answers_and_scores(
     assert "12 reused" in capsys.readouterr().err
 
 
-def test_limit_is_spread_and_said(
+def test_limit_is_evenly_spaced_and_printed(
     tiny_dirs: dict[str, Path], data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main(command(tiny_dirs, data_root, "--limit", "4")) == 0
@@ -125,7 +125,7 @@ def test_limit_is_spread_and_said(
     assert [row["question_id"] for row in rows] == [0, 3, 6, 9]
 
 
-def test_a_lost_image_withholds_the_score(
+def test_a_missing_image_prevents_scoring(
     tiny_dirs: dict[str, Path], data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data_root / "test/images/3.png").unlink()
@@ -136,7 +136,7 @@ def test_a_lost_image_withholds_the_score(
         EasyVQA(data_root, "test").score(data_root / "out/easy_vqa/answers.jsonl")
 
 
-def test_unknown_names_and_missing_data_are_one_sentence(
+def test_unknown_names_and_missing_data_are_reported_in_one_line(
     tiny_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert evaluate.main(["--tasks", "pope2", "--model-path", "x"]) == 2

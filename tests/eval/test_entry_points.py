@@ -53,14 +53,16 @@ def test_mmbench_by_rounds(flags: list[str], tmp_path: Path, capsys: pytest.Capt
     assert model_vqa_mmbench.main([*flags, "--question-file", str(table), "--lang", "fr"]) == 2
 
 
-def test_science_with_its_answer_prompter(flags: list[str], tmp_path: Path) -> None:
+def test_science_qa_answer_prompter(flags: list[str], tmp_path: Path) -> None:
     make_science_qa(tmp_path)
     science = ["--question-file", str(tmp_path / "llava_test_CQM-A.json"), "--single-pred-prompt"]
     science += ["--image-folder", str(tmp_path / "images/test")]
     assert model_vqa_science.main([*flags, *science]) == 0
     first = read_jsonl(tmp_path / "a.jsonl")
     assert first[0]["prompt"].startswith("<image>\nQ?")
-    assert model_vqa_science.main([*flags, *science, "--answer-prompter"]) == 2  # other answers are in the file
+    assert (
+        model_vqa_science.main([*flags, *science, "--answer-prompter"]) == 2
+    )  # the file has answers of other settings
     assert model_vqa_science.main([*flags, *science, "--answer-prompter", "--overwrite"]) == 0
     for row, before in zip(read_jsonl(tmp_path / "a.jsonl"), first):
         assert row["text"].startswith(f"{before['text']}\n The answer is ")

@@ -1,4 +1,4 @@
-"""`python -m llava.eval.model_vqa_loader`: published flags, chunks, and a kill at any time."""
+"""`python -m llava.eval.model_vqa_loader`: published flags, chunks, and resumption after SIGKILL."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_default_answers_file_goes_to_the_current_folder(
         (["--num-chunks", "0"], "--num-chunks must be at least 1, got 0"),
     ],
 )
-def test_faults_are_one_sentence_before_a_model_is_loaded(
+def test_errors_are_reported_in_one_line_before_a_model_is_loaded(
     flags: list[str],
     tmp_path: Path,
     extra: list[str],
@@ -109,7 +109,9 @@ def test_a_file_without_questions_is_refused(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_one_sentence(flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(
+    flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     answers = tmp_path / "a.jsonl"
     answers.symlink_to("/dev/full")
     assert model_vqa_loader.main([*flags, "--limit", "1", "--answers-file", str(answers)]) == 2

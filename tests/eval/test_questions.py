@@ -50,7 +50,7 @@ def test_impossible_chunks_are_refused(n: int, k: int) -> None:
 
 
 @given(total=st.integers(1, 500), limit=st.integers(1, 500))
-def test_a_limit_spreads_evenly(total: int, limit: int) -> None:
+def test_a_subsample_is_evenly_spaced(total: int, limit: int) -> None:
     chosen = list(subsample(range(total), limit))
     assert len(chosen) == min(limit, total) == len(set(chosen)) and chosen[0] == 0
     gaps = [b - a for a, b in itertools.pairwise(chosen)]
@@ -62,7 +62,7 @@ def test_limits_below_one_are_refused() -> None:
         subsample([1, 2], 0)
 
 
-def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
+def test_byte_order_marks_and_crlf_are_read(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     rows = '{"question_id": 1, "text": "a"}\r\n\r\n{"question_id": 2, "text": "ü"}'
     file.write_text(rows, encoding="utf-8-sig", newline="")
@@ -95,13 +95,13 @@ def test_question_file(tmp_path: Path) -> None:
         ('{"question_id": 1, "text": "a", "image": 5}', "line 1 has a text or an image that is not a string"),
     ],
 )
-def test_faults_name_file_and_line(tmp_path: Path, content: str, message: str) -> None:
+def test_errors_name_file_and_line(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text(content)
     with pytest.raises(DataError, match=message):
         read_questions(file)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl"):
         read_questions(tmp_path / "none.jsonl")

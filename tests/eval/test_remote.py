@@ -1,4 +1,4 @@
-"""`--api-base`: the same questions to a server with OpenAI's API, images and all."""
+"""`--api-base`: questions and images sent to an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.eval.fake_server import FakeServer
 
 
 def color(body: dict[str, Any]) -> tuple[int, str]:
-    """The colour of the image in a message, or that there is none."""
+    """Reply with the color of the image in a message, or with its text."""
     content = body["messages"][0]["content"]
     if isinstance(content, str):
         return 200, f" no image: {content} "
@@ -70,7 +70,7 @@ def test_questions_go_to_a_server(server: FakeServer, images: Path, tmp_path: Pa
     assert len(server.bodies) == count
 
 
-def test_failures_are_recorded_and_healed(
+def test_failures_are_recorded_and_retried(
     server: FakeServer, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def moody(body: dict[str, Any]) -> tuple[int, str]:
@@ -96,7 +96,7 @@ def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
         chat_completion(server.url, {"model": "m"}, tries=1)
 
 
-def test_a_server_that_answers_nothing_ends_the_run(
+def test_a_server_without_answers_ends_the_run(
     server: FakeServer, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.answer = lambda body: (404, "no such model")
@@ -121,11 +121,11 @@ def test_llava_eval_asks_a_server(server: FakeServer, tmp_path: Path, capsys: py
     assert evaluate.main([*flags, "--score-only", "--num-chunks", "2"]) == 2
     assert "Shard 0 of 2" in capsys.readouterr().err and count == 7
     server.answer = lambda body: (400, "no")
-    assert evaluate.main([*flags, "--overwrite"]) == 1  # the answers are new, and failed: the old score is not theirs
+    assert evaluate.main([*flags, "--overwrite"]) == 1  # new answers failed, so the old score is removed
     assert not (tmp_path / "gqa" / "score.json").exists()
 
 
-def test_work_in_threads_is_not_waited_for_when_it_is_given_up() -> None:
+def test_closing_does_not_wait_for_running_threads() -> None:
     release, started = threading.Event(), threading.Event()
 
     def work(item: int) -> int:
@@ -137,13 +137,13 @@ def test_work_in_threads_is_not_waited_for_when_it_is_given_up() -> None:
     assert sorted(map_unordered(lambda item: -item, range(50), 4)) == list(range(-49, 1))
     answers = map_unordered(work, range(10), 2)
     assert next(answers) in (0, 1) and started.wait(60)
-    answers.close()  # returns though one is at work
+    answers.close()  # returns while a thread is still running
     release.set()
     with pytest.raises(ZeroDivisionError):
         list(map_unordered(lambda item: 1 // item, [1, 0], 2))
 
 
-def test_a_server_with_several_models_wants_a_name(server: FakeServer) -> None:
+def test_a_server_with_several_models_requires_a_name(server: FakeServer) -> None:
     server.models = ["a", "b"]
     with pytest.raises(RequestError, match="has the models a, b; choose one with --api-model"):
         served_model(server.url)
@@ -160,7 +160,7 @@ def test_a_server_with_several_models_wants_a_name(server: FakeServer) -> None:
         (["--api-base", "127.0.0.1:1/v1", "--api-model", "m"], "'127.0.0.1:1/v1' must start with http:// or https://"),
     ],
 )
-def test_contradictions_are_one_sentence(
+def test_conflicting_flags_are_reported_in_one_line(
     flags: list[str], message: str, server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = write_jsonl(tmp_path / "q.jsonl", question_rows(1))
@@ -171,13 +171,13 @@ def test_contradictions_are_one_sentence(
     assert message in capsys.readouterr().err
 
 
-def test_no_follow_up_by_a_server() -> None:
+def test_servers_do_not_support_follow_ups() -> None:
     settings = RunSettings("", "", "", SamplingParams(4), follow_up=" ###")
     with pytest.raises(ConfigError, match="--answer-prompter"):
         RemoteModel("http://x", "m").identity(settings)
 
 
-def test_images_travel_as_they_are_or_as_png(images: Path) -> None:
+def test_images_are_sent_unchanged_or_as_png(images: Path) -> None:
     content = (images / "red.png").read_bytes()
     assert data_url(content) == f"data:image/png;base64,{base64.b64encode(content).decode()}"
     buffer = io.BytesIO()

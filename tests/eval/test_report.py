@@ -1,4 +1,4 @@
-"""`llava report`: tables, chart and page from score files; what differs between two runs."""
+"""`llava report`: tables, chart and page from score files; differences between two runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NASTY = '<script>alert("x")</script> | **bold**'
 
 
 def write_run(folder: Path, data: Path, model: str, scores: dict[str, float | None], text: str = "Yes") -> Path:
-    """A run as `llava eval` leaves it."""
+    """Write an output folder of `llava eval`."""
     for name, primary_metric in scores.items():
         root = data / BENCHMARKS[name][0]
         task = make_task(name, root)
@@ -48,7 +48,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return ours, write_run(root / "b", data, "mine", {"pope": 80.0, "gqa": 60.5}, NASTY)
 
 
-def test_all_forms_are_written(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_report_files_are_written(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert report.main([*map(str, runs), "--output-dir", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     text = (tmp_path / "out" / "report.md").read_text()
@@ -67,7 +69,7 @@ def test_all_forms_are_written(runs: tuple[Path, Path], tmp_path: Path, capsys: 
         assert chart.width > 1000 and chart.height > 500
 
 
-def test_the_page_has_images_and_no_foreign_markup(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_page_embeds_images_and_escapes_answers(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert report.main([*map(str, runs), "--output-dir", str(tmp_path), "--samples", "2"]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
@@ -76,7 +78,7 @@ def test_the_page_has_images_and_no_foreign_markup(runs: tuple[Path, Path], tmp_
     assert 'class="same">Yes' in page and ">reference<" in page
 
 
-def test_images_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_missing_images_leave_the_text(runs: tuple[Path, Path], tmp_path: Path) -> None:
     score = json.loads((runs[0] / "gqa" / "score.json").read_text())
     copy = tmp_path / "run" / "gqa"
     copy.mkdir(parents=True)
@@ -87,15 +89,15 @@ def test_images_that_are_gone_leave_the_words(runs: tuple[Path, Path], tmp_path:
     assert page.count("no image") == 6 and "only 7 questions" in page
 
 
-def test_long_names_leave_room_for_the_bars(runs: tuple[Path, Path]) -> None:
-    """matplotlib warns when they do not, and a warning is an error here."""
+def test_long_names_fit_the_chart(runs: tuple[Path, Path]) -> None:
+    """matplotlib warns if they do not, and warnings are errors in tests."""
     run = read_run(runs[0])
     many = [dataclasses.replace(run, name=f"a-model-of-a-long-name ({'a/long/folder/' * 5}{n})") for n in range(6)]
     with Image.open(io.BytesIO(draw_chart(many))) as chart:
         assert chart.width > 1000
 
 
-def test_a_part_of_the_published_questions_is_not_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_subset_of_the_published_questions_is_not_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
     score = json.loads((runs[0] / "gqa" / "score.json").read_text())
     (tmp_path / "gqa").mkdir()
     (tmp_path / "gqa" / "score.json").write_text(json.dumps({**score, "published_questions": 12578}))
@@ -125,13 +127,13 @@ def test_two_runs_are_compared(runs: tuple[Path, Path], capsys: pytest.CaptureFi
         (["RUN", "--samples", "-1"], "at least 0"),
     ],
 )
-def test_faults_are_one_sentence(
+def test_errors_are_reported_in_one_line(
     flags: list[str], message: str, runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report.main([str(runs[0]) if flag == "RUN" else flag for flag in flags]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_runs_of_one_model_are_told_apart(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_runs_of_one_model_are_distinguished(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert report.main([str(runs[0]), str(runs[0]), "--output-dir", str(tmp_path), "--samples", "0"]) == 0
     assert f"llava-v1.5-13b ({runs[0]})" in (tmp_path / "report.md").read_text()

@@ -56,7 +56,7 @@ def test_bench_reviews_are_recorded_with_their_judge(judge: FakeServer, flags: l
     assert (record["model"], record["url"]) == ("m", judge.url) and len(record["rule_sha256"]) == 64
 
 
-def test_the_bundled_rules_and_both_other_kinds(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
+def test_bundled_rules_and_the_other_review_types(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
     rules = json.loads(DEFAULT_RULES.read_text(encoding="utf-8"))
     kinds = {"conv", "detail", "complex"}
     assert rules.keys() == {"default", "coding", "math"} | kinds | {f"llava_bench_{kind}" for kind in kinds}
@@ -74,12 +74,12 @@ def test_the_bundled_rules_and_both_other_kinds(judge: FakeServer, flags: list[s
     assert asked.startswith("[Question]\n") and rules["default"]["prompt"] in asked
 
 
-def test_resumes_where_it_stopped_and_only_there(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
+def test_reviews_are_resumed(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
     given = [*flags, *context(tmp_path, caption="One.")]
     assert eval_gpt_review_bench.main(given) == 0
     output = tmp_path / "out" / "r.jsonl"
     whole = output.read_bytes()
-    output.write_bytes(whole[: whole.index(b"\n") + 20])  # the second row is torn
+    output.write_bytes(whole[: whole.index(b"\n") + 20])  # a partial second row
     asked = len(judge.bodies)
     assert eval_gpt_review_bench.main(given) == 0
     assert output.read_bytes() == whole
@@ -90,7 +90,7 @@ def test_resumes_where_it_stopped_and_only_there(judge: FakeServer, flags: list[
 
 
 @pytest.mark.parametrize("spoil", ["q", "new", "c", "rule"])
-def test_inputs_that_do_not_fit_are_refused(
+def test_mismatched_inputs_are_refused(
     spoil: str, judge: FakeServer, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*flags, *context(tmp_path, caption="One.")]
@@ -105,13 +105,13 @@ def test_inputs_that_do_not_fit_are_refused(
     assert judge.bodies == []
 
 
-def test_passing_failures_are_retried_and_refusals_are_final(judge: FakeServer) -> None:
+def test_transient_failures_are_retried_and_refusals_are_final(judge: FakeServer) -> None:
     waits: list[float] = []
     client = Judge("m", judge.url, sleep=waits.append)
     judge.replies = [(500, ""), (429, ""), (200, "5 5")]
     assert client.ask("x") == "5 5"
     assert waits == [1.0, 2.0]
-    assert client.ask("x") == "5 5" and len(judge.bodies) == 3  # known
+    assert client.ask("x") == "5 5" and len(judge.bodies) == 3  # cached
     judge.replies = [(401, "who?")]
     with pytest.raises(RequestError, match=r"HTTP 401.*who\?"):
         client.ask("y")
@@ -122,7 +122,7 @@ def test_passing_failures_are_retried_and_refusals_are_final(judge: FakeServer) 
     assert len(judge.bodies) == 4 + client.tries
 
 
-def test_a_reply_without_scores_is_asked_for_once_more(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
+def test_a_reply_without_scores_is_requested_once_more(judge: FakeServer, flags: list[str], tmp_path: Path) -> None:
     judge.replies = [(200, "I refuse."), (200, "3 4"), (200, "No."), (200, "Never."), (200, "5 6")]
     assert eval_gpt_review_bench.main([*flags, *context(tmp_path, caption="One.")]) == 0
     rows = read_jsonl(tmp_path / "out" / "r.jsonl")
@@ -150,7 +150,7 @@ def test_reviews_by_another_judge_are_not_continued(
     held.close()
 
 
-def test_a_cache_whose_last_line_is_torn_is_used(judge: FakeServer, tmp_path: Path) -> None:
+def test_a_cache_with_a_partial_last_line_is_used(judge: FakeServer, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for question in ("a", "b"):
         Judge("m", judge.url, cache=cache).ask(question)
@@ -160,7 +160,7 @@ def test_a_cache_whose_last_line_is_torn_is_used(judge: FakeServer, tmp_path: Pa
     assert len(read_jsonl(cache)) == 3
 
 
-def test_the_address_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_url_and_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     assert base_url(None) == OPENAI_URL and base_url("http://x/v1/") == "http://x/v1"
@@ -176,11 +176,11 @@ SCORES |= {"\n\n7.5 6\nx": (7.5, 6), "So:\nsteps\n(1, 2)": (1, 2), "I give 8 9":
 
 
 @pytest.mark.parametrize(("reply", "wanted"), SCORES.items())
-def test_reading_scores(reply: str, wanted: tuple[float, float]) -> None:
+def test_parse_scores(reply: str, wanted: tuple[float, float]) -> None:
     assert reviews.parse_scores(reply) == wanted
 
 
-def test_summary_chooses_files_and_leaves_failures_out(
+def test_summary_selects_files_and_excludes_failures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "x"

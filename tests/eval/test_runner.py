@@ -1,4 +1,4 @@
-"""Running a benchmark: the model's own answers, in order; failures kept apart; wrong resumes refused."""
+"""Runs of a benchmark: answers, failures, resumption, manifests, and image prefetching."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def settings(tiny_dirs: dict[str, Path], images: Path) -> RunSettings:
     return RunSettings(str(tiny_dirs["chat"]), "tiny", "v1", SamplingParams(6), images, num_workers=2)
 
 
-def test_answers_are_those_of_single_requests(
+def test_answers_equal_those_of_single_requests(
     engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
 ) -> None:
     outcome = run(engine, questions, tmp_path / "a.jsonl", settings)
@@ -53,7 +53,7 @@ def test_answers_are_those_of_single_requests(
         assert row["text"] == engine.generate([request])[0].text
 
 
-def test_a_run_is_resumed_without_asking_twice(
+def test_a_resumed_run_asks_no_question_twice(
     engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -67,7 +67,7 @@ def test_a_run_is_resumed_without_asking_twice(
     assert run(engine, questions, path, settings).asked == 0
 
 
-def test_failures_are_recorded_and_healed(
+def test_failures_are_recorded_and_retried(
     engine: Engine, settings: RunSettings, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torn = tmp_path / "images" / "torn.png"
@@ -133,7 +133,7 @@ def test_another_models_answers_are_not_continued(
     assert path.read_bytes() != before
 
 
-def test_answers_of_unknown_origin_need_a_word(
+def test_answers_without_a_manifest_require_a_flag(
     engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -144,7 +144,7 @@ def test_answers_of_unknown_origin_need_a_word(
     assert run(engine, questions, path, dataclasses.replace(settings, resume=True)).asked == 0
 
 
-def test_manifest_says_what_produced_the_answers(
+def test_the_manifest_records_the_settings(
     engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -170,13 +170,13 @@ def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
     assert checkpoint_fingerprint("org/name") == "org/name"
 
 
-def test_questions_of_an_image_become_neighbours() -> None:
+def test_questions_are_grouped_by_image() -> None:
     questions = [Question(n, str(n), (f"{n % 3}.png",)) for n in range(9)]
     assert list(group_by_images(questions, range(9))) == [0, 3, 6, 1, 4, 7, 2, 5, 8]
     assert list(group_by_images(questions, range(9), window=5)) == [0, 3, 1, 4, 2, 5, 8, 6, 7]
 
 
-def test_images_are_opened_once_for_neighbours_and_not_all_ahead(
+def test_consecutive_questions_share_images_that_are_opened_lazily(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Any] = []
@@ -210,7 +210,7 @@ def test_memory_holds_two_batches_of_requests(
 def test_images_are_preprocessed_by_the_workers(
     engine: Engine, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same pixels, so the same answers and as many cache hits; the engine's thread only takes them over."""
+    """Equal pixels, answers and cache hits; the engine's thread does not preprocess."""
     for number in range(20):
         Image.new("RGB", (30, 20), (number, 90, 10 * number)).save(tmp_path / f"{number}.png")
     questions = [Question(n, f"What is it? {n}", (f"{n // 2}.png",)) for n in range(40)]
@@ -256,7 +256,7 @@ def test_workers_give_the_pixels_and_digests_of_this_process(
     )
 
 
-def test_an_image_that_cannot_be_preprocessed_fails_its_question_alone(settings: RunSettings) -> None:
+def test_an_image_that_cannot_be_preprocessed_fails_only_its_question(settings: RunSettings) -> None:
     questions = [Question(n, str(n), ("red.png" if n % 2 else "blue.png",)) for n in range(16)]
     refused = open_image(settings.image_folder / "red.png").getpixel((0, 0))
 
@@ -271,7 +271,7 @@ def test_an_image_that_cannot_be_preprocessed_fails_its_question_alone(settings:
 
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """Images of one color a name, each referenced weakly."""
+    """Image source that keeps weak references to its images."""
 
     opened: dict[str, weakref.ref[Image.Image]] = dataclasses.field(default_factory=dict)
 
@@ -322,7 +322,7 @@ def test_finished_questions_free_their_images(
 
 
 @pytest.mark.parametrize("follow_up", [None, " So:"])
-def test_only_rows_that_are_continued_are_kept(
+def test_prefixes_are_cached_for_follow_ups_only(
     engine: Engine,
     questions: list[Question],
     settings: RunSettings,

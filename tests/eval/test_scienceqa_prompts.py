@@ -12,7 +12,7 @@ from llava.eval import scienceqa_prompts as prompts
 PROBLEM = {"question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "lecture": "L", "solution": "S"}
 
 
-def test_vectors() -> None:
+def test_published_examples() -> None:
     assert prompts.model_input(PROBLEM, "QCM") == "Q?\nContext: N/A\nOptions: (A) x (B) y"
     assert prompts.model_input(PROBLEM, "CQM") == "Context: N/A\nQuestion: Q?\nOptions: (A) x (B) y"
     assert prompts.model_input(PROBLEM, "QCLEM").splitlines()[2:] == ["BECAUSE: L S", "Options: (A) x (B) y"]

@@ -1,4 +1,4 @@
-"""The shell scripts of both folders on the tiny model, end to end; shards; what they say when something is missing."""
+"""Evaluation scripts end to end on the tiny model: outputs, shards, and error messages."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FOLDER = "scripts_internvl/eval"
 SCRIPTS = sorted(path.stem for path in (ROOT / FOLDER).glob("[!_]*.sh"))
 LLAVA = sorted(path.stem for path in (ROOT / "scripts" / "v1_5" / "eval").glob("[!_]*.sh"))
 ONE = ["--device", "cpu", "--max-new-tokens", "2"]
-# what each prints in the end, and what it leaves below the folder of all benchmarks
-SAYS = {
+# last line of each script, and a file that it writes below the folder of all benchmarks
+OUTPUTS = {
     "gqa": ("all                7", "gqa/answers/llava_gqa_testdev_balanced/NAME/testdev_balanced_predictions.json"),
     "llavabench": ("all 75.0", "llava-bench-in-the-wild/reviews/NAME.jsonl"),
     "llavabench_coco": ("all 75.0", "../coco2014_val_qa_eval/reviews/NAME.jsonl"),
@@ -54,32 +54,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def python(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """`PYTHON` for scripts that is quick: this process, with its loaded model."""
+    """A fast `PYTHON` for scripts: this process with its loaded model."""
     monkeypatch.setattr("llava.engine.engine.load_engine", lambda *arguments, **options: engine)
     monkeypatch.chdir(ROOT)
     with python_in_process(tmp_path) as path:
         yield str(path)
 
 
-def test_no_script_is_missing() -> None:
-    assert set(SCRIPTS) == set(SAYS)
-    assert set(LLAVA) == set(SAYS) - {"llavabench_coco"}
+def test_scripts_are_complete() -> None:
+    assert set(SCRIPTS) == set(OUTPUTS)
+    assert set(LLAVA) == set(OUTPUTS) - {"llavabench_coco"}
 
 
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_scripts_run_end_to_end(
     name: str, python: str, tiny_dirs: dict[str, Path], data: Path, judge: FakeServer
 ) -> None:
     judge.replies = [(200, "8 6\nThe second is shorter.")]
     done = script(name, f"{tiny_dirs['chat']}/", *ONE, EVAL_DATA=str(data), PYTHON=python)
     assert done.returncode == 0, done.stderr
-    says, leaves = SAYS[name]
-    assert says in done.stdout
-    assert (data / leaves.replace("NAME", tiny_dirs["chat"].name)).is_file()
+    expected, output = OUTPUTS[name]
+    assert expected in done.stdout
+    assert (data / output.replace("NAME", tiny_dirs["chat"].name)).is_file()
 
 
 @pytest.mark.slow
-def test_a_script_in_processes_of_its_own(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_script_in_separate_processes(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
     data = make_everything(tmp_path / "eval")
     done = script("pope", f"{tiny_dirs['chat']}/", *ONE, EVAL_DATA=str(data), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_a_script_in_processes_of_its_own(tiny_dirs: dict[str, Path], tmp_path: 
 
 @pytest.mark.parametrize(("name", "merged"), [("gqa", "gqa/answers/llava_gqa_testdev_balanced/NAME/merge.jsonl"),
                                               ("textvqa", "textvqa/answers/NAME.jsonl")])  # fmt: skip
-def test_shards_give_what_one_process_gives_and_a_dead_one_is_named(
+def test_shards_equal_one_process_and_a_failed_one_is_reported(
     name: str, merged: str, python: str, tiny_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     data = make_everything(tmp_path / "eval")
@@ -105,7 +105,7 @@ def test_shards_give_what_one_process_gives_and_a_dead_one_is_named(
     image.rename(tmp_path / "kept.jpg")
     done = script(name, *command, "--overwrite", CUDA_VISIBLE_DEVICES="0,1", **variables)
     assert done.returncode == 2
-    assert "shard(s)" in done.stderr and "of 2 failed" in done.stderr
+    assert "Shard(s)" in done.stderr and "of 2 failed" in done.stderr
     assert not target.exists()
     (tmp_path / "kept.jpg").rename(image)
     done = script(name, *command, CUDA_VISIBLE_DEVICES="0,1,2", **variables)
@@ -114,8 +114,8 @@ def test_shards_give_what_one_process_gives_and_a_dead_one_is_named(
 
 
 @pytest.mark.parametrize("gpus", ["", "0,1"])
-def test_shards_know_the_script_they_end_with(gpus: str, data: Path, tmp_path: Path) -> None:
-    """Ctrl-C does not reach what a shell runs in the background, so a shard watches its parent, which must be it."""
+def test_shards_watch_their_script(gpus: str, data: Path, tmp_path: Path) -> None:
+    """Ctrl-C does not reach background processes of a shell, so each shard watches its parent, the script."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$LLAVA_EVAL_PARENT" "$PPID" >>{tmp_path}/seen\nexit 1\n')
     python.chmod(0o755)
@@ -126,7 +126,7 @@ def test_shards_know_the_script_they_end_with(gpus: str, data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_say_what_is_missing_and_what_they_would_run(name: str, tmp_path: Path) -> None:
+def test_scripts_report_missing_files_and_support_a_dry_run(name: str, tmp_path: Path) -> None:
     assert "usage: sh" in script(name).stderr
     (tmp_path / "eval").mkdir()
     done = script(name, "some/model", EVAL_DATA=str(tmp_path / "eval"), OPENAI_API_KEY="")
@@ -141,7 +141,7 @@ def test_scripts_say_what_is_missing_and_what_they_would_run(name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", LLAVA)
-def test_scripts_of_llava_1_5_name_its_checkpoint(name: str) -> None:
+def test_scripts_of_llava_1_5_use_its_checkpoint(name: str) -> None:
     done = script(f"scripts/v1_5/eval/{name}", "--device", "cpu", LLAVA_DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     first = done.stdout.splitlines()[0]

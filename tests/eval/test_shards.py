@@ -1,4 +1,4 @@
-"""Parts of a run: taken over by another number of parts, merged exactly once, refused by name when one is not whole."""
+"""Shards: reuse by other shard counts, merging, and errors for incomplete shards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUESTIONS = [Question(number // 2, f"question {number}", (f"{number % 3}.png",))
 
 
 class Echo:
-    """Answers with the question, out of order, until it has answered `last` of them; counts what it was asked."""
+    """Echoes questions in random order, stops after `last` answers, and records the questions in `asked`."""
 
     batch_size = 4
 
@@ -84,11 +84,11 @@ def paths(folder: Path, count: int) -> list[Path]:
     steps=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4), st.integers(0, 6)), max_size=5),
     tear=st.integers(0, 40), count=st.integers(1, 15), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_history_of_kills_and_counts_ends_in_the_same_file(
+def test_interrupted_runs_with_any_shard_counts_end_in_the_same_file(
     tmp_path_factory: pytest.TempPathFactory, whole: bytes, steps: list[tuple[int, int, int]], tear: int, count: int,
     seed: int,
 ) -> None:  # fmt: skip
-    """Runs with other numbers of parts are cut off anywhere, their files torn; then all parts run to the end."""
+    """Runs with other shard counts are interrupted and their files truncated; then all shards run to the end."""
     target = tmp_path_factory.mktemp("history") / "answers.jsonl"
     folder = shards_folder(target)
     asked: list[Any] = []
@@ -110,7 +110,7 @@ def test_any_history_of_kills_and_counts_ends_in_the_same_file(
     assert run(again, QUESTIONS, target, SETTINGS).asked == 0 and again.asked == []
 
 
-def test_what_was_answered_is_not_asked_again_by_other_parts(tmp_path: Path, whole: bytes) -> None:
+def test_other_shards_reuse_answers(tmp_path: Path, whole: bytes) -> None:
     target = tmp_path / "answers.jsonl"
     part(shards_folder(target), 1, 2, Echo())
     model = Echo()
@@ -124,7 +124,7 @@ def test_what_was_answered_is_not_asked_again_by_other_parts(tmp_path: Path, who
     assert len(model.asked) == 5
 
 
-def test_answers_of_other_settings_are_not_taken_over(tmp_path: Path) -> None:
+def test_answers_of_other_settings_are_not_reused(tmp_path: Path) -> None:
     part(tmp_path, 0, 2, Echo())
     model = Echo()
     part(tmp_path, 0, 3, model, model_path="another")
@@ -139,13 +139,13 @@ def parts(tmp_path: Path) -> list[Path]:
 
 
 def join(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> str:
-    """What merging says, and that it wrote nothing."""
+    """The error of merging, which must write nothing."""
     assert shards.main(["--answers-dir", str(parts[0].parent), "--num-chunks", "3"]) == 2
     assert not (parts[0].parent / "merge.jsonl").exists()
     return capsys.readouterr().err
 
 
-def test_parts_are_merged_in_question_order(parts: list[Path], whole: bytes, tmp_path: Path) -> None:
+def test_shards_are_merged_in_question_order(parts: list[Path], whole: bytes, tmp_path: Path) -> None:
     assert shards.main(["--answers-dir", str(tmp_path), "--num-chunks", "3"]) == 0
     assert (tmp_path / "merge.jsonl").read_bytes() == whole
     manifest = json.loads(manifest_path(tmp_path / "merge.jsonl").read_text())
@@ -153,33 +153,33 @@ def test_parts_are_merged_in_question_order(parts: list[Path], whole: bytes, tmp
     assert shards.main(["--answers-dir", str(tmp_path), "--num-chunks", "0"]) == 2
 
 
-def test_a_dead_shard_is_named(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_shard_is_reported(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     parts[1].unlink()
     assert "Shard 1 of 3" in join(parts, capsys)
 
 
 @pytest.mark.parametrize("number", [0, 2, 4])
-def test_a_missing_answer_is_named(parts: list[Path], number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_answer_is_reported(parts: list[Path], number: int, capsys: pytest.CaptureFixture[str]) -> None:
     lines = parts[1].read_bytes().splitlines(keepends=True)
     del lines[number]
     parts[1].write_bytes(b"".join(lines))
-    assert "Shard 1 of 3" in (said := join(parts, capsys)) and "has 4 of 5 answers" in said
+    assert "Shard 1 of 3" in (error := join(parts, capsys)) and "has 4 of 5 answers" in error
 
 
-def test_a_repeated_answer_is_named(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repeated_answer_is_reported(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_jsonl(parts[2])
     write_jsonl(parts[2], [rows[0], *rows[:-1]])
-    assert "Shard 2 of 3" in (said := join(parts, capsys)) and "each of its questions once and in order" in said
+    assert "Shard 2 of 3" in (error := join(parts, capsys)) and "each of its questions once and in order" in error
 
 
-def test_a_failed_answer_is_named(tmp_path: Path, parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_answer_is_reported(tmp_path: Path, parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     part(tmp_path, 0, 3, Echo(broken=[3]), overwrite=True)
-    assert "Shard 0 of 3" in (said := join(parts, capsys)) and "1 failed answers, the first to question 1" in said
+    assert "Shard 0 of 3" in (error := join(parts, capsys)) and "1 failed answers, the first to question 1" in error
     part(tmp_path, 0, 3, Echo())
     assert merge_parts(parts, tmp_path / "merge.jsonl") == 13
 
 
-def test_parts_of_different_runs_are_not_mixed(tmp_path: Path, parts: list[Path]) -> None:
+def test_shards_of_different_runs_are_not_merged(tmp_path: Path, parts: list[Path]) -> None:
     part(tmp_path, 2, 3, Echo(), model_path="another", overwrite=True)
     with pytest.raises(DataError, match="other settings"):
         merge_parts(parts, tmp_path / "merge.jsonl")
@@ -187,7 +187,7 @@ def test_parts_of_different_runs_are_not_mixed(tmp_path: Path, parts: list[Path]
         merge_parts(parts[:2], tmp_path / "merge.jsonl")
 
 
-def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
+def test_an_answers_file_is_locked(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     held = lock_file(path)
     with pytest.raises(ConfigError, match="Another process is writing"):
@@ -232,7 +232,7 @@ ORPHAN = (
 
 
 def test_a_child_ends_with_its_parent() -> None:
-    """The parent is a process that starts the child and is then gone."""
+    """The parent starts a child and is killed."""
     code = f"import os, subprocess, sys; os.environ['LLAVA_EVAL_PARENT'] = str(os.getpid()); " \
            f"child = subprocess.Popen([sys.executable, '-c', {ORPHAN!r}], stdout=subprocess.PIPE); " \
            "child.stdout.readline(); print(child.pid, flush=True); os.kill(os.getpid(), 9)"  # fmt: skip
@@ -246,7 +246,7 @@ def test_a_child_ends_with_its_parent() -> None:
         time.sleep(0.05)
 
 
-def test_a_child_by_way_of_another_program_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_indirect_child_keeps_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_EVAL_PARENT", str(os.getpid()))  # running, and not the parent of this process
     threads = threading.active_count()
     exit_with_parent()
@@ -262,7 +262,7 @@ def _alive(pid: int) -> bool:
 
 @pytest.fixture
 def gqa(tmp_path: Path, images: Path) -> Path:
-    """Forty questions in GQA's layout."""
+    """A data folder of GQA with forty questions."""
     root = tmp_path / "gqa"
     rows = [{**row, "question_id": str(n)} for n, row in enumerate(question_rows(40))]
     (root / "data").mkdir(parents=True)
@@ -274,9 +274,9 @@ def gqa(tmp_path: Path, images: Path) -> Path:
 
 
 def kill_when(process: subprocess.Popen[bytes], folder: Path, goal: int) -> int:
-    """Kill a run's processes once that many answers are in its files, or let it end; how many there are then."""
+    """Kill a run once its files have `goal` answers, unless it ends before; return the number of answers."""
 
-    def written() -> int:  # once in the parts, and once more when they are merged
+    def written() -> int:  # in the shards, and again in the merged file
         return min(40, sum(file.read_bytes().count(b"\n") for file in folder.rglob("*.jsonl")))
 
     deadline = time.monotonic() + 600
@@ -292,9 +292,9 @@ def kill_when(process: subprocess.Popen[bytes], folder: Path, goal: int) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(600 * KILLS)
 def test_killed_runs_resumed_with_another_count(tiny_dirs: dict[str, Path], gqa: Path, tmp_path: Path) -> None:
-    """`llava eval` in two processes is killed, and finished by one; torchrun's processes then find all done.
+    """One process completes a killed run of two, and torchrun's processes reuse its answers.
 
-    More rounds kill other counts at other points: `LLAVA_KILLS=20 python -m pytest -s -k killed_runs tests/eval`.
+    More rounds with other counts: `LLAVA_KILLS=20 python -m pytest -s -k killed_runs tests/eval`.
     """
     flags = ["-m", "llava.eval.main", "--tasks", "gqa", "--model-path", str(tiny_dirs["chat"]), "--device", "cpu"]
     flags += ["--max-new-tokens", "20", "--batch-size", "2", "--data-root", str(gqa), "--output-dir"]

@@ -1,4 +1,4 @@
-"""Every benchmark by `llava eval`, on made-up data in the official layout: one run, then what came of it."""
+"""`llava eval --tasks all` on synthetic data in the official layouts, and the tasks' answers and scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def grades(body: dict[str, Any]) -> tuple[int, str]:
-    """A judge that likes everything half, or a little less than the reference."""
+    """Replies of a judge: grade 0.5, or scores 8 and 6."""
     return 200, "0.5" if body["messages"][-1]["content"].endswith("Grade:") else "8 6\nThe second is shorter."
 
 
@@ -54,12 +54,12 @@ def score_of(run: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def test_the_list_is_whole() -> None:
+def test_the_registry_is_complete() -> None:
     assert set(TASKS) == set(BENCHMARKS) and len(TASKS) == 14
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_all_answers_and_a_score_each(name: str, run: Path, data: Path) -> None:
+def test_every_task_is_answered_and_scored(name: str, run: Path, data: Path) -> None:
     folder, count, _ = BENCHMARKS[name]
     rows = read_jsonl(run / name / "answers.jsonl")
     score = score_of(run, name)
@@ -75,7 +75,7 @@ def test_all_answers_and_a_score_each(name: str, run: Path, data: Path) -> None:
 
 
 class Yes:
-    """A model that says yes."""
+    """A model that answers yes."""
 
     batch_size = 4
 
@@ -87,7 +87,7 @@ class Yes:
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_dead_shard_or_a_missing_answer_is_named_and_nothing_is_scored(
+def test_missing_shards_and_answers_are_reported_and_not_scored(
     name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llava.eval.benchmarks.easy_vqa.package_data", lambda: data / "easy_vqa")
@@ -106,9 +106,9 @@ def test_a_dead_shard_or_a_missing_answer_is_named_and_nothing_is_scored(
         answer_all(Yes(), questions, shard_path(shards_folder(answers), index, 2), settings)
     rows = read_jsonl(dead)
     write_jsonl(dead, rows[1:])
-    assert f"{name}: Shard 1 of 2" in (said := refused("--num-chunks", "2")) and f"has {len(rows) - 1} of" in said
+    assert f"{name}: Shard 1 of 2" in (error := refused("--num-chunks", "2")) and f"has {len(rows) - 1} of" in error
     dead.unlink()
-    assert f"{name}: Shard 1 of 2" in (said := refused("--num-chunks", "2")) and "is missing" in said
+    assert f"{name}: Shard 1 of 2" in (error := refused("--num-chunks", "2")) and "is missing" in error
     assert not answers.exists()
     answer_all(Yes(), questions, answers, RunSettings("yes", "yes", "", SamplingParams(4)))
     rows = read_jsonl(answers)
@@ -150,7 +150,7 @@ def test_without_a_judge_the_answers_are_kept_and_not_scored(
             make_task(name, data / BENCHMARKS[name][0]).score(run / name / "answers.jsonl")
 
 
-def test_new_answers_and_another_judge_are_reviewed_anew(
+def test_new_answers_and_another_judge_are_reviewed_again(
     run: Path, data: Path, judge: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(run / "llava_bench", tmp_path / "llava_bench")
@@ -163,7 +163,7 @@ def test_new_answers_and_another_judge_are_reviewed_anew(
     judge.replies = [(200, "4 2")]
     scored = task.score(answers)
     assert (scored["accuracy"], scored["judge"]["model"]) == (50, "other")
-    assert len(judge.bodies) == 6  # its address is new, so the replies that were copied are not its
+    assert len(judge.bodies) == 6  # the cache key includes the URL, so copied replies are not used
 
 
 def test_mmbench_is_asked_as_published(run: Path, data: Path) -> None:
@@ -194,7 +194,7 @@ def score(name: str, data: Path, folder: Path, texts: list[str], limit: int | No
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_answers_score_full_also_for_a_part_of_the_questions(name: str, data: Path, tmp_path: Path) -> None:
+def test_right_answers_score_full_with_and_without_a_limit(name: str, data: Path, tmp_path: Path) -> None:
     full = 2000 if name == "mme" else 100
     assert score(name, data, tmp_path, RIGHT[name], None) == pytest.approx(full)
     if name.startswith("mm"):
@@ -217,14 +217,14 @@ def test_the_test_split_of_mmbench_is_only_submitted(data: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "easy_vqa"])
-def test_a_missing_file_is_named_with_its_source(name: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_its_source(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is missing; its source is .*https?://.* llava eval prepare"):
         make_task(name, tmp_path).questions()
     if name != "llava_bench_coco":
         assert str(make_task(name).image_folder).startswith(str(Path("playground/data/eval")))
 
 
-def test_tasks_are_named_once_and_all_means_all(tmp_path: Path) -> None:
+def test_tasks_are_unique_and_all_selects_every_task(tmp_path: Path) -> None:
     assert [task.name for task in make_tasks(["gqa", " all", "gqa"])][:2] == ["gqa", "vqav2"]
     with pytest.raises(ValueError, match="use --eval-data"):
         make_tasks(["gqa", "pope"], tmp_path)
@@ -241,7 +241,7 @@ def test_science_questions_are_asked_with_and_without_the_suffix(data: Path, tmp
         science_qa.read_questions(tmp_path / "bad.json")
 
 
-def test_prepare_says_what_is_here_and_what_is_not(
+def test_prepare_lists_found_and_missing_files(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TASKS["gqa"].layouts, "testdev_balanced", TASKS["gqa"].layouts["testdev_balanced"])

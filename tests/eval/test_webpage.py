@@ -1,4 +1,4 @@
-"""The judge's page: data as published, texts as safe HTML, and every control by a real browser where there is one."""
+"""Web page of reviews: published data keys, escaped HTML, and its controls in a browser."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_data_has_the_published_keys(flags: list[str], tmp_path: Path) -> None:
     assert first["evaluations"]["one"] == "**Assistant 1** is **good**."
 
 
-def test_the_page_is_whole_and_safe(flags: list[str], tmp_path: Path) -> None:
+def test_the_page_is_complete_and_escaped(flags: list[str], tmp_path: Path) -> None:
     assert pages.main([*flags, "--names", "R", "A", "B"]) == 0
     page = (tmp_path / "page" / "index.html").read_text()
     assert "__DATA__" not in page and not re.search(r"https?://|<img", page)
@@ -57,7 +57,7 @@ def test_the_page_is_whole_and_safe(flags: list[str], tmp_path: Path) -> None:
         (lambda flags: [*flags, "--answers", flags[3], flags[5]], "distinguish them with --names"),
     ],
 )
-def test_faults_are_one_sentence(
+def test_errors_are_reported_in_one_line(
     flags: list[str], change: object, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pages.main(change(flags)) == 2  # type: ignore[operator]
@@ -82,7 +82,7 @@ def test_markdown(text: str, html: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_shows_it(flags: list[str], tmp_path: Path) -> None:
+def test_the_page_in_a_browser(flags: list[str], tmp_path: Path) -> None:
     assert pages.main(flags) == 0
     page = tmp_path / "page" / "index.html"
     steps = '<script>at("category").value = "c0"; list(); step(1);</script>'

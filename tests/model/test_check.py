@@ -1,4 +1,4 @@
-"""`llava check`: what a directory is, verified without reading weights; and the figures are those of a real load."""
+"""`llava check`: directories are identified and verified without reading weights; memory figures match a real load."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def made(tiny_dirs: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
         ("lora", None, Kind.LORA, ["vicuna-tiny (a text-only", "non_lora_trainables.bin"]),
     ],
 )  # fmt: skip
-def test_what_it_says(made: dict[str, Path], name: str, base: str | None, kind: Kind, words: list[str]) -> None:
+def test_the_report(made: dict[str, Path], name: str, base: str | None, kind: Kind, words: list[str]) -> None:
     findings = examine(made[name], made[base] if base else None)
     assert findings.found.kind is kind
     page = report(findings)
@@ -66,7 +66,7 @@ def test_the_program(made: dict[str, Path], capsys: pytest.CaptureFixture[str], 
     assert cli.main(["check", str(made["projector"]), "--model-base", "someone/unknown"]) == 2
     assert "offline mode" in capsys.readouterr().err
     assert cli.main(["check", "someone/unknown"]) == 2  # a name on the hub, which may be in the cache
-    assert "nor did the Hugging Face cache" in capsys.readouterr().err
+    assert "it is not in the Hugging Face cache" in capsys.readouterr().err
     assert "HF_HUB_OFFLINE" not in check.os.environ
 
 
@@ -109,7 +109,7 @@ def test_damage_is_found(made: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["mm_hidden_size", "mm_vision_select_layer"])
 def test_a_configuration_without_its_keys(made: dict[str, Path], key: str) -> None:
     edit_config(made["chat"], **{key: None})
-    with pytest.raises(CheckpointError, match=f"config.json lacks {key}; copy it"):
+    with pytest.raises(CheckpointError, match=f"config.json has no {key}; copy it"):
         examine(made["chat"])
 
 
@@ -122,7 +122,7 @@ def test_the_template(made: dict[str, Path]) -> None:
 
 
 def test_memory_is_that_of_a_load(tmp_path: Path, tiny_dirs: dict[str, Path]) -> None:
-    """Every byte of parameters in 32 and 16 bit; within 1 % for packed weights (widths that the CPU kernel takes)."""
+    """Every byte of parameters in 32 and 16 bit; within 1 % for quantized weights (of supported widths)."""
     chat = tiny.make_chat(tmp_path / "wide", tiny_dirs["tower"], hidden_size=64, intermediate_size=128)
     parts = examine(chat).parts
     for label, options in (("fp32", {}), ("bf16", {"dtype": "bfloat16"})):
@@ -140,7 +140,7 @@ def test_memory_is_that_of_a_load(tmp_path: Path, tiny_dirs: dict[str, Path]) ->
 
 
 def write_headers(directory: Path, shapes: dict[str, tuple[int, ...]], shards: int) -> None:
-    """Safetensors shards of zeros (and a last norm of ones), with their index, that take no room on the disk."""
+    """Safetensors shards of zeros (and a last norm of ones), with their index, as sparse files."""
     names, weight_map = sorted(shapes), {}
     for number in range(shards):
         header: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def write_headers(directory: Path, shapes: dict[str, tuple[int, ...]], shards: i
 
 
 def test_the_published_7b_layout_takes_seconds(tmp_path: Path, tiny_dirs: dict[str, Path]) -> None:
-    """InternVL-Chat-ViT-6B-Vicuna-7B: tower inside, a table of 577 rows, `model_type: llava` (IVL-1)."""
+    """InternVL-Chat-ViT-6B-Vicuna-7B: tower inside, 577 positions, `model_type: llava`."""
     tower = InternVisionConfig(image_size=336)
     config = LlavaConfig(
         **{**LlamaConfig().to_dict(), "model_type": "llava"}, mm_vision_tower="./pretrained/intern_vit_6b_224px",
@@ -188,9 +188,7 @@ def test_the_published_7b_layout_takes_seconds(tmp_path: Path, tiny_dirs: dict[s
 
 
 @pytest.mark.parametrize("kind", ["chat", "tower"])
-def test_whatever_a_configuration_says_there_is_no_traceback(
-    tiny_dirs: dict[str, Path], tmp_path: Path, kind: str
-) -> None:
+def test_invalid_configurations_raise_llava_errors(tiny_dirs: dict[str, Path], tmp_path: Path, kind: str) -> None:
     directory = shutil.copytree(tiny_dirs[kind], tmp_path / "it")
     config = json.loads((directory / "config.json").read_text())
     more = ("mm_vision_tower_config", "mm_projector_type", "rope_scaling", "conv_template", "quantization_config")
@@ -208,8 +206,8 @@ def test_whatever_a_configuration_says_there_is_no_traceback(
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("chat", {"num_hidden_layers": 10**12}, f"asks for {10**12} layers, but .* holds 25 weights"),
-        ("tower", {"num_hidden_layers": 10**12}, f"asks for {10**12} layers, but .* holds 82 weights"),
+        ("chat", {"num_hidden_layers": 10**12}, f"has {10**12} layers, but .* holds 25 weights"),
+        ("tower", {"num_hidden_layers": 10**12}, f"has {10**12} layers, but .* holds 82 weights"),
         ("chat", {"pad_token_id": 384}, "AssertionError: Padding_idx"),
         ("chat", {"vocab_size": 400}, r"configuration: 2 of a different shape \(lm_head.weight is \(384, 48\)"),
         ("chat", {"max_position_embeddings": 10**9}, None),
@@ -231,7 +229,7 @@ def test_absurd_numbers_cost_nothing(
 
 def test_damage_beside_the_weights_is_found(made: dict[str, Path]) -> None:
     (made["chat"] / "generation_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"generation_config.json should hold a JSON object"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json must contain a JSON object"):
         examine(made["chat"])
     (made["lora"] / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(CheckpointError, match="adapter of type IA3"):
@@ -239,10 +237,10 @@ def test_damage_beside_the_weights_is_found(made: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_pointer_of_git_lfs_is_no_weights(made: dict[str, Path], name: str) -> None:
+def test_a_git_lfs_pointer_is_named(made: dict[str, Path], name: str) -> None:
     (made["chat"] / "model.safetensors").unlink()
     (made["chat"] / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(CheckpointError, match=f"{name} is a pointer of Git LFS .*; run git lfs pull"):
+    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer.*; run git lfs pull"):
         examine(made["chat"])
 
 
@@ -260,8 +258,8 @@ def test_a_delta_is_refused_and_an_adapter_of_a_language_model_verified(tmp_path
 @pytest.mark.parametrize(
     "index", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../b"}}', "\x00"]
 )
-def test_an_index_that_is_none_is_named(tiny_dirs: dict[str, Path], tmp_path: Path, index: str) -> None:
+def test_an_invalid_index_is_named(tiny_dirs: dict[str, Path], tmp_path: Path, index: str) -> None:
     directory = shutil.copytree(tiny_dirs["chat"], tmp_path / "it")
     (directory / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=r"index\.json (should|cannot)"):
+    with pytest.raises(CheckpointError, match=r"index\.json (must|cannot)"):
         examine(directory)

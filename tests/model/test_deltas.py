@@ -31,7 +31,7 @@ def weights(directory: Path) -> Weights:
 
 @pytest.fixture
 def pair(tiny_dirs: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
-    """A base, and a chat model tuned from it in float16, with two rows of image tokens more and its tower inside."""
+    """A base, and a float16 chat model finetuned from it, with two more rows for image tokens and its tower inside."""
     base = shutil.copytree(tiny_dirs["base"], tmp_path / "base")
     target = tiny.make_chat(tmp_path / "target", tiny_dirs["tower"], embed_tower=True, vocab_size=386)
     state = load_file(target / "model.safetensors")
@@ -99,7 +99,7 @@ def test_published_signatures(pair: dict[str, Path], old: Path, monkeypatch: Any
 
 
 def test_a_linear_projector_of_the_first_deltas(pair: dict[str, Path], tiny_dirs: dict[str, Path]) -> None:
-    """LLaVA's first deltas name no dtype and hold `model.mm_projector.weight`; float16 then."""
+    """The first LLaVA deltas have no dtype (float16 applies) and `model.mm_projector.weight`."""
     pair["delta"].mkdir()
     difference = {name: torch.full_like(value, 0.125) for name, value in weights(pair["base"]).items()}
     del difference["model.layers.0.self_attn.rotary_emb.inv_freq"]
@@ -134,7 +134,7 @@ def test_directories_that_do_not_belong_together(pair: dict[str, Path], tmp_path
         parse_dtype("int8")
 
 
-def test_a_model_is_no_delta(pair: dict[str, Path], capsys: Any) -> None:
+def test_a_model_in_place_of_a_delta_is_refused(pair: dict[str, Path], capsys: Any) -> None:
     pair["delta"] = pair["target"]
     assert apply_delta.main(arguments(pair, "again")) == 2
     assert "holds a model, not differences from" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One model on several devices gives what it gives on one, shown on pretended CUDA cards."""
+"""A model on several devices has the logits of one device, on simulated GPUs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ MPT_IN_ORDER = {"": "cuda:0", "transformer.blocks.0": "cuda:1", "transformer.blo
 
 
 @pytest.fixture
-def pretended() -> Iterator[None]:
-    with devices.pretended_cuda(count=4):
+def simulated() -> Iterator[None]:
+    with devices.simulated_cuda(count=4):
         yield
 
 
@@ -43,7 +43,7 @@ def answer(model: Any) -> torch.Tensor:
 
 
 def test_the_pretence_notices_what_a_gpu_would() -> None:
-    with devices.pretended_cuda(count=2):
+    with devices.simulated_cuda(count=2):
         near, far = torch.ones(2, 2, device="cuda:0"), torch.ones(2, 2, device="cuda:1")
         with pytest.raises(RuntimeError, match=r"aten.add.Tensor got tensors on cuda:0, cuda:1"):
             near + far
@@ -56,7 +56,7 @@ def test_the_pretence_notices_what_a_gpu_would() -> None:
 @pytest.mark.parametrize("device_map", [APART, IN_ORDER], ids=["by part", "in order"])
 @torch.no_grad()
 def test_a_four_way_split_gives_the_same(
-    tiny_dirs: dict[str, Path], pretended: None, device_map: dict[str, str]
+    tiny_dirs: dict[str, Path], simulated: None, device_map: dict[str, str]
 ) -> None:
     alone = load(tiny_dirs["chat"])
     tokenizer, split, processor, _ = load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map=device_map)
@@ -84,7 +84,7 @@ def test_a_four_way_split_gives_the_same(
 
 
 @torch.no_grad()
-def test_without_the_carriers_it_fails(tiny_dirs: dict[str, Path], pretended: None, monkeypatch: Any) -> None:
+def test_without_the_carriers_it_fails(tiny_dirs: dict[str, Path], simulated: None, monkeypatch: Any) -> None:
     monkeypatch.setattr(builder, "dispatch", lambda model, placement: None)
     split = load_pretrained_model(tiny_dirs["chat"], device="cpu", device_map=IN_ORDER)[1]
     with pytest.raises(RuntimeError, match="got tensors on"):
@@ -92,7 +92,7 @@ def test_without_the_carriers_it_fails(tiny_dirs: dict[str, Path], pretended: No
 
 
 @torch.no_grad()
-def test_mpt_and_its_tied_head(tiny_dirs: dict[str, Path], tmp_path: Path, pretended: None) -> None:
+def test_mpt_and_its_tied_head(tiny_dirs: dict[str, Path], tmp_path: Path, simulated: None) -> None:
     chat = tiny.make_mpt_chat(tmp_path, tiny_dirs["tower"])
     alone = load(chat)
     tokenizer, split, _, _ = load_pretrained_model(chat, device="cpu", device_map=MPT_IN_ORDER)
@@ -109,8 +109,8 @@ def budgets(*sizes: int) -> dict[torch.device, int]:
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch, pretended: None) -> Any:
-    """A machine with pretended GPUs; the returned function sets the bytes of each."""
+def gpus(monkeypatch: pytest.MonkeyPatch, simulated: None) -> Any:
+    """A machine with simulated GPUs; the returned function sets the memory of each in bytes."""
 
     def offer(*sizes: int) -> None:
         monkeypatch.setattr(dispatch, "gpu_budgets", lambda num, limit: budgets(*sizes[:num]))

@@ -1,4 +1,4 @@
-"""The projector out of every layout that training leaves, and back into a base (users.md PROJ-3)."""
+"""Extract the projector from every layout written by training, and load it onto a base."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def as_sharded_bin(chat: Path) -> None:
 
 @pytest.mark.parametrize("layout", [lambda chat: None, as_bin, as_shards, as_sharded_bin])
 def test_from_every_layout_of_a_full_checkpoint(tiny_dirs: dict[str, Path], tmp_path: Path, layout: Any) -> None:
-    """With the language model of the checkpoint as base, the extracted projector gives the checkpoint's logits."""
+    """With the language model of the checkpoint as base, the extracted projector has the logits of the checkpoint."""
     chat = shutil.copytree(tiny_dirs["chat"], tmp_path / "chat")
     layout(chat)
     out = tmp_path / "out"
@@ -72,7 +72,9 @@ def test_token_rows_and_tuned_positions_go_with_it(tiny_dirs: dict[str, Path], t
     assert torch.equal(load(tmp_path / "out", tiny_dirs["base"]).state_dict()[table], made[table])
 
 
-def test_what_has_no_projector_is_refused(tiny_dirs: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_directory_without_a_projector_is_refused(
+    tiny_dirs: dict[str, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     with pytest.raises(CheckpointError, match="a text-only language model; --model-path must be a full checkpoint"):
         extract_projector.extract(tiny_dirs["base"], tmp_path / "out")
     chat = shutil.copytree(tiny_dirs["chat"], tmp_path / "chat")
@@ -80,7 +82,7 @@ def test_what_has_no_projector_is_refused(tiny_dirs: dict[str, Path], tmp_path: 
     with pytest.raises(CheckpointError, match="does not fit the configured projector"):
         extract_projector.extract(chat, tmp_path / "out")
     edit_config(chat, mm_hidden_size=None)
-    with pytest.raises(CheckpointError, match="describes no model"):
+    with pytest.raises(CheckpointError, match="configuration of .* is invalid"):
         extract_projector.extract(chat, tmp_path / "out")
     monkeypatch.setattr(extract_projector.ckpt, "load_bin", lambda file: {})
     with pytest.raises(CheckpointError, match="projector written differs from that of"):

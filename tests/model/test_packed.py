@@ -1,8 +1,7 @@
-"""Training over real tokens alone computes what the library computes over the padded batch."""
+"""Packed training equals transformers' computation over the padded batch."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaFlashAttention2, Llama
 from llava.errors import RequestError
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.language_model.packed import Rows, attend
+from llava.model.language_model.packed import PackedBatch, attend
 
 ROW = st.tuples(st.integers(1, 30), st.integers(0, 2))  # words, images
 
@@ -91,8 +90,8 @@ def test_a_part_learns_as_the_librarys(library: type[torch.nn.Module], name: str
         hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, vocab_size=16, **settings
     )
     ours = getattr(LlavaLlamaForCausalLM(config).model.layers[0], name).train()
-    theirs = copy.deepcopy(ours)
-    theirs.__class__ = library
+    theirs = library(config if library is LlamaMLP else config.hidden_size).train()
+    theirs.load_state_dict(ours.state_dict())
     assert type(ours) is not library
     x, toward = torch.randn(2, 1, 5, 8).unbind()
     found = []
@@ -163,15 +162,15 @@ def test_what_only_the_padded_batch_has_is_still_given(models: dict[str, LlavaLl
 
 
 def test_rows_of_similar_length_share_an_attention_call() -> None:
-    rows = Rows([10, 3, 9, 8], torch.device("cpu"))
-    assert [(group.count, group.length) for group in rows.groups] == [(3, 10), (1, 3)]
+    batch = PackedBatch([10, 3, 9, 8], torch.device("cpu"))
+    assert [(group.count, group.length) for group in batch.groups] == [(3, 10), (1, 3)]
     tokens = torch.arange(30)
-    assert rows.to_groups[rows.from_groups].tolist() == tokens.tolist()
-    assert not Rows([7, 7], torch.device("cpu")).padded
+    assert batch.pad_index[batch.unpad_index].tolist() == tokens.tolist()
+    assert not PackedBatch([7, 7], torch.device("cpu")).padded
 
 
 def test_flash_attention_gets_the_rows_by_their_borders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package needs a GPU; a stand-in with its signature shows that what it is handed is right."""
+    """flash-attn needs a GPU; a stand-in with its signature checks the arguments."""
 
     def varlen(
         q: torch.Tensor,
@@ -195,8 +194,8 @@ def test_flash_attention_gets_the_rows_by_their_borders(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    rows = Rows([6, 3], torch.device("cpu"))
-    flash, sdpa = (attend(q, k, v, rows, kind) for kind in (LlamaFlashAttention2, LlamaSdpaAttention))
+    batch = PackedBatch([6, 3], torch.device("cpu"))
+    flash, sdpa = (attend(q, k, v, batch, kind) for kind in (LlamaFlashAttention2, LlamaSdpaAttention))
     torch.testing.assert_close(flash, sdpa)
 
 

@@ -1,4 +1,4 @@
-"""8- and 4-bit loading on the CPU, with the real library."""
+"""8-bit and 4-bit loading on the CPU with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = torch.tensor([[1, 5, -200, 9, 11]])
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.02), (4, 0.2)])
-def test_only_the_decoder_is_quantised_and_the_function_stays(
+def test_only_the_decoder_is_quantized(
     tiny_dirs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int, tolerance: float
 ) -> None:
     chat = make_chat(tmp_path, tiny_dirs["tower"], hidden_size=64, intermediate_size=128)
@@ -41,7 +41,7 @@ def test_only_the_decoder_is_quantised_and_the_function_stays(
 
 
 def test_four_bits_on_a_cpu_need_whole_blocks(tiny_dirs: dict[str, Path], tmp_path: Path) -> None:
-    """A down projection from 96 is not made of blocks of 64: it stays as it is, the others are packed."""
+    """A down projection of input width 96, not a multiple of 64, stays unquantized; the others are quantized."""
     chat = make_chat(tmp_path, tiny_dirs["tower"], hidden_size=64, intermediate_size=96)
     model = load_pretrained_model(chat, device="cpu", load_4bit=True)[1]
     packed = {name for name, parameter in model.named_parameters() if parameter.dtype is torch.uint8}
@@ -55,7 +55,7 @@ def test_four_bits_on_a_cpu_need_whole_blocks(tiny_dirs: dict[str, Path], tmp_pa
 def test_an_adapter_is_merged_layer_by_layer_before_it_is_packed(
     tiny_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
 ) -> None:
-    """The weights are those of merging all in full precision, then packing; but one matrix at a time is in it."""
+    """The weights equal those merged in full precision and then quantized, with one unquantized matrix at a time."""
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     base = make_base(tmp_path / "base", **sizes)
     halves = {name: value.half() for name, value in load_file(base / "model.safetensors").items()}
@@ -67,7 +67,7 @@ def test_an_adapter_is_merged_layer_by_layer_before_it_is_packed(
     def watch(self: Quantizer, model: nn.Module, name: str, *rest: Any) -> bool:
         names = (name for name, _ in model.named_parameters() if name.startswith("model.layers."))
         matrices = (model.get_parameter(name) for name in names if ".lora_" not in name)
-        assert [ref().shape for ref in seen if ref() is not None] == []  # those packed before are freed
+        assert [ref().shape for ref in seen if ref() is not None] == []  # those quantized before are freed
         seen.append(weakref.ref(model.get_parameter(name)))
         most.append(sum(weight.ndim == 2 and weight.dtype is torch.float32 for weight in matrices))
         return load(self, model, name, *rest)
@@ -76,9 +76,9 @@ def test_an_adapter_is_merged_layer_by_layer_before_it_is_packed(
         patch.setattr(Quantizer, "quantize_on_load", watch)
         small = load_pretrained_model(adapter, device="cpu", load_8bit=bits == 8, load_4bit=bits == 4)[1]
     assert most == [1] * 14
-    packer = Quantizer(bits, torch.float32, torch.device("cpu"))
+    quantizer = Quantizer(bits, torch.float32, torch.device("cpu"))
     for name, parameter in list(full.named_parameters()):
-        packer.quantize_on_load(full, name, parameter.data, parameter.device)
+        quantizer.quantize_on_load(full, name, parameter.data, parameter.device)
     assert small.model.layers[0].self_attn.q_proj.weight.dtype is (torch.int8 if bits == 8 else torch.uint8)
     assert small.model.mm_projector[0].weight.dtype is torch.float32
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_rows_are_packed_as_the_library_packs_the_whole(monkeypatch: pytest.Monk
 
 
 def test_eight_bits_do_not_wait_for_the_first_forward_pass() -> None:
-    """The library quantises in `.to` only what comes from the CPU; a weight on its device must be packed too."""
+    """bitsandbytes quantizes only CPU weights in `.to`; weights on the device must be quantized too."""
     import bitsandbytes as bnb
 
     there = torch.device("meta")  # like a GPU, it is not the CPU
@@ -134,7 +134,7 @@ def test_eight_bits_do_not_wait_for_the_first_forward_pass() -> None:
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_eight_bits_give_what_quantising_at_first_use_gave(monkeypatch: pytest.MonkeyPatch, contiguous: bool) -> None:
+def test_eight_bits_match_quantization_at_first_use(monkeypatch: pytest.MonkeyPatch, contiguous: bool) -> None:
     import bitsandbytes as bnb
 
     kernel, dense = bnb.functional.int8_vectorwise_quant, []
@@ -168,12 +168,12 @@ def test_four_bits_are_packed_wherever_the_weight_is(double_quant: bool) -> None
     import bitsandbytes as bnb
 
     there, dtype = torch.device("meta"), torch.bfloat16
-    packer = Quantizer(4, dtype, torch.device("cuda"), double_quant=double_quant)
-    found = packer.layer(torch.empty((64, 64), dtype=torch.float16, device=there), None, there).weight
+    quantizer = Quantizer(4, dtype, torch.device("cuda"), double_quant=double_quant)
+    found = quantizer.layer(torch.empty((64, 64), dtype=torch.float16, device=there), None, there).weight
     assert (found.dtype, found.shape, found.device) == (torch.uint8, (2048, 1), there)
     weight = torch.randn((64, 64), generator=torch.Generator().manual_seed(1)).to(dtype)
     whole = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=double_quant).to("cpu")
-    packed, state = packer._quantize_4bit(weight, torch.device("cpu"))
+    packed, state = quantizer._quantize_4bit(weight, torch.device("cpu"))
     assert torch.equal(packed, whole.data)
     theirs, ours = (one.as_dict(packed=True) for one in (whole.quant_state, state))
     assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,4 +1,4 @@
-"""Directories that are whole or not there: what cannot be written is one sentence, and leaves nothing."""
+"""Atomic directories: a failed write raises one `ConfigError` and leaves nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = {"a": torch.zeros(3000)}
 
 @contextmanager
 def full_disk(free: int) -> Iterator[None]:
-    """No file may be larger than `free` bytes, which programs meet as they meet a full disk: while they write."""
+    """Limit files to `free` bytes, so that writes fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
     try:
@@ -58,7 +58,7 @@ def test_a_directory_in_use_is_refused_by_any_name(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["file/below", "a" * 300])
-def test_a_place_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+def test_a_path_that_cannot_be_created_is_refused_first(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Cannot write .*Nothing was kept"), atomic_directory(tmp_path / name):
         pytest.fail("worked for nothing")

@@ -226,7 +226,7 @@ def test_more_rows_do_not_wait_more_often(
 
 @pytest.fixture
 def card() -> Iterator[devices.Card]:
-    with devices.pretended_cuda() as made:
+    with devices.simulated_cuda() as made:
         yield made
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of others: pickles are refused in every position, code beside weights is not run, offline is offline."""
+"""Untrusted checkpoints: pickles are refused in every file, their code is not run, and offline mode opens no socket."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> zoo.Shelf:
 
 
 def in_tower(**how: Any) -> zoo.Make:
-    """A chat model whose tower, in a directory of its own, has `.bin` weights."""
+    """A chat model with a separate tower in `.bin` format."""
 
     def make(shelf: zoo.Shelf, directory: Path) -> None:
         shelf.copy("chat", directory)
@@ -50,7 +50,7 @@ def in_tower(**how: Any) -> zoo.Make:
 
 
 def over_base(shelf: zoo.Shelf, directory: Path) -> None:
-    """A projector, and beside it its base with `.bin` weights."""
+    """A projector and its base in `.bin` format."""
     zoo.projector()(shelf, directory)
     base = shelf.copy("base", directory / "its-base")
     zoo.put(base, zoo.take_weights(base), bin_files=True)
@@ -145,7 +145,7 @@ print("no socket")
 
 
 def in_cache(cache: Path, name: str, directory: Path) -> Path:
-    """Put a directory into a Hugging Face cache, as a download leaves it."""
+    """Put a directory into a Hugging Face cache, like a download."""
     place = cache / f"models--{name.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("abc123")
@@ -153,7 +153,7 @@ def in_cache(cache: Path, name: str, directory: Path) -> Path:
 
 
 def test_offline_opens_no_socket(shelf: zoo.Shelf, tmp_path: Path) -> None:
-    """Model and tower by their names, both in the cache, in a process that notes every socket."""
+    """Load model and tower by hub name from the cache, in a process that records every socket."""
     cache = tmp_path / "hub"
     in_cache(cache, "someone/tower", shelf.tower)
     chat = in_cache(cache, "someone/chat", shelf.chat)

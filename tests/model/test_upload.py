@@ -1,4 +1,4 @@
-"""Pinned uploads, with copies that are carried out only when somebody waits for an event, as a GPU may."""
+"""Pinned uploads, with copies deferred until an event is waited for, as on a GPU."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class LazyEvent:
 
 
 class LazyDevice(CudaStaging, TorchDispatchMode):
-    """Staging memory whose copies to the device are queued, and run only as far as an event is waited for.
+    """Staging memory with deferred copies: they run only up to the event that is waited for.
 
-    A buffer that is refilled too early therefore delivers wrong numbers. `reads` are sizes of copies, in bytes.
+    A buffer refilled too early therefore produces wrong values. `reads` are sizes of copies, in bytes.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ def test_small_tensors_share_a_buffer_without_waiting(lazy: LazyDevice) -> None:
 
 
 def test_a_buffer_is_free_when_all_its_devices_have_read_it(lazy: LazyDevice) -> None:
-    """An event is bound to the stream of one device, so a buffer that served two has two."""
+    """An event belongs to the stream of one device, so a buffer used for two devices has two."""
     other = torch.device("cpu", 0)
     uploader = PinnedUploader(1024, lazy)
     recorded: list[torch.device] = []
@@ -168,7 +168,7 @@ def test_an_idle_uploader_asks_nothing_of_cuda() -> None:
 
 
 def test_cuda_staging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls to CUDA: memory is pinned, and an event is recorded on the stream of the device that was copied to."""
+    """Memory is pinned, and an event is recorded on the stream of the target device."""
     calls: list[Any] = []
 
     class Event:

@@ -1,4 +1,4 @@
-"""Checkpoint tensors put into a model built without memory: straight into place on a CPU, uploaded on CUDA."""
+"""Loading weights into a model on the meta device: without copies on the CPU, uploaded to CUDA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Frozen(nn.Parameter):
-    """A parameter class of a model's own."""
+    """A parameter subclass."""
 
 
 class Part(nn.Module):
@@ -38,7 +38,7 @@ class Whole(nn.Module):
 
 
 class FakeUploader:
-    """Uploads to the CPU, and writes down what it was asked for."""
+    """Uploads to the CPU, and records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[torch.device, torch.dtype] | str] = []

@@ -1,4 +1,4 @@
-"""Every kind of directory there is, tiny, in the published layouts: `make(root)` (seeded; nothing is stored in git).
+"""Tiny directories of every kind in the published layouts: `make(root)` (seeded; nothing is stored in git).
 
 `LOADS` are those that load, with what they need beside them; `REFUSED` are the others, with words of the refusal.
 """
@@ -40,7 +40,7 @@ Make = Callable[["Shelf", Path], None]
 
 @dataclass(frozen=True)
 class Shelf:
-    """What directories are made from: towers, bases, and chat models with their weights."""
+    """The sources of all directories: towers, bases, and chat models with their weights."""
 
     root: Path
     tower: Path
@@ -57,7 +57,7 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Loads:
-    """How a directory is made, the base it needs, its class, and further arguments of the loader."""
+    """A function that makes a directory, its base, its class, and further arguments of the loader."""
 
     make: Make
     base: str | None = None
@@ -101,7 +101,7 @@ def take_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def put(directory: Path, weights: dict[str, Tensor], *, shards: int = 1, bin_files: bool = False) -> None:
-    """Write weights as one file, or as shards with their index; `.bin` in either case if asked."""
+    """Write weights as one file or as shards with an index, optionally as `.bin`."""
     stem, suffix = ("pytorch_model", ".bin") if bin_files else ("model", ".safetensors")
     names = sorted(weights)
     index = {}
@@ -127,7 +127,7 @@ def full(
     drop: tuple[str, ...] = (),
     **how: Any,
 ) -> Make:
-    """A copy of a chat model with its configuration and weights changed, written as `how` says."""
+    """A copy of a chat model with changed configuration and weights, written in the format `how`."""
 
     def make(shelf: Shelf, directory: Path) -> None:
         shelf.copy(source, directory)
@@ -140,7 +140,7 @@ def full(
 
 
 def old_pickle(shelf: Shelf, directory: Path) -> None:
-    """A `.bin` as PyTorch wrote them before 1.6."""
+    """A `.bin` in the format of PyTorch before 1.6."""
     shelf.copy("chat", directory)
     torch.save(take_weights(directory), directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
 
@@ -150,7 +150,7 @@ def with_tower(shelf: Shelf, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_resized_tower(shelf: Shelf, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As in InternVL-Chat-ViT-6B-Vicuna-7B: 577 positions of a tower that has 257."""
+    """577 positions for a tower with 257, as in InternVL-Chat-ViT-6B-Vicuna-7B."""
     torch.manual_seed(7)
     return {**with_tower(shelf, state), TOWER_KEYS + "embeddings.position_embedding": torch.randn(1, 577, 32)}
 
@@ -160,7 +160,7 @@ def with_rotary(shelf: Shelf, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def padded(shelf: Shelf, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """More rows than the tokenizer has entries."""
+    """More embedding rows than tokenizer entries."""
     tables = ("model.embed_tokens.weight", "lm_head.weight")
     return {**state, **{name: torch.cat([state[name], torch.zeros(16, 48)]) for name in tables}}
 
@@ -170,7 +170,7 @@ def half(shelf: Shelf, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def chat_of(tower: str | None = None, **settings: Any) -> Make:
-    """A chat model made anew, because other settings need other shapes."""
+    """A new chat model, for settings that change shapes."""
 
     def make(shelf: Shelf, directory: Path) -> None:
         tiny.make_chat(directory, getattr(shelf, tower or "tower"), **settings)
@@ -179,7 +179,7 @@ def chat_of(tower: str | None = None, **settings: Any) -> Make:
 
 
 def beside(shelf: Shelf, directory: Path) -> None:
-    """The tower's path is one of the training host; a folder of its name lies in the checkpoint's own."""
+    """The tower's path is that of the training host; the checkpoint contains a folder of the same name."""
     shelf.copy("chat", directory)
     shelf.copy("tower", directory / "intern_vit_6b")
     edit(directory, mm_vision_tower="./pretrained/intern_vit_6b")
@@ -245,7 +245,7 @@ def adapter(*, bin_file: bool = False, leftovers: bool = False, packed: bool = F
 
 
 def text_adapter(shelf: Shelf, directory: Path) -> None:
-    """PEFT on a plain language model: no configuration of a chat model, nothing trained in full."""
+    """A PEFT adapter of a language model, without chat configuration and fully trained weights."""
     import peft
 
     torch.manual_seed(6)
@@ -262,7 +262,7 @@ def text_adapter(shelf: Shelf, directory: Path) -> None:
 
 
 def foreign(config: dict[str, Any] | None, *files: str) -> Make:
-    """A configuration and files that would fail differently if they were read."""
+    """A configuration, and files that fail with another error if they are read."""
 
     def make(shelf: Shelf, directory: Path) -> None:
         directory.mkdir()
@@ -340,26 +340,26 @@ REFUSED: Final[dict[str, Refused]] = {
         foreign({"model_type": "llava", "vision_config": {}}, "model.safetensors"), "LlavaForConditionalGeneration"
     ),
     "internvl_chat": Refused(foreign({"model_type": "internvl_chat"}, "model.safetensors"), "InternVL repository"),
-    "text-only LLaMA": Refused(foreign({"model_type": "llama"}, "model.safetensors"), "sees no images"),
-    "text-only MPT": Refused(foreign({"model_type": "mpt"}, "pytorch_model.bin"), "sees no images"),
+    "text-only LLaMA": Refused(foreign({"model_type": "llama"}, "model.safetensors"), "does not take images"),
+    "text-only MPT": Refused(foreign({"model_type": "mpt"}, "pytorch_model.bin"), "does not take images"),
     "Qwen2": Refused(foreign({"model_type": "qwen2"}, "model.safetensors"), "another architecture"),
     "tower": Refused(lambda shelf, directory: shelf.copy("tower", directory), "--vision-tower"),
     "empty": Refused(foreign(None), "no checkpoint"),
     "weights alone": Refused(foreign(None, "model.safetensors"), "no checkpoint"),
     "configuration alone": Refused(foreign({"model_type": "llava_llama", "mm_vision_tower": "t"}), "no checkpoint"),
     "configuration that is no JSON": Refused(no_json, "cannot be read as JSON"),
-    "delta": Refused(delta, "differences.*apply_delta"),
+    "delta": Refused(delta, "delta weights.*apply_delta"),
     "cut short": Refused(cut_short, "model-00002-of-00003.*incomplete"),
     "tower nowhere": Refused(full(config={"mm_vision_tower": "/on/the/training/host"}), "was not found; tried /on"),
     "tower of another type": Refused(
         full(config={"mm_vision_tower_config": {"model_type": "siglip"}}), "'siglip', which is not one of"
     ),
-    "settings missing": Refused(full(drop=("mm_hidden_size",)), "lacks mm_hidden_size"),
+    "settings missing": Refused(full(drop=("mm_hidden_size",)), "has no mm_hidden_size"),
     "MPT variant": Refused(
         full(source="mpt_chat", config={"attn_config": {"alibi": False}}), "This MPT has alibi=False"
     ),
     "projector without base": Refused(projector(), "pass --model-base"),
     "projector, wrong base": Refused(projector(), "type 'llava_llama', but --model-base", base="mpt_base"),
     "LoRA without base": Refused(adapter(nameless=True), "pass --model-base"),
-    "LoRA without configuration": Refused(text_adapter, "lacks config.json", base="base"),
+    "LoRA without configuration": Refused(text_adapter, "has no config.json", base="base"),
 }

@@ -1,4 +1,4 @@
-"""A stub engine with a step counter and a gate, and servers in threads of this process, on sockets that are real."""
+"""Stub engine with a step counter and a gate, and servers in threads of this process, on real sockets."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from PIL import Image
 
 from llava.engine.sequence import Completion, Request, RequestHandle
 from llava.errors import ContextLengthError
-from llava.serve.common.middleware import Keys, Limits, guard
+from llava.serve.common.middleware import Keys, Limits, RequestMiddleware
 from llava.serve.common.protocol import FrameReader, ModelInfo
 from llava.serve.common.security import AddressRule, ApiKeys
 from llava.serve.common.server import bind_socket, port_of
-from llava.serve.control.app import Controller, controller_routes, with_lifespan
-from llava.serve.control.openai_api import ApiServer, add_api_routes
+from llava.serve.control.app import ControllerService, controller_routes, with_lifespan
+from llava.serve.control.openai_api import OpenAIServing, add_api_routes
 from llava.serve.control.registry import Registry
-from llava.serve.control.worker_client import Times, WorkerClient
+from llava.serve.control.worker_client import Timeouts, WorkerClient
 from llava.serve.worker.app import Worker, make_worker_app
 from llava.serve.worker.heartbeat import HeartBeat
-from llava.serve.worker.local_backend import Loaded, LocalModel, Settings
+from llava.serve.worker.local_backend import BackendSettings, LoadedModel, LocalBackend
 
 MODEL = "stub"
 PATIENCE = 60.0
 TLS = ssl.create_default_context()  # costly to make, and never used
-SETTINGS, LIMITS, TIMES = Settings(max_new_tokens=1_000_000), Limits(), Times()
+SETTINGS, LIMITS, TIMEOUTS = BackendSettings(max_new_tokens=1_000_000), Limits(), Timeouts()
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class StubJob:
 
 
 class StubEngine:
-    """Says "w0 w1 …", a word a step, for as many words as `max_new_tokens` allows; the prompt is its characters."""
+    """Engine that generates "w0 w1 …", one word per step up to `max_new_tokens`; a prompt token is a character."""
 
     def __init__(self, batch: int = 4, pause: float = 0.0, context: int = 100_000) -> None:
         self.batch, self.pause, self.context = batch, pause, context
@@ -108,7 +108,7 @@ class StubEngine:
 
 
 class Live:
-    """An ASGI application on a port of its own, in a thread with its own event loop."""
+    """ASGI application on a free port, in a thread with an event loop."""
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self._socket = bind_socket("127.0.0.1", 0)
@@ -136,13 +136,13 @@ class Live:
 
 
 def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """Poll until `condition` gives something true; its value."""
+    """Poll until `condition` returns a true value; returns it."""
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
 
 
@@ -174,15 +174,17 @@ class LiveWorker:
 INFO = ModelInfo(conv_template="vicuna_v1", context_length=100_000, image_tokens=16)
 
 
-def make_worker(engine: StubEngine, settings: Settings = SETTINGS, info: ModelInfo = INFO, **options: Any) -> Worker:
-    load = options.pop("load", lambda progress: Loaded(engine, info))
-    return Worker(LocalModel(load, settings), options.pop("name", MODEL), **options)
+def make_worker(
+    engine: StubEngine, settings: BackendSettings = SETTINGS, info: ModelInfo = INFO, **options: Any
+) -> Worker:
+    load = options.pop("load", lambda progress: LoadedModel(engine, info))
+    return Worker(LocalBackend(load, settings), options.pop("name", MODEL), **options)
 
 
 @contextlib.contextmanager
 def live_worker(
     engine: StubEngine | None = None,
-    settings: Settings = SETTINGS,
+    settings: BackendSettings = SETTINGS,
     *,
     controller: str | None = None,
     token: str | None = None,
@@ -197,7 +199,7 @@ def live_worker(
         if controller is not None:
             address = f"http://127.0.0.1:{port}"
             beat = HeartBeat(controller, address, worker.status, token, interval=interval, max_delay=0.4)
-            worker.heart = beat
+            worker.heartbeat = beat
         return make_worker_app(worker, Keys(ApiKeys([token] if token else [])), limits)
 
     live = Live(make).start()
@@ -210,9 +212,9 @@ def live_worker(
 
 @dataclass
 class LiveController:
-    controller: Controller
+    controller: ControllerService
     live: Live
-    api: ApiServer
+    api: OpenAIServing
 
     @property
     def url(self) -> str:
@@ -231,7 +233,7 @@ def live_controller(
     *,
     token: str | None = None,
     api_keys: list[str] | None = None,
-    times: Times = TIMES,
+    timeouts: Timeouts = TIMEOUTS,
     rule: AddressRule | None = None,
     limits: Limits = LIMITS,
     sweep: float = 0.2,
@@ -243,14 +245,14 @@ def live_controller(
 
     def make(_: int) -> Any:
         registry = Registry(dispatch, expiration=expiration)
-        controller = Controller(
-            registry, WorkerClient(registry, token, times), rule or AddressRule(), sweep_seconds=sweep
+        controller = ControllerService(
+            registry, WorkerClient(registry, token, timeouts), rule or AddressRule(), check_interval=sweep
         )
         app = with_lifespan(controller_routes(controller), controller)
-        made["controller"], made["api"] = controller, ApiServer(controller, **api)
+        made["controller"], made["api"] = controller, OpenAIServing(controller, **api)
         add_api_routes(app, made["api"])
         keys = Keys(ApiKeys([token] if token else []), ApiKeys(api_keys or []))
-        return guard(app, keys, limits, controller.metrics)
+        return RequestMiddleware(app, keys, limits, controller.metrics)
 
     live = Live(make).start()
     try:
@@ -294,7 +296,7 @@ def b64(data: bytes) -> str:
 
 @dataclass
 class Decoy:
-    """A little server that counts connections and answers with `reply`, or never when it is None."""
+    """Server that counts connections and sends `reply`, or nothing when it is None."""
 
     reply: bytes | None = None
     hits: int = 0

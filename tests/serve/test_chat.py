@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -53,7 +54,7 @@ def run_main(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 # --- a conversation -------------------------------------------------------------------------------------------------
 
 
-def test_turns_and_pictures_build_the_trained_prompt(session: ChatSession, photo: Path) -> None:
+def test_turns_and_images_build_the_trained_prompt(session: ChatSession, photo: Path) -> None:
     session.attach(str(photo))
     first = say(session, "What is this?")
     second = say(session, "And why?")
@@ -61,7 +62,7 @@ def test_turns_and_pictures_build_the_trained_prompt(session: ChatSession, photo
     assert session.prompt == (
         f"{system} USER: <image>\nWhat is this? ASSISTANT: {first}</s>USER: And why? ASSISTANT: {second}</s>"
     )
-    assert "</s>" not in first and session.sources == [str(photo)]  # defect K4: no doubled end token
+    assert "</s>" not in first and session.sources == [str(photo)]  # the end token appears once
 
 
 def test_a_second_turn_computes_its_new_tokens_only(session: ChatSession, engine: Engine, photo: Path) -> None:
@@ -85,7 +86,7 @@ def test_answers_equal_the_engines(session: ChatSession, engine: Engine, photo: 
     assert engine.generate([Request(prompt, [Image.open(photo).convert("RGB")], params)])[0].text == text
 
 
-def test_a_second_picture_joins_and_warns(session: ChatSession, photo: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_second_image_joins_and_warns(session: ChatSession, photo: Path, caplog: pytest.LogCaptureFixture) -> None:
     session.attach(str(photo))
     say(session, "one")
     assert "single images" not in caplog.text
@@ -95,7 +96,7 @@ def test_a_second_picture_joins_and_warns(session: ChatSession, photo: Path, cap
     assert session.prompt.count("<image>") == 2 and len(session.images) == 2
 
 
-def test_a_placeholder_without_picture_is_refused_and_forgotten(session: ChatSession) -> None:
+def test_a_placeholder_without_image_is_refused_and_forgotten(session: ChatSession) -> None:
     before = session.prompt
     with pytest.raises(RequestError, match="1 <image> placeholder.*0 image"):
         session.ask("Look at <image> this")
@@ -129,7 +130,7 @@ def test_a_cancelled_answer_is_kept_or_the_question_taken_back(session: ChatSess
     handle.cancel()
     session.add_answer(handle.result())
     assert session.conversation.messages == [] and session.images == []
-    assert say(session, "again") and session.prompt.count("<image>") == 1  # the picture is still attached
+    assert say(session, "again") and session.prompt.count("<image>") == 1  # the image is still attached
 
 
 def test_saved_conversation(session: ChatSession, photo: Path, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_commands(session: ChatSession, photo: Path, tmp_path: Path) -> None:
     assert command(session, "/reset") and not session._attached
     assert "/image PATH" in command(session, "/help")
     for wrong in ("/image", "/nonsense", "/clearx"):
-        assert "not a command or lacks" in command(session, wrong)
+        assert "not a command, or its argument is missing" in command(session, wrong)
 
 
 @pytest.mark.parametrize(
@@ -234,12 +235,12 @@ def test_one_prompt_as_text_and_json(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--input", "a.jsonl"], "--input and --output go together"),
-        (["--json"], "--json prints the answer to --prompt"),
-        (["--input", "a", "--output", "b", "--prompt", "c"], "--input brings its own"),
+        (["--input", "a.jsonl"], "--input and --output require each other"),
+        (["--json"], "--json requires --prompt"),
+        (["--input", "a", "--output", "b", "--prompt", "c"], "--input cannot be combined"),
         (["--temperature", "nan"], "temperature must be in [0, 100] (0 decodes greedily), got nan"),
         (["--image-file", "nowhere.png", "--prompt", "x"], "nowhere.png"),
-        (["--input", "nowhere.jsonl", "--output", "b"], "nowhere.jsonl is no file"),
+        (["--input", "nowhere.jsonl", "--output", "b"], "nowhere.jsonl is not a file"),
         (["--conv-mode", "v1x", "--prompt", "x"], "the nearest is"),
         (["--device", "quantum"], "device"),
     ],
@@ -272,9 +273,52 @@ def test_a_file_of_prompts_is_answered_and_resumed(
     assert answers[1]["images"] == [str(photo)] * 2 and answers[0]["text"]
     output.write_bytes(whole[: len(whole) - 30])
     status, _, error = run_main(flags, capsys)
-    assert status == 0 and "1 answered" in error and "2 from before" in error and output.read_bytes() == whole
+    assert status == 0 and "1 answered" in error and "2 resumed" in error and output.read_bytes() == whole
     source.write_text('{"image": "x.png"}\n')
-    assert "line 1 lacks a prompt" in run_main([*flags, "--overwrite"], capsys)[2]
+    assert "line 1 must have a string `prompt`" in run_main([*flags, "--overwrite"], capsys)[2]
+
+
+def test_failed_prompts_are_retried(
+    tiny_dirs: dict[str, Path], photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output, late = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "late.png"
+    rows = [{"prompt": "Hi"}, {"id": "late", "prompt": "What?", "image": str(late)}, {"prompt": "Bye"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--temperature", "1", "--seed", "3"]
+    flags += ["--max-new-tokens", "5", "--input", str(source), "--output", str(output)]
+    status, _, error = run_main(flags, capsys)
+    assert status == 1 and "failed: prompt late: " in error and "1 prompt(s) failed" in error
+    first = [json.loads(line) for line in output.read_text().splitlines()]
+    assert first[1]["text"] == "" and "no such file" in first[1]["metadata"]["error"]
+    shutil.copy(photo, late)
+    status, _, error = run_main(flags, capsys)
+    assert status == 0 and "1 answered" in error and "2 resumed" in error
+    second = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [second[0], second[2]] == [first[0], first[2]] and second[1]["text"] and second[1]["metadata"] == {}
+    assert not output.with_name("out.jsonl.retry").exists()
+    assert run_main([*flags, "--overwrite", "--batch-size", "1"], capsys)[0] == 0  # a seed does not depend on the batch
+    assert [json.loads(line) for line in output.read_text().splitlines()] == second
+
+
+def test_answers_of_other_settings_or_prompts_are_not_continued(
+    tiny_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Hi"}\n')
+    flags = ["--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--max-new-tokens", "2"]
+    flags += ["--input", str(source), "--output", str(output)]
+    assert run_main(flags, capsys)[0] == 0
+    whole = output.read_bytes()
+    assert "has decoding" in run_main([*flags, "--temperature", "0.5"], capsys)[2]
+    source.write_text('{"prompt": "Bye"}\n')
+    assert "line 1 does not answer prompt 1" in run_main(flags, capsys)[2]
+    with output.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "Another process is writing" in run_main([*flags, "--overwrite"], capsys)[2]
+    output.with_name("out.jsonl.manifest.json").unlink()
+    assert "with its settings cannot be read" in run_main(flags, capsys)[2]
+    assert output.read_bytes() == whole
+    assert run_main([*flags, "--overwrite"], capsys)[0] == 0 and json.loads(output.read_text())["prompt"] == "Bye"
 
 
 def test_stage_one_says_so(tiny_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +328,7 @@ def test_stage_one_says_so(tiny_dirs: dict[str, Path], tmp_path: Path, capsys: p
     (directory / "config.json").write_text(json.dumps({**config, "conv_template": "plain"}))
     flags = ["--model-path", str(directory), "--device", "cpu", "--max-new-tokens", "2", "--prompt", "", "--json"]
     status, _, error = run_main(flags, capsys)
-    assert status == 0 and "stage-1 model" in error and "expect captions" in error
+    assert status == 0 and "stage-1 checkpoint" in error and "expect captions" in error
 
 
 # --- real processes -------------------------------------------------------------------------------------------------
@@ -308,7 +352,7 @@ def test_a_piped_conversation(
 
 
 class Terminal:
-    """A process on a pseudo-terminal, as a person at a keyboard would see it."""
+    """A process on a pseudo-terminal."""
 
     def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
         self.pid, self.descriptor = pty.fork()
@@ -320,7 +364,7 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def expect(self, text: str, seconds: float = 60) -> None:
-        """Read until `text` appears after what was expected before."""
+        """Read until `text` appears after the previously expected text."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             self._read(deadline)
@@ -340,7 +384,7 @@ class Terminal:
             raise AssertionError(f"The program ended after {self.seen!r}") from error
 
     def poll(self, seconds: float) -> int | None:
-        """The exit status, None if the program still runs after so long."""
+        """The exit status, None if the program is still running after `seconds`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -367,7 +411,7 @@ def test_interrupt_in_a_terminal(terminal: Terminal) -> None:
     terminal.expect("[stopped]", seconds=20)
     terminal.expect("USER: ")
     terminal.type("/set max_new_tokens=3\n")
-    terminal.expect("from now on")
+    terminal.expect("Set max_new_tokens=3")
     terminal.expect("USER: ")
     terminal.type("And now?\n")
     terminal.expect("ASSISTANT: ")

@@ -1,4 +1,4 @@
-"""Serving checks 8–11, 21, 22 and 29 (anchors.md §3.4): whatever is sent, on every route."""
+"""Serving checks 8–11, 21, 22 and 29: invalid requests on every route."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from llava.serve.common.middleware import Limits
 from llava.serve.common.security import OPEN_PATHS
 from llava.serve.worker.app import worker_routes
-from llava.serve.worker.local_backend import Settings
+from llava.serve.worker.local_backend import BackendSettings
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,
@@ -152,7 +152,7 @@ def test_check_09_nan_missing_and_null(parts: tuple[LiveController, LiveWorker])
 
 
 def test_check_09_the_cap_on_answers_holds() -> None:
-    with live_worker(StubEngine(), Settings(max_new_tokens=5)) as worker:
+    with live_worker(StubEngine(), BackendSettings(max_new_tokens=5)) as worker:
         frames = frames_of(generate(worker.url, request_body(tokens=4096)))
     assert frames[-1]["usage"]["completion_tokens"] == 5
     assert frames[-1]["finish_reason"] == "length"
@@ -160,7 +160,7 @@ def test_check_09_the_cap_on_answers_holds() -> None:
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("tags", [0, 1, 2])
-def test_check_10_as_many_pictures_as_placeholders(
+def test_check_10_as_many_images_as_placeholders(
     parts: tuple[LiveController, LiveWorker], images: int, tags: int
 ) -> None:
     controller, worker = parts
@@ -178,8 +178,8 @@ def test_check_10_as_many_pictures_as_placeholders(
 def test_check_10_a_placeholder_typed_by_a_user_of_the_api(parts: tuple[LiveController, LiveWorker]) -> None:
     controller, _ = parts
     text = {"type": "text", "text": "what is <image>?"}
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + b64(png())}}
-    for content, expected in (("what is <image>?", 400), ([text, picture], 200), ([text, picture, picture], 400)):
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + b64(png())}}
+    for content, expected in (("what is <image>?", 400), ([text, image], 200), ([text, image, image], 400)):
         body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 2}
         assert post(controller.url, "/v1/chat/completions", body).status_code == expected
 
@@ -240,31 +240,31 @@ def test_check_21_every_route_but_two_needs_the_key(caplog: pytest.LogCaptureFix
 
 
 def test_check_21_the_route_list_is_whole(parts: tuple[LiveController, LiveWorker]) -> None:
-    """What the fuzz and the key test discover is every route that the applications have."""
+    """The fuzz and key tests discover every route of the applications."""
     app = worker_routes(parts[1].worker)
     paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
     assert paths == {path for _, path in routes_of(parts[1].url)}
 
 
-def whole(told: bytes) -> bool:
-    """Whether an answer is complete, by the length that it states."""
-    head, _, body = told.partition(b"\r\n\r\n")
+def whole(reply: bytes) -> bool:
+    """Whether a response is complete, according to its Content-Length."""
+    head, _, body = reply.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
     return length is not None and len(body) >= int(length[1])
 
 
 def raw(url: str, data: bytes, then: bytes = b"") -> bytes:
-    """The answer to bytes as they are."""
+    """The response to raw bytes."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as sock:
         sock.sendall(data)
         if then:
             time.sleep(0.01)
             sock.sendall(then)
-        told = b""
-        while not whole(told) and (part := sock.recv(65_536)):
-            told += part
-        return told
+        reply = b""
+        while not whole(reply) and (part := sock.recv(65_536)):
+            reply += part
+        return reply
 
 
 def test_check_22_bodies_are_limited_in_size_and_time() -> None:
@@ -272,8 +272,8 @@ def test_check_22_bodies_are_limited_in_size_and_time() -> None:
     head = b"POST /worker_generate_stream HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with live_worker(limits=limits) as worker, live_controller(limits=limits) as controller:
         for part in (worker, controller):
-            told = raw(part.url, head + b"Content-Length: 99999999999\r\n\r\n")
-            assert told.startswith(b"HTTP/1.1 413")
+            reply = raw(part.url, head + b"Content-Length: 99999999999\r\n\r\n")
+            assert reply.startswith(b"HTTP/1.1 413")
             chunk = b"2710\r\n" + b"x" * 10_000 + b"\r\n"
             chunked = raw(part.url, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk, chunk)
             assert chunked.startswith(b"HTTP/1.1 413")
@@ -287,7 +287,7 @@ def test_check_22_bodies_are_limited_in_size_and_time() -> None:
 
 
 def large_texts() -> set[int]:
-    """The texts of more than a megabyte that any object of this process holds."""
+    """Ids of the texts larger than 1 MiB referenced by any object of this process."""
     held = (text for owner in gc.get_objects() for text in gc.get_referents(owner))
     return {id(text) for text in held if type(text) in (bytes, str) and len(text) > 2**20}
 
@@ -295,9 +295,9 @@ def large_texts() -> set[int]:
 @pytest.mark.parametrize("route", ["/worker_generate_stream", "/v1/chat/completions"])
 def test_check_22_a_body_is_let_go_once_it_was_handed_on(route: str) -> None:
     others = large_texts()  # of earlier tests
-    picture = png(2, 2) + bytes(2**20)  # what follows the end of a PNG file is ignored
-    legacy = request_body("<image>", tokens=10**6, images=[b64(picture)], stream_mode="delta")
-    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(picture)}"}}
+    image = png(2, 2) + bytes(2**20)  # what follows the end of a PNG file is ignored
+    legacy = request_body("<image>", tokens=10**6, images=[b64(image)], stream_mode="delta")
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(image)}"}}
     chat = {"model": MODEL, "messages": [{"role": "user", "content": [part]}]}
     body = chat if route.startswith("/v1") else legacy
     text = json.dumps(body).encode()
@@ -308,7 +308,7 @@ def test_check_22_a_body_is_let_go_once_it_was_handed_on(route: str) -> None:
             head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
             sock.sendall(f"{head}\r\n\r\n".encode() + text)
             until(lambda: engine.running == 1)
-            del body, chat, legacy, part, picture, text
+            del body, chat, legacy, part, image, text
             until(lambda: large_texts() <= others, seconds=10)
         until(lambda: worker.in_use == 0)
 
@@ -318,20 +318,20 @@ def test_check_29_errors_leak_nothing(caplog: pytest.LogCaptureFixture) -> None:
     secret = "boom at 0x7f31 in /usr/lib/python3/secret.py: prompt was MY-PROMPT"
     with live_controller() as controller, live_worker(engine, controller=controller.url) as worker:
         until(lambda: controller.registry.models() == [MODEL])
-        told = []
+        replies = []
         for url in (worker.url, controller.url):
             engine.step_error = RuntimeError(secret)
-            told.append(generate(url, request_body("MY-PROMPT")))
+            replies.append(generate(url, request_body("MY-PROMPT")))
             engine.submit_error = RuntimeError(secret)
-            told.append(generate(url, request_body("MY-PROMPT")))
+            replies.append(generate(url, request_body("MY-PROMPT")))
             engine.submit_error = None
-            told.append(generate(url, request_body("MY-PROMPT <image>", images=[b64(png()[:45])])))
-            told.append(generate(url, {**request_body("MY-PROMPT"), "top_p": "MY-PROMPT"}))
+            replies.append(generate(url, request_body("MY-PROMPT <image>", images=[b64(png()[:45])])))
+            replies.append(generate(url, {**request_body("MY-PROMPT"), "top_p": "MY-PROMPT"}))
         chat = {"model": MODEL, "messages": [{"role": "user", "content": "MY-PROMPT"}]}
         engine.step_error = RuntimeError(secret)
-        told.append(post(controller.url, "/v1/chat/completions", chat))
-        assert told[-1].status_code == 500
-    for reply in told:
+        replies.append(post(controller.url, "/v1/chat/completions", chat))
+        assert replies[-1].status_code == 500
+    for reply in replies:
         answer = reply.text.replace('"MY-PROMPT"', "")  # a first frame repeats the prompt to its own sender
         for leak in ("0x7f31", "/usr/lib", "Traceback", "secret.py", "prompt was"):
             assert leak not in answer

@@ -1,4 +1,4 @@
-"""Serving checks 1–6 and 16 (anchors.md §3.4): a controller that never blocks and believes nobody."""
+"""Serving checks 1–6 and 16: the controller never blocks and trusts no worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from llava.serve.common.protocol import WorkerStatus
 from llava.serve.common.security import AddressRule
 from llava.serve.control.registry import Registry
-from llava.serve.control.worker_client import Times
+from llava.serve.control.worker_client import Timeouts
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,
@@ -39,8 +39,8 @@ def registration(url: str, **more: object) -> dict[str, object]:
 
 
 def test_check_01_a_worker_that_never_answers_blocks_nobody() -> None:
-    """Registering, streaming and refreshing wait for it; whoever asks for the list does not (p99 below 100 ms)."""
-    with live_controller(times=Times(status=PATIENCE), sweep=0.05) as controller:
+    """Registering, streaming and refreshing wait for it; listing models does not (p99 below 100 ms)."""
+    with live_controller(timeouts=Timeouts(status=PATIENCE), sweep=0.05) as controller:
         stuck = []
         with decoy() as hole, httpx.Client(base_url=controller.url, timeout=PATIENCE, verify=TLS) as client:
 
@@ -63,7 +63,7 @@ def test_check_01_a_worker_that_never_answers_blocks_nobody() -> None:
             until(lambda: hole.hits >= 6)
 
             until(lambda: slowest_of_fifty() < max(0.1, 3 * before))  # again, where the machine was busy with others
-            assert all(thread.is_alive() for thread in stuck), "nobody had to wait for the registrations"
+            assert all(thread.is_alive() for thread in stuck), "the registrations are still waiting"
         for thread in stuck:
             thread.join()
 
@@ -119,7 +119,11 @@ def test_check_03_redirects_are_not_followed() -> None:
 
 
 def test_check_04_what_a_worker_claims_is_not_trusted_without_asking_it() -> None:
-    with live_controller(times=Times(status=3)) as controller, decoy() as hole, decoy(status_reply("other")) as liar:
+    with (
+        live_controller(timeouts=Timeouts(status=3)) as controller,
+        decoy() as hole,
+        decoy(status_reply("other")) as liar,
+    ):
         claim = registration(hole.url, worker_status=STATUS)
         assert post(controller.url, "/register_worker", claim).json() == {"registered": False}
         post(controller.url, "/register_worker", registration(liar.url, worker_status=STATUS))
@@ -208,10 +212,10 @@ def test_check_06_stale_workers_go_once_and_live_ones_stay() -> None:
     now = 20.0
     assert registry.heart_beat("http://live", 0)
     now = 31.0
-    assert registry.sweep() == ["http://stale"]
-    assert registry.sweep() == []
+    assert registry.remove_expired() == ["http://stale"]
+    assert registry.remove_expired() == []
     assert {entry.address for entry in registry.entries()} == {"http://live", "http://by-hand"}
-    assert not registry.heart_beat("http://stale", 0), "an unknown worker is told to register"
+    assert not registry.heart_beat("http://stale", 0), "an unknown worker must register"
 
 
 def test_check_06_sweeping_and_registering_at_the_same_time_breaks_nothing() -> None:
@@ -231,7 +235,7 @@ def test_check_06_sweeping_and_registering_at_the_same_time_breaks_nothing() -> 
     def sweep() -> None:
         try:
             while not done.is_set():
-                registry.sweep()
+                registry.remove_expired()
         except BaseException as error:
             errors.append(error)
 
@@ -243,14 +247,14 @@ def test_check_06_sweeping_and_registering_at_the_same_time_breaks_nothing() -> 
         thread.join()
     done.set()
     sweeper.join()
-    registry.sweep()
+    registry.remove_expired()
     assert errors == []
     assert len(registry) == 0
 
 
 def test_check_06_the_sweep_outlives_a_failure_within() -> None:
     with live_controller(sweep=0.02, expiration=0.05) as controller:
-        original, calls = controller.registry.sweep, []
+        original, calls = controller.registry.remove_expired, []
 
         def failing() -> list[str]:
             calls.append(1)
@@ -258,7 +262,7 @@ def test_check_06_the_sweep_outlives_a_failure_within() -> None:
                 raise RuntimeError("dictionary changed size during iteration")
             return original()
 
-        controller.registry.sweep = failing  # type: ignore[method-assign]
+        controller.registry.remove_expired = failing  # type: ignore[method-assign]
         controller.registry.put("http://127.0.0.1:9", True, status(), probed=True)
         until(lambda: len(controller.registry) == 0)
         assert len(calls) >= 3
@@ -334,7 +338,7 @@ def test_an_empty_controller_answers_as_published() -> None:
 
 
 def test_refreshing_drops_the_dead_and_keeps_the_busy() -> None:
-    with live_controller(times=Times(status=3), sweep=600) as controller, decoy() as busy:
+    with live_controller(timeouts=Timeouts(status=3), sweep=600) as controller, decoy() as busy:
         controller.registry.put(busy.url, True, status("busy"), probed=True)
         controller.registry.put("http://127.0.0.1:9", False, status("dead"), probed=True)
         post(controller.url, "/refresh_all_workers")

@@ -1,4 +1,4 @@
-"""Serving checks 23–28 and 30 (anchors.md §3.4): pictures of every kind, addresses, files, and weights of others."""
+"""Serving checks 23–28 and 30: images of every kind, addresses, files, and weights of others."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def worker() -> Iterator[LiveWorker]:
 
 
 def grey_bomb(width: int, height: int) -> bytes:
-    """A PNG of that many grey pixels, all black, made without ever holding them."""
+    """A PNG of black gray-scale pixels, created without allocating them."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -66,14 +66,14 @@ def grey_bomb(width: int, height: int) -> bytes:
 
 
 def gif(frames: int) -> bytes:
-    """An animation of 1x1 pictures."""
+    """An animation of 1x1 images."""
     head = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
     frame = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
     return head + frame * frames + b";"
 
 
 def peak() -> int:
-    """The most memory (bytes) that this process has held since `forget_peak`; 0 where the system does not tell."""
+    """Peak memory of this process in bytes since `forget_peak`; 0 where the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -105,7 +105,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_check_23_pictures_that_cost_too_much_are_refused_by_their_header(worker: LiveWorker, name: str) -> None:
+def test_check_23_images_that_cost_too_much_are_refused_by_their_header(worker: LiveWorker, name: str) -> None:
     text = b64(REFUSED[name]())
     forget_peak()
     before = peak()
@@ -137,7 +137,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def in_mode(mode: str) -> tuple[bytes, np.ndarray]:
-    """A picture's file, and what its pixels are in RGB, found without our opener."""
+    """An image file, and its pixels in RGB, computed independently."""
     base = Image.fromarray(BASE)
     grey = np.stack([np.asarray(base.convert("L"))] * 3, axis=-1)
     colors = np.asarray(base.convert("P").convert("RGB"))
@@ -166,7 +166,7 @@ MODES = ("RGB", "CMYK", "L", "LA", "P", "P+alpha", "RGBA", "1", "I;16", "EXIF", 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_check_24_every_mode_of_picture_arrives_upright_in_rgb(worker: LiveWorker, mode: str) -> None:
+def test_check_24_every_mode_of_image_arrives_upright_in_rgb(worker: LiveWorker, mode: str) -> None:
     data, expected = in_mode(mode)
     assert generate(worker.url, request_body("<image>", 1, images=[b64(data)])).status_code == 200
     (given,) = worker.engine.history[-1].request.images
@@ -200,15 +200,15 @@ def test_check_25_addresses_are_fetched_only_when_allowed(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("allow_urls", [False, True], ids=["data only", "urls allowed"])
 def test_check_28_paths_are_not_opened(tmp_path: Path, allow_urls: bool) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures_evil").mkdir()
-    secret = tmp_path / "pictures_evil" / "a.png"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images_evil").mkdir()
+    secret = tmp_path / "images_evil" / "a.png"
     secret.write_bytes(png())
-    (tmp_path / "pictures" / "link.png").symlink_to(secret)
+    (tmp_path / "images" / "link.png").symlink_to(secret)
     with live_controller(allow_urls=allow_urls) as controller, live_worker(controller=controller.url) as served:
         until(lambda: controller.registry.models() == [MODEL])
         paths = ["file:///etc/passwd", "/etc/passwd.png", f"file://{secret}", f"file://localhost{secret}", str(secret)]
-        paths += [f"{tmp_path}/pictures/../pictures_evil/a.png", f"{tmp_path}/pictures/link.png", f"FILE:{secret}"]
+        paths += [f"{tmp_path}/images/../images_evil/a.png", f"{tmp_path}/images/link.png", f"FILE:{secret}"]
         for address in (*paths, "data:text/plain;base64,aGk=", "data:image/png,raw", "ftp://example.org/a.png", ""):
             assert ask(controller, address) == 400, address
         for path in paths:
@@ -252,7 +252,7 @@ PUBLIC = ("93.184.216.34", 443)
 
 
 class Network:
-    """A name server that gives one list of addresses after the other, and a world in which every dial is noted.
+    """Patched network: name lookups return the given lists of addresses in turn, connections are recorded.
 
     What is dialled is answered by `reply`, without TLS; the test's own calls to `spared` ports go through.
     """
@@ -331,7 +331,7 @@ def test_check_26_the_address_that_was_checked_is_the_one_that_is_dialled(
 
 
 def test_check_27_a_fetch_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the test's leave to call loopback: hops, bytes and seconds."""
+    """Limits of redirects, bytes and seconds, with loopback allowed for the test."""
     with (
         live_controller(allow_urls=True, unsafe_local=True) as controller,
         live_worker(controller=controller.url) as served,
@@ -398,7 +398,7 @@ def test_check_30_weights_are_data(tiny_dirs: dict[str, Path], tmp_path: Path, n
 
 
 def test_check_30_the_state_of_an_optimizer_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run resumes from may come from others, too."""
+    """A checkpoint to resume from may be untrusted, too."""
     from llava.train.llava_trainer import LLaVATrainer
 
     mark = tmp_path / "executed"

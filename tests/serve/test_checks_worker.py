@@ -1,4 +1,4 @@
-"""Serving checks 7, 12–15 and 17–20 (anchors.md §3.4): slots, cancellation, overload, deadlines, health, shutdown."""
+"""Serving checks 7, 12–15 and 17–20: slots, cancellation, overload, deadlines, health, shutdown."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from llava.serve.common.protocol import WorkerStatus
-from llava.serve.control.worker_client import Times
-from llava.serve.worker.local_backend import Settings
+from llava.serve.control.worker_client import Timeouts
+from llava.serve.worker.local_backend import BackendSettings
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,
@@ -37,11 +37,11 @@ from tests.serve.stubs import (
 ROUNDS = int(os.environ.get("LLAVA_ROUNDS", "12"))  # the 100 of the table: LLAVA_ROUNDS=100
 
 
-PICTURE = b64(png(1000, 1000))
+LARGE_IMAGE = b64(png(1000, 1000))
 
 
 def drop_after(url: str, frames: int, body: dict[str, object]) -> None:
-    """Start a stream and hang up after so many frames."""
+    """Start a stream and disconnect after `frames` frames."""
     with httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=PATIENCE, verify=TLS) as response:
         seen = 0
         for data in response.iter_raw():
@@ -50,11 +50,11 @@ def drop_after(url: str, frames: int, body: dict[str, object]) -> None:
                 return
 
 
-def drop_when(url: str, told: threading.Event, body: dict[str, object]) -> None:
-    """Start a stream and hang up when told to."""
+def drop_when(url: str, event: threading.Event, body: dict[str, object]) -> None:
+    """Start a stream and disconnect when the event is set."""
     with httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=PATIENCE, verify=TLS) as response:
         for _ in response.iter_raw():
-            if told.is_set():
+            if event.is_set():
                 return
 
 
@@ -74,7 +74,7 @@ def test_check_07_a_stream_outlives_the_controller_and_the_worker_returns_to_it(
         (stream,) = in_background(1, lambda: answers.append(generate(worker.url, request_body(tokens=5))))
         until(lambda: worker.in_use == 1)
         first.live.stop()
-        heart = worker.worker.heart
+        heart = worker.worker.heartbeat
         assert heart is not None
         until(lambda: not heart.registered)
         engine.gate.set()
@@ -83,7 +83,7 @@ def test_check_07_a_stream_outlives_the_controller_and_the_worker_returns_to_it(
         with live_controller() as second:
             heart._client.base_url = httpx.URL(second.url)
             until(lambda: second.registry.models() == [MODEL])
-            assert second.registry.remove(worker.url)  # a controller that has forgotten it is told again
+            assert second.registry.remove(worker.url)  # the worker registers again
             until(lambda: second.registry.models() == [MODEL])
 
 
@@ -108,8 +108,8 @@ def submit_raises(worker: LiveWorker) -> None:
     worker.engine.submit_error = None
 
 
-def picture_fails(worker: LiveWorker) -> None:
-    assert generate(worker.url, request_body("<image>", images=[b64(b"not a picture")])).status_code == 400
+def image_fails(worker: LiveWorker) -> None:
+    assert generate(worker.url, request_body("<image>", images=[b64(b"not an image")])).status_code == 400
 
 
 def memory_runs_out(worker: LiveWorker) -> None:
@@ -121,11 +121,13 @@ def memory_runs_out(worker: LiveWorker) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [completes, disconnects, step_raises, submit_raises, picture_fails, memory_runs_out],
+    [completes, disconnects, step_raises, submit_raises, image_fails, memory_runs_out],
     ids=lambda f: f.__name__,
 )
 def test_check_12_the_slot_is_free_after_every_path(path: Callable[[LiveWorker], None]) -> None:
-    with live_worker(StubEngine(pause=0.001), Settings(limit=2, queue_limit=1, max_new_tokens=1_000_000)) as worker:
+    with live_worker(
+        StubEngine(pause=0.001), BackendSettings(limit=2, queue_limit=1, max_new_tokens=1_000_000)
+    ) as worker:
         for _ in range(ROUNDS):
             path(worker)
             until(lambda: worker.in_use == 0)
@@ -176,10 +178,10 @@ def test_check_13_a_disconnect_from_the_controller_stops_the_worker() -> None:
 def test_check_14_overload_is_refused_at_once() -> None:
     engine = StubEngine(batch=1)
     engine.gate.clear()
-    with live_worker(engine, Settings(limit=1, queue_limit=1)) as worker:
+    with live_worker(engine, BackendSettings(limit=1, queue_limit=1)) as worker:
         answers: list[httpx.Response] = []
         threads = in_background(10, lambda: answers.append(generate(worker.url, request_body())))
-        until(lambda: len(answers) == 8)  # refused while the engine stands still: nobody waited for anything
+        until(lambda: len(answers) == 8)  # refused while the engine is blocked
         assert [answer.status_code for answer in answers] == [503] * 8
         assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
         assert {frames_of(answer)[0]["error"]["type"] for answer in answers} == {"overloaded"}
@@ -191,8 +193,8 @@ def test_check_14_overload_is_refused_at_once() -> None:
                 return max(answer.elapsed.total_seconds() for answer in answers)
 
             def quick() -> bool:
-                """Below 50 ms, or as quick as anything is while the machine is busy with others."""
-                refused = slowest(503, "/worker_generate_stream", request_body("<image>", images=[PICTURE]))
+                """Below 50 ms, or below twice the time of a status query on a busy machine."""
+                refused = slowest(503, "/worker_generate_stream", request_body("<image>", images=[LARGE_IMAGE]))
                 return refused < max(0.05, 2 * slowest(200, "/worker_get_status", None))
 
             until(quick)
@@ -213,7 +215,7 @@ def test_check_15_a_worker_that_never_answers_is_given_up_and_one_that_stalls_to
     frame = b'{"text": "hel", "error_code": 0}\0'
     stalling = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + frame
     for reply, codes in ((None, [3]), (stalling, [0, 3])):
-        with live_controller(times=Times(idle=0.3)) as controller, decoy(reply) as worker:
+        with live_controller(timeouts=Timeouts(idle=0.3)) as controller, decoy(reply) as worker:
             status = WorkerStatus(model_names=[MODEL], speed=1, queue_length=0)
             controller.registry.put(worker.url, True, status, probed=True)
             if reply is not None:
@@ -230,7 +232,7 @@ def test_check_15_a_worker_that_never_answers_is_given_up_and_one_that_stalls_to
 
 def test_check_15_waiting_too_long_for_the_first_token_ends_the_request() -> None:
     engine = StubEngine(batch=1, pause=0.01)
-    with live_worker(engine, Settings(1, 1, 10**6, keep_alive=0.05, queue_seconds=0.2)) as worker:
+    with live_worker(engine, BackendSettings(1, 1, 10**6, keep_alive=0.05, queue_seconds=0.2)) as worker:
         stop = threading.Event()
         (stream,) = in_background(1, lambda: drop_when(worker.url, stop, request_body(tokens=10**6)))
         until(lambda: worker.metric("llava_requests_running") == 1)
@@ -257,7 +259,7 @@ def test_check_15_an_answer_that_stalls_ends_in_one_error_frame() -> None:
         return f"w{k} "
 
     engine.word = word
-    with live_worker(engine, Settings(keep_alive=0.05, total_seconds=0.3)) as worker:
+    with live_worker(engine, BackendSettings(keep_alive=0.05, total_seconds=0.3)) as worker:
         frames = frames_of(generate(worker.url, request_body(tokens=9)))
         assert "w0 w1 w2" in frames[-2]["text"]
         assert [frame.get("error", {}).get("type") for frame in frames[-2:]] == [None, "timeout"]
@@ -308,7 +310,7 @@ def test_check_18_health_is_not_readiness() -> None:
 
 def test_check_19_the_counters_are_exact() -> None:
     engine = StubEngine(pause=0.001)
-    with live_worker(engine, Settings(limit=2, queue_limit=0, max_new_tokens=1_000_000)) as worker:
+    with live_worker(engine, BackendSettings(limit=2, queue_limit=0, max_new_tokens=1_000_000)) as worker:
         for _ in range(4):
             generate(worker.url, request_body(tokens=2))
         until(lambda: worker.in_use == 0)

@@ -13,14 +13,14 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import GenerationMode
 
-from llava.serve.worker.local_backend import Settings
+from llava.serve.worker.local_backend import BackendSettings
 from tests.serve.stubs import MODEL, StubEngine, live_controller, live_worker, until
 
 CASES = int(os.environ.get("LLAVA_FUZZ", "12"))
 
 
 def fuzz(operation: Any) -> int:
-    """Try `CASES` well-formed and as many malformed requests; how many there were."""
+    """Try `CASES` valid and as many invalid requests; returns their number."""
     tried = 0
 
     def check(case: Any) -> None:
@@ -51,7 +51,7 @@ def fuzz(operation: Any) -> int:
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning")
 def test_no_request_makes_a_500() -> None:
     engine = StubEngine()
-    short = Settings(max_new_tokens=16)
+    short = BackendSettings(max_new_tokens=16)
     with live_controller() as controller, live_worker(engine, short, controller=controller.url) as worker:
         until(lambda: controller.registry.models() == [MODEL])
         tried, routes = 0, 0

@@ -56,7 +56,7 @@ def browser() -> Iterator[Any]:
 
 
 class Page:
-    """A loaded page and what a test does with it."""
+    """A loaded page, with the actions of the tests."""
 
     def __init__(self, browser: Any, address: str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
@@ -84,7 +84,7 @@ class Page:
         try:
             self.expect(f"#{view}").to_contain_text(text, timeout=PATIENCE)
         except AssertionError as error:
-            error.add_note(f"The page says: {self.page.locator('#notice').inner_text()!r}; faults: {self.faults}")
+            error.add_note(f"notice: {self.page.locator('#notice').inner_text()!r}; faults: {self.faults}")
             raise
 
     def enabled(self, *names: str) -> None:
@@ -118,8 +118,8 @@ def page(browser: Any, site: str, afresh: None) -> Iterator[Page]:
 def test_upload_ask_and_stream(page: Page, service: FakeService, tmp_path: Path) -> None:
     (chart, _), *_ = draw_all(tmp_path)
     service.delay, service.answers["alpha"] = 0.3, ["It says ", "**six** ", f"models. {ATTACK}"]
-    page.page.set_input_files("#picture_box input[type=file]", chart)
-    page.expect("#picture_box img").to_be_visible(timeout=PATIENCE)
+    page.page.set_input_files("#image_box input[type=file]", chart)
+    page.expect("#image_box img").to_be_visible(timeout=PATIENCE)
     page.ask(f"What is this? {ATTACK}")
     page.sees("▌")
     page.enabled("stop")
@@ -185,7 +185,7 @@ def test_regenerate_vote_save_clear(page: Page, service: FakeService, logs: Path
 def test_an_example_fills_both_boxes(page: Page, service: FakeService) -> None:
     page.page.get_by_role("button", name="Extract the text as JSON.").click()
     page.expect("#message textarea").to_have_value("Extract the text as JSON.")
-    page.expect("#picture_box img").to_be_visible(timeout=PATIENCE)
+    page.expect("#image_box img").to_be_visible(timeout=PATIENCE)
     page.page.click("#send")
     page.sees("A red circle.")
     assert len(service.requests[0]["images"]) == 1
@@ -234,18 +234,18 @@ ANSWER = ["Five points **fall** from left to right:\n\n", "1. the first at 9\n2.
 def test_the_page_fits(
     width: int, height: int, scheme: str, browser: Any, site: str, service: FakeService, tmp_path: Path
 ) -> None:
-    """Nothing is cut off or scrolls sideways. To look at it, light and dark: LLAVA_SCREENSHOTS=FOLDER."""
+    """Nothing is cut off or scrolls sideways. LLAVA_SCREENSHOTS=FOLDER saves screenshots, light and dark."""
     (chart, _), *_ = draw_all(tmp_path)
     service.answers["alpha"] = ANSWER
     other = Page(browser, site, width, height, scheme)
-    for view, box, pictures, tab in (
-        ("chatbot", "message", "picture_box", "Chat"),
-        ("chatbot_left", "compare_message", "compare_pictures", "Compare two models"),
+    for view, box, images, tab in (
+        ("chatbot", "message", "image_box", "Chat"),
+        ("chatbot_left", "compare_message", "compare_images", "Compare two models"),
     ):
         other.page.get_by_role("tab", name=tab).click()
-        other.page.set_input_files(f"#{pictures} input[type=file]", chart)
-        other.expect(f"#{pictures} img").to_be_visible(timeout=PATIENCE)
-        other.ask("A rather long question about the picture, with more words than one line of a phone can hold?", box)
+        other.page.set_input_files(f"#{images} input[type=file]", chart)
+        other.expect(f"#{images} img").to_be_visible(timeout=PATIENCE)
+        other.ask("A rather long question about the image, with more words than one line of a phone can hold?", box)
         other.sees("the last at 2", view)
         assert other.page.evaluate("document.documentElement.scrollWidth") <= width
         specks = (

@@ -1,4 +1,4 @@
-"""What the page's controls do, without a browser: every event with its button states, the flags, and start orders."""
+"""Event handlers of the page without a browser: button states, flags, and start orders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from fastapi import FastAPI
 
 from llava.errors import ConfigError
 from llava.serve import gradio_web_server as server
-from llava.serve.common.middleware import Keys, Limits, guard
+from llava.serve.common.arguments import LOGINS_VARIABLE
+from llava.serve.common.middleware import Keys, Limits, RequestMiddleware
 from llava.serve.common.protocol import ErrorType, ServeError
 from llava.serve.common.security import AddressRule
 from llava.serve.control.registry import Registry
@@ -32,7 +33,7 @@ from llava.serve.web.client import ServiceClient
 from llava.serve.web.compare_tab import VOTES, CompareTab, merged
 from llava.serve.web.log import ConversationLog
 from llava.serve.web.models import Listing, ModelCatalog
-from llava.serve.web.site import Site, gone
+from llava.serve.web.services import AppServices, unavailable_notice
 from llava.serve.worker.app import make_worker_app
 from llava.serve.worker.heartbeat import HeartBeat
 from tests.serve.fake_service import FakeService, web_server
@@ -50,33 +51,33 @@ def service() -> Iterator[FakeService]:
 
 
 @pytest.fixture
-def site(service: FakeService, tmp_path: Path) -> Site:
+def services(service: FakeService, tmp_path: Path) -> AppServices:
     # every handler below has its own event loop, so no connection may outlive it
     transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
     client = ServiceClient(service.url, transport=transport)
-    return Site(client, ModelCatalog(client, mode="reload"), ConversationLog(tmp_path / "logs", chats=True))
+    return AppServices(client, ModelCatalog(client, mode="reload"), ConversationLog(tmp_path / "logs", chats=True))
 
 
 @pytest.fixture
-def tab(site: Site) -> ChatTab:
-    """The tab's logic on names instead of components."""
-    names = ("state", "model", "pictures", "mode")
+def tab(services: AppServices) -> ChatTab:
+    """The tab with names in place of components."""
+    names = ("state", "model", "images", "mode")
     rest = ("view", "text", "send", "notice", "stop", ("upvote", "downvote", "flag"), "regenerate", "clear")
-    return ChatTab(site, *names, controls.Parameters("t", "p", "n", "k"), *rest, "save", "saved")
+    return ChatTab(services, *names, controls.Parameters("t", "p", "n", "k"), *rest, "save", "saved")
 
 
 @pytest.fixture
-def pair(site: Site) -> CompareTab:
+def pair(services: AppServices) -> CompareTab:
     parameters = controls.Parameters("t", "p", "n", "k")
     ends = (("left", "right"), ("model_left", "model_right"), ("view_left", "view_right"))
     return CompareTab(
-        site, *ends, "pictures", "mode", parameters, "text", "send", "notice", tuple(VOTES), "stop", "clear"
+        services, *ends, "images", "mode", parameters, "text", "send", "notice", tuple(VOTES), "stop", "clear"
     )
 
 
 @pytest.fixture
 def chart(tmp_path: Path) -> list[tuple[str, None]]:
-    """What the picture box hands over."""
+    """The value of the image box."""
     (tmp_path / "chart.png").write_bytes(png(40, 30))
     return [(str(tmp_path / "chart.png"), None)]
 
@@ -123,7 +124,7 @@ def test_a_message_is_answered_and_every_button_follows(
     chat = Chat()
     page = send(tab, chat, " What is this? ", chart)
     first, last = page.states[0], page.states[-1]
-    assert first["text"] == "" and first["pictures"] is None and first["stop"] is True and first["send"] is False
+    assert first["text"] == "" and first["images"] is None and first["stop"] is True and first["send"] is False
     assert not any(first[name] for name in FIVE)
     assert [m["role"] for m in last["view"]] == ["user", "user", "assistant"]
     assert last["view"][-1]["content"] == "A red circle." and page.enabled() == FIVE and last["stop"] is False
@@ -139,10 +140,10 @@ def test_a_message_is_answered_and_every_button_follows(
 def test_nothing_to_send_changes_nothing(text: str | None, tab: ChatTab, service: FakeService) -> None:
     chat = Chat()
     page = Page().play(tab.send(chat, REQUEST, text, None, "alpha", "Default", *SLIDERS))
-    assert chat.turns == [] and page.now == {"notice": controls.NOTHING} and service.calls == []
+    assert chat.turns == [] and page.now == {"notice": controls.EMPTY_MESSAGE} and service.calls == []
 
 
-def test_a_picture_alone_is_a_message(tab: ChatTab, service: FakeService, chart: Any) -> None:
+def test_an_image_alone_is_a_message(tab: ChatTab, service: FakeService, chart: Any) -> None:
     send(tab, Chat(), "", chart)
     assert service.requests[0]["prompt"].endswith("USER: <image>\n ASSISTANT:")
 
@@ -152,7 +153,7 @@ def test_an_error_leaves_regenerate_and_clear(tab: ChatTab, service: FakeService
     chat = Chat()
     page = send(tab, chat)
     assert page.enabled() == ["regenerate", "clear"]
-    assert page.now["view"][-1]["content"].startswith("Half\n\n*The model is answering as many people")
+    assert page.now["view"][-1]["content"].startswith("Half\n\n*The model is busy (high traffic)")
     service.answers.clear()
     page = Page().play(tab.regenerate(chat, REQUEST, "beta", "Pad", *SLIDERS))
     assert page.enabled() == FIVE and len(chat.turns) == 1 and chat.turns[0].mode == "Pad"
@@ -162,8 +163,8 @@ def test_an_error_leaves_regenerate_and_clear(tab: ChatTab, service: FakeService
 @pytest.mark.parametrize(
     ("text", "files", "model", "words"),
     [
-        ("What?", None, None, "No model is chosen"),
-        ("look <image>", None, "alpha", "1 &lt;image&gt; placeholder(s) but comes with 0 picture(s)"),
+        ("What?", None, None, "No model is selected"),
+        ("look <image>", None, "alpha", "1 &lt;image&gt; placeholder(s) but 0 image(s) attached"),
         ("What?", [("nowhere.png", None)], "alpha", "nowhere.png"),
         ("What?", [("x.png", None)] * 9, "alpha", "at most 8"),
     ],
@@ -178,15 +179,15 @@ def test_what_cannot_be_sent_stays_in_the_box(
 
 def test_an_empty_list_is_explained_when_sending(tab: ChatTab, service: FakeService) -> None:
     service.models = []
-    assert "no worker has registered" in send(tab, Chat(), model=None).now["notice"]
+    assert "No worker has registered" in send(tab, Chat(), model=None).now["notice"]
 
 
-def test_moderation_keeps_the_text_from_the_model(site: Site, tab: ChatTab, service: FakeService) -> None:
+def test_moderation_keeps_the_text_from_the_model(services: AppServices, tab: ChatTab, service: FakeService) -> None:
     async def refusal(text: str) -> str | None:
         return "refused, because" if "bad" in text else None
 
-    moderated = Site(site.client, site.catalog, site.log, SimpleNamespace(refusal=refusal))  # type: ignore[arg-type]
-    object.__setattr__(tab, "site", moderated)
+    moderated = AppServices(services.client, services.catalog, services.log, SimpleNamespace(refusal=refusal))  # type: ignore[arg-type]
+    object.__setattr__(tab, "services", moderated)
     assert "refused, because" in send(tab, Chat(), "bad words").now["notice"] and service.requests == []
     assert send(tab, Chat(), "good words").enabled() == FIVE
 
@@ -278,7 +279,7 @@ def test_one_that_fails_does_not_hide_the_other(pair: CompareTab, service: FakeS
 def test_a_comparison_needs_two_models(pair: CompareTab, service: FakeService) -> None:
     for models in ((None, "beta"), ("alpha", None)):
         page = Page().play(pair.send(Chat(), REQUEST, Chat(), "What?", None, *models, "Default", *SLIDERS))
-        assert "No model is chosen" in page.now["notice"] and service.requests == []
+        assert "No model is selected" in page.now["notice"] and service.requests == []
 
 
 def test_closing_a_merge_closes_its_parts() -> None:
@@ -305,26 +306,29 @@ def test_closing_a_merge_closes_its_parts() -> None:
 # --- the drop-down --------------------------------------------------------------------------------------------------
 
 
-def shown(site: Site, chat: Chat, current: str | None, *models: str) -> Any:
-    return site.follow(Listing(models), chat, current)
+def shown(services: AppServices, chat: Chat, current: str | None, *models: str) -> Any:
+    return services.update_dropdown(Listing(models), chat, current)
 
 
-def test_the_drop_down_follows_the_list(site: Site) -> None:
+def test_the_drop_down_follows_the_list(services: AppServices) -> None:
     chat = Chat()
-    assert shown(site, chat, None) == gr.update(choices=[], value=None)
-    assert shown(site, chat, None, "a", "b") == gr.update(choices=["a", "b"], value="a")
-    assert shown(site, chat, "a", "a", "b") == gr.skip()
-    assert shown(site, chat, "b", "a", "b")["value"] == "b"  # the visitor chose
-    assert site.follow(Listing(("a", "b")), Chat(), None, other_than="a")["value"] == "b"
-    assert site.follow(Listing(("a",)), Chat(), None, other_than="a")["value"] == "a"
+    assert shown(services, chat, None) == gr.update(choices=[], value=None)
+    assert shown(services, chat, None, "a", "b") == gr.update(choices=["a", "b"], value="a")
+    assert shown(services, chat, "a", "a", "b") == gr.skip()
+    assert shown(services, chat, "b", "a", "b")["value"] == "b"  # the visitor chose
+    assert services.update_dropdown(Listing(("a", "b")), Chat(), None, other_than="a")["value"] == "b"
+    assert services.update_dropdown(Listing(("a",)), Chat(), None, other_than="a")["value"] == "a"
 
 
-def test_a_conversation_waits_for_its_model(site: Site, tab: ChatTab) -> None:
+def test_a_conversation_waits_for_its_model(services: AppServices, tab: ChatTab) -> None:
     chat = Chat()
     send(tab, chat)
-    assert shown(site, chat, "alpha", "beta")["value"] is None
-    assert "alpha is not served" in gone(Listing(("beta",)), chat)
-    assert shown(site, chat, None, "alpha", "beta")["value"] == "alpha" and gone(Listing(("alpha",)), chat) == ""
+    assert shown(services, chat, "alpha", "beta")["value"] is None
+    assert "alpha is not served" in unavailable_notice(Listing(("beta",)), chat)
+    assert (
+        shown(services, chat, None, "alpha", "beta")["value"] == "alpha"
+        and unavailable_notice(Listing(("alpha",)), chat) == ""
+    )
 
 
 # --- the program ----------------------------------------------------------------------------------------------------
@@ -352,11 +356,11 @@ def test_published_flags_are_known() -> None:
 )
 def test_flags_that_cannot_work(flags: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        server.check(parse(*flags), [])
+        server.check_share(server.WebArgs.from_cli_args(parse(*flags)), [])
 
 
 def test_logins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(server.LOGINS_VARIABLE, "ann:one,bob:two:three")
+    monkeypatch.setenv(LOGINS_VARIABLE, "ann:one,bob:two:three")
     assert server.read_logins(None) == [("ann", "one"), ("bob", "two:three")]
     (tmp_path / "logins").write_text("nobody\n")
     with pytest.raises(ConfigError, match="USER:PASSWORD"):
@@ -373,7 +377,7 @@ def test_a_taken_port_is_said() -> None:
 
 @pytest.mark.slow
 def test_probes_and_closed_doors(service: FakeService, child_environment: dict[str, str], tmp_path: Path) -> None:
-    environment = {**child_environment, server.LOGINS_VARIABLE: "ann:one", "LOGDIR": str(tmp_path)}
+    environment = {**child_environment, LOGINS_VARIABLE: "ann:one", "LOGDIR": str(tmp_path)}
     environment["TMPDIR"] = str(tmp_path)
     with (
         web_server(service, environment, "--embed") as address,
@@ -408,7 +412,7 @@ def reached(client: httpx.Client, path: str) -> bool:
 
 
 def test_every_start_order_ends_with_the_model_listed() -> None:
-    """All six at once; a part that has not started yet refuses connections at its address."""
+    """All six orders concurrently; a service that has not started refuses connections."""
     stacks = [start_order(order) for order in itertools.permutations(("controller", "worker", "web"))]
     for step in range(3):
         for stack in stacks:
@@ -426,33 +430,33 @@ def test_every_start_order_ends_with_the_model_listed() -> None:
 
 
 def start_order(order: tuple[str, ...]) -> list[tuple[str, Live]]:
-    """A controller, a worker and a page that know each other's addresses, none of them started."""
-    from llava.serve.control.app import Controller, controller_routes, with_lifespan
+    """A controller, a worker and a page with each other's addresses, not started."""
+    from llava.serve.control.app import ControllerService, controller_routes, with_lifespan
     from llava.serve.control.worker_client import WorkerClient
 
     def controller(_: int) -> Any:
         registry = Registry("shortest_queue")
-        core = Controller(registry, WorkerClient(registry, None), AddressRule())
-        return guard(with_lifespan(controller_routes(core), core), Keys(), Limits(), core.metrics)
+        core = ControllerService(registry, WorkerClient(registry, None), AddressRule())
+        return RequestMiddleware(with_lifespan(controller_routes(core), core), Keys(), Limits(), core.metrics)
 
     lives = {"controller": Live(controller)}
     url = lives["controller"].url
 
     def worker(port: int) -> Any:
         made = make_worker(StubEngine())
-        made.heart = HeartBeat(url, f"http://127.0.0.1:{port}", made.status, None)  # its real intervals
+        made.heartbeat = HeartBeat(url, f"http://127.0.0.1:{port}", made.status, None)  # its real intervals
         return make_worker_app(made, Keys(), Limits())
 
     def web(_: int) -> Any:
-        site = server.build_site(parse("--controller", url, "--model-list-mode", "reload"))
+        services = server.build_services(server.WebArgs(controller_url=url, model_list_mode="reload"))
 
         @contextlib.asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             yield
-            await site.close()
+            await services.close()
 
         app = FastAPI(lifespan=lifespan)
-        server.add_probes(app, site)
+        server.add_probes(app, services)
         return app
 
     lives |= {"worker": Live(worker), "web": Live(web)}

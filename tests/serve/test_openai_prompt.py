@@ -10,53 +10,52 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llava.conversation import conv_templates
-from llava.serve.common.openai_prompt import parse, render
-from llava.serve.common.openai_schema import ChatBody, ChatMessage
+from llava.serve.common.openai_chat import ChatBody, ChatMessage, parse_prompt, render_chat
 from llava.serve.common.protocol import ErrorType, FrameReader, Message, ServeError, encode_frame
 
-PICTURE = {"type": "image_url", "image_url": {"url": "data:a"}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:a"}}
 
 
 def messages(*contents: Any) -> list[ChatMessage]:
-    """User and assistant in turn."""
+    """Messages of user and assistant in turn."""
     return [
         ChatMessage.model_validate({"role": ("user", "assistant")[k % 2], "content": content})
         for k, content in enumerate(contents)
     ]
 
 
-def test_a_picture_goes_in_front_as_in_training() -> None:
-    rendered = render(messages([{"type": "text", "text": "What is it?"}, PICTURE]), "vicuna_v1")
+def test_an_image_goes_in_front_as_in_training() -> None:
+    rendered = render_chat(messages([{"type": "text", "text": "What is it?"}, IMAGE]), "vicuna_v1")
     assert rendered.prompt.endswith("USER: <image>\nWhat is it? ASSISTANT:")
     assert rendered.stop == ["</s>"]
-    assert rendered.pictures == ["data:a"]
+    assert rendered.images == ["data:a"]
 
 
-def test_several_pictures_keep_their_places() -> None:
-    parts = [PICTURE, {"type": "text", "text": "and"}, PICTURE, {"type": "text", "text": "differ how?"}]
-    assert "USER: <image>\nand\n<image>\ndiffer how? ASSISTANT:" in render(messages(parts), "v1").prompt
+def test_several_images_keep_their_places() -> None:
+    parts = [IMAGE, {"type": "text", "text": "and"}, IMAGE, {"type": "text", "text": "differ how?"}]
+    assert "USER: <image>\nand\n<image>\ndiffer how? ASSISTANT:" in render_chat(messages(parts), "v1").prompt
 
 
 def test_neighbours_of_one_role_are_joined_and_the_system_text_is_set() -> None:
     chat = [ChatMessage(role=role, content=text) for role, text in (("developer", "S"), ("user", "a"), ("user", "b"))]
-    assert render(chat, "vicuna_v1").prompt == "S USER: a\nb ASSISTANT:"
+    assert render_chat(chat, "vicuna_v1").prompt == "S USER: a\nb ASSISTANT:"
 
 
 @pytest.mark.parametrize("contents", [("a", "b"), ()], ids=["ends with the assistant", "empty"])
 def test_what_is_no_conversation_is_refused(contents: tuple[str, ...]) -> None:
     with pytest.raises(ServeError) as refused:
-        render(messages(*contents), "v1")
+        render_chat(messages(*contents), "v1")
     assert refused.value.kind is ErrorType.BAD_REQUEST
 
 
 def test_a_template_that_cannot_begin_with_nothing_refuses_it() -> None:
     with pytest.raises(ServeError, match="begin with a user message"):
-        render(messages(""), "llama_2")
+        render_chat(messages(""), "llama_2")
 
 
-def test_pictures_belong_to_users() -> None:
-    with pytest.raises(ServeError, match="assistant message cannot hold images"):
-        render(messages("a", [PICTURE], "b"), "v1")
+def test_images_belong_to_users() -> None:
+    with pytest.raises(ServeError, match="role 'assistant' must not contain images"):
+        render_chat(messages("a", [IMAGE], "b"), "v1")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_pictures_belong_to_users() -> None:
 @given(texts=st.lists(st.sampled_from(["hello", "what is 2 + 2?", "漢字 😀", "two\nlines"]), min_size=1, max_size=5))
 def test_parsing_undoes_rendering(template: str, texts: list[str]) -> None:
     texts = texts if len(texts) % 2 else texts[:-1] or ["hello"]
-    parsed = parse(render(messages(*texts), template).prompt, template)
+    parsed = parse_prompt(render_chat(messages(*texts), template).prompt, template)
     assert [turn.content for turn in parsed if turn.role != "system"] == texts
     assert [turn.role for turn in parsed if turn.role != "system"] == [
         ("user", "assistant")[k % 2] for k in range(len(texts))
@@ -74,13 +73,13 @@ def test_parsing_undoes_rendering(template: str, texts: list[str]) -> None:
 
 def test_every_template_renders() -> None:
     for name in conv_templates:
-        assert "hello" in render(messages("hello"), name).prompt
+        assert "hello" in render_chat(messages("hello"), name).prompt
 
 
 def test_a_prompt_in_another_form_is_refused() -> None:
-    with pytest.raises(ServeError, match="not in the template"):
-        parse("just text", "vicuna_v1")
-    assert parse("anything", "plain") == [Message(role="user", content="anything")]
+    with pytest.raises(ServeError, match="not in this model's template"):
+        parse_prompt("just text", "vicuna_v1")
+    assert parse_prompt("anything", "plain") == [Message(role="user", content="anything")]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_a_prompt_in_another_form_is_refused() -> None:
 )
 def test_what_is_not_served_is_refused(extra: dict[str, Any]) -> None:
     base = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
-    with pytest.raises(ValidationError, match=f"{list(extra)[-1]} is not served here"):
+    with pytest.raises(ValidationError, match=f"{list(extra)[-1]} is not supported"):
         ChatBody.model_validate({**base, **extra})
     harmless = {"n": 1, "tools": None, "logprobs": False, "user": "u", "tool_choice": "auto", "metadata": {"a": "b"}}
     assert ChatBody.model_validate({**base, **harmless}).stop == []

@@ -14,8 +14,7 @@ import pytest
 
 from llava.engine import Engine, Request, SamplingParams
 from llava.eval import main as evaluate
-from llava.serve.common.openai_prompt import render
-from llava.serve.common.openai_schema import ChatMessage
+from llava.serve.common.openai_chat import ChatMessage, render_chat
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import read_jsonl
 from tests.serve.programs import START, Program, alive, children, program
@@ -32,7 +31,7 @@ def environment(child_environment: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stack(environment: dict[str, str], tiny_dirs: dict[str, Path]) -> Iterator[tuple[Program, Program]]:
-    """The documented pair of commands, with ports from the system, 4 places and a small queue."""
+    """The documented pair of commands, on free ports."""
     with program(environment, "controller", "--host", "0.0.0.0", "--port", "0") as controller:
         words = ["--host", "0.0.0.0", "--controller", controller.url, "--port", "0", "--device", "cpu"]
         words += ["--model-path", f"{tiny_dirs['chat']}/", "--multi-modal"]
@@ -47,7 +46,7 @@ def client(stack: tuple[Program, Program]) -> Iterator[openai.OpenAI]:
         yield api
 
 
-def picture(color: tuple[int, int, int] = (200, 30, 30)) -> dict[str, object]:
+def image_part(color: tuple[int, int, int] = (200, 30, 30)) -> dict[str, object]:
     return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + b64(png())}}
 
 
@@ -81,7 +80,7 @@ def test_openai_lists_models(client: openai.OpenAI) -> None:
 def test_openai_answers_and_streams_the_same(client: openai.OpenAI, engine: Engine) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [picture(), {"type": "text", "text": "What color?"}]},
+        {"role": "user", "content": [image_part(), {"type": "text", "text": "What color?"}]},
     ]
     whole = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=10)
     pieces = list(
@@ -95,7 +94,7 @@ def test_openai_answers_and_streams_the_same(client: openai.OpenAI, engine: Engi
         )
     )
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-    rendered = render([ChatMessage.model_validate(message) for message in messages], "v1")
+    rendered = render_chat([ChatMessage.model_validate(message) for message in messages], "v1")
     from llava.images import open_image
 
     params = SamplingParams(10, stop=tuple(rendered.stop))
@@ -108,8 +107,8 @@ def test_openai_answers_and_streams_the_same(client: openai.OpenAI, engine: Engi
     assert whole.choices[0].finish_reason in ("length", "stop")
 
 
-def test_openai_takes_several_pictures_seed_and_stop(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": [picture(), {"type": "text", "text": "Compare with"}, picture()]}]
+def test_openai_takes_several_images_seed_and_stop(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": [image_part(), {"type": "text", "text": "Compare with"}, image_part()]}]
     settings = {"model": NAME, "messages": messages, "temperature": 1.0, "top_p": 0.9, "max_tokens": 8}
     first, second = (client.chat.completions.create(seed=3, stop=["zzz"], **settings) for _ in range(2))
     assert first.choices[0].message.content == second.choices[0].message.content
@@ -125,7 +124,7 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
     assert too_long.value.body["prompt_tokens"] > 2048
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="nothing", messages=[{"role": "user", "content": "hi"}])
-    with pytest.raises(openai.BadRequestError, match="body: n is not served here; leave it out") as unserved:
+    with pytest.raises(openai.BadRequestError, match="body: n is not supported; omit it") as unserved:
         client.chat.completions.create(model=NAME, n=2, messages=[{"role": "user", "content": "hi"}])
     assert unserved.value.param == "n"
     with pytest.raises(openai.BadRequestError) as bad:
@@ -184,7 +183,7 @@ def test_check_20_a_worker_comes_before_its_controller_and_leaves_when_its_answe
 
 
 def check_20(worker: Program) -> None:
-    """SIGTERM while an answer runs: it goes on to its end, new requests get 503, then the process ends well."""
+    """SIGTERM during an answer: the answer is completed, new requests get 503, then the process exits with 0."""
     body = {"model": NAME, "prompt": "USER: go on ASSISTANT:", "max_new_tokens": 1024, "temperature": 1.0, "seed": 1}
     address = worker.url
     with httpx.stream("POST", f"{address}/worker_generate_stream", json=body, timeout=START) as running:

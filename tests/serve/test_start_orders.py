@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from llava.serve.common.server import bind_socket, port_of
-from llava.serve.launcher.serve_all import listed
+from llava.serve.serve_all import listed_models
 from tests.serve.programs import START, program
 from tests.serve.stubs import until
 
@@ -33,7 +33,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def serves(url: str, name: str) -> bool:
-    """Whether a program is up; a worker, when its model is loaded, whether or not a controller knows of it."""
+    """Whether a program is running; for a worker, whether its model is loaded."""
     reply = httpx.get(f"{url}/{'ready' if name == 'model_worker' else 'health'}", trust_env=False, timeout=30)
     return reply.status_code == 200
 
@@ -59,9 +59,9 @@ def test_the_model_is_listed_whatever_starts_last(
             if name != order[-1]:
                 until(lambda url=running.url, name=name: serves(url, name), START)
         address = f"http://127.0.0.1:{page}"
-        until(lambda: listed(address), START)
+        until(lambda: listed_models(address), START)
         took = time.monotonic() - start
-        assert listed(address) == [tiny_dirs["chat"].name]
+        assert listed_models(address) == [tiny_dirs["chat"].name]
         assert httpx.get(f"{address}/ready", trust_env=False).status_code == 200
     print(f"{took:.1f} s after {order[-1]} as the last of {', '.join(order)}")
     assert took < SECONDS

@@ -17,7 +17,7 @@ from llava.serve import controller, model_worker, register_worker, test_message
 from llava.serve.common.middleware import Keys, Limits
 from llava.serve.common.protocol import ModelInfo
 from llava.serve.worker.app import Worker, make_worker_app
-from llava.serve.worker.local_backend import Settings
+from llava.serve.worker.local_backend import BackendSettings
 from llava.serve.worker.openai_backend import OpenAIBackend
 from llava.serve.worker.scheduler import Scheduler
 from tests.serve.stubs import (
@@ -37,7 +37,7 @@ from tests.serve.stubs import (
     until,
 )
 
-LONG = Settings(max_new_tokens=100_000)
+LONG = BackendSettings(max_new_tokens=100_000)
 OLD = ModelInfo()
 PROMPT = "Be kind. USER: <image>\nWhat? ASSISTANT:"
 
@@ -63,25 +63,25 @@ def test_test_message_asks_and_shows(capsys: pytest.CaptureFixture[str], tmp_pat
         assert test_message.main(words) == 1
 
 
-def test_test_message_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_message_reports_errors(capsys: pytest.CaptureFixture[str]) -> None:
     with live_controller() as controller:
         assert test_message.main(["--controller", controller.url]) == 2
         assert "No worker serves" in capsys.readouterr().err
     assert test_message.main(["--controller", "http://127.0.0.1:9"]) == 2
-    assert "Cannot ask" in capsys.readouterr().err
+    assert "Cannot reach" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("module", "flags", "words"),
     [
-        (controller, ["--port", "99999"], "There is no port 99999"),
-        (controller, ["--max-body-mb", "nan"], "nan is not a number greater than 0"),
-        (controller, ["--rate-limit", "-3"], "-3 is not a number greater than 0"),
+        (controller, ["--port", "99999"], "--port must be between 1 and 65535, or 0 for any free port, got 99999"),
+        (controller, ["--max-body-mb", "nan"], "expected a number greater than 0, got nan"),
+        (controller, ["--rate-limit", "-3"], "expected a number greater than 0, got -3"),
         (controller, ["--port", "0", "--log-file", "c.log"], "Cannot write"),
-        (model_worker, ["--max-images", "-1"], "--max-images at least 0"),
+        (model_worker, ["--max-images", "-1"], "--max-images must be at least 0, got -1"),
     ],
 )
-def test_numbers_and_folders_that_cannot_be_are_said_at_once(
+def test_invalid_arguments_are_reported_at_startup(
     module: Any, flags: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -101,7 +101,7 @@ def test_a_worker_is_registered_by_hand(capsys: pytest.CaptureFixture[str]) -> N
         assert register_worker.main([*words, worker.url]) == 0
         assert controller.registry.models() == [MODEL]
         assert register_worker.main([*words, "http://127.0.0.1:9"]) == 2
-        assert "does not answer" in capsys.readouterr().err
+        assert "does not respond" in capsys.readouterr().err
 
 
 def upstream_reply(*events: Any) -> bytes:
@@ -111,7 +111,7 @@ def upstream_reply(*events: Any) -> bytes:
 
 @contextmanager
 def adapter(upstream: str, **options: Any) -> Iterator[tuple[str, Worker]]:
-    """An adapter worker over `upstream`, ready."""
+    """A ready OpenAI worker over `upstream`."""
     made: list[Worker] = []
 
     def make(_: int) -> Any:
@@ -186,16 +186,16 @@ def test_the_adapter_reports_what_its_engine_does_wrong() -> None:
 
 
 def test_the_api_serves_workers_that_only_send_whole_texts() -> None:
-    """As published workers do: they ignore `stream_mode`, and every frame begins with the prompt."""
+    """Published workers ignore `stream_mode` and begin every frame with the prompt."""
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     with live_controller() as controller, live_worker(controller=controller.url, info=OLD) as worker:
         until(lambda: controller.registry.models() == [MODEL])
-        original = worker.worker.answer
+        original = worker.worker.generate
 
         async def old(body: Any, request_id: str) -> Any:
             return await original(body.model_copy(update={"stream_mode": "cumulative"}), request_id)
 
-        worker.worker.answer = old  # type: ignore[method-assign]
+        worker.worker.generate = old  # type: ignore[method-assign]
         reply = post(controller.url, "/v1/chat/completions", {**chat, "max_tokens": 4}).json()
         assert reply["choices"][0]["message"]["content"] == "w0 w1 w2 w3 "
         stream = post(controller.url, "/v1/chat/completions", {**chat, "max_tokens": 4, "stream": True}).text
@@ -224,13 +224,13 @@ def test_a_scheduler_that_stops_leaves_nobody_waiting() -> None:
     async def scene() -> str:
         engine = StubEngine(pause=0.001)
         scheduler = Scheduler(engine, 2, 0)
-        ticket = scheduler.admit()
-        await ticket.submit(Request("x", (), SamplingParams(100_000)))
+        slot = scheduler.admit()
+        await slot.submit(Request("x", (), SamplingParams(100_000)))
         await scheduler.stop()
         while True:
-            news = await asyncio.wait_for(ticket.news.get(), 60)
-            if news.completion is not None:
+            event = await asyncio.wait_for(slot.events.get(), 60)
+            if event.completion is not None:
                 assert scheduler.in_use == 0
-                return news.completion.finish_reason
+                return event.completion.finish_reason
 
     assert asyncio.run(scene()) == "error"

@@ -1,4 +1,4 @@
-"""The state of a conversation in the browser: what is sent, shown, exported and logged, and pictures on the way."""
+"""The state of a conversation in the browser: what is sent, shown, exported and logged, and images on the way."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from llava.images import PROCESS_MODES
 from llava.serve.common.protocol import ErrorType, ModelInfo, ServeError, WorkerStatus
 from llava.serve.web.answer import choose_template, request_body
 from llava.serve.web.chat import CURSOR, Chat, Sampling, Turn, escape
-from llava.serve.web.examples import PICTURES, draw_all
-from llava.serve.web.images import MAX_PICTURES, Picture, as_jpeg, load_picture, load_pictures
+from llava.serve.web.examples import EXAMPLES, draw_all
+from llava.serve.web.images import MAX_IMAGES, UploadedImage, as_jpeg, load_image, load_images
 from llava.serve.web.log import ConversationLog
 from llava.serve.web.page import SHAPES, write_icons
 
@@ -35,90 +35,92 @@ def status(**info: object) -> WorkerStatus:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Callable[..., Picture]:
-    def make(width: int = 40, height: int = 20, kind: str = "png") -> Picture:
+def upload(tmp_path: Path) -> Callable[..., UploadedImage]:
+    def make(width: int = 40, height: int = 20, kind: str = "png") -> UploadedImage:
         path = tmp_path / f"p{width}x{height}.{kind}"
         Image.new("RGB", (width, height), (200, 30, 30)).save(path)
-        return load_picture(str(path))
+        return load_image(str(path))
 
     return make
 
 
-def said(text: str, answer: str = "", pictures: tuple[Picture, ...] = (), **more: object) -> Turn:
-    return Turn(text, pictures, answer=answer, running=False, **more)  # type: ignore[arg-type]
+def turn_of(text: str, answer: str = "", images: tuple[UploadedImage, ...] = (), **more: object) -> Turn:
+    return Turn(text, images, answer=answer, running=False, **more)  # type: ignore[arg-type]
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_rendered_as_training_and_terminal_do(picture: Callable[..., Picture]) -> None:
-    chat = Chat([said("What is this?", "A box.", (picture(),)), said("Why?")])
-    conversation, pictures, modes = chat.conversation()
+def test_a_conversation_is_rendered_as_training_and_terminal_do(upload: Callable[..., UploadedImage]) -> None:
+    chat = Chat([turn_of("What is this?", "A box.", (upload(),)), turn_of("Why?")])
+    conversation, images, modes = chat.conversation()
     assert conversation.get_prompt() == (
         f"{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: A box.</s>USER: Why? ASSISTANT:"
     )
-    assert len(pictures) == 1 and modes == ["Default"]
+    assert len(images) == 1 and modes == ["Default"]
 
 
-def test_pictures_go_with_their_turns(picture: Callable[..., Picture]) -> None:
-    one, two, three = picture(1, 2), picture(3, 4), picture(5, 6)
-    chat = Chat([said("A", "a"), said("B", "b", (one, two)), said("compare <image> here", "", (three,), mode="Pad")])
-    conversation, pictures, modes = chat.conversation()
+def test_images_go_with_their_turns(upload: Callable[..., UploadedImage]) -> None:
+    one, two, three = upload(1, 2), upload(3, 4), upload(5, 6)
+    chat = Chat(
+        [turn_of("A", "a"), turn_of("B", "b", (one, two)), turn_of("compare <image> here", "", (three,), mode="Pad")]
+    )
+    conversation, images, modes = chat.conversation()
     assert conversation.get_prompt().endswith(
         "USER: <image>\n<image>\nB ASSISTANT: b</s>USER: compare <image> here ASSISTANT:"
     )
-    assert pictures == [one, two, three] and modes == ["Default", "Default", "Pad"]
+    assert images == [one, two, three] and modes == ["Default", "Default", "Pad"]
 
 
-def test_a_tagged_template_opens_with_its_own_exchange(picture: Callable[..., Picture]) -> None:
-    chat = Chat([said("What?", "", (picture(),))], template="v1_mmtag")
+def test_a_tagged_template_opens_with_its_own_exchange(upload: Callable[..., UploadedImage]) -> None:
+    chat = Chat([turn_of("What?", "", (upload(),))], template="v1_mmtag")
     prompt = chat.conversation()[0].get_prompt()
     assert "USER: <Image><image></Image> ASSISTANT: Received.</s>USER: What? ASSISTANT:" in prompt
 
 
-def test_a_template_with_examples_of_its_own_keeps_the_picture(picture: Callable[..., Picture]) -> None:
-    chat = Chat([said("What?", "", (picture(),))], template="v0")
+def test_a_template_with_examples_of_its_own_keeps_the_image(upload: Callable[..., UploadedImage]) -> None:
+    chat = Chat([turn_of("What?", "", (upload(),))], template="v0")
     assert (
         chat.conversation()[0].get_prompt().endswith("### Human: <image>\nWhat?### Assistant:".replace("### ", "###"))
     )
 
 
 def test_turns_without_an_answer_are_not_sent_again() -> None:
-    chat = Chat([said("lost", note="failed"), said("again")])
+    chat = Chat([turn_of("lost", note="failed"), turn_of("again")])
     assert chat.conversation()[0].get_prompt() == f"{SYSTEM} USER: again ASSISTANT:"
 
 
 def test_another_model_gets_the_same_turns_in_its_own_format() -> None:
-    chat = Chat([said("Hi", "Hello"), said("Bye")])
+    chat = Chat([turn_of("Hi", "Hello"), turn_of("Bye")])
     chat.template = "Hermes-2"
     body = request_body(chat, chat.turns[-1], None)
     assert body["prompt"].endswith("<|im_start|>assistant\n") and body["stop"] == "<|im_end|>"
     assert "ASSISTANT" not in body["prompt"]
 
 
-@pytest.mark.parametrize(("text", "pictures", "fine"), [("<image> a", 0, False), ("<image>", 1, True), ("x", 2, True)])
-def test_typed_placeholders_must_fit(text: str, pictures: int, fine: bool, picture: Callable[..., Picture]) -> None:
-    turn = Turn(text, (picture(),) * pictures)
+@pytest.mark.parametrize(("text", "images", "fine"), [("<image> a", 0, False), ("<image>", 1, True), ("x", 2, True)])
+def test_typed_placeholders_must_fit(text: str, images: int, fine: bool, upload: Callable[..., UploadedImage]) -> None:
+    turn = Turn(text, (upload(),) * images)
     if fine:
         turn.check()
     else:
-        with pytest.raises(RequestError, match=r"1 <image> placeholder\(s\) but comes with 0 picture"):
+        with pytest.raises(RequestError, match=r"1 <image> placeholder\(s\) but 0 image"):
             turn.check()
 
 
-def test_the_body_is_the_contracts(picture: Callable[..., Picture]) -> None:
-    turn = Turn("What?", (picture(),), sampling=Sampling(0.2, 0.9, 4096, 6), model="m")
+def test_the_body_is_the_contracts(upload: Callable[..., UploadedImage]) -> None:
+    turn = Turn("What?", (upload(),), sampling=Sampling(0.2, 0.9, 4096, 6), model="m")
     body = request_body(Chat([turn]), turn, status(max_new_tokens=512))
     assert set(body) == {
         "model", "prompt", "temperature", "top_p", "max_new_tokens", "max_input_tiles", "stop", "images",
     }  # fmt: skip
     assert body["max_new_tokens"] == 512 and body["stop"] == "</s>" and body["top_p"] == 0.9
-    assert base64.b64decode(body["images"][0]) == turn.pictures[0].data
+    assert base64.b64decode(body["images"][0]) == turn.images[0].data
     assert json.loads(json.dumps(body)) == body
 
 
-def test_a_worker_of_ours_gets_turns_and_sends_what_is_new(picture: Callable[..., Picture]) -> None:
-    chat = Chat([said("A", "a", (picture(),)), Turn("B", model="m")])
+def test_a_worker_of_ours_gets_turns_and_sends_what_is_new(upload: Callable[..., UploadedImage]) -> None:
+    chat = Chat([turn_of("A", "a", (upload(),)), Turn("B", model="m")])
     worker = status()
     worker.features = ["delta", "messages"]
     body = request_body(chat, chat.turns[-1], worker)
@@ -128,8 +130,8 @@ def test_a_worker_of_ours_gets_turns_and_sends_what_is_new(picture: Callable[...
     ]  # fmt: skip
 
 
-def test_what_the_worker_cannot_take_is_refused_here(picture: Callable[..., Picture]) -> None:
-    turn = Turn("What?", (picture(), picture()), model="m")
+def test_what_the_worker_cannot_take_is_refused_here(upload: Callable[..., UploadedImage]) -> None:
+    turn = Turn("What?", (upload(), upload()), model="m")
     for worker, kind in (
         (status(image_tokens=0), ErrorType.BAD_IMAGE),
         (status(max_images=1), ErrorType.IMAGE_COUNT_MISMATCH),
@@ -149,11 +151,11 @@ def test_the_template_comes_from_the_worker_not_from_the_name() -> None:
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
-def test_the_view_shows_pictures_cursor_and_notes(picture: Callable[..., Picture]) -> None:
-    one = picture()
+def test_the_view_shows_images_cursor_and_notes(upload: Callable[..., UploadedImage]) -> None:
+    one = upload()
     turn = Turn("a <image> <script>", (one,), answer="It is")
     assert Chat([turn]).shown() == [
-        {"role": "user", "content": {"path": one.shown}},
+        {"role": "user", "content": {"path": one.path}},
         {"role": "user", "content": "a 🖼 &lt;script&gt;"},
         {"role": "assistant", "content": "It is" + CURSOR},
     ]
@@ -174,15 +176,15 @@ def test_code_is_kept_as_it_is() -> None:
     assert escape("```\n<open") == "```\n<open"
 
 
-def test_the_export_is_whole(picture: Callable[..., Picture]) -> None:
-    chat = Chat([said("What?", "A box.", (picture(),), model="m", note="Stopped.")], model="m")
+def test_the_export_is_whole(upload: Callable[..., UploadedImage]) -> None:
+    chat = Chat([turn_of("What?", "A box.", (upload(),), model="m", note="Stopped.")], model="m")
     content = json.loads(json.dumps(chat.export()))
     assert content["messages"] == [["USER", "<image>\nWhat?"], ["ASSISTANT", "A box."]]
     assert content["images"][0].startswith("data:image/png;base64,") and content["model"] == "m"
     assert content["turns"][0]["note"] == "Stopped." and content["turns"][0]["temperature"] == 0.8
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------------
 
 
 def stored(path: Path) -> Image.Image:
@@ -193,52 +195,52 @@ def size_of(encoded: str) -> tuple[int, int]:
     return Image.open(io.BytesIO(base64.b64decode(encoded))).size
 
 
-def test_modes(picture: Callable[..., Picture]) -> None:
-    wide = picture(40, 20)
-    sizes = {mode: size_of(wide.sent(mode)) for mode in PROCESS_MODES}
+def test_modes(upload: Callable[..., UploadedImage]) -> None:
+    wide = upload(40, 20)
+    sizes = {mode: size_of(wide.encode(mode)) for mode in PROCESS_MODES}
     assert sizes == {"Default": (40, 20), "Pad": (40, 40), "Crop": (20, 20), "Resize": (336, 336)}
-    padded = Image.open(io.BytesIO(base64.b64decode(wide.sent("Pad"))))
+    padded = Image.open(io.BytesIO(base64.b64decode(wide.encode("Pad"))))
     assert padded.getpixel((0, 0)) == (122, 116, 104) and padded.getpixel((20, 20)) == (200, 30, 30)
     with pytest.raises(ImageError, match="Unknown preprocess mode"):
-        wide.sent("Stretch")
+        wide.encode("Stretch")
 
 
 def test_an_ordinary_upload_is_sent_byte_for_byte(tmp_path: Path) -> None:
     for kind in ("png", "jpeg", "webp"):
         path = tmp_path / f"a.{kind}"
         Image.new("RGB", (64, 48), "blue").save(path)
-        assert load_picture(str(path)).data == path.read_bytes()
+        assert load_image(str(path)).data == path.read_bytes()
 
 
 def test_other_uploads_are_converted_and_shown(tmp_path: Path) -> None:
     path = tmp_path / "a.tiff"
     Image.new("CMYK", (64, 48)).save(path)
-    loaded = load_picture(str(path))
-    assert Image.open(io.BytesIO(loaded.data)).format == "PNG" == stored(Path(loaded.shown)).format
+    loaded = load_image(str(path))
+    assert Image.open(io.BytesIO(loaded.data)).format == "PNG" == stored(Path(loaded.path)).format
 
 
 def test_a_large_upload_is_made_smaller(tmp_path: Path) -> None:
     path = tmp_path / "big.png"
     Image.new("L", (5000, 100)).save(path)
-    assert size_of(base64.b64encode(load_picture(str(path)).data).decode()) == (2048, 41)
+    assert size_of(base64.b64encode(load_image(str(path)).data).decode()) == (2048, 41)
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(content)
     with pytest.raises(ImageError):
-        load_picture(str(path))
+        load_image(str(path))
 
 
-def test_too_many_pictures_are_refused() -> None:
+def test_too_many_images_are_refused() -> None:
     with pytest.raises(ImageError, match="at most 8"):
-        load_pictures(["x.png"] * (MAX_PICTURES + 1))
+        load_images(["x.png"] * (MAX_IMAGES + 1))
 
 
 def test_examples_are_drawn_the_same_every_time(tmp_path: Path) -> None:
     first, second = draw_all(tmp_path / "a"), draw_all(tmp_path / "b")
-    assert len(first) == len(PICTURES) == 4
+    assert len(first) == len(EXAMPLES) == 4
     for (one, question), (two, _) in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes() and question.endswith(("?", "."))
         assert len(set(stored(one).convert("L").tobytes())) > 8  # something is on it
@@ -253,9 +255,9 @@ def lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def test_the_log_has_the_contracts_keys(tmp_path: Path, picture: Callable[..., Picture]) -> None:
+def test_the_log_has_the_contracts_keys(tmp_path: Path, upload: Callable[..., UploadedImage]) -> None:
     log = ConversationLog(tmp_path / "logs", chats=True)
-    chat = Chat([said("Wás?\n", "Ein Ding.", (picture(),), model="m", started=5.00004)])
+    chat = Chat([turn_of("Wás?\n", "Ein Ding.", (upload(),), model="m", started=5.00004)])
     log.chat(chat, chat.turns[-1], 7.123456, "10.0.0.1")
     log.vote("upvote", chat, "10.0.0.1")
     first, vote = lines(tmp_path / "logs")
@@ -271,9 +273,9 @@ def test_the_log_has_the_contracts_keys(tmp_path: Path, picture: Callable[..., P
     assert saved.parent.name == date.today().isoformat()
 
 
-def test_without_consent_only_votes_are_written(tmp_path: Path, picture: Callable[..., Picture]) -> None:
+def test_without_consent_only_votes_are_written(tmp_path: Path, upload: Callable[..., UploadedImage]) -> None:
     log = ConversationLog(tmp_path)
-    chat = Chat([said("secret", "x", (picture(),), model="m")])
+    chat = Chat([turn_of("secret", "x", (upload(),), model="m")])
     log.chat(chat, chat.turns[-1], 1.0, "10.0.0.1")
     assert lines(tmp_path) == [] and not (tmp_path / "serve_images").exists()
     log.vote("flag", chat, "10.0.0.1")
@@ -287,7 +289,7 @@ def test_old_records_are_deleted(tmp_path: Path) -> None:
         (tmp_path / f"{day}-conv.json").write_text("{}\n")
         (tmp_path / "serve_images" / day).mkdir(parents=True)
     (tmp_path / "notes-conv.json").write_text("mine")
-    ConversationLog(tmp_path).vote("flag", Chat([said("a", "b")]), "")
+    ConversationLog(tmp_path).vote("flag", Chat([turn_of("a", "b")]), "")
     left = {path.name for path in [*tmp_path.iterdir(), *(tmp_path / "serve_images").iterdir()]}
     assert old not in left and f"{old}-conv.json" not in left
     assert {recent, f"{recent}-conv.json", "notes-conv.json"} <= left
@@ -295,16 +297,16 @@ def test_old_records_are_deleted(tmp_path: Path) -> None:
 
 def test_a_full_disk_does_not_end_a_conversation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    told = ConversationLog(tmp_path / "file").vote("flag", Chat([said("a", "b")]), "")
-    assert "cannot be written" in caplog.text and "cannot record votes" in told
+    told = ConversationLog(tmp_path / "file").vote("flag", Chat([turn_of("a", "b")]), "")
+    assert "Cannot write the conversation log" in caplog.text and "could not be recorded" in told
 
 
-def test_a_saved_picture_has_no_metadata(tmp_path: Path) -> None:
+def test_a_saved_image_has_no_metadata(tmp_path: Path) -> None:
     path = tmp_path / "gps.jpg"
     exif = Image.Exif()
     exif[0x8825] = {1: "N"}
     Image.new("RGB", (8, 8)).save(path, exif=exif)
-    loaded = load_picture(str(path))
+    loaded = load_image(str(path))
     assert b"Exif" in loaded.data and b"Exif" not in as_jpeg(loaded)
 
 

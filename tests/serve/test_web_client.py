@@ -20,7 +20,7 @@ from llava.serve.web.chat import Chat, Turn
 from llava.serve.web.client import USER_AGENT, ServiceClient
 from llava.serve.web.errors import SENTENCES, explain, from_frame, from_response
 from llava.serve.web.models import LIFETIME, ModelCatalog
-from llava.serve.web.moderation import Moderator
+from llava.serve.web.services import Moderator
 from tests.serve.fake_service import FakeService
 
 
@@ -44,7 +44,7 @@ def with_client(service: FakeService | str, work: Callable[[ServiceClient], Awai
 def ask(
     service: FakeService, text: str = "What?", *, stop_when: Callable[[Turn], bool] = lambda _: False, **settings: Any
 ) -> Turn:
-    """One turn, answered; somebody presses Stop as soon as `stop_when` is true."""
+    """Answer one turn, and stop it as soon as `stop_when` returns true."""
     chat = Chat([Turn(text, model="alpha")])
 
     async def work(client: ServiceClient) -> None:
@@ -113,7 +113,7 @@ def test_stop_works_before_the_first_word(service: FakeService) -> None:
 
 
 def test_a_closed_page_breaks_the_stream_off(service: FakeService) -> None:
-    """Gradio closes the generator where it yields; a worker that is silent must not keep it from that."""
+    """Gradio closes a generator only where it yields, so it must also yield while a worker is silent."""
     service.silence = 30
     chat = Chat([Turn("What?", model="alpha")])
 
@@ -208,7 +208,7 @@ def test_a_worker_that_is_gone(service: FakeService, caplog: pytest.LogCaptureFi
         closed.bind(("127.0.0.1", 0))
         service.http["/get_worker_address"] = (200, {"address": f"http://127.0.0.1:{closed.getsockname()[1]}"})
         note = ask(service).note
-    assert note.startswith(SENTENCES[ErrorType.WORKER_UNAVAILABLE]) and "cannot be connected to" in note
+    assert note.startswith(SENTENCES[ErrorType.WORKER_UNAVAILABLE]) and "cannot connect to" in note
     assert "127.0.0.1" not in note and "127.0.0.1" in caplog.text  # where it is, is for the operator
 
 
@@ -224,7 +224,7 @@ def test_a_worker_that_does_not_describe_itself_is_used_all_the_same(
     service.statuses["alpha"] = None
     with caplog.at_level(logging.WARNING):
         assert ask(service).answer == "A red circle."
-    assert "does not describe itself" in caplog.text
+    assert "returned no valid status" in caplog.text
 
 
 def test_redirects_are_not_followed(service: FakeService) -> None:
@@ -263,14 +263,14 @@ def test_odd_errors_are_explained() -> None:
 
 
 def listings(service: FakeService | str, *steps: Callable[[], None], mode: str = "reload") -> list[Any]:
-    """The listing at first and after each step, each asked when the one before has grown old."""
+    """The listing at first and after each step, each requested after the previous one has expired."""
 
     async def work(client: ServiceClient) -> list[Any]:
         catalog = ModelCatalog(client, mode=mode)
         found = [await catalog.listing(refresh=True)]
         for step in steps:
             step()
-            catalog._asked -= LIFETIME
+            catalog._fetched -= LIFETIME
             found.append(await catalog.listing())
         return found
 
@@ -305,8 +305,8 @@ VIEW = {"models": [], "loading": [], "state": "ready", "queue_length": 0, "featu
 @pytest.mark.parametrize(
     ("workers", "words"),
     [
-        (None, "no worker has registered"),
-        ([], "no worker has registered"),
+        (None, "No worker has registered"),
+        ([], "No worker has registered"),
         ([{**VIEW, "state": "loading", "loading": ["vicuna"]}], "still loading vicuna;"),
         ([{**VIEW, "state": "loading", "loading": ["vicuna"], "progress": 45}], "still loading vicuna (45 %);"),
         ([{**VIEW, "state": "failed"}], "none is ready (state: failed)"),
@@ -323,7 +323,7 @@ def test_a_missing_controller_is_said_and_its_address_logged(caplog: pytest.LogC
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         (listing,) = listings(url)
-    assert "the controller cannot be connected to" in listing.reason
+    assert "cannot connect to the controller" in listing.reason
     assert url not in listing.reason and url in caplog.text
 
 
@@ -375,7 +375,7 @@ def test_moderation_refuses_what_is_flagged(monkeypatch: pytest.MonkeyPatch) -> 
     "reply", [httpx.Response(500), httpx.Response(200, text="x"), httpx.Response(200, json={"results": []})]
 )
 def test_moderation_refuses_when_it_cannot_tell(reply: httpx.Response, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "could not be checked" in (refusal(lambda _: reply, "x", monkeypatch) or "")
+    assert "could not check your message" in (refusal(lambda _: reply, "x", monkeypatch) or "")
 
 
 def test_moderation_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from llava.engine.sequence import HashedImage
 from llava.errors import ContextLengthError
 from llava.serve.common.protocol import WorkerStatus
 from llava.serve.worker.heartbeat import HeartBeat
-from llava.serve.worker.local_backend import Loaded, LocalModel, Settings
-from llava.serve.worker.preprocess import Pictures, tokenizer_for
+from llava.serve.worker.local_backend import BackendSettings, LoadedModel, LocalBackend
+from llava.serve.worker.preprocess import ImagePreprocessor, tokenizer_for
 from tests.serve.stubs import (
     INFO,
     MODEL,
@@ -72,11 +72,11 @@ def test_status_has_the_published_keys() -> None:
 
 
 def test_the_controller_knows_how_far_loading_is() -> None:
-    def load(tell: Callable[[float], None]) -> Loaded:
+    def load(tell: Callable[[float], None]) -> LoadedModel:
         for share, percent in ((0.47, 45), (0.9, 90)):
             tell(share)
             until(lambda percent=percent: [view.progress for view in controller.registry.views()] == [percent])
-        return Loaded(StubEngine(), INFO)
+        return LoadedModel(StubEngine(), INFO)
 
     with live_controller() as controller, live_worker(load=load, controller=controller.url):
         until(lambda: controller.registry.models() == [MODEL])
@@ -86,7 +86,7 @@ def test_the_controller_knows_how_far_loading_is() -> None:
 def test_requests_of_several_clients_share_the_batch() -> None:
     engine = StubEngine(batch=4)
     engine.gate.clear()
-    with live_worker(engine, Settings(limit=4)) as worker:
+    with live_worker(engine, BackendSettings(limit=4)) as worker:
         threads = [threading.Thread(target=generate, args=(worker.url, request_body(tokens=3))) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -103,8 +103,8 @@ def test_unknown_keys_are_ignored(key: str) -> None:
         assert generate(worker.url, request_body(tokens=1, **{key: ["x"]})).status_code == 200
 
 
-def test_texts_and_pictures_are_made_ready_outside_the_engine_thread() -> None:
-    """So a large upload holds nobody up, and while it waits it is as small as the tower's input."""
+def test_texts_and_images_are_preprocessed_outside_the_engine_thread() -> None:
+    """A large upload delays no other request, and while it waits only the tower's input is kept."""
     threads: list[str] = []
 
     def pixels(image: Image.Image) -> torch.Tensor:
@@ -117,10 +117,10 @@ def test_texts_and_pictures_are_made_ready_outside_the_engine_thread() -> None:
 
     with live_worker() as worker:
         model = worker.worker.backend
-        assert isinstance(model, LocalModel) and model._loaded is not None
-        model._loaded = model._loaded._replace(tokenize=tokenize, pictures=Pictures(pixels))
+        assert isinstance(model, LocalBackend) and model._loaded is not None
+        model._loaded = model._loaded._replace(tokenize=tokenize, preprocess=ImagePreprocessor(pixels))
         images = [b64(png()), b64(png(3, 3))]
-        for _ in range(2):  # the second turn's pictures are known
+        for _ in range(2):  # the second turn's images are cached
             generate(worker.url, request_body("<image><image>", 1, images=images))
         _, job = worker.engine.history
     assert len(threads) == 2 + 1 + 1
@@ -132,7 +132,7 @@ def test_texts_and_pictures_are_made_ready_outside_the_engine_thread() -> None:
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
-    """Four million letters without a space take a tokenizer of Python minutes."""
+    """A slow tokenizer takes minutes for four million letters without a space."""
     asked: list[str] = []
 
     class Tokenizer:
@@ -147,7 +147,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
 
     tokenize = tokenizer_for(SimpleNamespace(tokenizer=Tokenizer(), model_runner=SimpleNamespace(context_length=10)))
     asked.clear()
-    with pytest.raises(ContextLengthError, match="44 characters, so at least 11 tokens"):
+    with pytest.raises(ContextLengthError, match="44 characters, at least 11 tokens"):
         tokenize("abcd" * 11)
     assert not asked
     tokenize("abcd" * 10)
@@ -155,12 +155,12 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
 
 
 def test_prompts_are_tokenized_as_the_engine_does(engine: Engine) -> None:
-    text = "USER: <image>\nWhat is in the picture? ASSISTANT:"
+    text = "USER: <image>\nWhat is in the image? ASSISTANT:"
     assert tuple(tokenizer_for(engine)(text)) == engine._prepare(Request(text, [torch.zeros(3, 56, 56)])).ids
 
 
 def test_heartbeats_end_though_a_cancellation_is_lost() -> None:
-    """As Python 3.11's `wait_for` loses one that comes together with its result."""
+    """Python 3.11's `wait_for` loses a cancellation that coincides with its result."""
     lost: list[bool] = []
 
     async def report() -> None:

@@ -198,9 +198,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(runs: Sequence[Run]) -> str:
     """The model zoo table and the comparison table."""
-    parts = (
-        ["# Evaluation", markdown_table(*model_zoo(runs))] if any(run.by_column for run in runs) else ["# Evaluation"]
-    )
+    parts = ["# Evaluation"]
+    if any(run.by_column for run in runs):
+        parts.append(markdown_table(*model_zoo(runs)))
     rows = [comparison.cells() for run in runs for comparison in compare(run)]
     parts += ["## Ours and published", markdown_table(FIELDS, rows)]
     note = "`inside`: the score is within the noise band of the published one (docs/Evaluation.md defines the band)."
@@ -211,10 +211,7 @@ def csv_text(runs: Sequence[Run]) -> str:
     """One line per task and run, with unrounded numbers."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*FIELDS, "limit"])
-    for row in (comparison for run in runs for comparison in compare(run)):
-        writer.writerow(
-            [row.run, row.task, row.split, row.questions, row.ours, row.published, row.difference, row.band,
-             row.verdict, row.limit]
-        )  # fmt: skip
+    columns = (*FIELDS, "limit")
+    writer.writerow(columns)
+    writer.writerows([getattr(row, column) for column in columns] for run in runs for row in compare(run))
     return buffer.getvalue()

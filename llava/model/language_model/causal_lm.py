@@ -1,11 +1,11 @@
-"""What every chat model does the same, whatever language model is inside: forward, loss, generation, saving (§8)."""
+"""Mixins shared by all chat models: configuration, forward pass, loss, generation, saving."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,92 +14,103 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import ConfigError
-from llava.model.language_model.packed import Rows
-from llava.model.llava_arch import LlavaMetaForCausalLM, past_length_of
+from llava.model.language_model.packed import PackedBatch
+from llava.model.llava_arch import LlavaMetaForCausalLM, PastKeyValues, past_length_of
 from llava.model.splice import Images
 from llava.model.transfer import upload
+
+if TYPE_CHECKING:  # the mixin precedes a configuration of transformers
+    from transformers import PretrainedConfig as Config
+else:
+    Config = object
 
 
 @dataclass
 class LlavaOutput(CausalLMOutputWithPast):
-    """Adds the attention mask after the splice, which the next step of a cached generation continues (M7)."""
+    """Output with the attention mask after the splice, which cached generation needs for its next step."""
 
     attention_mask: Tensor | None = None
 
 
-class LlavaConfigMixin:
-    """Mixin before the library's configuration: `accepts` names the `model_type`s it reads, its own and its base's."""
+class LlavaConfigMixin(Config):
+    """Mixin of a configuration; `accepts` lists the `model_type`s it reads: its own and its base's."""
 
     model_type: str
     accepts: ClassVar[tuple[str, ...]]
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Read a directory's config; another `model_type` than `accepts` is a `ConfigError`."""
-        library: Any = cls
-        settings, kwargs = library.get_config_dict(name, **kwargs)
+        """Read the config of a directory; raises `ConfigError` for a `model_type` not in `accepts`."""
+        settings, kwargs = cls.get_config_dict(name, **kwargs)
         found = settings.pop("model_type", cls.model_type)
         if found not in cls.accepts:
             raise ConfigError(f"{name} holds a {found!r} model; this class reads {', '.join(cls.accepts)}.")
-        return library.from_dict(settings, **kwargs)
+        return cls.from_dict(settings, **kwargs)
 
 
 class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
-    """Mixin before the library's causal language model; `images` come in any layout of `splice.encode_slots`."""
+    """Mixin of a causal language model of transformers; place it before the library's class."""
 
     base_model_prefix: str
     lm_head: nn.Module
-    runs_packed = False  # whether the core takes `rows`, the real tokens of a batch laid end to end
-    hf_device_map: dict[str, str]  # set when spread over devices, absent otherwise: libraries ask whether it is there
+    supports_packing = False  # whether the core takes a `PackedBatch`
+    hf_device_map: dict[str, str]  # present only if the model is split over devices, as libraries expect
 
     def loss_function(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of float logits `(S, V)` at the supervised positions; training replaces it by name (`--loss`)."""
         return mean_loss(logits, targets)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LlavaForCausalLMMixin:
-        """What `.to`, `.cpu` and their like go through: a model on several devices stays where it is (MGPU-3)."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LlavaForCausalLMMixin:
+        """Refuse `.to`, `.cpu`, `.half` and the like on a model that is split over devices."""
         if getattr(self, "hf_device_map", None):
             raise ConfigError(
-                f"This model is spread over {', '.join(sorted(set(self.hf_device_map.values())))} and cannot be moved "
+                f"This model is split over {', '.join(sorted(set(self.hf_device_map.values())))} and cannot be moved "
                 "or cast; load it again with another device, dtype or device map."
             )
-        library: Any = super()
-        moved: LlavaForCausalLMMixin = library._apply(fn, recurse)
-        return moved
+        return cast("LlavaForCausalLMMixin", super()._apply(fn, recurse))
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: PastKeyValues = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         images: Images | None = None,
+        image_sizes: object = None,
         return_dict: bool | None = None,
+        modalities: object = None,
         padding_side: str = "right",
         cache_position: Tensor | None = None,
-    ) -> LlavaOutput | tuple[Any, ...]:
-        """Splice, run the core, and project to the vocabulary (§8.2).
+    ) -> LlavaOutput | tuple[object, ...]:
+        """Splice image features, run the core, and compute logits and loss.
 
-        `input_ids`, `labels`, `attention_mask`: `(B, T)`, -200 at images, -100 at unsupervised labels. The loss is the
-        mean float32 cross-entropy of the next token, 0 when nothing is supervised. In training mode with labels only
-        the supervised positions are projected and `logits` is `None`; otherwise logits are `(B, T', V)` over the
-        expanded length T'. `cache_position` of newer libraries is accepted and not needed.
+        Args:
+            input_ids: `(B, T)`, with -200 at images.
+            attention_mask: `(B, T)`.
+            labels: `(B, T)`, with -100 at unsupervised positions.
+            images: in any layout of `splice.encode_slots`.
+            image_sizes, modalities, cache_position: accepted for compatibility and ignored.
+
+        Returns:
+            `logits` `(B, T', V)` over the spliced length T', and with `labels` the mean float32 cross-entropy of the
+            next token (0 without supervised positions). In training mode with `labels`, only supervised positions are
+            projected and `logits` is `None`.
         """
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("input_ids or inputs_embeds must be given.")
-            asks_more = use_cache or output_attentions or output_hidden_states or return_dict is False
-            given = past_key_values is not None or position_ids is not None
-            if self.runs_packed and self.training and labels is not None and not (asks_more or given):
+            extra = use_cache or output_attentions or output_hidden_states or return_dict is False
+            continued = past_key_values is not None or position_ids is not None
+            if self.supports_packing and self.training and labels is not None and not (extra or continued):
                 return LlavaOutput(loss=self._packed_loss(input_ids, attention_mask, labels, images))
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, padding_side
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, padding_side=padding_side
                 )
             )
         outputs = self.get_model()(
@@ -129,48 +140,46 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         )
         if return_dict is False:
             result.attention_mask = None
-            values: tuple[Any, ...] = result.to_tuple()
-            return values
+            return cast("tuple[object, ...]", result.to_tuple())
         return result
 
     def _packed_loss(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, images: Images | None
     ) -> Tensor:
-        """The training loss, computed over the real tokens of the batch alone."""
+        """Training loss over the real tokens of the batch."""
         embeds, lengths, packed_labels = self.pack_inputs_and_labels(input_ids, attention_mask, labels, images)
-        hidden = self.get_model()(inputs_embeds=embeds, rows=Rows(lengths, embeds.device))  # (N, D)
+        hidden = self.get_model()(inputs_embeds=embeds, batch=PackedBatch(lengths, embeds.device))  # (N, D)
         targets = F.pad(packed_labels[1:], (0, 1), value=IGNORE_INDEX)  # (N,), on the host
-        targets[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX  # a row's last token does not predict the next row
+        targets[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX  # the next token belongs to another sequence
         supervised = (targets != IGNORE_INDEX).nonzero().flatten()
         supervised, targets = upload([supervised, targets[supervised]], hidden.device)
         return self.loss_function(self.lm_head(hidden.index_select(0, supervised)), targets)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The library's inputs plus `images`; rows are padded left, whatever side the prompts came padded on."""
-        images = kwargs.pop("images", None)
-        library: Any = super()
-        inputs: dict[str, Any] = library.prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: PastKeyValues = None,
+        inputs_embeds: Tensor | None = None,
+        images: Images | None = None,
+        **kwargs: object,
+    ) -> dict[str, object]:
+        """The inputs of transformers plus `images`; the spliced batch is padded left."""
+        inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
-        if images is not None:
-            inputs.update(images=images, padding_side="left")
-        return inputs
+        return {**inputs, "images": images, "padding_side": "left"} if images is not None else dict(inputs)
 
     def _update_model_kwargs_for_generation(
-        self, outputs: LlavaOutput, model_kwargs: dict[str, Any], **kwargs: Any
-    ) -> dict[str, Any]:
+        self, outputs: LlavaOutput, model_kwargs: dict[str, object], **kwargs: object
+    ) -> dict[str, object]:
         if outputs.attention_mask is not None and past_length_of(outputs.past_key_values):
             model_kwargs["attention_mask"] = outputs.attention_mask.long()
-        library: Any = super()
-        updated: dict[str, Any] = library._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
-        return updated
+        return dict(super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs))
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: object
     ) -> None:
-        """Save in the published layout: a loaded tower is saved whole, with the layers no feature needs (§11.3)."""
+        """Save in the published layout; a loaded tower is saved with the layers that no feature needs."""
         tower = self.get_vision_tower()
         if tower is not None and tower.is_loaded and kwargs.get("is_main_process", True):
             state_dict = dict(self.state_dict() if state_dict is None else state_dict)
@@ -178,8 +187,7 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
             rest = {prefix + name: tensor for name, tensor in tower.unused_tensors().items()}
             if any(name.startswith(prefix) for name in state_dict):
                 state_dict.update(rest)
-        library: Any = super()
-        library.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -194,9 +202,9 @@ def supervised_loss(
     logits: Tensor | None = None,
     loss_function: Callable[[Tensor, Tensor], Tensor] = mean_loss,
 ) -> Tensor:
-    """Mean next-token cross-entropy in float32 over labels that are not -100 (0 when there are none, T12).
+    """Mean next-token cross-entropy in float32 over labels other than -100; 0 without any.
 
-    `hidden` `(B, T, D)`, `labels` `(B, T)`. Without `logits` only supervised positions are projected.
+    `hidden` is `(B, T, D)`, `labels` `(B, T)`. Without `logits`, only supervised positions are projected.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(hidden.device)  # (B * T,)
     supervised = (targets != IGNORE_INDEX).nonzero().flatten()  # the only synchronisation of this loss on CUDA

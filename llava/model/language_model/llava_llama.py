@@ -1,23 +1,23 @@
-"""LLaMA (Vicuna) with images: configuration, core and causal language model (spec/model.md §7, §8)."""
+"""LLaMA (Vicuna) with images: configuration, core and causal language model."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llava.model.language_model import packed
 from llava.model.language_model.causal_lm import LlavaConfigMixin, LlavaForCausalLMMixin
+from llava.model.language_model.packed import LlamaModel
 from llava.model.llava_arch import LlavaMetaModel
 from llava.model.registry import LanguageModelSpec
 
 
 class LlavaConfig(LlavaConfigMixin, LlamaConfig):
-    """`LlamaConfig` with the `mm_*` keys of §7, and three of ours, written by training and read at loading:
+    """`LlamaConfig` with the `mm_*` keys of LLaVA, and three keys that training writes and loading reads:
 
-    `conv_template` (the template the checkpoint was trained with), `mm_vision_image_size` (pixels, when not the
-    tower's default) and `mm_vision_tower_config` (the tower's own settings).
+    `conv_template` (the conversation template of the training), `mm_vision_image_size` (pixels, if not the tower's
+    default) and `mm_vision_tower_config` (the tower's own settings).
     """
 
     model_type = "llava_llama"
@@ -25,27 +25,16 @@ class LlavaConfig(LlavaConfigMixin, LlamaConfig):
 
 
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
-    """The core: LLaMA, and under `vision_tower` and `mm_projector` what images need."""
+    """LLaMA core with `vision_tower` and `mm_projector`."""
 
     config_class = LlavaConfig
-
-    def __init__(self, config: LlavaConfig) -> None:
-        LlamaModel.__init__(self, config)
-        packed.install(self)
-        self.init_vision(config)
-
-    def forward(self, *args: Any, rows: packed.Rows | None = None, **kwargs: Any) -> Any:
-        """As the library's; with `rows`, over `inputs_embeds` `(N, D)` without padding: hidden states `(N, D)`."""
-        if rows is None:
-            return super().forward(*args, **kwargs)
-        return packed.run(self, kwargs["inputs_embeds"], rows)
 
 
 class LlavaLlamaForCausalLM(LlavaForCausalLMMixin, LlamaForCausalLM):
-    """The chat model. `images` are accepted in every layout of `llava.model.splice.encode_slots`."""
+    """Chat model on LLaMA."""
 
     config_class = LlavaConfig
-    runs_packed = True
+    supports_packing = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq", r"model\.vision_tower\."]
     _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "InternVisionEncoderLayer", "CLIPEncoderLayer"]
 
@@ -54,7 +43,7 @@ class LlavaLlamaForCausalLM(LlavaForCausalLMMixin, LlamaForCausalLM):
         self.model = LlavaLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        LlamaForCausalLM.post_init(self)
+        self.post_init()
 
     def get_model(self) -> LlavaLlamaModel:
         return self.model

@@ -1,41 +1,51 @@
-"""LLaMA over the real tokens of a batch, without padding, for training.
+"""LLaMA decoder that also runs over packed sequences, without padding, for training.
 
-The rows of a batch are laid end to end, `(N, D)`; norms, projections and the MLP run over all of them at once, and only
-attention sees rows. Same function as the library's layers over a padded batch, which stay in charge of everything else
-(generation, evaluation): a layer takes this way when it is handed `Rows` in place of a mask.
+The sequences of a batch are concatenated to `(N, D)`. Norms, projections and the MLP run over all N tokens at once;
+only attention distinguishes sequences. Padded batches (generation, evaluation) take the forward of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from llava.model.transfer import upload
 from llava.utils import require
 
-TOLERATED = 0.8  # rows share an attention call when the shortest has at least this share of the longest's tokens
+MIN_FILL = 0.8  # sequences share an attention call if the shortest has at least this fraction of the longest's tokens
+
+
+class Context(Protocol):
+    """The context of a `torch.autograd.Function`."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of similar length, padded to one for attention alone: `count` rows of `length` tokens."""
+class PaddedGroup:
+    """`count` sequences of similar length, padded to `length` tokens for attention."""
 
     count: int
     length: int
 
 
-class Rows:
-    """How N tokens divide into rows: `lengths` in order, and for attention the groups of rows of similar length.
+class PackedBatch:
+    """Sequences of `lengths` tokens, concatenated to N tokens, and their padded groups for attention.
 
-    `to_groups` (M,) picks the M >= N tokens of all groups, one after the other, repeating a row's last token as its
-    padding; `from_groups` (N,) finds the real ones among them again. Padding stands behind a row and attention is
-    causal, so no real token sees it.
+    `cu_seqlens` `(sequences + 1,)` int32 are the boundaries. `pad_index` `(M,)` maps the M >= N tokens of all groups to
+    packed tokens (padding repeats the last token of its sequence), `unpad_index` `(N,)` maps packed tokens to theirs.
+    Padding follows its sequence and attention is causal, so no real token attends to it.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -43,40 +53,39 @@ class Rows:
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
-        order = sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row])
-        self.groups: list[Group] = []
-        taken: list[Tensor] = []
-        places = torch.empty(starts[-1], dtype=torch.long)
+        order = sorted(range(len(self.lengths)), key=lambda index: -self.lengths[index])
+        self.groups: list[PaddedGroup] = []
+        padded: list[Tensor] = []
+        unpad_index = torch.empty(starts[-1], dtype=torch.long)
         offset = 0
         while order:
             longest = self.lengths[order[0]]
-            members = [row for row in order if self.lengths[row] >= TOLERATED * longest]
+            members = [index for index in order if self.lengths[index] >= MIN_FILL * longest]
             order = order[len(members) :]
-            for row in members:
-                length = self.lengths[row]
-                taken.append(torch.arange(longest).clamp(max=max(0, length - 1)) + starts[row])
-                places[starts[row] : starts[row] + length] = torch.arange(offset, offset + length)
+            for index in members:
+                length = self.lengths[index]
+                padded.append(torch.arange(longest).clamp(max=max(0, length - 1)) + starts[index])
+                unpad_index[starts[index] : starts[index] + length] = torch.arange(offset, offset + length)
                 offset += longest
-            self.groups.append(Group(len(members), longest))
+            self.groups.append(PaddedGroup(len(members), longest))
         positions = torch.cat([torch.arange(length) for length in self.lengths])  # (N,)
-        borders = torch.tensor(starts, dtype=torch.int32)  # (rows + 1,)
-        self.starts, self.to_groups, self.from_groups, self.positions = upload(
-            [borders, torch.cat(taken), places, positions], device
+        self.cu_seqlens, self.pad_index, self.unpad_index, self.positions = upload(
+            [torch.tensor(starts, dtype=torch.int32), torch.cat(padded), unpad_index, positions], device
         )
         self.padded = starts[-1] != offset or len(self.groups) > 1
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def mask(self, length: int, dtype: torch.dtype) -> Tensor:
-        """0 where a query may look and the dtype's lowest number elsewhere, `(length, length)`; made once."""
+        """Causal mask `(length, length)`: 0, and the smallest value of `dtype` at later positions; cached."""
         key = (length, dtype)
         if key not in self._masks:
-            blocked = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=self.starts.device)
+            blocked = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=self.cu_seqlens.device)
             self._masks[key] = blocked.triu(1)
         return self._masks[key]
 
-    def rotary(self, embedding: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each token, `(N, 1, head_dim / 2)` in the dtype of `like`; equal in all layers."""
+    def rotary(self, embedding: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each token, `(N, 1, head_dim / 2)` in the dtype of `like`; the same for all layers."""
         if self._rotary is None or self._rotary[0].dtype != like.dtype:
             cos, sin = embedding(like, seq_len=max(self.lengths))
             half = cos.shape[-1] // 2
@@ -85,15 +94,15 @@ class Rows:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary position embedding of `x` (N, heads, head_dim) (Su et al., arXiv:2104.09864), halves convention."""
+    """Rotary position embedding of `x` `(N, heads, head_dim)` (Su et al., arXiv:2104.09864), halves convention."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return rotate(grads[0], cos, -sin), None, None
 
@@ -108,20 +117,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Normalize(torch.autograd.Function):
-    """`weight * cast(x / rms(x))`, then cast to `dtype`; float32 inside. Keeps the input and one number a token."""
+    """`weight * cast(x / rms(x))`, then cast to `dtype`; float32 inside. Saves the input and one number per token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         x32 = x.float()
         scale = torch.rsqrt(torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, weight, scale)
         normalized = (x32 * scale).to(x.dtype)
-        return (
-            (weight * normalized).to(dtype) if normalized.dtype != weight.dtype else normalized.mul_(weight).to(dtype)
-        )
+        if normalized.dtype != weight.dtype:
+            return (weight * normalized).to(dtype)
+        return normalized.mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         normalized = x.float() * scale
         grad = grads[0].float()
@@ -133,131 +142,143 @@ class _Normalize(torch.autograd.Function):
 
 
 class RMSNorm(modeling_llama.LlamaRMSNorm):
-    """The library's norm with a short backward pass; under autocast its result has the dtype that is asked for next."""
+    """RMSNorm with a backward pass that saves less; under autocast it returns the autocast dtype."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not self.training:  # without gradients too: a checkpointed layer must compute the same twice
-            plain: Tensor = super().forward(hidden_states)
-            return plain
+        if not self.training:  # not by grad mode: a checkpointed layer must compute the same in both passes
+            return cast("Tensor", super().forward(hidden_states))
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-        out: Tensor = _Normalize.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
-        return out
+        return cast("Tensor", _Normalize.apply(hidden_states, self.weight, self.variance_epsilon, dtype))
 
 
 class _Gated(torch.autograd.Function):
-    """`silu(gate) * up` (Shazeer, arXiv:2002.05202), any shape; keeps the two, and computes the activation twice."""
+    """`silu(gate) * up` (Shazeer, arXiv:2002.05202), any shape; saves both and recomputes the activation."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
 
 
 class LlamaMLP(modeling_llama.LlamaMLP):
-    """The library's MLP, which in training keeps less for the backward pass."""
+    """MLP with a backward pass that saves less."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            plain: Tensor = super().forward(x)
-            return plain
+            return cast("Tensor", super().forward(x))
         gate, up = self.gate_proj(x), self.up_proj(x)
         gated = isinstance(self.act_fn, nn.SiLU) and gate.dtype == up.dtype
-        out: Tensor = self.down_proj(_Gated.apply(gate, up) if gated else self.act_fn(gate) * up)
-        return out
+        return cast("Tensor", self.down_proj(_Gated.apply(gate, up) if gated else self.act_fn(gate) * up))
 
 
 class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
-    """The library's layer, under its name (device maps and FSDP go by it), that also runs over `Rows`."""
+    """Decoder layer over a padded or a packed batch; named as in transformers, for device maps and FSDP."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        if not isinstance(attention_mask, Rows):
-            outputs: tuple[Any, ...] = super().forward(hidden_states, attention_mask, *args, **kwargs)
-            return outputs
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        nn.Module.__init__(self)
+        self.hidden_size = config.hidden_size
+        attention = modeling_llama.LLAMA_ATTENTION_CLASSES[config._attn_implementation]
+        self.self_attn = attention(config=config, layer_idx=layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | PackedBatch | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        if not isinstance(attention_mask, PackedBatch):
+            return cast("tuple[Tensor, ...]", super().forward(hidden_states, attention_mask, *args, **kwargs))
         hidden = hidden_states + self.attention(self.input_layernorm(hidden_states), attention_mask)
         return (hidden + self.mlp(self.post_attention_layernorm(hidden)),)
 
-    def attention(self, x: Tensor, rows: Rows) -> Tensor:
-        """Causal self-attention within rows: `(N, D)` to `(N, D)`."""
+    def attention(self, x: Tensor, batch: PackedBatch) -> Tensor:
+        """Causal self-attention within sequences: `(N, D)` to `(N, D)`."""
         block = self.self_attn
-        q = block.q_proj(x).view(len(x), block.num_heads, block.head_dim)
-        k = block.k_proj(x).view(len(x), block.num_key_value_heads, block.head_dim)
-        v = block.v_proj(x).view(len(x), block.num_key_value_heads, block.head_dim)
-        cos, sin = rows.rotary(block.rotary_emb, v)
+        q, k, v = (
+            rearrange(projection(x), "n (h d) -> n h d", d=block.head_dim)
+            for projection in (block.q_proj, block.k_proj, block.v_proj)
+        )
+        cos, sin = batch.rotary(block.rotary_emb, v)
         q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
-        out = attend(q, k, v, rows, type(block), block.attention_dropout if self.training else 0.0)
-        projected: Tensor = block.o_proj(out.reshape(len(x), -1))
-        return projected
+        out = attend(q, k, v, batch, type(block), block.attention_dropout if self.training else 0.0)
+        return cast("Tensor", block.o_proj(rearrange(out, "n h d -> n (h d)")))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, kind: type[nn.Module], dropout: float = 0.0) -> Tensor:
-    """Attention of each token to its row's tokens up to itself.
+class LlamaModel(modeling_llama.LlamaModel):
+    """LLaMA core of the layers above."""
 
-    `q` `(N, heads, head_dim)`, `k` and `v` `(N, key heads, head_dim)`; the result has the shape of `q`. `kind` is the
-    library's attention class, which says how: materialised, `scaled_dot_product_attention`, or FlashAttention.
+    def __init__(self, config: LlamaConfig) -> None:
+        super(modeling_llama.LlamaModel, self).__init__(config)
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self._use_sdpa = config._attn_implementation == "sdpa"
+        self._use_flash_attention_2 = config._attn_implementation == "flash_attention_2"
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, *args: Any, batch: PackedBatch | None = None, **kwargs: Any) -> Any:
+        """As in transformers; with `batch`, run over `inputs_embeds` `(N, D)` and return hidden states `(N, D)`."""
+        if batch is None:
+            return super().forward(*args, **kwargs)
+        hidden = kwargs["inputs_embeds"]
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                hidden = self._gradient_checkpointing_func(layer.__call__, hidden, batch)[0]
+            else:
+                hidden = layer(hidden, batch)[0]
+        return self.norm(hidden)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, kind: type[nn.Module], dropout: float = 0.0) -> Tensor:
+    """Causal attention within the sequences of a packed batch.
+
+    `q` `(N, heads, head_dim)`, `k` and `v` `(N, key_value_heads, head_dim)`; returns the shape of `q`. `kind` is the
+    attention class of transformers, which selects FlashAttention, `scaled_dot_product_attention` or eager attention.
     """
     if issubclass(kind, modeling_llama.LlamaFlashAttention2):
-        longest = max(rows.lengths)
+        longest, cu_seqlens = max(batch.lengths), batch.cu_seqlens
         flash: Tensor = require("flash_attn", "flash").flash_attn_varlen_func(
-            q, k, v, rows.starts, rows.starts, longest, longest, dropout_p=dropout, causal=True
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, dropout_p=dropout, causal=True
         )
         return flash
-    core = _sdpa if issubclass(kind, modeling_llama.LlamaSdpaAttention) else _materialised
-    if rows.padded:
-        q, k, v = (part.index_select(0, rows.to_groups) for part in (q, k, v))
-    done, start = [], 0
-    for group in rows.groups:
+    core = _sdpa if issubclass(kind, modeling_llama.LlamaSdpaAttention) else _eager
+    if batch.padded:
+        q, k, v = (part.index_select(0, batch.pad_index) for part in (q, k, v))
+    outputs, start = [], 0
+    for group in batch.groups:
         end = start + group.count * group.length
-        queries, keys, values = (
-            part[start:end].view(group.count, group.length, *part.shape[1:]).transpose(1, 2) for part in (q, k, v)
-        )
-        done.append(core(queries, keys, values, rows, dropout).transpose(1, 2).flatten(0, 1))
+        query, key, value = (rearrange(part[start:end], "(b t) h d -> b h t d", t=group.length) for part in (q, k, v))
+        outputs.append(rearrange(core(query, key, value, batch, dropout), "b h t d -> (b t) h d"))
         start = end
-    out = torch.cat(done) if len(done) > 1 else done[0]
-    return out.index_select(0, rows.from_groups) if rows.padded else out
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return out.index_select(0, batch.unpad_index) if batch.padded else out
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: Rows, dropout: float) -> Tensor:
-    """`q` `(B, heads, T, head_dim)`, `k` and `v` with as many or fewer heads; the result has the shape of `q`."""
-    share = q.shape[1] // k.shape[1]
-    if share > 1:
-        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, dropout: float) -> Tensor:
+    """`q` `(B, heads, T, head_dim)`, `k` and `v` `(B, key_value_heads, T, head_dim)`; returns the shape of `q`."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (repeat(part, "b h t d -> b (h g) t d", g=groups) for part in (k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def _materialised(q: Tensor, k: Tensor, v: Tensor, rows: Rows, dropout: float) -> Tensor:
-    """As `_sdpa`, with the weights of attention in memory: faster for short rows on a CPU."""
-    batch, heads, length, width = q.shape
-    keys = k.shape[1]
-    q = q.reshape(batch * keys, heads // keys * length, width)
-    mask = rows.mask(length, q.dtype).repeat(heads // keys, 1)
-    scores = torch.baddbmm(mask, q, k.reshape(batch * keys, length, width).transpose(1, 2), alpha=width**-0.5)
+def _eager(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, dropout: float) -> Tensor:
+    """As `_sdpa`, with the attention weights in memory; faster for short sequences on a CPU."""
+    count, heads, length, width = q.shape
+    groups = heads // k.shape[1]
+    q = rearrange(q, "b (h g) t d -> (b h) (g t) d", g=groups)
+    k, v = (rearrange(part, "b h t d -> (b h) t d") for part in (k, v))
+    mask = batch.mask(length, q.dtype).repeat(groups, 1)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=width**-0.5)
     weights = torch.softmax(scores, dim=-1)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return torch.bmm(weights.to(v.dtype), v.reshape(batch * keys, length, width)).view(batch, heads, length, width)
-
-
-def run(model: Any, embeds: Tensor, rows: Rows) -> Tensor:
-    """The core over `embeds` `(N, D)`: final hidden states `(N, D)`, with gradient checkpointing when it is on."""
-    hidden = embeds
-    for layer in model.layers:
-        if model.gradient_checkpointing and model.training:
-            hidden = model._gradient_checkpointing_func(layer.__call__, hidden, rows)[0]
-        else:
-            hidden = layer(hidden, rows)[0]
-    normed: Tensor = model.norm(hidden)
-    return normed
-
-
-def install(model: Any) -> None:
-    """Give the layers and norms of a freshly made core the classes of this module; weights are untouched."""
-    for layer in model.layers:
-        layer.__class__, layer.mlp.__class__ = LlamaDecoderLayer, LlamaMLP
-        layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = RMSNorm
-    model.norm.__class__ = RMSNorm
+    return rearrange(torch.bmm(weights.to(v.dtype), v), "(b h) (g t) d -> b (h g) t d", b=count, g=groups)

@@ -1,26 +1,42 @@
-"""CLIP and EVA-CLIP in the tower registry; both call themselves `clip`, so their settings tell them apart."""
+"""CLIP and EVA-CLIP vision transformers; both have `model_type` `clip`, and their settings tell them apart."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
 from llava.errors import CheckpointError, ConfigError
+from llava.model.multimodal_encoder.tower import TowerArguments, VisionTower
 from llava.model.registry import TowerSpec
+
+EVA_SETTINGS = ("q_bias", "k_bias", "v_bias", "post_layernorm")
+
+
+class CLIPVisionTower(VisionTower):
+    """`VisionTower` with the published signature; it loads its weights at once unless `delay_load` is set."""
+
+    def __init__(self, vision_tower: str, args: TowerArguments, delay_load: bool = False) -> None:
+        super().__init__(vision_tower, args)
+        if not delay_load:
+            self.load_model()
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs: a bias in the patch convolution, a norm before the first layer, which projections have a bias,
-    and whether a layer's norms come after its sub-blocks (before the residual sum) instead of before them."""
+    """Differences between the CLIP family's layers; the defaults are OpenAI's CLIP.
+
+    `patch_bias` is of the patch convolution, `pre_norm` a norm before the first layer, and with `norm_after` the norms
+    of a layer follow its sub-blocks (before the residual sum).
+    """
 
     patch_bias: bool = False
     pre_norm: bool = True
@@ -31,7 +47,9 @@ class Variant:
 
 
 class ClipEmbeddings(nn.Module):
-    def __init__(self, config: Any, variant: Variant) -> None:
+    """Class token, patches and positions: `(B, 3, S, S)` to `(B, 1 + N, C)`."""
+
+    def __init__(self, config: CLIPVisionConfig, variant: Variant) -> None:
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.randn(width))
@@ -39,7 +57,7 @@ class ClipEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, C)
+        patches = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")
         cls = self.class_embedding.expand(patches.shape[0], 1, -1)
         if patches.shape[1] + 1 != self.position_embedding.num_embeddings:
             raise ValueError(
@@ -50,7 +68,7 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipAttention(nn.Module):
-    def __init__(self, config: Any, variant: Variant) -> None:
+    def __init__(self, config: CLIPVisionConfig, variant: Variant) -> None:
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
@@ -61,30 +79,29 @@ class ClipAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        shape = (batch, tokens, self.num_heads, width // self.num_heads)
-        q, k, v = (proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            rearrange(projection(x), "b n (h d) -> b h n d", h=self.num_heads)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return projected
+        return cast("Tensor", self.out_proj(rearrange(out, "b h n d -> b n (h d)")))
 
 
 class ClipMLP(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         self.act = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+        return cast("Tensor", self.fc2(self.act(self.fc1(x))))
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Named as the library's, so that placement over several devices keeps it whole."""
+    """Encoder layer, named as in transformers for device maps and FSDP."""
 
-    def __init__(self, config: Any, variant: Variant) -> None:
+    def __init__(self, config: CLIPVisionConfig, variant: Variant) -> None:
         super().__init__()
         self.self_attn = ClipAttention(config, variant)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -95,15 +112,13 @@ class CLIPEncoderLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm_after:
             x = x + self.layer_norm1(self.self_attn(x))
-            out: Tensor = x + self.layer_norm2(self.mlp(x))
-        else:
-            x = x + self.self_attn(self.layer_norm1(x))
-            out = x + self.mlp(self.layer_norm2(x))
-        return out
+            return x + cast("Tensor", self.layer_norm2(self.mlp(x)))
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + cast("Tensor", self.mlp(self.layer_norm2(x)))
 
 
 class ClipEncoder(nn.Module):
-    def __init__(self, config: Any, variant: Variant) -> None:
+    def __init__(self, config: CLIPVisionConfig, variant: Variant) -> None:
         super().__init__()
         self.layers = nn.ModuleList(CLIPEncoderLayer(config, variant) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
@@ -116,7 +131,7 @@ class ClipEncoder(nn.Module):
 
 
 class ClipVisionTransformer(nn.Module):
-    def __init__(self, config: Any, variant: Variant) -> None:
+    def __init__(self, config: CLIPVisionConfig, variant: Variant) -> None:
         super().__init__()
         self.embeddings = ClipEmbeddings(config, variant)
         if variant.pre_norm:
@@ -125,14 +140,15 @@ class ClipVisionTransformer(nn.Module):
 
 
 class ClipVisionModel(nn.Module):
-    """`(B, 3, S, S)` pixels to `last_hidden_state` `(B, 1 + N, C)`, the last layer's output without a final norm."""
+    """CLIP vision model without the final norm: `(B, 3, S, S)` to `last_hidden_state` `(B, 1 + N, C)`."""
 
-    def __init__(self, config: Any, variant: Variant) -> None:
+    def __init__(self, config: CLIPVisionConfig, variant: Variant) -> None:
         super().__init__()
         self.config = config
         self.vision_model = ClipVisionTransformer(config, variant)
 
-    def forward(self, pixel_values: Tensor) -> BaseModelOutput:
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> BaseModelOutput:
+        """Encode pixels; `output_hidden_states` is accepted for compatibility and ignored."""
         model = self.vision_model
         x = model.embeddings(pixel_values)
         if hasattr(model, "pre_layrnorm"):
@@ -140,14 +156,8 @@ class ClipVisionModel(nn.Module):
         return BaseModelOutput(last_hidden_state=model.encoder(x))
 
 
-# --- CLIP and EVA-CLIP in the tower registry --------------------------------------------------------------------------
-
-
-EVA_SETTINGS = ("q_bias", "k_bias", "v_bias", "post_layernorm")
-
-
 def is_eva(settings: dict[str, Any]) -> bool:
-    """Whether a `clip` configuration is EVA-CLIP's: it has switches that CLIP's lacks (§4)."""
+    """Whether a `clip` configuration is EVA-CLIP's, which has settings that CLIP's has not."""
     return any(key in settings for key in EVA_SETTINGS)
 
 
@@ -167,9 +177,9 @@ def _build(config: CLIPVisionConfig, depth: int) -> ClipVisionModel:
 
 
 def _processor(directory: Path | None, size: int | None) -> CLIPImageProcessor:
-    """The tower's own `preprocessor_config.json`; CLIP has one resolution, so another `size` is refused."""
+    """The tower's `preprocessor_config.json`; CLIP has one resolution, so another `size` raises `ConfigError`."""
     if directory is None or not (directory / "preprocessor_config.json").is_file():
-        raise CheckpointError(f"The CLIP tower {directory} lacks preprocessor_config.json; download it again.")
+        raise CheckpointError(f"The CLIP tower {directory} has no preprocessor_config.json; download it again.")
     processor = CLIPImageProcessor.from_pretrained(directory)
     if size is not None and processor.crop_size["height"] != size:
         raise ConfigError(f"{directory} works at {processor.crop_size['height']} px only, not at {size} px.")

@@ -1,52 +1,129 @@
-"""Flags that every serving program has: where to listen, the shared token, how long a stop may take, the log."""
+"""Command-line settings shared by the servers, as dataclasses. Imports no optional package."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
-import socket
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from llava.serve.common.middleware import Keys, Limits
-from llava.serve.common.protocol import TOKEN_VARIABLE
-from llava.serve.common.security import ApiKeys, bind_host, cluster_token
-from llava.serve.common.server import bind_socket
-from llava.utils import build_logger
+from llava.errors import ConfigError
+from llava.utils import require
+
+if TYPE_CHECKING:
+    from typing import Self
+
+T = TypeVar("T")
+TOKEN_VARIABLE: Final = "LLAVA_TOKEN"  # shared by controller, workers and web page; sent as `Authorization: Bearer`
+API_KEYS_VARIABLE: Final = "LLAVA_API_KEYS"
+LOGINS_VARIABLE: Final = "LLAVA_WEB_LOGINS"
+CONTROLLER_URL: Final = "http://localhost:21001"
+
+
+class DispatchMethod(Enum):
+    """Selection of a worker among those that serve a model."""
+
+    LOTTERY = "lottery"  # at random, weighted by speed
+    SHORTEST_QUEUE = "shortest_queue"
+
+    @classmethod
+    def from_str(cls, name: str) -> DispatchMethod:
+        """The method called `name`; `ValueError` for an unknown one."""
+        return cls(name)
+
+
+def require_server() -> None:
+    """Import the packages of the servers; raises `DependencyError`, naming the extra to install."""
+    for package in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
+        require(package, "serve")
 
 
 def positive(text: str) -> float:
-    """The type of a flag that is a number greater than 0."""
+    """Argument type: a finite number greater than 0."""
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number greater than 0")
+        raise argparse.ArgumentTypeError(f"expected a number greater than 0, got {text}")
     return value
 
 
-def add_listen_flags(parser: argparse.ArgumentParser, port: int) -> None:
-    add = parser.add_argument
-    add("--host", default="localhost", help="address to listen on; beyond this machine only with a token or --insecure")
-    add("--port", type=int, default=port, help="0 takes any free one (default %(default)s)")
-    add("--token-file", type=Path, help=f"file with the token shared by all parts (default: {TOKEN_VARIABLE})")
-    add("--insecure", action="store_true", help="listen on --host even without a token")
-    add("--max-body-mb", type=positive, default=32, help="largest request body (default %(default)s)")
-    add("--grace-seconds", type=float, default=30, help="time for running answers when stopped (default %(default)s)")
-    add("--log-file", help="also write the log to this file in LOGDIR, rolled over daily")
+def flag(default: T, text: str, *aliases: str, **options: object) -> T:
+    """Field of a `CliArgs` class: its default, help text, further flag names, and options of `add_argument`."""
+    return field(default=default, metadata={"help": text, "aliases": aliases, **options})
 
 
-def open_socket(args: argparse.Namespace) -> tuple[socket.socket, str | None]:
-    """The bound socket, and the token if there is one. Sets up the log, too."""
-    build_logger("llava.serve", args.log_file)
-    for chatty in ("httpx", "httpcore"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    token = cluster_token(args.token_file)
-    host = bind_host(args.host, protected=token is not None, insecure=args.insecure)
-    return bind_socket(host, args.port), token
+def port_flag(default: int) -> int:
+    return flag(default, "port to bind, 0 for any free one (default %(default)s)")
 
 
-def keys_of(token: str | None, api_keys: list[str] | None = None) -> Keys:
-    return Keys(ApiKeys([token] if token else []), ApiKeys(api_keys or []))
+@dataclass(frozen=True)
+class CliArgs:
+    """Base of the settings of a program; each field is a flag, defined by `flag`."""
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the flags of all fields. A False default makes a switch; other defaults determine the type."""
+        for item in fields(cls):
+            options = dict(item.metadata)
+            names = (f"--{item.name.replace('_', '-')}", *options.pop("aliases"))
+            if item.default is False:
+                options["action"] = "store_true"
+            elif item.default is not None:
+                options = {"type": type(item.default), **options}
+            parser.add_argument(*names, dest=item.name, default=item.default, **options)
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Self:
+        """Settings from the parsed flags of `add_cli_args`."""
+        return cls(**{item.name: getattr(args, item.name) for item in fields(cls)})
+
+    def check_at_least(self, minimum: int, *names: str) -> None:
+        """Raise `ConfigError` when one of the numeric fields `names` is below `minimum`; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}.")
 
 
-def limits_of(args: argparse.Namespace) -> Limits:
-    return Limits(max_body=int(args.max_body_mb * 2**20))
+@dataclass(frozen=True)
+class ServeArgs(CliArgs):
+    """Settings of a server: address, shared token, request limits, shutdown and log."""
+
+    host: str = flag("localhost", "address to bind; a public one requires a token or --insecure")
+    port: int = port_flag(0)
+    token_file: Path | None = flag(None, f"file with the shared token (default: {TOKEN_VARIABLE})", type=Path)
+    insecure: bool = flag(False, "bind a public --host without a token")
+    max_body_mb: float = flag(32, "largest request body in MiB (default %(default)s)", type=positive)
+    grace_seconds: float = flag(30, "shutdown timeout of running requests (default %(default)s)", type=float)
+    log_file: str | None = flag(None, "also log to this file in LOGDIR, rotated daily")
+
+    @property
+    def max_body(self) -> int:
+        """Largest request body in bytes."""
+        return int(self.max_body_mb * 2**20)
+
+
+@dataclass(frozen=True)
+class WorkerArgs(ServeArgs):
+    """Settings of a worker: registration, concurrency and request limits."""
+
+    port: int = port_flag(21002)
+    worker_address: str | None = flag(None, "URL that clients reach this worker at (default: localhost)", "--worker")
+    controller_address: str = flag(CONTROLLER_URL, "controller URL (default %(default)s)", "--controller")
+    no_register: bool = flag(False, "run without a controller")
+    model_name: str | None = flag(None, "name to serve under (default: the checkpoint's)")
+    limit_model_concurrency: int = flag(5, "concurrent requests (default %(default)s)")
+    queue_limit: int | None = flag(None, "waiting requests (default: 8 times --limit-model-concurrency)", type=int)
+    stream_interval: int = flag(1, "tokens per frame after the first (default %(default)s)")
+    max_new_tokens_limit: int = flag(1024, "longest answer in tokens (default %(default)s)")
+    max_images: int = flag(16, "images per request (default %(default)s)")
+
+    def __post_init__(self) -> None:
+        self.check_at_least(1, "limit_model_concurrency", "max_new_tokens_limit")
+        self.check_at_least(0, "queue_limit", "max_images")
+
+    @property
+    def queue_size(self) -> int:
+        """Requests that may wait."""
+        return 8 * self.limit_model_concurrency if self.queue_limit is None else self.queue_limit

@@ -1,4 +1,4 @@
-"""What every serving process has around its routes: request ids, the guard, body limits, error bodies, health."""
+"""Application base of every server: request ids, authentication, body limits, error bodies, health and metrics."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from llava.serve.common.metrics import Metrics
-from llava.serve.common.protocol import FRAME_MEDIA_TYPE, ErrorType, ServeError, encode_frame
+from llava.serve.common.protocol import FRAME_MEDIA_TYPE, ErrorType, Frame, ServeError, encode_frame
 from llava.serve.common.security import OPEN_PATHS, ApiKeys, bearer
 
 logger = logging.getLogger(__name__)
@@ -28,57 +28,88 @@ STREAM_PATH: Final = "/worker_generate_stream"
 API_PREFIX: Final = "/v1/"
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _SHAPE_ERRORS: Final = ("missing", "json_invalid", "model_attributes_type", "model_type", "dict_type")
-_INTERNAL: Final = "Something went wrong here; the log of this service has the details under the request id."
+_INTERNAL: Final = "Internal error; see the log of this service for the request id."
+_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost before its route sees it: bytes of the body, and seconds until it is complete."""
+    """Limits of request bodies, in bytes and in seconds until the body is complete."""
 
     max_body: int = 32 * 2**20
-    max_small_body: int = 2**20  # of routes that carry no pictures
+    max_small_body: int = 2**20  # of routes without images
     body_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Who may call: `cluster` guards every route but the open ones; `api` (or the cluster's) opens `/v1/`."""
+    """Keys of a server: `cluster` protects every route except the open ones; `/v1/` also accepts `api`."""
 
     cluster: ApiKeys = field(default_factory=ApiKeys)
     api: ApiKeys = field(default_factory=ApiKeys)
 
+    @classmethod
+    def from_secrets(cls, token: str | None, api_keys: Sequence[str] = ()) -> Keys:
+        """Keys from the shared token and the API keys."""
+        return cls(ApiKeys([token] if token else []), ApiKeys(api_keys))
+
     def check(self, path: str, headers: Mapping[bytes, bytes]) -> None:
-        """Raise `ServeError` (401) unless the credential fits the path."""
-        rings = [self.api, self.cluster] if path.startswith(API_PREFIX) else [self.cluster]
-        rings = [ring for ring in rings if ring]
-        if path in OPEN_PATHS or not rings:
+        """Raise `ServeError` (401) unless the credential is valid for the path."""
+        accepted = [keys for keys in (self.cluster, self.api if path.startswith(API_PREFIX) else None) if keys]
+        if path in OPEN_PATHS or not accepted:
             return
         credential = bearer(headers.get(b"authorization", b""))
-        if not any(ring.accepts(credential) for ring in rings):
-            raise ServeError(
-                ErrorType.UNAUTHORIZED, "The key is missing or wrong; send it as Authorization: Bearer KEY."
-            )
+        if not any(keys.accepts(credential) for keys in accepted):
+            raise ServeError(ErrorType.UNAUTHORIZED, "Missing or invalid key; send Authorization: Bearer KEY.")
+
+
+class Metrics:
+    """Prometheus counters and gauges of one application, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "llava_requests", "Number of generation requests, by outcome", ["outcome"], registry=registry
+        )
+        self.http = Counter(
+            "llava_http", "Number of HTTP requests, by path and status", ["path", "status"], registry=registry
+        )
+        self.tokens = Counter("llava_tokens", "Number of tokens, by kind", ["kind"], registry=registry)
+        self.seconds = Histogram(
+            "llava_request_seconds", "Seconds from request to last token", buckets=_SECONDS, registry=registry
+        )
+        self.first_token = Histogram(
+            "llava_first_token_seconds", "Seconds from request to first token", buckets=_SECONDS, registry=registry
+        )
+
+    def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """Add a gauge whose value is `read()` at every scrape."""
+        Gauge(name, help_text, registry=self.registry).set_function(read)
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
 
 
 def error_response(error: ServeError, path: str, request_id: str) -> Response:
-    """The answer to a refused request: a frame where frames are expected, OpenAI's shape below `/v1/`."""
+    """Response to a refused request: OpenAI's error object below `/v1/`, else a frame."""
     headers = {"Cache-Control": "no-store"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if error.kind is ErrorType.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    frame = {**error.frame(request_id), "detail": error.message}
+    frame: Frame = {**error.frame(request_id), "detail": error.message}
     if path.startswith(API_PREFIX):
         return JSONResponse({"error": openai_error(error, request_id)}, error.kind.status, headers)
     if path == STREAM_PATH:
-        # The published protocol says 200 for what only the controller can say (codes 2 and 3).
+        # The published protocol sends the controller's errors (codes 2 and 3) with status 200.
         status = 200 if error.kind.error_code in (2, 3) else error.kind.status
         return Response(encode_frame(frame), status, headers, FRAME_MEDIA_TYPE)
     return Response(json.dumps(frame), error.kind.status, headers, "application/json")
 
 
-def openai_error(error: ServeError, request_id: str) -> dict[str, Any]:
-    """`error` as OpenAI's clients expect it."""
+def openai_error(error: ServeError, request_id: str) -> dict[str, object]:
+    """`error` as OpenAI's error object."""
     kind = "invalid_request_error" if error.kind.status < 500 else "server_error"
     return {
         "message": error.message,
@@ -91,9 +122,9 @@ def openai_error(error: ServeError, request_id: str) -> dict[str, Any]:
 
 
 class RequestMiddleware:
-    """The outermost layer: gives the request its id, checks its key, reads its body within limits, logs and counts it.
+    """Outermost ASGI layer: assigns request ids, checks keys, reads bodies within limits, logs and counts requests.
 
-    No path, header, query or body of a client enters the log: only the route's own name.
+    The log contains the name of the route, never a client's path, header, query or body.
     """
 
     def __init__(self, app: FastAPI, keys: Keys, limits: Limits, metrics: Metrics) -> None:
@@ -125,11 +156,11 @@ class RequestMiddleware:
         except ServeError as error:
             if not status:
                 await error_response(error, scope["path"], request_id)(scope, receive, tagged)
-        except Exception:  # the outermost guard of the process: the client got a 500 without details, the log has them
+        except Exception:  # outermost handler: a 500 without details for the client, the traceback for the log
             logger.exception("request_id=%s failed", request_id)
             if not status:
-                answer = error_response(ServeError(ErrorType.INTERNAL, _INTERNAL), scope["path"], request_id)
-                await answer(scope, receive, tagged)
+                response = error_response(ServeError(ErrorType.INTERNAL, _INTERNAL), scope["path"], request_id)
+                await response(scope, receive, tagged)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.http.labels(route, str(status)).inc()
@@ -137,9 +168,9 @@ class RequestMiddleware:
             logger.info("request_id=%s route=%s status=%d ms=%.0f", request_id, route, status, milliseconds)
 
     async def _with_body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
-        """A `receive` that gives the whole body, read here, at once; later calls wait for the disconnect."""
-        pictures = scope["path"] == STREAM_PATH or scope["path"].startswith(API_PREFIX)
-        limit = self.limits.max_body if pictures else self.limits.max_small_body
+        """Read the whole body; returns a `receive` that yields it once and then waits for the disconnect."""
+        has_images = scope["path"] == STREAM_PATH or scope["path"].startswith(API_PREFIX)
+        limit = self.limits.max_body if has_images else self.limits.max_small_body
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > limit:
             raise _too_large(limit)
@@ -149,10 +180,10 @@ class RequestMiddleware:
             raise ServeError(
                 ErrorType.BODY_TOO_SLOW, f"The body did not arrive within {self.limits.body_seconds:g} seconds."
             ) from error
-        waiting = [body]  # whoever asks for it gets the only copy
+        pending = [body]  # popped, so that no copy is kept
 
         async def replay() -> Message:
-            return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
+            return {"type": "http.request", "body": pending.pop(), "more_body": False} if pending else await receive()
 
         return replay
 
@@ -172,17 +203,17 @@ async def _read(receive: Receive, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> ServeError:
-    return ServeError(ErrorType.BODY_TOO_LARGE, f"The body has more than {limit} bytes; send smaller pictures.")
+    return ServeError(ErrorType.BODY_TOO_LARGE, f"The body is larger than {limit} bytes; send smaller images.")
 
 
-def forget_body(request: Request) -> None:
-    """Free what Starlette keeps of a body that was read, as bytes and parsed: an answer may take minutes."""
-    for kept in ("_body", "_json"):
-        request.__dict__.pop(kept, None)
+def release_body(request: Request) -> None:
+    """Free the copies of the body that Starlette caches on the request, which lives as long as the answer."""
+    for name in ("_body", "_json"):
+        request.__dict__.pop(name, None)
 
 
 def request_id_of(request: Request) -> str:
-    """The id that `RequestMiddleware` gave this request."""
+    """The id that `RequestMiddleware` assigned."""
     return str(getattr(request.state, "request_id", ""))
 
 
@@ -192,42 +223,42 @@ async def _on_serve_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
-    """Say where and why, never what was sent."""
+    """Report the fields and the reasons, never the submitted values."""
     assert isinstance(error, RequestValidationError)
     found = error.errors()[:5]
     where = "; ".join(f"{'.'.join(map(str, e['loc'][:4]))}: {e['msg'].removeprefix('Value error, ')}" for e in found)
     param = found[0].get("ctx", {}).get("param") or next(iter(found[0]["loc"][1:]), None)
     if not isinstance(error.body, dict):
         where, param = "the body must be a JSON object, sent with Content-Type: application/json", None
-    refusal = ServeError(ErrorType.BAD_REQUEST, f"The request cannot be used: {where[:500]}.", param=param)
-    answer = error_response(refusal, request.url.path, request_id_of(request))
+    refusal = ServeError(ErrorType.BAD_REQUEST, f"Invalid request: {where[:500]}.", param=param)
+    response = error_response(refusal, request.url.path, request_id_of(request))
     if not request.url.path.startswith(API_PREFIX) and any(e["type"] in _SHAPE_ERRORS for e in found):
-        answer.status_code = 422
-    return answer
+        response.status_code = 422
+    return response
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body: dict[str, Any] = {"detail": error.detail}
+    body: dict[str, object] = {"detail": error.detail}
     if request.url.path.startswith(API_PREFIX):
         body = {"error": {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}}
     return Response(json.dumps(body), error.status_code, error.headers, "application/json")
 
 
-async def _on_defect(request: Request, error: Exception) -> Response:
+async def _on_exception(request: Request, error: Exception) -> Response:
     return error_response(ServeError(ErrorType.INTERNAL, _INTERNAL), request.url.path, request_id_of(request))
 
 
 def make_app(title: str, metrics: Metrics, readiness: Callable[[], str]) -> FastAPI:
-    """An application with error handlers, `/health`, `/ready` and `/metrics`.
+    """Create an application with error handlers, `/health`, `/ready` and `/metrics`.
 
-    `readiness` returns why the service cannot serve now, or nothing.
+    `readiness` returns the reason why the service cannot serve now, empty when it can.
     """
     app = FastAPI(title=title)
     app.add_exception_handler(ServeError, _on_serve_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_defect)
+    app.add_exception_handler(Exception, _on_exception)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -243,8 +274,3 @@ def make_app(title: str, metrics: Metrics, readiness: Callable[[], str]) -> Fast
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
-
-
-def guard(app: FastAPI, keys: Keys, limits: Limits, metrics: Metrics) -> ASGIApp:
-    """`app` behind its `RequestMiddleware`."""
-    return RequestMiddleware(app, keys, limits, metrics)

@@ -1,7 +1,7 @@
-"""The wire between web page, controller and workers: bodies, NUL-framed streams and error codes (spec/serve.md §3–5).
+"""Wire protocol between web page, controller and workers: request bodies, NUL-framed streams and error codes.
 
-A stream is a run of frames, each an ASCII JSON object and one NUL byte. A request that is refused before its stream
-starts gets an HTTP error status, and its body is still one frame, which clients that never look at the status show.
+A stream is a sequence of frames, each an ASCII JSON object followed by one NUL byte. A request refused before its
+stream starts gets an HTTP error status; its body is still one frame, for clients that ignore the status.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from enum import Enum
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal, TypedDict, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llava.errors import LlavaError
 
-TOKEN_VARIABLE: Final = "LLAVA_TOKEN"  # shared by controller, workers and web page; sent as `Authorization: Bearer`
 MAX_STOPS: Final = 16
 FRAME_MEDIA_TYPE: Final = "application/octet-stream"
 
@@ -26,8 +25,20 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31)]
 
 
+class Frame(TypedDict, total=False):
+    """JSON object of a stream. `text` is the prompt and the answer so far, or new text only in delta mode."""
+
+    text: str
+    error_code: int
+    finish_reason: FinishReason
+    usage: dict[str, int]
+    queue_position: int
+    error: dict[str, object]
+    detail: str
+
+
 class ErrorType(Enum):
-    """What went wrong: the `error.type` on the wire, the legacy `error_code`, and the HTTP status before a stream."""
+    """Error types: `error.type` on the wire, the legacy `error_code`, and the HTTP status before a stream."""
 
     BAD_REQUEST = ("bad_request", 1, 400)
     BAD_IMAGE = ("bad_image", 1, 400)
@@ -52,26 +63,26 @@ class ErrorType(Enum):
 
     @classmethod
     def from_wire(cls, name: object) -> ErrorType:
-        """The type of that wire name; `INTERNAL` for one this version does not know."""
+        """The type with this wire name; `INTERNAL` for an unknown one."""
         return next((kind for kind in cls if kind.wire == name), cls.INTERNAL)
 
 
 class ServeError(LlavaError):
-    """A request that cannot be served. `str(error)` is safe to show to the client; `facts` go into `error` too."""
+    """Refusal or failure of a request. `message` is safe to show to clients; `facts` are added to the error object."""
 
     code = "SERVE"
 
-    def __init__(self, kind: ErrorType, message: str, *, retry_after: float | None = None, **facts: Any) -> None:
+    def __init__(self, kind: ErrorType, message: str, *, retry_after: float | None = None, **facts: object) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.retry_after = retry_after
         self.facts = facts
 
-    def frame(self, request_id: str = "") -> dict[str, Any]:
-        """The one frame that tells the client."""
-        reason = "context_exceeded" if self.kind is ErrorType.CONTEXT_TOO_LONG else "error"
-        error = {"type": self.kind.wire, "message": self.message, **self.facts}
+    def frame(self, request_id: str = "") -> Frame:
+        """The frame that reports this error to a client."""
+        reason: FinishReason = "context_exceeded" if self.kind is ErrorType.CONTEXT_TOO_LONG else "error"
+        error: dict[str, object] = {"type": self.kind.wire, "message": self.message, **self.facts}
         if request_id:
             error["request_id"] = request_id
         return {
@@ -82,82 +93,82 @@ class ServeError(LlavaError):
         }
 
 
-def encode_frame(frame: dict[str, Any]) -> bytes:
-    """One frame as it goes over the wire; ASCII-escaped, so that NUL never occurs inside."""
+def encode_frame(frame: Frame) -> bytes:
+    """Serialize a frame; JSON is ASCII-escaped, so that it never contains NUL."""
     return json.dumps(frame).encode("ascii") + b"\0"
 
 
 class FrameReader:
-    """Bytes in any pieces in, frames out. `ValueError` for what is not a JSON object or is larger than `max_bytes`."""
+    """Incremental frame parser. `ValueError` for malformed frames and frames larger than `max_bytes`."""
 
     def __init__(self, max_bytes: int = 64 * 2**20) -> None:
         self._buffer = bytearray()
         self._seen = 0  # bytes already searched for a NUL
         self._max_bytes = max_bytes
 
-    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """Frames completed by `data`; empty pieces are ignored."""
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Frames completed by `data`; empty frames are ignored."""
         return map(self._parse, self.split(data))
 
     def split(self, data: bytes) -> Iterator[bytes]:
-        """The same, not parsed and without their NUL."""
+        """Like `feed`, but yields unparsed frames without their NUL."""
         self._buffer += data
         while (end := self._buffer.find(b"\0", self._seen)) >= 0:
-            piece = bytes(self._buffer[:end])
+            frame = bytes(self._buffer[:end])
             del self._buffer[: end + 1]
             self._seen = 0
-            if piece.strip():
-                yield piece
+            if frame.strip():
+                yield frame
         self._seen = len(self._buffer)
         if self._seen > self._max_bytes:
             raise ValueError(f"a frame is larger than {self._max_bytes} bytes")
 
-    def close(self) -> Iterator[dict[str, Any]]:
-        """At the end of the body: a last frame without its NUL, which some servers leave out."""
-        piece = bytes(self._buffer)
+    def close(self) -> Iterator[Frame]:
+        """The last frame of a body whose final NUL is missing, as some servers send it."""
+        frame = bytes(self._buffer)
         self._buffer.clear()
-        if piece.strip():
-            yield self._parse(piece)
+        if frame.strip():
+            yield self._parse(frame)
 
     @staticmethod
-    def _parse(piece: bytes) -> dict[str, Any]:
-        frame = json.loads(piece)
+    def _parse(data: bytes) -> Frame:
+        frame = json.loads(data)
         if not isinstance(frame, dict):
             raise ValueError("a frame is not a JSON object")
-        return frame
+        return cast(Frame, frame)
 
 
 class Body(BaseModel):
-    """Every request body: unknown keys are ignored, and numbers are finite numbers."""
+    """Base of all request bodies: unknown keys are ignored, numbers must be finite."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 class ModelInfo(Body):
-    """What a client may want to know about a model; workers of other projects send none of it."""
+    """Properties of a served model; absent from workers of other projects."""
 
     conv_template: str | None = Field(default=None, max_length=64)
     context_length: Count = 2048
-    image_tokens: Count = 0  # per picture; 0: the model takes text only
+    image_tokens: Count = 0  # per image; 0 for a text-only model
     max_new_tokens: Count = 1024
     max_images: Count = 16
 
 
 class WorkerStatus(Body):
-    """`/worker_get_status`; the first three keys are the published ones."""
+    """Reply of `/worker_get_status`; the first three keys are the published ones."""
 
     model_names: list[Name] = Field(max_length=64)
     speed: float = Field(strict=True, ge=0, le=1e6)
     queue_length: float = Field(strict=True, ge=0, le=2**31)
     state: State = "ready"
-    loading: list[Name] = Field(default=[], max_length=64)  # models on their way
-    progress: int | None = Field(default=None, ge=0, le=100)  # percent of their weights that has been read
+    loading: list[Name] = Field(default=[], max_length=64)  # names of the models being loaded
+    progress: int | None = Field(default=None, ge=0, le=100)  # percent of the weights loaded
     features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages"
     info: ModelInfo | None = None
 
 
 class RegisterBody(Body):
-    """`/register_worker`."""
+    """Body of `/register_worker`."""
 
     worker_name: str = Field(max_length=512)
     check_heart_beat: bool
@@ -165,41 +176,42 @@ class RegisterBody(Body):
 
     @field_validator("worker_status")
     @classmethod
-    def _must_do_something(cls, status: WorkerStatus | None) -> WorkerStatus | None:
+    def _speed_is_positive(cls, status: WorkerStatus | None) -> WorkerStatus | None:
         if status is not None and status.speed == 0:
             raise ValueError("speed must be greater than 0")
         return status
 
 
 class NameBody(Body):
-    """`/unregister_worker`."""
+    """Body of `/unregister_worker`."""
 
     worker_name: str = Field(max_length=512)
 
 
 class HeartBeatBody(NameBody):
-    """`/receive_heart_beat`."""
+    """Body of `/receive_heart_beat`."""
 
     queue_length: float = Field(strict=True, ge=0, le=2**31)
 
 
 class AddressBody(Body):
-    """`/get_worker_address`."""
+    """Body of `/get_worker_address`."""
 
     model: str = Field(max_length=256)
 
 
 class Message(Body):
-    """One turn of `messages`; `<image>` in `content` stands for the next picture of `images`."""
+    """One turn of `messages`; each `<image>` in `content` refers to the next item of `images`."""
 
     role: Role
     content: str
 
 
 class GenerateBody(Body):
-    """`/worker_generate_stream`. `stream_mode` "delta" asks for new text only; `messages` repeat the prompt as turns.
+    """Body of `/worker_generate_stream`.
 
-    `org_images` and `max_input_tiles`, which some clients send, are ignored like any other unknown key.
+    `images` are base64. `stream_mode` "delta" requests new text only; `messages` repeat the prompt as turns. The keys
+    `org_images` and `max_input_tiles`, sent by some clients, are ignored.
     """
 
     model: str = Field(default="", max_length=256)
@@ -215,7 +227,7 @@ class GenerateBody(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _nulls_are_absent(cls, data: Any) -> Any:
+    def _drop_nulls(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         data = {key: value for key, value in data.items() if value is not None}
@@ -225,14 +237,14 @@ class GenerateBody(Body):
 
     @field_validator("stop")
     @classmethod
-    def _usable_stops(cls, stops: list[str]) -> list[str]:
+    def _check_stops(cls, stops: list[str]) -> list[str]:
         if any(len(text) > 256 for text in stops):
             raise ValueError("a stop string has more than 256 characters")
         return [text for text in stops if text]
 
 
 class WorkerView(Body):
-    """One entry of the controller's `/list_workers`: what the web page may show, without addresses."""
+    """Entry of `/list_workers`: a worker's public state, without its address."""
 
     models: list[Name]
     loading: list[Name]

@@ -1,4 +1,4 @@
-"""Who may ask, where we listen, which addresses we call: tokens, the bind rule, worker addresses, rate limits."""
+"""Access control: tokens and keys, bind addresses, allowed worker addresses, rate limits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from llava.errors import ConfigError
-from llava.serve.common.protocol import TOKEN_VARIABLE, ErrorType, ServeError
+from llava.serve.common.arguments import TOKEN_VARIABLE
+from llava.serve.common.protocol import ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
 
-API_KEYS_VARIABLE: Final = "LLAVA_API_KEYS"
 OPEN_PATHS: Final = frozenset({"/health", "/ready"})
 LOOPBACK: Final = "127.0.0.1"
 _EVERYWHERE: Final = ("0.0.0.0", "::", "")
@@ -28,7 +28,7 @@ _MAX_ADDRESS: Final = 256
 
 
 class ApiKeys:
-    """A set of secrets, kept as digests. Comparing takes the same time whichever matches, or none."""
+    """Set of secrets, stored as digests and compared in constant time."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._digests = [_digest(secret.encode()) for secret in secrets]
@@ -48,13 +48,13 @@ def _digest(secret: bytes) -> bytes:
 
 
 def bearer(header: bytes) -> bytes:
-    """The credential in an `Authorization: Bearer …` header; empty for any other."""
+    """The credential of an `Authorization: Bearer …` header; empty for other headers."""
     scheme, _, credential = header.partition(b" ")
     return credential.strip() if scheme.lower() == b"bearer" else b""
 
 
 def read_secrets(file: Path | None, variable: str) -> list[str]:
-    """Secrets, one a line, from `file`; without it from an environment variable, separated by commas."""
+    """Secrets from `file`, one per line, else from an environment variable, separated by commas."""
     if file is None:
         return [part.strip() for part in os.environ.get(variable, "").split(",") if part.strip()]
     try:
@@ -63,23 +63,23 @@ def read_secrets(file: Path | None, variable: str) -> list[str]:
         raise ConfigError(f"Cannot read the secrets in {file}: {error}.") from error
     secrets = [line for line in lines if line and not line.startswith("#")]
     if not secrets:
-        raise ConfigError(f"{file} holds no secret; write one a line.")
+        raise ConfigError(f"{file} contains no secret; write one per line.")
     return secrets
 
 
 def cluster_token(file: Path | None = None) -> str | None:
-    """The token shared by controller, workers and web page: first line of `file`, else `LLAVA_TOKEN`, else none."""
+    """The token shared by controller, workers and web page: first line of `file`, else `LLAVA_TOKEN`, else None."""
     secrets = read_secrets(file, TOKEN_VARIABLE)
     return secrets[0] if secrets else None
 
 
 def authorization(token: str | None) -> dict[str, str]:
-    """The header that carries the token, if there is one."""
+    """The HTTP header that carries the token; empty without a token."""
     return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address, as written, means this machine only."""
+    """Whether a host name or address is reachable from this machine only."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
@@ -91,21 +91,21 @@ def is_loopback(host: str) -> bool:
 def bind_host(
     host: str, *, protected: bool, insecure: bool, key: str = "token", how: str = f"{TOKEN_VARIABLE} (or --token-file)"
 ) -> str:
-    """The address to listen on: `host`, if it is loopback, `protected` by a `key`, or asked for with `--insecure`.
+    """The address to bind: `host`, if it is loopback, `protected` by a `key`, or `insecure` is set.
 
-    Otherwise "everywhere" becomes this machine only, with a warning, so that the published commands keep working
-    where all parts run on one machine; another address raises `ConfigError`.
+    Otherwise a wildcard address is replaced by loopback, with a warning, so that the published commands keep working
+    on one machine; other addresses raise `ConfigError`.
     """
     if is_loopback(host) or protected:
         return host
     remedy = f"set {how}, or pass --insecure if every machine that can connect is trusted"
     if insecure:
-        logger.warning("Listening on %s without a %s: whoever can connect can use and disturb this.", host, key)
+        logger.warning("Listening on %s without a %s: anyone who can connect can use this service.", host, key)
         return host
     if host not in _EVERYWHERE:
-        raise ConfigError(f"--host {host} is open to other machines, and there is no {key}; {remedy}.")
+        raise ConfigError(f"--host {host} accepts connections from other machines and requires a {key}; {remedy}.")
     logger.warning(
-        "--host %s was asked for without a %s: listening on %s, so other machines cannot connect. To open it, %s.",
+        "--host %s requires a %s: listening on %s, so other machines cannot connect. To accept them, %s.",
         host,
         key,
         LOOPBACK,
@@ -115,10 +115,10 @@ def bind_host(
 
 
 class AddressRule:
-    """Which worker addresses the controller will call: `http(s)://host[:port]`, on an allowed host.
+    """Rule for the worker addresses that the controller may call: `http(s)://host[:port]` on an allowed host.
 
-    `allowed` holds host patterns (`gpu-*.example.org`) and networks (`10.0.0.0/8`); empty allows every host, save
-    link-local, multicast and unspecified addresses, where no worker lives but cloud metadata may.
+    `allowed` holds host patterns (`gpu-*.example.org`) and networks (`10.0.0.0/8`); empty allows every host except
+    link-local, multicast and unspecified addresses, which may be cloud metadata services.
     """
 
     def __init__(self, allowed: Sequence[str] = ()) -> None:
@@ -131,27 +131,27 @@ class AddressRule:
                 self._patterns.append(entry.lower())
 
     def check(self, address: str) -> str:
-        """The address without a trailing slash; `ServeError` (400) when it must not be called."""
+        """The address without a trailing slash; `ServeError` (400) when it is not allowed."""
         reason = self._refusal(address)
         if reason:
-            raise ServeError(ErrorType.BAD_REQUEST, f"The worker's address {reason}; send http://HOST:PORT.")
+            raise ServeError(ErrorType.BAD_REQUEST, f"The worker address {reason}; send http://HOST:PORT.")
         return address.removesuffix("/")
 
     def _refusal(self, address: str) -> str:
         if len(address) > _MAX_ADDRESS or not address.isascii() or any(c.isspace() or c in "\\%" for c in address):
-            return "is too long or has characters that no address has"
+            return "is too long or contains invalid characters"
         try:
             parts = urlsplit(address)
             host, port = parts.hostname, parts.port
         except ValueError:
-            return "cannot be read"
+            return "is malformed"
         if parts.scheme not in ("http", "https"):
             return "is not http or https"
         if not host or port == 0 or "@" in parts.netloc:
-            return "needs a host and no user name"
+            return "must have a host and no user name"
         if parts.path not in ("", "/") or parts.query or parts.fragment or "?" in address or "#" in address:
             return "must not have a path, query or fragment"
-        return "" if self._allowed(host) else "is on a host that is not allowed here (see --worker-hosts)"
+        return "" if self._allowed(host) else "is on a host not allowed by --worker-hosts"
 
     def _allowed(self, host: str) -> bool:
         try:
@@ -161,24 +161,24 @@ class AddressRule:
         mapped = getattr(ip, "ipv4_mapped", None) or ip
         if mapped.is_link_local or mapped.is_multicast or mapped.is_unspecified:
             return False
-        listed = any(mapped in net for net in self._networks) or any(fnmatchcase(host, p) for p in self._patterns)
-        return listed or not (self._patterns or self._networks)
+        matched = any(mapped in net for net in self._networks) or any(fnmatchcase(host, p) for p in self._patterns)
+        return matched or not (self._patterns or self._networks)
 
 
 LOOPBACK_HOSTS: Final = ("localhost", "127.0.0.0/8", "::1/128")
 
 
 class RateLimiter:
-    """A token bucket a client: `per_minute` requests on average, as many at once. Old buckets are forgotten."""
+    """Token bucket per client: `per_minute` requests on average and as burst, for the `remember` latest clients."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic, remember: int = 10_000) -> None:
         self.per_minute = per_minute
         self._clock = clock
         self._remember = remember
-        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # client: (tokens, when)
+        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # client: (tokens, time)
 
     def spend(self, client: bytes) -> float:
-        """0 if the client may go on, else the seconds until it may."""
+        """Take a token; returns 0, or the seconds to wait when there is none."""
         now = self._clock()
         tokens, when = self._buckets.pop(client, (self.per_minute, now))
         tokens = min(self.per_minute, tokens + (now - when) * self.per_minute / 60)

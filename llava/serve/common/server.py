@@ -1,4 +1,4 @@
-"""Listening and leaving: a socket bound before anything slow, uvicorn on it, and a stop that lets streams finish."""
+"""Socket binding, and serving with graceful shutdown."""
 
 from __future__ import annotations
 
@@ -14,27 +14,40 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from llava.errors import ConfigError
+from llava.serve.common.arguments import ServeArgs
+from llava.serve.common.security import bind_host, cluster_token
+from llava.utils import build_logger
 
 logger = logging.getLogger(__name__)
 
 
+def open_socket(args: ServeArgs) -> tuple[socket.socket, str | None]:
+    """Set up the log and bind the server's socket; returns the socket and the shared token, if there is one."""
+    build_logger("llava.serve", args.log_file)
+    for name in ("httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    token = cluster_token(args.token_file)
+    host = bind_host(args.host, protected=token is not None, insecure=args.insecure)
+    return bind_socket(host, args.port), token
+
+
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A bound TCP socket (port 0: any free one). `ConfigError` when the address is taken or not this machine's."""
+    """Bind a TCP socket; port 0 selects any free port. Raises `ConfigError` when the address is not available."""
     if not 0 <= port < 2**16:
-        raise ConfigError(f"There is no port {port}; choose another --port, from 1 to 65535, or 0 for any free one.")
+        raise ConfigError(f"--port must be between 1 and 65535, or 0 for any free port, got {port}.")
     try:
         info = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(info[0], info[1])
     except (OSError, OverflowError) as error:
         raise ConfigError(f"Cannot listen on {host}:{port} ({error}); choose another --host.") from error
     try:
-        if sys.platform != "win32":  # there it would let two servers share a port
+        if sys.platform != "win32":  # on Windows the option lets two servers share a port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(info[4])
     except (OSError, OverflowError) as error:
         sock.close()
         raise ConfigError(
-            f"Cannot listen on {host}:{port} ({error}); choose another --port or stop its user."
+            f"Cannot listen on {host}:{port} ({error}); choose another --port or stop the program that uses it."
         ) from error
     return sock
 
@@ -44,7 +57,7 @@ def port_of(sock: socket.socket) -> int:
 
 
 class GracefulServer(uvicorn.Server):
-    """uvicorn, but the first SIGTERM or SIGINT calls `drain` and stops once it is done; a second one stops at once."""
+    """Uvicorn server whose first SIGTERM or SIGINT awaits `drain` before it stops; a second one stops it at once."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
         super().__init__(config)
@@ -57,7 +70,7 @@ class GracefulServer(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say where we listen only now that signals are heeded and connections accepted."""
+        """Log the address once connections are accepted and signal handlers are installed."""
         await super().startup(sockets)
         for sock in sockets or ():
             host, port = sock.getsockname()[:2]
@@ -71,7 +84,7 @@ class GracefulServer(uvicorn.Server):
 
     def _begin(self) -> None:
         if self._draining is None:
-            logger.info("Stopping: new requests are refused, running ones may finish.")
+            logger.info("Stopping: new requests are refused, running requests may finish.")
             self._draining = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
@@ -82,7 +95,7 @@ class GracefulServer(uvicorn.Server):
 
 
 def serve(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[None]]) -> int:
-    """Serve `app` on `sock` until told to stop; the exit status."""
+    """Serve `app` on `sock` until a signal stops it; returns the exit status."""
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -1,11 +1,11 @@
-"""An HTTP response that sends a stream as it comes, notices when the client leaves, and always says that it ended."""
+"""Streaming HTTP responses that detect disconnects and always run their cleanup."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,21 +15,21 @@ _CLIENT_LEFT: Final = 499
 
 
 class StreamResponse(Response):
-    """Sends headers at once, then `pieces`. `on_close` is called exactly once, however the response ends.
+    """Streaming response of `chunks`; `on_close` is called exactly once, however the response ends.
 
-    Starlette's own streaming response runs its background task only after a whole stream, and a generator that was
-    never started runs no `finally`: both would leak what the request holds (spec/serve.md §12, W5).
+    Starlette's streaming response runs its background task only after a complete stream, and a generator that was never
+    started runs no `finally`; both would leak the resources of the request.
     """
 
     def __init__(
         self,
-        pieces: AsyncGenerator[bytes, None],
+        chunks: AsyncGenerator[bytes, None],
         on_close: Callable[[], None],
         *,
         media_type: str,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.pieces = pieces
+        self.chunks = chunks
         self.on_close = on_close
         self.status_code = 200
         self.media_type = media_type
@@ -37,23 +37,13 @@ class StreamResponse(Response):
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.ensure_future(self._send(send))
-        watcher = asyncio.ensure_future(_until_disconnect(receive))
-        try:
-            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if sender.done():
-                sender.result()
-        finally:
-            self.on_close()
-            for task in (sender, watcher):
-                task.cancel()
-            await asyncio.gather(sender, watcher, return_exceptions=True)
+        await _unless_disconnected(self._send(send), receive, self.on_close)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self.pieces):
-            async for piece in self.pieces:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        async with aclosing(self.chunks):
+            async for chunk in self.chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -62,30 +52,33 @@ async def _until_disconnect(receive: Receive) -> None:
         pass
 
 
-class LaterResponse(Response):
-    """Sends the response that `work` makes, after the route and what it holds are gone; `on_close` as above."""
+class DeferredResponse(Response):
+    """Response computed by `work` after the route has returned, so that nothing of the route is kept meanwhile.
 
-    def __init__(self, work: Coroutine[Any, Any, Response], on_close: Callable[[], None]) -> None:
+    `on_close` is called exactly once; a disconnect cancels `work`.
+    """
+
+    def __init__(self, work: Coroutine[object, object, Response], on_close: Callable[[], None]) -> None:
         super().__init__()
         self.work = work
         self.on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            response = await unless_disconnected(self.work, receive)
-        finally:
-            self.on_close()
+        response = await _unless_disconnected(self.work, receive, self.on_close)
         await (response or Response(status_code=_CLIENT_LEFT))(scope, receive, send)
 
 
-async def unless_disconnected(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """The result of `work`, or None if the client left first; `work` is cancelled then."""
+async def _unless_disconnected(
+    work: Coroutine[object, object, T], receive: Receive, on_close: Callable[[], None]
+) -> T | None:
+    """The result of `work`; None when the client disconnected first, which cancels `work`. Calls `on_close` once."""
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_until_disconnect(receive))
     try:
         await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return worker.result() if worker.done() else None
     finally:
+        on_close()
         for task in (worker, watcher):
             task.cancel()
         await asyncio.gather(worker, watcher, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The controller's routes: the registry over HTTP, probes in the background, streams passed on (spec/serve.md §3)."""
+"""Controller application: the worker registry over HTTP, background probes, and proxied streams."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from llava.serve.common.metrics import Metrics
-from llava.serve.common.middleware import forget_body, make_app, request_id_of
+from llava.serve.common.middleware import Metrics, make_app, release_body, request_id_of
 from llava.serve.common.protocol import (
     FRAME_MEDIA_TYPE,
     AddressBody,
@@ -29,17 +27,20 @@ from llava.serve.common.protocol import (
 )
 from llava.serve.common.security import AddressRule
 from llava.serve.common.streaming import StreamResponse
-from llava.serve.control.registry import Entry, Registry
+from llava.serve.control.registry import Registry, WorkerEntry
 from llava.serve.control.worker_client import WorkerClient, WorkerStream
 
 logger = logging.getLogger(__name__)
 
 
-class Controller:
-    """The registry and what is done about it; everything runs on one event loop and nothing blocks it."""
+class ControllerService:
+    """Registry, probes and proxied streams on one event loop, which is never blocked.
+
+    `check_interval` is the number of seconds between two checks of the workers.
+    """
 
     def __init__(
-        self, registry: Registry, client: WorkerClient, rule: AddressRule, *, sweep_seconds: float = 5.0
+        self, registry: Registry, client: WorkerClient, rule: AddressRule, *, check_interval: float = 5.0
     ) -> None:
         self.registry = registry
         self.client = client
@@ -47,9 +48,9 @@ class Controller:
         self.draining = False
         self.streams = 0
         self.metrics = Metrics()
-        self.metrics.gauge("llava_workers", "Registered workers", lambda: len(registry))
-        self.metrics.gauge("llava_streams", "Streams passed on now", lambda: self.streams)
-        self._sweep_seconds = sweep_seconds
+        self.metrics.gauge("llava_workers", "Number of registered workers", lambda: len(registry))
+        self.metrics.gauge("llava_streams", "Number of proxied streams in progress", lambda: self.streams)
+        self._check_interval = check_interval
         self._tasks: set[asyncio.Task[None]] = set()
         self._refreshed = -1e9
 
@@ -59,17 +60,21 @@ class Controller:
         return "" if self.registry.models() else "no worker is ready"
 
     async def register(self, body: RegisterBody) -> dict[str, bool]:
-        """Believe a worker only when it answers at its own address (anchors.md §3.4, checks 3 and 4)."""
+        """Register a worker; its status is used only once it has answered at its own address.
+
+        A worker that is not listening yet but sends its status is kept as unprobed.
+        """
         address = self.rule.check(body.worker_name)
         if self.registry.full:
-            raise ServeError(ErrorType.OVERLOADED, "The controller has as many workers as it takes.", retry_after=60)
+            raise ServeError(
+                ErrorType.OVERLOADED, "The controller has reached its maximum number of workers.", retry_after=60
+            )
         status = await self.client.probe(address)
         if status is not None:
             self.registry.put(address, body.check_heart_beat, status, probed=True)
             return {"registered": True}
         if body.worker_status is None:
-            raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker does not answer /worker_get_status.")
-        # Workers of old register before they listen: wait for them to answer.
+            raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker does not respond to /worker_get_status.")
         self.registry.put(address, body.check_heart_beat, body.worker_status, probed=False)
         return {"registered": False}
 
@@ -78,17 +83,17 @@ class Controller:
         known = self.registry.heart_beat(address, body.queue_length)
         for entry in self.registry.entries():
             if entry.address == address and not entry.probed:
-                self.spawn(self._probe(entry))
+                self.run_in_background(self._probe(entry))
         return known
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run in the background; the set keeps the task alive."""
+    def run_in_background(self, work: Coroutine[object, object, None]) -> None:
+        """Run `work` as a task, referenced until it is done."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _probe(self, entry: Entry, *, drop: bool = False) -> None:
-        """Ask a worker how it is. With `drop`, forget one that neither answers nor sends heartbeats."""
+    async def _probe(self, entry: WorkerEntry, *, drop: bool = False) -> None:
+        """Query a worker's status. `drop` removes a worker that neither responds nor sends heartbeats."""
         status = await self.client.probe(entry.address)
         if status is not None:
             self.registry.update(entry, status)
@@ -96,33 +101,33 @@ class Controller:
             self.registry.remove(entry.address)
 
     async def refresh(self) -> None:
-        """Query all workers together; one that is merely busy stays. At most once a second."""
+        """Query all workers concurrently, at most once per second; a busy worker with fresh heartbeats stays."""
         if time.monotonic() - self._refreshed < 1.0:
             return
         self._refreshed = time.monotonic()
         await asyncio.gather(*(self._probe(entry, drop=True) for entry in self.registry.entries()))
 
-    async def watch(self) -> None:
-        """Expire workers, and ask those that are not proven or send no heartbeats. Never ends by itself."""
+    async def monitor_workers(self) -> None:
+        """Remove expired workers and probe those that are unprobed or send no heartbeats, until cancelled."""
         while True:
-            await asyncio.sleep(self._sweep_seconds)
+            await asyncio.sleep(self._check_interval)
             try:
-                for _ in self.registry.sweep():
-                    logger.warning("A worker's heartbeats have stopped; it is no longer listed.")
-                asked = [e for e in self.registry.entries() if not (e.probed and e.check_heart_beat)]
-                await asyncio.gather(*(self._probe(entry) for entry in asked))
-            except Exception:  # expiry must go on whatever happened (spec/serve.md §12, C3)
-                logger.exception("The sweep of the workers failed")
+                for _ in self.registry.remove_expired():
+                    logger.warning("Removed a worker whose heartbeats have stopped.")
+                entries = [e for e in self.registry.entries() if not (e.probed and e.check_heart_beat)]
+                await asyncio.gather(*(self._probe(entry) for entry in entries))
+            except Exception:  # a failed check must not end the expiry of workers
+                logger.exception("The check of the workers failed")
 
     async def stream(self, body: GenerateBody, content: bytes, request_id: str) -> Response:
-        """Pass a request on and its frames back; exactly one error frame when that fails."""
+        """Proxy a request to a worker; a failure ends the stream with exactly one error frame."""
         upstream = await self.open(body.model, content, request_id)
         outcome = ["ok"]
-        close = self.closer(upstream, outcome)
-        return StreamResponse(self._relay(upstream, request_id, outcome), close, media_type=FRAME_MEDIA_TYPE)
+        frames = self._relay(upstream, request_id, outcome)
+        return StreamResponse(frames, self.close_callback(upstream, outcome), media_type=FRAME_MEDIA_TYPE)
 
     async def open(self, model: str, content: bytes, request_id: str) -> WorkerStream:
-        """A stream at a worker, counted if it is refused."""
+        """Open a stream at a worker; a refusal is counted."""
         try:
             if self.draining:
                 raise ServeError(ErrorType.NOT_READY, "The controller is stopping; try again shortly.", retry_after=2)
@@ -133,13 +138,13 @@ class Controller:
         self.streams += 1
         return upstream
 
-    def closer(self, upstream: WorkerStream, outcome: list[str]) -> Any:
-        """What to call when the client's response has ended."""
+    def close_callback(self, upstream: WorkerStream, outcome: list[str]) -> Callable[[], None]:
+        """Function to call when the client's response has ended; it counts `outcome[0]`."""
 
         def close() -> None:
             self.streams -= 1
             self.metrics.requests.labels(outcome[0]).inc()
-            self.spawn(upstream.aclose())
+            self.run_in_background(upstream.aclose())
 
         return close
 
@@ -163,8 +168,8 @@ class Controller:
             await asyncio.sleep(0.05)
 
 
-def controller_routes(controller: Controller) -> FastAPI:
-    """The application without its guard and without `/v1/`."""
+def controller_routes(controller: ControllerService) -> FastAPI:
+    """Create the application, without its middleware and without `/v1/`."""
     app = make_app("LLaVA controller", controller.metrics, controller.readiness)
     registry = controller.registry
 
@@ -203,22 +208,22 @@ def controller_routes(controller: Controller) -> FastAPI:
     @app.post("/worker_generate_stream", response_class=Response)
     async def worker_generate_stream(body: GenerateBody, request: Request) -> Response:
         if not body.model:
-            raise ServeError(ErrorType.BAD_REQUEST, "The request names no model; send one of /list_models.")
+            raise ServeError(ErrorType.BAD_REQUEST, "`model` is missing; send one of /list_models.")
         content = await request.body()
-        forget_body(request)
+        release_body(request)
         return await controller.stream(body, content, request_id_of(request))
 
     return app
 
 
-def with_lifespan(app: FastAPI, controller: Controller) -> FastAPI:
-    """Run the sweep as long as the server."""
+def with_lifespan(app: FastAPI, controller: ControllerService) -> FastAPI:
+    """Monitor the workers while the server runs."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watcher = asyncio.ensure_future(controller.watch())
+        monitor = asyncio.ensure_future(controller.monitor_workers())
         yield
-        watcher.cancel()
+        monitor.cancel()
         await controller.drain(0)
         await controller.client.aclose()
 

@@ -1,9 +1,9 @@
-"""The OpenAI-compatible API: `/v1/models` and `/v1/chat/completions`, over whatever workers the controller has.
+"""OpenAI-compatible API of the controller: `/v1/models` and `/v1/chat/completions`.
 
     client = openai.OpenAI(base_url="http://localhost:10000/v1", api_key="…")
 
-Streams or not; text and several images (data URIs, and https addresses where allowed); errors in OpenAI's shape, also
-within streams.
+Supports streaming, text and several images (data URIs, and https addresses where allowed). Errors are OpenAI's error
+objects, also within streams.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, Final
+from typing import Final
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -23,25 +23,27 @@ from starlette.responses import Response
 from llava.conversation import template_for
 from llava.download import download
 from llava.errors import ImageError
-from llava.serve.common.middleware import forget_body, openai_error, request_id_of
-from llava.serve.common.openai_prompt import Rendered, render
-from llava.serve.common.openai_schema import ChatBody
-from llava.serve.common.protocol import ErrorType, ServeError
+from llava.serve.common.middleware import openai_error, release_body, request_id_of
+from llava.serve.common.openai_chat import ChatBody, RenderedChat, render_chat
+from llava.serve.common.protocol import ErrorType, Frame, ServeError
 from llava.serve.common.security import RateLimiter, bearer
-from llava.serve.common.streaming import LaterResponse, StreamResponse
-from llava.serve.control.app import Controller
+from llava.serve.common.streaming import DeferredResponse, StreamResponse
+from llava.serve.control.app import ControllerService
 from llava.serve.control.worker_client import WorkerStream
 
 _IMAGE_BYTES: Final = 20 * 2**20
-_CREATED: Final = 1_700_000_000  # models have no date of their own; clients want one that does not change
+_CREATED: Final = 1_700_000_000  # constant, since models have no creation date
 
 
-class ApiServer:
-    """Turns chat requests into worker requests and their frames into OpenAI's objects."""
+class OpenAIServing:
+    """Converts chat requests to worker requests, and worker frames to OpenAI objects.
+
+    `rate_limit` is in requests per minute and client; `allow_urls` permits fetching https images.
+    """
 
     def __init__(
         self,
-        controller: Controller,
+        controller: ControllerService,
         rate_limit: float | None = None,
         *,
         allow_urls: bool = False,
@@ -53,36 +55,37 @@ class ApiServer:
         self.unsafe_local = unsafe_local  # for tests, see `llava.download`
         self._fetching = asyncio.Semaphore(4)
 
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[dict[str, object]]:
         return [
             {"id": name, "object": "model", "created": _CREATED, "owned_by": "llava"}
             for name in self.controller.registry.models()
         ]
 
     def spend(self, request: Request) -> None:
-        """Count the request against its key or, without keys, its address; `ServeError` (429) when it is too many."""
+        """Charge the request to its key, or without keys to its address; `ServeError` (429) above the rate limit."""
         if self.limiter is None:
             return
         client = request.client.host if request.client else ""
         header = request.headers.get("authorization", "").encode("latin-1")
         wait = self.limiter.spend(bearer(header) or client.encode())
         if wait:
-            message = f"More than {self.limiter.per_minute:g} requests a minute; try again in {wait:.0f} seconds."
+            message = (
+                f"Rate limit of {self.limiter.per_minute:g} requests per minute exceeded; retry in {wait:.0f} seconds."
+            )
             raise ServeError(ErrorType.RATE_LIMITED, message, retry_after=wait)
 
     async def complete(self, body: ChatBody, request: Request) -> Response:
-        """Answer a chat request."""
-        forget_body(request)
+        """Respond to a chat request."""
+        release_body(request)
         self.spend(request)
         request_id = request_id_of(request)
         status = self.controller.registry.status_of(body.model)
         if status is None:
-            kind = ErrorType.NOT_FOUND
-            raise ServeError(kind, "No worker serves this model now; see /v1/models.", param="model")
+            raise _unknown_model()
         info = status.info
         template = (info.conv_template if info else None) or template_for(None, body.model)
-        rendered = render(body.messages, template)
-        images = [await self._picture(address) for address in rendered.pictures]
+        rendered = render_chat(body.messages, template)
+        images = [await self._load_image(address) for address in rendered.images]
         limit = info.max_new_tokens if info else 1024
         content = json.dumps(
             {
@@ -99,29 +102,29 @@ class ApiServer:
             }
         ).encode()
         upstream = await self.controller.open(body.model, content, request_id)
-        reply = Reply(body, rendered, upstream, request_id)
-        close = self.controller.closer(upstream, reply.outcome)
+        completion = ChatCompletion(body, rendered, upstream, request_id)
+        close = self.controller.close_callback(upstream, completion.outcome)
         if body.stream:
-            return StreamResponse(reply.events(), close, media_type="text/event-stream")
-        return LaterResponse(reply.whole(), close)
+            return StreamResponse(completion.events(), close, media_type="text/event-stream")
+        return DeferredResponse(completion.response(), close)
 
-    async def _picture(self, address: str) -> str:
-        """Base64 of a picture that came as a data URI or, where allowed, is behind an https address."""
+    async def _load_image(self, address: str) -> str:
+        """Base64 of the image in a data URI or, where allowed, at an https address."""
         scheme, _, rest = address.partition(":")
         if scheme == "data":
             kind, comma, data = rest.partition(",")
             if not comma or not kind.startswith("image/") or not kind.endswith(";base64"):
-                raise _bad_image("An image's data URI must look like data:image/png;base64,….")
+                raise _bad_image("The data URI of an image must have the form data:image/png;base64,…")
             return data
         if scheme not in ("http", "https"):
-            raise _bad_image("An image must come as a data URI; paths and other addresses are not opened.")
+            raise _bad_image("An image must be a data URI; paths and other addresses are not supported.")
         if not self.allow_urls:
-            raise _bad_image("Image addresses are not fetched here; send the image as a data URI.")
+            raise _bad_image("Image URLs are disabled; send the image as a data URI.")
         async with self._fetching:
             try:
                 content = await asyncio.to_thread(download, address, _IMAGE_BYTES, unsafe_local=self.unsafe_local)
             except ImageError as error:
-                raise _bad_image("The image cannot be fetched; only https addresses of public hosts are.") from error
+                raise _bad_image("Cannot fetch the image; only https addresses of public hosts are allowed.") from error
         return base64.b64encode(content).decode()
 
 
@@ -129,10 +132,14 @@ def _bad_image(message: str) -> ServeError:
     return ServeError(ErrorType.BAD_IMAGE, message, param="messages")
 
 
-class Reply:
-    """One answer in OpenAI's shapes. `outcome` holds one word for the metrics."""
+def _unknown_model() -> ServeError:
+    return ServeError(ErrorType.NOT_FOUND, "No worker serves this model; see /v1/models.", param="model")
 
-    def __init__(self, body: ChatBody, rendered: Rendered, upstream: WorkerStream, request_id: str) -> None:
+
+class ChatCompletion:
+    """One chat completion, as an object or as server-sent events. `outcome[0]` is its label in the metrics."""
+
+    def __init__(self, body: ChatBody, rendered: RenderedChat, upstream: WorkerStream, request_id: str) -> None:
         self.model = body.model
         self.include_usage = body.stream_options.include_usage
         self.prompt = rendered.prompt
@@ -140,12 +147,12 @@ class Reply:
         self.request_id = request_id
         self.created = int(time.time())
         self.finish_reason: str | None = None
-        self.usage: dict[str, Any] | None = None  # of a worker that does not tell
+        self.usage: dict[str, object] | None = None  # absent from old workers
         self.outcome = ["cancelled"]
         self._shown = ""
 
     async def _texts(self) -> AsyncGenerator[str, None]:
-        """New text as it comes. Workers that only send all text so far begin every frame with the prompt."""
+        """New text of each frame. Cumulative frames of old workers are recognized by the prompt at their start."""
         async with aclosing(self.upstream.frames()) as frames:
             async for raw in frames:
                 frame = self._parse(raw)
@@ -156,21 +163,20 @@ class Reply:
                 if text:
                     yield text
                 if frame.get("finish_reason"):
-                    with _understood():
+                    with _malformed_frames():
                         self._finish(frame)
         self.finish_reason = self.finish_reason or "stop"
         self.outcome[0] = self.finish_reason
 
-    def _parse(self, raw: bytes) -> dict[str, Any]:
-        with _understood():
-            frame = json.loads(raw)
-            code, told = int(frame["error_code"]), dict(frame.get("error") or {})
+    def _parse(self, raw: bytes) -> Frame:
+        with _malformed_frames():
+            frame: Frame = json.loads(raw)
+            code, error = int(frame["error_code"]), dict(frame.get("error") or {})
         if code:
-            raise ServeError(ErrorType.from_wire(told.get("type")), str(told.get("message") or frame.get("text", "")))
-        parsed: dict[str, Any] = frame
-        return parsed
+            raise ServeError(ErrorType.from_wire(error.get("type")), str(error.get("message") or frame.get("text", "")))
+        return frame
 
-    def _finish(self, frame: dict[str, Any]) -> None:
+    def _finish(self, frame: Frame) -> None:
         reason = frame["finish_reason"]
         self.finish_reason = "length" if reason in ("length", "context_exceeded") else "stop"
         counts = {key: int(value) for key, value in (frame.get("usage") or {}).items()}
@@ -181,10 +187,10 @@ class Reply:
         if "image_tokens" in counts:
             self.usage["prompt_tokens_details"] = {"image_tokens": counts["image_tokens"]}
 
-    async def whole(self) -> Response:
-        """The answer in one object; raises `ServeError`."""
+    async def response(self) -> Response:
+        """The completion as one object; raises `ServeError`."""
         try:
-            text = "".join([piece async for piece in self._texts()])
+            text = "".join([text async for text in self._texts()])
         except ServeError as error:
             self.outcome[0] = error.kind.wire
             raise
@@ -193,11 +199,12 @@ class Reply:
         return JSONResponse({**self._head("chat.completion"), "choices": [choice], "usage": self.usage})
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events, `[DONE]` last, also after an error."""
+        """The completion as server-sent events, terminated by `[DONE]` also after an error."""
         yield self._chunk({"role": "assistant", "content": ""})
         try:
-            async for text in _closing(self._texts()):
-                yield self._chunk({"content": text})
+            async with aclosing(self._texts()) as texts:
+                async for text in texts:
+                    yield self._chunk({"content": text})
             yield self._chunk({}, self.finish_reason)
             if self.include_usage:
                 yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage})
@@ -206,7 +213,7 @@ class Reply:
             yield _event({"error": openai_error(error, self.request_id)})
         yield b"data: [DONE]\n\n"
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, object]:
         return {"id": f"chatcmpl-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
@@ -215,37 +222,31 @@ class Reply:
 
 
 @contextmanager
-def _understood() -> Iterator[None]:
-    """What a worker sends may be anything."""
+def _malformed_frames() -> Iterator[None]:
+    """Convert exceptions caused by a malformed frame to `ServeError`."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker sent something that is no frame.") from error
+        raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker sent a malformed frame.") from error
 
 
-async def _closing(texts: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-    async with aclosing(texts):
-        async for text in texts:
-            yield text
-
-
-def _event(content: dict[str, Any]) -> bytes:
+def _event(content: dict[str, object]) -> bytes:
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
-def add_api_routes(app: FastAPI, server: ApiServer) -> None:
-    """Add the API to the controller's application."""
+def add_api_routes(app: FastAPI, server: OpenAIServing) -> None:
+    """Add the API to the controller application."""
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         return {"object": "list", "data": server.models()}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, object]:
         for entry in server.models():
             if entry["id"] == name:
                 return entry
-        raise ServeError(ErrorType.NOT_FOUND, "No worker serves this model now; see /v1/models.", param="model")
+        raise _unknown_model()
 
     @app.post("/v1/chat/completions", response_class=Response)
     async def chat_completions(body: ChatBody, request: Request) -> Response:

@@ -1,7 +1,4 @@
-"""The controller's list of workers: who serves which model, who is alive, and who gets the next request.
-
-No input or output in here, and the clock is given: so expiry and dispatch are tested without waiting.
-"""
+"""Worker registry of the controller: served models, liveness and dispatch. No I/O, and an injectable clock."""
 
 from __future__ import annotations
 
@@ -10,20 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
+from llava.serve.common.arguments import DispatchMethod
 from llava.serve.common.protocol import WorkerStatus, WorkerView
 
-Dispatch = Literal["lottery", "shortest_queue"]
-_QUARANTINE_AFTER: Final = 3  # failures in a row
+_QUARANTINE_AFTER: Final = 3  # consecutive failures
 _QUARANTINE_SECONDS: Final = 30.0
 _MAX_WORKERS: Final = 1024
 
 
 @dataclass(eq=False)
-class Entry:
-    """A worker. `probed` once it has answered at its own address; until then nothing it says is used."""
+class WorkerEntry:
+    """A registered worker; its status is used only once it was `probed`, that is, has answered at its own address."""
 
     address: str
     check_heart_beat: bool
@@ -36,27 +33,27 @@ class Entry:
 
 
 class Registry:
-    """Entries by address. Safe from several threads; every method is short."""
+    """Workers by address. Thread-safe; `expiration` is the longest silence between heartbeats in seconds."""
 
     def __init__(
         self,
-        dispatch: Dispatch = "shortest_queue",
+        dispatch: DispatchMethod | str = DispatchMethod.SHORTEST_QUEUE,
         *,
         expiration: float = CONTROLLER_HEART_BEAT_EXPIRATION,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        self.dispatch = dispatch
+        self.dispatch = DispatchMethod(dispatch)
         self.expiration = expiration
         self._clock = clock
         self._rng = rng or random.Random()
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, WorkerEntry] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[WorkerEntry]:
         with self._lock:
             return list(self._entries.values())
 
@@ -65,10 +62,10 @@ class Registry:
         return len(self._entries) >= _MAX_WORKERS
 
     def put(self, address: str, check_heart_beat: bool, status: WorkerStatus, *, probed: bool) -> None:
-        """Insert or overwrite; an entry keeps its place in the order, and what was proven stays so."""
+        """Add or replace a worker; an unprobed registration does not replace the status of a probed worker."""
         with self._lock:
             old = self._entries.get(address)
-            self._entries[address] = Entry(
+            self._entries[address] = WorkerEntry(
                 address,
                 check_heart_beat,
                 self._clock(),
@@ -82,7 +79,7 @@ class Registry:
             return self._entries.pop(address, None) is not None
 
     def heart_beat(self, address: str, queue_length: float) -> bool:
-        """Note a sign of life; False for a worker that is not known and must register."""
+        """Record a heartbeat; False for an unknown worker, which must register."""
         with self._lock:
             entry = self._entries.get(address)
             if entry is None:
@@ -90,68 +87,68 @@ class Registry:
             entry.last_heart_beat, entry.queue_length = self._clock(), queue_length
             return True
 
-    def update(self, entry: Entry, status: WorkerStatus) -> None:
-        """Note what a known worker answered to a probe; its heartbeats are its own business."""
+    def update(self, entry: WorkerEntry, status: WorkerStatus) -> None:
+        """Record the status that a worker returned to a probe."""
         with self._lock:
             if self._entries.get(entry.address) is entry:
                 entry.status, entry.probed, entry.queue_length = status, True, status.queue_length
 
-    def is_fresh(self, entry: Entry) -> bool:
-        """Whether it sends heartbeats and one came lately."""
+    def is_fresh(self, entry: WorkerEntry) -> bool:
+        """Whether the worker sends heartbeats and the last one has not expired."""
         return entry.check_heart_beat and self._clock() - entry.last_heart_beat <= self.expiration
 
-    def sweep(self) -> list[str]:
-        """Remove and return those whose heartbeats have stopped, and those that never answered a probe."""
+    def remove_expired(self) -> list[str]:
+        """Remove workers whose heartbeats have stopped or that never answered a probe; returns their addresses."""
         with self._lock:
             limit = self._clock() - self.expiration
-            late = [
+            expired = [
                 entry.address
                 for entry in self._entries.values()
                 if entry.last_heart_beat < limit and (entry.check_heart_beat or not entry.probed)
             ]
-            for address in late:
+            for address in expired:
                 del self._entries[address]
-            return late
+            return expired
 
     def models(self) -> list[str]:
-        """Names served now, sorted."""
+        """Sorted names of the served models."""
         return sorted({name for entry in self.entries() if entry.probed for name in entry.status.model_names})
 
     def status_of(self, model: str) -> WorkerStatus | None:
-        """The status of one of its workers: what a client has to know about the model."""
+        """The status of one of the workers that serve `model`."""
         return next((e.status for e in self.entries() if e.probed and model in e.status.model_names), None)
 
     def is_claimed(self, model: str) -> bool:
-        """Whether a worker says that it serves the model, proven or not."""
+        """Whether any worker, probed or not, has registered for `model`."""
         return any(model in entry.status.model_names for entry in self.entries())
 
     def pick(self, model: str, exclude: Collection[str] = ()) -> str:
-        """The address for the next request, "" when no eligible worker serves the model (spec/serve.md §3.4).
+        """Select a worker for the next request; returns its address, empty when no worker serves `model`.
 
-        A worker that failed three times in a row is asked only when no other can be, for half a minute.
+        `lottery` draws with probability proportional to speed, `shortest_queue` minimizes queue length / speed. A
+        worker with three consecutive failures is selected only if there is no other, for 30 seconds.
         """
         with self._lock:
-            able = [
+            eligible = [
                 e
                 for e in self._entries.values()
                 if e.probed and e.status.speed > 0 and e.address not in exclude and model in e.status.model_names
             ]
-            healthy = [entry for entry in able if not self._quarantined(entry)]
-            able = healthy or able
-            if not able:
+            eligible = [entry for entry in eligible if not self._quarantined(entry)] or eligible
+            if not eligible:
                 return ""
-            if self.dispatch == "lottery":
-                return self._rng.choices(able, [entry.status.speed for entry in able])[0].address
-            chosen = min(able, key=lambda entry: entry.queue_length / entry.status.speed)
-            chosen.queue_length += 1  # until its next heartbeat says how it is
+            if self.dispatch is DispatchMethod.LOTTERY:
+                return self._rng.choices(eligible, [entry.status.speed for entry in eligible])[0].address
+            chosen = min(eligible, key=lambda entry: entry.queue_length / entry.status.speed)
+            chosen.queue_length += 1  # the next heartbeat overwrites it
             return chosen.address
 
-    def _quarantined(self, entry: Entry) -> bool:
+    def _quarantined(self, entry: WorkerEntry) -> bool:
         recent = self._clock() - entry.last_failure < _QUARANTINE_SECONDS
         return entry.failures >= _QUARANTINE_AFTER and recent
 
     def report(self, address: str, *, ok: bool) -> None:
-        """How a request to this worker went."""
+        """Record the outcome of a request to a worker."""
         with self._lock:
             entry = self._entries.get(address)
             if entry is None:
@@ -161,7 +158,7 @@ class Registry:
                 entry.last_failure = self._clock()
 
     def total(self) -> WorkerStatus:
-        """All workers as if they were one, for a parent controller (spec/serve.md §3.6)."""
+        """Status of all workers together, for a parent controller: union of models, sum of speeds and queues."""
         probed = [entry for entry in self.entries() if entry.probed]
         features = [set(entry.status.features) for entry in probed if entry.status.model_names]
         models = self.models()
@@ -175,7 +172,7 @@ class Registry:
         )
 
     def views(self) -> list[WorkerView]:
-        """Every worker as people may see it."""
+        """Public state of every worker."""
         return [
             WorkerView(
                 models=entry.status.model_names if entry.probed else [],

@@ -1,4 +1,4 @@
-"""How the controller talks to workers: status queries and streams, both with limits on time and size."""
+"""Asynchronous client of the controller for workers: status probes and streams, limited in time and size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import httpx
 from pydantic import ValidationError
@@ -24,8 +24,8 @@ _MAX_TRIES: Final = 3
 
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds that a worker gets: to accept a connection, to answer a status query, and between bytes of a stream."""
+class Timeouts:
+    """Timeouts in seconds: connecting to a worker, a status probe, and silence within a stream."""
 
     connect: float = 3.0
     status: float = 5.0
@@ -33,7 +33,7 @@ class Times:
 
 
 class WorkerStream:
-    """A stream opened at a worker; `frames()` may be read once, and `aclose` must be called."""
+    """Open stream of a worker; read `frames()` once, and call `aclose`."""
 
     def __init__(self, address: str, response: httpx.Response, registry: Registry) -> None:
         self.address = address
@@ -41,7 +41,7 @@ class WorkerStream:
         self._registry = registry
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
-        """Frames as bytes without their NUL; raises `ServeError` when the worker breaks off or falls silent."""
+        """Unparsed frames without their NUL; raises `ServeError` when the connection fails or times out."""
         reader = FrameReader()
         last = b""
         try:
@@ -50,17 +50,17 @@ class WorkerStream:
                     yield last
         except (httpx.HTTPError, httpx.StreamError, ValueError) as error:
             if b'"finish_reason"' in last:
-                return  # it had said everything
+                return  # the answer was complete
             self._registry.report(self.address, ok=False)
-            raise _broken(error) from error
+            raise _connection_error(error) from error
         self._registry.report(self.address, ok=True)
 
     async def aclose(self) -> None:
         await self._response.aclose()
 
 
-class _Once(httpx.AsyncByteStream):
-    """A body that is let go once it is sent: the client keeps every request until its response ends."""
+class _ReleasedBody(httpx.AsyncByteStream):
+    """Request body that is freed once sent; httpx keeps the request itself until its response ends."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
@@ -71,16 +71,16 @@ class _Once(httpx.AsyncByteStream):
 
 
 class WorkerClient:
-    """One HTTP client for all workers. Redirects and proxies from the environment are never followed."""
+    """HTTP client for all workers; ignores redirects and proxies of the environment."""
 
-    def __init__(self, registry: Registry, token: str | None, times: Times | None = None) -> None:
+    def __init__(self, registry: Registry, token: str | None, timeouts: Timeouts | None = None) -> None:
         self.registry = registry
-        self.times = times or Times()
+        self.timeouts = timeouts or Timeouts()
         self._http = httpx.AsyncClient(
             headers=authorization(token),
             trust_env=False,
             follow_redirects=False,
-            timeout=httpx.Timeout(self.times.idle, connect=self.times.connect),
+            timeout=httpx.Timeout(self.timeouts.idle, connect=self.timeouts.connect),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
 
@@ -88,11 +88,11 @@ class WorkerClient:
         await self._http.aclose()
 
     async def probe(self, address: str) -> WorkerStatus | None:
-        """The worker's status, or None if it does not answer in time or not with a status."""
+        """The worker's status; None when it does not return a valid one in time."""
         try:
-            return await asyncio.wait_for(self._status(address), self.times.status)
+            return await asyncio.wait_for(self._status(address), self.timeouts.status)
         except (httpx.HTTPError, httpx.InvalidURL, asyncio.TimeoutError, ValidationError, OSError) as error:
-            logger.info("A worker does not answer a status query (%s).", type(error).__name__)
+            logger.info("A worker did not answer a status query (%s).", type(error).__name__)
             return None
 
     async def _status(self, address: str) -> WorkerStatus:
@@ -101,12 +101,12 @@ class WorkerClient:
             return WorkerStatus.model_validate_json(await read_start(response, _STATUS_BYTES))
 
     async def open(self, model: str, content: bytes, request_id: str) -> WorkerStream:
-        """Send a request to a worker of `model`, to another if it cannot be reached or is full.
+        """Send a request to a worker of `model`, and to the next one if it is unreachable or full.
 
-        Raises `ServeError`: what the last worker said, or that there is none.
+        Raises the `ServeError` of the last worker tried.
         """
         tried: list[str] = []
-        refusal = ServeError(ErrorType.NOT_FOUND, "No worker serves this model now; see the list of models.")
+        refusal = ServeError(ErrorType.NOT_FOUND, "No worker serves this model; see /list_models.")
         if self.registry.is_claimed(model):
             refusal = ServeError(ErrorType.WORKER_UNAVAILABLE, "The model's worker cannot be reached.")
         while len(tried) < _MAX_TRIES and (address := self.registry.pick(model, exclude=tried)):
@@ -127,22 +127,22 @@ class WorkerClient:
             "User-Agent": "LLaVA Controller",
         }
         url = f"{address}/worker_generate_stream"
-        request = self._http.build_request("POST", url, content=_Once(content), headers=headers)
+        request = self._http.build_request("POST", url, content=_ReleasedBody(content), headers=headers)
         try:
             response = await self._http.send(request, stream=True)
             if response.status_code == 200:
                 return response
             try:
-                raise await _refusal_in(response)
+                raise await _refusal(response)
             finally:
                 await response.aclose()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             self.registry.report(address, ok=False)
-            raise _broken(error) from error
+            raise _connection_error(error) from error
 
 
 async def read_start(response: httpx.Response, limit: int = _REFUSAL_BYTES) -> bytes:
-    """The body as far as `limit` bytes: whoever is asked may send without end."""
+    """The first `limit` bytes of the body; a server may send without end."""
     body = b""
     async with aclosing(cast(AsyncGenerator[bytes, None], response.aiter_bytes())) as parts:
         async for part in parts:
@@ -152,25 +152,24 @@ async def read_start(response: httpx.Response, limit: int = _REFUSAL_BYTES) -> b
     return body[:limit]
 
 
-async def _refusal_in(response: httpx.Response) -> ServeError:
-    """What a worker said instead of streaming."""
+async def _refusal(response: httpx.Response) -> ServeError:
+    """The error of a worker that refused to stream."""
     body = await read_start(response)
     try:
-        frame: dict[str, Any] = next(iter(FrameReader().feed(body + b"\0")))
-        error = frame["error"]
+        error = next(iter(FrameReader().feed(body + b"\0")))["error"]
         kind = ErrorType.from_wire(error["type"])
         facts = {key: value for key, value in error.items() if key not in ("type", "message", "request_id")}
         wait = response.headers.get("Retry-After", "")
         return ServeError(kind, str(error["message"]), retry_after=float(wait) if wait.isdigit() else None, **facts)
-    except (ValueError, LookupError, TypeError, StopIteration):
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
         if response.status_code in (429, 503):
             return ServeError(ErrorType.OVERLOADED, "The worker is busy; try again shortly.", retry_after=2)
-        return ServeError(ErrorType.WORKER_UNAVAILABLE, f"The worker answered with status {response.status_code}.")
+        return ServeError(ErrorType.WORKER_UNAVAILABLE, f"The worker returned status {response.status_code}.")
 
 
-def _broken(error: Exception) -> ServeError:
+def _connection_error(error: Exception) -> ServeError:
     if isinstance(error, httpx.ReadTimeout):
-        return ServeError(ErrorType.TIMEOUT, "The worker has stopped answering.")
+        return ServeError(ErrorType.TIMEOUT, "The worker stopped responding.")
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker cannot be reached.")
-    return ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker broke off.")
+    return ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker closed the connection before the answer was complete.")

@@ -1,4 +1,4 @@
-"""The state of one conversation in the browser: its turns, how they are shown, sent, exported and logged."""
+"""State of a conversation in the browser: turns, prompt, chat view and export."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import re
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Final, cast
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, get_template, with_image_token
+from llava.conversation import Content, Conversation, get_template, with_image_token
 from llava.errors import RequestError
-from llava.serve.web.images import Picture
+from llava.serve.web.images import UploadedImage
 
+JsonObject = dict[str, object]
 CURSOR: Final = "▌"
 _CODE: Final = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a turn is answered; the sliders when it was asked."""
+    """Sampling settings of a turn, from the sliders."""
 
     temperature: float = 0.8
     top_p: float = 0.7
@@ -30,10 +31,10 @@ class Sampling:
 
 @dataclass
 class Turn:
-    """A message, its pictures and its answer. `note` says why an answer is missing or cut short; it is never sent."""
+    """A message, its images and its answer. `note` explains a missing or incomplete answer and is never sent."""
 
     text: str
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[UploadedImage, ...] = ()
     mode: str = "Default"
     sampling: Sampling = Sampling()
     model: str = ""
@@ -46,54 +47,56 @@ class Turn:
     turn_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def check(self) -> None:
-        """Raise `RequestError` when the placeholders typed into the text do not fit the pictures."""
+        """Raise `RequestError` when the number of placeholders in the text differs from the number of images."""
         typed = self.text.count(DEFAULT_IMAGE_TOKEN)
-        if typed and typed != len(self.pictures):
+        if typed and typed != len(self.images):
             raise RequestError(
-                f"The text has {typed} {DEFAULT_IMAGE_TOKEN} placeholder(s) but comes with {len(self.pictures)} "
-                f"picture(s); leave {DEFAULT_IMAGE_TOKEN} out, or write it once for each picture."
+                f"The text has {typed} {DEFAULT_IMAGE_TOKEN} placeholder(s) but {len(self.images)} image(s) attached; "
+                f"omit {DEFAULT_IMAGE_TOKEN}, or write it once for each image."
             )
 
 
 @dataclass
 class Chat:
-    """One visitor's conversation with one model at a time."""
+    """Conversation of one visitor."""
 
     turns: list[Turn] = field(default_factory=list)
-    model: str | None = None  # the last one chosen, also while nobody serves it
+    model: str | None = None  # the last one selected, even if it is no longer served
     template: str = "vicuna_v1"
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    seen: object = None  # what the page shows of the model list
+    seen: object = None  # state of the model list on the page
 
     @property
     def running(self) -> bool:
         return bool(self.turns) and self.turns[-1].running
 
-    def conversation(self) -> tuple[Conversation, list[Picture], list[str]]:
-        """The conversation under the current template, its pictures in order, and the mode of each.
+    def conversation(self) -> tuple[Conversation, list[UploadedImage], list[str]]:
+        """The conversation in the current template, its images in order, and the mode of each image.
 
-        Earlier turns without any answer are left out, so that roles alternate. A first turn with one picture takes
-        the renderer's own form for it (spec/serve.md §8.5).
+        Earlier turns without an answer are omitted, so that roles alternate. A first turn with one image uses the
+        template's image form.
         """
         conversation = get_template(self.template)
         turns = [turn for turn in self.turns if turn.answer or turn is self.turns[-1]]
         for index, turn in enumerate(turns):
-            count = len(turn.pictures)
-            content: Any = turn.text
+            count = len(turn.images)
+            content: Content = turn.text
             if index == 0 and count == 1 and DEFAULT_IMAGE_TOKEN not in turn.text:
-                content = (f"{DEFAULT_IMAGE_TOKEN}\n{turn.text}", None, turn.mode)
+                content = cast(
+                    Content, (f"{DEFAULT_IMAGE_TOKEN}\n{turn.text}", None, turn.mode)
+                )  # images are sent apart
             elif count:
                 content = with_image_token(turn.text, conversation, None, count)
             conversation.append_message(conversation.roles[0], content)
             conversation.append_message(conversation.roles[1], turn.answer or None)
-        pictures = [picture for turn in turns for picture in turn.pictures]
-        return conversation, pictures, [turn.mode for turn in turns for _ in turn.pictures]
+        images = [image for turn in turns for image in turn.images]
+        return conversation, images, [turn.mode for turn in turns for _ in turn.images]
 
-    def shown(self) -> list[dict[str, Any]]:
-        """Messages for the chat view; markup in them is shown as typed, never run."""
-        messages: list[dict[str, Any]] = []
+    def shown(self) -> list[JsonObject]:
+        """Messages of the chat view, with markup escaped."""
+        messages: list[JsonObject] = []
         for turn in self.turns:
-            messages += [{"role": "user", "content": {"path": picture.shown}} for picture in turn.pictures]
+            messages += [{"role": "user", "content": {"path": image.path}} for image in turn.images]
             text = turn.text.replace(DEFAULT_IMAGE_TOKEN, "🖼").strip()
             if text:
                 messages.append({"role": "user", "content": escape(text)})
@@ -104,25 +107,25 @@ class Chat:
                 messages.append({"role": "assistant", "content": answer})
         return messages
 
-    def export(self) -> dict[str, Any]:
-        """Everything said, pictures included as data URIs; the same keys as the terminal chat's `/save`."""
-        conversation, pictures, _ = self.conversation()
+    def export(self) -> JsonObject:
+        """The conversation with images as data URIs; the keys include those of the terminal chat's `/save`."""
+        conversation, images, _ = self.conversation()
         return {
             "model": self.model,
             "template": self.template,
             "system": conversation.system,
             "messages": conversation.dict()["messages"][conversation.offset :],
-            "images": [picture.uri() for picture in pictures],
+            "images": [image.data_uri() for image in images],
             "turns": [
                 {"text": turn.text, "answer": turn.answer, "note": turn.note, "finish_reason": turn.finish_reason}
-                | {"model": turn.model, "mode": turn.mode, "pictures": len(turn.pictures), **asdict(turn.sampling)}
+                | {"model": turn.model, "mode": turn.mode, "pictures": len(turn.images), **asdict(turn.sampling)}
                 for turn in self.turns
             ],
         }
 
 
 def escape(text: str) -> str:
-    """`text` for a Markdown view with every tag made visible; code, which the view escapes itself, is kept."""
-    pieces = _CODE.split(text)
-    pieces[::2] = [piece.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for piece in pieces[::2]]
-    return "".join(pieces)
+    """Escape tags for a Markdown view; code, which the view escapes itself, is left as is."""
+    parts = _CODE.split(text)
+    parts[::2] = [part.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for part in parts[::2]]
+    return "".join(parts)

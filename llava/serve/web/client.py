@@ -1,16 +1,17 @@
-"""The web page's side of the wire: asks the controller for models and addresses, streams answers from workers."""
+"""Asynchronous client of the web page for controllers and workers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from llava.errors import ConfigError
-from llava.serve.common.protocol import TOKEN_VARIABLE, ErrorType, FrameReader, ServeError, WorkerStatus, WorkerView
+from llava.serve.common.arguments import TOKEN_VARIABLE
+from llava.serve.common.protocol import ErrorType, Frame, FrameReader, ServeError, WorkerStatus, WorkerView
 from llava.serve.web.errors import from_frame, from_response
 
 USER_AGENT: Final = "InternVL-Chat Client"
@@ -29,10 +30,10 @@ _WORKERS: Final = TypeAdapter(list[WorkerView])
 
 
 class ServiceClient:
-    """A controller and, through the addresses it gives, its workers. Every failure is a `ServeError`.
+    """Client of a controller and its workers; every failure raises `ServeError`.
 
-    `timeout` bounds questions and the connection to a worker; `idle_timeout` is the longest silence in a stream, the
-    wait for the first word of a queued request included. Redirects are not followed and proxies not used.
+    `timeout` limits queries and connecting to a worker; `idle_timeout` is the longest silence within a stream, also
+    of a queued request. Both are in seconds. Redirects and proxies are ignored.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class ServiceClient:
     ) -> None:
         self.controller_url = controller_url.rstrip("/")
         if not self.controller_url.startswith(("http://", "https://")):
-            raise ConfigError(f"The controller's address {controller_url!r} must begin with http:// or https://.")
+            raise ConfigError(f"The controller URL must begin with http:// or https://, got {controller_url!r}.")
         self._stream_timeout = httpx.Timeout(timeout, read=idle_timeout)
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token
         headers = {"User-Agent": USER_AGENT, **({"Authorization": f"Bearer {token}"} if token else {})}
@@ -58,14 +59,14 @@ class ServiceClient:
         await self._http.aclose()
 
     async def models(self) -> list[str]:
-        """Names of the models that workers serve now, sorted."""
-        reply = await self._ask(f"{self.controller_url}/list_models", None)
+        """Sorted names of the served models."""
+        reply = await self._post(f"{self.controller_url}/list_models", None)
         return sorted(_parse(TypeAdapter(_Models), reply, "the list of models").models)
 
     async def workers(self) -> list[WorkerView]:
-        """What the controller knows of each worker, loading ones included; none from one that does not tell."""
+        """Public state of each worker; empty from controllers without `/list_workers`."""
         try:
-            reply = await self._ask(f"{self.controller_url}/list_workers", None)
+            reply = await self._post(f"{self.controller_url}/list_workers", None)
         except ServeError as error:
             if error.kind in (ErrorType.NOT_FOUND, ErrorType.BAD_REQUEST):
                 return []
@@ -74,23 +75,23 @@ class ServiceClient:
         return _parse(_WORKERS, content, "the list of workers")
 
     async def refresh(self) -> None:
-        """Have the controller ask all its workers anew."""
-        await self._ask(f"{self.controller_url}/refresh_all_workers", None)
+        """Make the controller query all its workers."""
+        await self._post(f"{self.controller_url}/refresh_all_workers", None)
 
     async def address(self, model: str) -> str:
-        """Address of a worker for `model`. Ask only when a request follows: the controller counts it."""
-        reply = await self._ask(f"{self.controller_url}/get_worker_address", {"model": model})
+        """Address of a worker for `model`; the controller counts this as a request in its queue."""
+        reply = await self._post(f"{self.controller_url}/get_worker_address", {"model": model})
         address = _parse(TypeAdapter(_Address), reply, "the address of a worker").address.rstrip("/")
         if not address:
-            raise ServeError(ErrorType.NOT_FOUND, f"nobody serves {model}")
+            raise ServeError(ErrorType.NOT_FOUND, f"no worker serves {model}")
         return address
 
     async def status(self, address: str) -> WorkerStatus:
-        """What a worker says of itself: template, limits, and how it can stream."""
-        return _parse(TypeAdapter(WorkerStatus), await self._ask(f"{address}/worker_get_status", None), "its status")
+        """Status of a worker: template, limits and features."""
+        return _parse(TypeAdapter(WorkerStatus), await self._post(f"{address}/worker_get_status", None), "its status")
 
-    async def stream(self, address: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Frames of one answer. Closing this generator closes the connection, which stops the worker."""
+    async def stream(self, address: str, body: dict[str, object]) -> AsyncGenerator[Frame, None]:
+        """Frames of one answer; closing the generator closes the connection, which stops the worker."""
         reader = FrameReader()
         url = f"{address}/worker_generate_stream"
         try:
@@ -105,12 +106,10 @@ class ServiceClient:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _unreachable(error, "the worker") from error
         except (ValueError, RecursionError) as error:
-            raise ServeError(
-                ErrorType.INTERNAL, f"the worker's answer is not in the format of the wire: {error}"
-            ) from error
+            raise ServeError(ErrorType.INTERNAL, f"the worker sent a malformed frame: {error}") from error
 
-    async def _ask(self, url: str, body: dict[str, Any] | None) -> Any:
-        """The JSON answer to a POST; `ServeError` when there is none."""
+    async def _post(self, url: str, body: dict[str, object] | None) -> object:
+        """POST `body` and return the decoded JSON reply."""
         who = "the controller" if url.startswith(f"{self.controller_url}/") else "the worker"
         try:
             response = await self._http.post(url, json=body)
@@ -119,28 +118,29 @@ class ServiceClient:
         if response.status_code != 200:
             raise from_response(response.status_code, response.content)
         try:
-            return response.json()
+            content: object = response.json()
         except (ValueError, RecursionError) as error:
-            raise ServeError(ErrorType.INTERNAL, f"{who} answered with something that is not JSON") from error
+            raise ServeError(ErrorType.INTERNAL, f"{who} did not return JSON") from error
+        return content
 
 
-def _checked(frame: dict[str, Any]) -> dict[str, Any]:
+def _checked(frame: Frame) -> Frame:
     error = from_frame(frame)
     if error is not None:
         raise error
     return frame
 
 
-def _parse(kind: TypeAdapter[T], content: Any, what: str) -> T:
+def _parse(kind: TypeAdapter[T], content: object, what: str) -> T:
     try:
         return kind.validate_python(content)
     except ValidationError as error:
-        raise ServeError(ErrorType.INTERNAL, f"{what} came in a shape that is not understood") from error
+        raise ServeError(ErrorType.INTERNAL, f"{what} has an unknown format") from error
 
 
 def _unreachable(error: Exception, who: str) -> ServeError:
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-        return ServeError(ErrorType.TIMEOUT, f"{who} was silent for too long")
+        return ServeError(ErrorType.TIMEOUT, f"{who} timed out")
     if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError):
-        return ServeError(ErrorType.WORKER_UNAVAILABLE, f"{who} broke the connection")
-    return ServeError(ErrorType.WORKER_UNAVAILABLE, f"{who} cannot be connected to")
+        return ServeError(ErrorType.WORKER_UNAVAILABLE, f"{who} closed the connection")
+    return ServeError(ErrorType.WORKER_UNAVAILABLE, f"cannot connect to {who}")

@@ -1,12 +1,12 @@
-"""The second tab: one message, two models, their answers side by side, and a vote between them."""
+"""Comparison tab: one message to two models, side by side, with a vote."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import gradio as gr
 
@@ -14,7 +14,7 @@ from llava.errors import LlavaError
 from llava.serve.web import controls
 from llava.serve.web.chat import Chat, Turn
 from llava.serve.web.chat_tab import Updates
-from llava.serve.web.site import Site, visitor
+from llava.serve.web.services import AppServices, GalleryFile, visitor
 
 VOTES: Final = {
     "leftvote": "Left is better",
@@ -26,21 +26,21 @@ VOTES: Final = {
 
 @dataclass(frozen=True)
 class CompareTab:
-    """The components of the tab, `states`, `models` and `views` left and right; its methods are what they do."""
+    """Components of the tab, with pairs for left and right; the methods are their event handlers."""
 
-    site: Site
-    states: tuple[Any, Any]
-    models: tuple[Any, Any]
-    views: tuple[Any, Any]
-    pictures: Any
-    mode: Any
+    services: AppServices
+    states: tuple[gr.State, gr.State]
+    models: tuple[gr.Dropdown, gr.Dropdown]
+    views: tuple[gr.Chatbot, gr.Chatbot]
+    images: gr.Gallery
+    mode: gr.Radio
     parameters: controls.Parameters
-    text: Any
-    send_button: Any
-    notice: Any
-    votes: tuple[Any, ...]
-    stop: Any
-    clear_button: Any
+    text: gr.Textbox
+    send_button: gr.Button
+    notice: gr.Markdown
+    votes: tuple[gr.Button, ...]
+    stop: gr.Button
+    clear_button: gr.Button
 
     async def send(
         self,
@@ -48,7 +48,7 @@ class CompareTab:
         request: gr.Request,
         right: Chat,
         text: str | None,
-        files: Sequence[Any] | None,
+        files: Sequence[GalleryFile] | None,
         left_model: str | None,
         right_model: str | None,
         mode: str,
@@ -58,21 +58,21 @@ class CompareTab:
         text = (text or "").strip()
         running = left.running or right.running
         if running or not (text or files):
-            yield {self.notice: gr.skip() if running else controls.NOTHING}
+            yield {self.notice: gr.skip() if running else controls.EMPTY_MESSAGE}
             return
         sampling = controls.sampling_from(values)
         try:
-            turn = await self.site.new_turn(left_model, text, files or (), mode, sampling)
+            turn = await self.services.new_turn(left_model, text, files or (), mode, sampling)
             if not right_model:
                 raise controls.no_model()
         except LlavaError as error:
             yield {self.notice: controls.warning(error)}
             return
-        other = Turn(text, turn.pictures, mode, sampling, right_model)
-        update = {self.text: "", self.pictures: None, self.notice: "", **self.buttons(vote=False, running=True)}
+        other = Turn(text, turn.images, mode, sampling, right_model)
+        update = {self.text: "", self.images: None, self.notice: "", **self.buttons(vote=False, running=True)}
         async with AsyncExitStack() as stack:
             runs = [
-                await stack.enter_async_context(aclosing(self.site.run(chat, new, visitor(request))))
+                await stack.enter_async_context(aclosing(self.services.run(chat, new, visitor(request))))
                 for chat, new in ((left, turn), (right, other))
             ]
             async for _ in await stack.enter_async_context(aclosing(merged(runs))):
@@ -84,7 +84,7 @@ class CompareTab:
         return {view: chat.shown() for view, chat in zip(self.views, (left, right), strict=True)}
 
     def buttons(self, *, vote: bool, running: bool, clear: bool = True) -> Updates:
-        """States of the buttons."""
+        """Updates that enable or disable the buttons."""
         return {
             **{button: gr.update(interactive=vote) for button in self.votes},
             self.stop: gr.update(interactive=running),
@@ -101,34 +101,34 @@ class CompareTab:
         await self.halt(left, right)
         left.turns.clear()
         right.turns.clear()
-        empty: Updates = {self.views[0]: [], self.views[1]: [], self.text: "", self.pictures: None, self.notice: ""}
+        empty: Updates = {self.views[0]: [], self.views[1]: [], self.text: "", self.images: None, self.notice: ""}
         return {**empty, **self.buttons(vote=False, running=False, clear=False)}
 
     async def vote(self, kind: str, left: Chat, right: Chat, request: gr.Request) -> Updates:
-        """Record which answer was better, once."""
+        """Record the vote; further votes are ignored."""
         if not (left.turns and right.turns) or left.running or right.running or left.turns[-1].vote:
             return {self.notice: gr.skip()}
         left.turns[-1].vote = right.turns[-1].vote = kind
         models = [chat.turns[-1].model for chat in (left, right)]
         states = [chat.conversation()[0].dict() for chat in (left, right)]
-        told = self.site.log.vote(kind, left, visitor(request), models=models, states=states)
-        return {self.notice: told, **{b: gr.update(interactive=False) for b in self.votes}}
+        notice = self.services.log.vote(kind, left, visitor(request), models=models, states=states)
+        return {self.notice: notice, **{b: gr.update(interactive=False) for b in self.votes}}
 
     def connect(self) -> None:
-        """Bind the components' events."""
+        """Bind the events of the components."""
         left, right = self.states
-        inputs = [left, right, self.text, self.pictures, *self.models, self.mode, *self.parameters.all()]
-        outputs = [*self.views, self.text, self.pictures, self.notice, self.send_button, self.stop, self.clear_button]
+        inputs = [left, right, self.text, self.images, *self.models, self.mode, *self.parameters.all()]
+        outputs = [*self.views, self.text, self.images, self.notice, self.send_button, self.stop, self.clear_button]
         outputs += self.votes
         gr.on([self.text.submit, self.send_button.click], self.send, inputs, outputs, **controls.PRIVATE)
-        self.stop.click(self.halt, [left, right], None, **controls.AT_ONCE)
+        self.stop.click(self.halt, [left, right], None, **controls.IMMEDIATE)
         clearing = [self.clear_button.click, *(view.clear for view in self.views)]
-        gr.on(clearing, self.clear, [left, right], outputs, **controls.AT_ONCE)
+        gr.on(clearing, self.clear, [left, right], outputs, **controls.IMMEDIATE)
         for kind, button in zip(VOTES, self.votes, strict=True):
-            button.click(_voting(self, kind), [left, right], outputs, **controls.AT_ONCE)
+            button.click(_vote_handler(self, kind), [left, right], outputs, **controls.IMMEDIATE)
 
 
-def _voting(tab: CompareTab, kind: str) -> Any:
+def _vote_handler(tab: CompareTab, kind: str) -> Callable[[Chat, Chat, gr.Request], Awaitable[Updates]]:
     async def vote(left: Chat, right: Chat, request: gr.Request) -> Updates:
         return await tab.vote(kind, left, right, request)
 
@@ -136,7 +136,7 @@ def _voting(tab: CompareTab, kind: str) -> Any:
 
 
 async def merged(iterators: Sequence[AsyncIterator[None]]) -> AsyncGenerator[None, None]:
-    """Yield whenever one of them does, until all have ended."""
+    """Yield after every item of any iterator, until all are exhausted."""
     steps = {asyncio.ensure_future(anext(each, False)): each for each in iterators}
     try:
         while steps:
@@ -153,8 +153,8 @@ async def merged(iterators: Sequence[AsyncIterator[None]]) -> AsyncGenerator[Non
             await asyncio.wait(steps)
 
 
-def build(site: Site, icons: Mapping[str, str]) -> CompareTab:
-    """Lay out the tab; on a narrow page the two answers stand below each other."""
+def build(services: AppServices, icons: Mapping[str, str]) -> CompareTab:
+    """Create the tab; the two answers are stacked on a narrow page."""
     states = (gr.State(Chat()), gr.State(Chat()))
     with gr.Row(elem_classes="pair"):
         columns = []
@@ -171,13 +171,13 @@ def build(site: Site, icons: Mapping[str, str]) -> CompareTab:
         )
     with gr.Row(elem_classes="pair"):
         with gr.Column(min_width=300):
-            pictures = controls.picture_box("compare_pictures")
+            images = controls.image_box("compare_images")
         with gr.Column(min_width=300):
             mode = controls.mode_choice()
             parameters = controls.parameter_sliders()
     (left_model, left_view), (right_model, right_view) = columns
     tab = CompareTab(
-        site, states, (left_model, right_model), (left_view, right_view), pictures, mode, parameters, text, send,
+        services, states, (left_model, right_model), (left_view, right_view), images, mode, parameters, text, send,
         notice, votes, stop, clear,
     )  # fmt: skip
     tab.connect()

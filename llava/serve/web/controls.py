@@ -1,11 +1,11 @@
-"""Controls that both tabs of the page have: pictures, preprocessing, parameters, examples, download."""
+"""Components shared by both tabs: image box, preprocessing mode, parameters, examples, download."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import gradio as gr
 
@@ -14,10 +14,10 @@ from llava.images import PROCESS_MODES
 from llava.serve.web.chat import Sampling, escape
 
 DEFAULTS: Final = Sampling()
-PRIVATE: Final[dict[str, Any]] = {"show_progress": "hidden", "api_visibility": "private"}  # no public endpoint
-NOTHING: Final = "Write a message or add a picture first."
-AT_ONCE: Final[dict[str, Any]] = {**PRIVATE, "queue": False}
-# Gives the text in a hidden box to the browser as a file.
+PRIVATE: Final[dict[str, object]] = {"show_progress": "hidden", "api_visibility": "private"}  # no public endpoint
+EMPTY_MESSAGE: Final = "Enter a message or add an image."
+IMMEDIATE: Final[dict[str, object]] = {**PRIVATE, "queue": False}
+# Downloads the text of a hidden box as a file.
 SAVE_AS_FILE: Final = """(text) => {
     if (!text) return;
     const link = document.createElement("a");
@@ -30,35 +30,35 @@ SAVE_AS_FILE: Final = """(text) => {
 
 @dataclass(frozen=True)
 class Parameters:
-    """The sliders, in the order in which handlers take their values."""
+    """Sliders of the sampling settings, in the order of the handlers' arguments."""
 
-    temperature: Any
-    top_p: Any
-    max_new_tokens: Any
-    max_input_tiles: Any
+    temperature: gr.Slider
+    top_p: gr.Slider
+    max_new_tokens: gr.Slider
+    max_input_tiles: gr.Slider
 
-    def all(self) -> list[Any]:
+    def all(self) -> list[gr.Slider]:
         return [self.temperature, self.top_p, self.max_new_tokens, self.max_input_tiles]
 
 
 def no_model() -> RequestError:
-    return RequestError("No model is chosen; choose one.")
+    return RequestError("No model is selected; select one.")
 
 
-def warning(what: LlavaError | str) -> str:
-    """A line of Markdown that says what is wrong; a model's name or a `<image>` in it is shown as it is."""
-    return f"⚠️ {escape(str(what.args[0]) if isinstance(what, LlavaError) else what)}"
+def warning(problem: LlavaError | str) -> str:
+    """A problem as an escaped line of Markdown."""
+    return f"⚠️ {escape(str(problem.args[0]) if isinstance(problem, LlavaError) else problem)}"
 
 
 def sampling_from(values: Sequence[float]) -> Sampling:
-    """The sliders' values, in the order of `Parameters.all`."""
+    """Sampling settings from the values of the sliders."""
     temperature, top_p, max_new_tokens, max_input_tiles = values
     return Sampling(float(temperature), float(top_p), int(max_new_tokens), int(max_input_tiles))
 
 
-def picture_box(elem_id: str) -> Any:
+def image_box(elem_id: str) -> gr.Gallery:
     return gr.Gallery(
-        label="Pictures",
+        label="Images",
         elem_id=elem_id,
         type="filepath",
         file_types=["image"],
@@ -72,35 +72,35 @@ def picture_box(elem_id: str) -> Any:
     )
 
 
-def mode_choice() -> Any:
+def mode_choice() -> gr.Radio:
     return gr.Radio(
         list(PROCESS_MODES),
         value=PROCESS_MODES[0],
-        label="Preprocess for a picture that is not square",
-        info="Default: as the model was trained. Pad: add margins. Crop: keep the middle. Resize: stretch.",
+        label="Preprocessing of images that are not square",
+        info="Default: as in training. Pad: add margins. Crop: keep the center. Resize: stretch.",
     )
 
 
 def parameter_sliders() -> Parameters:
-    """The sliders of spec/serve.md §8.3; values no engine can honour are left out."""
+    """Create the sliders, closed by default."""
     with gr.Accordion("Parameters", open=False):
         return Parameters(
-            gr.Slider(0.0, 1.0, DEFAULTS.temperature, step=0.1, label="Temperature", info="0 is always the likeliest"),
+            gr.Slider(0.0, 1.0, DEFAULTS.temperature, step=0.1, label="Temperature", info="0 is greedy"),
             gr.Slider(0.1, 1.0, DEFAULTS.top_p, step=0.1, label="Top P"),
             gr.Slider(64, 4096, DEFAULTS.max_new_tokens, step=64, label="Max output tokens"),
             gr.Slider(
-                1, 32, DEFAULTS.max_input_tiles, step=1, label="Max input tiles", info="Used by models that read tiles"
+                1, 32, DEFAULTS.max_input_tiles, step=1, label="Max input tiles", info="For models with image tiles"
             ),
         )
 
 
-def message_box(elem_id: str, send_id: str) -> tuple[Any, Any]:
-    """The text box (Enter submits) and its button, 8 : 1."""
+def message_box(elem_id: str, send_id: str) -> tuple[gr.Textbox, gr.Button]:
+    """The text box (Enter submits) and its button, with widths 8 : 1."""
     with gr.Row(elem_classes="ask", equal_height=True):
         text = gr.Textbox(
             label="Message",  # for screen readers
             show_label=False,
-            placeholder="Ask about the picture",
+            placeholder="Ask about the image",
             lines=1,
             max_lines=8,
             max_length=20_000,
@@ -111,25 +111,25 @@ def message_box(elem_id: str, send_id: str) -> tuple[Any, Any]:
         return text, gr.Button("Send", variant="primary", scale=1, min_width=72, elem_id=send_id)
 
 
-def action_button(name: str, elem_id: str, icon: str, *, min_width: int = 96) -> Any:
-    """A button that has nothing to do at first."""
+def action_button(name: str, elem_id: str, icon: str, *, min_width: int = 96) -> gr.Button:
+    """A button, disabled at first."""
     return gr.Button(name, interactive=False, size="sm", min_width=min_width, elem_id=elem_id, icon=icon)
 
 
-def example_buttons(examples: Sequence[tuple[str, str]], pictures: Any, text: Any) -> None:
-    """A button for each (picture file, question); clicking it fills both boxes."""
+def example_buttons(examples: Sequence[tuple[str, str]], images: gr.Gallery, text: gr.Textbox) -> None:
+    """A button for each (image path, question), which fills both boxes."""
     gr.Markdown("Examples", elem_classes="heading")
     with gr.Column(elem_classes="examples"):
         for path, question in examples:
             button = gr.Button(question, icon=path, size="sm")
-            button.click(partial(_example, path, question), None, [pictures, text], **AT_ONCE)
+            button.click(partial(_example, path, question), None, [images, text], **IMMEDIATE)
 
 
 def _example(path: str, question: str) -> tuple[list[str], str]:
     return [path], question
 
 
-def chat_view(elem_id: str, label: str, placeholder: str, *, height: int) -> Any:
+def chat_view(elem_id: str, label: str, placeholder: str, *, height: int) -> gr.Chatbot:
     return gr.Chatbot(
         label=label,
         elem_id=elem_id,

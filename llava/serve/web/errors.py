@@ -1,39 +1,38 @@
-"""What the web page says when something fails: one sentence for each cause, never one for all of them."""
+"""Error messages of the web page, one for each cause."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
-from llava.serve.common.protocol import ErrorType, FrameReader, ServeError
+from llava.serve.common.protocol import ErrorType, Frame, FrameReader, ServeError
 
 SENTENCES: Final = {
-    ErrorType.BAD_REQUEST: "The worker does not accept this request.",
-    ErrorType.BAD_IMAGE: "The worker cannot read one of the pictures.",
-    ErrorType.IMAGE_COUNT_MISMATCH: "The number of pictures and of <image> placeholders differ.",
-    ErrorType.CONTEXT_TOO_LONG: "The conversation is longer than the model can read; clear it or ask more briefly.",
-    ErrorType.UNAUTHORIZED: "This web server has no access to the worker; its operator has to give it the token.",
-    ErrorType.NOT_FOUND: "No worker serves this model at the moment; choose another model, or wait for its worker.",
-    ErrorType.BODY_TOO_SLOW: "Sending the message took too long; try again.",
-    ErrorType.BODY_TOO_LARGE: "The message with its pictures is larger than the worker accepts; send smaller pictures.",
-    ErrorType.RATE_LIMITED: "Too many messages in a short time; wait a moment and try again.",
-    ErrorType.OUT_OF_MEMORY: "The worker ran out of memory on this request; send a shorter one or fewer pictures.",
-    ErrorType.INTERNAL: "The worker failed on this request; its log says why.",
-    ErrorType.WORKER_UNAVAILABLE: "The worker of this model cannot be reached; try again when it is back.",
-    ErrorType.OVERLOADED: "The model is answering as many people as it can (high traffic); try again in a moment.",
+    ErrorType.BAD_REQUEST: "The worker rejected this request.",
+    ErrorType.BAD_IMAGE: "The worker cannot read one of the images.",
+    ErrorType.IMAGE_COUNT_MISMATCH: "The numbers of images and <image> placeholders differ.",
+    ErrorType.CONTEXT_TOO_LONG: "The conversation exceeds the model's context length; clear it or shorten the message.",
+    ErrorType.UNAUTHORIZED: "This web server is not authorized at the worker; its operator must set the token.",
+    ErrorType.NOT_FOUND: "No worker serves this model at the moment; select another model, or try again later.",
+    ErrorType.BODY_TOO_SLOW: "Sending the message timed out; try again.",
+    ErrorType.BODY_TOO_LARGE: "The message is larger than the worker accepts; send smaller images.",
+    ErrorType.RATE_LIMITED: "Too many messages; try again in a moment.",
+    ErrorType.OUT_OF_MEMORY: "The worker ran out of memory; send a shorter message or fewer images.",
+    ErrorType.INTERNAL: "The worker failed on this request; its log has the details.",
+    ErrorType.WORKER_UNAVAILABLE: "The worker of this model cannot be reached; try again later.",
+    ErrorType.OVERLOADED: "The model is busy (high traffic); try again in a moment.",
     ErrorType.NOT_READY: "The worker is starting or stopping; try again in a moment.",
     ErrorType.TIMEOUT: "The worker did not answer in time; try again.",
 }
-# What workers of other projects say for every failure; repeating it would mislead.
-_SAYS_NOTHING: Final = ("HIGH TRAFFIC", "UNKNOWN ERROR")
+# Messages that workers of other projects send for every failure.
+_GENERIC: Final = ("HIGH TRAFFIC", "UNKNOWN ERROR")
 
 
 def explain(error: ServeError) -> str:
-    """The sentence for a failure, what the other side said about it, and its code."""
+    """Message for a visitor: the sentence of the error type, details and code."""
     parts = [SENTENCES[error.kind]]
     message = " ".join(error.message.split())
-    if message and not any(empty in message.upper() for empty in _SAYS_NOTHING):
+    if message and not any(text in message.upper() for text in _GENERIC):
         parts.append(f"({message})")
     request_id = error.facts.get("request_id")
     code = f"error_code: {error.facts.get('error_code', error.kind.error_code)}, {error.kind.wire}"
@@ -41,11 +40,11 @@ def explain(error: ServeError) -> str:
     return " ".join(parts)
 
 
-def from_frame(frame: Mapping[str, Any]) -> ServeError | None:
-    """The failure that a frame reports; None for one that carries an answer.
+def from_frame(frame: Frame) -> ServeError | None:
+    """The error that a frame reports, None for a frame of an answer.
 
-    The type decides where there is one; a worker of another project sends only a code: 2 without worker, 3 when the
-    worker broke off, anything else is its own failure.
+    Frames of other projects have a code instead of an error type: 2 without a worker, 3 when the worker cannot be
+    reached, other codes for failures of the worker.
     """
     code = frame.get("error_code", 0)
     reason = frame.get("finish_reason")
@@ -59,12 +58,14 @@ def from_frame(frame: Mapping[str, Any]) -> ServeError | None:
         kind = ErrorType.from_wire(details["type"])
     else:
         kind = {2: ErrorType.NOT_FOUND, 3: ErrorType.WORKER_UNAVAILABLE}.get(code, ErrorType.INTERNAL)
-    facts = {"error_code": code, **({"request_id": details["request_id"]} if "request_id" in details else {})}
-    return ServeError(kind, str(details.get("message") or (frame.get("text") if code else "") or ""), **facts)
+    error = ServeError(kind, str(details.get("message") or (frame.get("text") if code else "") or ""), error_code=code)
+    if "request_id" in details:
+        error.facts["request_id"] = details["request_id"]
+    return error
 
 
 def from_response(status: int, body: bytes) -> ServeError:
-    """The failure in an HTTP answer that is not 200: its frame if it has one, else what its status means."""
+    """The error of an HTTP response with a status other than 200: of its frame, else of its status."""
     try:
         frames = [frame for reader in [FrameReader()] for part in (reader.feed(body), reader.close()) for frame in part]
         error = from_frame(frames[0]) if frames else None
@@ -79,7 +80,7 @@ def from_response(status: int, body: bytes) -> ServeError:
 
 
 def _detail(body: bytes) -> str:
-    """FastAPI's `detail`, when the body has one that is text."""
+    """FastAPI's `detail`, if it is text."""
     try:
         detail = json.loads(body)["detail"]
     except (ValueError, KeyError, TypeError, RecursionError):

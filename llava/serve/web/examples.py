@@ -1,4 +1,4 @@
-"""Example pictures for the web page, drawn when it starts: a chart, a shop sign, a form of nobody, a room.
+"""Example images of the web page, drawn at startup: a chart, a shop sign, an order form, a room.
 
 python -m llava.serve.web.examples FOLDER
 """
@@ -61,7 +61,7 @@ def sign() -> Image.Image:
 
 
 def form() -> Image.Image:
-    """An order form filled in with things, not with a person."""
+    """An order form without personal data."""
     image = Image.new("RGB", (640, 480), (255, 255, 255))
     draw = ImageDraw.Draw(image)
     draw.rectangle((20, 20, 620, 460), None, _INK, 3)
@@ -77,7 +77,7 @@ def form() -> Image.Image:
 
 
 def room() -> Image.Image:
-    """A cat in front of a mirror that shows it again."""
+    """A cat in front of a mirror that reflects it."""
     image = Image.new("RGB", (640, 480), (232, 222, 204))
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 370, 640, 480), (170, 130, 94))
@@ -104,19 +104,19 @@ def _cat(draw: ImageDraw.ImageDraw, centre: int, coat: tuple[int, int, int]) -> 
     draw.polygon(((centre - 6, 222), (centre + 6, 222), (centre, 232)), (220, 140, 140))
 
 
-PICTURES: Final[tuple[tuple[str, Callable[[], Image.Image], str], ...]] = (
+EXAMPLES: Final[tuple[tuple[str, Callable[[], Image.Image], str], ...]] = (
     ("chart", chart, "What does this chart say?"),
-    ("sign", sign, "Describe this picture in detail."),
+    ("sign", sign, "Describe this image in detail."),
     ("form", form, "Extract the text as JSON."),
     ("room", room, "How many cats are there, and why?"),
 )
 
 
 def draw_all(folder: Path) -> list[tuple[Path, str]]:
-    """Write the pictures to `folder` as PNG; their paths and questions."""
+    """Write the images to `folder` as PNG; returns their paths and questions."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, draw, question in PICTURES:
+    for name, draw, question in EXAMPLES:
         path = folder / f"{name}.png"
         draw().save(path)
         rows.append((path, question))

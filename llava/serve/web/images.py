@@ -1,4 +1,4 @@
-"""Pictures of a chat in the browser: opened once by the one guard, sent once, no larger than a tower can use."""
+"""Uploaded images: validation, size limits, preprocessing modes and encoding."""
 
 from __future__ import annotations
 
@@ -14,66 +14,66 @@ from PIL import Image
 from llava.errors import ImageError
 from llava.images import PROCESS_MODES, open_image, process_upload
 
-MAX_PICTURES: Final = 8
+MAX_IMAGES: Final = 8
 _MAX_SIDE: Final = 2048
 _MAX_BYTES: Final = 2 * 2**20
-_ON_THE_WIRE: Final = ("JPEG", "PNG", "WEBP")
+_SENT_FORMATS: Final = ("JPEG", "PNG", "WEBP")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An upload: the encoded file that workers get, and where the browser finds something to show."""
+class UploadedImage:
+    """An upload: the encoded file sent to workers, and the path of the file shown in the browser."""
 
     data: bytes
-    shown: str
+    path: str
 
-    def image(self) -> Image.Image:
-        """The RGB picture."""
+    def decode(self) -> Image.Image:
+        """The image in RGB."""
         return open_image(self.data)
 
-    def uri(self) -> str:
+    def data_uri(self) -> str:
         """The file as a data URI."""
         kind = Image.open(io.BytesIO(self.data)).get_format_mimetype()
         return f"data:{kind};base64,{base64.b64encode(self.data).decode()}"
 
-    def sent(self, mode: str) -> str:
-        """Base64 of the file that a worker gets; `mode` is one of `PROCESS_MODES` (spec/serve.md §8.5).
+    def encode(self, mode: str) -> str:
+        """Base64 of the file sent to workers; `mode` is one of `PROCESS_MODES`.
 
-        `Default` is the upload itself, so that it is preprocessed exactly as by the other programs; `Crop` keeps the
-        middle square, `Pad` puts it on a square canvas and `Resize` stretches it to 336 x 336.
+        `Default` sends the upload as is, to be preprocessed as in the other programs; `Crop` keeps the central square,
+        `Pad` pads to a square and `Resize` stretches to 336 x 336.
         """
         if mode not in PROCESS_MODES:
-            raise ImageError(f"Unknown preprocess mode {mode!r}; choose one of {', '.join(PROCESS_MODES)}.")
-        return base64.b64encode(self.data if mode == "Default" else _png(process_upload(self.image(), mode))).decode()
+            raise ImageError(f"Unknown preprocess mode {mode!r}; must be one of {', '.join(PROCESS_MODES)}.")
+        return base64.b64encode(self.data if mode == "Default" else _png(process_upload(self.decode(), mode))).decode()
 
 
-def load_pictures(paths: Sequence[str]) -> tuple[Picture, ...]:
-    """The pictures in uploaded files; `ImageError` when one cannot be read or there are too many."""
-    if len(paths) > MAX_PICTURES:
-        raise ImageError(f"{len(paths)} pictures were given; at most {MAX_PICTURES} go with a message.")
-    return tuple(load_picture(path) for path in paths)
+def load_images(paths: Sequence[str]) -> tuple[UploadedImage, ...]:
+    """Load uploaded files; `ImageError` when one cannot be read or there are too many."""
+    if len(paths) > MAX_IMAGES:
+        raise ImageError(f"A message may have at most {MAX_IMAGES} images, got {len(paths)}.")
+    return tuple(load_image(path) for path in paths)
 
 
-def load_picture(path: str) -> Picture:
-    """The picture in an uploaded file, its bytes kept as they are unless too large or of a kind not sent."""
-    image = open_image(path)  # the guard: limits, damage, formats
+def load_image(path: str) -> UploadedImage:
+    """Load an uploaded file; large files and formats other than JPEG, PNG and WebP are re-encoded."""
+    image = open_image(path)
     data = Path(path).read_bytes()
     kind = Image.open(io.BytesIO(data)).format
-    if kind not in _ON_THE_WIRE or max(image.size) > _MAX_SIDE or len(data) > _MAX_BYTES:
+    if kind not in _SENT_FORMATS or max(image.size) > _MAX_SIDE or len(data) > _MAX_BYTES:
         image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
         data = _png(image)
         if len(data) > _MAX_BYTES:
             data = _jpeg(image)
-    shown = Path(path)
-    if kind not in _ON_THE_WIRE:  # browsers show neither TIFF nor PPM
-        shown = shown.with_name(f"{shown.stem}-shown.png")
-        shown.write_bytes(data)
-    return Picture(data, str(shown))
+    if kind not in _SENT_FORMATS:  # browsers display neither TIFF nor PPM
+        displayed = Path(path).with_name(f"{Path(path).stem}-shown.png")
+        displayed.write_bytes(data)
+        path = str(displayed)
+    return UploadedImage(data, path)
 
 
-def as_jpeg(picture: Picture) -> bytes:
-    """The picture as the request log stores it: JPEG, without the metadata of the upload."""
-    return _jpeg(picture.image())
+def as_jpeg(image: UploadedImage) -> bytes:
+    """The image as JPEG without the metadata of the upload, for the log."""
+    return _jpeg(image.decode())
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,4 +1,4 @@
-"""The web server's record of conversations, JSON Lines by day (spec/serve.md §8.7): one writer, a limited time."""
+"""Conversation log of the web server: JSON Lines by day, with limited retention."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import threading
 import time
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from llava.serve.web.chat import Chat, Turn
+from llava.serve.web.chat import Chat, JsonObject, Turn
 from llava.serve.web.images import as_jpeg
 
 logger = logging.getLogger(__name__)
@@ -21,10 +21,10 @@ _DAY: Final = re.compile(r"(\d{4}-\d{2}-\d{2})(-conv\.json)?")
 
 
 class ConversationLog:
-    """Lines in `directory/YYYY-MM-DD-conv.json`, pictures in `directory/serve_images/YYYY-MM-DD/MD5.jpg`.
+    """Log of lines in `directory/YYYY-MM-DD-conv.json` and images in `directory/serve_images/YYYY-MM-DD/MD5.jpg`.
 
-    A vote is always written, since clicking it asks for that. Answers (`chats`), with the visitor's address and
-    pictures, are written only when the operator says so. What is older than `keep_days` is deleted.
+    Votes are always recorded; answers, with the visitor's address and images, only if `chats` is set. Records are
+    deleted after `keep_days`.
     """
 
     def __init__(self, directory: Path, *, chats: bool = False, keep_days: int = 30) -> None:
@@ -35,19 +35,19 @@ class ConversationLog:
         self._today = ""
 
     def chat(self, chat: Chat, turn: Turn, finish: float, address: str) -> None:
-        """Record a finished answer, if answers are recorded."""
+        """Record a finished answer, if `chats` is set."""
         if self.chats:
             times = {"start": round(turn.started, 4), "finish": round(finish, 4)}
-            images = [self._save(as_jpeg(picture)) for picture in turn.pictures]
+            images = [self._save(as_jpeg(image)) for image in turn.images]
             self._write({"type": "chat", **_facts(chat, turn), **times, "images": images, "ip": address}, finish)
 
-    def vote(self, kind: str, chat: Chat, address: str, **more: Any) -> str:
-        """Record a click on upvote, downvote or flag, or on a button of the comparison; what to tell the visitor."""
+    def vote(self, kind: str, chat: Chat, address: str, **more: object) -> str:
+        """Record a vote on the last answer; returns a message for the visitor."""
         line = {"type": kind, **_facts(chat, chat.turns[-1]), **more}
         written = self._write({**line, "ip": address} if self.chats else line, time.time())
-        return "Thank you; recorded." if written else "⚠️ This server cannot record votes at the moment."
+        return "Thank you for your vote." if written else "⚠️ The vote could not be recorded."
 
-    def _write(self, line: dict[str, Any], when: float) -> bool:
+    def _write(self, line: JsonObject, when: float) -> bool:
         try:
             with self._lock:
                 today = date.today().isoformat()
@@ -55,7 +55,7 @@ class ConversationLog:
                 with (self.directory / f"{today}-conv.json").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"tstamp": round(when, 4), **line}, ensure_ascii=False) + "\n")
         except OSError as error:  # a full disk must not end a conversation
-            logger.error("The conversation log cannot be written: %s", error)
+            logger.error("Cannot write the conversation log: %s", error)
             return False
         return True
 
@@ -67,11 +67,11 @@ class ConversationLog:
             if not path.exists():
                 path.write_bytes(data)
         except OSError as error:
-            logger.error("A picture of the conversation log cannot be written: %s", error)
+            logger.error("Cannot write an image of the conversation log: %s", error)
         return digest
 
     def _start(self, today: str) -> None:
-        """On the first line of a day: make the folder, and delete what is too old."""
+        """Create the directory and delete old records; runs once per day."""
         if today == self._today:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -83,8 +83,8 @@ class ConversationLog:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _facts(chat: Chat, turn: Turn) -> dict[str, Any]:
-    """What every line holds: the contract's keys, and the turn and settings that a vote is about (defect G22)."""
+def _facts(chat: Chat, turn: Turn) -> JsonObject:
+    """Keys of every line: model, conversation, turn and sampling settings."""
     return {
         "model": turn.model,
         "state": chat.conversation()[0].dict(),

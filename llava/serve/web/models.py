@@ -1,4 +1,4 @@
-"""The list of models on the page: asked for at most once every two seconds, and with the reason when it is empty."""
+"""Model list of the web page, cached for two seconds, with the reason when it is empty."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ _REFRESH_LIFETIME: Final = 30.0
 
 @dataclass(frozen=True)
 class Listing:
-    """Models in the order of the drop-down, and why there are none."""
+    """Names of the served models, or the reason why there are none."""
 
     models: tuple[str, ...] = ()
     reason: str = ""
 
 
 class ModelCatalog:
-    """What the controller serves, for every page of this web server.
+    """Models of a controller, shared by all visitors.
 
-    `mode` "reload" keeps the list current; "once" keeps the first list that is not empty. Start order does not
-    matter in either.
+    `mode` "reload" updates the list; "once" keeps the first list that is not empty.
     """
 
     def __init__(self, client: ServiceClient, *, mode: str = "once", default_model: str | None = None) -> None:
@@ -36,24 +35,24 @@ class ModelCatalog:
         self.mode = mode
         self.default_model = default_model
         self.infos: dict[str, WorkerView] = {}
-        self._listing = Listing(reason="The list of models has not been asked for yet.")
-        self._asked = self._refreshed = -_REFRESH_LIFETIME
+        self._listing = Listing(reason="The list of models has not been requested yet.")
+        self._fetched = self._refreshed = -_REFRESH_LIFETIME
         self._lock = asyncio.Lock()
 
     async def listing(self, *, refresh: bool = False) -> Listing:
-        """The models now. `refresh` has the controller ask its workers first, at most every 30 seconds."""
+        """The current list. `refresh` makes the controller query its workers first, at most every 30 seconds."""
         async with self._lock:
             if self.mode == "once" and self._listing.models:
                 return self._listing
             now = time.monotonic()
             due = refresh and now - self._refreshed >= _REFRESH_LIFETIME
-            if due or now - self._asked >= LIFETIME:
+            if due or now - self._fetched >= LIFETIME:
                 self._listing = await self._fetch(due)
-                self._asked = time.monotonic()
+                self._fetched = time.monotonic()
             return self._listing
 
     def preferred(self, listing: Listing) -> str | None:
-        """The model to begin with: the default if it is there, else the first."""
+        """The model selected on a new page: the default model if it is served, else the first."""
         if self.default_model in listing.models:
             return self.default_model
         return listing.models[0] if listing.models else None
@@ -66,18 +65,18 @@ class ModelCatalog:
             models = await self.client.models()
             workers = await self.client.workers()
         except ServeError as error:
-            logger.warning("No list of models from %s: %s", self.client.controller_url, error.message)
-            return Listing(reason=f"No model can be listed: {error.message}. It appears here as soon as it can.")
+            logger.warning("Cannot get the list of models from %s: %s", self.client.controller_url, error.message)
+            return Listing(reason=f"Cannot list models: {error.message}. The list is updated automatically.")
         self.infos = {name: worker for worker in workers for name in worker.models}
-        return Listing(tuple(models), "" if models else _why_empty(workers))
+        return Listing(tuple(models), "" if models else _reason_empty(workers))
 
 
-def _why_empty(workers: list[WorkerView]) -> str:
-    far = {name: f"{name} ({w.progress} %)" if w.progress else name for w in workers for name in w.loading}
-    loading = [far[name] for name in sorted(far)]
+def _reason_empty(workers: list[WorkerView]) -> str:
+    progress = {name: f"{name} ({w.progress} %)" if w.progress else name for w in workers for name in w.loading}
+    loading = [progress[name] for name in sorted(progress)]
     if loading:
-        return f"The worker is still loading {', '.join(loading)}; it appears here by itself."
+        return f"The worker is still loading {', '.join(loading)}; the list is updated automatically."
     if workers:
         states = ", ".join(sorted({worker.state for worker in workers}))
         return f"{len(workers)} worker(s) are registered, but none is ready (state: {states})."
-    return "The controller answers, but no worker has registered with it yet. Start one; it appears here by itself."
+    return "No worker has registered with the controller yet. Start one; the list is updated automatically."

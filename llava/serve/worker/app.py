@@ -1,48 +1,59 @@
-"""The routes of any worker: status and streams in front of a backend, with exact accounts of every request."""
+"""Worker application: status and streams over a backend, registration, metrics and graceful shutdown."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from llava.serve.common.metrics import Metrics
-from llava.serve.common.middleware import Keys, Limits, forget_body, guard, make_app, request_id_of
+from llava.serve.common.arguments import WorkerArgs
+from llava.serve.common.middleware import (
+    Keys,
+    Limits,
+    Metrics,
+    RequestMiddleware,
+    make_app,
+    release_body,
+    request_id_of,
+)
 from llava.serve.common.protocol import (
     FRAME_MEDIA_TYPE,
     ErrorType,
+    Frame,
     GenerateBody,
     ServeError,
     WorkerStatus,
     encode_frame,
 )
+from llava.serve.common.security import AddressRule
+from llava.serve.common.server import port_of, serve
 from llava.serve.common.streaming import StreamResponse
-from llava.serve.worker.backend import Answer, Backend, Piece
+from llava.serve.worker.backend import Backend, Delta, Generation
 from llava.serve.worker.heartbeat import HeartBeat
 
 logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """One backend under one model name."""
+    """One backend served under one model name. `stream_interval` is the number of deltas per frame."""
 
     def __init__(self, backend: Backend, model_name: str, *, stream_interval: int = 1) -> None:
         self.backend = backend
         self.model_name = model_name
         self.stream_interval = max(1, stream_interval)
-        self.heart: HeartBeat | None = None
+        self.heartbeat: HeartBeat | None = None
         self.draining = False
         self.on_failure: Callable[[], None] = lambda: None
         self.metrics = Metrics()
-        self.metrics.gauge("llava_requests_running", "Requests in the batch", lambda: backend.running)
-        self.metrics.gauge("llava_requests_in_use", "Requests running or waiting", lambda: backend.in_use)
+        self.metrics.gauge("llava_requests_running", "Number of requests in the batch", lambda: backend.running)
+        self.metrics.gauge("llava_requests_in_use", "Number of requests running or waiting", lambda: backend.in_use)
 
     def status(self) -> WorkerStatus:
         state = "draining" if self.draining else self.backend.state
@@ -61,112 +72,113 @@ class Worker:
         state = "draining" if self.draining else self.backend.state
         return "" if state == "ready" else state
 
-    def report(self) -> None:
-        """Let the controller know soon."""
-        if self.heart is not None:
-            self.heart.nudge()
+    def notify_controller(self) -> None:
+        """Send a heartbeat soon."""
+        if self.heartbeat is not None:
+            self.heartbeat.trigger()
 
-    def changed(self) -> None:
-        """The backend's state changed. One that failed for good ends the process: a supervisor starts a new one."""
-        self.report()
+    def on_state_change(self) -> None:
+        """Report the backend's new state; a failed backend ends the process, for a supervisor to restart it."""
+        self.notify_controller()
         if self.backend.state == "failed":
             self.on_failure()
 
-    async def answer(self, body: GenerateBody, request_id: str) -> Response:
-        """Admit, check, and stream."""
+    async def generate(self, body: GenerateBody, request_id: str) -> Response:
+        """Admit a request and stream its answer."""
         try:
             if self.draining:
                 raise ServeError(ErrorType.NOT_READY, "This worker is stopping; try again shortly.", retry_after=2)
-            answer = await self.backend.open(body)
+            generation = await self.backend.open(body)
         except ServeError as error:
             self.metrics.requests.labels(error.kind.wire).inc()
             raise
         except Exception:
             self.metrics.requests.labels(ErrorType.INTERNAL.wire).inc()
             raise
-        self.report()
-        stream = Stream(self, body, answer, request_id)
+        self.notify_controller()
+        stream = FrameStream(self, body, generation, request_id)
         return StreamResponse(stream.frames(), stream.close, media_type=FRAME_MEDIA_TYPE)
 
     async def drain(self, grace: float) -> None:
-        """Refuse what is new, leave the controller, and let running streams finish for `grace` seconds."""
+        """Refuse new requests, unregister, and let running requests finish for `grace` seconds."""
         self.draining = True
-        if self.heart is not None:
-            await self.heart.stop()
+        if self.heartbeat is not None:
+            await self.heartbeat.stop()
         deadline = time.monotonic() + grace
         while self.backend.in_use and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         if self.backend.in_use:
-            logger.warning("%d requests did not finish within the grace time.", self.backend.in_use)
+            logger.warning("%d requests did not finish within %g seconds.", self.backend.in_use, grace)
         await self.backend.stop()
 
 
-class Stream:
-    """One answer as frames (spec/serve.md §5)."""
+class FrameStream:
+    """Encodes one generation as frames: cumulative text with the prompt, or new text only in delta mode."""
 
-    def __init__(self, worker: Worker, body: GenerateBody, answer: Answer, request_id: str) -> None:
+    def __init__(self, worker: Worker, body: GenerateBody, generation: Generation, request_id: str) -> None:
         self.worker = worker
-        self.answer = answer
+        self.generation = generation
         self.request_id = request_id
         self.delta = body.stream_mode == "delta"
-        self.text = "" if self.delta else body.prompt  # what the next frame carries
-        self.outcome = "cancelled"  # until told otherwise
+        self.text = "" if self.delta else body.prompt  # of the next frame
+        self.outcome = "cancelled"
         self.started = time.monotonic()
         self.closed = False
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
-        pieces = 0
+        count, interval = 0, self.worker.stream_interval
         try:
-            async with contextlib.aclosing(self.answer.pieces):
-                async for piece in self.answer.pieces:
+            async with contextlib.aclosing(self.generation.deltas):
+                async for delta in self.generation.deltas:
                     if self.closed:  # Python 3.11's wait_for may lose a cancellation
                         return
-                    self.text += piece.text
-                    if piece.text:
-                        pieces += 1
-                        if pieces == 1:
+                    self.text += delta.text
+                    if delta.text:
+                        count += 1
+                        if count == 1:
                             self.worker.metrics.first_token.observe(time.monotonic() - self.started)
-                    if piece.finish_reason is not None:
-                        self._account(piece)
-                        yield self._frame(finish_reason=piece.finish_reason, usage=piece.usage)
+                    if delta.finish_reason is not None:
+                        self._count_tokens(delta)
+                        yield self._frame({"finish_reason": delta.finish_reason, "usage": delta.usage})
                         return
-                    if not piece.text:
-                        yield self._frame(**({} if piece.position is None else {"queue_position": piece.position}))
-                    elif pieces % self.worker.stream_interval == 1 % self.worker.stream_interval:
-                        yield self._frame()
+                    if not delta.text:
+                        position = delta.queue_position
+                        yield self._frame({} if position is None else {"queue_position": position})
+                    elif count % interval == 1 % interval:
+                        yield self._frame({})
         except ServeError as error:
             self.outcome = error.kind.wire
             yield encode_frame(error.frame(self.request_id))
-        except Exception:  # the client is owed one last frame, whatever happened
+        except Exception:  # any failure ends the stream with an error frame
             logger.exception("request_id=%s failed while streaming", self.request_id)
             self.outcome = ErrorType.INTERNAL.wire
-            defect = ServeError(ErrorType.INTERNAL, "The worker failed on this request; its log has the details.")
-            yield encode_frame(defect.frame(self.request_id))
+            internal = ServeError(ErrorType.INTERNAL, "The worker failed on this request; see its log.")
+            yield encode_frame(internal.frame(self.request_id))
 
-    def _frame(self, **extra: Any) -> bytes:
+    def _frame(self, extra: Frame) -> bytes:
         frame = encode_frame({"text": self.text, "error_code": 0, **extra})
         if self.delta:
             self.text = ""
         return frame
 
-    def _account(self, piece: Piece) -> None:
-        self.outcome = str(piece.finish_reason)
-        for kind, count in piece.usage.items():
+    def _count_tokens(self, last: Delta) -> None:
+        self.outcome = str(last.finish_reason)
+        for kind, count in last.usage.items():
             self.worker.metrics.tokens.labels(kind.removesuffix("_tokens")).inc(count)
 
     def close(self) -> None:
-        """However it ended: give the slot back and count the request."""
+        """Release the slot and count the request; runs once, however the stream ended."""
         if self.closed:
             return
         self.closed = True
-        self.answer.close()
+        self.generation.close()
         self.worker.metrics.requests.labels(self.outcome).inc()
         self.worker.metrics.seconds.observe(time.monotonic() - self.started)
-        self.worker.report()
+        self.worker.notify_controller()
 
 
 def worker_routes(worker: Worker) -> FastAPI:
-    """The application without its guard."""
+    """Create the application, without its middleware."""
     app = make_app("LLaVA model worker", worker.metrics, worker.readiness)
 
     @app.post("/worker_get_status")
@@ -175,23 +187,36 @@ def worker_routes(worker: Worker) -> FastAPI:
 
     @app.post("/worker_generate_stream", response_class=Response)
     async def worker_generate_stream(body: GenerateBody, request: Request) -> Response:
-        forget_body(request)
-        return await worker.answer(body, request_id_of(request))
+        release_body(request)
+        return await worker.generate(body, request_id_of(request))
 
     return app
 
 
 def make_worker_app(worker: Worker, keys: Keys, limits: Limits) -> ASGIApp:
-    """Routes, guard, and the start of the backend and of the heartbeats with the server."""
+    """Create the application with its middleware; backend and heartbeats start and stop with the server."""
     app = worker_routes(worker)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await worker.backend.start(worker.changed)
-        if worker.heart is not None:
-            worker.heart.start()
+        await worker.backend.start(worker.on_state_change)
+        if worker.heartbeat is not None:
+            worker.heartbeat.start()
         yield
         await worker.drain(0)
 
     app.router.lifespan_context = lifespan
-    return guard(app, keys, limits, worker.metrics)
+    return RequestMiddleware(app, keys, limits, worker.metrics)
+
+
+def run_worker(worker: Worker, sock: socket.socket, token: str | None, args: WorkerArgs) -> int:
+    """Serve `worker` on `sock` until a signal stops it; returns the exit status, 1 when the backend failed."""
+    address = AddressRule().check(args.worker_address or f"http://localhost:{port_of(sock)}")
+
+    async def drain() -> None:
+        await worker.drain(args.grace_seconds)
+
+    if not args.no_register:
+        worker.heartbeat = HeartBeat(args.controller_address, address, worker.status, token)
+    serve(make_worker_app(worker, Keys.from_secrets(token), Limits(max_body=args.max_body)), sock, drain)
+    return 1 if worker.backend.state == "failed" else 0

@@ -1,4 +1,4 @@
-"""What a worker does with a request, whichever engine is behind it: the answer's pieces, and how to abandon it."""
+"""Interface between a worker and the engine behind it: deltas of an answer, a running generation, and the backend."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llava.serve.common.protocol import FinishReason, GenerateBody, ModelInfo, State
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.serve.common.protocol import ErrorType, FinishReason, GenerateBody, ModelInfo, ServeError, State
 
 
 @dataclass(frozen=True)
-class Piece:
-    """New text; empty while waiting. The last piece has a finish reason and the token counts."""
+class Delta:
+    """New text of an answer, empty while waiting. The last delta has a finish reason and the token counts."""
 
     text: str = ""
     finish_reason: FinishReason | None = None
     usage: dict[str, int] = field(default_factory=dict)
-    position: int | None = None  # requests ahead of this one, while it waits
+    queue_position: int | None = None  # requests ahead of this one, while it waits
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A request on its way. `pieces` raises `ServeError` when it fails; `close` may be called at any time."""
+class Generation:
+    """A running request. `deltas` raises `ServeError` when it fails; `close` may be called at any time."""
 
-    pieces: AsyncGenerator[Piece, None]
+    deltas: AsyncGenerator[Delta, None]
     close: Callable[[], None]
 
 
 class Backend(Protocol):
-    """An engine as the worker's routes see it."""
+    """An engine as seen by the routes of a worker."""
 
     @property
     def features(self) -> list[str]: ...
@@ -48,12 +49,28 @@ class Backend(Protocol):
 
     @property
     def progress(self) -> int | None:
-        """While loading, percent of the weights that has been read; None where that is not known."""
+        """Percent of the weights loaded, None when unknown."""
 
     async def start(self, on_change: Callable[[], None]) -> None:
-        """Load or connect in the background; `on_change` after every change of `state` and `progress`."""
+        """Load or connect in the background; `on_change` is called after every change of `state` and `progress`."""
 
-    async def open(self, body: GenerateBody) -> Answer:
-        """Admit and check a request; raises `ServeError` before anything is streamed."""
+    async def open(self, body: GenerateBody) -> Generation:
+        """Admit and validate a request; raises `ServeError` before anything is streamed."""
 
     async def stop(self) -> None: ...
+
+
+def check_image_count(placeholders: int, images: int, max_images: int) -> None:
+    """Raise `ServeError` (400) unless a request has one image per placeholder and at most `max_images`."""
+    if placeholders != images:
+        raise ServeError(
+            ErrorType.IMAGE_COUNT_MISMATCH,
+            f"The prompt has {placeholders} {DEFAULT_IMAGE_TOKEN} placeholder(s) but the request has {images} "
+            "image(s); send one image per placeholder.",
+            placeholders=placeholders,
+            images=images,
+        )
+    if images > max_images:
+        raise ServeError(
+            ErrorType.BAD_REQUEST, f"The request has {images} images; this model accepts at most {max_images}."
+        )

@@ -1,7 +1,6 @@
-"""A worker's side of registration: announce, send heartbeats, register again when forgotten, say goodbye.
+"""Registration and heartbeats of a worker.
 
-One background task; nothing here is ever awaited by a request, so a controller that is slow or gone changes nothing
-for running streams (spec/serve.md §4.4, W2, W4, W19).
+They run in one background task that no request awaits, so that a slow or absent controller never delays a stream.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import httpx
 
@@ -23,11 +22,14 @@ logger = logging.getLogger(__name__)
 
 _CALL_SECONDS: Final = 5.0
 _FIRST_DELAY: Final = 0.5
-_SPACING: Final = 0.1  # between two nudged heartbeats
+_SPACING: Final = 0.1  # seconds between two triggered heartbeats
 
 
 class HeartBeat:
-    """Keeps `worker_name` registered with a controller. `nudge()` after every change of the queue or the state."""
+    """Keeps `worker_name` registered with a controller; call `trigger` after changes of the queue or the state.
+
+    `interval` is in seconds, as is `max_delay`, the longest pause between two attempts to register.
+    """
 
     def __init__(
         self,
@@ -44,8 +46,8 @@ class HeartBeat:
         self._status = status
         self._interval = interval
         self._max_delay = max_delay
-        self._announced: object = None  # the state that the controller knows
-        self._nudged = asyncio.Event()
+        self._announced: object = None  # the state sent to the controller
+        self._triggered = asyncio.Event()
         self._client = httpx.AsyncClient(
             base_url=controller, timeout=_CALL_SECONDS, headers=authorization(token), trust_env=False
         )
@@ -54,17 +56,17 @@ class HeartBeat:
     def start(self) -> None:
         self._task = asyncio.ensure_future(self._run())
 
-    def nudge(self) -> None:
-        """Report soon, without waiting."""
-        self._nudged.set()
+    def trigger(self) -> None:
+        """Send a heartbeat soon, without waiting for it."""
+        self._triggered.set()
 
     async def stop(self) -> None:
-        """Leave the controller's list and end."""
+        """Unregister and end the task."""
         task, self._task = self._task, None
         if task is None:
             return
         while not task.done():
-            task.cancel()  # again if need be: Python 3.11's wait_for may lose a cancellation
+            task.cancel()  # repeated, since Python 3.11's wait_for may lose a cancellation
             await asyncio.wait({task}, timeout=0.5)
         if self.registered:
             with contextlib.suppress(httpx.HTTPError, OSError):
@@ -79,21 +81,21 @@ class HeartBeat:
                 delay = _FIRST_DELAY
                 pause = self._interval
             except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-                self._complain(error, delay)
-                pause = delay * random.uniform(0.75, 1.25)  # many workers must not return in step
+                self._log_failure(error, delay)
+                pause = delay * random.uniform(0.75, 1.25)  # workers must not reconnect simultaneously
                 delay = min(2 * delay, self._max_delay)
                 await asyncio.sleep(pause)
                 continue
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._nudged.wait(), pause)
+                await asyncio.wait_for(self._triggered.wait(), pause)
                 await asyncio.sleep(_SPACING)
-            self._nudged.clear()
+            self._triggered.clear()
 
     async def _report(self) -> None:
         status = self._status()
         known = (tuple(status.model_names), status.state, status.progress)
         if self.registered and known == self._announced:
-            body: dict[str, Any] = {"worker_name": self.worker_name, "queue_length": status.queue_length}
+            body: dict[str, object] = {"worker_name": self.worker_name, "queue_length": status.queue_length}
             reply = await self._client.post("/receive_heart_beat", json=body)
             reply.raise_for_status()
             if reply.json().get("exist") is True:
@@ -105,11 +107,11 @@ class HeartBeat:
             logger.info("Registered with the controller as %s.", self.worker_name)
         self.registered, self._announced = True, known
 
-    def _complain(self, error: Exception, delay: float) -> None:
+    def _log_failure(self, error: Exception, delay: float) -> None:
         self.registered = False
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if isinstance(error, httpx.HTTPStatusError):
             reason = f"status {error.response.status_code}"
             if error.response.status_code == 401:
-                reason += "; the controller has another token"
-        logger.warning("The controller does not take the registration (%s); next try in %.1f s.", reason, delay)
+                reason += "; the controller has a different token"
+        logger.warning("Cannot register with the controller (%s); next try in %.1f s.", reason, delay)

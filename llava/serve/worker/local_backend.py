@@ -1,13 +1,14 @@
-"""A model in this process: loading in the background, checking requests, and answers from the shared batch."""
+"""Backend of a model in this process: background loading, request validation, and streams of the shared batch."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from PIL import Image
 
@@ -18,9 +19,12 @@ from llava.engine.sequence import Completion, HashedImage, ImageInput, Request, 
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
-from llava.serve.worker.backend import Answer, Piece
-from llava.serve.worker.preprocess import Pictures, tokenizer_for
-from llava.serve.worker.scheduler import EngineLike, Scheduler, StreamEvent, Ticket, failure_of
+from llava.serve.worker.backend import Delta, Generation, check_image_count
+from llava.serve.worker.preprocess import ImagePreprocessor, tokenizer_for
+from llava.serve.worker.scheduler import EngineLike, Scheduler, Slot, StreamEvent, completion_error
+
+if TYPE_CHECKING:
+    from llava.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +32,22 @@ _GREEDY_BELOW: Final = 0.001
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a worker shares its model out. Times are seconds."""
+class BackendSettings:
+    """Limits of a backend; times are in seconds."""
 
     limit: int = 5
     queue_limit: int = 40
     max_new_tokens: int = 1024
     max_images: int = 16
-    keep_alive: float = 2.0  # between frames while nothing is generated
+    keep_alive: float = 2.0  # between two frames of a waiting request
     queue_seconds: float = 120.0  # until the first token
     total_seconds: float = 900.0
 
 
-def describe(engine: Any, model_name: str, conv_mode: str | None, settings: Settings) -> ModelInfo:
-    """What clients are told about a loaded model."""
+def model_info(engine: Engine, model_name: str, conv_mode: str | None, settings: BackendSettings) -> ModelInfo:
+    """Public properties of a loaded model."""
     model = engine.model
-    image_tokens = int(getattr(model, "num_image_tokens", 0))
+    image_tokens = int(getattr(model, "num_image_tokens", 0))  # absent from language models
     return ModelInfo(
         conv_template=template_for(model.config, model_name, conv_mode),
         context_length=engine.model_runner.context_length,
@@ -53,50 +57,72 @@ def describe(engine: Any, model_name: str, conv_mode: str | None, settings: Sett
     )
 
 
-class Loaded(NamedTuple):
-    """An engine, what clients are told about it, and how texts and pictures are made ready for it, in any thread."""
+class LoadedModel(NamedTuple):
+    """An engine, its public properties, and thread-safe preprocessing of prompts and base64 images."""
 
     engine: EngineLike
     info: ModelInfo
-    wraps_images: bool = False
+    wraps_images: bool = False  # with <im_start> and <im_end>
     tokenize: Callable[[str], str | Sequence[int]] = lambda text: text
-    pictures: Callable[[str], ImageInput | HashedImage] = Pictures(lambda image: image)
+    preprocess: Callable[[str], ImageInput | HashedImage] = ImagePreprocessor(lambda image: image)
 
 
-Load = Callable[[Callable[[float], None]], Loaded]  # is given what to tell the share of the weights it has read
+LoadModel = Callable[[Callable[[float], None]], LoadedModel]  # argument: called with the fraction of weights loaded
 
 
-def loader(engine_args: EngineArgs, model_name: str, conv_mode: str | None, settings: Settings) -> Load:
-    """A `load` function for `LocalModel` that builds the engine of `engine_args`."""
+def model_loader(
+    engine_args: EngineArgs, model_name: str, conv_mode: str | None, settings: BackendSettings
+) -> LoadModel:
+    """A `load` function for `LocalBackend` that builds the engine of `engine_args`."""
 
-    def load(progress: Callable[[float], None]) -> Loaded:
+    def load(progress: Callable[[float], None]) -> LoadedModel:
         engine = engine_args.build_engine(progress)
         wraps = bool(getattr(engine.model.config, "mm_use_im_start_end", False))
-        info = describe(engine, model_name, conv_mode, settings)
+        info = model_info(engine, model_name, conv_mode, settings)
 
-        def pixels(image: Image.Image) -> ImageInput:
+        def preprocess(image: Image.Image) -> ImageInput:
             return preprocess_image(image, engine.image_processor, engine.image_aspect_ratio)
 
-        return Loaded(engine, info, wraps, tokenizer_for(engine), Pictures(pixels))
+        return LoadedModel(engine, info, wraps, tokenizer_for(engine), ImagePreprocessor(preprocess))
 
     return load
 
 
-class LocalModel:
+def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSettings) -> Request:
+    """Validate and preprocess a request; raises `ServeError` (400) or `RequestError` when it is invalid."""
+    check_image_count(body.prompt.count(DEFAULT_IMAGE_TOKEN), len(body.images), loaded.info.max_images)
+    prompt = body.prompt
+    wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    if loaded.wraps_images:
+        prompt = prompt.replace(wrapped, DEFAULT_IMAGE_TOKEN).replace(DEFAULT_IMAGE_TOKEN, wrapped)
+    params = SamplingParams(
+        max_new_tokens=min(body.max_new_tokens, settings.max_new_tokens),
+        temperature=body.temperature if body.temperature > _GREEDY_BELOW else 0.0,
+        top_p=body.top_p,
+        seed=body.seed,
+        stop=tuple(body.stop),
+    )
+    try:
+        return Request(loaded.tokenize(prompt), [loaded.preprocess(image) for image in body.images], params)
+    except ImageError as error:
+        raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
+
+
+class LocalBackend:
     """The `Backend` over `llava.engine`. `load` runs in a thread."""
 
     features: Final = ["delta", "messages"]
 
-    def __init__(self, load: Load, settings: Settings) -> None:
+    def __init__(self, load: LoadModel, settings: BackendSettings) -> None:
         self._load = load
         self.settings = settings
         self.scheduler: Scheduler | None = None
         self.info: ModelInfo | None = None
         self.progress: int | None = None
-        self._loaded: Loaded | None = None
+        self._loaded: LoadedModel | None = None
         self._load_failed = False
         self._loading: asyncio.Task[None] | None = None
-        self._preparing = ThreadPoolExecutor(2, "prepare")  # a picture may take 100 MB while it is decoded
+        self._executor = ThreadPoolExecutor(2, "prepare")  # decoding an image may take 100 MB per thread
 
     @property
     def state(self) -> State:
@@ -118,16 +144,16 @@ class LocalModel:
     async def _start(self, on_change: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
 
-        def tell(share: float) -> None:  # in the loading thread
-            percent = 5 * int(20 * share)
+        def report_progress(fraction: float) -> None:  # in the loading thread
+            percent = 5 * int(20 * fraction)
             if percent != self.progress:
                 self.progress = percent
                 loop.call_soon_threadsafe(on_change)
 
         try:
-            loaded = await asyncio.to_thread(self._load, tell)
-        except Exception as error:  # the process stays up to say so; its supervisor sees the exit status
-            logger.error("The model cannot be loaded: %s", error, exc_info=not isinstance(error, LlavaError))
+            loaded = await asyncio.to_thread(self._load, report_progress)
+        except Exception as error:  # reported by `state`; the program then exits with status 1
+            logger.error("Cannot load the model: %s", error, exc_info=not isinstance(error, LlavaError))
             self._load_failed = True
         else:
             self._loaded, self.info = loaded, loaded.info
@@ -140,93 +166,56 @@ class LocalModel:
             self._loading.cancel()
         if self.scheduler is not None:
             await self.scheduler.stop()
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def open(self, body: GenerateBody) -> Answer:
+    async def open(self, body: GenerateBody) -> Generation:
         if self.scheduler is None or self._loaded is None:
             raise ServeError(ErrorType.NOT_READY, "The model is still loading; try again shortly.", retry_after=5)
-        ticket = self.scheduler.admit()
+        slot = self.scheduler.admit()
         try:
-            await ticket.submit(await self._prepare(body, self._loaded))
+            loop = asyncio.get_running_loop()
+            request = await loop.run_in_executor(self._executor, make_request, body, self._loaded, self.settings)
+            await slot.submit(request)
         except BaseException as error:
-            ticket.close()
+            slot.close()
             if isinstance(error, RequestError):
-                raise refusal_of(error) from error
+                raise request_refusal(error) from error
             raise
-        return Answer(self._follow(ticket, len(body.images) * self._loaded.info.image_tokens), ticket.close)
+        return Generation(self._deltas(slot, len(body.images) * self._loaded.info.image_tokens), slot.close)
 
-    async def _prepare(self, body: GenerateBody, loaded: Loaded) -> Request:
-        """The engine's request, checked and ready as far as no engine is needed."""
-        tags, images = body.prompt.count(DEFAULT_IMAGE_TOKEN), len(body.images)
-        if tags != images:
-            raise ServeError(
-                ErrorType.IMAGE_COUNT_MISMATCH,
-                f"The prompt has {tags} {DEFAULT_IMAGE_TOKEN} placeholder(s) but {images} image(s) came with it; "
-                "send one image per placeholder.",
-                placeholders=tags,
-                images=images,
-            )
-        most = loaded.info.max_images
-        if images > most:
-            raise ServeError(ErrorType.BAD_REQUEST, f"{images} images were sent; this model takes {most}.")
-        prompt = body.prompt
-        wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-        if loaded.wraps_images:
-            prompt = prompt.replace(wrapped, DEFAULT_IMAGE_TOKEN).replace(DEFAULT_IMAGE_TOKEN, wrapped)
-        params = SamplingParams(
-            max_new_tokens=min(body.max_new_tokens, self.settings.max_new_tokens),
-            temperature=body.temperature if body.temperature > _GREEDY_BELOW else 0.0,
-            top_p=body.top_p,
-            seed=body.seed,
-            stop=tuple(body.stop),
-        )
-        loop = asyncio.get_running_loop()
-        try:
-            ids = await loop.run_in_executor(self._preparing, loaded.tokenize, prompt)
-            pictures = [await loop.run_in_executor(self._preparing, loaded.pictures, image) for image in body.images]
-        except ImageError as error:
-            raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
-        return Request(ids, pictures, params)
-
-    async def _follow(self, ticket: Ticket, image_tokens: int) -> AsyncGenerator[Piece, None]:
-        """Pieces as they come, an empty one every `keep_alive` seconds of silence, and the two deadlines."""
+    async def _deltas(self, slot: Slot, image_tokens: int) -> AsyncGenerator[Delta, None]:
+        """Deltas of a request, an empty one after `keep_alive` seconds of silence; enforces both deadlines."""
         loop = asyncio.get_running_loop()
         started, got_text = loop.time(), False
         while True:
-            news = await self._next(ticket)
+            event = None
+            with contextlib.suppress(asyncio.TimeoutError):
+                event = await asyncio.wait_for(slot.events.get(), self.settings.keep_alive)
             waited = loop.time() - started
-            if news is not None:
-                got_text = got_text or bool(news.text)
-                yield self._piece(news, ticket, image_tokens)
-                if news.completion is not None:
+            if event is not None:
+                got_text = got_text or bool(event.text)
+                yield self._delta(event, image_tokens)
+                if event.completion is not None:
                     return
             elif waited > (self.settings.total_seconds if got_text else self.settings.queue_seconds):
-                raise ServeError(ErrorType.TIMEOUT, f"No answer came within {waited:.0f} seconds.")
+                raise ServeError(ErrorType.TIMEOUT, f"No answer within {waited:.0f} seconds.")
             else:
-                yield Piece(position=None if got_text else self._ahead())
+                yield Delta(queue_position=None if got_text else slot.scheduler.waiting)
             if waited > self.settings.total_seconds:
                 raise ServeError(ErrorType.TIMEOUT, f"The answer was not complete after {waited:.0f} seconds.")
 
-    async def _next(self, ticket: Ticket) -> StreamEvent | None:
-        try:
-            return await asyncio.wait_for(ticket.news.get(), self.settings.keep_alive)
-        except asyncio.TimeoutError:
-            return None
-
-    def _ahead(self) -> int:
-        return 0 if self.scheduler is None else self.scheduler.waiting
-
     @staticmethod
-    def _piece(news: StreamEvent, ticket: Ticket, image_tokens: int) -> Piece:
-        completion = news.completion
+    def _delta(event: StreamEvent, image_tokens: int) -> Delta:
+        completion = event.completion
         if completion is None:
-            return Piece(news.text)
+            return Delta(event.text)
         if completion.finish_reason == "error":
-            raise failure_of(completion)
-        return Piece(news.text, completion.finish_reason, usage_of(completion, image_tokens))
+            raise completion_error(completion)
+        return Delta(event.text, completion.finish_reason, usage_of(completion, image_tokens))
 
 
 def usage_of(completion: Completion, image_tokens: int) -> dict[str, int]:
+    """Token counts of a completion."""
     return {
         "prompt_tokens": completion.prompt_tokens,
         "image_tokens": image_tokens,
@@ -234,8 +223,8 @@ def usage_of(completion: Completion, image_tokens: int) -> dict[str, int]:
     }
 
 
-def refusal_of(error: RequestError) -> ServeError:
-    """An engine's refusal, as the client is told."""
+def request_refusal(error: RequestError) -> ServeError:
+    """The `ServeError` (400) for a request that the engine refused."""
     text = str(error.args[0])
     if isinstance(error, ContextLengthError):
         return ServeError(

@@ -1,34 +1,36 @@
-"""A `Backend` that passes requests on to an OpenAI-compatible server and its stream back."""
+"""Backend that forwards requests to an OpenAI-compatible server."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import httpx
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.engine.detokenizer import TextStream
-from llava.serve.common.openai_prompt import parse
+from llava.serve.common.openai_chat import parse_prompt
 from llava.serve.common.protocol import ErrorType, FinishReason, GenerateBody, Message, ModelInfo, ServeError, State
 from llava.serve.common.security import authorization
 from llava.serve.control.worker_client import read_start
-from llava.serve.worker.backend import Answer, Piece
+from llava.serve.worker.backend import Delta, Generation, check_image_count
 
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE: Final = 2.0
 _PROBE_SECONDS: Final = 5.0
-_MAGIC: Final = (("iVBOR", "png"), ("/9j/", "jpeg"), ("UklGR", "webp"))
+_MAGIC: Final = (("iVBOR", "png"), ("/9j/", "jpeg"), ("UklGR", "webp"))  # base64 of the first bytes
+
+JsonObject = dict[str, object]
 
 
 class OpenAIBackend:
-    """`upstream` ends in `/v1`. Ready while it lists its models; asked again every five seconds."""
+    """The `Backend` over the API at `upstream`, which ends in `/v1`; ready while `/models` lists the model."""
 
     features: Final = ["delta", "messages"]
     progress: Final = None
@@ -50,20 +52,20 @@ class OpenAIBackend:
             trust_env=False,
             limits=httpx.Limits(max_connections=None),
         )
-        self._watching: asyncio.Task[None] | None = None
+        self._monitor_task: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> int:
         return self.in_use
 
     async def start(self, on_change: Callable[[], None]) -> None:
-        self._watching = asyncio.ensure_future(self._watch(on_change))
+        self._monitor_task = asyncio.ensure_future(self._monitor(on_change))
 
-    async def _watch(self, on_change: Callable[[], None]) -> None:
+    async def _monitor(self, on_change: Callable[[], None]) -> None:
         while True:
             before, self.state = self.state, await self._probe()
             if self.state != before:
-                logger.info("The engine behind this worker is %s.", "ready" if self.state == "ready" else "not ready")
+                logger.info("The upstream engine is %s.", "ready" if self.state == "ready" else "not ready")
                 on_change()
             await asyncio.sleep(_PROBE_SECONDS)
 
@@ -77,16 +79,18 @@ class OpenAIBackend:
         return "ready" if self.model in names else "loading"
 
     async def stop(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        if self._monitor_task is not None:
+            self._monitor_task.cancel()
         await self._http.aclose()
 
-    async def open(self, body: GenerateBody) -> Answer:
+    async def open(self, body: GenerateBody) -> Generation:
         if self.state != "ready":
-            raise ServeError(ErrorType.NOT_READY, "The engine behind this worker is not ready.", retry_after=5)
+            raise ServeError(ErrorType.NOT_READY, "The upstream engine is not ready.", retry_after=5)
         if self.in_use >= self.capacity:
-            raise ServeError(ErrorType.OVERLOADED, "All places are taken; try again shortly.", retry_after=2)
-        messages = _with_images(body.messages or parse(body.prompt, self._template), body.images, self._max_images)
+            raise ServeError(ErrorType.OVERLOADED, "All slots are in use; try again shortly.", retry_after=2)
+        messages = _with_images(
+            body.messages or parse_prompt(body.prompt, self._template), body.images, self._max_images
+        )
         request = self._http.build_request("POST", "/chat/completions", json=self._request(body, messages))
         self.in_use += 1
         try:
@@ -95,15 +99,15 @@ class OpenAIBackend:
                 raise await _refusal(response)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             self.in_use -= 1
-            raise _broken(error) from error
+            raise _connection_error(error) from error
         except BaseException:
             self.in_use -= 1
             raise
-        return Answer(_stopped_at(_stops(body), _pieces(response)), self._closer(response))
+        return Generation(_stop_at(_stop_strings(body), _deltas(response)), self._close_callback(response))
 
-    def _request(self, body: GenerateBody, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    def _request(self, body: GenerateBody, messages: list[JsonObject]) -> JsonObject:
         limit = self.info.max_new_tokens if self.info else body.max_new_tokens
-        request: dict[str, Any] = {
+        request: JsonObject = {
             "model": self.model,
             "messages": messages,
             "max_tokens": min(body.max_new_tokens, limit),
@@ -114,10 +118,10 @@ class OpenAIBackend:
         }
         if body.seed is not None:
             request["seed"] = body.seed
-        stops = _stops(body)[:4]  # OpenAI's servers take no more
+        stops = _stop_strings(body)[:4]  # the limit of the OpenAI API
         return {**request, "stop": stops} if stops else request
 
-    def _closer(self, response: httpx.Response) -> Callable[[], None]:
+    def _close_callback(self, response: httpx.Response) -> Callable[[], None]:
         closed = False
 
         def close() -> None:
@@ -131,46 +135,38 @@ class OpenAIBackend:
         return close
 
 
-def _stops(body: GenerateBody) -> list[str]:
-    """What ends the answer, save a template's own end token, which is the engine's business."""
+def _stop_strings(body: GenerateBody) -> list[str]:
+    """The stop strings without special tokens, which the engine handles."""
     return [text for text in body.stop if not (text.startswith("<") and text.endswith(">"))]
 
 
-def _with_images(messages: list[Message], images: list[str], max_images: int) -> list[dict[str, Any]]:
-    """Messages with each placeholder replaced by the next picture; `ServeError` (400) when the numbers differ."""
-    tags = sum(message.content.count(DEFAULT_IMAGE_TOKEN) for message in messages)
-    if tags != len(images):
-        raise ServeError(
-            ErrorType.IMAGE_COUNT_MISMATCH,
-            f"The prompt has {tags} {DEFAULT_IMAGE_TOKEN} placeholder(s) but {len(images)} image(s) came with it.",
-            placeholders=tags,
-            images=len(images),
-        )
-    if len(images) > max_images:
-        raise ServeError(ErrorType.BAD_REQUEST, f"{len(images)} images were sent; this model takes {max_images}.")
-    waiting = iter(images)
-    return [_as_parts(message, waiting) for message in messages]
+def _with_images(messages: list[Message], images: list[str], max_images: int) -> list[JsonObject]:
+    """Messages with each placeholder replaced by the next image; `ServeError` (400) when the numbers differ."""
+    placeholders = sum(message.content.count(DEFAULT_IMAGE_TOKEN) for message in messages)
+    check_image_count(placeholders, len(images), max_images)
+    remaining = iter(images)
+    return [_as_parts(message, remaining) for message in messages]
 
 
-def _as_parts(message: Message, images: Any) -> dict[str, Any]:
+def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
     texts = message.content.split(DEFAULT_IMAGE_TOKEN)
     if len(texts) == 1:
         return {"role": message.role, "content": message.content}
-    parts: list[dict[str, Any]] = []
+    parts: list[JsonObject] = []
     for index, text in enumerate(texts):
         if index:
             data = "".join(next(images).split())
             kind = next((kind for start, kind in _MAGIC if data.startswith(start)), None)
             if kind is None:
-                raise ServeError(ErrorType.BAD_IMAGE, "An image is not base64 of a JPEG, PNG or WebP file.")
+                raise ServeError(ErrorType.BAD_IMAGE, "An image is not a base64-encoded JPEG, PNG or WebP file.")
             parts.append({"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}})
         if text.strip():
             parts.append({"type": "text", "text": text.strip()})
     return {"role": message.role, "content": parts}
 
 
-async def _pieces(response: httpx.Response) -> AsyncGenerator[Piece, None]:
-    """Server-sent events to pieces, with an empty one every two seconds of silence."""
+async def _deltas(response: httpx.Response) -> AsyncGenerator[Delta, None]:
+    """Deltas of a stream of server-sent events, an empty one after two seconds of silence."""
     lines: asyncio.Queue[str | Exception | None] = asyncio.Queue()
 
     async def read() -> None:
@@ -189,38 +185,40 @@ async def _pieces(response: httpx.Response) -> AsyncGenerator[Piece, None]:
             try:
                 line = await asyncio.wait_for(lines.get(), _KEEP_ALIVE)
             except asyncio.TimeoutError:
-                yield Piece()
+                yield Delta()
                 continue
             if isinstance(line, Exception):
-                raise _broken(line) from line
+                raise _connection_error(line) from line
             if line is None or line == "data: [DONE]":
                 break
             if not line.startswith("data:"):
                 continue
             text, reason, usage = _read_event(line[5:], reason, usage)
             if text:
-                yield Piece(text)
+                yield Delta(text)
     finally:
         reader.cancel()
     if reason is None:
-        raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The engine behind this worker broke off.")
-    yield Piece("", reason, usage)
+        raise ServeError(
+            ErrorType.WORKER_UNAVAILABLE, "The upstream engine closed the connection before the answer was complete."
+        )
+    yield Delta("", reason, usage)
 
 
-async def _stopped_at(stops: list[str], pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-    """`pieces` up to the first stop string, for engines that take `stop` and do not heed it."""
-    text = TextStream(stops)
-    async with aclosing(pieces):
-        async for piece in pieces:
+async def _stop_at(stops: list[str], deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+    """`deltas` up to the first stop string, for engines that ignore `stop`."""
+    stream = TextStream(stops)
+    async with aclosing(deltas):
+        async for delta in deltas:
             if not stops:
-                yield piece
+                yield delta
                 continue
-            shown = text.push(piece.text, final=piece.finish_reason is not None)
-            if text.stopped:
-                yield Piece(shown, "stop", piece.usage)
+            text = stream.push(delta.text, final=delta.finish_reason is not None)
+            if stream.stopped:
+                yield Delta(text, "stop", delta.usage)
                 return
-            if shown or not piece.text:
-                yield replace(piece, text=shown)
+            if text or not delta.text:
+                yield replace(delta, text=text)
 
 
 def _read_event(
@@ -229,7 +227,7 @@ def _read_event(
     try:
         event = json.loads(data)
         if event.get("error"):
-            raise ServeError(ErrorType.INTERNAL, "The engine behind this worker failed on this request.")
+            raise ServeError(ErrorType.INTERNAL, "The upstream engine failed on this request.")
         counts = event.get("usage") or {}
         usage = {key: int(counts[key]) for key in ("prompt_tokens", "completion_tokens") if key in counts} or usage
         text = ""
@@ -238,25 +236,25 @@ def _read_event(
             if choice.get("finish_reason"):
                 reason = "length" if choice["finish_reason"] == "length" else "stop"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The engine behind this worker sent no valid event.") from error
+        raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The upstream engine sent a malformed event.") from error
     return text, reason, usage
 
 
 async def _refusal(response: httpx.Response) -> ServeError:
-    """What the engine said, as far as it is the client's business."""
+    """The error of an engine that refused the request, without the engine's own text."""
     body = await read_start(response)
     await response.aclose()
     if response.status_code in (429, 503):
-        return ServeError(ErrorType.OVERLOADED, "The engine behind this worker is busy.", retry_after=2)
+        return ServeError(ErrorType.OVERLOADED, "The upstream engine is busy.", retry_after=2)
     if response.status_code in (400, 413, 422):
         if b"context" in body and b"length" in body:
-            return ServeError(ErrorType.CONTEXT_TOO_LONG, "The conversation is longer than the engine's context.")
-        return ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker refuses the request.")
-    logger.warning("The engine behind this worker answered with status %d.", response.status_code)
-    return ServeError(ErrorType.WORKER_UNAVAILABLE, "The engine behind this worker cannot answer.")
+            return ServeError(ErrorType.CONTEXT_TOO_LONG, "The conversation exceeds the engine's context length.")
+        return ServeError(ErrorType.BAD_REQUEST, "The upstream engine refused the request.")
+    logger.warning("The upstream engine returned status %d.", response.status_code)
+    return ServeError(ErrorType.WORKER_UNAVAILABLE, "The upstream engine failed.")
 
 
-def _broken(error: Exception) -> ServeError:
+def _connection_error(error: Exception) -> ServeError:
     if isinstance(error, httpx.TimeoutException):
-        return ServeError(ErrorType.TIMEOUT, "The engine behind this worker has stopped answering.")
-    return ServeError(ErrorType.WORKER_UNAVAILABLE, "The engine behind this worker cannot be reached.")
+        return ServeError(ErrorType.TIMEOUT, "The upstream engine stopped responding.")
+    return ServeError(ErrorType.WORKER_UNAVAILABLE, "The upstream engine cannot be reached.")

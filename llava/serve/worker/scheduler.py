@@ -1,7 +1,7 @@
-"""The bridge from many asyncio clients to the one thread that drives the engine: slots, a bounded queue, cancellation.
+"""Scheduler between asyncio requests and the engine's thread: slots, a bounded queue, cancellation.
 
-A slot is taken when a request is admitted and given back when the engine has let go of it, not when its client has
-gone: so the number of slots in use is the number of requests that cost something (spec/serve.md §12, W5–W9, W21).
+A slot is taken when a request is admitted and released when the engine has dropped it, not when its client has
+disconnected; so the slots in use are the requests that consume resources.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from llava.engine.sequence import Completion, Request, RequestHandle
 from llava.serve.common.protocol import ErrorType, ServeError
@@ -19,11 +19,11 @@ from llava.serve.common.protocol import ErrorType, ServeError
 logger = logging.getLogger(__name__)
 
 _FATAL: Final = ("device-side assert", "cuda error", "acceleratorerror", "cublas_status", "illegal memory access")
-_GIVE_UP_AFTER: Final = 8  # failed steps with no answer in between
+_GIVE_UP_AFTER: Final = 8  # consecutive failed steps
 
 
 class EngineLike(Protocol):
-    """The part of `llava.engine.Engine` that is used here."""
+    """The methods of `llava.engine.Engine` that the scheduler calls."""
 
     @property
     def running(self) -> int: ...
@@ -33,30 +33,30 @@ class EngineLike(Protocol):
 
 
 class StreamEvent(NamedTuple):
-    """What a step brought for one request; `completion` on its last."""
+    """New text of a request after an engine step, and its completion after the last one."""
 
     text: str
     completion: Completion | None
 
 
 @dataclass(eq=False)
-class Ticket:
-    """An admitted request. Read `news` on the event loop; `close()` when the client has left or has all."""
+class Slot:
+    """An admitted request. Read `events` on the event loop; call `close` when the client is done or disconnected."""
 
     scheduler: Scheduler
-    news: asyncio.Queue[StreamEvent] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[StreamEvent] = field(default_factory=asyncio.Queue)
     handle: RequestHandle | None = None
     submitted: bool = False
     closed: bool = False
     released: bool = False
 
     async def submit(self, request: Request) -> RequestHandle:
-        """Hand the request to the engine; raises what `Engine.submit` raises."""
+        """Submit the request to the engine; raises the exceptions of `Engine.submit`."""
         self.submitted = True
         return await self.scheduler.submit(self, request)
 
     def close(self) -> None:
-        """Safe at any time and any number of times. The engine stops at its next step, then the slot is free."""
+        """Cancel the request; idempotent. The slot is released after the engine's next step."""
         self.closed = True
         if self.handle is not None:
             self.handle.cancel()
@@ -64,22 +64,22 @@ class Ticket:
             self.release()
 
     def release(self) -> None:
-        """Give the slot back, once."""
+        """Release the slot; idempotent."""
         if not self.released:
             self.released = True
             self.scheduler.in_use -= 1
 
 
 class _Submission(NamedTuple):
-    ticket: Ticket
+    slot: Slot
     request: Request
     accepted: asyncio.Future[RequestHandle]
 
 
 class Scheduler:
-    """Owns the engine's thread. Everything but `_run` and what it calls happens on the event loop.
+    """Owner of the engine's thread. Only `_run` and its callees run in that thread, all else on the event loop.
 
-    `limit` requests share the engine's batch and `queue_limit` more may wait; the next one is refused at once.
+    `limit` requests share the engine's batch and `queue_limit` more may wait; further ones are refused.
     """
 
     def __init__(self, engine: EngineLike, limit: int, queue_limit: int) -> None:
@@ -87,11 +87,11 @@ class Scheduler:
         self.limit = limit
         self.capacity = limit + queue_limit
         self.in_use = 0
-        self.failure = ""  # why the engine is given up, if it is
+        self.failure = ""  # reason why the engine was given up
         self.on_failure: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._inbox: list[_Submission] = []
-        self._active: list[tuple[Ticket, RequestHandle]] = []
+        self._active: list[tuple[Slot, RequestHandle]] = []
         self._condition = threading.Condition()
         self._stopping = False
         self._failures = 0
@@ -106,36 +106,36 @@ class Scheduler:
     def waiting(self) -> int:
         return max(0, self.in_use - self.engine.running)
 
-    def admit(self) -> Ticket:
-        """A slot, or `ServeError` (503) when running and waiting places are all taken."""
+    def admit(self) -> Slot:
+        """Take a slot; `ServeError` (503) when all are in use."""
         if self.failure:
             raise ServeError(ErrorType.NOT_READY, "The model has failed and is being restarted.", retry_after=10)
         if self.in_use >= self.capacity:
             raise ServeError(
                 ErrorType.OVERLOADED,
-                f"All {self.limit} places are taken and {self.capacity - self.limit} requests wait; try again shortly.",
+                f"{self.limit} requests are running and {self.capacity - self.limit} are waiting; try again shortly.",
                 retry_after=2,
             )
         self.in_use += 1
-        return Ticket(self)
+        return Slot(self)
 
-    async def submit(self, ticket: Ticket, request: Request) -> RequestHandle:
-        """See `Ticket.submit`."""
-        submission = _Submission(ticket, request, self._loop.create_future())
+    async def submit(self, slot: Slot, request: Request) -> RequestHandle:
+        """Submit the request of an admitted slot; see `Slot.submit`."""
+        submission = _Submission(slot, request, self._loop.create_future())
         with self._condition:
             self._inbox.append(submission)
             self._condition.notify()
         return await submission.accepted
 
     async def stop(self) -> None:
-        """Abort what still runs and end the thread."""
+        """Abort the running requests and end the thread."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
         await asyncio.to_thread(self._thread.join, 30)
-        await asyncio.sleep(0)  # the last events are on their way to the loop
+        await asyncio.sleep(0)  # deliver the last events
 
-    # The engine's thread.
+    # --- engine thread ---
 
     def _run(self) -> None:
         while True:
@@ -151,7 +151,7 @@ class Scheduler:
             busy = True
             try:
                 busy = self.engine.step()
-            except Exception as error:  # whatever a model raises must reach the clients of this step, and only them
+            except Exception as error:  # any exception of a model fails the requests of this step only
                 self._recover(error)
             self._deliver()
             with self._condition:
@@ -159,19 +159,19 @@ class Scheduler:
                     self._condition.wait()
 
     def _submit(self, submission: _Submission) -> None:
-        if submission.ticket.closed:
-            self._call(self._answer, submission, ServeError(ErrorType.BAD_REQUEST, "The client has left."))
+        if submission.slot.closed:
+            self._call(self._resolve, submission, ServeError(ErrorType.BAD_REQUEST, "The client has disconnected."))
             return
         try:
             handle = self.engine.submit(submission.request)
-        except Exception as error:  # refusals, and defects, belong to whoever submitted
-            self._call(self._answer, submission, error)
+        except Exception as error:  # reported to the submitter
+            self._call(self._resolve, submission, error)
             return
-        self._active.append((submission.ticket, handle))
-        self._call(self._answer, submission, handle)
+        self._active.append((submission.slot, handle))
+        self._call(self._resolve, submission, handle)
 
     def _recover(self, error: Exception) -> None:
-        """After a failed step: fail the requests that were in it, keep the engine usable, or give it up."""
+        """Fail the requests of a failed step; give the engine up after a fatal error or too many failures."""
         logger.exception("A step of the engine failed")
         text = f"{type(error).__name__}: {error}"
         if not any(_is_failed(handle) for _, handle in self._active):
@@ -184,56 +184,57 @@ class Scheduler:
 
     def _deliver(self) -> None:
         events = []
-        for ticket, handle in list(self._active):
-            completion = handle.completion  # read before the text, which is complete once this is set
+        for slot, handle in list(self._active):
+            completion = handle.completion  # read first: once it is set, the text is complete
             text = handle.take()
             if text or completion is not None:
-                events.append((ticket, StreamEvent(text, completion)))
+                events.append((slot, StreamEvent(text, completion)))
             if completion is not None:
-                self._active.remove((ticket, handle))
+                self._active.remove((slot, handle))
                 if completion.finish_reason != "error":
                     self._failures = 0
         if events:
-            self._call(_hand_over, events)
+            self._call(_deliver_events, events)
 
-    def _call(self, function: Callable[..., Any], *args: Any) -> None:
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        """Call a function on the event loop."""
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
-            logger.debug("The event loop has ended; nobody is left to tell.")
+            logger.debug("The event loop has ended; an event of the engine is dropped.")
 
-    # Back on the event loop.
+    # --- event loop ---
 
     @staticmethod
-    def _answer(submission: _Submission, outcome: RequestHandle | Exception) -> None:
-        ticket, _, accepted = submission
+    def _resolve(submission: _Submission, outcome: RequestHandle | Exception) -> None:
+        slot, _, accepted = submission
         if isinstance(outcome, Exception):
-            ticket.release()
+            slot.release()
             if not accepted.done():
                 accepted.set_exception(outcome)
             return
-        ticket.handle = outcome
-        if ticket.closed:
+        slot.handle = outcome
+        if slot.closed:
             outcome.cancel()
         if not accepted.done():
             accepted.set_result(outcome)
 
 
-def _hand_over(events: list[tuple[Ticket, StreamEvent]]) -> None:
-    for ticket, news in events:
-        if news.completion is not None:
-            ticket.release()
-        ticket.news.put_nowait(news)
+def _deliver_events(events: list[tuple[Slot, StreamEvent]]) -> None:
+    for slot, event in events:
+        if event.completion is not None:
+            slot.release()
+        slot.events.put_nowait(event)
 
 
 def _is_failed(handle: RequestHandle) -> bool:
     return handle.completion is not None and handle.completion.finish_reason == "error"
 
 
-def failure_of(completion: Completion) -> ServeError:
-    """What the client of a failed request is told: nothing of the exception's own text."""
+def completion_error(completion: Completion) -> ServeError:
+    """The error of a failed completion, without the text of the exception, which may contain internals."""
     text = (completion.error or "").lower()
     if "outofmemory" in text or "out of memory" in text:
-        message = "The model ran out of memory on this request; send fewer or smaller pictures, or a shorter text."
+        message = "The model ran out of memory on this request; send fewer or smaller images, or a shorter text."
         return ServeError(ErrorType.OUT_OF_MEMORY, message)
-    return ServeError(ErrorType.INTERNAL, "The model failed on this request; the worker's log has the details.")
+    return ServeError(ErrorType.INTERNAL, "The model failed on this request; see the worker's log.")

@@ -45,11 +45,11 @@ VECTORS = {
 
 
 @pytest.mark.parametrize(("text", "wanted"), VECTORS.items())
-def test_vectors(text: str, wanted: str) -> None:
+def test_published_examples(text: str, wanted: str) -> None:
     assert normalize(text) == wanted
 
 
-def test_the_tables_have_their_published_size_and_cannot_grow() -> None:
+def test_tables_have_their_published_size_and_are_immutable() -> None:
     assert (len(CONTRACTIONS), len(NUMBERS)) == (120, 12)
     with pytest.raises(TypeError):
         NUMBERS["more"] = "1"  # type: ignore[index]
@@ -76,6 +76,6 @@ def test_soft_accuracy_ignores_the_order_of_people(people: list[str], random: ob
     assert 0 <= soft_accuracy("1", people) <= 1
 
 
-def test_nobody_asked_is_an_error() -> None:
+def test_no_annotators_is_an_error() -> None:
     with pytest.raises(DataError, match="no reference answers"):
         soft_accuracy("yes", [])

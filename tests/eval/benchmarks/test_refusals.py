@@ -32,10 +32,10 @@ def dump(path: Path, value: Any) -> str:
 
 
 class Bench:
-    """A benchmark of two or four questions with right answers, and the command that scores a file of them."""
+    """A small benchmark with correct answers, the program that scores them, and the expected output."""
 
-    def __init__(self, rows: list[Row], main: Callable[..., int], flags: list[str], says: str) -> None:
-        self.rows, self.main, self.flags, self.says = rows, main, flags, says
+    def __init__(self, rows: list[Row], main: Callable[..., int], flags: list[str], expected: str) -> None:
+        self.rows, self.main, self.flags, self.expected = rows, main, flags, expected
 
     def run(self, rows: list[Row], folder: Path) -> int:
         path = write_jsonl(folder / "answers.jsonl", rows)
@@ -103,12 +103,12 @@ def test_right_answers_in_any_order_score_full(
 ) -> None:
     assert bench.run(bench.rows, tmp_path) == 0
     first = capsys.readouterr().out
-    assert bench.says in first
+    assert bench.expected in first
     assert bench.run(bench.rows[::-1], tmp_path) == 0
     assert capsys.readouterr().out == first
 
 
-SPOILED: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
+INVALID: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
     "missing": (lambda rows: rows[:-1], "missing"),
     "duplicate": (lambda rows: [*rows, rows[0]], "duplicate|without a matching question"),
     "strange": (
@@ -121,18 +121,18 @@ SPOILED: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SPOILED)
-def test_spoiled_answers_are_refused_in_one_sentence(
+@pytest.mark.parametrize("kind", INVALID)
+def test_invalid_answers_are_refused_in_one_line(
     bench: Bench, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil, says = SPOILED[kind]
-    assert bench.run(spoil(bench.rows), tmp_path) == 2
+    change, messages = INVALID[kind]
+    assert bench.run(change(bench.rows), tmp_path) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1 and output.err.startswith("error: ")
-    assert any(word in output.err for word in says.split("|")), output.err
+    assert any(word in output.err for word in messages.split("|")), output.err
 
 
-def test_science_qa_counts_missing_answers_as_wrong_but_refuses_strange_ones(
+def test_science_qa_counts_missing_answers_as_wrong_but_refuses_unknown_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     problem = {"choices": ["x", "y"], "answer": 1, "hint": "", "image": "image.png", "question": "?", "grade": "grade2"}
@@ -159,7 +159,7 @@ def test_pope_refuses_labels_without_questions(tmp_path: Path, capsys: pytest.Ca
     assert "popular" in capsys.readouterr().err
 
 
-def test_a_refused_conversion_leaves_no_file(tmp_path: Path) -> None:
+def test_a_refused_conversion_writes_no_file(tmp_path: Path) -> None:
     questions = write_jsonl(tmp_path / "q.jsonl", [{"question_id": n, "image": f"{n}.jpg"} for n in range(2)])
     rows = write_jsonl(tmp_path / "a.jsonl", [answer(0, "yes")])
     with pytest.raises(ValueError, match="missing"):
@@ -174,7 +174,7 @@ def test_a_refused_conversion_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_answers_file_is_named(tmp_path: Path) -> None:
+def test_a_malformed_answers_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "x"}\n{"question', encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.jsonl line 2"):
         read_results(tmp_path / "a.jsonl")
@@ -189,14 +189,14 @@ def test_a_broken_answers_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"), [("7.0", "the index '7.0'"), ("1", "the same index"), ("", "the index ''")]
 )
-def test_a_damaged_table_of_mmbench_is_named(index: str, message: str, tmp_path: Path) -> None:
+def test_a_malformed_mmbench_table_is_reported(index: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text(f"index\tquestion\tA\n1\tq\ta\n{index}\tq\ta\n")
     with pytest.raises(ValueError, match=message):
         mmbench.read_table(tmp_path / "t.tsv")
 
 
 def test_scorers_and_their_programs_import_no_torch() -> None:
-    """In a fresh interpreter: every scorer, entry point and converter."""
+    """Checked in a fresh interpreter for every scorer and entry point."""
     modules = list((ROOT / "llava" / "eval").glob("eval_*.py"))
     modules += [path for path in (ROOT / "llava" / "eval" / "benchmarks").glob("*.py") if path.stem != "__init__"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]

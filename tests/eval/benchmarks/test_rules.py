@@ -28,7 +28,7 @@ def test_pope_reads_answers_as_published(text: str, wanted: str) -> None:
     assert pope.parse(text) == wanted
 
 
-def test_pope_strictly() -> None:
+def test_pope_strict_parsing() -> None:
     found = [pope.parse_strict(text) for text in ("NO", "yes, it is", "No\n", "nope", "", "I cannot see", "(no)")]
     assert found == ["no", "yes", "no", "other", "other", "other", "no"]
 
@@ -112,7 +112,7 @@ def test_science_qa_reads_answers_as_published(text: str, wanted: int) -> None:
     assert science_qa.choice_index(science_qa.parse(text), {"choices": ["w", "x", "y", "z"]}) == wanted
 
 
-def test_science_qa_leniently() -> None:
+def test_science_qa_lenient_parsing() -> None:
     problem = {"choices": ["chiasmus", "apostrophe"], "answer": 1}
     texts = ("B.", "(B) x", "b", "The answer is B", "It is an apostrophe", "chiasmus or apostrophe", "C")
     assert [science_qa.parse_lenient(text, problem) for text in texts] == [1, 1, 1, 1, 1, -1, -1]
@@ -137,7 +137,7 @@ def test_options_as_a_list_or_a_word() -> None:
     assert science_qa.parse_options("A,B,C") == science_qa.parse_options("ABC") == ("A", "B", "C")
 
 
-def test_a_failed_voter_guesses_the_same_every_time() -> None:
+def test_guesses_of_a_failed_voter_are_deterministic() -> None:
     problems = {str(n): {"choices": ["x", "y", "z"], "answer": 0} for n in range(60)}
     failed = science_qa.Voter.of({}, problems, science_qa.OPTIONS)
     guesses = [failed.guess(pid, problem) for pid, problem in problems.items()]
@@ -243,7 +243,7 @@ def test_scene_text_evaluators() -> None:
         m4c_evaluator.TextVQAAccuracyEvaluator().eval_pred_list([])
 
 
-def test_bleu_hands_captions_to_the_external_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bleu_passes_captions_to_pycocoevalcap(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pycocoevalcap", "pycocoevalcap.bleu", "pycocoevalcap.tokenizer"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
@@ -270,7 +270,7 @@ def test_bleu_hands_captions_to_the_external_package(monkeypatch: pytest.MonkeyP
     assert m4c_evaluator.TextCapsBleu4Evaluator().eval_pred_list([pair]) == 0.1
 
 
-def test_results_json_is_what_the_next_tool_reads(tmp_path: Path) -> None:
+def test_gqa_predictions_file(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"question_id": "1", "text": "Yes."}])
     gqa.convert(source, tmp_path / "new" / "p.json")
     assert json.loads((tmp_path / "new" / "p.json").read_text()) == [{"questionId": "1", "prediction": "yes"}]

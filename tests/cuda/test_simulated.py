@@ -36,7 +36,7 @@ def on_both(run: Callable[[str], Any]) -> tuple[Any, Any]:
     """Results of `run(device)` on the CPU and on a simulated GPU."""
     with mock.patch.object(Sampler, "sample", sample_together):
         expected = run("cpu")
-    with devices.pretended_cuda():
+    with devices.simulated_cuda():
         return expected, run("cuda")
 
 
@@ -155,7 +155,7 @@ def test_shared_prefixes_run_on_fused_kernels(
     is_ampere.cache_clear()
     fallback = mock.patch.object(attention, "attention_from_scores", side_effect=AssertionError("the fallback ran"))
     counting = mock.patch.dict(devices.KERNELS, {name: counted(kernel) for name, kernel in devices.KERNELS.items()})
-    with devices.pretended_cuda() as card, fallback, counting:
+    with devices.simulated_cuda() as card, fallback, counting:
         card.capability = capability
         model, tokenizer, processor = load(checkpoints, "llama sdpa", "cuda", dtype=dtype)
         engine = Engine(model, tokenizer, processor)
@@ -168,7 +168,7 @@ def test_a_model_split_over_gpus(checkpoints: Checkpoints) -> None:
     """The loader chooses GPUs by free memory; each layer's keys and values stay on its GPU."""
     model, tokenizer, processor = load(checkpoints, "llama sdpa", "cpu")
     expected = [one.token_ids for one in Engine(model, tokenizer, processor).generate(batch())]
-    with devices.pretended_cuda(count=4) as card:
+    with devices.simulated_cuda(count=4) as card:
         room = {0: 340_000, 1: 130_000, 2: 230_000, 3: 0}  # tower, projector and embeddings; a layer; the other one
         card.free_bytes = {index: int(size / FREE_FOR_WEIGHTS) for index, size in room.items()}
         model, tokenizer, processor = load(checkpoints, "llama sdpa", "cuda")

@@ -1,0 +1,134 @@
+"""Services behind the web page, shared by all visitors and both tabs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import gradio as gr
+import httpx
+
+from llava.errors import ConfigError, RequestError
+from llava.serve.common.middleware import Metrics
+from llava.serve.web.answer import answer
+from llava.serve.web.chat import Chat, Sampling, Turn
+from llava.serve.web.client import ServiceClient
+from llava.serve.web.images import load_images
+from llava.serve.web.log import ConversationLog
+from llava.serve.web.models import Listing, ModelCatalog
+from llava.utils import MODERATION_URL
+
+# A file of the gallery: its path and caption.
+GalleryFile = tuple[str, str | None]
+
+
+class Moderator:
+    """Client of OpenAI's moderation endpoint; raises `ConfigError` unless `OPENAI_API_KEY` is set."""
+
+    def __init__(
+        self, *, url: str = MODERATION_URL, timeout: float = 5.0, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not key:
+            raise ConfigError("--moderate requires OPENAI_API_KEY to be set.")
+        self._url = url
+        headers = {"Authorization": f"Bearer {key}"}
+        self._http = httpx.AsyncClient(headers=headers, timeout=timeout, transport=transport)
+
+    async def refusal(self, text: str) -> str | None:
+        """The reason to reject `text`, None if it is accepted; a text that cannot be checked is rejected."""
+        try:
+            reply = await self._http.post(self._url, json={"input": " ".join(text.split())})
+            reply.raise_for_status()
+            flagged = reply.json()["results"][0]["flagged"]
+        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+            return f"The moderation service could not check your message ({type(error).__name__}); try again."
+        return "Your message violates the content policy and was not sent; please change it." if flagged else None
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+@dataclass(frozen=True)
+class AppServices:
+    """Client, model list, log, moderation and metrics; the state of visitors is kept in their sessions."""
+
+    client: ServiceClient
+    catalog: ModelCatalog
+    log: ConversationLog
+    moderator: Moderator | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+
+    async def close(self) -> None:
+        await self.client.close()
+        if self.moderator is not None:
+            await self.moderator.close()
+
+    async def new_turn(
+        self, model: str | None, text: str, files: Sequence[GalleryFile], mode: str, sampling: Sampling
+    ) -> Turn:
+        """Create and validate a message; raises `LlavaError` when it cannot be sent."""
+        if not model:
+            listing = await self.catalog.listing()
+            raise RequestError(listing.reason or "No model is selected; select one.")
+        turn = Turn(text, load_images([path for path, _ in files]), mode, sampling, model)
+        turn.check()
+        if self.moderator is not None and text:
+            refusal = await self.moderator.refusal(text)
+            if refusal:
+                raise RequestError(refusal)
+        return turn
+
+    async def run(self, chat: Chat, turn: Turn, visitor: str) -> AsyncGenerator[None, None]:
+        """Add a turn and answer it, yielding immediately and after every update."""
+        chat.turns.append(turn)
+        chat.model = turn.model
+        yield
+        async with aclosing(answer(self.client, chat)) as steps:
+            async for _ in steps:
+                yield
+        finish = time.time()
+        self.metrics.requests.labels(turn.finish_reason).inc()
+        self.metrics.seconds.observe(finish - turn.started)
+        self.log.chat(chat, turn, finish, visitor)
+
+    def update_dropdown(
+        self, listing: Listing, chat: Chat, current: str | None, *, other_than: str | None = None
+    ) -> object:
+        """Update of a model drop-down: its choices, and its value if the model was removed or returned.
+
+        An existing conversation is never moved to another model.
+        """
+        value = current if current in listing.models else None
+        if value is None and chat.model in listing.models:
+            value = chat.model
+        if value is None and not chat.turns:
+            rest = [name for name in listing.models if name != other_than]
+            value = self.catalog.preferred(Listing(tuple(rest) or listing.models))
+        seen = (listing.models, value)
+        if chat.seen == seen and current == value:
+            return gr.skip()
+        chat.seen = seen
+        return gr.update(choices=list(listing.models), value=value)
+
+
+def visitor(request: gr.Request | None) -> str:
+    """Client address of a request; the forwarded one behind a proxy in `FORWARDED_ALLOW_IPS`."""
+    client = getattr(request, "client", None)
+    return str(getattr(client, "host", "") or "")
+
+
+def unavailable_notice(listing: Listing, chat: Chat) -> str:
+    """Notice when the model of a conversation is no longer served, else empty."""
+    if chat.turns and chat.model and listing.models and chat.model not in listing.models:
+        return f"{chat.model} is not served at the moment; wait for it, or select another model."
+    return ""
+
+
+def export(chat: Chat) -> str:
+    """The conversation as JSON text; empty without turns."""
+    return json.dumps(chat.export(), indent=2, ensure_ascii=False) if chat.turns else ""
