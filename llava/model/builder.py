@@ -1,7 +1,7 @@
-"""Loading a chat model from whatever its directory holds (spec/model.md §11): `load_pretrained_model`.
+"""Loading of chat models: `load_pretrained_model`.
 
-The files decide (`checkpoint.inspect`), weights go once, straight into place, and are verified; tower weights inside
-the checkpoint win over the stock tower.
+The files of a directory determine its kind (`checkpoint.inspect`). Weights are read once, into their final place, and
+verified. Tower weights in the checkpoint take precedence over the tower's own.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Final, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import nn
+from transformers import CLIPImageProcessor, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.errors import CheckpointError, ConfigError
@@ -24,6 +25,7 @@ from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.dispatch import DeviceMap, dispatch, infer_device_map
 from llava.model.hub import snapshot
+from llava.model.language_model.causal_lm import LlavaForCausalLMMixin
 from llava.model.llava_arch import grow_embeddings, load_token_rows, parameter_shapes
 from llava.model.lora import (
     adapter_shapes,
@@ -39,21 +41,21 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.quantization import Quantizer, storage_name
 from llava.model.registry import language_model_spec
 from llava.model.tokenizer import load_tokenizer
-from llava.model.weights import empty_weights, load_weights
+from llava.model.weights import WeightLoader, empty_weights, load_weights
 from llava.placement import Placement, avoid_cudnn_attention, resolve_attention, resolve_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
-NEEDED_SETTINGS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
+REQUIRED_SETTINGS = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-LARGEST_DIFFERENCE = 0.1  # of a delta's last norm; a model's own is near 1
+MAX_DELTA_NORM = 0.1  # largest weight of a delta's final norm; those of a model are near 1
 IGNORED_WEIGHTS = ("rotary_emb.inv_freq", *ckpt.TOWER_PREFIXES)
 
-REMEDIES = {
-    Kind.LANGUAGE_MODEL: "it sees no images; pass a chat checkpoint, and this one as --model-base of a projector, or "
-    "--text-only",
-    Kind.TOWER: "pass a chat checkpoint; a tower is given with --vision-tower",
-    Kind.HF_LLAVA: "load it with transformers' LlavaForConditionalGeneration, or use liuhaotian/llava-v1.5-7b here",
-    Kind.INTERNVL_CHAT: "load it with the InternVL repository; this project reads OpenGVLab/InternVL-Chat-ViT-6B-*",
+REMEDIES: Final = {
+    Kind.LANGUAGE_MODEL: "it does not take images; pass a chat checkpoint, and this one as --model-base of a "
+    "projector, or --text-only",
+    Kind.TOWER: "pass a chat checkpoint, and a tower with --vision-tower",
+    Kind.HF_LLAVA: "load it with transformers' LlavaForConditionalGeneration, or use liuhaotian/llava-v1.5-7b",
+    Kind.INTERNVL_CHAT: "load it with the InternVL repository, or use OpenGVLab/InternVL-Chat-ViT-6B-*",
     Kind.OTHER: "pass a directory whose config.json has mm_vision_tower and a llava_llama, llava or llama model_type",
     Kind.EMPTY: "a chat checkpoint has config.json and model.safetensors, pytorch_model.bin or mm_projector.bin",
 }
@@ -75,24 +77,28 @@ def load_pretrained_model(
     max_memory: str | None = None,
     text_only: bool = False,
     progress: Callable[[float], None] | None = None,
-) -> tuple[Any, Any, Any, int]:
+) -> tuple[PreTrainedTokenizerBase, LlavaForCausalLMMixin, CLIPImageProcessor | None, int]:
     """Load `(tokenizer, model, image_processor, context_len)`, the model in eval mode with its tower.
 
-    `model_path` is a full, a projector-only or a LoRA checkpoint (the last two need `model_base`; an adapter names its
-    own). `load_8bit` and `load_4bit` quantise the decoder's linear layers. `model_name` is accepted for compatibility
-    and decides nothing. `dtype`: float32 on CPU, 16 bit on GPUs unless given; the one dtype holds for language model,
-    projector and tower. `vision_tower` overrides the tower the checkpoint names. `text_only` loads a language model
-    without a tower, or a LoRA adapter on one; the image processor is then `None`. `progress` is told the share of the
-    weights that has been read, 0 to 1.
+    Args:
+        model_path: a full, a projector-only or a LoRA checkpoint: a directory or a hub name.
+        model_base: the language model of a projector or adapter; an adapter's default is the one it names.
+        model_name: accepted for compatibility and ignored.
+        load_8bit, load_4bit: quantize the linear layers of the decoder.
+        device_map: "auto" for `device`, or for several GPUs if `device` is "cuda" and one cannot hold the weights, or
+            `num_gpus` or `max_memory` is given; the name of a device; or a mapping of module names to devices.
+        dtype: of language model, projector and tower; default float32 on CPUs, 16 bit on GPUs.
+        vision_tower: replaces the tower that the checkpoint names.
+        num_gpus: the largest number of GPUs.
+        max_memory: of each GPU, as "20GiB" or "0=10GiB,1=20GiB".
+        text_only: load a language model without a tower, or a LoRA adapter on one; the image processor is `None`.
+        progress: called with the fraction of the weights loaded so far.
 
-    `device_map="cpu"` is the same as `device="cpu"`; "auto" means `device`, and several GPUs where `device` is "cuda"
-    and one does not hold the weights, or `num_gpus` or `max_memory` ("20GiB" each, or "0=10GiB,1=20GiB") say so; a
-    mapping of module names to devices is taken as it is.
-
-    Raises `CheckpointError` before any weights are read when the directory is something else.
+    Raises:
+        CheckpointError: the directory does not hold a chat model; raised before weights are read.
     """
     if load_8bit and load_4bit:
-        raise ConfigError("--load-8bit and --load-4bit exclude each other; give one of them.")
+        raise ConfigError("--load-8bit and --load-4bit are mutually exclusive; give one of them.")
     if isinstance(device_map, str) and device_map != "auto":
         device = device_map
     target = resolve_device(device)
@@ -139,33 +145,34 @@ def load_pretrained_model(
     return tokenizer, model, tower.image_processor if tower else None, context_length(config)
 
 
-def preflight(found: Checkpoint, config: Any, from_checkpoint: bool) -> None:
-    """Find, before weights are read, that the tower is not there or does not fit the projector, or that a full
-    checkpoint holds differences."""
-    tower: Any = build_vision_tower(config, found.path, delay_load=True)
+def preflight(found: Checkpoint, config: PretrainedConfig, from_checkpoint: bool) -> None:
+    """Check before weights are read that the tower exists and fits the projector, and that the weights are no delta."""
+    tower = build_vision_tower(config, found.path, delay_load=True)
     tower.source(from_checkpoint)
     _ = tower.image_processor
     kind = getattr(config, "mm_projector_type", None) or "linear"
     if tower.hidden_size != config.mm_hidden_size or bool(tower.spec.queries(tower.config)) != (kind == "two_mlp"):
         raise CheckpointError(
-            f"The vision tower {tower.name!r} ({tower.settings.get('model_type')}) gives features of width "
+            f"The vision tower {tower.name!r} ({tower.settings.get('model_type')}) has features of width "
             f"{tower.hidden_size}, but the {kind} projector of {found.path} takes {config.mm_hidden_size}; pass the "
             "tower it was trained with."
         )
     if found.kind is not Kind.FULL or not ckpt.reads_lazily(found.path):
         return
     for _, norm in ckpt.iter_tensors(found.path, lambda name: name in ckpt.FINAL_NORMS):
-        if norm is not None and bool(norm.abs().max() < LARGEST_DIFFERENCE):
+        if bool(norm.abs().max() < MAX_DELTA_NORM):
             raise CheckpointError(
-                f"The weights of {found.path} are differences from a base (its last norm is nearly 0): delta weights; "
-                "make the model with python -m llava.model.apply_delta."
+                f"The weights of {found.path} are delta weights (the final norm is nearly 0); apply them to their base "
+                "with python -m llava.model.apply_delta."
             )
 
 
-def load_adapter_weights(model: Any, found: Checkpoint, quantize: Callable[[nn.Module], None] | None) -> Any:
-    """Put what a projector-only or LoRA directory holds over the model of its base; others change nothing.
+def load_adapter_weights(
+    model: LlavaForCausalLMMixin, found: Checkpoint, quantize: Callable[[nn.Module], None] | None
+) -> LlavaForCausalLMMixin:
+    """Load the weights of a projector-only or LoRA checkpoint into the model of its base.
 
-    `quantize` quantizes an adapter's model, layer by layer, merging each first.
+    `quantize` merges an adapter into each layer and quantizes it.
     """
     if found.kind is Kind.PROJECTOR:
         model.get_model().load_projector(found.path / ckpt.PROJECTOR_FILE)
@@ -179,9 +186,9 @@ def load_adapter_weights(model: Any, found: Checkpoint, quantize: Callable[[nn.M
 
 
 def check_adapter_weights(
-    found: Checkpoint, base: Checkpoint | None, config: Any, shapes: dict[str, tuple[int, ...]]
+    found: Checkpoint, base: Checkpoint | None, config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]
 ) -> Path:
-    """Verify what a projector or an adapter adds to a model of these `shapes`; where the projector lies."""
+    """Verify a projector or an adapter against a model of these `shapes`; returns the file with the projector."""
     if found.kind is Kind.PROJECTOR:
         file = found.path / ckpt.PROJECTOR_FILE
         state = ckpt.projector_state(ckpt.load_bin(file), file)
@@ -189,33 +196,33 @@ def check_adapter_weights(
         ckpt.compare_shapes({name: tuple(value.shape) for name, value in state.items()}, wanted, file)
         return file
     if found.kind is Kind.LORA and base is not None:
-        words = next(name for name in ckpt.EMBEDDINGS if name in shapes)
-        rows = shapes[words][0]
+        embedding = next(name for name in ckpt.EMBEDDINGS if name in shapes)
+        rows = shapes[embedding][0]
         rows = max(rows, extend_tokenizer(load_tokenizer(base.path), config, rows))
         check_vocabulary(found.path, rows)
         table = (rows, config.hidden_size)
-        shapes = {**shapes, words: table, "lm_head.weight": table}
+        shapes = {**shapes, embedding: table, "lm_head.weight": table}
         check_non_lora(read_non_lora(found.path), shapes, found.path)
         check_adapter(adapter_shapes(found.path), shapes, found.path)
         return found.path / ckpt.NON_LORA_FILE
     return found.path
 
 
-def all_shapes(source: Path, config: Any, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what loading would keep in memory, tower and projector included, from file headers."""
-    apart = (*ckpt.TOWER_PREFIXES, *ckpt.PROJECTOR_PREFIXES)
-    stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(apart)}
+def all_shapes(source: Path, config: PretrainedConfig, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the loaded model's weights, with tower and projector, from file headers."""
+    separate = (*ckpt.TOWER_PREFIXES, *ckpt.PROJECTOR_PREFIXES)
+    stored = {name: s for name, s in ckpt.weight_shapes(source).items() if not name.startswith(separate)}
     if not getattr(config, "mm_vision_tower", None):
         return stored
-    tower: Any = build_vision_tower(config, Path(config.name_or_path), delay_load=True)
+    tower = build_vision_tower(config, Path(config.name_or_path), delay_load=True)
     with empty_weights():
         projector = parameter_shapes(build_vision_projector(config))
-    beside = {"vision_tower.": tower.stored_shapes(from_checkpoint), "mm_projector.": projector}
-    return {**stored, **{f"{part}{name}": s for part, shapes in beside.items() for name, s in shapes.items()}}
+    parts = {"vision_tower.": tower.stored_shapes(from_checkpoint), "mm_projector.": projector}
+    return {**stored, **{f"{part}{name}": s for part, shapes in parts.items() for name, s in shapes.items()}}
 
 
 def local_directory(path: str | Path) -> Path:
-    """`path` itself when it is a directory; otherwise the hub's snapshot of that name (cache first, offline heeded)."""
+    """`path` if it is a directory, else the hub snapshot of that name, from the cache or downloaded unless offline."""
     if os.path.isdir(path):  # noqa: PTH112 (as in checkpoint.require_directory)
         return Path(path)
     name = str(path)
@@ -225,18 +232,18 @@ def local_directory(path: str | Path) -> Path:
         found, asked = snapshot(name)
     if found is None:
         raise CheckpointError(
-            f"There is no directory {name!r}{', nor did ' + ' or '.join(asked) + ' have it' if asked else ''}; "
+            f"There is no directory {name!r}{', and it is not in ' + ' or '.join(asked) if asked else ''}; "
             "check the path, or download the checkpoint first."
         )
     return found
 
 
 def resolve_base(found: Checkpoint, model_base: str | Path | None, text_only: bool = False) -> Checkpoint | None:
-    """The base checkpoint of an adapter or projector, checked; anything that cannot be loaded is refused here."""
+    """The verified base of an adapter or projector; raises `CheckpointError` for a directory that cannot be loaded."""
     if text_only and (found.kind not in (Kind.LANGUAGE_MODEL, Kind.LORA) or "mm_vision_tower" in found.config):
         raise CheckpointError(
-            f"{found.path} holds {found.kind.value}, and text_only=True loads a language model or an adapter of one; "
-            "leave it out."
+            f"text_only=True (--text-only) loads a language model or its adapter, but {found.path} holds "
+            f"{found.kind.value}; remove it."
         )
     if found.kind in REMEDIES and not text_only:
         raise CheckpointError(
@@ -246,9 +253,7 @@ def resolve_base(found: Checkpoint, model_base: str | Path | None, text_only: bo
         )
     if found.kind in (Kind.FULL, Kind.LANGUAGE_MODEL):
         if model_base is not None:
-            logger.warning(
-                "%s holds %s; --model-base %s is not needed and not read", found.path, found.kind.value, model_base
-            )
+            logger.warning("%s holds %s; --model-base %s is ignored", found.path, found.kind.value, model_base)
         return None
     base = ckpt.inspect(local_directory(model_base) if model_base else _named_base(found))
     if base.kind not in (Kind.LANGUAGE_MODEL, Kind.FULL) or not ckpt.has_weights(base.path):
@@ -257,8 +262,8 @@ def resolve_base(found: Checkpoint, model_base: str | Path | None, text_only: bo
         )
     if not found.config and not text_only:
         raise CheckpointError(
-            f"{found.path} lacks config.json, which names tower and projector; copy it from the same training run, "
-            "or, when it is an adapter of a language model, talk with it by llava chat --text-only."
+            f"{found.path} has no config.json, which names tower and projector; copy it from the same training run, or "
+            "load an adapter of a language model with --text-only."
         )
     if found.config:
         _compare_base(found, base)
@@ -266,20 +271,20 @@ def resolve_base(found: Checkpoint, model_base: str | Path | None, text_only: bo
 
 
 def _named_base(found: Checkpoint) -> Path:
-    """The directory of the base that an adapter names, which a path of the training host need not be here."""
+    """The directory of the base that an adapter names, which may be a path of the training host."""
     settings = ckpt.read_json(found.path / ckpt.ADAPTER_CONFIG) if found.kind is Kind.LORA else {}
     name = settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(
-            f"{found.path} holds {found.kind.value}, without a language model; pass --model-base, for example "
+            f"{found.path} holds {found.kind.value}, which needs a language model; pass --model-base, for example "
             "--model-base lmsys/vicuna-7b-v1.5."
         )
     try:
         return local_directory(name)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{found.path} names {name!r} as its base, which is not here; pass --model-base with the directory of that "
-            "language model."
+            f"The base {name!r} of {found.path} does not exist here; pass the directory of that language model with "
+            "--model-base."
         ) from error
 
 
@@ -287,8 +292,8 @@ def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
     specs = [language_model_spec(part.model_type, str(part.path)) for part in (found, base)]
     if specs[0] != specs[1]:
         raise CheckpointError(
-            f"{found.path} is of type {found.model_type!r}, but --model-base {base.path} of type {base.model_type!r}; "
-            "pass the base it was trained on."
+            f"{found.path} is of type {found.model_type!r}, but --model-base {base.path} is of type "
+            f"{base.model_type!r}; pass the base it was trained on."
         )
     trained, given = read_config(found), read_config(base)
     for key in SIZES:
@@ -300,16 +305,15 @@ def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def read_config(found: Checkpoint) -> Any:
-    """The parsed `config.json`, by the class its `model_type` is registered for."""
+def read_config(found: Checkpoint) -> PretrainedConfig:
+    """The parsed `config.json`, of the class registered for its `model_type`."""
     spec = language_model_spec(found.model_type, str(found.path))
     with ckpt.config_errors(found.path):
         return spec.config.from_pretrained(found.path)
 
 
-def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
-    """The model without memory for its weights; with a base, of the base's vocabulary: its own rows come first, new
-    tokens after (M19)."""
+def empty_model(found: Checkpoint, base: Checkpoint | None, config: PretrainedConfig) -> LlavaForCausalLMMixin:
+    """The model on the meta device; with a base, of the base's vocabulary, which new tokens are appended to."""
     config = copy.copy(config)
     if base is not None:
         config.vocab_size = read_config(base).vocab_size
@@ -317,27 +321,27 @@ def empty_model(found: Checkpoint, base: Checkpoint | None, config: Any) -> Any:
     source = (base or found).path
     ckpt.check_depth(getattr(config, "num_hidden_layers", None), source)
     with ckpt.config_errors(found.path), empty_weights():
-        model = spec.model(config)
+        model: LlavaForCausalLMMixin = spec.model(config)
         if (source / "generation_config.json").is_file():
-            ckpt.read_json(source / "generation_config.json")  # one sentence when it is damaged
-            model.generation_config = GenerationConfig.from_pretrained(source)  # `generate` wants what only this sets
+            ckpt.read_json(source / "generation_config.json")  # raises CheckpointError if it is damaged
+            model.generation_config = GenerationConfig.from_pretrained(source)
     return model
 
 
-def model_config(found: Checkpoint, vision_tower: str | None) -> Any:
-    """The configuration of a chat model, checked for the settings that tower and projector need."""
+def model_config(found: Checkpoint, vision_tower: str | None) -> PretrainedConfig:
+    """The configuration of a chat model, with the settings that tower and projector require."""
     config = read_config(found)
     config.name_or_path = str(found.path)
     with ckpt.config_errors(found.path):
         context_length(config)
-    lacking = [key for key in NEEDED_SETTINGS if getattr(config, key, None) is None]
-    if lacking:
+    missing = [key for key in REQUIRED_SETTINGS if getattr(config, key, None) is None]
+    if missing:
         raise CheckpointError(
-            f"{found.path}/config.json lacks {' and '.join(lacking)}; copy it from the same training run."
+            f"{found.path}/config.json has no {' and '.join(missing)}; copy it from the same training run."
         )
     if not isinstance(getattr(config, "conv_template", None), str | None):
         raise CheckpointError(
-            f"{found.path}/config.json has a conv_template that is no name: {config.conv_template!r}."
+            f"conv_template in {found.path}/config.json must be a string, got {config.conv_template!r}."
         )
     if vision_tower is not None:
         config.mm_vision_tower, config.mm_vision_tower_config = vision_tower, None
@@ -347,15 +351,12 @@ def model_config(found: Checkpoint, vision_tower: str | None) -> Any:
 def language_model(
     found: Checkpoint,
     base: Checkpoint | None,
-    config: Any,
+    config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device | Placement,
-    weight_loader: Callable[[nn.Module, str, Tensor, torch.device], bool] | None,
-) -> Any:
-    """The model with weights in place, some of them by `weight_loader` (`load_weights`).
-
-    With a base, the projector comes later and starts as zeros.
-    """
+    weight_loader: WeightLoader | None,
+) -> LlavaForCausalLMMixin:
+    """The model with its weights; with a base, the projector is zero until `load_adapter_weights`."""
     where = device if isinstance(device, Placement) else Placement({"": device})
     source = base.path if base else found.path
     model = empty_model(found, base, config)
@@ -363,7 +364,7 @@ def language_model(
     tensors = ckpt.iter_tensors(source, lambda name: not name.startswith(ckpt.TOWER_PREFIXES))
     load_weights(
         model,
-        _present(tensors),
+        tensors,
         dtype=dtype,
         device=where.of,
         source=str(source),
@@ -375,22 +376,20 @@ def language_model(
     return model
 
 
-def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, tensor) for name, tensor in tensors if tensor is not None)
-
-
 def _refresh_rotary(model: nn.Module, dtype: torch.dtype, where: Placement) -> None:
-    """Rotary tables were made in the default dtype on the CPU; make them where and how the model runs."""
+    """Recompute the rotary tables, created in the default dtype on the CPU, in the model's dtype and on its devices."""
     for name, module in model.named_modules():
         if hasattr(module, "max_seq_len_cached"):
-            rotary: Any = module
+            rotary = cast("LlamaRotaryEmbedding", module)
             rotary._set_cos_sin_cache(seq_len=rotary.max_seq_len_cached, device=where.of(name), dtype=dtype)
 
 
-def add_image_tokens(model: Any, tokenizer: Any, config: Any) -> None:
-    """Add the image tokens the configuration asks for, and grow the embeddings to hold them (never shrink, M20).
+def add_image_tokens(
+    model: LlavaForCausalLMMixin, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> None:
+    """Add the image tokens of the configuration, and grow the embeddings to hold them.
 
-    New rows are the mean of the older ones, so that two loads of one directory are one function.
+    New rows are the mean of the others, so that loading is deterministic.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     entries = extend_tokenizer(tokenizer, config, rows)
@@ -398,8 +397,8 @@ def add_image_tokens(model: Any, tokenizer: Any, config: Any) -> None:
         grow_embeddings(model, entries, new_rows=entries - rows)
 
 
-def extend_tokenizer(tokenizer: Any, config: Any, rows: int) -> int:
-    """Add the image tokens the configuration asks for, of a model with `rows` embeddings; the entries there are now."""
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, rows: int) -> int:
+    """Add the image tokens of the configuration of a model with `rows` embeddings; returns the tokenizer's length."""
     patch = getattr(config, "mm_use_im_patch_token", None)
     if patch or (patch is None and rows > len(tokenizer)):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
@@ -408,6 +407,6 @@ def extend_tokenizer(tokenizer: Any, config: Any, rows: int) -> int:
     return len(tokenizer)
 
 
-def context_length(config: Any) -> int:
-    """Tokens the model can attend to: `max_sequence_length`, else `max_position_embeddings`, else 2048 (M22)."""
+def context_length(config: PretrainedConfig) -> int:
+    """Context in tokens: `max_sequence_length`, else `max_position_embeddings`, else 2048."""
     return int(getattr(config, "max_sequence_length", None) or getattr(config, "max_position_embeddings", None) or 2048)

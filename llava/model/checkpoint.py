@@ -1,7 +1,7 @@
-"""What a directory of weights is, and reading it safely: files decide, never the folder's name (spec/model.md §11.2).
+"""Kind of a checkpoint directory, from its files alone, and safe reading of its weights.
 
-Weights are read tensor by tensor, safetensors first; `.bin` files are opened with `weights_only=True`, so a pickle
-that carries code is refused.
+Weights are read tensor by tensor, safetensors first. `.bin` files are opened with `weights_only=True`, which refuses
+pickles that contain code.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 MANY_LAYERS = 1000
 REMAP_BYTES, COPIED_BYTES = 16 * 2**20, 2**20
-LFS_POINTER, ZIP, PICKLE = b"version https://git-lfs", b"PK\x03\x04", b"\x80"  # how files begin
-CORES = ("model.", "transformer.")  # of LLaMA, of MPT
+LFS_POINTER, ZIP, PICKLE = b"version https://git-lfs", b"PK\x03\x04", b"\x80"  # first bytes of files
+CORES = ("model.", "transformer.")  # LLaMA, MPT
 TOWER_PREFIXES = tuple(core + "vision_tower.vision_tower." for core in CORES)
 PROJECTOR_PREFIXES = tuple(core + "mm_projector." for core in CORES)
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
@@ -42,7 +42,7 @@ FINAL_NORMS = ("model.norm.weight", "transformer.norm_f.weight")
 
 
 class Kind(str, Enum):
-    """What a directory holds; the value is the phrase used in messages."""
+    """Kind of a directory; the value is the phrase of messages."""
 
     FULL = "a full chat checkpoint"
     PROJECTOR = "a projector-only checkpoint"
@@ -57,7 +57,7 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory, what it is, and its parsed `config.json` (empty when there is none)."""
+    """A directory, its kind, and its parsed `config.json` (empty without one)."""
 
     path: Path
     kind: Kind
@@ -69,45 +69,45 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; `CheckpointError` names the file when it is not one."""
+    """Read a JSON object; raises `CheckpointError` for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(value).__name__}.")
+        raise CheckpointError(f"{path} must contain a JSON object, got a {type(value).__name__}; download it again.")
     return value
 
 
 @contextmanager
 def config_errors(source: str | Path) -> Iterator[None]:
-    """Inside, a model is made of the settings of `source`; what they cannot describe is a `CheckpointError`."""
+    """Turn errors of creating a model from the settings of `source` into `CheckpointError`."""
     try:
         yield
     except LlavaError:
         raise
-    except Exception as error:  # what the libraries raise for absurd settings is of every type, assertions included
+    except Exception as error:  # libraries raise errors of any type for invalid settings
         raise CheckpointError(
-            f"The configuration of {source} describes no model that can be made ({type(error).__name__}: {error}); "
-            "compare its config.json with that of the same model elsewhere."
+            f"The configuration of {source} is invalid ({type(error).__name__}: {error}); compare its config.json with "
+            "that of the published model."
         ) from error
 
 
 def require_directory(path: str | Path) -> Path:
-    """The path of a directory that can be looked into; anything else is a `CheckpointError`."""
-    if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir() raises below a directory of someone else's)
+    """Return the path of a readable directory; raises `CheckpointError` for anything else."""
+    if not os.path.isdir(path):  # noqa: PTH112 (Path.is_dir() raises below an unreadable directory)
         raise CheckpointError(f"There is no directory {str(path)!r}; check the path, or download the checkpoint first.")
     if not os.access(path, os.R_OK | os.X_OK):
-        raise CheckpointError(f"{path} cannot be looked into by this user; see to the rights.")
+        raise CheckpointError(f"cannot read {path}: permission denied; change its permissions.")
     return Path(path)
 
 
 def inspect(path: str | Path) -> Checkpoint:
-    """Tell what a local directory is, by its files alone. A path that does not exist is a `CheckpointError`."""
+    """Determine the kind of a local directory from its files; raises `CheckpointError` if it does not exist."""
     path = require_directory(path)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if not isinstance(config.get("model_type", ""), str):
-        raise CheckpointError(f"{path}/config.json has a model_type that is no name: {config['model_type']!r}.")
+        raise CheckpointError(f"model_type in {path}/config.json must be a string, got {config['model_type']!r}.")
     return Checkpoint(path, _kind(path, config), config)
 
 
@@ -133,7 +133,7 @@ def has_weights(path: Path) -> bool:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold the model's weights, safetensors first; a shard that an index names must exist."""
+    """The weight files of a directory, safetensors first, or a file itself; all shards of an index must exist."""
     if os.path.isfile(path):  # noqa: PTH113 (as in require_directory)
         return [path]
     path = require_directory(path)
@@ -143,52 +143,52 @@ def weight_files(path: Path) -> list[Path]:
             missing = [shard for shard in shards if not (path / shard).is_file()]
             if missing or not shards:
                 raise CheckpointError(
-                    f"{path / name} lists {', '.join(missing) or 'no shards'}, which {path} does not hold; "
-                    "the download is incomplete, run it again."
+                    f"{path / name} lists {', '.join(missing) or 'no shards'}, missing in {path}; the download is "
+                    "incomplete, run it again."
                 )
             return [path / shard for shard in shards]
         if (path / single).is_file():
             return [path / single]
-    raise CheckpointError(f"{path} holds no weights (none of {', '.join(INDEX_FILES + SINGLE_FILES)}).")
+    raise CheckpointError(
+        f"{path} holds no weights (none of {', '.join(INDEX_FILES + SINGLE_FILES)}); download it again."
+    )
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names."""
+    """The files of an index."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
         raise CheckpointError(
-            f"{index} should map weights to files beside it under weight_map, and does not; download it again."
+            f"weight_map in {index} must map weights to files of the same directory; download it again."
         )
     return sorted(set(where.values()))
 
 
 def unreadable(file: Path, error: Exception) -> CheckpointError:
-    """What to say of a file of weights that could not be opened for `error`."""
+    """The `CheckpointError` for a weight file that raised `error`."""
     if _begin(file).startswith(LFS_POINTER):
-        return CheckpointError(
-            f"{file} is a pointer of Git LFS and not the weights; run git lfs pull in {file.parent}."
-        )
+        return CheckpointError(f"{file} is a Git LFS pointer, not the weights; run git lfs pull in {file.parent}.")
     return CheckpointError(
-        f"{file} cannot be read ({str(error) or type(error).__name__}): it is damaged, or belongs to another user; "
-        "download it again, or see to its rights."
+        f"cannot read {file} ({str(error) or type(error).__name__}): it is damaged or unreadable for this user; "
+        "download it again, or change its permissions."
     )
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:
-    """A dictionary of tensors from a PyTorch file, memory-mapped where its format allows; code in it is refused."""
+    """Load a dictionary of tensors from a PyTorch file, memory-mapped if possible; refuses pickled code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         if not _begin(path).startswith((ZIP, PICKLE)):
             raise unreadable(path, error) from error
         raise CheckpointError(
-            f"{path} holds more than tensors (a pickle that would run code) and is refused; "
-            "get the weights as safetensors, or from a source you trust."
+            f"{path} contains more than tensors (a pickle that would run code) and is refused; use safetensors, or "
+            "weights from a trusted source."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise unreadable(path, error) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} should hold a dictionary of tensors, and does not.")
+        raise CheckpointError(f"{path} must contain a dictionary of tensors; download it again.")
     return state
 
 
@@ -197,7 +197,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _begin(path: Path) -> bytes:
-    """The first bytes of a file, none of one that cannot be opened."""
+    """The first bytes of a file; empty if it cannot be opened."""
     try:
         with path.open("rb") as file:
             return file.read(len(LFS_POINTER))
@@ -206,7 +206,7 @@ def _begin(path: Path) -> bytes:
 
 
 def reads_lazily(path: Path) -> bool:
-    """Whether single weights can be read; `.bin` files of PyTorch before 1.6 are read whole."""
+    """Whether single weights can be read; `.bin` files of PyTorch before 1.6 must be read whole."""
     return all(file.suffix == ".safetensors" or _is_zip(file) for file in weight_files(path))
 
 
@@ -217,7 +217,7 @@ _COUNT: Final[ContextVar[Callable[[int], None] | None]] = ContextVar("count", de
 def progress_of(
     shapes: Callable[[], Mapping[str, tuple[int, ...]]], progress: Callable[[float], None] | None
 ) -> Iterator[None]:
-    """Inside, `progress` is told, after each weight that is read, how much of all `shapes` has been: 0 to 1."""
+    """Call `progress` after each weight read with the fraction of the parameters in `shapes` read so far."""
     if progress is None:
         yield
         return
@@ -236,41 +236,37 @@ def progress_of(
     progress(1.0)
 
 
-def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
-    """`(name, tensor)` of every weight in a directory, one shard at a time; unwanted ones come as `None`, unread."""
+def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Yield `(name, tensor)` of the `wanted` weights of a directory or file; others are not read."""
     count = _COUNT.get()
     for name, tensor in _stored(path, wanted):
-        read = 0 if tensor is None else tensor.numel()
+        read = tensor.numel()
         yield name, tensor
-        del tensor  # before the next one is read
+        del tensor  # free it before the next is read
         if count is not None:
             count(read)
 
 
-def _stored(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
+def _stored(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     for file in weight_files(path):
         if file.suffix == ".safetensors":
             yield from _safetensors(file, wanted)
         else:
-            for name, tensor in load_bin(file).items():
-                yield name, tensor if wanted(name) else None
+            yield from ((name, tensor) for name, tensor in load_bin(file).items() if wanted(name))
 
 
-def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor | None]]:
-    """The tensors of one file, in the order they lie in it.
+def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one file in file order.
 
-    What was read stays in memory as long as its mapping of the file does, and a tensor that is kept keeps its mapping.
-    So there is a new one every so often, and small tensors are copies: who packs the large ones never holds the file.
+    A tensor keeps the memory mapping it was read from alive, with all pages read through it. The mapping is therefore
+    renewed regularly and small tensors are copied, so that a caller that converts large tensors does not hold the file.
     """
     try:
         with safe_open(file, framework="np") as header:
             names = list(header.offset_keys() if hasattr(header, "offset_keys") else header.keys())
         shard: Any = None
         mapped = 0
-        for name in names:
-            if not wanted(name):
-                yield name, None
-                continue
+        for name in filter(wanted, names):
             if shard is None or mapped > REMAP_BYTES:
                 shard, mapped = safe_open(file, framework="pt"), 0
             tensor: Tensor = shard.get_tensor(name)
@@ -281,44 +277,46 @@ def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
 
 
 def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a file of weights; of safetensors, only the header is read."""
+    """Names and shapes of the tensors in a weight file; only the header of safetensors is read."""
     if file.suffix != ".safetensors":
         return {name: tuple(tensor.shape) for name, tensor in load_bin(file).items()}
     try:
-        with safe_open(file, framework="np") as shard:  # numpy's does not map the whole file
+        with safe_open(file, framework="np") as shard:  # numpy does not map the whole file
             return {name: tuple(shard.get_slice(name).get_shape()) for name in list(shard.keys())}
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from error
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight in a directory, without reading the weights."""
+    """Names and shapes of the weights of a directory or file."""
     return {name: shape for file in weight_files(path) for name, shape in file_shapes(file).items()}
 
 
-def check_depth(layers: Any, path: Path) -> None:
-    """Refuse, before a model of them is made, more layers than `path` has weights; ordinary numbers cost nothing."""
+def check_depth(layers: object, path: Path) -> None:
+    """Refuse a configuration with more layers than `path` has weights, before the model is created."""
     if isinstance(layers, int) and layers > MANY_LAYERS and layers > len(weights := weight_shapes(path)):
         raise CheckpointError(
-            f"A configuration asks for {layers} layers, but {path} holds {len(weights)} weights; compare its "
-            "config.json with that of the same model elsewhere."
+            f"The configuration has {layers} layers, but {path} holds {len(weights)} weights; compare its config.json "
+            "with that of the published model."
         )
 
 
 def projector_state(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """The part of a projector file below `mm_projector.`; a file without any is a `CheckpointError` (§9)."""
+    """The weights of a projector file below `mm_projector.`; raises `CheckpointError` without any."""
     found = {name.split("mm_projector.", 1)[1]: value for name, value in state.items() if "mm_projector." in name}
     if not found:
-        raise CheckpointError(f"{source} holds no 'mm_projector.' weights, but {', '.join(sorted(state)[:3])}.")
+        raise CheckpointError(
+            f"{source} holds no 'mm_projector.' weights, but {', '.join(sorted(state)[:3])}; pass another."
+        )
     return found
 
 
 def compare_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], source: Path) -> None:
-    """Refuse projector weights that do not fit, with both sides in the message."""
+    """Raise `CheckpointError` for projector weights of different shapes than the configured projector's."""
     if found != wanted:
         raise CheckpointError(
-            f"{source} does not fit the configured projector: the file has {_describe(found)}, "
-            f"the configuration asks for {_describe(wanted)}; check mm_projector_type, the tower and the base model."
+            f"{source} does not fit the configured projector: the file has {_describe(found)}, the configuration "
+            f"requires {_describe(wanted)}; check mm_projector_type, the tower and the base model."
         )
 
 
@@ -327,6 +325,6 @@ def _describe(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def layer_index(name: str, prefix: str) -> int | None:
-    """The `i` of a key `{prefix}{i}.…`, or `None`."""
+    """The number `i` of a key `{prefix}{i}.…`, or `None`."""
     match = re.match(re.escape(prefix) + r"(\d+)\.", name)
     return int(match.group(1)) if match else None

@@ -68,8 +68,7 @@ def combine(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield `rule(name, tensor, base tensor or None)` for every weight of `other`, one shard at a time."""
     for name, tensor in ckpt.iter_tensors(other.path, lambda name: DROPPED not in name):
-        if tensor is not None:
-            yield name, rule(name, tensor, base.read(name) if name in base.shapes else None)
+        yield name, rule(name, tensor, base.read(name) if name in base.shapes else None)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import torch
 import transformers
@@ -149,7 +149,7 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
         hf_config(model, dtype, image_token, pad_token).save_pretrained(directory)
         write_weights(directory, hf_weights(model, dtype, image_token))
         tokenizer.save_pretrained(directory)
-        processor.save_pretrained(directory)
+        cast("CLIPImageProcessor", processor).save_pretrained(directory)
         del model
         found = hf_logits(directory, tokenizer, processor, image_token)
         return check_logits(found[:, : expected.shape[1]], expected, "The export and its source")

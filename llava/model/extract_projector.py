@@ -42,7 +42,7 @@ def projector_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]
         state = {name: tensor for name, tensor in read_non_lora(path).items() if is_pretrained(name, found.config)}
     elif found.kind is Kind.FULL:
         tensors = ckpt.iter_tensors(path, lambda name: is_pretrained(name, found.config))
-        state = {name: tensor.clone() for name, tensor in tensors if tensor is not None}
+        state = {name: tensor.clone() for name, tensor in tensors}
     else:
         raise CheckpointError(f"{path} holds {found.kind.value}; --model-path must be a full checkpoint or a LoRA run.")
     with ckpt.config_errors(path), empty_weights():

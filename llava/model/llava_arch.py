@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,32 +32,13 @@ from llava.model.zero import gathered
 
 if TYPE_CHECKING:  # the mixins precede a class of transformers
     from transformers import PreTrainedModel as Module
+
+    from llava.arguments import ModelArguments
 else:
     Module = nn.Module
 
 PastKeyValues: TypeAlias = Cache | tuple[tuple[Tensor, ...], ...] | None
 NO_IMAGE = "The prompt contains <image>, but no image was given; pass one image per <image>."
-
-
-class VisionArguments(Protocol):
-    """Settings of `initialize_vision_modules`; `ModelArguments` of training is one.
-
-    Also read if present: `mm_projector_type`, `pretrain_mm_mlp_adapter`, `mm_vision_image_size`.
-    """
-
-    vision_tower: str
-    mm_vision_select_layer: int
-    mm_vision_select_feature: str
-
-
-class TokenArguments(Protocol):
-    """Settings of `initialize_vision_tokenizer`.
-
-    Also read if present: `tune_mm_mlp_adapter`, `pretrain_mm_mlp_adapter`.
-    """
-
-    mm_use_im_patch_token: bool
-    mm_use_im_start_end: bool
 
 
 class LlavaMetaModel(Module):
@@ -94,7 +75,7 @@ class LlavaMetaModel(Module):
         return self._num_image_tokens
 
     def initialize_vision_modules(
-        self, model_args: VisionArguments, fsdp: object = None, dtype: torch.dtype | None = None
+        self, model_args: ModelArguments, fsdp: object = None, dtype: torch.dtype | None = None
     ) -> None:
         """Load the tower, write the `mm_*` keys of the configuration, and create or keep the projector.
 
@@ -287,7 +268,7 @@ class LlavaMetaForCausalLM(Module):
             embeds = torch.where(trained.unsqueeze(-1), embeds, embeds.detach())
         return embeds
 
-    def initialize_vision_tokenizer(self, model_args: TokenArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    def initialize_vision_tokenizer(self, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> None:
         """Add the image tokens to tokenizer and embeddings, and set which embeddings are trained."""
         if model_args.mm_use_im_patch_token:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)

@@ -66,7 +66,7 @@ def load_unmerged(found: Checkpoint, base: Checkpoint) -> tuple[PreTrainedTokeni
 def base_dtype(base: Checkpoint) -> torch.dtype:
     """The dtype of the stored word embeddings of the base."""
     tensors = ckpt.iter_tensors(base.path, lambda name: name in ckpt.EMBEDDINGS)
-    found = next((tensor for _, tensor in tensors if tensor is not None), None)
+    found = next((tensor for _, tensor in tensors), None)
     if found is None:
         raise CheckpointError(f"{base.path} holds no word embeddings ({' or '.join(ckpt.EMBEDDINGS)}).")
     return found.dtype
@@ -80,7 +80,7 @@ def changed_weights(model: nn.Module, base: Checkpoint) -> int:
         return name in parameters and not torch.equal(parameters[name][: tensor.shape[0]], tensor)
 
     tensors = ckpt.iter_tensors(base.path, lambda name: name.startswith((*PREFIXES, "lm_head.")))
-    return sum(differs(name, tensor) for name, tensor in tensors if tensor is not None)
+    return sum(differs(name, tensor) for name, tensor in tensors)
 
 
 def merge(model_path: str | Path, model_base: str | Path | None, save_model_path: str | Path) -> Merged:

@@ -1,10 +1,10 @@
-"""Splice image features into text embeddings at their placeholders: pure tensor functions.
+"""Splicing of image features into text embeddings, as pure tensor functions.
 
-A *slot* is the block of features `(n, D)` that one placeholder takes. Every placeholder uses one slot and every row
-without a placeholder uses one too (it stays out of the text), so that each row keeps the projector in its graph.
+A *slot* is the block of features `(n, D)` of one placeholder. A row without a placeholder also has a slot, which is
+not inserted but keeps the projector in the row's graph.
 
-The layout is computed on the host from one device-to-host copy of ids and mask: one synchronisation per batch.
-Embeddings are then assembled from views by one concatenation.
+The layout is computed on the host from one device-to-host copy of ids and mask, the only synchronisation of a batch.
+Embeddings are assembled from views by one concatenation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PADDING, TEXT, IMAGE = range(3)  # kinds of input tokens
 
 @dataclass(frozen=True)
 class Spliced:
-    """A batch after the splice, padded to one length T: embeddings `(B, T, D)`, mask `(B, T)` bool, positions and
-    labels `(B, T)` int64 (`labels` is `None` when none were given). `full`: every entry of the mask is true."""
+    """A spliced batch, padded to length T: embeddings `(B, T, D)`, mask `(B, T)` bool, positions and labels `(B, T)`
+    int64 (`labels` is `None` if none were given). `full` tells whether the mask is True everywhere."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor
@@ -38,18 +38,18 @@ class Spliced:
 
 @dataclass(frozen=True)
 class SpliceLayout:
-    """Runs of token kinds in each row of a batch `(B, T)`, as `(kind, length)`; each placeholder is its own run.
-    `counts` holds the number of placeholders in each row."""
+    """Runs of token kinds in each row of a batch `(B, T)`, as `(kind, length)`; each placeholder is a separate run.
+    `counts` are the numbers of placeholders in each row."""
 
     rows: list[list[tuple[int, int]]]
     counts: list[int]
 
     @classmethod
     def of(cls, input_ids: Tensor, mask: Tensor | None, slots: int | None = None) -> SpliceLayout:
-        """Describe `input_ids` and `mask` (`(B, T)`, on the CPU); padding is where the mask is 0.
+        """The layout of `input_ids` and `mask` (`(B, T)`, on the CPU); the mask is 0 at padding.
 
-        Raises `RequestError` when the rows do not use `slots` slots or the mask hides a placeholder. Without `slots`
-        the batch has no images.
+        Raises `RequestError` if the rows do not use `slots` slots or the mask hides a placeholder. `slots` is `None`
+        for a batch without images.
         """
         counts = check_slots(input_ids, slots) if slots is not None else [0] * len(input_ids)
         kinds = torch.where(input_ids == IMAGE_TOKEN_INDEX, IMAGE, TEXT)
@@ -67,10 +67,10 @@ class SpliceLayout:
         return cls(rows, counts)
 
     def splice(self, values: Tensor, slots: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Split `values` `(B, T, ...)` into runs, drop padding, and put `slots` `(n, ...)` at placeholders.
+        """Split `values` `(B, T, ...)` into runs, drop padding, and insert `slots` `(n, ...)` at placeholders.
 
         Returns the pieces of each row, to be concatenated. A row without a placeholder gets an empty slice of its
-        slot, which keeps tower and projector in the graph without changing values.
+        slot, which keeps tower and projector in the graph.
         """
         parts = iter(torch.split(values.flatten(0, 1), [length for row in self.rows for _, length in row]))
         unused = iter(slots)
@@ -90,16 +90,16 @@ class SpliceLayout:
 
 
 def encode_slots(images: Images, encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """One `(n, D)` block a slot for every accepted layout of `images`.
+    """Encode `images` to one block `(n, D)` per slot.
 
-    `(K, 3, H, W)`: K slots. `(B, k, 3, H, W)` or a list of `(k, 3, H, W)`: one slot an entry, its images in order.
-    A list of `(3, H, W)`: one slot each. Images of one shape are encoded together.
+    Accepted layouts: `(K, 3, H, W)` or a list of `(3, H, W)`, one slot per image; `(B, k, 3, H, W)` or a list of
+    `(k, 3, H, W)`, one slot per entry, with its images in order. Images of one shape are encoded together.
     """
     if isinstance(images, Tensor) and images.dim() == 4:
         return list(encode(images).unbind(0))
     entries = [image.unsqueeze(0) if image.dim() == 3 else image for image in images]
     if any(entry.dim() != 4 for entry in entries):
-        raise RequestError(f"images should be 4-D, 5-D or a list of 3-D or 4-D tensors, got {_shapes(images)}.")
+        raise RequestError(f"images must be 4-D, 5-D or a list of 3-D or 4-D tensors, got {_shapes(images)}.")
     if len({entry.shape[1:] for entry in entries}) > 1:
         return [encode(entry).flatten(0, 1) for entry in entries]
     features = encode(torch.cat(entries))  # (sum k_i, n, D)
@@ -108,10 +108,10 @@ def encode_slots(images: Images, encode: Callable[[Tensor], Tensor]) -> list[Ten
 
 
 def encode_used_slots(images: Images, encode: Callable[[Tensor], Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """Encode only the slots that text refers to; `counts` holds the placeholders of each row.
+    """Encode only the slots that are inserted; `counts` are the numbers of placeholders in each row.
 
-    The slot of a row without a placeholder reuses the features of another slot, which do not affect values. One image
-    is always encoded, so that every rank runs tower and projector and joins their collectives.
+    The slot of a row without a placeholder reuses the features of another slot, which does not change values. One image
+    is always encoded, so that every rank joins the collectives of tower and projector.
     """
     used = [count > 0 for count in counts for _ in range(max(1, count))]
     if all(used):
@@ -135,17 +135,19 @@ def check_slots(input_ids: Tensor, slots: int) -> list[int]:
     used = sum(max(1, count) for count in counts)
     if used != slots:
         raise RequestError(
-            f"The batch has {used} image slots (placeholders per row: {counts}; a row without one still takes one "
-            f"slot), but {slots} images were given; give one image for each <image>."
+            f"The batch has {used} image slots (placeholders per row: {counts}; a row without one has one slot), but "
+            f"{slots} images were given; pass one image per <image>."
         )
     return counts
 
 
 def splice_prompt(ids: Sequence[int], slots: Sequence[Tensor], embed: Callable[[list[int]], Tensor]) -> Tensor:
-    """Embed one prompt: `embed` turns the M text ids into `(M, D)`, `slots` replace the placeholders: `(L, D)`."""
+    """Embed one prompt to `(L, D)`: `embed` maps the M text ids to `(M, D)`, and `slots` replace the placeholders."""
     at = [index for index, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
     if len(at) != len(slots):
-        raise RequestError(f"The prompt has {len(at)} <image> placeholders, but {len(slots)} images were given.")
+        raise RequestError(
+            f"The prompt has {len(at)} <image> placeholders, but {len(slots)} images were given; they must match."
+        )
     text = embed([token for token in ids if token != IMAGE_TOKEN_INDEX])
     borders = [-1, *at, len(ids)]
     first, *others = torch.split(text, [end - start - 1 for start, end in pairwise(borders)])
@@ -165,12 +167,11 @@ def splice_batch(
     past_length: int = 0,
     padding_side: str = "right",
 ) -> Spliced:
-    """Splice a batch: `input_ids`, `attention_mask`, `labels` `(B, T)`, `embeds` `(B, T, D)` of the text.
+    """Splice a batch of ids, mask and labels `(B, T)` and text embeddings `(B, T, D)`.
 
-    Mask, labels and positions are expanded position by position like the text, with True, -100 and consecutive
-    positions at features. Padding of the input is dropped and added again on `padding_side` (left also when the input
-    was padded left), with zero vectors and -100. With a past, positions continue after the past's real tokens and the
-    mask covers the past too. Pass ids, mask and labels on the CPU where available.
+    At features, the mask is True, labels are -100, and positions are consecutive. Padding is dropped and added again on
+    `padding_side` (left if the input is padded left), with zero vectors and -100. With a past, positions continue after
+    its real tokens and the mask includes it. Pass ids, mask and labels on the CPU if available.
     """
     ids, given, host_labels = to_host(input_ids, attention_mask, labels)
     assert ids is not None

@@ -26,7 +26,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.check import examine
 from llava.model.checkpoint import Kind
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.serve.worker.local_backend import Settings, describe
+from llava.serve.worker.local_backend import BackendSettings, model_info
 from llava.train import estimate_inputs
 from llava.train.train import train
 from tests import tiny
@@ -160,7 +160,7 @@ def test_the_projector_in_engine_estimate_and_worker(
         counts.append(answer.prompt_tokens - len(ids))
     assert engine.prefiller.shared_tokens > 2 * len(begin)  # later rounds were prefix hits
     assert counts == [3, 3, 3]
-    assert describe(engine, "chat", None, Settings()).image_tokens == 4
+    assert model_info(engine, "chat", None, BackendSettings()).image_tokens == 4
     flags: Any = SimpleNamespace(
         model_name_or_path=str(tiny_dirs["base"]), vision_tower=str(tiny_dirs["tower"]), mm_projector_type=kind,
         mm_vision_select_layer=-4, mm_vision_select_feature="patch", mm_vision_image_size=56,

@@ -82,7 +82,7 @@ def test_a_directory_without_a_projector_is_refused(
     with pytest.raises(CheckpointError, match="does not fit the configured projector"):
         extract_projector.extract(chat, tmp_path / "out")
     edit_config(chat, mm_hidden_size=None)
-    with pytest.raises(CheckpointError, match="describes no model"):
+    with pytest.raises(CheckpointError, match="configuration of .* is invalid"):
         extract_projector.extract(chat, tmp_path / "out")
     monkeypatch.setattr(extract_projector.ckpt, "load_bin", lambda file: {})
     with pytest.raises(CheckpointError, match="projector written differs from that of"):

@@ -1,4 +1,4 @@
-"""InternViT against formulas written out by hand (spec/model.md §1, facts 1-4 of §15)."""
+"""InternViT against its formulas, written out (arXiv:2312.14238)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_published_sizes(layers: int, image_size: int, parameters: int) -> None:
 
 
 def by_hand(model: InternVisionModel, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """Every hidden state, from the formulas of §1.3-1.5 with explicit softmax and per-element norms."""
+    """Every hidden state, from the formulas, with explicit softmax and per-element norms."""
     weights = model.state_dict()
     config = model.config
 

@@ -1,4 +1,4 @@
-"""The chat model: loss, cached and batched generation, saving (spec/model.md §8)."""
+"""The chat model: loss, cached and batched generation, saving."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_cached_second_turn_equals_one_prefill(model: LlavaLlamaForCausalLM) -> 
     side=st.sampled_from(["left", "right"]),
 )
 def test_batched_generate_equals_each_row_alone(tiny_dirs: dict[str, Path], rows: list[list[int]], side: str) -> None:
-    """Whatever side the prompts are padded on and however many images each has (M7)."""
+    """Whatever side the prompts are padded on and however many images each has."""
     model = load_once(tiny_dirs["chat"])
     rows = [[1, *row] for row in rows]
     images = pixels(sum(max(1, row.count(-200)) for row in rows))

@@ -93,7 +93,7 @@ def test_the_base_is_asked_for_and_checked(tiny_dirs: dict[str, Path], adapter: 
     kept = settings.read_text()
     settings.write_text(json.dumps({**json.loads(kept), "base_model_name_or_path": "/home/trainer/vicuna"}))
     with pytest.raises(
-        CheckpointError, match="names '/home/trainer/vicuna' as its base, which is not here; pass --mod"
+        CheckpointError, match="The base '/home/trainer/vicuna' of .* does not exist here; pass .* --mod"
     ):
         load(adapter)
     settings.write_text(kept)

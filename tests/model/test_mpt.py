@@ -1,4 +1,4 @@
-"""MPT computes what the library's computes, loads, chats through the engine, trains, and merges (spec/model.md §13)."""
+"""MPT: agreement with transformers, loading, the engine, training, and merging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EVA-CLIP and InternVL-14B against the contract's formulas written out (spec/model.md §4, §5)."""
+"""EVA-CLIP and InternVL-14B against their formulas, written out."""
 
 from __future__ import annotations
 

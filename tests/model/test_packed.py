@@ -1,4 +1,4 @@
-"""Training over real tokens alone computes what the library computes over the padded batch."""
+"""Packed training equals transformers' computation over the padded batch."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_rows_of_similar_length_share_an_attention_call() -> None:
 
 
 def test_flash_attention_gets_the_rows_by_their_borders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package needs a GPU; a stand-in with its signature shows that what it is handed is right."""
+    """flash-attn needs a GPU; a stand-in with its signature checks the arguments."""
 
     def varlen(
         q: torch.Tensor,

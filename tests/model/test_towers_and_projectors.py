@@ -95,7 +95,7 @@ def test_wrapper(tiny_dirs: dict[str, Path]) -> None:
     assert [f.shape for f in tower([torch.zeros(3, 56, 56), torch.zeros(3, 28, 28)])] == [(1, 16, 32), (1, 4, 32)]
     assert not tower.train().vision_tower.training
     assert tower.dummy_feature.shape == (1, 32)
-    with pytest.raises(CheckpointError, match="names no|No vision tower"):
+    with pytest.raises(CheckpointError, match="has no mm_vision_tower"):
         build_vision_tower(SimpleNamespace(mm_vision_select_layer=-1))
 
 
@@ -165,7 +165,7 @@ def test_initialize_vision_modules(tiny_dirs: dict[str, Path], tmp_path: Path) -
     assert core.vision_tower.is_loaded
     first = core.mm_projector
     core.initialize_vision_modules(arguments(tiny_dirs["tower"], mm_vision_image_size=56))
-    assert core.mm_projector is first  # M14
+    assert core.mm_projector is first
     core.initialize_vision_modules(arguments(tiny_dirs["tower"], mm_projector_type="linear"))
     assert core.mm_projector is not first
     with pytest.raises(CheckpointError, match=r"no projector file .*pretraining stage"):

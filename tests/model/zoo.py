@@ -340,26 +340,26 @@ REFUSED: Final[dict[str, Refused]] = {
         foreign({"model_type": "llava", "vision_config": {}}, "model.safetensors"), "LlavaForConditionalGeneration"
     ),
     "internvl_chat": Refused(foreign({"model_type": "internvl_chat"}, "model.safetensors"), "InternVL repository"),
-    "text-only LLaMA": Refused(foreign({"model_type": "llama"}, "model.safetensors"), "sees no images"),
-    "text-only MPT": Refused(foreign({"model_type": "mpt"}, "pytorch_model.bin"), "sees no images"),
+    "text-only LLaMA": Refused(foreign({"model_type": "llama"}, "model.safetensors"), "does not take images"),
+    "text-only MPT": Refused(foreign({"model_type": "mpt"}, "pytorch_model.bin"), "does not take images"),
     "Qwen2": Refused(foreign({"model_type": "qwen2"}, "model.safetensors"), "another architecture"),
     "tower": Refused(lambda shelf, directory: shelf.copy("tower", directory), "--vision-tower"),
     "empty": Refused(foreign(None), "no checkpoint"),
     "weights alone": Refused(foreign(None, "model.safetensors"), "no checkpoint"),
     "configuration alone": Refused(foreign({"model_type": "llava_llama", "mm_vision_tower": "t"}), "no checkpoint"),
     "configuration that is no JSON": Refused(no_json, "cannot be read as JSON"),
-    "delta": Refused(delta, "differences.*apply_delta"),
+    "delta": Refused(delta, "delta weights.*apply_delta"),
     "cut short": Refused(cut_short, "model-00002-of-00003.*incomplete"),
     "tower nowhere": Refused(full(config={"mm_vision_tower": "/on/the/training/host"}), "was not found; tried /on"),
     "tower of another type": Refused(
         full(config={"mm_vision_tower_config": {"model_type": "siglip"}}), "'siglip', which is not one of"
     ),
-    "settings missing": Refused(full(drop=("mm_hidden_size",)), "lacks mm_hidden_size"),
+    "settings missing": Refused(full(drop=("mm_hidden_size",)), "has no mm_hidden_size"),
     "MPT variant": Refused(
         full(source="mpt_chat", config={"attn_config": {"alibi": False}}), "This MPT has alibi=False"
     ),
     "projector without base": Refused(projector(), "pass --model-base"),
     "projector, wrong base": Refused(projector(), "type 'llava_llama', but --model-base", base="mpt_base"),
     "LoRA without base": Refused(adapter(nameless=True), "pass --model-base"),
-    "LoRA without configuration": Refused(text_adapter, "lacks config.json", base="base"),
+    "LoRA without configuration": Refused(text_adapter, "has no config.json", base="base"),
 }

@@ -1,16 +1,18 @@
-"""MPT with images: configuration, core and causal language model (spec/model.md §13).
+"""MPT with images: configuration, core and causal language model.
 
-Blocks and head are the library's. Attention is ours, because the library's ignores `clip_qkv` and `alibi_bias_max`,
-fails beyond `max_seq_len` and for head counts that are no power of two, and knows no `Cache`. Positions are in the
-ALiBi bias alone (arXiv:2108.12409).
+Blocks and head are those of transformers. Attention is not, because theirs ignores `clip_qkv` and `alibi_bias_max`,
+fails beyond `max_seq_len` and for numbers of heads other than powers of two, and does not support `Cache`. Positions
+enter through the ALiBi bias only (Press et al., arXiv:2108.12409).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, MptConfig, MptForCausalLM, MptModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -27,7 +29,7 @@ LayerPast = tuple[Cache, int]
 
 
 class LlavaMptConfig(LlavaConfigMixin, MptConfig):
-    """`MptConfig` with the `mm_*` keys of §7 and those of `LlavaConfig`; variants that no code computes are refused."""
+    """`MptConfig` with the keys of `LlavaConfig`; raises `ConfigError` for variants of MPT that are not implemented."""
 
     model_type = "llava_mpt"
     accepts: ClassVar[tuple[str, ...]] = ("llava_mpt", "mpt")
@@ -47,11 +49,13 @@ class LlavaMptConfig(LlavaConfigMixin, MptConfig):
         }
         for key, (found, supported) in wanted.items():
             if found != supported:
-                raise ConfigError(f"This MPT has {key}={found!r}; only {key}={supported!r} can be computed here.")
+                raise ConfigError(
+                    f"This MPT has {key}={found!r}; only {key}={supported!r} is supported; use another base."
+                )
 
 
 class LlavaMptAttention(MptAttention):
-    """Attention of one block: fused QKV, clamped where the config says so, ALiBi, softmax in float32."""
+    """Attention with fused QKV, optional clamping, ALiBi, and softmax in float32."""
 
     def __init__(self, config: LlavaMptConfig) -> None:
         super().__init__(config)
@@ -64,15 +68,15 @@ class LlavaMptAttention(MptAttention):
         past_key_value: LayerPast | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, None]:
-        """`(B, T, D)` to the same; `position_bias` `(H, 1, S)`, `attention_mask` `(B or 1, 1, T, S)`, true where
-        hidden; `past_key_value` is a cache and the number of this layer in it."""
-        batch, length, width = hidden_states.shape
+        """Attend over `(B, T, D)`.
+
+        `position_bias` is `(H, 1, S)`, `attention_mask` `(B or 1, 1, T, S)` with True at hidden keys; `past_key_value`
+        is a cache and the index of this layer in it.
+        """
         qkv = self.Wqkv(hidden_states)
         if self.clip_qkv:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
-        query, key, value = (
-            part.view(batch, length, self.n_heads, self.head_dim).transpose(1, 2) for part in qkv.chunk(3, dim=2)
-        )  # (B, H, T, d)
+        query, key, value = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.n_heads)
         if past_key_value is not None:
             cache, layer = past_key_value
             key, value = cache.update(key, value, layer)  # (B, H, S, d)
@@ -81,19 +85,19 @@ class LlavaMptAttention(MptAttention):
             scores = scores.masked_fill(attention_mask, torch.finfo(query.dtype).min)
         weights = scores.float().softmax(dim=-1).to(value.dtype)
         weights = nn.functional.dropout(weights, p=self.attn_dropout_p, training=self.training)
-        context = (weights @ value).transpose(1, 2).reshape(batch, length, width)
+        context = rearrange(weights @ value, "b h t d -> b t (h d)")
         return self.out_proj(context), weights, None
 
 
 class LlavaMptModel(LlavaMetaModel, MptModel):
-    """The core: MPT, and under `vision_tower` and `mm_projector` what images need."""
+    """MPT core with `vision_tower` and `mm_projector`."""
 
     config_class = LlavaMptConfig
     num_heads: int
     wte: nn.Module
-    blocks: Any
+    blocks: nn.ModuleList
     norm_f: nn.Module
-    _gradient_checkpointing_func: Any
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, ...]]
 
     def __init__(self, config: LlavaMptConfig) -> None:
         MptModel.__init__(self, config)
@@ -104,7 +108,7 @@ class LlavaMptModel(LlavaMetaModel, MptModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: PastKeyValues = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -112,33 +116,35 @@ class LlavaMptModel(LlavaMetaModel, MptModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Ids `(B, T)` or embeddings `(B, T, D)` behind a past of P, to states `(B, T, D)`.
+    ) -> BaseModelOutputWithPast | tuple[object, ...]:
+        """Compute hidden states `(B, T, D)` of ids `(B, T)` or embeddings `(B, T, D)` after P past positions.
 
-        `attention_mask` is `(B, P + T)`. `past_key_values` is a `Cache`, which comes back as such, or the library's
-        tuple. `position_ids` are accepted and not needed.
+        `attention_mask` is `(B, P + T)`. A `Cache` is returned as such, a legacy tuple as a tuple. `position_ids` are
+        ignored.
         """
         config = self.config
         hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         checkpointed = self.gradient_checkpointing and self.training
         use_cache = (config.use_cache if use_cache is None else use_cache) and not checkpointed
         past = past_length_of(past_key_values)
-        cache = past_key_values
+        cache: Cache | None = past_key_values
         if not isinstance(cache, Cache) and (use_cache or past):
             cache = DynamicCache.from_legacy_cache(cache)
         bias = alibi(self.num_heads, past + hidden.shape[1], config.attn_config.alibi_bias_max, hidden.device)
-        unseen = _unseen(hidden, past, attention_mask)
+        hidden_keys = _hidden_keys(hidden, past, attention_mask)
         states, attentions = [], []
         for index, block in enumerate(self.blocks):
             states.append(hidden)
             layer_past = None if cache is None else (cache, index)
             if checkpointed:
-                hidden = self._gradient_checkpointing_func(block.__call__, hidden, bias, unseen, None, False, False)[0]
+                hidden = self._gradient_checkpointing_func(
+                    block.__call__, hidden, bias, hidden_keys, None, False, False
+                )[0]
             else:
-                hidden, *weights = block(hidden, bias, unseen, layer_past, False, bool(output_attentions))
+                hidden, *weights = block(hidden, bias, hidden_keys, layer_past, False, bool(output_attentions))
                 attentions += weights
         hidden = self.norm_f(hidden)
-        if use_cache and cache is not past_key_values:
+        if use_cache and cache is not None and cache is not past_key_values:
             cache = cache.to_legacy_cache()
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -146,13 +152,13 @@ class LlavaMptModel(LlavaMetaModel, MptModel):
             hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict is not False else cast("tuple[object, ...]", output.to_tuple())
 
 
 def alibi(heads: int, length: int, bias_max: int, device: torch.device) -> Tensor:
-    """The bias `(H, 1, S)` in float32 of S keys as seen from the last: -slope times distance.
+    """ALiBi bias `(H, 1, S)` in float32 of S keys relative to the last: -slope times distance (arXiv:2108.12409).
 
-    Slopes are powers of two down to `2^-bias_max`; between powers of two heads, as MPT interleaves them.
+    Slopes are powers of two down to `2^-bias_max`, interleaved as in MPT unless `heads` is a power of two.
     """
     whole = 2 ** math.ceil(math.log2(heads))
     slopes = torch.arange(1, whole + 1, dtype=torch.float32, device=device).mul(-bias_max / whole).exp2()
@@ -162,20 +168,20 @@ def alibi(heads: int, length: int, bias_max: int, device: torch.device) -> Tenso
     return slopes.view(-1, 1, 1) * distances
 
 
-def _unseen(hidden: Tensor, past: int, attention_mask: Tensor | None) -> Tensor | None:
-    """`(B or 1, 1, T, P + T)`, true where a query must not look; `None` when each sees all."""
+def _hidden_keys(hidden: Tensor, past: int, attention_mask: Tensor | None) -> Tensor | None:
+    """Mask `(B or 1, 1, T, P + T)`, True at hidden keys; `None` if all keys are visible."""
     new = hidden.shape[1]
     columns = torch.arange(past + new, device=hidden.device)
-    unseen = (columns > columns[past:, None])[None, None]  # (1, 1, T, P + T)
+    hidden_keys = (columns > columns[past:, None])[None, None]  # (1, 1, T, P + T)
     if attention_mask is not None:
-        unseen = unseen | ~attention_mask.to(hidden.device, torch.bool)[:, None, None]
+        hidden_keys = hidden_keys | ~attention_mask.to(hidden.device, torch.bool)[:, None, None]
     elif new == 1:
         return None
-    return unseen
+    return hidden_keys
 
 
 class LlavaMptForCausalLM(LlavaForCausalLMMixin, MptForCausalLM):
-    """The chat model on MPT."""
+    """Chat model on MPT."""
 
     config_class = LlavaMptConfig
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"transformer\.vision_tower\."]
@@ -202,7 +208,7 @@ class LlavaMptForCausalLM(LlavaForCausalLMMixin, MptForCausalLM):
         images: Images | None = None,
         **kwargs: object,
     ) -> dict[str, object]:
-        """As for every chat model; an empty `Cache` counts as no past."""
+        """As in the base class; an empty `Cache` counts as no past."""
         past = past_key_values if past_length_of(past_key_values) else None
         inputs = super().prepare_inputs_for_generation(input_ids, past, inputs_embeds, images, **kwargs)
         return {**inputs, "past_key_values": past_key_values}

@@ -17,7 +17,7 @@ def build_vision_tower(
     """
     name = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_tower", None)
     if not name:
-        raise CheckpointError("No vision tower is named: the configuration lacks mm_vision_tower.")
+        raise CheckpointError("The configuration has no mm_vision_tower; pass --vision_tower.")
     tower = VisionTower(str(name), config, checkpoint_dir=checkpoint_dir)
     if not delay_load:
         tower.load_model()

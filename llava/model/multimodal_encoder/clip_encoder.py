@@ -179,7 +179,7 @@ def _build(config: CLIPVisionConfig, depth: int) -> ClipVisionModel:
 def _processor(directory: Path | None, size: int | None) -> CLIPImageProcessor:
     """The tower's `preprocessor_config.json`; CLIP has one resolution, so another `size` raises `ConfigError`."""
     if directory is None or not (directory / "preprocessor_config.json").is_file():
-        raise CheckpointError(f"The CLIP tower {directory} lacks preprocessor_config.json; download it again.")
+        raise CheckpointError(f"The CLIP tower {directory} has no preprocessor_config.json; download it again.")
     processor = CLIPImageProcessor.from_pretrained(directory)
     if size is not None and processor.crop_size["height"] != size:
         raise ConfigError(f"{directory} works at {processor.crop_size['height']} px only, not at {size} px.")

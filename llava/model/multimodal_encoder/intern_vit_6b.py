@@ -1,6 +1,5 @@
-"""InternViT: a pre-norm vision transformer with layer scale and RMSNorm on queries and keys over the full width.
+"""InternViT (Chen et al., arXiv:2312.14238): pre-norm, layer scale, RMSNorm of queries and keys over the full width.
 
-State-dict keys, numerics and dtype rules follow spec/model.md §1; the architecture is that of arXiv:2312.14238.
 Shapes: B images, N tokens (class token first), C width.
 """
 
@@ -10,10 +9,11 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -26,10 +26,9 @@ from llava.placement import runs_fused_rms_norm
 
 
 class InternVisionConfig(PretrainedConfig):
-    """Shape and numerics of one InternViT; the defaults are those of the 6B tower at 224 px.
+    """Configuration of an InternViT; the defaults are InternViT-6B at 224 px.
 
-    Raises `ConfigError` when the heads do not divide the width, or when the file describes another kind of norm
-    or of model: its weights would load and compute something else.
+    Raises `ConfigError` if the heads do not divide the width, or for another norm or model type.
     """
 
     model_type = "intern_vit_6b"
@@ -88,7 +87,7 @@ class InternVisionConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> InternVisionConfig:
-        """Read `config.json`; a composite file supplies its `vision_config`. A foreign `model_type` is an error."""
+        """Read `config.json`, or the `vision_config` in it; raises `ConfigError` for another `model_type`."""
         settings, kwargs = cls.get_config_dict(name, **kwargs)
         settings = settings.get("vision_config", settings)
         found = settings.get("model_type", cls.model_type)
@@ -98,13 +97,10 @@ class InternVisionConfig(PretrainedConfig):
         return config
 
 
-# --- InternViT --------------------------------------------------------------------------------------------------------
-
-
 class InternRMSNorm(nn.Module):
-    """`weight * cast(x / rms(x))`: the cast to the input dtype happens before the product.
+    """`weight * cast(x / rms(x))`, cast to the input dtype before the product.
 
-    On CUDA this is torch's fused kernel, which casts last: one launch instead of six, and a smaller error.
+    On CUDA torch's fused kernel casts last: one launch instead of six, and a smaller error.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -134,7 +130,7 @@ class DropPath(nn.Module):
 
 
 class InternVisionEmbeddings(nn.Module):
-    """Patches, class token and a position table that is resampled to the input's grid (§1.6)."""
+    """Patches, class token and a position table that is resampled to the input's grid."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -173,17 +169,17 @@ class InternVisionEmbeddings(nn.Module):
 
 
 def resample_positions(table: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic resampling of a position table `(1, 1 + G*G, C)` to `(1, 1 + height*width, C)`; the class row stays.
+    """Resample a position table `(1, 1 + G*G, C)` to `(1, 1 + height*width, C)`, bicubic; the class row is kept.
 
-    The source grid comes from the table's own size, so a table of another resolution than the config's is right too.
+    The source grid is taken from the size of the table.
     """
-    rows, channels = table.shape[1:]
+    rows = table.shape[1]
     grid = math.isqrt(rows - 1)
     if grid * grid != rows - 1:
-        raise ValueError(f"A position table of {rows} rows is not one class row plus a square grid.")
+        raise ValueError(f"A position table must be one class row and a square grid, got {rows} rows.")
     if (height, width) == (grid, grid):
         return table
-    patches = table[:, 1:].float().reshape(1, grid, grid, channels).permute(0, 3, 1, 2)
+    patches = rearrange(table[:, 1:].float(), "1 (h w) c -> 1 c h w", h=grid)
     needs_grad = torch.is_grad_enabled() and table.requires_grad
     if needs_grad and (table.device.type != "cpu" or torch.are_deterministic_algorithms_enabled()):
         # The backward pass of bicubic interpolation has no deterministic implementation on CUDA; a matmul does.
@@ -193,8 +189,7 @@ def resample_positions(table: Tensor, height: int, width: int) -> Tensor:
             patches = rows_weight @ patches @ columns_weight.T
     else:
         patches = F.interpolate(patches, size=(height, width), mode="bicubic", align_corners=False)
-    patches = patches.reshape(1, channels, height * width).permute(0, 2, 1).to(table.dtype)
-    return torch.cat([table[:, :1], patches], dim=1)
+    return torch.cat([table[:, :1], rearrange(patches, "1 c h w -> 1 (h w) c").to(table.dtype)], dim=1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -206,7 +201,7 @@ def bicubic_weight(size: int, target: int) -> Tensor:
 
 
 class InternAttention(nn.Module):
-    """Bidirectional attention; Q and K are normalised over all heads together, before the split (§1.4)."""
+    """Bidirectional attention; Q and K are normalised over the full width, before they are split into heads."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -221,22 +216,13 @@ class InternAttention(nn.Module):
             self.q_norm = InternRMSNorm(width, eps=config.layer_norm_eps)
             self.k_norm = InternRMSNorm(width, eps=config.layer_norm_eps)
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        return x.view(batch, tokens, self.num_heads, width // self.num_heads).transpose(1, 2)  # (B, heads, N, head_dim)
-
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, N, C)
         if self.qk_normalization:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = F.scaled_dot_product_attention(
-            self._split_heads(q),
-            self._split_heads(k),
-            self._split_heads(v),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        projected: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
-        return projected
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return cast("Tensor", self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)"))))
 
 
 class InternMLP(nn.Module):
@@ -247,8 +233,7 @@ class InternMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+        return cast("Tensor", self.fc2(self.act(self.fc1(x))))
 
 
 class InternVisionEncoderLayer(nn.Module):
@@ -291,7 +276,7 @@ class InternVisionEncoder(nn.Module):
 
 
 class InternVisionModel(PreTrainedModel):
-    """The tower. No final norm: `last_hidden_state` is the last layer's output, `pooler_output` its token 0."""
+    """InternViT without a final norm; `pooler_output` is the class token of `last_hidden_state`."""
 
     config_class = InternVisionConfig
     main_input_name = "pixel_values"
@@ -304,16 +289,16 @@ class InternVisionModel(PreTrainedModel):
         self.encoder = InternVisionEncoder(config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Modules keep PyTorch's own initialisation (§1.1: `initializer_range` is unused)."""
+        """Keep PyTorch's initialisation; `initializer_range` is unused."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
     def resize_pos_embeddings(self, old_size: int, new_size: int, patch_size: int) -> None:
-        """Resample the stored table once, from `old_size` to `new_size` pixels, and update the native size."""
+        """Resample the position table from `old_size` to `new_size` pixels, and update the configuration."""
         rows, expected = self.embeddings.position_embedding.shape[1], (old_size // patch_size) ** 2 + 1
         if rows != expected:
-            raise ValueError(f"The position table has {rows} rows, not the {expected} of {old_size} px.")
+            raise ValueError(f"The position table of {old_size} px must have {expected} rows, got {rows}.")
         grid = new_size // patch_size
         table = resample_positions(self.embeddings.position_embedding.detach(), grid, grid)
         self.embeddings.position_embedding = nn.Parameter(table)
@@ -325,10 +310,10 @@ class InternVisionModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         pixel_embeds: Tensor | None = None,
-    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """Encode `pixel_values` (B, 3, H, W), or already embedded tokens `pixel_embeds` (B, N, C).
+    ) -> BaseModelOutputWithPooling | tuple[object, ...]:
+        """Encode `pixel_values` `(B, 3, H, W)`, or embedded tokens `pixel_embeds` `(B, N, C)`.
 
-        `hidden_states`, when asked for, has one entry more than there are layers; entry 0 is the embedding output.
+        `hidden_states` has one entry per layer, after the output of the embeddings.
         """
         if pixel_embeds is None:
             if pixel_values is None:
@@ -339,10 +324,7 @@ class InternVisionModel(PreTrainedModel):
         output = BaseModelOutputWithPooling(
             last_hidden_state=last, pooler_output=last[:, 0], hidden_states=encoded.hidden_states
         )
-        return output if return_dict is not False else output.to_tuple()
-
-
-# --- InternViT's entry in the tower registry --------------------------------------------------------------------------
+        return output if return_dict is not False else cast("tuple[object, ...]", output.to_tuple())
 
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -359,12 +341,12 @@ def _build(config: InternVisionConfig, depth: int) -> InternVisionModel:
 
 
 def intern_vit_processor(size: int) -> CLIPImageProcessor:
-    """Resize the short edge to `size` (bicubic), crop the centre, ImageNet statistics; float32 `(3, size, size)`."""
+    """Image processor: bicubic resize of the short edge to `size`, centre crop, ImageNet mean and deviation."""
     return CLIPImageProcessor(size=size, crop_size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
 
 def _processor(directory: Path | None, size: int | None) -> CLIPImageProcessor:
-    """`size` pixels; when not given, 448 if the directory's own name says so, else 336 (M1)."""
+    """The processor for `size` pixels; the default is 448 for a directory with 448 in its name, else 336."""
     return intern_vit_processor(size or (448 if directory is not None and "448" in directory.name else 336))
 
 

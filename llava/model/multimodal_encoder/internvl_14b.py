@@ -1,16 +1,17 @@
-"""QLLaMA on top of InternViT: 96 queries attend to each other and, in every second layer, to the image (§5.3).
+"""InternVL-14B: InternViT and QLLaMA, whose 96 queries attend to each other and, in every second layer, to the image.
 
-The vocabulary matrices and the contrastive heads of the published checkpoint take no part in a chat and are not built.
+The vocabulary matrices and contrastive heads of the published checkpoint (arXiv:2312.14238) are not loaded.
 Shapes: B images, Q queries, N image tokens with the class token, H QLLaMA width, C tower width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import (
@@ -34,9 +35,9 @@ class InternVLFeatures:
 
 
 class QLlamaProjections(nn.Module):
-    """Four bias-free projections; `source` is the width keys and values come from."""
+    """Attention projections without bias; `source` is the input width of keys and values."""
 
-    def __init__(self, config: Any, source: int) -> None:
+    def __init__(self, config: LlamaConfig, source: int) -> None:
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
@@ -46,18 +47,16 @@ class QLlamaProjections(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def split(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        return x.view(batch, tokens, self.num_heads, width // self.num_heads).transpose(1, 2)
+        return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
 
     def merge(self, x: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(x.transpose(1, 2).flatten(2))
-        return out
+        return cast("Tensor", self.o_proj(rearrange(x, "b h n d -> b n (h d)")))
 
 
 class QLlamaSelfAttention(QLlamaProjections):
-    """Bidirectional among the queries, with rotary positions 0 … Q - 1."""
+    """Bidirectional attention among the queries, with rotary positions 0 to Q - 1."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config, config.hidden_size)
         self.rotary_emb = LlamaRotaryEmbedding(
             config.hidden_size // config.num_attention_heads, max_position_embeddings=config.max_position_embeddings
@@ -72,9 +71,9 @@ class QLlamaSelfAttention(QLlamaProjections):
 
 
 class QLlamaCrossAttention(QLlamaProjections):
-    """Queries read the image; each side has its own norm, there is no rotary embedding and no mask."""
+    """Attention of the queries to the image, with one norm for each, without rotary embedding and mask."""
 
-    def __init__(self, config: Any, source: int) -> None:
+    def __init__(self, config: LlamaConfig, source: int) -> None:
         super().__init__(config, source)
         self.norm1 = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm2 = LlamaRMSNorm(source, eps=config.rms_norm_eps)
@@ -86,7 +85,7 @@ class QLlamaCrossAttention(QLlamaProjections):
 
 
 class QLlamaLayer(nn.Module):
-    def __init__(self, config: Any, source: int, *, cross: bool) -> None:
+    def __init__(self, config: LlamaConfig, source: int, *, cross: bool) -> None:
         super().__init__()
         self.self_attn = QLlamaSelfAttention(config)
         self.cross_attn = QLlamaCrossAttention(config, source) if cross else None
@@ -98,14 +97,13 @@ class QLlamaLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x))
         if self.cross_attn is not None:
             x = x + self.cross_attn(x, image)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        return x + cast("Tensor", self.mlp(self.post_attention_layernorm(x)))
 
 
 class QLlamaCore(nn.Module):
-    """Layer `i` has cross attention iff `i % cross_attention_frequency == 0`."""
+    """Decoder layers; layer `i` has cross attention if `i % frequency == 0`."""
 
-    def __init__(self, config: Any, source: int, frequency: int) -> None:
+    def __init__(self, config: LlamaConfig, source: int, frequency: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             QLlamaLayer(config, source, cross=i % frequency == 0) for i in range(config.num_hidden_layers)
@@ -115,22 +113,21 @@ class QLlamaCore(nn.Module):
     def forward(self, queries: Tensor, image: Tensor) -> Tensor:
         for layer in self.layers:
             queries = layer(queries, image)
-        out: Tensor = self.norm(queries)
-        return out
+        return cast("Tensor", self.norm(queries))
 
 
 class QLlama(nn.Module):
-    """Holds the core under `model`, as the published keys do."""
+    """Wrapper with the core under `model`, as in the published keys."""
 
-    def __init__(self, config: Any, source: int, frequency: int) -> None:
+    def __init__(self, config: LlamaConfig, source: int, frequency: int) -> None:
         super().__init__()
         self.model = QLlamaCore(config, source, frequency)
 
 
 class InternVLTower(nn.Module):
-    """`(B, 3, S, S)` pixels to `InternVLFeatures`; the queries read the whole tower's output, so no layer is cut."""
+    """Pixels `(B, 3, S, S)` to `InternVLFeatures`; the queries attend to the last layer, so all layers run."""
 
-    def __init__(self, config: Any, depth: int) -> None:
+    def __init__(self, config: InternVLConfig, depth: int) -> None:
         super().__init__()
         self.config = config
         self.depth = depth
@@ -146,11 +143,8 @@ class InternVLTower(nn.Module):
         return InternVLFeatures(encoded.hidden_states[self.depth], read)
 
 
-# --- InternVL-14B's configuration -------------------------------------------------------------------------------------
-
-
 class InternVLConfig(PretrainedConfig):
-    """The composite configuration; `hidden_size` is QLLaMA's. Backbone LoRA ranks must be 0 (merge them first)."""
+    """Composite configuration; `hidden_size` is QLLaMA's. Raises `ConfigError` for unmerged LoRA layers."""
 
     model_type = "internvl"
 
@@ -166,7 +160,7 @@ class InternVLConfig(PretrainedConfig):
     ) -> None:
         super().__init__(**kwargs)
         if use_backbone_lora or use_qllama_lora:
-            raise ConfigError("This InternVL tower has unmerged LoRA layers; merge them and set the ranks to 0.")
+            raise ConfigError("This InternVL tower has unmerged LoRA layers; merge them and set their ranks to 0.")
         vision = {key: value for key, value in (vision_config or {}).items() if key != "model_type"}
         self.vision_config = InternVisionConfig(**vision)
         self.qllama_config = LlamaConfig(**(qllama_config or {}))

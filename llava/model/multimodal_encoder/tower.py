@@ -39,6 +39,7 @@ TIMM = "timm/"
 FEATURES = ("patch", "cls_patch")
 LONGEST_SIDE = 4096  # pixels
 Features = Tensor | tuple[Tensor, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 
 class TowerArguments(Protocol):
@@ -200,7 +201,6 @@ class VisionTower(nn.Module):
         tensors = (
             (name.removeprefix(prefix), tensor)
             for name, tensor in iter_tensors(source, lambda name: name.startswith(prefix) and self.needs(name, prefix))
-            if tensor is not None
         )
         load_weights(model, tensors, dtype=dtype or torch.float32, device=device or "cpu", source=str(source),
                      optional=self.spec.unused)  # fmt: skip
@@ -222,7 +222,7 @@ class VisionTower(nn.Module):
                 vision.image_size = grid * vision.patch_size
             return self.spec.build(config, self.depth)
 
-    def stored_shapes(self, from_checkpoint: bool) -> dict[str, tuple[int, ...]]:
+    def stored_shapes(self, from_checkpoint: bool) -> Shapes:
         """Names and shapes of the weights that `load_model` would read, from the headers of their files."""
         source, prefix, _ = self.source(from_checkpoint)
         shapes = weight_shapes(source).items()
@@ -235,29 +235,30 @@ class VisionTower(nn.Module):
 
     def source(self, from_checkpoint: bool) -> tuple[Path, str, int | None]:
         """The directory or file to read, the prefix of the tower's keys, and the rows of its position table."""
-        positions = self.spec.positions
         if from_checkpoint and self.checkpoint_dir is not None and has_weights(self.checkpoint_dir):
             shapes = weight_shapes(self.checkpoint_dir)
             for prefix in TOWER_PREFIXES:
-                layers = {layer_index(name, prefix + (self.spec.layers or "")) for name in shapes}
-                whole = self.spec.layers is None or all(index in layers for index in range(self.depth))
-                stored = any(name.startswith(prefix) for name in shapes) if positions is None else (
-                    prefix + positions in shapes
-                )  # fmt: skip
-                if whole and stored:
-                    return self.checkpoint_dir, prefix, shapes[prefix + positions][-2] if positions else None
+                stored = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+                if stored and self._is_complete(stored):
+                    return self.checkpoint_dir, prefix, self._position_rows(stored)
         if self.directory is None:
             find_tower(self.name, self.checkpoint_dir)  # raises with the places tried
-            raise CheckpointError(f"The vision tower {self.name!r} has settings but no weights.")
-        if positions is None:
-            return self.directory, "", None
+            raise CheckpointError(f"The vision tower {self.name!r} has settings but no weights; download them.")
         shapes = weight_shapes(self.directory)
-        if positions not in shapes:
+        if self.spec.positions is not None and self.spec.positions not in shapes:
             raise CheckpointError(
-                f"{self.directory} does not contain {positions!r}, so it does not hold the weights of the vision tower "
+                f"{self.directory} does not contain {self.spec.positions!r}, so it does not hold the tower "
                 f"{self.name!r}; pass the directory or file of that tower."
             )
-        return self.directory, "", shapes[positions][-2]
+        return self.directory, "", self._position_rows(shapes)
+
+    def _is_complete(self, shapes: Shapes) -> bool:
+        layers = set() if self.spec.layers is None else {layer_index(name, self.spec.layers) for name in shapes}
+        positioned = self.spec.positions is None or self.spec.positions in shapes
+        return positioned and (self.spec.layers is None or layers >= set(range(self.depth)))
+
+    def _position_rows(self, shapes: Shapes) -> int | None:
+        return None if self.spec.positions is None else shapes[self.spec.positions][-2]
 
     def unused_tensors(self) -> dict[str, Tensor]:
         """The weights that were not loaded because no feature needs them, read now, so that a full save is complete."""
@@ -266,7 +267,7 @@ class VisionTower(nn.Module):
         source, prefix = self._loaded_from
         parts = {name for name, _ in self.vision_tower.named_children()}
         wanted = iter_tensors(source, lambda name: name.startswith(prefix) and not self.needs(name, prefix))
-        rest = ((name.removeprefix(prefix), tensor) for name, tensor in wanted if tensor is not None)
+        rest = ((name.removeprefix(prefix), tensor) for name, tensor in wanted)
         return {f"vision_tower.{name}": tensor.to(self.dtype) for name, tensor in rest if name.split(".")[0] in parts}
 
     # --- Forward --------------------------------------------------------------------------------------------------
