@@ -67,7 +67,6 @@ GLOSSES = {
     "llava/serve/": "terminal chat, controller, workers, web page, OpenAI-compatible API",
     "llava/serve/common/": "protocol, security, middleware and metrics shared by all servers",
     "llava/serve/control/": "controller: worker registry, request routing, OpenAI-compatible API",
-    "llava/serve/launcher/": "`llava serve all`: supervised child processes",
     "llava/serve/web/": "Gradio web page",
     "llava/serve/worker/": "model worker: scheduling, preprocessing, local and OpenAI backends",
     "llava/train/": "training: setup, Trainer, checkpoints, estimates",

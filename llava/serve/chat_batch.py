@@ -1,4 +1,4 @@
-"""Batch answering: JSON Lines of prompts in, JSON Lines of answers out, resumable.
+"""Resumable answering of a file of prompts, with JSON Lines as input and output.
 
 Answers are written in the order of the prompts. A prompt that fails gets an empty `text` and the reason in
 `metadata.error`; the next run retries it. `OUTPUT.manifest.json` records the settings, so that answers of different

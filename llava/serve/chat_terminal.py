@@ -1,4 +1,4 @@
-"""Terminal chat: input lines and commands, streamed answers, interruption by Ctrl-C."""
+"""Terminal chat with commands, streamed answers and interruption by Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Controller: registry of workers, request proxy, and OpenAI-compatible API below /v1/.
+"""Register workers and forward requests to them, also through an OpenAI-compatible API below /v1/.
 
 python -m llava.serve.controller --port 10000
 

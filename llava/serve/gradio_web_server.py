@@ -1,4 +1,4 @@
-"""Web page: chat in a browser with the models of a controller.
+"""Serve the web page, a chat in the browser with the models of a controller.
 
 python -m llava.serve.gradio_web_server --controller http://localhost:10000 --model-list-mode reload
 

@@ -1,4 +1,4 @@
-"""Model worker: serve one checkpoint to many clients, whose requests share batches.
+"""Serve one checkpoint to many clients, whose requests share batches.
 
 python -m llava.serve.model_worker --controller http://localhost:10000 --port 40000 \
     --worker http://localhost:40000 --model-path CHECKPOINT [--load-4bit] [--device cpu]

@@ -1,4 +1,4 @@
-"""OpenAI worker: serve an OpenAI-compatible engine (vLLM, SGLang, lmdeploy, llama.cpp, …) behind the controller.
+"""Serve an OpenAI-compatible engine (vLLM, SGLang, lmdeploy, llama.cpp, …) behind the controller.
 
 python -m llava.serve.openai_worker --upstream http://gpu-host:8000/v1 --controller http://localhost:10000 \
     --port 40001 --worker http://localhost:40001 [--upstream-model NAME] [--model-name NAME]

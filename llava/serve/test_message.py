@@ -1,4 +1,4 @@
-"""Smoke test: send one message to a served model and print the streamed answer.
+"""Send one message to a served model and print the streamed answer, as a smoke test.
 
 python -m llava.serve.test_message --controller http://localhost:10000 --model-name MODEL [--image photo.jpg]
 """

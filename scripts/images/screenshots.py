@@ -43,8 +43,8 @@ def served(models: Sequence[str]) -> Iterator[str]:
 
 
 def chat(page: Page, image: Path) -> None:
-    page.set_input_files("#picture_box input[type=file]", image)
-    expect(page.locator("#picture_box img")).to_be_visible()
+    page.set_input_files("#image_box input[type=file]", image)
+    expect(page.locator("#image_box img")).to_be_visible()
     for count, question in enumerate(QUESTIONS, 1):
         page.fill("#message textarea", question)
         page.locator("#message textarea").press("Enter")
@@ -54,8 +54,8 @@ def chat(page: Page, image: Path) -> None:
 
 def compare(page: Page, image: Path) -> None:
     page.get_by_role("tab", name="Compare two models").click()
-    page.set_input_files("#compare_pictures input[type=file]", image)
-    expect(page.locator("#compare_pictures img")).to_be_visible()
+    page.set_input_files("#compare_images input[type=file]", image)
+    expect(page.locator("#compare_images img")).to_be_visible()
     page.fill("#compare_message textarea", "What is in the image?")
     page.locator("#compare_message textarea").press("Enter")
     expect(page.locator("#leftvote")).to_be_enabled()

@@ -1,4 +1,4 @@
-"""A chat model in a process of its own, and one in this process."""
+"""Fixtures: an engine in this process, and the command and environment of child processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A controller and its workers in one thread, answering as old ones or ours would; tests say what, and how slowly."""
+"""A controller and its workers in one thread, with configurable answers and delays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.serve.stubs import until
 
 @dataclass
 class FakeService:
-    """What it serves and what happened. A model's answer is a list of frames, or of words that become frames."""
+    """Served models, answers and recorded calls. An answer is a list of frames, or of words that become frames."""
 
     models: list[str] = field(default_factory=lambda: ["alpha"])
     answers: dict[str, list[Any]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class FakeService:
 
 @contextmanager
 def web_server(service: FakeService, environment: dict[str, str], *flags: str) -> Iterator[str]:
-    """The address of a web server in a process of its own; it must end well, and without a traceback."""
+    """Run a web server in a child process; yields its URL and checks that it exits cleanly."""
     command = [sys.executable, "-m", "llava.serve.gradio_web_server", "--controller", service.url, "--port", "0"]
     process = subprocess.Popen(
         [*command, "--model-list-mode", "reload", *flags], stderr=subprocess.PIPE, text=True, env=environment

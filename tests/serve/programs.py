@@ -1,4 +1,4 @@
-"""Serving programs in processes of their own: started on free ports, watched through their log, ended by their id."""
+"""Serving programs as child processes on free ports, with their logs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START = 300.0
 
 
 def alive(pid: int) -> bool:
-    """Whether a process still runs; one that has ended and that nobody has waited for does not."""
+    """Whether a process is running; False for a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -29,7 +29,7 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Ids of the processes that this one has started."""
+    """Process ids of the children."""
     listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     return [int(word) for word in listing.stdout.split()]
 
@@ -65,7 +65,7 @@ class Program:
 
 @contextmanager
 def program(environment: dict[str, str], module: str, *words: str, cwd: Path | None = None) -> Iterator[Program]:
-    """`python -m llava.serve.MODULE WORDS` (or of a full name), killed at the end if it still runs."""
+    """`python -m llava.serve.MODULE WORDS` (or a full module name), killed at the end if it is still running."""
     process = subprocess.Popen(
         [sys.executable, "-m", module if "." in module else f"llava.serve.{module}", *words],
         env=environment,

@@ -1,4 +1,4 @@
-"""A stub engine with a step counter and a gate, and servers in threads of this process, on sockets that are real."""
+"""Stub engine with a step counter and a gate, and servers in threads of this process, on real sockets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StubJob:
 
 
 class StubEngine:
-    """Says "w0 w1 …", a word a step, for as many words as `max_new_tokens` allows; the prompt is its characters."""
+    """Engine that generates "w0 w1 …", one word per step up to `max_new_tokens`; a prompt token is a character."""
 
     def __init__(self, batch: int = 4, pause: float = 0.0, context: int = 100_000) -> None:
         self.batch, self.pause, self.context = batch, pause, context
@@ -108,7 +108,7 @@ class StubEngine:
 
 
 class Live:
-    """An ASGI application on a port of its own, in a thread with its own event loop."""
+    """ASGI application on a free port, in a thread with an event loop."""
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self._socket = bind_socket("127.0.0.1", 0)
@@ -136,13 +136,13 @@ class Live:
 
 
 def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """Poll until `condition` gives something true; its value."""
+    """Poll until `condition` returns a true value; returns it."""
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
 
 
@@ -296,7 +296,7 @@ def b64(data: bytes) -> str:
 
 @dataclass
 class Decoy:
-    """A little server that counts connections and answers with `reply`, or never when it is None."""
+    """Server that counts connections and sends `reply`, or nothing when it is None."""
 
     reply: bytes | None = None
     hits: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -277,6 +278,49 @@ def test_a_file_of_prompts_is_answered_and_resumed(
     assert "line 1 must have a string `prompt`" in run_main([*flags, "--overwrite"], capsys)[2]
 
 
+def test_failed_prompts_are_retried(
+    tiny_dirs: dict[str, Path], photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output, late = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "late.png"
+    rows = [{"prompt": "Hi"}, {"id": "late", "prompt": "What?", "image": str(late)}, {"prompt": "Bye"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--temperature", "1", "--seed", "3"]
+    flags += ["--max-new-tokens", "5", "--input", str(source), "--output", str(output)]
+    status, _, error = run_main(flags, capsys)
+    assert status == 1 and "failed: prompt late: " in error and "1 prompt(s) failed" in error
+    first = [json.loads(line) for line in output.read_text().splitlines()]
+    assert first[1]["text"] == "" and "no such file" in first[1]["metadata"]["error"]
+    shutil.copy(photo, late)
+    status, _, error = run_main(flags, capsys)
+    assert status == 0 and "1 answered" in error and "2 resumed" in error
+    second = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [second[0], second[2]] == [first[0], first[2]] and second[1]["text"] and second[1]["metadata"] == {}
+    assert not output.with_name("out.jsonl.retry").exists()
+    assert run_main([*flags, "--overwrite", "--batch-size", "1"], capsys)[0] == 0  # a seed does not depend on the batch
+    assert [json.loads(line) for line in output.read_text().splitlines()] == second
+
+
+def test_answers_of_other_settings_or_prompts_are_not_continued(
+    tiny_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Hi"}\n')
+    flags = ["--model-path", str(tiny_dirs["chat"]), "--device", "cpu", "--max-new-tokens", "2"]
+    flags += ["--input", str(source), "--output", str(output)]
+    assert run_main(flags, capsys)[0] == 0
+    whole = output.read_bytes()
+    assert "has decoding" in run_main([*flags, "--temperature", "0.5"], capsys)[2]
+    source.write_text('{"prompt": "Bye"}\n')
+    assert "line 1 does not answer prompt 1" in run_main(flags, capsys)[2]
+    with output.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "Another process is writing" in run_main([*flags, "--overwrite"], capsys)[2]
+    output.with_name("out.jsonl.manifest.json").unlink()
+    assert "with its settings cannot be read" in run_main(flags, capsys)[2]
+    assert output.read_bytes() == whole
+    assert run_main([*flags, "--overwrite"], capsys)[0] == 0 and json.loads(output.read_text())["prompt"] == "Bye"
+
+
 def test_stage_one_says_so(tiny_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "stage-one"
     shutil.copytree(tiny_dirs["chat"], directory)
@@ -308,7 +352,7 @@ def test_a_piped_conversation(
 
 
 class Terminal:
-    """A process on a pseudo-terminal, as a person at a keyboard would see it."""
+    """A process on a pseudo-terminal."""
 
     def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
         self.pid, self.descriptor = pty.fork()
@@ -320,7 +364,7 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def expect(self, text: str, seconds: float = 60) -> None:
-        """Read until `text` appears after what was expected before."""
+        """Read until `text` appears after the previously expected text."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             self._read(deadline)
@@ -340,7 +384,7 @@ class Terminal:
             raise AssertionError(f"The program ended after {self.seen!r}") from error
 
     def poll(self, seconds: float) -> int | None:
-        """The exit status, None if the program still runs after so long."""
+        """The exit status, None if the program is still running after `seconds`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)

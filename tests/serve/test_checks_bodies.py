@@ -1,4 +1,4 @@
-"""Serving checks 8–11, 21, 22 and 29: whatever is sent, on every route."""
+"""Serving checks 8–11, 21, 22 and 29: invalid requests on every route."""
 
 from __future__ import annotations
 
@@ -240,31 +240,31 @@ def test_check_21_every_route_but_two_needs_the_key(caplog: pytest.LogCaptureFix
 
 
 def test_check_21_the_route_list_is_whole(parts: tuple[LiveController, LiveWorker]) -> None:
-    """What the fuzz and the key test discover is every route that the applications have."""
+    """The fuzz and key tests discover every route of the applications."""
     app = worker_routes(parts[1].worker)
     paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
     assert paths == {path for _, path in routes_of(parts[1].url)}
 
 
-def whole(told: bytes) -> bool:
-    """Whether an answer is complete, by the length that it states."""
-    head, _, body = told.partition(b"\r\n\r\n")
+def whole(reply: bytes) -> bool:
+    """Whether a response is complete, according to its Content-Length."""
+    head, _, body = reply.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
     return length is not None and len(body) >= int(length[1])
 
 
 def raw(url: str, data: bytes, then: bytes = b"") -> bytes:
-    """The answer to bytes as they are."""
+    """The response to raw bytes."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as sock:
         sock.sendall(data)
         if then:
             time.sleep(0.01)
             sock.sendall(then)
-        told = b""
-        while not whole(told) and (part := sock.recv(65_536)):
-            told += part
-        return told
+        reply = b""
+        while not whole(reply) and (part := sock.recv(65_536)):
+            reply += part
+        return reply
 
 
 def test_check_22_bodies_are_limited_in_size_and_time() -> None:
@@ -272,8 +272,8 @@ def test_check_22_bodies_are_limited_in_size_and_time() -> None:
     head = b"POST /worker_generate_stream HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with live_worker(limits=limits) as worker, live_controller(limits=limits) as controller:
         for part in (worker, controller):
-            told = raw(part.url, head + b"Content-Length: 99999999999\r\n\r\n")
-            assert told.startswith(b"HTTP/1.1 413")
+            reply = raw(part.url, head + b"Content-Length: 99999999999\r\n\r\n")
+            assert reply.startswith(b"HTTP/1.1 413")
             chunk = b"2710\r\n" + b"x" * 10_000 + b"\r\n"
             chunked = raw(part.url, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk, chunk)
             assert chunked.startswith(b"HTTP/1.1 413")
@@ -287,7 +287,7 @@ def test_check_22_bodies_are_limited_in_size_and_time() -> None:
 
 
 def large_texts() -> set[int]:
-    """The texts of more than a megabyte that any object of this process holds."""
+    """Ids of the texts larger than 1 MiB referenced by any object of this process."""
     held = (text for owner in gc.get_objects() for text in gc.get_referents(owner))
     return {id(text) for text in held if type(text) in (bytes, str) and len(text) > 2**20}
 
@@ -318,20 +318,20 @@ def test_check_29_errors_leak_nothing(caplog: pytest.LogCaptureFixture) -> None:
     secret = "boom at 0x7f31 in /usr/lib/python3/secret.py: prompt was MY-PROMPT"
     with live_controller() as controller, live_worker(engine, controller=controller.url) as worker:
         until(lambda: controller.registry.models() == [MODEL])
-        told = []
+        replies = []
         for url in (worker.url, controller.url):
             engine.step_error = RuntimeError(secret)
-            told.append(generate(url, request_body("MY-PROMPT")))
+            replies.append(generate(url, request_body("MY-PROMPT")))
             engine.submit_error = RuntimeError(secret)
-            told.append(generate(url, request_body("MY-PROMPT")))
+            replies.append(generate(url, request_body("MY-PROMPT")))
             engine.submit_error = None
-            told.append(generate(url, request_body("MY-PROMPT <image>", images=[b64(png()[:45])])))
-            told.append(generate(url, {**request_body("MY-PROMPT"), "top_p": "MY-PROMPT"}))
+            replies.append(generate(url, request_body("MY-PROMPT <image>", images=[b64(png()[:45])])))
+            replies.append(generate(url, {**request_body("MY-PROMPT"), "top_p": "MY-PROMPT"}))
         chat = {"model": MODEL, "messages": [{"role": "user", "content": "MY-PROMPT"}]}
         engine.step_error = RuntimeError(secret)
-        told.append(post(controller.url, "/v1/chat/completions", chat))
-        assert told[-1].status_code == 500
-    for reply in told:
+        replies.append(post(controller.url, "/v1/chat/completions", chat))
+        assert replies[-1].status_code == 500
+    for reply in replies:
         answer = reply.text.replace('"MY-PROMPT"', "")  # a first frame repeats the prompt to its own sender
         for leak in ("0x7f31", "/usr/lib", "Traceback", "secret.py", "prompt was"):
             assert leak not in answer

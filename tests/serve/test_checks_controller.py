@@ -1,4 +1,4 @@
-"""Serving checks 1–6 and 16: a controller that never blocks and believes nobody."""
+"""Serving checks 1–6 and 16: the controller never blocks and trusts no worker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def registration(url: str, **more: object) -> dict[str, object]:
 
 
 def test_check_01_a_worker_that_never_answers_blocks_nobody() -> None:
-    """Registering, streaming and refreshing wait for it; whoever asks for the list does not (p99 below 100 ms)."""
+    """Registering, streaming and refreshing wait for it; listing models does not (p99 below 100 ms)."""
     with live_controller(timeouts=Timeouts(status=PATIENCE), sweep=0.05) as controller:
         stuck = []
         with decoy() as hole, httpx.Client(base_url=controller.url, timeout=PATIENCE, verify=TLS) as client:
@@ -63,7 +63,7 @@ def test_check_01_a_worker_that_never_answers_blocks_nobody() -> None:
             until(lambda: hole.hits >= 6)
 
             until(lambda: slowest_of_fifty() < max(0.1, 3 * before))  # again, where the machine was busy with others
-            assert all(thread.is_alive() for thread in stuck), "nobody had to wait for the registrations"
+            assert all(thread.is_alive() for thread in stuck), "the registrations are still waiting"
         for thread in stuck:
             thread.join()
 
@@ -215,7 +215,7 @@ def test_check_06_stale_workers_go_once_and_live_ones_stay() -> None:
     assert registry.remove_expired() == ["http://stale"]
     assert registry.remove_expired() == []
     assert {entry.address for entry in registry.entries()} == {"http://live", "http://by-hand"}
-    assert not registry.heart_beat("http://stale", 0), "an unknown worker is told to register"
+    assert not registry.heart_beat("http://stale", 0), "an unknown worker must register"
 
 
 def test_check_06_sweeping_and_registering_at_the_same_time_breaks_nothing() -> None:

@@ -54,7 +54,7 @@ def worker() -> Iterator[LiveWorker]:
 
 
 def grey_bomb(width: int, height: int) -> bytes:
-    """A PNG of that many grey pixels, all black, made without ever holding them."""
+    """A PNG of black gray-scale pixels, created without allocating them."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -73,7 +73,7 @@ def gif(frames: int) -> bytes:
 
 
 def peak() -> int:
-    """The most memory (bytes) that this process has held since `forget_peak`; 0 where the system does not tell."""
+    """Peak memory of this process in bytes since `forget_peak`; 0 where the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -137,7 +137,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def in_mode(mode: str) -> tuple[bytes, np.ndarray]:
-    """An image's file, and what its pixels are in RGB, found without our opener."""
+    """An image file, and its pixels in RGB, computed independently."""
     base = Image.fromarray(BASE)
     grey = np.stack([np.asarray(base.convert("L"))] * 3, axis=-1)
     colors = np.asarray(base.convert("P").convert("RGB"))
@@ -252,7 +252,7 @@ PUBLIC = ("93.184.216.34", 443)
 
 
 class Network:
-    """A name server that gives one list of addresses after the other, and a world in which every dial is noted.
+    """Patched network: name lookups return the given lists of addresses in turn, connections are recorded.
 
     What is dialled is answered by `reply`, without TLS; the test's own calls to `spared` ports go through.
     """
@@ -331,7 +331,7 @@ def test_check_26_the_address_that_was_checked_is_the_one_that_is_dialled(
 
 
 def test_check_27_a_fetch_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the test's leave to call loopback: hops, bytes and seconds."""
+    """Limits of redirects, bytes and seconds, with loopback allowed for the test."""
     with (
         live_controller(allow_urls=True, unsafe_local=True) as controller,
         live_worker(controller=controller.url) as served,
@@ -398,7 +398,7 @@ def test_check_30_weights_are_data(tiny_dirs: dict[str, Path], tmp_path: Path, n
 
 
 def test_check_30_the_state_of_an_optimizer_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run resumes from may come from others, too."""
+    """A checkpoint to resume from may be untrusted, too."""
     from llava.train.llava_trainer import LLaVATrainer
 
     mark = tmp_path / "executed"

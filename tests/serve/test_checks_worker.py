@@ -41,7 +41,7 @@ LARGE_IMAGE = b64(png(1000, 1000))
 
 
 def drop_after(url: str, frames: int, body: dict[str, object]) -> None:
-    """Start a stream and hang up after so many frames."""
+    """Start a stream and disconnect after `frames` frames."""
     with httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=PATIENCE, verify=TLS) as response:
         seen = 0
         for data in response.iter_raw():
@@ -50,11 +50,11 @@ def drop_after(url: str, frames: int, body: dict[str, object]) -> None:
                 return
 
 
-def drop_when(url: str, told: threading.Event, body: dict[str, object]) -> None:
-    """Start a stream and hang up when told to."""
+def drop_when(url: str, event: threading.Event, body: dict[str, object]) -> None:
+    """Start a stream and disconnect when the event is set."""
     with httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=PATIENCE, verify=TLS) as response:
         for _ in response.iter_raw():
-            if told.is_set():
+            if event.is_set():
                 return
 
 
@@ -83,7 +83,7 @@ def test_check_07_a_stream_outlives_the_controller_and_the_worker_returns_to_it(
         with live_controller() as second:
             heart._client.base_url = httpx.URL(second.url)
             until(lambda: second.registry.models() == [MODEL])
-            assert second.registry.remove(worker.url)  # a controller that has forgotten it is told again
+            assert second.registry.remove(worker.url)  # the worker registers again
             until(lambda: second.registry.models() == [MODEL])
 
 
@@ -181,7 +181,7 @@ def test_check_14_overload_is_refused_at_once() -> None:
     with live_worker(engine, BackendSettings(limit=1, queue_limit=1)) as worker:
         answers: list[httpx.Response] = []
         threads = in_background(10, lambda: answers.append(generate(worker.url, request_body())))
-        until(lambda: len(answers) == 8)  # refused while the engine stands still: nobody waited for anything
+        until(lambda: len(answers) == 8)  # refused while the engine is blocked
         assert [answer.status_code for answer in answers] == [503] * 8
         assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers)
         assert {frames_of(answer)[0]["error"]["type"] for answer in answers} == {"overloaded"}
@@ -193,7 +193,7 @@ def test_check_14_overload_is_refused_at_once() -> None:
                 return max(answer.elapsed.total_seconds() for answer in answers)
 
             def quick() -> bool:
-                """Below 50 ms, or as quick as anything is while the machine is busy with others."""
+                """Below 50 ms, or below twice the time of a status query on a busy machine."""
                 refused = slowest(503, "/worker_generate_stream", request_body("<image>", images=[LARGE_IMAGE]))
                 return refused < max(0.05, 2 * slowest(200, "/worker_get_status", None))
 

@@ -20,7 +20,7 @@ CASES = int(os.environ.get("LLAVA_FUZZ", "12"))
 
 
 def fuzz(operation: Any) -> int:
-    """Try `CASES` well-formed and as many malformed requests; how many there were."""
+    """Try `CASES` valid and as many invalid requests; returns their number."""
     tried = 0
 
     def check(case: Any) -> None:

@@ -56,7 +56,7 @@ def browser() -> Iterator[Any]:
 
 
 class Page:
-    """A loaded page and what a test does with it."""
+    """A loaded page, with the actions of the tests."""
 
     def __init__(self, browser: Any, address: str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
         self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
@@ -84,7 +84,7 @@ class Page:
         try:
             self.expect(f"#{view}").to_contain_text(text, timeout=PATIENCE)
         except AssertionError as error:
-            error.add_note(f"The page says: {self.page.locator('#notice').inner_text()!r}; faults: {self.faults}")
+            error.add_note(f"notice: {self.page.locator('#notice').inner_text()!r}; faults: {self.faults}")
             raise
 
     def enabled(self, *names: str) -> None:
@@ -234,7 +234,7 @@ ANSWER = ["Five points **fall** from left to right:\n\n", "1. the first at 9\n2.
 def test_the_page_fits(
     width: int, height: int, scheme: str, browser: Any, site: str, service: FakeService, tmp_path: Path
 ) -> None:
-    """Nothing is cut off or scrolls sideways. To look at it, light and dark: LLAVA_SCREENSHOTS=FOLDER."""
+    """Nothing is cut off or scrolls sideways. LLAVA_SCREENSHOTS=FOLDER saves screenshots, light and dark."""
     (chart, _), *_ = draw_all(tmp_path)
     service.answers["alpha"] = ANSWER
     other = Page(browser, site, width, height, scheme)

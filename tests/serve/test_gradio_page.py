@@ -1,4 +1,4 @@
-"""What the page's controls do, without a browser: every event with its button states, the flags, and start orders."""
+"""Event handlers of the page without a browser: button states, flags, and start orders."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def services(service: FakeService, tmp_path: Path) -> AppServices:
 
 @pytest.fixture
 def tab(services: AppServices) -> ChatTab:
-    """The tab's logic on names instead of components."""
+    """The tab with names in place of components."""
     names = ("state", "model", "images", "mode")
     rest = ("view", "text", "send", "notice", "stop", ("upvote", "downvote", "flag"), "regenerate", "clear")
     return ChatTab(services, *names, controls.Parameters("t", "p", "n", "k"), *rest, "save", "saved")
@@ -77,7 +77,7 @@ def pair(services: AppServices) -> CompareTab:
 
 @pytest.fixture
 def chart(tmp_path: Path) -> list[tuple[str, None]]:
-    """What the image box hands over."""
+    """The value of the image box."""
     (tmp_path / "chart.png").write_bytes(png(40, 30))
     return [(str(tmp_path / "chart.png"), None)]
 
@@ -412,7 +412,7 @@ def reached(client: httpx.Client, path: str) -> bool:
 
 
 def test_every_start_order_ends_with_the_model_listed() -> None:
-    """All six at once; a part that has not started yet refuses connections at its address."""
+    """All six orders concurrently; a service that has not started refuses connections."""
     stacks = [start_order(order) for order in itertools.permutations(("controller", "worker", "web"))]
     for step in range(3):
         for stack in stacks:
@@ -430,7 +430,7 @@ def test_every_start_order_ends_with_the_model_listed() -> None:
 
 
 def start_order(order: tuple[str, ...]) -> list[tuple[str, Live]]:
-    """A controller, a worker and a page that know each other's addresses, none of them started."""
+    """A controller, a worker and a page with each other's addresses, not started."""
     from llava.serve.control.app import ControllerService, controller_routes, with_lifespan
     from llava.serve.control.worker_client import WorkerClient
 

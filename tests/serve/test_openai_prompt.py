@@ -17,7 +17,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:a"}}
 
 
 def messages(*contents: Any) -> list[ChatMessage]:
-    """User and assistant in turn."""
+    """Messages of user and assistant in turn."""
     return [
         ChatMessage.model_validate({"role": ("user", "assistant")[k % 2], "content": content})
         for k, content in enumerate(contents)

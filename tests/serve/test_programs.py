@@ -31,7 +31,7 @@ def environment(child_environment: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def stack(environment: dict[str, str], tiny_dirs: dict[str, Path]) -> Iterator[tuple[Program, Program]]:
-    """The documented pair of commands, with ports from the system, 4 places and a small queue."""
+    """The documented pair of commands, on free ports."""
     with program(environment, "controller", "--host", "0.0.0.0", "--port", "0") as controller:
         words = ["--host", "0.0.0.0", "--controller", controller.url, "--port", "0", "--device", "cpu"]
         words += ["--model-path", f"{tiny_dirs['chat']}/", "--multi-modal"]
@@ -183,7 +183,7 @@ def test_check_20_a_worker_comes_before_its_controller_and_leaves_when_its_answe
 
 
 def check_20(worker: Program) -> None:
-    """SIGTERM while an answer runs: it goes on to its end, new requests get 503, then the process ends well."""
+    """SIGTERM during an answer: the answer is completed, new requests get 503, then the process exits with 0."""
     body = {"model": NAME, "prompt": "USER: go on ASSISTANT:", "max_new_tokens": 1024, "temperature": 1.0, "seed": 1}
     address = worker.url
     with httpx.stream("POST", f"{address}/worker_generate_stream", json=body, timeout=START) as running:

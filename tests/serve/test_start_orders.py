@@ -33,7 +33,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def serves(url: str, name: str) -> bool:
-    """Whether a program is up; a worker, when its model is loaded, whether or not a controller knows of it."""
+    """Whether a program is running; for a worker, whether its model is loaded."""
     reply = httpx.get(f"{url}/{'ready' if name == 'model_worker' else 'health'}", trust_env=False, timeout=30)
     return reply.status_code == 200
 

@@ -111,7 +111,7 @@ def upstream_reply(*events: Any) -> bytes:
 
 @contextmanager
 def adapter(upstream: str, **options: Any) -> Iterator[tuple[str, Worker]]:
-    """An adapter worker over `upstream`, ready."""
+    """A ready OpenAI worker over `upstream`."""
     made: list[Worker] = []
 
     def make(_: int) -> Any:
@@ -186,7 +186,7 @@ def test_the_adapter_reports_what_its_engine_does_wrong() -> None:
 
 
 def test_the_api_serves_workers_that_only_send_whole_texts() -> None:
-    """As published workers do: they ignore `stream_mode`, and every frame begins with the prompt."""
+    """Published workers ignore `stream_mode` and begin every frame with the prompt."""
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     with live_controller() as controller, live_worker(controller=controller.url, info=OLD) as worker:
         until(lambda: controller.registry.models() == [MODEL])

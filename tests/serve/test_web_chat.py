@@ -44,7 +44,7 @@ def upload(tmp_path: Path) -> Callable[..., UploadedImage]:
     return make
 
 
-def said(text: str, answer: str = "", images: tuple[UploadedImage, ...] = (), **more: object) -> Turn:
+def turn_of(text: str, answer: str = "", images: tuple[UploadedImage, ...] = (), **more: object) -> Turn:
     return Turn(text, images, answer=answer, running=False, **more)  # type: ignore[arg-type]
 
 
@@ -52,7 +52,7 @@ def said(text: str, answer: str = "", images: tuple[UploadedImage, ...] = (), **
 
 
 def test_a_conversation_is_rendered_as_training_and_terminal_do(upload: Callable[..., UploadedImage]) -> None:
-    chat = Chat([said("What is this?", "A box.", (upload(),)), said("Why?")])
+    chat = Chat([turn_of("What is this?", "A box.", (upload(),)), turn_of("Why?")])
     conversation, images, modes = chat.conversation()
     assert conversation.get_prompt() == (
         f"{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: A box.</s>USER: Why? ASSISTANT:"
@@ -62,7 +62,9 @@ def test_a_conversation_is_rendered_as_training_and_terminal_do(upload: Callable
 
 def test_images_go_with_their_turns(upload: Callable[..., UploadedImage]) -> None:
     one, two, three = upload(1, 2), upload(3, 4), upload(5, 6)
-    chat = Chat([said("A", "a"), said("B", "b", (one, two)), said("compare <image> here", "", (three,), mode="Pad")])
+    chat = Chat(
+        [turn_of("A", "a"), turn_of("B", "b", (one, two)), turn_of("compare <image> here", "", (three,), mode="Pad")]
+    )
     conversation, images, modes = chat.conversation()
     assert conversation.get_prompt().endswith(
         "USER: <image>\n<image>\nB ASSISTANT: b</s>USER: compare <image> here ASSISTANT:"
@@ -71,25 +73,25 @@ def test_images_go_with_their_turns(upload: Callable[..., UploadedImage]) -> Non
 
 
 def test_a_tagged_template_opens_with_its_own_exchange(upload: Callable[..., UploadedImage]) -> None:
-    chat = Chat([said("What?", "", (upload(),))], template="v1_mmtag")
+    chat = Chat([turn_of("What?", "", (upload(),))], template="v1_mmtag")
     prompt = chat.conversation()[0].get_prompt()
     assert "USER: <Image><image></Image> ASSISTANT: Received.</s>USER: What? ASSISTANT:" in prompt
 
 
 def test_a_template_with_examples_of_its_own_keeps_the_image(upload: Callable[..., UploadedImage]) -> None:
-    chat = Chat([said("What?", "", (upload(),))], template="v0")
+    chat = Chat([turn_of("What?", "", (upload(),))], template="v0")
     assert (
         chat.conversation()[0].get_prompt().endswith("### Human: <image>\nWhat?### Assistant:".replace("### ", "###"))
     )
 
 
 def test_turns_without_an_answer_are_not_sent_again() -> None:
-    chat = Chat([said("lost", note="failed"), said("again")])
+    chat = Chat([turn_of("lost", note="failed"), turn_of("again")])
     assert chat.conversation()[0].get_prompt() == f"{SYSTEM} USER: again ASSISTANT:"
 
 
 def test_another_model_gets_the_same_turns_in_its_own_format() -> None:
-    chat = Chat([said("Hi", "Hello"), said("Bye")])
+    chat = Chat([turn_of("Hi", "Hello"), turn_of("Bye")])
     chat.template = "Hermes-2"
     body = request_body(chat, chat.turns[-1], None)
     assert body["prompt"].endswith("<|im_start|>assistant\n") and body["stop"] == "<|im_end|>"
@@ -118,7 +120,7 @@ def test_the_body_is_the_contracts(upload: Callable[..., UploadedImage]) -> None
 
 
 def test_a_worker_of_ours_gets_turns_and_sends_what_is_new(upload: Callable[..., UploadedImage]) -> None:
-    chat = Chat([said("A", "a", (upload(),)), Turn("B", model="m")])
+    chat = Chat([turn_of("A", "a", (upload(),)), Turn("B", model="m")])
     worker = status()
     worker.features = ["delta", "messages"]
     body = request_body(chat, chat.turns[-1], worker)
@@ -175,7 +177,7 @@ def test_code_is_kept_as_it_is() -> None:
 
 
 def test_the_export_is_whole(upload: Callable[..., UploadedImage]) -> None:
-    chat = Chat([said("What?", "A box.", (upload(),), model="m", note="Stopped.")], model="m")
+    chat = Chat([turn_of("What?", "A box.", (upload(),), model="m", note="Stopped.")], model="m")
     content = json.loads(json.dumps(chat.export()))
     assert content["messages"] == [["USER", "<image>\nWhat?"], ["ASSISTANT", "A box."]]
     assert content["images"][0].startswith("data:image/png;base64,") and content["model"] == "m"
@@ -255,7 +257,7 @@ def lines(folder: Path) -> list[dict[str, object]]:
 
 def test_the_log_has_the_contracts_keys(tmp_path: Path, upload: Callable[..., UploadedImage]) -> None:
     log = ConversationLog(tmp_path / "logs", chats=True)
-    chat = Chat([said("Wás?\n", "Ein Ding.", (upload(),), model="m", started=5.00004)])
+    chat = Chat([turn_of("Wás?\n", "Ein Ding.", (upload(),), model="m", started=5.00004)])
     log.chat(chat, chat.turns[-1], 7.123456, "10.0.0.1")
     log.vote("upvote", chat, "10.0.0.1")
     first, vote = lines(tmp_path / "logs")
@@ -273,7 +275,7 @@ def test_the_log_has_the_contracts_keys(tmp_path: Path, upload: Callable[..., Up
 
 def test_without_consent_only_votes_are_written(tmp_path: Path, upload: Callable[..., UploadedImage]) -> None:
     log = ConversationLog(tmp_path)
-    chat = Chat([said("secret", "x", (upload(),), model="m")])
+    chat = Chat([turn_of("secret", "x", (upload(),), model="m")])
     log.chat(chat, chat.turns[-1], 1.0, "10.0.0.1")
     assert lines(tmp_path) == [] and not (tmp_path / "serve_images").exists()
     log.vote("flag", chat, "10.0.0.1")
@@ -287,7 +289,7 @@ def test_old_records_are_deleted(tmp_path: Path) -> None:
         (tmp_path / f"{day}-conv.json").write_text("{}\n")
         (tmp_path / "serve_images" / day).mkdir(parents=True)
     (tmp_path / "notes-conv.json").write_text("mine")
-    ConversationLog(tmp_path).vote("flag", Chat([said("a", "b")]), "")
+    ConversationLog(tmp_path).vote("flag", Chat([turn_of("a", "b")]), "")
     left = {path.name for path in [*tmp_path.iterdir(), *(tmp_path / "serve_images").iterdir()]}
     assert old not in left and f"{old}-conv.json" not in left
     assert {recent, f"{recent}-conv.json", "notes-conv.json"} <= left
@@ -295,7 +297,7 @@ def test_old_records_are_deleted(tmp_path: Path) -> None:
 
 def test_a_full_disk_does_not_end_a_conversation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    told = ConversationLog(tmp_path / "file").vote("flag", Chat([said("a", "b")]), "")
+    told = ConversationLog(tmp_path / "file").vote("flag", Chat([turn_of("a", "b")]), "")
     assert "Cannot write the conversation log" in caplog.text and "could not be recorded" in told
 
 

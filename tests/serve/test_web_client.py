@@ -44,7 +44,7 @@ def with_client(service: FakeService | str, work: Callable[[ServiceClient], Awai
 def ask(
     service: FakeService, text: str = "What?", *, stop_when: Callable[[Turn], bool] = lambda _: False, **settings: Any
 ) -> Turn:
-    """One turn, answered; somebody presses Stop as soon as `stop_when` is true."""
+    """Answer one turn, and stop it as soon as `stop_when` returns true."""
     chat = Chat([Turn(text, model="alpha")])
 
     async def work(client: ServiceClient) -> None:
@@ -113,7 +113,7 @@ def test_stop_works_before_the_first_word(service: FakeService) -> None:
 
 
 def test_a_closed_page_breaks_the_stream_off(service: FakeService) -> None:
-    """Gradio closes the generator where it yields; a worker that is silent must not keep it from that."""
+    """Gradio closes a generator only where it yields, so it must also yield while a worker is silent."""
     service.silence = 30
     chat = Chat([Turn("What?", model="alpha")])
 
@@ -263,7 +263,7 @@ def test_odd_errors_are_explained() -> None:
 
 
 def listings(service: FakeService | str, *steps: Callable[[], None], mode: str = "reload") -> list[Any]:
-    """The listing at first and after each step, each asked when the one before has grown old."""
+    """The listing at first and after each step, each requested after the previous one has expired."""
 
     async def work(client: ServiceClient) -> list[Any]:
         catalog = ModelCatalog(client, mode=mode)

@@ -104,7 +104,7 @@ def test_unknown_keys_are_ignored(key: str) -> None:
 
 
 def test_texts_and_images_are_preprocessed_outside_the_engine_thread() -> None:
-    """So a large upload holds nobody up, and while it waits it is as small as the tower's input."""
+    """A large upload delays no other request, and while it waits only the tower's input is kept."""
     threads: list[str] = []
 
     def pixels(image: Image.Image) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_texts_and_images_are_preprocessed_outside_the_engine_thread() -> None:
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
-    """Four million letters without a space take a tokenizer of Python minutes."""
+    """A slow tokenizer takes minutes for four million letters without a space."""
     asked: list[str] = []
 
     class Tokenizer:
@@ -160,7 +160,7 @@ def test_prompts_are_tokenized_as_the_engine_does(engine: Engine) -> None:
 
 
 def test_heartbeats_end_though_a_cancellation_is_lost() -> None:
-    """As Python 3.11's `wait_for` loses one that comes together with its result."""
+    """Python 3.11's `wait_for` loses a cancellation that coincides with its result."""
     lost: list[bool] = []
 
     async def report() -> None:

@@ -37,17 +37,7 @@ class StreamResponse(Response):
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.ensure_future(self._send(send))
-        watcher = asyncio.ensure_future(_until_disconnect(receive))
-        try:
-            await asyncio.wait({sender, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if sender.done():
-                sender.result()
-        finally:
-            self.on_close()
-            for task in (sender, watcher):
-                task.cancel()
-            await asyncio.gather(sender, watcher, return_exceptions=True)
+        await _unless_disconnected(self._send(send), receive, self.on_close)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -74,21 +64,21 @@ class DeferredResponse(Response):
         self.on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            response = await unless_disconnected(self.work, receive)
-        finally:
-            self.on_close()
+        response = await _unless_disconnected(self.work, receive, self.on_close)
         await (response or Response(status_code=_CLIENT_LEFT))(scope, receive, send)
 
 
-async def unless_disconnected(work: Coroutine[object, object, T], receive: Receive) -> T | None:
-    """The result of `work`; None when the client disconnected first, which cancels `work`."""
+async def _unless_disconnected(
+    work: Coroutine[object, object, T], receive: Receive, on_close: Callable[[], None]
+) -> T | None:
+    """The result of `work`; None when the client disconnected first, which cancels `work`. Calls `on_close` once."""
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_until_disconnect(receive))
     try:
         await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
         return worker.result() if worker.done() else None
     finally:
+        on_close()
         for task in (worker, watcher):
             task.cancel()
         await asyncio.gather(worker, watcher, return_exceptions=True)

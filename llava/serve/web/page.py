@@ -33,18 +33,6 @@ SHAPES: Final = {
     "tievote": '<path d="M5 9h14M5 15h14"/>',
     "bothbad_vote": '<path d="M6 6l12 12M18 6L6 18"/>',
 }
-
-
-def write_icons(folder: Path) -> dict[str, str]:
-    """Write all icons to `folder`; returns their paths by name."""
-    paths = {}
-    for name, shape in SHAPES.items():
-        path = folder / f"{name}.svg"
-        path.write_text(f"{_HEAD}{shape}</svg>\n", encoding="utf-8")
-        paths[name] = str(path)
-    return paths
-
-
 REFRESH_SECONDS: Final = 2.5  # of the list of models
 _DAY: Final = 86_400
 TITLE: Final = """# InternVL-Chat
@@ -90,6 +78,16 @@ footer {display: none !important;}
     font-size: var(--text-xs);}
 }
 """
+
+
+def write_icons(folder: Path) -> dict[str, str]:
+    """Write all icons to `folder`; returns their paths by name."""
+    paths = {}
+    for name, shape in SHAPES.items():
+        path = folder / f"{name}.svg"
+        path.write_text(f"{_HEAD}{shape}</svg>\n", encoding="utf-8")
+        paths[name] = str(path)
+    return paths
 
 
 def theme() -> gr.Theme:

@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llava.serve.common.protocol import FinishReason, GenerateBody, ModelInfo, State
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.serve.common.protocol import ErrorType, FinishReason, GenerateBody, ModelInfo, ServeError, State
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,19 @@ class Backend(Protocol):
         """Admit and validate a request; raises `ServeError` before anything is streamed."""
 
     async def stop(self) -> None: ...
+
+
+def check_image_count(placeholders: int, images: int, max_images: int) -> None:
+    """Raise `ServeError` (400) unless a request has one image per placeholder and at most `max_images`."""
+    if placeholders != images:
+        raise ServeError(
+            ErrorType.IMAGE_COUNT_MISMATCH,
+            f"The prompt has {placeholders} {DEFAULT_IMAGE_TOKEN} placeholder(s) but the request has {images} "
+            "image(s); send one image per placeholder.",
+            placeholders=placeholders,
+            images=images,
+        )
+    if images > max_images:
+        raise ServeError(
+            ErrorType.BAD_REQUEST, f"The request has {images} images; this model accepts at most {max_images}."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from llava.engine.sequence import Completion, HashedImage, ImageInput, Request, 
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
-from llava.serve.worker.backend import Delta, Generation
+from llava.serve.worker.backend import Delta, Generation, check_image_count
 from llava.serve.worker.preprocess import ImagePreprocessor, tokenizer_for
 from llava.serve.worker.scheduler import EngineLike, Scheduler, Slot, StreamEvent, completion_error
 
@@ -89,18 +90,7 @@ def model_loader(
 
 def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSettings) -> Request:
     """Validate and preprocess a request; raises `ServeError` (400) or `RequestError` when it is invalid."""
-    placeholders, images = body.prompt.count(DEFAULT_IMAGE_TOKEN), len(body.images)
-    if placeholders != images:
-        raise ServeError(
-            ErrorType.IMAGE_COUNT_MISMATCH,
-            f"The prompt has {placeholders} {DEFAULT_IMAGE_TOKEN} placeholder(s) but the request has {images} "
-            "image(s); send one image per placeholder.",
-            placeholders=placeholders,
-            images=images,
-        )
-    limit = loaded.info.max_images
-    if images > limit:
-        raise ServeError(ErrorType.BAD_REQUEST, f"The request has {images} images; this model accepts at most {limit}.")
+    check_image_count(body.prompt.count(DEFAULT_IMAGE_TOKEN), len(body.images), loaded.info.max_images)
     prompt = body.prompt
     wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
     if loaded.wraps_images:
@@ -198,7 +188,9 @@ class LocalBackend:
         loop = asyncio.get_running_loop()
         started, got_text = loop.time(), False
         while True:
-            event = await self._next(slot)
+            event = None
+            with contextlib.suppress(asyncio.TimeoutError):
+                event = await asyncio.wait_for(slot.events.get(), self.settings.keep_alive)
             waited = loop.time() - started
             if event is not None:
                 got_text = got_text or bool(event.text)
@@ -208,18 +200,9 @@ class LocalBackend:
             elif waited > (self.settings.total_seconds if got_text else self.settings.queue_seconds):
                 raise ServeError(ErrorType.TIMEOUT, f"No answer within {waited:.0f} seconds.")
             else:
-                yield Delta(queue_position=None if got_text else self._queue_position())
+                yield Delta(queue_position=None if got_text else slot.scheduler.waiting)
             if waited > self.settings.total_seconds:
                 raise ServeError(ErrorType.TIMEOUT, f"The answer was not complete after {waited:.0f} seconds.")
-
-    async def _next(self, slot: Slot) -> StreamEvent | None:
-        try:
-            return await asyncio.wait_for(slot.events.get(), self.settings.keep_alive)
-        except asyncio.TimeoutError:
-            return None
-
-    def _queue_position(self) -> int:
-        return 0 if self.scheduler is None else self.scheduler.waiting
 
     @staticmethod
     def _delta(event: StreamEvent, image_tokens: int) -> Delta:

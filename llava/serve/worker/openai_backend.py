@@ -18,7 +18,7 @@ from llava.serve.common.openai_chat import parse_prompt
 from llava.serve.common.protocol import ErrorType, FinishReason, GenerateBody, Message, ModelInfo, ServeError, State
 from llava.serve.common.security import authorization
 from llava.serve.control.worker_client import read_start
-from llava.serve.worker.backend import Delta, Generation
+from llava.serve.worker.backend import Delta, Generation, check_image_count
 
 logger = logging.getLogger(__name__)
 
@@ -143,18 +143,7 @@ def _stop_strings(body: GenerateBody) -> list[str]:
 def _with_images(messages: list[Message], images: list[str], max_images: int) -> list[JsonObject]:
     """Messages with each placeholder replaced by the next image; `ServeError` (400) when the numbers differ."""
     placeholders = sum(message.content.count(DEFAULT_IMAGE_TOKEN) for message in messages)
-    if placeholders != len(images):
-        raise ServeError(
-            ErrorType.IMAGE_COUNT_MISMATCH,
-            f"The prompt has {placeholders} {DEFAULT_IMAGE_TOKEN} placeholder(s) but the request has {len(images)} "
-            "image(s); send one image per placeholder.",
-            placeholders=placeholders,
-            images=len(images),
-        )
-    if len(images) > max_images:
-        raise ServeError(
-            ErrorType.BAD_REQUEST, f"The request has {len(images)} images; this model accepts at most {max_images}."
-        )
+    check_image_count(placeholders, len(images), max_images)
     remaining = iter(images)
     return [_as_parts(message, remaining) for message in messages]
 
