@@ -2,7 +2,7 @@
 
 python -m scripts.images.screenshots [--model CHECKPOINT] [--other CHECKPOINT]
 
-The default checkpoint is that of the quickstart, whose test images are asked about; `--other` is compared with it.
+The default checkpoint is that of the quickstart, with one of its test images, enlarged; `--other` is compared with it.
 Needs the extras `serve` and `dev` and Chromium.
 """
 
@@ -13,17 +13,20 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_IMAGES = ROOT / "playground" / "data" / "easy_vqa" / "test"
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 PATIENCE = 120_000  # milliseconds
-QUESTIONS = ("What shape is in the image?", "What color is the shape?", "Is there a triangle in the image?")
+SIDE = 160  # pixels of the enlarged image
+QUESTIONS = ("What shape is in the image?", "What color is the shape?")
 
 
 @contextmanager
@@ -71,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     expect.set_options(timeout=PATIENCE)
     models = [args.model, *([args.other] if args.other else [])]
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with served(models) as address, sync_playwright() as driver:
+    with tempfile.TemporaryDirectory() as folder, served(models) as address, sync_playwright() as driver:
+        enlarged = Path(folder) / "image.png"
+        with Image.open(args.image) as image:
+            image.convert("RGB").resize((SIDE, SIDE)).save(enlarged)
         browser = driver.chromium.launch(executable_path=chromium, args=list(FLAGS))
         for name, act in (("web_page", chat), ("web_compare", compare)):
             if act is compare and not args.other:
@@ -80,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             page.set_default_timeout(PATIENCE)
             page.goto(address)
             expect(page.locator("#model_selector_row input")).to_have_value(re.compile(".+"))
-            act(page, args.image)
+            act(page, enlarged)
             page.mouse.move(0, 0)
             page.screenshot(path=args.output / f"{name}.png")
         browser.close()
