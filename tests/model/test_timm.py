@@ -111,10 +111,9 @@ def test_the_class_token_is_a_feature_where_there_is_one(tmp_path: Path) -> None
     )[0]
     torch.testing.assert_close(tower(images), torch.cat([prefix[:, :1], patches], dim=1))
     assert tower.feature_shapes == [(26, 32)]
+    siglip = weights(tmp_path, "vit_test_siglip")
     with pytest.raises(ConfigError, match="'cls_patch' needs a class token"):
-        build_vision_tower(arguments("timm/vit_test_siglip", mm_vision_select_feature="cls_patch",
-                                     mm_vision_tower_config={"model_type": "timm", "architecture": "vit_test_siglip",
-                                                             "pretrained_cfg": cfg()}))  # fmt: skip
+        build_vision_tower(arguments(f"timm/vit_test_siglip:{siglip}", mm_vision_select_feature="cls_patch"))
 
 
 @pytest.mark.parametrize("mode", ["center", "squash"])
