@@ -191,10 +191,10 @@ def test_an_example_fills_both_boxes(page: Page, service: FakeService) -> None:
     assert len(service.requests[0]["images"]) == 1
 
 
-def test_an_error_is_told_truthfully(page: Page, service: FakeService) -> None:
+def test_an_error_is_shown(page: Page, service: FakeService) -> None:
     service.answers["alpha"] = ["Half an ", ServeError(ErrorType.OUT_OF_MEMORY, "").frame("r-7")]
     page.ask("Hello")
-    page.sees("The worker ran out of memory on this request")
+    page.sees("The worker ran out of memory;")
     page.sees("Half an")
     page.enabled("regenerate", "clear")
 
@@ -214,7 +214,7 @@ def test_two_models_side_by_side(page: Page, service: FakeService, logs: Path) -
 
 def test_models_come_and_go_without_a_reload(page: Page, service: FakeService) -> None:
     service.models = []
-    page.expect("#banner").to_contain_text("no worker has registered", timeout=PATIENCE)
+    page.expect("#banner").to_contain_text("No worker has registered", timeout=PATIENCE)
     page.expect("#model_selector_row input").to_have_value("", timeout=PATIENCE)
     service.models = ["gamma"]
     page.expect("#model_selector_row input").to_have_value("gamma", timeout=PATIENCE)
