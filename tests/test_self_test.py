@@ -26,15 +26,15 @@ from llava.engine.sequence import SamplingParams, hash_image
 from llava.model import checkpoint
 from llava.model.language_model import causal_lm, packed
 from llava.model.multimodal_encoder.tower import ENVIRONMENT
-from llava.self_test import CheckFailed, CheckSkipped, checkpoints, hardware, inference, runner, within
+from llava.self_test import CheckFailed, CheckSkipped, checkpoints, checks, hardware, runner, within
 from llava.self_test.checkpoints import KINDS
 from llava.self_test.runner import Report, isolated
 from tests import devices
 from tests.test_package import ROOT
 
 CPU = torch.device("cpu")
-EXACT = inference.Role(CPU, torch.float32)
-HALF = inference.Role(CPU, torch.bfloat16)
+EXACT = checks.Role(CPU, torch.float32)
+HALF = checks.Role(CPU, torch.bfloat16)
 EVERY = ("loader", "logits float32", "greedy tokens", "batch, shared image", "logits bfloat16")
 NATIVE = ("C++ kernel float32", "C++ kernel bfloat16")
 TRAINING = ("training float32", "training bfloat16")
@@ -90,7 +90,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(hardware, "SECONDS", 0.0)
-    monkeypatch.setattr(inference, "require_package", skip_quantization)
+    monkeypatch.setattr(checks, "require_package", skip_quantization)
 
     def command(kind: str) -> tuple[int, dict[str, dict[str, tuple[str, str]]]]:
         monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_cannot_be_loaded(run: Any, monkeypatch: pytest.Monkey
     def broken(*args: Any, **options: Any) -> None:
         raise OSError("disk\nfull")
 
-    monkeypatch.setattr(inference, "load_pretrained_model", broken)
+    monkeypatch.setattr(checks, "load_pretrained_model", broken)
     status, lines = run("clip")
     assert status == 1
     assert lines["clip"] == {"loader": ("FAIL", "OSError: disk full")}
@@ -279,7 +279,7 @@ def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, di
     """Run the checks of one kind of checkpoint on a simulated GPU, which supports neither autocast nor bitsandbytes."""
     monkeypatch.setattr(runner, "check_rates", lambda *args: None)
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
-    monkeypatch.setattr(inference, "require_package", skip_quantization)
+    monkeypatch.setattr(checks, "require_package", skip_quantization)
 
     def command(kind: str) -> dict[str, dict[str, tuple[str, str]]]:
         monkeypatch.setattr(runner, "KINDS", {kind: KINDS[kind]})
@@ -317,21 +317,21 @@ def test_an_attention_kernel_with_a_wrong_log_sum_exp(run_on_cuda: Any, monkeypa
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> inference.Case:
+def case(tmp_path_factory: pytest.TempPathFactory) -> checks.Case:
     """LLaMA with InternViT, loaded in every role."""
-    made = inference.Case("llama", tmp_path_factory.mktemp("self-test"))
+    made = checks.Case("llama", tmp_path_factory.mktemp("self-test"))
     with isolated():
-        inference.check_loader(made, [inference.REFERENCE, EXACT, HALF])
+        checks.check_loader(made, [checks.REFERENCE, EXACT, HALF])
     return made
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_layers_with_a_wrong_scale(bits: int, case: inference.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_layers_with_a_wrong_scale(bits: int, case: checks.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
-    assert "limit" in inference.check_quantized(case, HALF, bits)
+    assert "limit" in checks.check_quantized(case, HALF, bits)
     load, name = case.load, "model.layers.0.mlp.down_proj"
 
-    def scaled(role: inference.Role, *, bits: int = 0) -> inference.Loaded:
+    def scaled(role: checks.Role, *, bits: int = 0) -> checks.Loaded:
         loaded = load(role, bits=bits)
         layer = loaded.model.get_submodule(name)
         layer.register_forward_hook(lambda module, args, output: output * (1.5 if bits == 8 else 3.0))
@@ -339,32 +339,32 @@ def test_quantized_layers_with_a_wrong_scale(bits: int, case: inference.Case, mo
 
     monkeypatch.setattr(case, "load", scaled)
     with pytest.raises(CheckFailed, match="relative error"):
-        inference.check_quantized(case, HALF, bits)
+        checks.check_quantized(case, HALF, bits)
     monkeypatch.setattr(case, "load", lambda role, bits: load(role))
     with pytest.raises(CheckFailed, match="no layer was quantized"):
-        inference.check_quantized(case, HALF, bits)
+        checks.check_quantized(case, HALF, bits)
 
 
-def test_products_in_tf32_are_beyond_the_limit_of_float32(case: inference.Case) -> None:
+def test_products_in_tf32_are_beyond_the_limit_of_float32(case: checks.Case) -> None:
     """Weights rounded to the ten mantissa bits of TF32 emulate a TF32 matmul."""
-    loaded, reference = case.load(EXACT), case.models[inference.REFERENCE]
-    requests, tokens = inference.make_requests(2), case.answers[:2]
-    assert inference.forward_error(loaded, reference, requests, tokens) < inference.LIMITS[torch.float32] / 10
+    loaded, reference = case.load(EXACT), case.models[checks.REFERENCE]
+    requests, tokens = checks.make_requests(2), case.answers[:2]
+    assert checks.forward_error(loaded, reference, requests, tokens) < checks.LIMITS[torch.float32] / 10
     for parameter in loaded.model.parameters():
         bits = parameter.data.view(torch.int32)
         bits.add_(0x1000).bitwise_and_(~0x1FFF)
-    assert inference.forward_error(loaded, reference, requests, tokens) > inference.LIMITS[torch.float32]
+    assert checks.forward_error(loaded, reference, requests, tokens) > checks.LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_decided_by_a_margin(kind: str, tmp_path: Path) -> None:
     """Rounding on another device does not change them, and each prompt and image has a distinct answer."""
-    made = inference.Case(kind, tmp_path)
-    made.models[inference.REFERENCE] = made.load(inference.REFERENCE)
+    made = checks.Case(kind, tmp_path)
+    made.models[checks.REFERENCE] = made.load(checks.REFERENCE)
     assert len(set(made.answers)) == len(made.answers)
-    for request, tokens in zip(inference.make_requests(), made.answers, strict=True):
-        assert len(tokens) == inference.NEW_TOKENS
-        logits = inference.forward_logits(made.models[inference.REFERENCE], request, tokens)
+    for request, tokens in zip(checks.make_requests(), made.answers, strict=True):
+        assert len(tokens) == checks.NEW_TOKENS
+        logits = checks.forward_logits(made.models[checks.REFERENCE], request, tokens)
         best = logits.topk(2, dim=1).values
         assert ((best[:, 0] - best[:, 1]) / logits.norm(dim=1)).min() > 1e-4
 

@@ -81,6 +81,7 @@ def test_disable_torch_init(monkeypatch: pytest.MonkeyPatch) -> None:
     norm.reset_parameters()
     assert norm.weight.eq(3).all()
     linear = torch.nn.Linear(2, 2)
+    linear.weight.data.fill_(3)  # not initialized
     before = linear.weight.detach().clone()
     linear.reset_parameters()
     assert torch.equal(linear.weight, before)

@@ -112,9 +112,11 @@ def _encode_fast(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
 def _encode_slow(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
     pieces = tokenizer.tokenize(text)
     ids = tokenizer.convert_tokens_to_ids(pieces)
-    data = text.replace(_SPACE, " ").encode()
+    if not hasattr(tokenizer, "byte_decoder"):  # SentencePiece does not distinguish its space from others
+        text = text.replace(_SPACE, " ")
+    data = text.encode()
     # Index of the character of each byte, and of the end.
-    chars = [index for index, char in enumerate(text.replace(_SPACE, " ")) for _ in char.encode()] + [len(text)]
+    chars = [index for index, char in enumerate(text) for _ in char.encode()] + [len(text)]
     tokens, position = [], 0
     for token_id, piece in zip(ids, pieces):
         start, position = _find(_token_bytes(piece, tokenizer), data, position, tokenizer)

@@ -52,17 +52,14 @@ def check_exportable(found: Checkpoint) -> None:
     """
     if "mm_vision_tower" not in found.config:
         return
-    if language_model_spec(found.model_type, str(found.path)).config is not LlavaConfig:
-        raise ConfigError(
-            f"{found.path} cannot be exported as hf-llava, because its language model is {found.model_type}; serve it "
-            "with llava instead."
-        )
     config = read_config(found)
     tower = build_vision_tower(config, found.path, delay_load=True)
     kind = "EVA-CLIP" if is_eva(tower.settings) else str(tower.settings.get("model_type"))
     projector = getattr(config, "mm_projector_type", None) or "linear"
     reason = None
-    if kind not in ("clip", "clip_vision_model"):
+    if language_model_spec(found.model_type, str(found.path)).config is not LlavaConfig:
+        reason = f"its language model is {found.model_type}"
+    elif kind not in ("clip", "clip_vision_model"):
         reason = f"its vision tower is {kind}"
     elif projector != "mlp2x_gelu":
         reason = f"its projector is {projector}, not mlp2x_gelu"
@@ -70,8 +67,8 @@ def check_exportable(found: Checkpoint) -> None:
         reason = "it wraps images in <im_start> and <im_end>"
     if reason:
         raise ConfigError(
-            f"{found.path} cannot be exported as hf-llava, because {reason}; LlavaForConditionalGeneration has CLIP "
-            "towers and two-layer projectors only. Serve it with llava instead."
+            f"{found.path} cannot be exported as hf-llava, because {reason}; LlavaForConditionalGeneration supports "
+            "LLaMA with a CLIP tower and a two-layer projector only. Serve it with llava instead."
         )
 
 

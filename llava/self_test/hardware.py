@@ -16,8 +16,8 @@ import torch
 from llava.engine.attention import select_kernel
 from llava.engine.native.build import find_compiler, library
 from llava.placement import native_decode_rows, resolve_attention, resolve_dtype
-from llava.self_test import CheckFailed, CheckSkipped, inference, within
-from llava.self_test.inference import REFERENCE, Case, Role
+from llava.self_test import CheckFailed, CheckSkipped, checks, within
+from llava.self_test.checks import REFERENCE, Case, Role
 
 HEAD_DIM: Final = 128  # of the published models
 SECONDS: Final = 0.3  # to measure each rate for
@@ -65,16 +65,16 @@ def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
     """Several batch sizes through the C++ kernel, sharing an image, against the forward of transformers."""
     loaded, errors, sizes = case.models[Role(REFERENCE.device, dtype)], [], [1, 3, native_decode_rows(dtype)]
     for size in sizes:
-        engine = inference.make_engine(loaded, max_batch_size=size)
+        engine = checks.make_engine(loaded, max_batch_size=size)
         native = getattr(engine.model_runner, "native", None)
         if native is None:
             raise CheckSkipped("the C++ kernel is not in use")
-        requests = inference.make_requests(size, new_tokens=4)
+        requests = checks.make_requests(size, new_tokens=4)
         with using_threads(threads), patch.object(native, "step", wraps=native.step) as step:
-            errors.append(inference.engine_error(engine, case.models[REFERENCE], requests))
+            errors.append(checks.engine_error(engine, case.models[REFERENCE], requests))
         if step.call_count == 0:
             raise CheckFailed(f"a batch of {size} was not decoded by the C++ kernel")
-    return f"{within(errors, inference.LIMITS[dtype])}, {', '.join(map(str, sizes))} rows"
+    return f"{within(errors, checks.LIMITS[dtype])}, {', '.join(map(str, sizes))} rows"
 
 
 def copy_rate(device: torch.device, *, from_host: bool = False) -> str:

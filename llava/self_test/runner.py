@@ -17,10 +17,10 @@ import torch
 from transformers.utils import logging as library_logging
 
 from llava.model.multimodal_encoder.tower import ENVIRONMENT as TOWER_VARIABLE
-from llava.self_test import CheckFailed, CheckSkipped, hardware, inference, training
+from llava.self_test import CheckFailed, CheckSkipped, checks, hardware
 from llava.self_test.checkpoints import KINDS
+from llava.self_test.checks import REFERENCE, Case, Role
 from llava.self_test.hardware import using_threads
-from llava.self_test.inference import REFERENCE, Case, Role
 
 
 @dataclass
@@ -104,24 +104,24 @@ def check_kind(report: Report, kind: str, root: Path, exact: Role, half: Role, t
     """All checks of one kind of checkpoint; only some kinds check sampling, training, quantization and C++."""
     case = Case(kind, root)
     run = partial(report.run, kind)
-    run("loader", lambda: inference.check_loader(case, [REFERENCE, exact, half]))
+    run("loader", lambda: checks.check_loader(case, [REFERENCE, exact, half]))
     if not case.models:  # reported by the loader check
         return
-    run(f"logits {short(exact.dtype)}", lambda: inference.check_logits(case, exact))
-    run("greedy tokens", lambda: inference.check_tokens(case, exact))
-    run("batch, shared image", lambda: inference.check_batch(case, exact))
-    run(f"logits {short(half.dtype)}", lambda: inference.check_logits(case, half))
+    run(f"logits {short(exact.dtype)}", lambda: checks.check_logits(case, exact))
+    run("greedy tokens", lambda: checks.check_tokens(case, exact))
+    run("batch, shared image", lambda: checks.check_batch(case, exact))
+    run(f"logits {short(half.dtype)}", lambda: checks.check_logits(case, half))
     if kind in ("llama", "clip") and exact.device.type == "cpu":
         for role in (exact, half):
             run(f"C++ kernel {short(role.dtype)}", partial(hardware.check_native_logits, case, role.dtype, threads))
     if kind in ("llama", "mpt"):
-        run("training float32", lambda: training.check_step(case, exact))
-        run(f"training {short(half.dtype)}", lambda: training.check_step(case, exact, half.dtype))
+        run("training float32", lambda: checks.check_step(case, exact))
+        run(f"training {short(half.dtype)}", lambda: checks.check_step(case, exact, half.dtype))
     if kind == "llama":
-        run("sampling, same seed", lambda: inference.check_seeds(case, exact))
-        run("sampling, top_p", lambda: inference.check_top_p(case, exact))
+        run("sampling, same seed", lambda: checks.check_seeds(case, exact))
+        run("sampling, top_p", lambda: checks.check_top_p(case, exact))
         for bits in (8, 4):
-            run(f"{bits}-bit", partial(inference.check_quantized, case, half, bits))
+            run(f"{bits}-bit", partial(checks.check_quantized, case, half, bits))
 
 
 def check_rates(report: Report, device: torch.device, half: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaTokenizer
 
@@ -102,6 +102,8 @@ def test_supervised_text_equals_the_answers(pair: tuple[str, str], rounds: list[
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(sorted(zoo.MAKERS)), TEXTS)
+@example("gpt2-slow", "a\u2581b")
+@example("llama-new", "a\u2581b")
 def test_tokens_cover_the_text_in_order(name: str, text: str) -> None:
     tokens = tokenize(text, zoo.make(name), images=False)
     assert [token.id for token in tokens] == zoo.make(name)(text).input_ids

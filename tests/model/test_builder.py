@@ -1,4 +1,4 @@
-"""Loading: files decide, faults are told in one sentence, the checkpoint's own tower wins (users.md LOAD, VT, PROJ)."""
+"""Loading: the files decide, errors name their remedy, and a tower inside the checkpoint takes precedence."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_a_four_way_split_gives_the_same(
     with pytest.raises(IndexError, match="layer 2 of 2"):
         cache[2, 0]
     for move in (split.cpu, split.half, lambda: split.to("cpu")):
-        with pytest.raises(ConfigError, match=r"spread over cuda:0, .*cannot be moved"):
+        with pytest.raises(ConfigError, match=r"split over cuda:0, .*cannot be moved"):
             move()
 
 

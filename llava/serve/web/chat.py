@@ -118,7 +118,7 @@ class Chat:
             "images": [image.data_uri() for image in images],
             "turns": [
                 {"text": turn.text, "answer": turn.answer, "note": turn.note, "finish_reason": turn.finish_reason}
-                | {"model": turn.model, "mode": turn.mode, "pictures": len(turn.images), **asdict(turn.sampling)}
+                | {"model": turn.model, "mode": turn.mode, "images": len(turn.images), **asdict(turn.sampling)}
                 for turn in self.turns
             ],
         }

@@ -44,7 +44,9 @@ class UploadedImage:
         """
         if mode not in PROCESS_MODES:
             raise ImageError(f"Unknown preprocess mode {mode!r}; must be one of {', '.join(PROCESS_MODES)}.")
-        return base64.b64encode(self.data if mode == "Default" else _png(process_upload(self.decode(), mode))).decode()
+        return base64.b64encode(
+            self.data if mode == "Default" else _encode(process_upload(self.decode(), mode), "PNG")
+        ).decode()
 
 
 def load_images(paths: Sequence[str]) -> tuple[UploadedImage, ...]:
@@ -61,9 +63,9 @@ def load_image(path: str) -> UploadedImage:
     kind = Image.open(io.BytesIO(data)).format
     if kind not in _SENT_FORMATS or max(image.size) > _MAX_SIDE or len(data) > _MAX_BYTES:
         image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
-        data = _png(image)
+        data = _encode(image, "PNG")
         if len(data) > _MAX_BYTES:
-            data = _jpeg(image)
+            data = _encode(image, "JPEG")
     if kind not in _SENT_FORMATS:  # browsers display neither TIFF nor PPM
         displayed = Path(path).with_name(f"{Path(path).stem}-shown.png")
         displayed.write_bytes(data)
@@ -73,18 +75,10 @@ def load_image(path: str) -> UploadedImage:
 
 def as_jpeg(image: UploadedImage) -> bytes:
     """The image as JPEG without the metadata of the upload, for the log."""
-    return _jpeg(image.decode())
+    return _encode(image.decode(), "JPEG")
 
 
-def _png(image: Image.Image) -> bytes:
-    return _encoded(image, "PNG")
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    return _encoded(image, "JPEG")
-
-
-def _encoded(image: Image.Image, kind: str) -> bytes:
+def _encode(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
     return buffer.getvalue()

@@ -1,6 +1,7 @@
-"""Loading, logits, tokens, sampling and quantization, compared with float32 on the CPU.
+"""Loading, inference, sampling, quantization and an optimizer step, compared with float32 on the CPU.
 
-The reference is `forward` and `generate` of transformers; the device and the engine are under test.
+The reference is forward, `generate` and backward of transformers; the device, the engine and packed training are under
+test.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -20,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from llava.constants import IGNORE_INDEX
 from llava.engine import Engine, Request, SamplingParams
 from llava.engine.sampling import Sampler
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -28,6 +31,8 @@ from llava.self_test import CheckFailed, CheckSkipped, within
 from llava.self_test.checkpoints import EOS, KINDS, Checkpoint
 
 LIMITS: Final = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+TRAINING_LIMIT, AUTOCAST_LIMIT = 1e-3, 0.05
+LEARNING_RATE: Final = 1e-3
 QUANTIZED_LIMITS: Final = {8: 0.1, 4: 0.4}
 NEW_TOKENS: Final = 12
 TOP_P: Final = 0.6
@@ -267,3 +272,64 @@ def check_quantized(case: Case, role: Role, bits: int) -> str:
         raise CheckFailed("no layer was quantized")
     forward = forward_error(loaded, plain, requests, [generate(loaded, request) for request in requests])
     return within([forward, engine_error(make_engine(loaded), plain, requests)], QUANTIZED_LIMITS[bits])
+
+
+def make_batch(loaded: Loaded) -> dict[str, Tensor]:
+    """A padded batch of different lengths, one row without an image; the second half of each row is supervised."""
+    given = [model_inputs(loaded, request) for request in make_requests()]
+    rows = [[*ids, *range(40, 44 + number)] for number, (ids, _) in enumerate(given)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    lengths, positions = torch.tensor([[len(row)] for row in rows]), torch.arange(longest)
+    unsupervised = (positions >= lengths) | (positions < lengths // 2) | (ids < 0)
+    blank = torch.zeros_like(next(images["images"] for _, images in given if images))  # for the row without an image
+    device = loaded.model.device
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": (positions < lengths).to(device),
+        "labels": ids.masked_fill(unsupervised, IGNORE_INDEX).to(device),
+        "images": torch.cat([images.get("images", blank) for _, images in given]),
+    }
+
+
+def train_step(loaded: Loaded, *, packed: bool, autocast: torch.dtype | None = None) -> Tensor:
+    """Train all weights but the tower for one AdamW step, on packed sequences or as in transformers.
+
+    Returns the loss before and after, and the gradient norm of each parameter: (2 + P,) in float32 on the CPU.
+    """
+    model, batch = loaded.model, make_batch(loaded)
+    model.train(packed)
+    parameters = [value for name, value in model.named_parameters() if "vision_tower" not in name]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    kind = model.device.type
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=kind == "cuda")
+
+    def loss() -> Tensor:
+        with torch.autocast(kind, dtype=autocast) if autocast is not None else nullcontext():
+            value: Tensor = model(**batch).loss
+        return value
+
+    before = loss()
+    before.backward()  # type: ignore[no-untyped-call]
+    missing = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    if missing:
+        raise CheckFailed(f"{missing[0]} has no gradient")
+    norms = [parameter.grad.float().norm() for parameter in parameters if parameter.grad is not None]
+    optimizer.step()
+    with torch.no_grad():
+        return torch.stack([before.detach().float(), loss().float(), *norms]).cpu()
+
+
+def check_step(case: Case, role: Role, autocast: torch.dtype | None = None) -> str:
+    """Losses and gradient norms of the model in `role`, with float32 weights, against the reference."""
+    if autocast is not None and not torch.amp.is_autocast_available(role.device.type):
+        raise CheckSkipped(f"this torch does not support autocast on {role.device.type}")
+    wanted = train_step(case.load(REFERENCE), packed=False)
+    found = train_step(case.load(role), packed=True, autocast=autocast)
+    before, after = found[:2].tolist()
+    if not after < before:
+        raise CheckFailed(f"the loss did not decrease: {before:.4f} to {after:.4f}")
+    error = float(((found - wanted) / wanted).abs().max())
+    limit = TRAINING_LIMIT if autocast is None else AUTOCAST_LIMIT
+    return f"loss {before:.3f} -> {after:.3f}, {within([error], limit)}"
