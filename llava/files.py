@@ -1,12 +1,14 @@
-"""Atomic writes: a file or directory appears under its name only once it is complete."""
+"""Atomic writes, where a file appears under its name only once it is complete; file locks; interrupted JSON Lines."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -68,6 +70,28 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def drop_partial_line(path: Path) -> None:
+    """Truncate a file after its last newline, removing a line whose writing was interrupted."""
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def lock_file(path: Path) -> TextIO:
+    """Lock a file until the returned handle is closed. Raises `ConfigError` if another process holds the lock."""
+    handle = path.open("a", encoding="utf-8")
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise ConfigError(f"Another process is writing {path}; wait until it ends, or stop it.") from error
+    except OSError:  # a file system without locks
+        return handle
+    return handle
 
 
 def _part(path: Path) -> Path:

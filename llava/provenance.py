@@ -1,11 +1,12 @@
-"""Package versions and code commit recorded beside training runs and evaluation answers."""
+"""Package versions, code commit, and fingerprints of checkpoints and files, recorded beside runs and answers."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,9 @@ PACKAGES: Final = (
     *("llava", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "safetensors"),
     "pillow",
 )
+_CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json")
+_SAMPLES, _SAMPLE = 32, 1 << 16  # per weight file; hashing 26 GB would take longer than many benchmarks
 
 
 def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -33,3 +37,41 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def checkpoint_fingerprint(path: str | Path) -> str:
+    """sha256 of a checkpoint's files: names, sizes, and contents (32 evenly spaced 64 KiB samples of large files).
+
+    A hub name is returned unchanged.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        return str(path)
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and (file.name.startswith(_CHECKPOINT_FILES) or file.name.endswith(_WEIGHT_SUFFIXES)):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            for sample in _samples(file):
+                digest.update(sample)
+    return digest.hexdigest()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """Yield a small file whole, and evenly spaced parts of a large one including the first and the last."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        if size <= _SAMPLES * _SAMPLE:
+            yield handle.read()
+            return
+        for index in range(_SAMPLES):
+            handle.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
+            yield handle.read(_SAMPLE)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

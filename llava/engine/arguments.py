@@ -82,6 +82,11 @@ class EngineArgs:
         given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
         return cls(**{**given, "max_batch_size": max_batch_size})
 
+    @property
+    def quantization(self) -> str | None:
+        """ "8 bit", "4 bit", or None."""
+        return "8 bit" if self.load_8bit else "4 bit" if self.load_4bit else None
+
     def build_engine(self, progress: Callable[[float], None] | None = None) -> Engine:
         """Load the checkpoint into an engine.
 

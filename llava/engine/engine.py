@@ -237,6 +237,15 @@ class Engine:
             if self._running[row].handle.cancelled:
                 self._release(row, "cancelled")
 
+    def numerics(self) -> dict[str, str | None]:
+        """Settings on which answers depend beside the checkpoint: preprocessing, dtype, attention and device."""
+        return {
+            "image_aspect_ratio": self.image_aspect_ratio,
+            "dtype": str(self.model_runner.spec.dtype).removeprefix("torch."),
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "device": self.model_runner.spec.device.type,
+        }
+
     def statistics(self) -> Statistics:
         """Counters, load and memory of the engine."""
         prefiller, features = self.prefiller, self.features

@@ -101,9 +101,6 @@ class EvalArgs:
     def run_settings(self, template: str, image_folder: Path, max_new_tokens: int = 128) -> RunSettings:
         """Settings of a run; `max_new_tokens` applies if the flag is absent."""
         engine = self.engine
-        quantization = None
-        if engine is not None and (engine.load_8bit or engine.load_4bit):
-            quantization = "8 bit" if engine.load_8bit else "4 bit"
         limit = max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         return RunSettings(
             model_path=engine.model_path if engine else "",
@@ -114,7 +111,7 @@ class EvalArgs:
             num_workers=self.num_workers,
             resume=self.resume,
             overwrite=self.overwrite,
-            quantization=quantization,
+            quantization=engine.quantization if engine else None,
         )
 
 

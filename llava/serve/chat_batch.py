@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 from torch import Tensor
 from tqdm import tqdm
@@ -26,8 +25,9 @@ from tqdm import tqdm
 from llava.conversation import get_template, stop_strings, with_image_token
 from llava.engine import Engine, Request, RequestHandle, SamplingParams
 from llava.errors import ConfigError, DataError, LlavaError
-from llava.files import write_errors
+from llava.files import drop_partial_line, lock_file, write_errors
 from llava.images import open_image, preprocess_image
+from llava.provenance import checkpoint_fingerprint
 
 Row = dict[str, object]
 
@@ -43,11 +43,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """Settings that determine the answers."""
+    """Settings that determine the answers, beside those of the engine."""
 
+    model_path: str
     model_id: str
     template: str
     params: SamplingParams
+    model_base: str | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,10 @@ def answer_prompts(
         "model_id": settings.model_id,
         "conv_template": settings.template,
         "decoding": dataclasses.asdict(settings.params) | {"stop": list(settings.params.stop)},
-        "image_aspect_ratio": engine.image_aspect_ratio,
-        "dtype": str(engine.model_runner.spec.dtype).removeprefix("torch."),
+        "checkpoint": checkpoint_fingerprint(settings.model_path),
+        "base": None if settings.model_base is None else checkpoint_fingerprint(settings.model_base),
+        "quantization": settings.quantization,
+        **engine.numerics(),
     }
     start, failures = time.monotonic(), []
     with AnswerFile(output, prompts, identity, overwrite=overwrite) as file:
@@ -190,7 +195,7 @@ class AnswerFile:
         manifest = path.with_name(f"{path.name}.manifest.json")
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path)
+            self._lock = lock_file(path)
         try:
             if overwrite:
                 os.truncate(path, 0)
@@ -221,10 +226,9 @@ class AnswerFile:
 
     def _read(self) -> list[Row]:
         """The complete rows; raises `DataError` when they do not answer the first prompts."""
-        content = self.path.read_bytes()
-        os.truncate(self.path, content.rfind(b"\n") + 1)
+        drop_partial_line(self.path)
         rows = []
-        for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
             row = _parse_row(line, f"{self.path} line {number}")
             prompt = self.prompts[number - 1] if number <= len(self.prompts) else None
             if prompt is None or (row.get("question_id"), row.get("prompt")) != (prompt.prompt_id, prompt.text):
@@ -271,18 +275,3 @@ def _check_identity(path: Path, manifest: Path, identity: Row) -> None:
 def _error_of(row: Row) -> object:
     metadata = row.get("metadata")
     return metadata.get("error") if isinstance(metadata, dict) else None
-
-
-def _lock(path: Path) -> TextIO:
-    """Open and lock a file until it is closed; `ConfigError` when another process has locked it."""
-    file = path.open("a", encoding="utf-8")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ConfigError(f"Another process is writing {path}; wait for it, or choose another output file.") from error
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
-    return file

@@ -84,13 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     params = sampling_params(args)
     images = [(source, load_image(source)) for source in args.image_file]
     print(f"Loading {args.model_path} …", file=sys.stderr)
-    engine = EngineArgs.from_cli_args(args, max_batch_size=args.batch_size).build_engine()
+    engine_args = EngineArgs.from_cli_args(args, max_batch_size=args.batch_size)
+    engine = engine_args.build_engine()
     name = get_model_name_from_path(args.model_path)
     template = template_for(engine.model.config, name, args.conv_mode)
     if is_stage_one(engine.model.config):
         print("This is a stage-1 checkpoint (only its projector is trained): expect captions.", file=sys.stderr)
     if args.input is not None:
-        settings = BatchSettings(name, template, params)
+        settings = BatchSettings(
+            args.model_path, name, template, params, engine_args.model_base, engine_args.quantization
+        )
         result = answer_prompts(engine, args.input, args.output, settings, overwrite=args.overwrite)
         print(result.summary(args.output), file=sys.stderr)
         return 1 if result.failures else 0

@@ -19,8 +19,8 @@ from llava.eval import (
 from llava.eval.judging import reviews
 from llava.eval.judging.judge import OPENAI_URL, Judge, base_url
 from llava.eval.judging.reviews import DEFAULT_RULES
-from llava.eval.run.answers import lock_file
 from llava.eval.run.remote_model import auth_headers
+from llava.files import lock_file
 from tests.eval.conftest import read_jsonl, write_jsonl
 from tests.eval.fake_server import FakeServer
 

@@ -20,10 +20,11 @@ from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import ConfigError, ImageError
 from llava.eval.run.images import prefetch
 from llava.eval.run.local_model import LocalModel
-from llava.eval.run.manifest import checkpoint_fingerprint, manifest_path
+from llava.eval.run.manifest import manifest_path
 from llava.eval.run.questions import Question, read_questions
 from llava.eval.run.runner import RunSettings, group_by_images, report, run
 from llava.images import open_image, preprocess_image
+from llava.provenance import checkpoint_fingerprint
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 
 

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from llava.engine.sequence import SamplingParams
 from llava.errors import ConfigError, DataError
 from llava.eval.run import launch, shards
-from llava.eval.run.answers import AnswersWriter, lock_file
+from llava.eval.run.answers import AnswersWriter
 from llava.eval.run.manifest import check_resume, manifest_path
 from llava.eval.run.questions import Question
 from llava.eval.run.runner import Answer, RunSettings, run
 from llava.eval.run.shards import merge as merge_parts
 from llava.eval.run.shards import shard_path, shards_folder
+from llava.files import lock_file
 from llava.parent_process import exit_with_parent
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 from tests.test_package import ROOT

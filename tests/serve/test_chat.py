@@ -310,6 +310,12 @@ def test_answers_of_other_settings_or_prompts_are_not_continued(
     assert run_main(flags, capsys)[0] == 0
     whole = output.read_bytes()
     assert "has decoding" in run_main([*flags, "--temperature", "0.5"], capsys)[2]
+    assert "has dtype" in run_main([*flags, "--dtype", "bfloat16"], capsys)[2]
+    assert "has quantization" in run_main([*flags, "--load-8bit"], capsys)[2]
+    other = tmp_path / tiny_dirs["chat"].name
+    shutil.copytree(tiny_dirs["chat"], other)
+    (other / "generation_config.json").write_text('{"_from_model_config": true}')
+    assert "has checkpoint" in run_main([*flags, "--model-path", str(other)], capsys)[2]
     source.write_text('{"prompt": "Bye"}\n')
     assert "line 1 does not answer prompt 1" in run_main(flags, capsys)[2]
     with output.open("a") as held:

@@ -15,7 +15,7 @@ from pathlib import Path
 from llava.errors import LlavaError
 from llava.eval.benchmarks.base import EVAL_DATA, RequiredFile, Task
 from llava.eval.benchmarks.registry import ALL, TASKS, make_tasks
-from llava.eval.run.manifest import file_digest
+from llava.provenance import file_digest
 from llava.utils import guarded
 
 

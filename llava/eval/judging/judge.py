@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from llava.errors import ConfigError
-from llava.eval.run.answers import drop_partial_line
 from llava.eval.run.files import read_rows
 from llava.eval.run.remote_model import chat_completion, normalize_url
-from llava.files import write_errors
+from llava.files import drop_partial_line, write_errors
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
 

@@ -22,9 +22,9 @@ from typing import Final, TypedDict
 from llava.errors import ConfigError, DataError
 from llava.eval.judging.judge import Judge, base_url
 from llava.eval.program import file_flag, flag, program
-from llava.eval.run.answers import drop_partial_line, lock_file, read_results
+from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, by_key, read_json, read_rows, require_same, write_json
-from llava.files import write_errors
+from llava.files import drop_partial_line, lock_file, write_errors
 
 logger = logging.getLogger(__name__)
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
-from llava.errors import ConfigError, DataError
+from llava.errors import DataError
 from llava.eval.run.files import Record, Row, by_key, read_rows
 from llava.eval.run.questions import Question, QuestionId, QuestionKey
-from llava.files import write_errors
+from llava.files import drop_partial_line, lock_file, write_errors
 
 MakeRow = Callable[[Question, str, str | None], Row]
 
@@ -179,25 +177,3 @@ class AnswersWriter:
             self._file.close()
             if self._retry and complete:
                 self._target.replace(self.path)
-
-
-def drop_partial_line(path: Path) -> None:
-    """Truncate a file after its last newline, removing a line whose writing was interrupted."""
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-
-def lock_file(path: Path) -> TextIO:
-    """Lock a file until the returned handle is closed. Raises `ConfigError` if another process holds the lock."""
-    handle = path.open("a", encoding="utf-8")
-    try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.close()
-        raise ConfigError(f"Another process is writing {path}; wait until it ends, or stop it.") from error
-    except OSError:  # a file system without locks
-        return handle
-    return handle

@@ -14,9 +14,9 @@ from llava.engine.chat import render_question
 from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import LlavaError
 from llava.eval.run.images import prefetch
-from llava.eval.run.manifest import checkpoint_fingerprint
 from llava.eval.run.questions import Question
 from llava.images import preprocess_image
+from llava.provenance import checkpoint_fingerprint
 
 if TYPE_CHECKING:
     from llava.eval.run.images import Loaded
@@ -62,12 +62,9 @@ class LocalModel:
         return {
             "checkpoint": checkpoint_fingerprint(settings.model_path),
             "template": {"name": settings.template, "text": example},
-            "image_aspect_ratio": engine.image_aspect_ratio,
-            "dtype": str(engine.model_runner.spec.dtype).removeprefix("torch."),
             "quantization": settings.quantization,
             **({} if settings.follow_up is None else {"follow_up": settings.follow_up}),
-            "attention": getattr(config, "_attn_implementation", None),
-            "device": engine.model_runner.spec.device.type,
+            **engine.numerics(),
         }
 
     def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:

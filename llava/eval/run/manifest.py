@@ -6,61 +6,18 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava.errors import ConfigError, DataError
-from llava.eval.run.answers import lock_file
 from llava.eval.run.files import Row
 from llava.eval.run.questions import Question
-from llava.files import write_text
+from llava.files import lock_file, write_text
 from llava.provenance import git_commit, installed_versions
-
-_CHECKPOINT_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json")
-_SAMPLES, _SAMPLE = 32, 1 << 16  # per weight file; hashing 26 GB would take longer than many benchmarks
 
 
 def manifest_path(answers: Path) -> Path:
     return answers.with_name(answers.name + ".manifest.json")
-
-
-def checkpoint_fingerprint(path: str | Path) -> str:
-    """sha256 of a checkpoint's files: names, sizes, and contents (32 evenly spaced 64 KiB samples of large files).
-
-    A hub name is returned unchanged.
-    """
-    directory = Path(path)
-    if not directory.is_dir():
-        return str(path)
-    digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        if file.is_file() and (file.name.startswith(_CHECKPOINT_FILES) or file.name.endswith(_WEIGHT_SUFFIXES)):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            for sample in _samples(file):
-                digest.update(sample)
-    return digest.hexdigest()
-
-
-def _samples(file: Path) -> Iterator[bytes]:
-    """Yield a small file whole, and evenly spaced parts of a large one including the first and the last."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        if size <= _SAMPLES * _SAMPLE:
-            yield handle.read()
-            return
-        for index in range(_SAMPLES):
-            handle.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
-            yield handle.read(_SAMPLE)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:

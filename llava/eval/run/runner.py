@@ -15,9 +15,10 @@ from llava.engine import Engine, SamplingParams
 from llava.eval.run.answers import AnswersWriter, MakeRow, answer_row
 from llava.eval.run.images import ImageFolder, ImageSource
 from llava.eval.run.local_model import LocalModel
-from llava.eval.run.manifest import check_resume, file_digest, questions_fingerprint, to_json, write_manifest
+from llava.eval.run.manifest import check_resume, questions_fingerprint, to_json, write_manifest
 from llava.eval.run.questions import Question, QuestionId, get_chunk
 from llava.eval.run.shards import earlier_rows, keys_digest
+from llava.provenance import file_digest
 
 WINDOW = 1024  # questions reordered at a time to bring questions about the same image together
 
