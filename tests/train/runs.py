@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -156,7 +158,11 @@ class Launched:
         self.wait, self.poll = self.process.wait, self.process.poll
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill all of its processes, also the workers that torchrun starts in sessions of their own."""
+        processes = [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(True))]
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def start(
