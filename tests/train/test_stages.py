@@ -254,7 +254,8 @@ def test_bfloat16_on_the_cpu_follows_float32_and_is_saved_in_16_bit(
 
     def watch(*args: Any) -> torch.Tensor:
         out: torch.Tensor = linear(*args)
-        seen.add(out.dtype)
+        if not out.is_meta:  # from counting the tokens of an image
+            seen.add(out.dtype)
         return out
 
     torch.nn.functional.linear = watch
