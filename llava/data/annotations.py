@@ -7,6 +7,7 @@ bytes per record.
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, overload
@@ -34,8 +35,8 @@ class Records(Sequence[object]):
     def __reduce__(self) -> tuple[object, ...]:
         return read_records, (self.path,)
 
-    def _item(self, index: int) -> object:
-        raise NotImplementedError  # pragma: no cover
+    @abstractmethod
+    def _item(self, index: int) -> object: ...
 
     @overload
     def __getitem__(self, index: int) -> object: ...
