@@ -18,6 +18,9 @@ class FakeServer:
         self.paths: list[str] = []
         self.models = ["fake"]
         self.stream: str | None = None  # sent instead of every reply, as events
+        self.message: dict[str, Any] | None = None  # of every reply
+        self.body: Any = None  # sent instead of every reply
+        self.headers: dict[str, str] = {}
         self.answer = answer
         outer = self
 
@@ -31,6 +34,8 @@ class FakeServer:
                 kind = "application/json" if outer.stream is None else "text/event-stream; charset=utf-8"
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
+                for header in outer.headers.items():
+                    self.send_header(*header)
                 self.end_headers()
                 self.wfile.write(body)
 
@@ -42,7 +47,7 @@ class FakeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.bodies.append(body)
                 status, text = outer.reply(body)
-                self.send(status, {"choices": [{"message": {"content": text}}]})
+                self.send(status, outer.body or {"choices": [{"message": outer.message or {"content": text}}]})
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
@@ -50,6 +55,8 @@ class FakeServer:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
     def reply(self, body: dict[str, Any]) -> tuple[int, str]:
+        if self.message is not None:
+            return 200, ""
         if self.answer is not None:
             return self.answer(body)
         return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]

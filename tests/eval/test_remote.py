@@ -92,8 +92,58 @@ def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
     server.stream = "".join(f"data: {json.dumps(each, ensure_ascii=False)}\n\n" for each in deltas) + "data: [DONE]\n"
     assert chat_completion(server.url, {"model": "m"}) == "grün ja" and server.bodies[0]["stream"] is False
     server.stream = 'data: {"error": {"message": "broken"}}\n\n'
-    with pytest.raises(RequestError, match="a stream without an answer"):
+    with pytest.raises(RequestError, match=r"gave no reply \(broken\)"):
         chat_completion(server.url, {"model": "m"}, tries=1)
+
+
+def test_an_answer_without_text_withholds_the_score_and_thinking_is_kept_apart(
+    server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, count, make = BENCHMARKS["pope"]
+    (tmp_path / folder).mkdir()
+    make(tmp_path / folder)
+    flags = ["--tasks", "pope", "--api-base", server.url, "--eval-data", str(tmp_path), "--output-dir", str(tmp_path)]
+    for content in (None, "", "<think>yes", [{"type": "refusal", "refusal": "I cannot."}]):
+        server.message = {"content": content}
+        assert evaluate.main([*flags, "--overwrite"]) != 0
+        assert "gave no reply" in capsys.readouterr().err
+        assert not (tmp_path / "pope" / "score.json").exists()
+    server.message = {"content": [{"type": "text", "text": "<think>no?</think>\n"}, {"type": "text", "text": "Yes"}]}
+    assert evaluate.main([*flags, "--overwrite"]) == 0
+    rows = read_jsonl(tmp_path / "pope" / "answers.jsonl")
+    assert len(rows) == count
+    assert {(row["text"], row["metadata"]["thinking"]) for row in rows} == {("Yes", "no?")}
+
+
+def test_retries_are_only_for_what_may_pass(server: FakeServer) -> None:
+    waits: list[float] = []
+
+    def ask() -> str:
+        return chat_completion(server.url, {"model": "m", "max_tokens": 5}, sleep=waits.append)
+
+    server.answer = None
+    server.headers = {"Retry-After": "9"}
+    server.replies = [(429, ""), (503, ""), (200, "yes")]
+    assert ask() == "yes" and waits == [9, 9]
+    for body, status in (({"error": {"message": "No.", "code": 400}}, 200), ({"detail": "No."}, 404)):
+        server.body, server.replies, count = body, [(status, "")], len(server.bodies)
+        with pytest.raises(RequestError, match=r"No\."):
+            ask()
+        assert len(server.bodies) == count + 1
+    assert len(waits) == 2
+
+
+def test_a_server_that_wants_the_newer_token_field_gets_it(server: FakeServer) -> None:
+    unsupported = "Unsupported parameter: 'max_tokens' is not supported; use 'max_completion_tokens' instead."
+
+    def newer(body: dict[str, Any]) -> tuple[int, str]:
+        server.body = {"error": {"message": unsupported, "param": "max_tokens"}} if "max_tokens" in body else None
+        return (400, "") if "max_tokens" in body else (200, "yes")
+
+    server.answer = newer
+    for asked in (2, 3):
+        assert chat_completion(server.url, {"model": "o", "max_tokens": 5}, tries=1) == "yes"
+        assert len(server.bodies) == asked and server.bodies[-1]["max_completion_tokens"] == 5
 
 
 def test_a_server_without_answers_ends_the_run(

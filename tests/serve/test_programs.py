@@ -120,10 +120,13 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
     with pytest.raises(openai.BadRequestError) as too_long:
         client.chat.completions.create(model=NAME, messages=[user])
     assert too_long.value.code == "context_length_exceeded"
+    assert too_long.value.param == "messages" and too_long.value.body["error_type"] == "context_length_exceeded"
+    assert "This model's maximum context length is 2048 tokens. However, you requested" in too_long.value.message
     assert too_long.value.body["context_length"] == 2048
     assert too_long.value.body["prompt_tokens"] > 2048
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nothing", messages=[{"role": "user", "content": "hi"}])
+    assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="body: n is not supported; omit it") as unserved:
         client.chat.completions.create(model=NAME, n=2, messages=[{"role": "user", "content": "hi"}])
     assert unserved.value.param == "n"
@@ -131,8 +134,9 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
         client.chat.completions.create(model=NAME, top_p=2, messages=[{"role": "user", "content": "hi"}])
     assert bad.value.param == "top_p"
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(b"no").decode()}}
-    with pytest.raises(openai.BadRequestError, match="Cannot read the given image"):
+    with pytest.raises(openai.BadRequestError, match="Cannot read the given image") as damaged:
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": [part]}])
+    assert (damaged.value.code, damaged.value.body["error_type"]) == ("invalid_image", "bad_image")
 
 
 def test_llava_eval_asks_this_server_and_gets_the_answers_of_its_own_run(

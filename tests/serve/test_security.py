@@ -102,5 +102,6 @@ def test_the_api_refuses_a_key_that_asks_too_often() -> None:
             ]
         assert [reply.status_code for reply in replies] == [404, 404, 429, 404]
         assert int(replies[2].headers["Retry-After"]) >= 1
-        assert replies[2].json()["error"]["code"] == "rate_limited"
+        assert replies[2].json()["error"]["error_type"] == "rate_limited"
+        assert replies[2].json()["error"]["code"] == "rate_limit_exceeded"
         assert get(controller.url, "/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200

@@ -16,6 +16,7 @@ from llava.engine.sequence import Request, SamplingParams
 from llava.serve import controller, model_worker, register_worker, test_message
 from llava.serve.common.middleware import Keys, Limits
 from llava.serve.common.protocol import ModelInfo
+from llava.serve.worker import openai_backend
 from llava.serve.worker.app import Worker, make_worker_app
 from llava.serve.worker.local_backend import BackendSettings
 from llava.serve.worker.openai_backend import OpenAIBackend
@@ -167,7 +168,7 @@ def test_the_adapter_reports_what_its_engine_does_wrong() -> None:
         for reply, kind in (
             (upstream_reply(chunk), "worker_unavailable"),
             (upstream_reply("{not json"), "worker_unavailable"),
-            (upstream_reply(chunk, {"error": {"message": "secret"}}), "internal"),
+            (upstream_reply(chunk, {"error": {"message": "no memory for key"}}), "internal"),
             (http_reply(b"busy", status="429 Too Many"), "overloaded"),
             (http_reply(b'{"error": "context length"}', status="400 Bad"), "context_length_exceeded"),
             (http_reply(b"no", status="400 Bad"), "bad_request"),
@@ -176,13 +177,116 @@ def test_the_adapter_reports_what_its_engine_does_wrong() -> None:
             engine.reply = reply
             answer = generate(url, request_body("USER: x ASSISTANT:"))
             assert frames_of(answer)[-1]["error"]["type"] == kind
-            assert "secret" not in answer.text
+            assert "secret" not in answer.text and "for key" not in answer.text
+            assert kind != "internal" or "no memory for ***" in answer.text
             until(lambda: worker.backend.in_use == 0)
         assert b"Bearer key" in engine.received[-1]
         engine.reply = upstream_reply(chunk, {"choices": [{"delta": {}, "finish_reason": "stop"}]}, "[DONE]")
         assert frames_of(generate(url, request_body("USER: x ASSISTANT:")))[-1]["text"].endswith("hel")
         worker.backend.capacity = 0  # type: ignore[attr-defined]
         assert generate(url, request_body("USER: x ASSISTANT:")).status_code == 503
+
+
+SAID = {"choices": [{"delta": {"content": "hel"}, "finish_reason": None}]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"data:{json.dumps(SAID)}\n\ndata:[DONE]\n\n",
+        f"data: {json.dumps(SAID)}\n\ndata: " + '{"choices":[{"delta":null,"finish_reason":""}]}\n\ndata: [DONE]\n\n',
+        ": wait\r\n\r\ndata: " + json.dumps(SAID).replace("null", '"eos"') + "\r\n\r\n",
+        json.dumps({"choices": [{"message": {"content": "hel"}, "finish_reason": "stop"}]}),
+        'data: {"choices":[{"delta":{"refusal":"hel"},"finish_reason":"stop"}]}',
+    ],
+    ids=["no space", "no reason to finish", "CRLF and eos", "not streamed", "refusal"],
+)
+def test_the_adapter_reads_every_form_of_an_answer(body: str) -> None:
+    models = http_reply(json.dumps({"data": [{"id": "big"}]}).encode())
+    with decoy(models) as engine, adapter(f"{engine.url}/v1") as (url, _):
+        engine.reply = http_reply(body.encode())
+        frames = frames_of(generate(url, request_body("USER: x ASSISTANT:")))
+        assert (frames[-1]["text"], frames[-1].get("finish_reason")) == ("USER: x ASSISTANT:hel", "stop")
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "words"),
+    [
+        (http_reply(b'{"error":{"message":"top_k must be -1"}}', status="400 Bad"), "bad_request", "top_k must be -1"),
+        (http_reply(b'{"detail":[{"loc":["body","n"],"msg":"bad"}]}', status="422 No"), "bad_request", "body.n: bad"),
+        (http_reply(b'{"error":{"message":"odd","code":400}}'), "bad_request", "odd"),
+        (http_reply(b"<html><title>502 Bad</title>secret</html>", status="502 Bad"), "worker_unavailable", "502"),
+        (http_reply(b'{"error":{"message":"secret"}}', status="401 No"), "worker_unavailable", "key"),
+        (http_reply(b'{"error":{"message":"later"}}', "Retry-After: 7", status="429 No"), "overloaded", "later"),
+        (http_reply(b'{"message":"bad","code":"invalid_image_url"}', status="400 Bad"), "bad_image", "bad"),
+        (http_reply(b'event: error\ndata: {"error":{"message":"odd","code":500}}\n\n'), "internal", "odd"),
+        (upstream_reply({"choices": [{"delta": {}, "finish_reason": "abort"}]}), "internal", "aborted"),
+        (upstream_reply({"choices": [{"delta": {}, "finish_reason": "content_filter"}]}), "bad_request", "filter"),
+    ],
+    ids=["400", "422", "200", "proxy", "401", "429", "image", "event", "abort", "filter"],
+)
+def test_reasons_of_the_engine_reach_the_client_and_the_log(
+    reply: bytes, kind: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = http_reply(json.dumps({"data": [{"id": "big"}]}).encode())
+    with decoy(models) as engine, adapter(f"{engine.url}/v1") as (url, worker):
+        engine.reply = reply
+        answer = generate(url, request_body("USER: x ASSISTANT:"))
+        error = frames_of(answer)[-1]["error"]
+        assert error["type"] == kind and words in error["message"] and "secret" not in error["message"]
+        assert kind != "overloaded" or answer.headers["Retry-After"] == "7"
+        until(lambda: worker.backend.in_use == 0)
+
+
+def test_the_adapter_omits_what_its_engine_refuses() -> None:
+    models = http_reply(json.dumps({"data": [{"id": "big"}]}).encode())
+    with decoy(models) as engine, adapter(f"{engine.url}/v1") as (url, worker):
+        backend = worker.backend
+        assert isinstance(backend, OpenAIBackend)
+        refuse = b'{"error":{"message":"%s is not supported"}}'
+        for name in (b"stream_options", b"max_tokens"):
+            engine.reply = http_reply(refuse % name, status="400 Bad")
+            generate(url, request_body("USER: x ASSISTANT:"))
+        request = backend._dialect.translate({"max_tokens": 3, "stream_options": {}})
+        assert request == {"max_completion_tokens": 3}
+        engine.reply = upstream_reply(SAID, "[DONE]")
+        assert frames_of(generate(url, request_body("USER: x ASSISTANT:")))[-1]["finish_reason"] == "stop"
+
+
+def test_silent_streams_get_comments_also_through_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_backend, "_KEEP_ALIVE", 0.05)
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 2}
+    engine = StubEngine()
+    with live_controller(keep_alive=0.05) as controller, live_worker(engine, controller=controller.url):
+        until(lambda: controller.registry.models() == [MODEL])
+        with adapter(f"{controller.url}/v1") as (url, _):
+            engine.gate.clear()
+            body = request_body("USER: x ASSISTANT:", 2)
+            with (
+                httpx.stream("POST", f"{controller.url}/v1/chat/completions", json=chat, timeout=60) as direct,
+                httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=60) as adapted,
+            ):
+                events, frames = direct.iter_text(), adapted.iter_bytes()
+                text, seen = "", b""
+                while text.count(": keep-alive\n\n") < 2:
+                    text += next(events)
+                while seen.count(b"\0") < 2:
+                    seen += next(frames)
+                assert b"w0" not in seen and "w0" not in text
+                engine.gate.set()
+                assert "w1" in text + "".join(events)
+                assert b"w1" in seen + b"".join(frames)
+
+
+def test_an_engine_that_sends_headers_with_its_first_token_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_backend, "_KEEP_ALIVE", 0.05)
+    models = http_reply(json.dumps({"data": [{"id": "big"}]}).encode())
+    with decoy(models) as engine, adapter(f"{engine.url}/v1") as (url, worker):
+        engine.reply = None
+        body = request_body("USER: x ASSISTANT:")
+        with httpx.stream("POST", f"{url}/worker_generate_stream", json=body, timeout=60) as response:
+            assert response.status_code == 200 and b'"error_code": 0' in next(response.iter_raw())
+        until(lambda: worker.backend.in_use == 0)
 
 
 def test_the_api_serves_workers_that_only_send_whole_texts() -> None:

@@ -1,6 +1,7 @@
 """Answers files: JSON Lines in question order, flushed after every answer and resumable after a crash.
 
 A failed question has an empty `text` and a reason in `metadata.error`. Scorers reject it; the next run retries it.
+`metadata.thinking` is what a server's model thought before its answer.
 """
 
 from __future__ import annotations

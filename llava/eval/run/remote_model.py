@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import logging
 import os
 import threading
@@ -15,12 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import requests
 
 from llava.errors import ConfigError, LlavaError, RequestError
 from llava.eval.run.questions import Question
+from llava.openai_protocol import ApiError, Dialect, Reply, read_error, read_reply
 
 if TYPE_CHECKING:
     from llava.eval.run.runner import Answer, RunSettings
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_DIALECTS: Final[dict[tuple[str, str], Dialect]] = {}  # by address and model
 
-RETRIED_STATUSES: Final = (408, 409, 429)  # client errors that may pass; all statuses from 500 on are retried as well
+MAX_WAIT: Final = 600.0  # seconds before another attempt, whatever a server demands
 MAX_FAILURES: Final = 8  # consecutive unanswered questions that end a run: server down, or wrong model name
 MIME_TYPES: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")  # accepted by every multimodal server
 
@@ -47,46 +48,50 @@ def auth_headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def chat_completion(
+def complete(
     url: str,
     body: Mapping[str, object],
     *,
     tries: int = 6,
     timeout: float = 120.0,
     sleep: Callable[[float], None] = time.sleep,
-) -> str:
-    """POST `body` to `url/chat/completions` and return the text of the reply.
+) -> Reply:
+    """POST `body` to `url/chat/completions` and return the answer, with thinking set apart.
 
-    Timeouts, statuses from 500 on and `RETRIED_STATUSES` are retried after 1, 2, 4 … seconds. Raises `RequestError`
-    after `tries` attempts, and immediately for any other status.
+    Timeouts, statuses from 500 on and `RETRIED_STATUSES` are retried after 1, 2, 4 … seconds, or after those of
+    `Retry-After`. Raises `RequestError` after `tries` attempts, and immediately for other statuses and empty answers.
     """
-    reason = ""
-    for attempt in range(tries):
-        if attempt:
-            logger.warning("%s failed (%s); retrying.", url, reason)
-            sleep(min(2.0 ** (attempt - 1), 60.0))
+    request = {**body, "stream": False}  # some servers stream by default
+    dialect = _DIALECTS.setdefault((url, str(body["model"])), Dialect())
+    attempt = 0
+    while True:
+        sent, wait = dialect.translate(request), None
         try:
-            request = {**body, "stream": False}  # some servers stream by default
-            reply = requests.post(f"{url}/chat/completions", json=request, headers=auth_headers(), timeout=timeout)
-            if reply.ok:
-                return _text(reply)
-            reason = f"HTTP {reply.status_code}: {reply.text[:200]}"
-            if reply.status_code < 500 and reply.status_code not in RETRIED_STATUSES:
-                break
-        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-    raise RequestError(f"The model {body['model']} at {url} gave no reply ({reason}).")
+            reply = requests.post(f"{url}/chat/completions", json=sent, headers=auth_headers(), timeout=timeout)
+            if not reply.ok:
+                raise read_error(reply.content, reply.status_code, reply.headers)
+            answer = read_reply(reply.content).split_thinking()
+            if answer.missing is None:
+                return answer
+            reason, is_transient = answer.missing, False
+        except ApiError as error:
+            dialect.learn(error, sent)
+            if dialect.translate(request) != sent:
+                continue
+            reason = f"HTTP {error.status}: {error.message}" if error.status else error.message
+            is_transient, wait = error.is_transient, error.retry_after
+        except requests.RequestException as error:
+            reason, is_transient = f"{type(error).__name__}: {error}", True
+        attempt += 1
+        if attempt >= tries or not is_transient:
+            raise RequestError(f"The model {body['model']} at {url} gave no reply ({reason}).")
+        logger.warning("%s failed (%s); retrying.", url, reason)
+        sleep(min(2.0 ** (attempt - 1) if wait is None else wait, MAX_WAIT))
 
 
-def _text(reply: requests.Response) -> str:
-    """The text of a reply, also from servers that send a stream of events although none was requested."""
-    if not reply.headers.get("Content-Type", "").startswith("text/event-stream"):
-        return str(reply.json()["choices"][0]["message"]["content"] or "")
-    lines = (line.removeprefix("data:").strip() for line in reply.content.decode("utf-8").split("\n"))
-    events = [json.loads(line) for line in lines if line and line != "[DONE]" and line[0] == "{"]
-    if not events or any("error" in event for event in events):
-        raise ValueError(f"a stream without an answer: {reply.content[-200:]!r}")
-    return "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
+def chat_completion(url: str, body: Mapping[str, object], **settings: Any) -> str:
+    """The text of `complete`."""
+    return complete(url, body, **settings).text
 
 
 def served_model(url: str, timeout: float = 30.0) -> str:
@@ -180,17 +185,17 @@ class RemoteModel:
         def answer_one(position: int) -> Answer:
             try:
                 body = self.body(questions[position], url_of, settings)
-                text = chat_completion(self.url, body, tries=self.tries, timeout=self.timeout)
+                reply = complete(self.url, body, tries=self.tries, timeout=self.timeout)
             except LlavaError as error:
                 return position, "", str(error)
-            return position, text.strip(), None
+            return position, reply.text.strip(), None, reply.thinking
 
         failures = 0
-        for position, text, error in map_unordered(answer_one, order, self.batch_size):
-            failures = 0 if error is None else failures + 1
+        for answer in map_unordered(answer_one, order, self.batch_size):
+            failures = 0 if answer[2] is None else failures + 1
             if failures == MAX_FAILURES:
-                raise RequestError(f"{MAX_FAILURES} consecutive questions got no answer, the last: {error}")
-            yield position, text, error
+                raise RequestError(f"{MAX_FAILURES} consecutive questions got no answer, the last: {answer[2]}")
+            yield answer
 
     def body(self, question: Question, url_of: Callable[[str], str], settings: RunSettings) -> dict[str, object]:
         """The request of one question: its images, then its text; a plain string if there are no images."""

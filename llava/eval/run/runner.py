@@ -22,7 +22,7 @@ from llava.provenance import file_digest
 
 WINDOW = 1024  # questions reordered at a time to bring questions about the same image together
 
-Answer = tuple[int, str, str | None]  # position, text, error
+Answer = tuple[int, str, str | None] | tuple[int, str, str | None, str]  # position, text, error, thinking
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,14 @@ def run(
     make_row = make_row or answer_row(settings.model_id)
     try:
         with tqdm(total=len(chunk), initial=len(writer.finished), unit="question", desc=answers.name) as bar:
-            for position, text, error in eval_model.answer(chunk, group_by_images(chunk, todo), settings):
+            for answer in eval_model.answer(chunk, group_by_images(chunk, todo), settings):
+                position, text, error = answer[:3]
                 if error is not None:
                     failures.append((chunk[position].question_id, error))
-                writer.write(position, make_row(chunk[position], text, error))
+                row = make_row(chunk[position], text, error)
+                if len(answer) == 4 and answer[3]:
+                    row = {**row, "metadata": {**row["metadata"], "thinking": answer[3]}}
+                writer.write(position, row)
                 bar.update()
         complete = True
     finally:

@@ -108,17 +108,30 @@ def error_response(error: ServeError, path: str, request_id: str) -> Response:
     return Response(json.dumps(frame), error.kind.status, headers, "application/json")
 
 
+# The errors that OpenAI's clients know by another code, with their type.
+_OPENAI_CODES: Final = {
+    ErrorType.UNAUTHORIZED: ("invalid_api_key", "invalid_request_error"),
+    ErrorType.RATE_LIMITED: ("rate_limit_exceeded", "requests"),
+    ErrorType.BAD_IMAGE: ("invalid_image", "invalid_request_error"),
+}
+
+
 def openai_error(error: ServeError, request_id: str) -> dict[str, object]:
-    """`error` as OpenAI's error object."""
+    """`error` as OpenAI's error object; `error_type` is this project's own code."""
     kind = "invalid_request_error" if error.kind.status < 500 else "server_error"
-    return {
-        "message": error.message,
-        "type": kind,
-        "param": error.facts.get("param"),
-        "code": error.kind.wire,
-        "request_id": request_id,
-        **{key: value for key, value in error.facts.items() if key != "param"},
-    }
+    code, kind = _OPENAI_CODES.get(error.kind, (error.kind.wire, kind))
+    facts = {"param": None, **error.facts}
+    message = error.message
+    if error.kind is ErrorType.CONTEXT_TOO_LONG:  # clients recognize the words of OpenAI
+        facts["param"] = "messages"
+        start = "This model's maximum context length is"
+        if "context_length" in facts and "prompt_tokens" in facts:
+            start += f" {facts['context_length']} tokens. However, you requested {facts['prompt_tokens']} tokens"
+            message = f"{start} in the messages. {message}"
+        elif start.lower() not in message.lower():
+            message = f"{start} exceeded. {message}"
+    names = {"type": kind, "code": code, "error_type": error.kind.wire}
+    return {"message": message, **names, "request_id": request_id, **facts}
 
 
 class RequestMiddleware:

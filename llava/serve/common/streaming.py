@@ -14,6 +14,30 @@ T = TypeVar("T")
 _CLIENT_LEFT: Final = 499
 
 
+async def with_keep_alive(items: AsyncGenerator[T, None], seconds: float, filler: T) -> AsyncGenerator[T, None]:
+    """`items`, and a `filler` after every `seconds` without one."""
+    waiting: asyncio.Future[T] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(items))
+            done, _ = await asyncio.wait({waiting}, timeout=seconds)
+            if not done:
+                yield filler
+                continue
+            try:
+                item = waiting.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                waiting = None
+            yield item
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        await items.aclose()
+
+
 class StreamResponse(Response):
     """Streaming response of `chunks`; `on_close` is called exactly once, however the response ends.
 

@@ -27,7 +27,7 @@ from llava.serve.common.middleware import openai_error, release_body, request_id
 from llava.serve.common.openai_chat import ChatBody, RenderedChat, render_chat
 from llava.serve.common.protocol import ErrorType, Frame, ServeError
 from llava.serve.common.security import RateLimiter, bearer
-from llava.serve.common.streaming import DeferredResponse, StreamResponse
+from llava.serve.common.streaming import DeferredResponse, StreamResponse, with_keep_alive
 from llava.serve.control.app import ControllerService
 from llava.serve.control.worker_client import WorkerStream
 
@@ -38,7 +38,8 @@ _CREATED: Final = 1_700_000_000  # constant, since models have no creation date
 class OpenAIServing:
     """Converts chat requests to worker requests, and worker frames to OpenAI objects.
 
-    `rate_limit` is in requests per minute and client; `allow_urls` permits fetching https images.
+    `rate_limit` is in requests per minute and client; `allow_urls` permits fetching https images; a stream without a
+    token for `keep_alive` seconds gets a comment, for proxies and clients that close silent connections.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class OpenAIServing:
         *,
         allow_urls: bool = False,
         unsafe_local: bool = False,
+        keep_alive: float = 5.0,
     ) -> None:
         self.controller = controller
         self.limiter = RateLimiter(rate_limit) if rate_limit else None
         self.allow_urls = allow_urls
+        self.keep_alive = keep_alive
         self.unsafe_local = unsafe_local  # for tests, see `llava.download`
         self._fetching = asyncio.Semaphore(4)
 
@@ -105,7 +108,7 @@ class OpenAIServing:
         completion = ChatCompletion(body, rendered, upstream, request_id)
         close = self.controller.close_callback(upstream, completion.outcome)
         if body.stream:
-            return StreamResponse(completion.events(), close, media_type="text/event-stream")
+            return StreamResponse(completion.events(self.keep_alive), close, media_type="text/event-stream")
         return DeferredResponse(completion.response(), close)
 
     async def _load_image(self, address: str) -> str:
@@ -198,13 +201,16 @@ class ChatCompletion:
         choice = {"index": 0, "message": message, "finish_reason": self.finish_reason, "logprobs": None}
         return JSONResponse({**self._head("chat.completion"), "choices": [choice], "usage": self.usage})
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The completion as server-sent events, terminated by `[DONE]` also after an error."""
+    async def events(self, keep_alive: float) -> AsyncGenerator[bytes, None]:
+        """The completion as server-sent events, terminated by `[DONE]` also after an error.
+
+        A comment is sent after every `keep_alive` seconds of silence.
+        """
         yield self._chunk({"role": "assistant", "content": ""})
         try:
-            async with aclosing(self._texts()) as texts:
+            async with aclosing(with_keep_alive(self._texts(), keep_alive, "")) as texts:
                 async for text in texts:
-                    yield self._chunk({"content": text})
+                    yield self._chunk({"content": text}) if text else b": keep-alive\n\n"
             yield self._chunk({}, self.finish_reason)
             if self.include_usage:
                 yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage})

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Final
+from typing import Final, cast
 
 import httpx
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.engine.detokenizer import TextStream
+from llava.openai_protocol import ApiError, Dialect, ReplyReader, read_error, read_events
 from llava.serve.common.openai_chat import parse_prompt
-from llava.serve.common.protocol import ErrorType, FinishReason, GenerateBody, Message, ModelInfo, ServeError, State
+from llava.serve.common.protocol import ErrorType, GenerateBody, Message, ModelInfo, ServeError, State
 from llava.serve.common.security import authorization
+from llava.serve.common.streaming import with_keep_alive
 from llava.serve.control.worker_client import read_start
 from llava.serve.worker.backend import Delta, Generation, check_image_count
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE: Final = 2.0
 _PROBE_SECONDS: Final = 5.0
-_MAGIC: Final = (("iVBOR", "png"), ("/9j/", "jpeg"), ("UklGR", "webp"))  # base64 of the first bytes
+_MAGIC: Final = (("iVBOR", "png"), ("/9j/", "jpeg"), ("UklGR", "webp"), ("R0lGOD", "gif"))  # base64 of the first bytes
 
 JsonObject = dict[str, object]
 
@@ -45,6 +46,8 @@ class OpenAIBackend:
         self.state: State = "loading"
         self._max_images = info.max_images
         self._template = info.conv_template or "vicuna_v1"
+        self._key = key
+        self._dialect = Dialect()
         self._http = httpx.AsyncClient(
             base_url=upstream,
             headers=authorization(key),
@@ -91,19 +94,84 @@ class OpenAIBackend:
         messages = _with_images(
             body.messages or parse_prompt(body.prompt, self._template), body.images, self._max_images
         )
-        request = self._http.build_request("POST", "/chat/completions", json=self._request(body, messages))
         self.in_use += 1
-        try:
-            response = await self._http.send(request, stream=True)
-            if response.status_code != 200:
-                raise await _refusal(response)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            self.in_use -= 1
-            raise _connection_error(error) from error
+        response = asyncio.ensure_future(self._send(self._request(body, messages)))
+        close = self._close_callback(response)
+        try:  # an engine that sends no headers before its first token is not waited for
+            await asyncio.wait({response}, timeout=_KEEP_ALIVE)
+            if response.done():
+                response.result()
         except BaseException:
-            self.in_use -= 1
+            close()
             raise
-        return Generation(_stop_at(_stop_strings(body), _deltas(response)), self._close_callback(response))
+        deltas = _stop_at(_stop_strings(body), self._deltas(response))
+        return Generation(with_keep_alive(deltas, _KEEP_ALIVE, Delta()), close)
+
+    async def _send(self, request: JsonObject) -> httpx.Response:
+        """The response to a request, which is repeated without the optional parameters that the engine refuses."""
+        try:
+            while True:
+                sent = self._dialect.translate(request)
+                post = self._http.build_request("POST", "/chat/completions", json=sent)
+                response = await self._http.send(post, stream=True)
+                if response.is_success:
+                    return response
+                error = read_error(await read_start(response), response.status_code, response.headers)
+                await response.aclose()
+                self._dialect.learn(error, sent)
+                if self._dialect.translate(request) == sent:
+                    raise self._serve_error(error, refused=True) from error
+                logger.info("The upstream engine refused a parameter: %s", error.message)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _connection_error(error) from error
+
+    async def _deltas(self, sending: asyncio.Future[httpx.Response]) -> AsyncGenerator[Delta, None]:
+        """Deltas of a response, which is a stream of server-sent events or a whole reply."""
+        response, reader = await sending, ReplyReader()
+        try:
+            chunks = cast(AsyncGenerator[bytes, None], response.aiter_bytes())
+            async with aclosing(read_events(chunks)) as events:
+                async for event in events:
+                    text = reader.push(event)
+                    if text:
+                        yield Delta(text)
+            reply = reader.finish()
+        except ApiError as error:
+            raise self._serve_error(error) from error
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise _connection_error(error) from error
+        if reply.failure:
+            kind = ErrorType.BAD_REQUEST if reply.finish_reason == "content_filter" else ErrorType.INTERNAL
+            raise ServeError(kind, f"The upstream engine gave no complete answer: {reply.failure}.")
+        text = "" if reply.text else reply.refusal
+        yield Delta(text, "length" if reply.finish_reason == "length" else "stop", reply.usage)
+
+    def _serve_error(self, error: ApiError, *, refused: bool = False) -> ServeError:
+        """The error for clients and the log line of a refusal, or of a failure within a reply."""
+        reason, status = error.message.replace(self._key or "\0", "***"), error.status
+        logger.warning("The upstream engine failed (status %d): %s", status, reason)
+        if not error.is_structured and not 400 <= status < 500:
+            reason = ""  # the text of a proxy, or a traceback
+        if error.is_context_overflow:
+            kind, text = ErrorType.CONTEXT_TOO_LONG, "The conversation exceeds the engine's context length"
+        elif status in (401, 403):
+            kind, text, reason = ErrorType.WORKER_UNAVAILABLE, "The upstream engine rejects this worker's key", ""
+        elif status in (408, 409, 429, 503, 529):
+            kind, text = ErrorType.OVERLOADED, "The upstream engine is busy"
+        elif status in (400, 413, 422):
+            image = "image" in error.code
+            kind, text = (
+                ErrorType.BAD_IMAGE if image else ErrorType.BAD_REQUEST,
+                "The upstream engine refused the request",
+            )
+        elif refused:
+            kind, text = ErrorType.WORKER_UNAVAILABLE, f"The upstream engine returned status {status}"
+        elif error.is_structured:
+            kind, text = ErrorType.INTERNAL, "The upstream engine failed on this request"
+        else:
+            kind, text = ErrorType.WORKER_UNAVAILABLE, f"The upstream engine failed: {error.message.partition(':')[0]}"
+        wait = (error.retry_after or 2) if kind is ErrorType.OVERLOADED else None
+        return ServeError(kind, f"{text}: {reason}" if reason else f"{text}.", retry_after=wait)
 
     def _request(self, body: GenerateBody, messages: list[JsonObject]) -> JsonObject:
         limit = self.info.max_new_tokens if self.info else body.max_new_tokens
@@ -121,15 +189,19 @@ class OpenAIBackend:
         stops = _stop_strings(body)[:4]  # the limit of the OpenAI API
         return {**request, "stop": stops} if stops else request
 
-    def _close_callback(self, response: httpx.Response) -> Callable[[], None]:
+    def _close_callback(self, sending: asyncio.Future[httpx.Response]) -> Callable[[], None]:
         closed = False
+
+        async def release() -> None:
+            sending.cancel()
+            await (await sending).aclose()
 
         def close() -> None:
             nonlocal closed
             if not closed:
                 closed = True
                 self.in_use -= 1
-                task = asyncio.ensure_future(response.aclose())
+                task = asyncio.ensure_future(release())
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
         return close
@@ -158,51 +230,11 @@ def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
             data = "".join(next(images).split())
             kind = next((kind for start, kind in _MAGIC if data.startswith(start)), None)
             if kind is None:
-                raise ServeError(ErrorType.BAD_IMAGE, "An image is not a base64-encoded JPEG, PNG or WebP file.")
+                raise ServeError(ErrorType.BAD_IMAGE, "An image is not a base64-encoded JPEG, PNG, WebP or GIF file.")
             parts.append({"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}})
         if text.strip():
             parts.append({"type": "text", "text": text.strip()})
     return {"role": message.role, "content": parts}
-
-
-async def _deltas(response: httpx.Response) -> AsyncGenerator[Delta, None]:
-    """Deltas of a stream of server-sent events, an empty one after two seconds of silence."""
-    lines: asyncio.Queue[str | Exception | None] = asyncio.Queue()
-
-    async def read() -> None:
-        try:
-            async for line in response.aiter_lines():
-                lines.put_nowait(line)
-            lines.put_nowait(None)
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            lines.put_nowait(error)
-
-    reader = asyncio.ensure_future(read())
-    reason: FinishReason | None = None
-    usage: dict[str, int] = {}
-    try:
-        while True:
-            try:
-                line = await asyncio.wait_for(lines.get(), _KEEP_ALIVE)
-            except asyncio.TimeoutError:
-                yield Delta()
-                continue
-            if isinstance(line, Exception):
-                raise _connection_error(line) from line
-            if line is None or line == "data: [DONE]":
-                break
-            if not line.startswith("data:"):
-                continue
-            text, reason, usage = _read_event(line[5:], reason, usage)
-            if text:
-                yield Delta(text)
-    finally:
-        reader.cancel()
-    if reason is None:
-        raise ServeError(
-            ErrorType.WORKER_UNAVAILABLE, "The upstream engine closed the connection before the answer was complete."
-        )
-    yield Delta("", reason, usage)
 
 
 async def _stop_at(stops: list[str], deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
@@ -219,39 +251,6 @@ async def _stop_at(stops: list[str], deltas: AsyncGenerator[Delta, None]) -> Asy
                 return
             if text or not delta.text:
                 yield replace(delta, text=text)
-
-
-def _read_event(
-    data: str, reason: FinishReason | None, usage: dict[str, int]
-) -> tuple[str, FinishReason | None, dict[str, int]]:
-    try:
-        event = json.loads(data)
-        if event.get("error"):
-            raise ServeError(ErrorType.INTERNAL, "The upstream engine failed on this request.")
-        counts = event.get("usage") or {}
-        usage = {key: int(counts[key]) for key in ("prompt_tokens", "completion_tokens") if key in counts} or usage
-        text = ""
-        for choice in event.get("choices") or []:
-            text += choice.get("delta", {}).get("content") or ""
-            if choice.get("finish_reason"):
-                reason = "length" if choice["finish_reason"] == "length" else "stop"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The upstream engine sent a malformed event.") from error
-    return text, reason, usage
-
-
-async def _refusal(response: httpx.Response) -> ServeError:
-    """The error of an engine that refused the request, without the engine's own text."""
-    body = await read_start(response)
-    await response.aclose()
-    if response.status_code in (429, 503):
-        return ServeError(ErrorType.OVERLOADED, "The upstream engine is busy.", retry_after=2)
-    if response.status_code in (400, 413, 422):
-        if b"context" in body and b"length" in body:
-            return ServeError(ErrorType.CONTEXT_TOO_LONG, "The conversation exceeds the engine's context length.")
-        return ServeError(ErrorType.BAD_REQUEST, "The upstream engine refused the request.")
-    logger.warning("The upstream engine returned status %d.", response.status_code)
-    return ServeError(ErrorType.WORKER_UNAVAILABLE, "The upstream engine failed.")
 
 
 def _connection_error(error: Exception) -> ServeError:
