@@ -122,6 +122,7 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
     assert too_long.value.code == "context_length_exceeded"
     assert too_long.value.param == "messages" and too_long.value.body["error_type"] == "context_length_exceeded"
     assert "This model's maximum context length is 2048 tokens. However, you requested" in too_long.value.message
+    assert too_long.value.message.endswith("[context_length_exceeded]")
     assert too_long.value.body["context_length"] == 2048
     assert too_long.value.body["prompt_tokens"] > 2048
     with pytest.raises(openai.NotFoundError) as missing:

@@ -238,6 +238,20 @@ def test_reasons_of_the_engine_reach_the_client_and_the_log(
         until(lambda: worker.backend.in_use == 0)
 
 
+def test_an_overflow_of_the_engine_has_the_words_that_clients_know() -> None:
+    models = http_reply(json.dumps({"data": [{"id": "big"}]}).encode())
+    chat = {"model": "up", "messages": [{"role": "user", "content": "hi"}]}
+    with decoy(models) as engine, adapter(f"{engine.url}/v1") as (url, worker), live_controller() as controller:
+        controller.registry.put(url, False, worker.status(), probed=True)
+        refusal = {"error": {"code": 400, "message": "the request exceeds the available context size", "n_ctx": 9}}
+        engine.reply = http_reply(json.dumps(refusal).encode(), status="400 Bad")
+        reply = post(controller.url, "/v1/chat/completions", chat)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+        assert "This model's maximum context length is exceeded." in error["message"]
+        assert "the available context size" in error["message"] and "context_length_exceeded" in error["message"]
+
+
 def test_the_adapter_omits_what_its_engine_refuses() -> None:
     models = http_reply(json.dumps({"data": [{"id": "big"}]}).encode())
     with decoy(models) as engine, adapter(f"{engine.url}/v1") as (url, worker):

@@ -122,7 +122,7 @@ def openai_error(error: ServeError, request_id: str) -> dict[str, object]:
     code, kind = _OPENAI_CODES.get(error.kind, (error.kind.wire, kind))
     facts = {"param": None, **error.facts}
     message = error.message
-    if error.kind is ErrorType.CONTEXT_TOO_LONG:  # clients recognize the words of OpenAI
+    if error.kind is ErrorType.CONTEXT_TOO_LONG:  # LiteLLM recognizes these words, LangChain the code in the message
         facts["param"] = "messages"
         start = "This model's maximum context length is"
         if "context_length" in facts and "prompt_tokens" in facts:
@@ -130,6 +130,7 @@ def openai_error(error: ServeError, request_id: str) -> dict[str, object]:
             message = f"{start} in the messages. {message}"
         elif start.lower() not in message.lower():
             message = f"{start} exceeded. {message}"
+        message = message if code in message else f"{message} [{code}]"
     names = {"type": kind, "code": code, "error_type": error.kind.wire}
     return {"message": message, **names, "request_id": request_id, **facts}
 
