@@ -38,7 +38,7 @@ from llava.utils import guarded
 
 Shapes = Mapping[str, tuple[int, ...]]
 STORAGE: Final = ("fp32", "bf16", "int8", "nf4")
-MAX_POSITIONS: Final = 8192  # of the rotary tables built here, one per layer
+MAX_POSITIONS: Final = 64  # of the rotary tables built here, one per layer
 
 
 @dataclass(frozen=True)
