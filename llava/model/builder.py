@@ -23,7 +23,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import CheckpointError, ConfigError
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
-from llava.model.config import context_length
+from llava.model.config import context_length, read_settings
 from llava.model.dispatch import DeviceMap, dispatch, infer_device_map
 from llava.model.hub import snapshot
 from llava.model.language_model.causal_lm import LlavaForCausalLMMixin
@@ -313,7 +313,8 @@ def read_config(found: Checkpoint) -> PretrainedConfig:
     """
     spec = language_model_spec(found.model_type, str(found.path))
     with ckpt.config_errors(found.path):
-        config: PretrainedConfig = spec.config.from_pretrained(found.path)
+        settings = {key: value for key, value in found.config.items() if key != "model_type"}
+        config: PretrainedConfig = spec.config.from_dict(read_settings(settings, spec.config, found.path))
     if getattr(config, "quantization_config", None) is not None:
         if found.kind in (Kind.FULL, Kind.LANGUAGE_MODEL):
             raise CheckpointError(_quantized(found.path, config.quantization_config))

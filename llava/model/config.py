@@ -69,7 +69,7 @@ INTEGERS: Final = (
     *("head_dim", "max_sequence_length", "mm_hidden_size", "mm_image_hidden_size"),
     *("mm_vision_image_size", "mm_vision_select_layer"),
 )
-ROPE_SPELLINGS: Final = ("rope_parameters", "rope_condense_ratio")
+SPELLINGS: Final = ("dtype", "rope_parameters", "rope_condense_ratio")  # replaced by those of the pinned library
 SCALED: Final = ("linear", "dynamic")
 
 
@@ -79,9 +79,10 @@ def read_settings(settings: Mapping[str, Any], config_class: type[PretrainedConf
     Raises `CheckpointError` for settings that are not supported, with key and value.
     """
     rope = rope_settings(settings, source)
-    current = {key: value for key, value in {**settings, **rope}.items() if key not in ROPE_SPELLINGS}
-    if (dtype := current.pop("dtype", None)) is not None and current.get("torch_dtype") is None:
-        current["torch_dtype"] = dtype
+    current = {key: value for key, value in {**settings, **rope}.items() if key not in SPELLINGS}
+    dtype = settings.get("torch_dtype") or settings.get("dtype")
+    if isinstance(dtype, str):
+        current["torch_dtype"] = None if dtype == "auto" else dtype.removeprefix("torch.")
     if current.get("quantization_config", {}) is None:
         del current["quantization_config"]  # transformers cannot save it
     defaults = config_class().to_dict()

@@ -85,6 +85,8 @@ SAME_FUNCTION: dict[str, tuple[Edit, Edit]] = {
     "longchat": ({"rope_condense_ratio": 2}, LINEAR),
     "longchat, in both spellings": ({"rope_condense_ratio": 2, **LINEAR}, LINEAR),
     "integers as floats": ({"hidden_size": 48.0, "num_hidden_layers": 2.0, "mm_hidden_size": 32.0}, {}),
+    "dtype auto": ({"torch_dtype": "auto"}, {}),
+    "dtype with its module": ({"torch_dtype": "torch.float32"}, {}),
     "pad token -1": ({"pad_token_id": -1}, {}),
     "an eos list": ({"eos_token_id": [2, 3]}, {}),
     "attention off": ({"use_sliding_window": False, "sliding_window": 64, "layer_types": ["full_attention"] * 2}, {}),
