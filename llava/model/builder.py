@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -338,8 +339,10 @@ def read_generation_config(directory: Path) -> GenerationConfig | None:
     file = directory / "generation_config.json"
     if not file.is_file():
         return None
-    with ckpt.config_errors(directory):
-        return GenerationConfig(**{key: value for key, value in ckpt.read_json(file).items() if value is not None})
+    settings = {key: value for key, value in ckpt.read_json(file).items() if value is not None}
+    with ckpt.config_errors(directory), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # sampling settings without do_sample, as in published Vicunas
+        return GenerationConfig(**settings)
 
 
 def empty_model(found: Checkpoint, base: Checkpoint | None, config: PretrainedConfig) -> LlavaForCausalLMMixin:

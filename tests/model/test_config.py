@@ -116,7 +116,7 @@ def test_a_spelling_loads_as_the_same_function(
     assert not [record for record in caplog.records if "config.json" in record.message]
     expected = logits(load_pretrained_model(copy_with(tiny_dirs["chat"], tmp_path / "old", plain), device="cpu")[1])
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
-    embeds = model.get_input_embeddings()(IDS)
+    embeds = model.get_input_embeddings()(torch.tensor([[1, 5, 9, 11, 17, 23]]))
     with torch.inference_mode():
         runner = build_model_runner(model)
         assert isinstance(runner, LlamaRunner)
@@ -356,8 +356,7 @@ def test_sampling_settings_of_a_greedy_model_survive_saving(tiny_dirs: Dirs, tmp
     chat = shutil.copytree(tiny_dirs["chat"], tmp_path / "chat")
     given = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 3], "top_k": None, "do_sample": None}
     (chat / "generation_config.json").write_text(json.dumps(given))
-    with pytest.warns(UserWarning, match="do_sample"):
-        model = load_pretrained_model(chat, device="cpu")[1]
+    model = load_pretrained_model(chat, device="cpu")[1]
     assert model.generation_config.do_sample is False and model.generation_config.top_k == 50
     model.save_pretrained(tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
