@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig
 
 from llava.arguments import ModelArguments, TrainingArguments
@@ -210,6 +214,38 @@ def test_a_base_is_read_as_a_model_is(tiny_dirs: Dirs, tmp_path: Path, form: str
     for read in readers:
         with pytest.raises(CheckpointError, match=message):
             read()
+
+
+LANGUAGE_KEYS = sorted({*tiny.llama_settings(), "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "dtype",
+                        "rms_norm_eps", "attention_bias", "tie_word_embeddings", "torch_dtype", "max_sequence_length",
+                        "quantization_config", "head_dim", "mlp_bias", "sliding_window", "transformers_version",
+                        "eos_token_id", "conv_template", "image_aspect_ratio", "layer_types", "key_multiplier"})  # fmt: skip
+VALUES = [None, [], {}, -1, 0, 1, 1.5, 48.0, float("inf"), "x", True, {"type": "linear", "factor": 2}, ["a"]]
+
+
+def outcome(read: Callable[[], object]) -> str:
+    """The error of a reader, or nothing if it accepts the directory."""
+    try:
+        read()
+    except LlavaError as error:
+        return str(error)
+    return ""
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis.given(
+    changes=st.dictionaries(st.sampled_from(LANGUAGE_KEYS), st.sampled_from(VALUES), min_size=1, max_size=2)
+)
+def test_all_readers_agree_on_mutated_configurations(tiny_dirs: Dirs, changes: Edit) -> None:
+    """Chat, check and training accept a configuration, or refuse it with the same sentence and never a traceback."""
+    with tempfile.TemporaryDirectory() as place:
+        chat = copy_with(tiny_dirs["chat"], Path(place) / "chat", changes)
+        outcomes = {
+            outcome(lambda: load_pretrained_model(chat, device="cpu")),
+            outcome(lambda: examine(chat)),
+            outcome(lambda: train_base(chat, tiny_dirs["tower"], Path(place) / "run")),
+        }
+        assert len(outcomes) == 1
 
 
 PUBLISHED: dict[str, tuple[type[PretrainedConfig], Edit]] = {
