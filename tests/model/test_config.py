@@ -219,7 +219,7 @@ def test_a_base_is_read_as_a_model_is(tiny_dirs: Dirs, tmp_path: Path, form: str
 LANGUAGE_KEYS = sorted({*tiny.llama_settings(), "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "dtype",
                         "rms_norm_eps", "attention_bias", "tie_word_embeddings", "torch_dtype", "max_sequence_length",
                         "quantization_config", "head_dim", "mlp_bias", "sliding_window", "transformers_version",
-                        "eos_token_id", "conv_template", "image_aspect_ratio", "layer_types", "key_multiplier"})  # fmt: skip
+                        "eos_token_id", "conv_template", "image_aspect_ratio", "layer_types"})  # fmt: skip
 VALUES = [None, [], {}, -1, 0, 1, 1.5, 48.0, float("inf"), "x", True, {"type": "linear", "factor": 2}, ["a"]]
 
 
