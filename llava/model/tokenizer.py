@@ -60,6 +60,8 @@ def load_tokenizer(directory: Path, **kwargs: int | str | bool) -> PreTrainedTok
             source = _convert(directory, Path(copy), settings, data, kind) if converted else directory
             tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(source, **kwargs)
         tokenizer.name_or_path = str(directory)
+        if isinstance(file := getattr(tokenizer, "vocab_file", None), str):  # saving copies it
+            tokenizer.vocab_file = str(directory / Path(file).name)
         return tokenizer
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise _unreadable(directory, named, newer, error) from error

@@ -212,14 +212,14 @@ def test_a_base_is_read_as_a_model_is(tiny_dirs: Dirs, tmp_path: Path, form: str
         lambda: train_base(base, tiny_dirs["tower"], tmp_path / "run"),
     ]
     for read in readers:
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=f"{message}|was trained with a vocabulary of 384, but"):
             read()
 
 
 LANGUAGE_KEYS = sorted({*tiny.llama_settings(), "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "dtype",
                         "rms_norm_eps", "attention_bias", "tie_word_embeddings", "torch_dtype", "max_sequence_length",
                         "quantization_config", "head_dim", "mlp_bias", "sliding_window", "transformers_version",
-                        "eos_token_id", "conv_template", "image_aspect_ratio", "layer_types"})  # fmt: skip
+                        "eos_token_id", "image_aspect_ratio", "layer_types"})  # fmt: skip
 VALUES = [None, [], {}, -1, 0, 1, 1.5, 48.0, float("inf"), "x", True, {"type": "linear", "factor": 2}, ["a"]]
 
 
