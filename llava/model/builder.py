@@ -342,7 +342,9 @@ def read_generation_config(directory: Path) -> GenerationConfig | None:
     settings = {key: value for key, value in ckpt.read_json(file).items() if value is not None}
     with ckpt.config_errors(directory), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # sampling settings without do_sample, as in published Vicunas
-        return GenerationConfig(**settings)
+        config = GenerationConfig(**settings)
+        config._original_object_hash = hash(config)  # as `from_pretrained` does; `generate` reads it
+        return config
 
 
 def empty_model(found: Checkpoint, base: Checkpoint | None, config: PretrainedConfig) -> LlavaForCausalLMMixin:
