@@ -111,16 +111,16 @@ _WORDS: Final = "is|are|was|be|would|should|must|to|the|this|question|correct|mo
 _STATED: Final = (
     re.compile(
         r"(?:\b(?i:answer|choose|select|pick|go\s+with)\b|答案|选)"
-        rf"(?:\s|[:=\-是为应该选择项]|\b(?i:{_WORDS})\b)*{_LETTER}",
+        rf"(?:\s|[:=\-\"'是为应该选择项]|\b(?i:{_WORDS})\b)*{_LETTER}",
         re.ASCII,
     ),
     re.compile(
         rf"{_LETTER}[)\].:]?\s+(?:is|would be)\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|answer)\b", re.ASCII
     ),
 )
-_ALONE: Final = re.compile(r"\W*(?:(?i:option|choice|answer)\b|选项|选择|答案|选|是)?\W*([A-Za-z])\W*")
+_ALONE: Final = re.compile(r"\W*(?:(?:(?i:option|choice|answer)\b|选项|选择|答案|选|是)\W*)?([A-Za-z])\W*")
 _ALSO: Final = re.compile(
-    rf"[)\].:]*\s*(?:[/&、]|\b(?:or|and)\b|或者?|和|,(?=\W*[A-Za-z]\W*(?:$|and\b|or\b|[A-Z]\b)))\s*"
+    rf"[)\].:]*\s*(?:[/&、]|\b(?:or|and)\b|或者?|和|(?=[(\[{{])|,(?=\W*[A-Za-z]\W*(?:$|and\b|or\b|[A-Z]\b)))\s*"
     rf"(?:(?i:or|and|option|choice)\s+)*{_LETTER}",
     re.ASCII,
 )
@@ -149,20 +149,21 @@ def parse_option(text: str, options: Mapping[str, str]) -> str | None:
     """The letter of `options` (letter → text) that an answer chooses, None if it chooses none or several.
 
     In this order: the answer is a letter (`B`, `(b)`, `Option B`); it is an option's text; it states a letter (`The
-    answer is B`, `\\boxed{B}`, `答案是B`); it starts with a label (`B. cat`); it mentions one letter; it contains one
-    option's text as whole words. Letters may be bracketed, bold, or full width. Negated and contradicting answers
-    choose nothing.
+    answer is B`, `\\boxed{B}`, `答案是B`, one alone on the first or last line); it starts with a label (`B. cat`); it
+    mentions one letter; it contains one option's text as whole words. Letters may be bracketed, bold, or full width.
+    Negated and contradicting answers choose nothing.
     """
     text = _plain(text)
-    alone = _ALONE.fullmatch(text)
-    if alone and alone[1].upper() in options:
-        return alone[1].upper()
+    lines = text.splitlines() or [""]
+    alone = _letters(filter(None, map(_ALONE.fullmatch, (lines[0], lines[-1]))), options)
+    if len(lines) == 1 and alone:
+        return alone.pop()
     texts = {letter: _plain(option) for letter, option in options.items() if option.strip()}
     same = [letter for letter, option in texts.items() if _comparable(option) == _comparable(text) != ""]
     if len(same) == 1:
         return same[0]
     stated = [match for pattern in _STATED for match in pattern.finditer(text) if not _negated(text, match.start())]
-    found = _letters(stated, options)
+    found = alone | _letters(stated, options)
     if found:
         found |= _letters(filter(None, (_ALSO.match(text, match.end()) for match in stated)), options)
         return found.pop() if len(found) == 1 else None

@@ -101,12 +101,16 @@ CHOSEN = {
         |The correct option is B|I would go with option B|I choose (B).|B is the correct answer because A shows a dog
         |Option B is the best choice.|A) is wrong; the answer is B|So the answer should be B, since it is furry
         |这张图显示一只动物，所以答案是B项|正确答案是选项 B|我选B|应该选B。|The image shows B|So it is \\textbf{B}|### B
+        |B\n\nExplanation: Option A is wrong, since it shows a dog.|A man rides A horse, not B. So:\n\n**B**|正解はBです
+        |{"answer": "B", "reason": "A is wrong"}|Option B: cat|B (cat)|Cat (B)|Die Antwort ist B|La respuesta es B.
+        |[[B]]|The animal is a cat, so the answer is (B) and not (A).|I'd say B.|本题选B|B选项|(b) cat|b: cat|“B”|«B»|#B
         |cat|Cat.|The cat|It is a cat.|The answer is a cat|The answer is A cat|A cat|I see a cat""",
     "A": "a|A dog|A dog.|I think it is A|The answer is A because it barks|the answer is a|A: dog|Dog",
     "C": "red car|It is the red car.",
     "D": "dark red car|It is a dark red car",
     "": """|A or B|A and B|A, B|A/B|(A) or (B)|选A或B|A、B|Both A and B|The answer is A or B|The answer is A, B.
-        |A. dog or B. cat
+        |A. dog or B. cat|1|second
+        |B\nThe answer is A.|A\nB|B (dog)|(A)(B)|A/B/C/D|A and/or B|It could be A or C|I'm not sure, maybe B|Not A
         |The answer is A. Wait, the answer is B.|The answer is not B|It is not a cat|不是B|答案不是B|Neither A nor B|E
         |dog and cat|a catalogue|None of the above|I don't know|Sorry, I can't help with images of people.|!|?""",
 }
