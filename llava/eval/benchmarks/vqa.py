@@ -119,7 +119,10 @@ class SoftAccuracyTask(Task):
         if "upload" in scores:
             return f"Answers: {scores['n']}\nNot scored here: submit {scores['upload']} to {scores['server']}."
         lines = [f"Samples: {scores['n']}", f"Accuracy: {scores['accuracy']:.2f}%"]
-        others = {"as_written": "with the answers as written", "normalized": "with all human answers normalized"}
+        others = {
+            "as_written": "by the same program for the answers as written",
+            "normalized": "with all human answers normalized",
+        }
         lines += [
             f"  {scores[key]:.2f} % {label}" for key, label in others.items() if scores[key] != scores["accuracy"]
         ]

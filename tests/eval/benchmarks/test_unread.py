@@ -185,7 +185,7 @@ def test_the_other_soft_accuracies_are_named_where_they_differ(
     assert bench.run([answer(0, "yes"), answer(1, "yes")], tmp_path) == 0
     assert capsys.readouterr().out == "Samples: 2\nAccuracy: 100.00%\nUnread answers: 0 of 2\n"
     assert bench.run(bench.rows, tmp_path) == 0
-    assert "Accuracy: 100.00%\n  50.00 % with the answers as written\n" in capsys.readouterr().out
+    assert "Accuracy: 100.00%\n  50.00 % by the same program for the answers as written\n" in capsys.readouterr().out
     assert bench.main is eval_vqa.main
 
 
