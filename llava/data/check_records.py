@@ -2,7 +2,8 @@
 
 Each problem is printed as `file:index: problem`. With `--images`, images are decoded as in training. `--write-clean`
 copies the valid records, byte for byte from a JSON file. A mixture (a file for `--meta_path`) is validated dataset by
-dataset. Neither a GPU nor a model is needed. The exit status is 1 if there are problems.
+dataset. Keys that are not used are named. Neither a GPU nor a model is needed. The exit status is 1 if there are
+problems.
 """
 
 from __future__ import annotations
