@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Sources = Sequence[Sequence[Mapping[str, str]]]  # `conversations` lists
 _TEXT_STOPS: Final = (SeparatorStyle.SINGLE, SeparatorStyle.PLAIN)  # answers end in plain text, not a special token
 _PROBE: Final = (Turn("human", f"{DEFAULT_IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A black cat, 3 years old."))
+_ODD: Final = "\u2026 \u00bd\u00a0\ufb01 e\u0301 \uff11"  # text that tokenizers normalize
 _SPACE: Final = "\u2581"  # the space of SentencePiece
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -261,6 +262,7 @@ def _template_problem(tokenizer: PreTrainedTokenizerBase, template: Conversation
             return f"its stop string {stop!r} is not a single token"
     try:
         example = build_example(_PROBE, tokenizer, template, has_image=True)
+        tokenize(_ODD, tokenizer, images=False)
     except TemplateError as error:
         return str(error.args[0]).rstrip(".")
     ids = [token for token in example.labels.tolist() if token != IGNORE_INDEX]
