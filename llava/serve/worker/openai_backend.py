@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
@@ -13,6 +14,7 @@ import httpx
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.engine.detokenizer import TextStream
+from llava.images import SERVED, image_data_url
 from llava.openai_protocol import ApiError, Dialect, ReplyReader, read_error, read_events
 from llava.serve.common.openai_chat import parse_prompt
 from llava.serve.common.protocol import ErrorType, GenerateBody, Message, ModelInfo, ServeError, State
@@ -25,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE: Final = 2.0
 _PROBE_SECONDS: Final = 5.0
-_MAGIC: Final = (("iVBOR", "png"), ("/9j/", "jpeg"), ("UklGR", "webp"), ("R0lGOD", "gif"))  # base64 of the first bytes
 
 JsonObject = dict[str, object]
 
@@ -91,24 +92,23 @@ class OpenAIBackend:
             raise ServeError(ErrorType.NOT_READY, "The upstream engine is not ready.", retry_after=5)
         if self.in_use >= self.capacity:
             raise ServeError(ErrorType.OVERLOADED, "All slots are in use; try again shortly.", retry_after=2)
-        messages = _with_images(
-            body.messages or parse_prompt(body.prompt, self._template), body.images, self._max_images
-        )
         self.in_use += 1
-        response = asyncio.ensure_future(self._send(self._request(body, messages)))
-        close = self._close_callback(response)
+        sending = asyncio.ensure_future(self._send(body))
+        close = self._close_callback(sending)
         try:  # an engine that sends no headers before its first token is not waited for
-            await asyncio.wait({response}, timeout=_KEEP_ALIVE)
-            if response.done():
-                response.result()
+            await asyncio.wait({sending}, timeout=_KEEP_ALIVE)
+            if sending.done():
+                sending.result()
         except BaseException:
             close()
             raise
-        deltas = _stop_at(_stop_strings(body), self._deltas(response))
+        deltas = _stop_at(_stop_strings(body), self._deltas(sending))
         return Generation(with_keep_alive(deltas, _KEEP_ALIVE, Delta()), close)
 
-    async def _send(self, request: JsonObject) -> httpx.Response:
+    async def _send(self, body: GenerateBody) -> httpx.Response:
         """The response to a request, which is repeated without the optional parameters that the engine refuses."""
+        turns = body.messages or parse_prompt(body.prompt, self._template)
+        request = self._request(body, await asyncio.to_thread(_with_images, turns, body.images, self._max_images))
         try:
             while True:
                 sent = self._dialect.translate(request)
@@ -227,11 +227,12 @@ def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
     parts: list[JsonObject] = []
     for index, text in enumerate(texts):
         if index:
-            data = "".join(next(images).split())
-            kind = next((kind for start, kind in _MAGIC if data.startswith(start)), None)
-            if kind is None:
-                raise ServeError(ErrorType.BAD_IMAGE, "An image is not a base64-encoded JPEG, PNG, WebP or GIF file.")
-            parts.append({"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}})
+            try:
+                url = image_data_url(base64.b64decode("".join(next(images).split()), validate=True), limits=SERVED)
+            except ValueError as error:  # also `ImageError`
+                refusal = "An image is not a base64-encoded GIF, JPEG, PNG or WebP file."
+                raise ServeError(ErrorType.BAD_IMAGE, refusal) from error
+            parts.append({"type": "image_url", "image_url": {"url": url}})
         if text.strip():
             parts.append({"type": "text", "text": text.strip()})
     return {"role": message.role, "content": parts}
