@@ -34,8 +34,10 @@ _FINISHES: Final[dict[str, Finish]] = {
 }  # every other reason, such as `eos` and `stop_sequence`, is "stop"
 _OPEN: Final = r"<think(?:ing)?>|<seed:think>|\[THINK\]|◁think▷"
 _CLOSE: Final = r"</think(?:ing)?>|</seed:think>|\[/THINK\]|◁/think▷"
-_THINKING: Final = re.compile(rf"\s*(?:{_OPEN})?((?:(?!{_OPEN}).)*?)(?:{_CLOSE})", re.DOTALL)  # a template may open it
-_UNCLOSED: Final = re.compile(rf"\s*(?:{_OPEN})(.*)", re.DOTALL)
+_THINKING: Final = re.compile(
+    rf"\s*(?:{_OPEN})?((?:(?!{_OPEN}).)*?)(?:{_CLOSE})", re.DOTALL | re.I
+)  # a template may open it
+_UNCLOSED: Final = re.compile(rf"\s*(?:{_OPEN})(.*)", re.DOTALL | re.I)
 _OVERFLOW: Final = re.compile(
     r"context.?(length|window|size|limit)|max\w*.{0,20}(context|model.?len|input length)|reduce the length"
     r"|longer than the model|(prompt|input)( is| are)? too long|input tokens exceed|must be <= \d+\. given",

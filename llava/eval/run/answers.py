@@ -19,10 +19,10 @@ from llava.errors import DataError
 from llava.eval.run.files import Record, Row, by_key, read_rows
 from llava.eval.run.questions import Question, QuestionId, QuestionKey
 from llava.files import drop_partial_line, lock_file, write_errors
+from llava.openai_protocol import Reply
 
 MakeRow = Callable[[Question, str, str | None], Row]
 FAILED_TEXT: Final = "#ERROR#"  # the answer of `qa_baseline_gpt35` if the server gave none
-_THINKING: Final = re.compile(r".*</think(?:ing)?>|\s*<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
 _TAGGED: Final = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
@@ -67,8 +67,8 @@ def final_answer(text: str) -> str:
 
     Empty if the model was still thinking when it stopped.
     """
-    thinking = _THINKING.match(text)
-    text = text[thinking.end() :].strip() if thinking else text
+    reply = Reply(text).split_thinking()
+    text = text if reply.text == text else reply.text.strip()
     tagged = _TAGGED.findall(text)
     return str(tagged[0]).strip() if len(tagged) == 1 else text
 
