@@ -239,6 +239,8 @@ def test_reasons_of_the_engine_reach_the_client_and_the_log(
         error = frames_of(answer)[-1]["error"]
         assert error["type"] == kind and words in error["message"] and "secret" not in error["message"]
         assert kind != "overloaded" or answer.headers["Retry-After"] == "7"
+        logged = "secret" if "key" in words else words
+        assert b"finish_reason" in reply or logged in caplog.text
         until(lambda: worker.backend.in_use == 0)
 
 
