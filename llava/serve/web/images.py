@@ -58,7 +58,10 @@ def load_images(paths: Sequence[str]) -> tuple[UploadedImage, ...]:
 
 def load_image(path: str) -> UploadedImage:
     """Load an uploaded file; large files and formats other than JPEG, PNG and WebP are re-encoded."""
-    image = open_image(path)
+    try:
+        image = open_image(path)
+    except ImageError as error:  # visitors see the name of their file, not where the server keeps it
+        raise ImageError(str(error.args[0]).replace(path, Path(path).name)) from error
     data = Path(path).read_bytes()
     kind = Image.open(io.BytesIO(data)).format
     if kind not in _SENT_FORMATS or max(image.size) > _MAX_SIDE or len(data) > _MAX_BYTES:
