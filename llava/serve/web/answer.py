@@ -132,9 +132,11 @@ def request_body(chat: Chat, turn: Turn, status: WorkerStatus | None) -> dict[st
         message = f"the conversation has {len(images)} images, {turn.model} accepts {info.max_images}"
         raise ServeError(ErrorType.IMAGE_COUNT_MISMATCH, message)
     limit = min(turn.sampling.max_new_tokens, info.max_new_tokens if info else turn.sampling.max_new_tokens)
+    prompt = conversation.get_prompt()
     body: dict[str, object] = {
         "model": turn.model,
-        "prompt": conversation.get_prompt(),
+        "prompt": prompt,
+        "text_spans": prompt.text_spans,
         "temperature": float(turn.sampling.temperature),
         "top_p": float(turn.sampling.top_p),
         "max_new_tokens": int(limit),

@@ -89,7 +89,7 @@ class OpenAIBackend:
         if self.in_use >= self.capacity:
             raise ServeError(ErrorType.OVERLOADED, "All slots are in use; try again shortly.", retry_after=2)
         messages = _with_images(
-            body.messages or parse_prompt(body.prompt, self._template), body.images, self._max_images
+            body.messages or parse_prompt(body.rendered_prompt, self._template), body.images, self._max_images
         )
         request = self._http.build_request("POST", "/chat/completions", json=self._request(body, messages))
         self.in_use += 1
@@ -142,14 +142,14 @@ def _stop_strings(body: GenerateBody) -> list[str]:
 
 def _with_images(messages: list[Message], images: list[str], max_images: int) -> list[JsonObject]:
     """Messages with each placeholder replaced by the next image; `ServeError` (400) when the numbers differ."""
-    placeholders = sum(message.content.count(DEFAULT_IMAGE_TOKEN) for message in messages)
+    placeholders = sum(message.content.count(DEFAULT_IMAGE_TOKEN) for message in messages if message.role == "user")
     check_image_count(placeholders, len(images), max_images)
     remaining = iter(images)
     return [_as_parts(message, remaining) for message in messages]
 
 
 def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
-    texts = message.content.split(DEFAULT_IMAGE_TOKEN)
+    texts = message.content.split(DEFAULT_IMAGE_TOKEN) if message.role == "user" else [message.content]
     if len(texts) == 1:
         return {"role": message.role, "content": message.content}
     parts: list[JsonObject] = []
