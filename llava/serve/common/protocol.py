@@ -167,7 +167,7 @@ class WorkerStatus(Body):
     state: State = "ready"
     loading: list[Name] = Field(default=[], max_length=64)  # names of the models being loaded
     progress: int | None = Field(default=None, ge=0, le=100)  # percent of the weights loaded
-    features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages"
+    features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages", "text_spans"
     info: ModelInfo | None = None
 
 

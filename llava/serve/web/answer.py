@@ -136,7 +136,6 @@ def request_body(chat: Chat, turn: Turn, status: WorkerStatus | None) -> dict[st
     body: dict[str, object] = {
         "model": turn.model,
         "prompt": prompt,
-        "text_spans": prompt.text_spans,
         "temperature": float(turn.sampling.temperature),
         "top_p": float(turn.sampling.top_p),
         "max_new_tokens": int(limit),
@@ -147,6 +146,8 @@ def request_body(chat: Chat, turn: Turn, status: WorkerStatus | None) -> dict[st
     features = status.features if status else []
     if "delta" in features:
         body["stream_mode"] = "delta"
+    if "text_spans" in features:
+        body["text_spans"] = prompt.text_spans
     if "messages" in features:
         user, _ = conversation.roles
         messages = conversation.dict()["messages"][conversation.offset :]

@@ -117,7 +117,7 @@ def _wrap_images(piece: Piece) -> Piece:
 class LocalBackend:
     """The `Backend` over `llava.engine`. `load` runs in a thread."""
 
-    features: Final = ["delta", "messages"]
+    features: Final = ["delta", "messages", "text_spans"]
 
     def __init__(self, load: LoadModel, settings: BackendSettings) -> None:
         self._load = load
