@@ -6,7 +6,7 @@ import base64
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, overload
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
-_MARKS: Final = ("\ue001", "\uf8f1", "\U000f1234")  # private-use characters, which no tokenizer merges with others
+_MARKS: Final = tuple(map(chr, range(0xE001, 0xF8FF, 61)))  # private use, which no tokenizer merges with others
 _controls: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, ControlTokens]] = WeakKeyDictionary()
 
 
@@ -138,10 +138,10 @@ def _encode_apart(prompt: str, breaks: set[int], tokenizer: PreTrainedTokenizerB
     if not breaks:
         return tokenizer_image_token(prompt, tokenizer)
     parts = [prompt[start:end] for start, end in pairwise((0, *sorted(breaks), len(prompt)))]
-    for mark in _MARKS:
+    for mark in islice((mark for mark in _MARKS if mark not in prompt), 3):
         before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in ("a", f"a{mark}"))
         ids, removed = _remove(tokenizer_image_token(mark.join(parts), tokenizer), after[len(before) :])
-        if removed == len(breaks) and mark not in prompt:
+        if removed == len(breaks):
             return ids
     raise RequestError("The message holds control tokens that this tokenizer cannot encode as text; remove them.")
 
