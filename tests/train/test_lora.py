@@ -24,6 +24,7 @@ DECODER = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v
 PROJECTOR = {f"base_model.model.model.mm_projector.{i}.{w}" for i in (0, 2) for w in ("weight", "bias")}
 FILES = {
     *("adapter_config.json", "adapter_model.safetensors", "config.json", "non_lora_trainables.bin"),
+    "non_lora_trainables.safetensors",
     *("special_tokens_map.json", "tokenizer.model", "tokenizer_config.json", "trainer_state.json"),
 }
 STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
@@ -170,7 +171,8 @@ def test_resume_is_exact_and_skips_incomplete_checkpoints(
     argv = flags(tiny_dirs, small_data, tmp_path, save_strategy="steps", save_steps=5, **more)
     train(argv)
     before, losses = runs.tensors(tmp_path), runs.losses(tmp_path)
-    (tmp_path / "checkpoint-15" / "non_lora_trainables.bin").unlink()
+    for file in (tmp_path / "checkpoint-15").glob("non_lora_trainables.*"):
+        file.unlink()
     (tmp_path / "checkpoint-10" / "adapter_config.json").unlink()
     train(argv)
     assert "checkpoint-15: its weights cannot be read" in caplog.text

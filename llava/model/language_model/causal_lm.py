@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -16,6 +18,7 @@ from llava.constants import IGNORE_INDEX
 from llava.errors import ConfigError
 from llava.model.language_model.packed import PackedBatch
 from llava.model.llava_arch import LlavaMetaForCausalLM, PastKeyValues, past_length_of
+from llava.model.saving import replacing_weights
 from llava.model.splice import Images
 from llava.model.transfer import upload
 
@@ -179,7 +182,10 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: object
     ) -> None:
-        """Save in the published layout; a loaded tower is saved with the layers that no feature needs."""
+        """Save in the published layout; a loaded tower is saved with the layers that no feature needs.
+
+        Weight files of an earlier save with another number of shards are removed.
+        """
         tower = self.get_vision_tower()
         if tower is not None and tower.is_loaded and kwargs.get("is_main_process", True):
             state_dict = dict(self.state_dict() if state_dict is None else state_dict)
@@ -187,7 +193,9 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
             rest = {prefix + name: tensor for name, tensor in tower.unused_tensors().items()}
             if any(name.startswith(prefix) for name in state_dict):
                 state_dict.update(rest)
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        is_writer = kwargs.get("is_main_process", True)
+        with replacing_weights(Path(save_directory)) if is_writer else nullcontext():
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
