@@ -63,7 +63,7 @@ def test_training(umask: int, tiny_dirs: dict[str, Path], tmp_path_factory: pyte
     }  # fmt: skip
     for name, (stage, more) in stages.items():
         flags = runs.flags(
-            tiny_dirs, data, root / name, stage, max_steps=1, save_strategy="steps", save_steps=1, **more
+            tiny_dirs, data, root / name, stage, max_steps=2, save_strategy="steps", save_steps=1, **more
         )
         run(*parse_arguments(flags))
     written = check_modes(root, umask)

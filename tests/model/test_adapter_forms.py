@@ -27,7 +27,6 @@ DECODER = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v
 FORMS: dict[str, dict[str, Any]] = {
     "as published": {"target_modules": DECODER},
     "regular expression": {"target_modules": r".*\.(q_proj|k_proj|out_proj|fc1)"},
-    "all linear layers": {"target_modules": "all-linear"},
     "one layer": {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]},
     "whole names": {"target_modules": ["model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]},
     "ranks and scales by layer": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 16}},
@@ -73,11 +72,7 @@ def by_peft(run: Path, base: Path) -> dict[str, Tensor]:
     state = {name.removeprefix("base_model.model."): value for name, value in beside.items()}
     missing = model.load_state_dict({**load_file(base / "model.safetensors"), **state}, strict=False)
     assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}  # tied in MPT
-    settings = peft.PeftConfig.from_pretrained(str(run))
-    if "0" in settings.target_modules:  # all linear layers; PEFT takes the projector's "0" for a layer's, too
-        layers = {name.partition(".lora_")[0] for name in load_file(run / "adapter_model.safetensors")}
-        settings.target_modules = {name.removeprefix("base_model.model.") for name in layers}
-    adapted = peft.PeftModel.from_pretrained(model, str(run), config=settings)
+    adapted = peft.PeftModel.from_pretrained(model, str(run))
     merged: dict[str, Tensor] = adapted.merge_and_unload().state_dict()
     return merged
 
@@ -161,6 +156,14 @@ def test_settings_of_a_newer_peft(form: str, run: Path) -> None:
     edit(run, **SETTINGS[form])
     assert torch.equal(logits(load(run)), expected)
     assert examine(run).found.kind is Kind.LORA
+
+
+def test_all_linear_layers(models: Models, tmp_path: Path) -> None:
+    """The shorthand means the layers of the decoder: PEFT would also adapt those of projector and tower."""
+    run = tiny.make_lora(tmp_path / "run", models.chat, models.base, target_modules=DECODER)
+    expected = by_peft(run, models.base)
+    edit(run, target_modules="all-linear")
+    check_both(run, expected, tmp_path / "out")
 
 
 def said_by_all(run: Path, out: Path) -> str:

@@ -101,7 +101,7 @@ def copy(directory: Path, chance: random.Random) -> None:
     """Another name for a file: not listed, or one that counts."""
     file = any_file(directory, chance)
     names = [f"model-00009-of-00009{file.suffix}", f"copy{file.suffix}", f"pytorch_model{file.suffix}"]
-    shutil.copy(file, directory / chance.choice(names))
+    shutil.copy(file, directory / chance.choice([name for name in names if name != file.name]))
 
 
 def forget_index(directory: Path, chance: random.Random) -> None:
