@@ -15,7 +15,7 @@ from typing import Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import no_init_weights
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -69,9 +69,10 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> PreTrained
             f"--model_name_or_path must be a LLaMA or MPT language model (such as lmsys/vicuna-7b-v1.5) or a full chat "
             f"checkpoint; {found.path} holds {found.kind.value}."
         )
-    config = builder.read_config(found)
-    if model_args.vision_tower is None and getattr(config, "mm_vision_tower", None):
+    if model_args.vision_tower is None and found.kind is Kind.FULL:
         raise ConfigError(f"{found.path} is a chat checkpoint; pass its --vision_tower.")
+    config = builder.model_config(found, None) if found.kind is Kind.FULL else builder.read_config(found)
+    language_parts(found, None, config)  # raises what `llava check` says
     dtype = compute_dtype(args)
     spec = language_model_spec(found.model_type, str(found.path))
     attention = resolve_attention(args.device, dtype, model_args.attn_implementation, spec.attention)
@@ -80,16 +81,15 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> PreTrained
     if args.bits != 16:
         return _load_quantized_base(found, config, args)
     frozen = model_args.tune_mm_mlp_adapter or args.freeze_llm or args.lora_enable
-    language_parts(found, None, config)  # raises for weights that do not fit
     config.name_or_path = str(found.path)
     stored = dtype if args.deepspeed or frozen else torch.float32
     with no_init_weights():
-        model = spec.model._from_config(config, torch_dtype=stored, attn_implementation=attention)
+        model: PreTrainedModel = spec.model._from_config(config, torch_dtype=stored, attn_implementation=attention)
     model.tie_weights()
     for name, tensor in iter_tensors(found.path, lambda name: not any(part in name for part in IGNORED_WEIGHTS)):
         copy_into(model, {name: tensor})
-    if (found.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(found.path)
+    if (generation := builder.read_generation_config(found.path)) is not None:
+        model.generation_config = generation
     model.config.use_cache = False
     return model.eval()
 
