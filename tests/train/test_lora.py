@@ -192,6 +192,14 @@ def test_a_checkpoint_of_other_adapters_is_not_resumed(tiny_dirs: Dirs, small_da
         checkpointing.load_lora(with_rows, tmp_path / "a")
 
 
+def test_layers_outside_the_decoder_are_not_adapted() -> None:
+    """A projector of a chat model whose layers end as those of the decoder."""
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleDict({"up_proj": torch.nn.Linear(2, 2)})})
+    assert model_setup.target_modules(model) == ["up_proj"]
+    model["mm_projector"] = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(2, 2)})
+    assert model_setup.target_modules(model) == ["layers.up_proj"]
+
+
 def test_a_save_is_verified(tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = prepared(tiny_dirs, small_data, tmp_path)
     write = checkpointing.write_tensors
