@@ -48,6 +48,7 @@ class ErrorType(Enum):
     NOT_FOUND = ("model_not_found", 2, 404)
     BODY_TOO_SLOW = ("body_too_slow", 1, 408)
     BODY_TOO_LARGE = ("body_too_large", 1, 413)
+    UNSUPPORTED_ENCODING = ("unsupported_encoding", 1, 415)
     RATE_LIMITED = ("rate_limited", 1, 429)
     OUT_OF_MEMORY = ("out_of_memory", 1, 500)
     INTERNAL = ("internal", 1, 500)
@@ -149,7 +150,7 @@ class ModelInfo(Body):
 
     conv_template: str | None = Field(default=None, max_length=64)
     context_length: Count = 2048
-    image_tokens: Count = 0  # per image; 0 for a text-only model
+    image_tokens: Count | None = None  # per image; 0 for a text-only model, None when unknown
     max_new_tokens: Count = 1024
     max_images: Count = 16
 

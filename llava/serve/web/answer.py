@@ -126,7 +126,7 @@ def request_body(chat: Chat, turn: Turn, status: WorkerStatus | None) -> dict[st
     """
     conversation, images, modes = chat.conversation()
     info = status.info if status else None
-    if info and images and not info.image_tokens:
+    if info and images and 0 in (info.image_tokens, info.max_images):
         raise ServeError(ErrorType.BAD_IMAGE, f"{turn.model} accepts text only")
     if info and len(images) > info.max_images:
         message = f"the conversation has {len(images)} images, {turn.model} accepts {info.max_images}"

@@ -181,7 +181,7 @@ class LocalBackend:
             if isinstance(error, RequestError):
                 raise request_refusal(error) from error
             raise
-        return Generation(self._deltas(slot, len(body.images) * self._loaded.info.image_tokens), slot.close)
+        return Generation(self._deltas(slot, len(body.images) * (self._loaded.info.image_tokens or 0)), slot.close)
 
     async def _deltas(self, slot: Slot, image_tokens: int) -> AsyncGenerator[Delta, None]:
         """Deltas of a request, an empty one after `keep_alive` seconds of silence; enforces both deadlines."""
