@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Final
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.errors import CheckpointError
 from llava.files import write_text
 from llava.provenance import git_commit, installed_versions
+from llava.train.optimizer import OWN_RATES
 
 logger = logging.getLogger(__name__)
-FIXED: Final = ("global_batch", "samples", "data_bytes", "world_size")  # a resumed run must not change them
+FIXED: Final = ("samples", "data_bytes")  # a resumed run should not change them
 PATH_FLAGS: Final = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank")
 Flags = Mapping[str, Mapping[str, object]]
 
@@ -40,6 +42,43 @@ def changed_flags(before: Flags, now: Flags) -> list[str]:
         for name, value in values.items()
         if name not in PATH_FLAGS and before.get(group, {}).get(name, value) != value
     ]
+
+
+def check_changes(checkpoint: Path, args: TrainingArguments, global_batch: int) -> None:
+    """Compare a run with the one that wrote `checkpoint`, as far as its `run.json` is there.
+
+    Raises `CheckpointError` for another global batch, or parameter groups other than those of the optimizer state.
+    Logs another number of processes.
+    """
+    file = checkpoint.parent / "run.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    flags = before.get("arguments", {}).get("training", {})
+    batch, ranks = before.get("global_batch", global_batch), before.get("world_size", args.world_size)
+    if batch != global_batch:
+        raise CheckpointError(
+            f"{checkpoint} is from a run with a global batch of {batch}, but this run has {global_batch}; pass "
+            f"--global_batch_size {batch}, or use another --output_dir."
+        )
+    for flag in OWN_RATES:
+        if flag in flags and (flags[flag] is None) != (getattr(args, flag) is None):
+            raise CheckpointError(
+                f"--{flag} was {flags[flag]} in the run of {checkpoint} and is {getattr(args, flag)} now, which needs "
+                "another optimizer state; keep it, or use another --output_dir."
+            )
+    if ranks == args.world_size:
+        return
+    grouped = args.group_by_modality_length or args.group_by_length
+    moved = ranks * flags.get("per_device_train_batch_size", 0) != args.world_size * args.train_batch_size
+    logger.info(
+        "Resuming on %d processes instead of %d: %s.",
+        args.world_size,
+        ranks,
+        "the rest of this epoch has another order, which depends on processes x --per_device_train_batch_size"
+        if grouped and moved
+        else "each step takes the same records, and results agree up to rounding and dropout",
+    )
 
 
 class RunMetadata:
