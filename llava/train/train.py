@@ -47,7 +47,7 @@ from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import find_all_linear_names
 from llava.train.preemption import Preempted, PreemptionHandler
 from llava.train.reporting import LogFiles, isolate_reporters
-from llava.train.run_metadata import RunMetadata, check_changes, to_json
+from llava.train.run_metadata import RunMetadata, check_changes, read_run, to_json
 from llava.train.watchdog import DataCheck, Watchdog
 from llava.utils import guarded
 
@@ -138,24 +138,24 @@ def _find_checkpoint(trainer: LLaVATrainer) -> Path | None:
             processes=args.world_size,
         )
         check_changes(checkpoint, args, trainer.plan.per_step * args.train_batch_size)
-        _check_progress(checkpoint, steps.total_steps(trainer.plan, args))
+    _check_progress(Path(args.output_dir), checkpoint, steps.total_steps(trainer.plan, args))
     return checkpoint
 
 
-def _check_progress(checkpoint: Path, total: int) -> None:
-    """Raise if a checkpoint is beyond the last of `total` steps; log that a run is finished."""
-    done = checkpointing.global_step(checkpoint)
+def _check_progress(output_dir: Path, checkpoint: Path | None, total: int) -> None:
+    """Raise if a checkpoint is beyond the last of `total` steps; log that a run was finished before."""
+    done = checkpointing.global_step(checkpoint) if checkpoint else 0
     if done > total:
         raise ConfigError(
             f"{checkpoint} has done {done} steps, but this run ends after {total}; raise --max_steps or "
             "--num_train_epochs, or use another --output_dir."
         )
-    if done == total:
+    if (before := read_run(output_dir).get("steps")) is not None:
         logger.info(
-            "%s is the last of %d steps: this run is finished, and only its final weights are written again. To train "
-            "further, raise --num_train_epochs or --max_steps, or use another --output_dir.",
-            checkpoint,
-            total,
+            "%s holds a finished run of %s steps; this one %s. For a run from the start use another --output_dir.",
+            output_dir,
+            before,
+            f"trains steps {done + 1} to {total}" if done < total else "only writes its final weights again",
         )
 
 
@@ -176,7 +176,7 @@ def _start_metadata(
     config = zero.read_config(args.deepspeed) if args.deepspeed else None
     logger.info(zero.describe_schedule(config, args.max_grad_norm, args.lr_scheduler_type.value))
     metadata = RunMetadata(
-        Path(args.output_dir) / "run.json",
+        Path(args.output_dir),
         flags,
         deepspeed=config,
         device=str(args.device),

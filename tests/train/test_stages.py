@@ -196,7 +196,8 @@ def test_a_chat_checkpoint_is_continued_with_its_template(
     config = json.loads((unnamed / "config.json").read_text())
     del config["conv_template"]
     (unnamed / "config.json").write_text(json.dumps(config))
-    train(runs.flags(tiny_dirs, small_data, tmp_path / "v0", 2, **{**more, "model_name_or_path": unnamed}, version=None))
+    more["model_name_or_path"] = unnamed
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "v0", 2, **more, version=None))
     assert "unnamed names no known template; using --version v0, the default." in caplog.text
     train(runs.flags(tiny_dirs, small_data, tmp_path / "base", 2, max_steps=1))
     assert caplog.text.count("template") == 1
