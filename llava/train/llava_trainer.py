@@ -220,6 +220,8 @@ class LLaVATrainer(transformers.Trainer):
             # transformers 4.36.2 passes arguments that accelerate has renamed
             warnings.filterwarnings("ignore", "Passing the following arguments to `Accelerator`", FutureWarning)
             super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:  # the engine accumulates by itself; its own no_sync refuses partitioned gradients
+            self.accelerator.no_sync = lambda model: nullcontext()
         clip = self.accelerator.clip_grad_norm_
 
         def clip_and_check(*args: object, **kwargs: object) -> Tensor | None:
@@ -256,10 +258,13 @@ class LLaVATrainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float]) -> None:
         """Add supervised tokens, gradient norm, throughput and peak memory since the last log step, over all ranks."""
-        if "loss" in logs and self._counts is not None and self._last_log is not None:
+        if "loss" in logs and self._last_log is not None:
             seconds = time.perf_counter() - self._last_log
-            memory = self._counts.new_full((1,), peak_memory(self.args.device))
-            by_rank = self._nested_gather(torch.cat([self._counts, memory]).unsqueeze(0))  # (ranks, 6)
+            counts = self._counts  # none on a rank that had fillers only
+            if counts is None:
+                counts = torch.zeros(5, dtype=torch.int64, device=self.args.device)
+            memory = counts.new_full((1,), peak_memory(self.args.device))
+            by_rank = self._nested_gather(torch.cat([counts, memory]).unsqueeze(0))  # (ranks, 6)
             tokens, supervised, samples, unsupervised, images = map(float, by_rank[:, :-1].sum(0).tolist())
             logs["supervised_tokens"] = int(supervised)
             if unsupervised:

@@ -192,6 +192,7 @@ def test_a_chat_checkpoint_is_continued_with_its_template(
         assert json.loads((out / "config.json").read_text())["conv_template"] == template
         lines = [message for message in caplog.messages if "was trained" in message]
         assert lines == ([line] if line else [])
+    caplog.clear()
     unnamed = shutil.copytree(tiny_dirs["chat"], tmp_path / "unnamed")
     config = json.loads((unnamed / "config.json").read_text())
     del config["conv_template"]
