@@ -80,6 +80,8 @@ def summed_loss(history: Sequence[Mapping[str, float]], steps: int) -> float:
 class LLaVATrainer(transformers.Trainer):
     """Trainer of a chat model; `saves` is the content of its checkpoints: "full", "projector" or "lora"."""
 
+    optimizer: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         self._order = torch.Generator()
         self._epoch = self._batch = 0

@@ -101,7 +101,7 @@ class StepBatchSampler(BatchSampler):
 
 def total_steps(plan: EpochPlan, args: TrainingArguments) -> int:
     """Number of optimizer steps of a whole run."""
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps)
+    return int(args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps))
 
 
 def check_drop_last(data_args: DataArguments, args: TrainingArguments) -> None:
