@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from PIL import Image
-
 from llava.conversation import get_template, stop_strings, template_for
 from llava.engine import Engine, Request, SamplingParams, load_engine
 from llava.engine.chat import render_question
 from llava.eval.benchmarks.easy_vqa import EasyVQA
+from llava.images import open_image
 from llava.utils import guarded
 
 LEAST: Final = {8: 97.0, 4: 90.0}
@@ -36,8 +35,7 @@ def requests_for(engine: Engine, checkpoint: str, task: EasyVQA, count: int | No
     params = SamplingParams(max_new_tokens=task.max_new_tokens, stop=stop_strings(template))
     requests = []
     for question in task.questions(count):
-        with Image.open(task.image_folder / question.images[0]) as file:
-            image = file.convert("RGB")
+        image = open_image(task.image_folder / question.images[0])
         requests.append(Request(render_question(template, question.prompt, 1, config), [image], params))
     return requests
 

@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             with suppress(SystemExit):  # raised by argparse after its help
                 importlib.import_module(module).main(["--help"])
         return 0 if words else 2
-    is_file = any(word.startswith("--images") if word.startswith("-") else word.endswith(SUFFIXES) for word in words)
+    is_file = any(
+        word.startswith("--images") if word.startswith("-") else word.lower().endswith(SUFFIXES) for word in words
+    )
     status: int = importlib.import_module(FILES if is_file else DIRECTORIES).main(words)
     return status
 

@@ -8,6 +8,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def shorten(value: object, length: int = 60) -> str:
+    """Text of a value for a message, on one line; one longer than `length` is cut and followed by its length."""
+    text = str(value)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
+
+
 class LlavaError(Exception):
     """Base class of the package's errors."""
 

@@ -1,30 +1,49 @@
 """Image opening and preprocessing, shared by training, evaluation, chat and serving.
 
-`open_image` is the only decoder of untrusted bytes; `preprocess_image` makes the pixel values of a vision tower.
+`open_image` is the only decoder of untrusted bytes, `to_rgb` the only conversion to RGB (docs/Data.md has its rules);
+`preprocess_image` makes the pixel values of a vision tower.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from llava.download import download
-from llava.errors import ImageError
+from llava.errors import ImageError, shorten
+from llava.utils import describe_content
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BaseImageProcessor
 
 PROCESS_MODES: Final = ("Default", "Pad", "Crop", "Resize")  # of uploads in the web page
 _FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs Ghostscript
+_EXCHANGED: Final = ("JPEG", "MPO", "PNG", "WEBP")  # formats that every server and browser reads (MPO as JPEG),
+_PLAIN_MODES: Final = ("1", "L", "P", "RGB")  # and modes that all of them decode to the same pixels
+_ALPHA_MODES: Final = ("RGBA", "RGBa", "LA", "La", "PA")
+_ORIENTATION: Final = 0x0112  # tag of EXIF
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTED: Final = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # metadata that hold an orientation
+_PHOTOMETRIC: Final = 262  # tag of TIFF, 0 where the largest value is black
 _UPLOAD_PAD_COLOR: Final = (122, 116, 104)  # mean of the CLIP processor, used for every tower
 _UPLOAD_RESIZE_SIDE: Final = 336
 _MAX_CANVAS: Final = 2**26  # pixels of a padded image held in memory
@@ -44,30 +63,61 @@ class ImageLimits:
 
 
 DEFAULT: Final = ImageLimits()
+SERVED: Final = ImageLimits(  # of requests to workers
+    max_bytes=20 * 2**20, max_pixels=2**25, max_side=16_384, max_aspect=200, formats=("GIF", "JPEG", "PNG", "WEBP")
+)
 
 
 def open_image(source: str | Path | bytes | BinaryIO, *, limits: ImageLimits = DEFAULT) -> Image.Image:
-    """Decode a file, bytes or a binary stream to an RGB image, rotated by its EXIF orientation.
+    """Decode a file, bytes or a binary stream to an RGB image, see `to_rgb`.
 
-    The size is checked before pixels are decoded. Animations give their first frame. URLs are not opened, see
-    `fetch_image`. Raises `ImageError` unless `source` is a complete image of a known format within `limits`.
+    The size is checked before pixels are decoded. URLs are not opened, see `fetch_image`. Raises `ImageError` unless
+    `source` is a complete image of a known format within `limits`.
     """
-    name = f"image {source}" if isinstance(source, str | Path) else "the given image"
+    name = f"image {shorten(source, 200)}" if isinstance(source, str | Path) else "the given image"
     data = _read(source, name, limits.max_bytes)
+    with _decoding(name, limits), _open(data, name, limits) as image:
+        _check_size(image, name, limits)
+        _scale_transparency(image)
+        return _to_rgb(image, name)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB: upright by its EXIF orientation, transparency over white, gray values in 8 bits.
+
+    An animation gives its current frame, the first one of a file. Raises `ImageError` for an image that cannot be
+    decoded and for gray values beyond 16 bits.
+    """
+    with _decoding("the given image", DEFAULT):
+        return _to_rgb(image, "the given image")
+
+
+def _open(data: bytes, name: str, limits: ImageLimits) -> ImageFile.ImageFile:
+    """Read the header of an image file."""
     try:
-        with Image.open(BytesIO(data), formats=limits.formats) as image:
-            _check_size(image, name, limits)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+        return Image.open(BytesIO(data), formats=limits.formats)
+    except UnidentifiedImageError as error:
+        found = describe_content(data)
+        raise ImageError(
+            f"Cannot read {name}: its content is not {', '.join(limits.formats)}{found and f', but {found}'}."
+        ) from error
+
+
+@contextmanager
+def _decoding(name: str, limits: ImageLimits) -> Iterator[None]:
+    try:
+        yield
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"Cannot read {name}: its content is not {', '.join(limits.formats)}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"Cannot read {name}: it decodes to more than {limits.max_pixels} pixels.") from error
     except Exception as error:  # Pillow's decoders raise exceptions of any type on damaged input
         raise ImageError(f"Cannot read {name}: the file is damaged or incomplete ({error}).") from error
+
+
+def read_image_file(path: Path) -> bytes:
+    """The content of an image file, undecoded; `ImageError` if it is missing or too large."""
+    return _read(path, f"image {shorten(path, 200)}", DEFAULT.max_bytes)
 
 
 def _read(source: str | Path | bytes | BinaryIO, name: str, max_bytes: int) -> bytes:
@@ -75,7 +125,8 @@ def _read(source: str | Path | bytes | BinaryIO, name: str, max_bytes: int) -> b
         if isinstance(source, str | Path):
             path = Path(source)
             if not path.is_file():
-                raise ImageError(f"Cannot read {name}: no such file.")
+                hint = " (a path has / between folders)" if "\\" in str(source) else ""
+                raise ImageError(f"Cannot read {name}: no such file{hint}.")
             with path.open("rb") as file:
                 data = file.read(max_bytes + 1)
         else:
@@ -83,7 +134,7 @@ def _read(source: str | Path | bytes | BinaryIO, name: str, max_bytes: int) -> b
     except ImageError:
         raise
     except (OSError, ValueError) as error:
-        raise ImageError(f"Cannot read {name}: {error}.") from error
+        raise ImageError(f"Cannot read {name}: {getattr(error, 'strerror', None) or error}.") from error
     if len(data) > max_bytes:
         raise ImageError(f"Cannot read {name}: it has more than {max_bytes} bytes.")
     return data
@@ -106,15 +157,95 @@ def fetch_image(
     return open_image(download(url, limits.max_bytes, timeout=timeout, unsafe_local=unsafe_local), limits=limits)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB, scaling 16-bit gray to 8 bits and dropping transparency."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # which Pillow would clip
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # a direct conversion to RGB emits a warning
-    return image.convert("RGB")
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # malformed metadata are no fault of the pixels
+        turn = None
+    rgb = _pixels(image, name)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+        for key in _ORIENTED:
+            rgb.info.pop(key, None)
+    return rgb
+
+
+def _pixels(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _gray(image, name)
+    if image.mode == "La":  # premultiplied
+        image = image.convert("LA")
+    if _has_transparency(image):
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(rgba, mask=rgba)
+        return canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    palette = image.palette.mode if image.mode == "P" and image.palette else ""
+    return image.mode in _ALPHA_MODES or "transparency" in image.info or palette == "RGBA"
+
+
+def _scale_transparency(image: ImageFile.ImageFile) -> None:
+    """Scale the transparent color of a PNG as Pillow scales the pixels of 2, 4 and 48 bits."""
+    key, raw = image.info.get("transparency"), image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if isinstance(key, int) and raw in ("L;2", "L;4"):
+        image.info["transparency"] = key * (85 if raw == "L;2" else 17)
+    elif isinstance(key, tuple) and raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _gray(image: Image.Image, name: str) -> Image.Image:
+    """Gray values of more than 8 bits as RGB: 16-bit ones are divided by 256, floats up to 1 multiplied by 255.
+
+    Values of 32 bits count as 16-bit ones if any is above 255, else as 8-bit ones.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high < 65_536:  # false for NaN, too
+        raise ImageError(
+            f"Cannot read {name}: its gray values range from {low} to {high}, expected 0 to 255, 0 to 65535, or 0 to 1 "
+            "for floats; convert it to 8 bits."
+        )
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if deep or high > 255:
+        values = values // 256
+    elif image.mode == "F" and high <= 1:
+        values = values * 255 + 0.5
+    gray = values.astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+        gray = 255 - gray
+    if (key := image.info.get("transparency")) is not None:
+        gray = np.where(np.asarray(image) == key, np.uint8(255), gray)
+    return Image.fromarray(gray).convert("RGB")
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether any program decodes an image file to the pixels of `open_image`: opaque 8-bit JPEG, PNG or WebP.
+
+    EXIF orientation is left to the program.
+    """
+    with _decoding("the given image", DEFAULT), _open(data, "the given image", DEFAULT) as image:
+        return (
+            image.format in _EXCHANGED
+            and image.mode in _PLAIN_MODES
+            and not _has_transparency(image)
+            and (image.format == "MPO" or not getattr(image, "is_animated", False))
+        )
+
+
+def image_data_url(data: bytes, *, limits: ImageLimits = DEFAULT) -> str:
+    """Data URL of an image file for another server: the file if it `is_plain`, else a PNG of `open_image`'s pixels."""
+    if is_plain(data):
+        kind = {b"\xff\xd8": "jpeg", b"RI": "webp"}.get(data[:2], "png")
+    else:
+        buffer = BytesIO()
+        open_image(data, limits=limits).save(buffer, "PNG")
+        kind, data = "png", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def expand2square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
@@ -139,11 +270,14 @@ def process_upload(image: Image.Image, mode: str) -> Image.Image:
 
     `Pad` pads to a square, `Crop` keeps the center square, `Resize` stretches to 336x336, `Default` changes nothing.
     """
+    if mode == "Default":
+        return image
+    image = to_rgb(image)
     if mode == "Pad":
-        return expand2square(to_rgb(image), _UPLOAD_PAD_COLOR)
+        return expand2square(image, _UPLOAD_PAD_COLOR)
     if mode == "Crop":
         return _center_crop(image, min(image.size))
-    return image.resize((_UPLOAD_RESIZE_SIDE, _UPLOAD_RESIZE_SIDE)) if mode == "Resize" else image
+    return image.resize((_UPLOAD_RESIZE_SIDE, _UPLOAD_RESIZE_SIDE))
 
 
 def _center_crop(image: Image.Image, side: int) -> Image.Image:
@@ -177,9 +311,15 @@ def preprocess_image(image: Image.Image, processor: BaseImageProcessor, aspect_r
 def process_images(
     images: Sequence[Image.Image], image_processor: BaseImageProcessor, model_cfg: object
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Pixel values (K, 3, S, S) of K images by `model_cfg.image_aspect_ratio`; a list when their shapes differ."""
+    """Pixel values (K, 3, S, S) of K images by `model_cfg.image_aspect_ratio`; a list when their shapes differ.
+
+    As published, the alpha channel of an RGBA image is dropped; give the image of `open_image`, which is over white.
+    """
+    import torch
+
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    pixels = [preprocess_image(image, image_processor, aspect_ratio) for image in images]
+    opaque = [image.convert("RGB") if image.mode == "RGBA" else image for image in images]
+    pixels = [preprocess_image(image, image_processor, aspect_ratio) for image in opaque]
     return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
 
 

@@ -148,3 +148,41 @@ def pretty_print_semaphore(semaphore: asyncio.Semaphore | None) -> str:
 def usable_cores() -> int:
     """Number of CPU cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_SIGNATURES: Final = (
+    (b"version https://git-lfs", "a Git LFS pointer; run git lfs pull"),
+    (b"\x1f\x8b", "gzip; decompress it"),
+    (b"\x28\xb5\x2f\xfd", "zstd; decompress it"),
+    (b"PK\x03\x04", "a zip archive; extract it"),
+    (b"PAR1", "Parquet; name it *.parquet"),
+    (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
+    (b"II*\0", "an unsupported TIFF; convert it to PNG"),
+    (b"MM\0*", "an unsupported TIFF; convert it to PNG"),
+    (b"%PDF", "a PDF document; convert its pages to PNG"),
+    (b"8BPS", "a Photoshop file; convert it to PNG"),
+    (b"\0\0\1\0", "an icon (ICO); convert it to PNG"),
+    (b"\xff\x0a", "JPEG XL; convert it to JPEG"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL; convert it to JPEG"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000; convert it to JPEG"),
+    (b"<!doctype html", "an HTML page; download it again"),
+    (b"<html", "an HTML page; download it again"),
+    (b"<svg", "SVG; convert it to PNG"),
+)
+_BRANDS: Final = {b"avif": "AVIF; convert it to JPEG", b"heic": "HEIC; convert it to JPEG"}  # of ISO media files
+_BRANDS_HEIC: Final = (b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def describe_content(data: bytes) -> str:
+    """What the first bytes of a file that cannot be read show it to be, and what to do; "" if they show nothing."""
+    head = data[:1024].lstrip().lower()
+    if not data:
+        return "an empty file"
+    if data[4:8] == b"ftyp":
+        brand = b"heic" if data[8:12] in _BRANDS_HEIC else data[8:12]
+        return _BRANDS.get(brand, "a video (MP4)")
+    for start, text in _SIGNATURES:
+        if data.startswith(start) or (start.startswith(b"<") and head.startswith(start)):
+            return text
+    return "SVG; convert it to PNG" if head.startswith(b"<?xml") and b"<svg" in head else ""

@@ -11,10 +11,11 @@ esac
 llava_need_compiler
 llava_venv train quant serve playground dev docs
 sh scripts/lint.sh
+# Two processes run the tests, those of a file in the same one, so that they share its servers and checkpoints.
 if [ "${1:-}" = --fast ]; then
-    exec python -m pytest -q -m 'not slow and not golden'
+    exec python -m pytest -q -n 2 --dist loadfile -m 'not slow and not golden'
 fi
 rm -f .coverage .coverage.*
-python -m coverage run -m pytest --durations=15
+python -m coverage run -m pytest -n 2 --dist loadfile --durations=15
 python -m coverage combine -q
 python -m coverage report

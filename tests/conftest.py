@@ -16,7 +16,7 @@ import torch
 
 from tests import tiny
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 SHARED = Path(os.environ.get("LLAVA_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 

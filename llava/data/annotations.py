@@ -1,4 +1,4 @@
-"""Annotation files of any size: JSON arrays, JSON Lines (`*.jsonl`) and Parquet (`*.parquet`).
+"""Annotation files of any size: JSON arrays, JSON Lines (`*.jsonl`) and Parquet (`*.parquet`), in upper case as well.
 
 Files are memory-mapped, so that data loader workers share them, and records are parsed on access; a process holds 16
 bytes per record.
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llava.errors import DataError
-from llava.utils import require
+from llava.utils import describe_content, require
 
 SUFFIXES: Final = (".json", ".jsonl", ".parquet")
 _CHUNK: Final = 2**20  # bytes scanned at a time, so that intermediate arrays fit the cache of a core
@@ -85,14 +85,16 @@ class ListRecords(Records):
 
 
 class ParquetRecords(Records):
-    """Rows of a Parquet file; `conversations` is a list of structs, or its JSON text."""
+    """Rows of a Parquet file; `conversations` or `messages` is a list of structs, or its JSON text."""
 
     def __init__(self, path: Path):
         parquet = require("pyarrow.parquet", "train")
         try:
             self.table = parquet.read_table(path, memory_map=True)
         except (OSError, ValueError) as error:  # exceptions of Arrow are ValueErrors
-            raise DataError(f"Annotation file {path} is not valid Parquet: {' '.join(str(error).split())}.") from error
+            with path.open("rb") as file:
+                found = describe_content(file.read(1024)) or " ".join(str(error).split())
+            raise DataError(f"Annotation file {path} is not valid Parquet: {found}.") from error
         self.path = path
 
     def __len__(self) -> int:
@@ -101,11 +103,11 @@ class ParquetRecords(Records):
     def _item(self, index: int) -> object:
         try:
             (row,) = self.table.slice(index, 1).to_pylist()
-            turns = row.get("conversations")
-            if isinstance(turns, str):
-                row["conversations"] = _loads(turns)
+            for key in ("conversations", "messages"):
+                if isinstance(row.get(key), str):
+                    row[key] = _loads(row[key])
         except ValueError as error:
-            raise DataError(f"conversations is not valid JSON: {str(error).strip()}") from error
+            raise DataError(f"{key} is not valid JSON: {str(error).strip()}") from error
         return {key: value for key, value in row.items() if value is not None}  # columns cannot omit a key
 
 
@@ -117,7 +119,7 @@ def read_records(path: str | Path) -> Records:
     path = Path(path)
     try:
         size = path.stat().st_size
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             records: Records = ParquetRecords(path)
         else:
             offsets = _find_offsets(path, size)
@@ -133,11 +135,13 @@ def read_records(path: str | Path) -> Records:
 
 
 def _parse_whole(path: Path) -> ListRecords:
+    content = path.read_bytes()
     try:
-        items = _loads(path.read_text(encoding="utf-8-sig"))
+        items = _loads(content.decode("utf-8-sig"))
     except ValueError as error:
         hint = "; name a file with one record per line *.jsonl" if str(error).startswith("Extra data") else ""
-        raise DataError(f"Annotation file {path} is not valid JSON: {str(error).strip()}{hint}.") from error
+        found = describe_content(content) or f"{str(error).strip()}{hint}"
+        raise DataError(f"Annotation file {path} is not valid JSON: {found}.") from error
     if not isinstance(items, list):
         raise DataError(
             f"Annotation file {path} holds {type(items).__name__}; expected an array of objects (pass a mixture of "
@@ -156,11 +160,15 @@ def _loads(text: str) -> object:
 
 def _find_offsets(path: Path, size: int) -> Offsets | None:
     """Offsets (N, 2) of the records, or None if the file is not JSON Lines or an array of objects only."""
+    is_lines = path.suffix.lower() == ".jsonl"
     if size == 0:
-        return np.empty((0, 2), np.int64) if path.suffix == ".jsonl" else None
+        return np.empty((0, 2), np.int64) if is_lines else None
     data = np.memmap(path, np.uint8, "r")
-    first = len(_BOM) if data[:3].tobytes() == _BOM else 0
-    return _line_offsets(data, first) if path.suffix == ".jsonl" else _object_offsets(data, first)
+    head = data[:4096].tobytes()
+    first = len(_BOM) if head.startswith(_BOM) else 0
+    if is_lines and not head[first:].lstrip().startswith(b"["):
+        return None if describe_content(head) else _line_offsets(data, first)
+    return _object_offsets(data, first)
 
 
 def _chunks(data: Bytes, first: int) -> Iterator[tuple[int, Bytes]]:

@@ -2,7 +2,8 @@
 
 Each problem is printed as `file:index: problem`. With `--images`, images are decoded as in training. `--write-clean`
 copies the valid records, byte for byte from a JSON file. A mixture (a file for `--meta_path`) is validated dataset by
-dataset. Neither a GPU nor a model is needed. The exit status is 1 if there are problems.
+dataset. Keys that are not used are named. Neither a GPU nor a model is needed. The exit status is 1 if there are
+problems.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def read_datasets(file: Path, images: Path | None) -> list[tuple[Path, Path | None]]:
     """Annotation files and image folders: those of a mixture, or `file` and `images` themselves."""
-    if file.suffix == ".json" and _is_mixture(file):
+    if file.suffix.lower() == ".json" and _is_mixture(file):
         return [(Path(entry.annotation), Path(entry.root)) for entry in read_mixture(file)]
     return [(file, images)]
 
@@ -50,7 +51,7 @@ def _is_mixture(file: Path) -> bool:
         return False
     with file.open("rb") as stream:
         head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return head.startswith(b"{") and b'"conversations"' not in head
+    return head.startswith(b"{") and not (b'"conversations"' in head or b'"messages"' in head)
 
 
 def report(file: Path, result: ScanResult, seconds: float, *, limit: int | None) -> str:
@@ -63,6 +64,7 @@ def report(file: Path, result: ScanResult, seconds: float, *, limit: int | None)
         lines.append(f"… and {len(problems) - len(lines)} more (--all prints them)")
     kinds = Counter(_kind(text) for texts in result.problems.values() for text in texts)
     lines += [f"  {count:>8} x {kind}" for kind, count in kinds.most_common()]
+    lines += [f"  {text}" for text in result.unused_keys()]
     good = f"{images} with images and {total - bad - images} without" if total > bad else "none"
     lines.append(f"{file}: {total} records in {seconds:.1f} s: {bad} bad; good are {good}.")
     return "\n".join(lines)
@@ -82,10 +84,10 @@ def write_clean(records: Records, bad: Iterable[int], path: Path) -> int:
     if not good:
         raise DataError(f"{records.path} holds no valid record to write to {path}.")
     with atomic_write(path) as part:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             _write_parquet(records, good, part)
         else:
-            _write_json(records, good, part, lines=path.suffix == ".jsonl")
+            _write_json(records, good, part, lines=path.suffix.lower() == ".jsonl")
     return len(good)
 
 
@@ -100,9 +102,12 @@ def _write_json(records: Records, good: Sequence[int], part: Path, *, lines: boo
 
 def _text(records: Records, index: int, *, one_line: bool) -> bytes:
     raw = records.raw(index).strip() if isinstance(records, JsonRecords) else None
-    if raw is None or (one_line and b"\n" in raw):
+    if raw is not None and not (one_line and b"\n" in raw):
+        return raw
+    try:
         return json.dumps(records[index], ensure_ascii=False).encode("utf-8")
-    return raw
+    except TypeError as error:
+        raise DataError("The records hold images, which JSON cannot; write a .parquet file.") from error
 
 
 def _write_parquet(records: Records, good: Sequence[int], part: Path) -> None:
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets = read_datasets(args.file, args.images)
     if args.write_clean and len(datasets) > 1:
         raise DataError("--write-clean needs an annotation file, got a mixture; clean its datasets separately.")
-    if args.write_clean and args.write_clean.suffix not in SUFFIXES:
+    if args.write_clean and args.write_clean.suffix.lower() not in SUFFIXES:
         raise DataError(f"--write-clean must name a file ending in {', '.join(SUFFIXES)}, got {args.write_clean}.")
     if args.images is not None and not args.images.is_dir():
         raise DataError(f"--images must be a folder, got {args.images}.")

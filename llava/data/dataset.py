@@ -6,7 +6,7 @@ import bisect
 import copy
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from llava.data.annotations import read_records
 from llava.data.dataset_scan import DatasetScan, ScanResult
 from llava.data.labels import Example, build_example, check_template, place_images, truncate
 from llava.data.mixture import Entry, read_mixture
-from llava.data.records import Record, Turn, parse_record
+from llava.data.records import Record, has_image, parse_record
 from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
 from llava.images import open_image, preprocess_image
 
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, torch.Tensor | list[torch.Tensor]]
 Merge = Callable[[torch.Tensor], torch.Tensor]
 _COUNTERS: Final = ("bad", "truncated", "unsupervised")
-_KNOWN_KEYS: Final = frozenset({"id", "image", "conversations"})
 _MAX_BAD: Final = 0.05  # fraction of the records that may be skipped,
 _ALWAYS_ALLOWED: Final = 10  # or this number
 _SAME_MODALITY_WITHIN: Final = 1000  # records searched for a replacement of the same modality
@@ -105,9 +104,8 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         return self._scan.result()
 
     def _apply(self, result: ScanResult) -> None:
-        unknown = sorted(result.keys - _KNOWN_KEYS)
-        if unknown:
-            logger.warning("%s: keys %s are not used.", self.data_path, ", ".join(map(repr, unknown)))
+        for text in result.unused_keys():
+            logger.warning("%s: %s.", self.data_path, text)
         with_image = [] if self.data_args.is_multimodal else np.flatnonzero(result.image).tolist()
         for index in sorted([*result.problems, *with_image]):
             try:
@@ -148,10 +146,9 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _has_image(self, index: int) -> bool:
         try:
-            raw = self.records[index]
+            return has_image(self.records[index])
         except DataError:
             return False
-        return isinstance(raw, Mapping) and bool(raw.get("image"))
 
     def _skip(self, index: int, error: DataError) -> None:
         self._flags[0, index] = 1
@@ -197,7 +194,8 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
             return torch.zeros(3, processor.crop_size["height"], processor.crop_size["width"])
         folder = Path(self.data_args.image_folder or "")
         aspect_ratio = self.data_args.image_aspect_ratio
-        images = [preprocess_image(open_image(folder / path), processor, aspect_ratio) for path in record.image]
+        sources = [image if isinstance(image, bytes) else folder / image for image in record.image]
+        images = [preprocess_image(open_image(source), processor, aspect_ratio) for source in sources]
         return images[0] if len(images) == 1 else torch.stack(images)
 
     def _located(self, error: LlavaError, index: int) -> DataError:
@@ -254,7 +252,8 @@ def record_example(
 ) -> Example:
     """Ids and labels of a record before truncation; `start_end` wraps images in `<im_start>` and `<im_end>`."""
     placeholder = image_placeholder(template, start_end)
-    turns = [Turn(role, place_images(text, placeholder, len(record.image))) for role, text in record.turns]
+    count = len(record.image)
+    turns = [turn._replace(text=place_images(turn.text, placeholder, count)) for turn in record.turns]
     return build_example(turns, tokenizer, template, has_image=bool(record.image))
 
 
@@ -315,8 +314,8 @@ def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None
             empty.append(index)
     if len(empty) > max(1, count // 100):
         raise DataError(
-            f"{len(empty)} of the first {count} records of {dataset.data_path} have no supervised token, the first "
-            f"is {empty[0]}; their answers are empty or beyond --model_max_length {limit}."
+            f"{len(empty)} of the first {count} records of {dataset.data_path} have no supervised token, the first is "
+            f"{empty[0]}; their answers are empty, have weight 0, or lie beyond --model_max_length {limit}."
         )
     for indices, fault in ((truncated, f"are truncated to --model_max_length {limit}"), (empty, "have no answer left")):
         if indices:

@@ -6,6 +6,7 @@ Training starts while the scan is running and is notified of problems later; `ll
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llava.data.annotations import JsonRecords, Records, read_records
-from llava.data.records import Record, parse_record, problems_of, quick_check
+from llava.data.records import COMMON_KEYS, ImageFile, Record, parse_record, problems_of, quick_check, unused_keys
 from llava.errors import DataError
 from llava.utils import guarded, usable_cores
 
@@ -38,12 +39,23 @@ RecordCheck = Callable[[Record], list[str]]
 
 @dataclass
 class ScanResult:
-    """Contents of N records: `words` (N,) int32 and `image` (N,) bool, zero for bad records, and problems by index."""
+    """Contents of N records: `words` (N,) int32 and `image` (N,) bool, zero for bad records, and problems by index.
+
+    `keys` are those that are not used, with the number of their records and the index of the first.
+    """
 
     words: npt.NDArray[np.int32]
     image: npt.NDArray[np.bool_]
     problems: dict[int, list[str]] = field(default_factory=dict)
-    keys: set[str] = field(default_factory=set)
+    keys: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add_key(self, key: str, count: int, first: int) -> None:
+        before, index = self.keys.get(key, (0, first))
+        self.keys[key] = before + count, min(index, first)
+
+    def unused_keys(self) -> list[str]:
+        """A line for each key that is not used."""
+        return [f"key {key!r} is not used ({n} x, first in record {at})" for key, (n, at) in sorted(self.keys.items())]
 
 
 def scan_records(records: Records, start: int, stop: int, check: RecordCheck | None = None) -> ScanResult:
@@ -63,9 +75,10 @@ def _scan_record(records: Records, index: int, check: RecordCheck | None, result
     except DataError as error:
         result.problems[index] = [str(error.args[0])]
         return ""
-    if isinstance(raw, dict):
-        result.keys.update(raw)
     checked = quick_check(raw) if check is None else None
+    if isinstance(raw, dict) and not (checked and COMMON_KEYS.issuperset(raw)):
+        for key in unused_keys(raw):
+            result.add_key(key, 1, index)
     if checked:
         text, result.image[row] = checked
         return text
@@ -98,22 +111,21 @@ def image_errors(folder: Path, *, decode: bool) -> RecordCheck:
     """Check for missing and, with `decode`, damaged or oversized image files; each file is checked once."""
     from llava.images import open_image
 
-    known: dict[str, str | None] = {}
-
-    def problem(path: str) -> str | None:
+    def problem(image: ImageFile) -> str | None:
         if not decode:
-            return None if (folder / path).is_file() else f"image {path!r} is not in {folder}"
+            exists = isinstance(image, bytes) or (folder / image).is_file()
+            return None if exists else f"image {image!r} is not in {folder}"
         try:
-            open_image(folder / path)
+            open_image(image if isinstance(image, bytes) else folder / image)
         except DataError as error:
             return str(error.args[0]).rstrip(".")
         return None
 
+    cached = functools.cache(problem)
+
     def check(record: Record) -> list[str]:
-        for path in record.image:
-            if path not in known:
-                known[path] = problem(path)
-        return [text for path in record.image if (text := known[path])]
+        found = [problem(image) if isinstance(image, bytes) else cached(image) for image in record.image]
+        return [text for text in found if text]
 
     return check
 
@@ -181,8 +193,10 @@ class DatasetScan:
                 np.concatenate([part.words for part in parts]),
                 np.concatenate([part.image for part in parts]),
                 {index: problems for part in parts for index, problems in part.problems.items()},
-                {key for part in parts for key in part.keys},
             )
+            for part in parts:
+                for key, (count, first) in part.keys.items():
+                    self._result.add_key(key, count, first)
             self._close()
         return self._result
 
@@ -195,7 +209,7 @@ class DatasetScan:
             )
         arrays = np.load(self._root / f"{part}.npz")
         problems, keys = json.loads(str(arrays["text"]))
-        return ScanResult(arrays["words"], arrays["image"], {int(k): v for k, v in problems.items()}, set(keys))
+        return ScanResult(arrays["words"], arrays["image"], {int(k): v for k, v in problems.items()}, keys)
 
     def __getstate__(self) -> dict[str, object]:
         """State for another process: the result, or an empty one if the scan is still running."""
@@ -214,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = image_errors(Path(job["images"]), decode=job["decode"]) if job["images"] is not None else None
     start, stop = job["bounds"][int(part) : int(part) + 2]
     result = scan_records(records, start, stop, check)
-    text = json.dumps([result.problems, sorted(result.keys)])
+    text = json.dumps([result.problems, result.keys])
     np.savez(Path(root, f"{part}.npz"), words=result.words, image=result.image, text=np.array(text))
     return 0
 

@@ -2,13 +2,14 @@
 
 Labels are derived from the spans of the rendered prompt and the characters of each token, not from token counts. Slow
 tokenizers do not report characters, so the text of their tokens is aligned with the prompt: SentencePiece pieces (with
-byte fallback and the prepended space), byte-level BPE and added tokens.
+normalization, byte fallback and the prepended space), byte-level BPE and added tokens.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Sources = Sequence[Sequence[Mapping[str, str]]]  # `conversations` lists
 _TEXT_STOPS: Final = (SeparatorStyle.SINGLE, SeparatorStyle.PLAIN)  # answers end in plain text, not a special token
 _PROBE: Final = (Turn("human", f"{DEFAULT_IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A black cat, 3 years old."))
+_ODD: Final = "\u2026 \u00bd\u00a0\ufb01 e\u0301 \uff11"  # text that tokenizers normalize
 _SPACE: Final = "\u2581"  # the space of SentencePiece
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -112,11 +114,13 @@ def _encode_fast(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
 def _encode_slow(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
     pieces = tokenizer.tokenize(text)
     ids = tokenizer.convert_tokens_to_ids(pieces)
-    if not hasattr(tokenizer, "byte_decoder"):  # SentencePiece does not distinguish its space from others
+    offsets: Sequence[int] = range(len(text) + 1)
+    if hasattr(tokenizer, "sp_model"):  # SentencePiece, whose default is NFKC and whose space is not told from others
+        text, offsets = tokenizer.sp_model.normalize(text, with_offsets=True)
         text = text.replace(_SPACE, " ")
     data = text.encode()
     # Index of the character of each byte, and of the end.
-    chars = [index for index, char in enumerate(text) for _ in char.encode()] + [len(text)]
+    chars = [index for index, char in zip(offsets, text) for _ in char.encode()] + [offsets[-1]]
     tokens, position = [], 0
     for token_id, piece in zip(ids, pieces):
         start, position = _find(_token_bytes(piece, tokenizer), data, position, tokenizer)
@@ -161,11 +165,20 @@ def training_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
         turns = turns[1:]
     if template.name == conversation.vicuna_v0.name:
         return _v0_spans(turns, chat)
-    for index, (role, text) in enumerate(drop_greeting(turns)):
-        if role != ("human", "gpt")[index % 2]:
-            raise DataError(f"Turn {index + 1} is from {role!r}; human and gpt turns must alternate.")
-        chat.append_message(chat.roles[index % 2], text)
-    return chat.render()
+    turns = drop_greeting(turns)
+    for index, turn in enumerate(turns):
+        if turn.role != ("human", "gpt")[index % 2]:
+            raise DataError(f"Turn {index + 1} is from {turn.role!r}; human and gpt turns must alternate.")
+        chat.append_message(chat.roles[index % 2], turn.text)
+    spans = chat.render()
+    if all(turn.learned for turn in turns):
+        return spans
+    answers = iter([turn.learned for turn in turns if turn.role == "gpt" and turn.text])
+    weighed = []
+    for supervised, run in groupby(spans, lambda span: span.supervised):
+        learned = supervised and next(answers)
+        weighed += [span._replace(supervised=learned) for span in run]
+    return weighed
 
 
 def _plain_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
@@ -176,17 +189,19 @@ def _plain_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
         )
     return [
         Span(DEFAULT_IMAGE_TOKEN * turns[0].text.count(DEFAULT_IMAGE_TOKEN), False),
-        Span(turns[1].text + template.sep, True),
+        Span(turns[1].text + template.sep, turns[1].learned),
     ]
 
 
 def _v0_spans(turns: Sequence[Turn], template: Conversation) -> list[Span]:
     spans = [Span(f"{template.system}\n\n", False)]
-    for role, text in turns:
-        name = template.roles[role != "human"]
-        # The separator is supervised everywhere, also in front of human turns.
-        spans += [Span("###", True), Span(f" {name}: {text}\n", role == "gpt")]
-    return [*spans, Span("### ", True)]
+    learned = True
+    for turn in turns:
+        name = template.roles[turn.role != "human"]
+        # The separator is supervised everywhere, also in front of human turns, but not after an answer of weight 0.
+        spans += [Span("###", learned), Span(f" {name}: {turn.text}\n", turn.role == "gpt" and turn.learned)]
+        learned = turn.learned or turn.role != "gpt"
+    return [*spans, Span("### ", learned)]
 
 
 def place_images(text: str, placeholder: str, num_images: int) -> str:
@@ -247,6 +262,7 @@ def _template_problem(tokenizer: PreTrainedTokenizerBase, template: Conversation
             return f"its stop string {stop!r} is not a single token"
     try:
         example = build_example(_PROBE, tokenizer, template, has_image=True)
+        tokenize(_ODD, tokenizer, images=False)
     except TemplateError as error:
         return str(error.args[0]).rstrip(".")
     ids = [token for token in example.labels.tolist() if token != IGNORE_INDEX]

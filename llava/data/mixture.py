@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.data.annotations import SUFFIXES
-from llava.errors import DataError
+from llava.errors import DataError, shorten
 
 logger = logging.getLogger(__name__)
 KEYS = ("annotation", "root", "repeat_time", "data_augment")
@@ -30,7 +30,7 @@ class Entry:
 def read_mixture(path: str | Path) -> list[Entry]:
     """Read the entries of a mixture in file order; raises `DataError` with the problems of all entries."""
     try:
-        meta = json.loads(Path(path).read_text(encoding="utf-8"))
+        meta = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read mixture {path}: {error}; check --meta_path.") from error
     if not isinstance(meta, dict) or not meta:
@@ -51,10 +51,10 @@ def _problems(entry: object) -> list[str]:
         return [f"the entry is {type(entry).__name__}, expected an object"]
     problems = [f"unknown key {key!r}, expected {', '.join(KEYS)}" for key in sorted(set(entry) - set(KEYS))]
     annotation, repeats = entry.get("annotation"), entry.get("repeat_time", 1)
-    if not isinstance(annotation, str) or Path(annotation).suffix not in SUFFIXES:
-        problems.append(f"annotation is {annotation!r}, expected a file ending in {', '.join(SUFFIXES)}")
+    if not isinstance(annotation, str) or Path(annotation).suffix.lower() not in SUFFIXES:
+        problems.append(f"annotation is {shorten(repr(annotation))}, expected a file ending in {', '.join(SUFFIXES)}")
     if not isinstance(entry.get("root", ""), str) or "://" in entry.get("root", ""):
-        problems.append(f"root is {entry['root']!r}, expected a local folder")
+        problems.append(f"root is {shorten(repr(entry['root']))}, expected a local folder")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         problems.append(f"repeat_time is {repeats!r}, expected an integer of at least 1")
     return problems

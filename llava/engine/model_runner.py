@@ -12,6 +12,7 @@ from llava.engine.cache import CacheSpec, KVCache
 from llava.engine.packing import DecodeStep
 from llava.engine.prefix_cache import Prefix, num_tokens
 from llava.engine.sampling import Sampler
+from llava.model.config import context_length
 from llava.model.transfer import upload_columns
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class ModelRunner:
         self.core: PreTrainedModel = model.get_decoder()
         config = model.config
         split = getattr(model, "hf_device_map", None)
-        self.context_length = int(config.max_position_embeddings)
+        self.context_length = context_length(config)
         self.spec = CacheSpec(
             layers=config.num_hidden_layers,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,

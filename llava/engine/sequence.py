@@ -16,6 +16,7 @@ from PIL import Image
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.engine.detokenizer import Detokenizer, TextStream
 from llava.errors import RequestError
+from llava.images import to_rgb
 
 ImageInput = Image.Image | torch.Tensor
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -37,9 +38,9 @@ class HashedImage:
 
 
 def hash_image(image: ImageInput | HashedImage) -> HashedImage:
-    """Hash an image: its size, its mode or dtype, and every pixel. A `HashedImage` is returned as it is.
+    """Hash an image: its size or dtype and every pixel, of a PIL image in RGB. A `HashedImage` is returned as it is.
 
-    Raises `RequestError` for anything but a PIL image or a tensor (3, S, S).
+    Raises `RequestError` for anything but a PIL image or a tensor (3, S, S), and `ImageError` for a damaged image.
     """
     if isinstance(image, HashedImage):
         return image
@@ -51,7 +52,8 @@ def hash_image(image: ImageInput | HashedImage) -> HashedImage:
         )
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(image, Image.Image):
-        digest.update(f"{image.mode} {image.size}".encode())
+        image = to_rgb(image)
+        digest.update(f"RGB {image.size}".encode())
         digest.update(image.tobytes())
     else:
         digest.update(f"{image.dtype} {tuple(image.shape)}".encode())

@@ -144,7 +144,7 @@ class Evaluation:
         }  # fmt: skip
         write_json(self.score_path(task), {**facts, **scores}, indent=2)
         subset = f", {len(questions)} evenly spaced questions" if self.args.limit else ""
-        print(f"{task.name}, {task.split} split{subset}\n{task.table(scores)}")
+        print(f"{task.name}, {task.split} split{subset}\n{task.summary(scores)}")
         return 0
 
 

@@ -13,19 +13,16 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from llava.conversation import default_conversation
 from llava.errors import CheckpointError
 from llava.eval.run.answers import answer_id
 from llava.eval.run.files import Record, Row, read_rows, write_jsonl
 from llava.mm_utils import KeywordsStoppingCriteria
+from llava.model.builder import load_pretrained_model, local_directory
+from llava.model.checkpoint import Kind, inspect
+from llava.model.tokenizer import load_tokenizer
 from llava.placement import resolve_device
 from llava.utils import guarded
 
@@ -36,8 +33,12 @@ def load(name: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreT
     """Tokenizer and model of a directory or hub name, in float32 on CPU and float16 elsewhere."""
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=False)
-        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=dtype)
+        directory = local_directory(name)
+        if inspect(directory).kind is Kind.LANGUAGE_MODEL:
+            tokenizer, model, *_ = load_pretrained_model(directory, device=device, dtype=dtype, text_only=True)
+            return tokenizer, model
+        tokenizer = load_tokenizer(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as error:  # KeyError: a model type unknown to transformers
         raise CheckpointError(f"Cannot load a causal language model from {name} ({error}).") from error
     return tokenizer, model.to(device).eval()

@@ -30,7 +30,7 @@ def apply_delta(base_model_path: str | Path, target_model_path: str | Path, delt
     base, difference = WeightSource(Path(base_model_path)), WeightSource(found.path)
     delta.check_pair(base, difference)
     delta.check_differences(base, difference)
-    dtype = parse_dtype(str(found.config.get("torch_dtype") or "float16"))
+    dtype = parse_dtype(str(found.config.get("torch_dtype") or found.config.get("dtype") or "float16"))
 
     def add(name: str, tensor: Tensor, below: Tensor | None) -> Tensor:
         return (tensor if below is None else delta.add_scaled(tensor, below, 1)).to(dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.errors import CheckpointError, ConfigError
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
+from llava.model.config import context_length, read_settings
 from llava.model.dispatch import DeviceMap, dispatch, infer_device_map
 from llava.model.hub import snapshot
 from llava.model.language_model.causal_lm import LlavaForCausalLMMixin
@@ -106,7 +108,7 @@ def load_pretrained_model(
     found = ckpt.inspect(local_directory(model_path))
     base = resolve_base(found, model_base, text_only)
     config = read_config(base or found) if text_only else model_config(found, vision_tower)
-    chosen = resolve_dtype(target, dtype, getattr(torch, str(found.config.get("torch_dtype")), None))
+    chosen = resolve_dtype(target, dtype, found.dtype)
     kernels = language_model_spec((base or found).model_type, str(found.path)).attention
     config._attn_implementation = resolve_attention(target, chosen, attn_implementation, kernels)
     tokenizer = load_tokenizer(base.path if base else found.path)
@@ -306,10 +308,43 @@ def _compare_base(found: Checkpoint, base: Checkpoint) -> None:
 
 
 def read_config(found: Checkpoint) -> PretrainedConfig:
-    """The parsed `config.json`, of the class registered for its `model_type`."""
+    """The parsed `config.json`, of the class registered for its `model_type`; for weights as they are loaded here.
+
+    Raises `CheckpointError` for unsupported settings, among them weights that are stored quantized.
+    """
     spec = language_model_spec(found.model_type, str(found.path))
     with ckpt.config_errors(found.path):
-        return spec.config.from_pretrained(found.path)
+        settings = {key: value for key, value in found.config.items() if key != "model_type"}
+        config: PretrainedConfig = spec.config.from_dict(read_settings(settings, spec.config, found.path))
+    if getattr(config, "quantization_config", None) is not None:
+        if found.kind in (Kind.FULL, Kind.LANGUAGE_MODEL):
+            raise CheckpointError(_quantized(found.path, config.quantization_config))
+        del config.quantization_config  # of the base of a QLoRA run, which is quantized while it is loaded
+    return config
+
+
+def _quantized(path: Path, settings: object) -> str:
+    """The message for a checkpoint with a `quantization_config`."""
+    given = settings if isinstance(settings, dict) else {}
+    method = given.get("quant_method") or ("bitsandbytes" if given.keys() & {"load_in_4bit", "load_in_8bit"} else None)
+    return (
+        f"{path} holds quantized weights ({method or settings!r} in quantization_config of its config.json); pass the "
+        "checkpoint they were made from, and quantize it while loading with --load-4bit or --load-8bit, in training "
+        "with --bits. If the weights are in 16 or 32 bits, delete quantization_config."
+    )
+
+
+def read_generation_config(directory: Path) -> GenerationConfig | None:
+    """The parsed `generation_config.json`, if there is one; null, which newer libraries write, is the default."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    settings = {key: value for key, value in ckpt.read_json(file).items() if value is not None}
+    with ckpt.config_errors(directory), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # sampling settings without do_sample, as in published Vicunas
+        config = GenerationConfig(**settings)
+        config._original_object_hash = hash(config)  # as `from_pretrained` does; `generate` reads it
+        return config
 
 
 def empty_model(found: Checkpoint, base: Checkpoint | None, config: PretrainedConfig) -> LlavaForCausalLMMixin:
@@ -317,14 +352,15 @@ def empty_model(found: Checkpoint, base: Checkpoint | None, config: PretrainedCo
     config = copy.copy(config)
     if base is not None:
         config.vocab_size = read_config(base).vocab_size
+        if type(config.pad_token_id) is int and config.pad_token_id >= config.vocab_size:
+            config.pad_token_id = None  # a token that the training added
     spec = language_model_spec((base or found).model_type, str(found.path))
     source = (base or found).path
     ckpt.check_depth(getattr(config, "num_hidden_layers", None), source)
     with ckpt.config_errors(found.path), empty_weights():
         model: LlavaForCausalLMMixin = spec.model(config)
-        if (source / "generation_config.json").is_file():
-            ckpt.read_json(source / "generation_config.json")  # raises CheckpointError if it is damaged
-            model.generation_config = GenerationConfig.from_pretrained(source)
+    if (generation := read_generation_config(source)) is not None:
+        model.generation_config = generation
     return model
 
 
@@ -405,8 +441,3 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     if getattr(config, "mm_use_im_start_end", False):
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
     return len(tokenizer)
-
-
-def context_length(config: PretrainedConfig) -> int:
-    """Context in tokens: `max_sequence_length`, else `max_position_embeddings`, else 2048."""
-    return int(getattr(config, "max_sequence_length", None) or getattr(config, "max_position_embeddings", None) or 2048)

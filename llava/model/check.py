@@ -26,6 +26,7 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
 from llava.model.checkpoint import Checkpoint, Kind
+from llava.model.config import context_length
 from llava.model.llava_arch import parameter_shapes
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
@@ -38,7 +39,7 @@ from llava.utils import guarded
 
 Shapes = Mapping[str, tuple[int, ...]]
 STORAGE: Final = ("fp32", "bf16", "int8", "nf4")
-MAX_POSITIONS: Final = 8192  # of the rotary tables built here, one per layer
+MAX_POSITIONS: Final = 64  # of the rotary tables built here, one per layer
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def examine(
         tokenizer_fact(base.path if base else found.path),
         ("image", f"{tower.image_processor.crop_size['height']} px, {image_tokens} tokens"),
         ("template", f"{chosen} ({'--conv-mode' if template else origin})"),
-        ("context", f"{builder.context_length(config)} tokens, {gib(cache)} of KV cache in 16 bit when full"),
+        ("context", f"{context_length(config)} tokens, {gib(cache)} of KV cache in 16 bit when full"),
     ]
     if base is not None:
         facts.insert(0, base_fact(base))
@@ -170,7 +171,7 @@ def cache_bytes(config: PretrainedConfig) -> int:
     """Size of the KV cache of one full context in 16 bit."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = config.hidden_size // config.num_attention_heads * heads
-    return int(2 * 2 * config.num_hidden_layers * width * builder.context_length(config))
+    return int(2 * 2 * config.num_hidden_layers * width * context_length(config))
 
 
 def gib(count: int) -> str:

@@ -67,11 +67,17 @@ class Checkpoint:
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that `config.json` names: `torch_dtype`, or `dtype` as of transformers 5."""
+        named = str(self.config.get("torch_dtype") or self.config.get("dtype")).removeprefix("torch.")
+        return value if isinstance(value := getattr(torch, named, None), torch.dtype) else None
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises `CheckpointError` for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from error
     if not isinstance(value, dict):

@@ -19,6 +19,7 @@ from llava.model import checkpoint as ckpt
 from llava.model.builder import read_config
 from llava.model.check import language_parts
 from llava.model.checkpoint import Kind
+from llava.model.config import read_settings
 from llava.model.delta import DROPPED
 from llava.model.registry import language_model_spec
 from llava.model.saving import WeightSource, write_checkpoint, write_json
@@ -60,6 +61,7 @@ def consolidate_ckpt(src_path: str | Path, dst_path: str | Path, *, dtype: torch
     found = ckpt.inspect(src_path)
     if found.kind not in (Kind.FULL, Kind.LANGUAGE_MODEL):
         raise CheckpointError(f"{found.path} holds {found.kind.value}; only whole models can be consolidated.")
+    read_config(found)  # raises for settings that are not supported
     source = WeightSource(found.path)
 
     def cast(name: str) -> Tensor:
@@ -72,7 +74,9 @@ def consolidate_ckpt(src_path: str | Path, dst_path: str | Path, *, dtype: torch
         return ((name, cast(name)) for name in source.shapes if DROPPED not in name)
 
     def verify(directory: Path) -> None:
-        settings = {**found.config, "torch_dtype": str(dtype).removeprefix("torch.")}
+        config_class = language_model_spec(found.model_type, str(found.path)).config
+        settings = read_settings(found.config, config_class, found.path)
+        settings["torch_dtype"] = str(dtype).removeprefix("torch.")
         write_json(directory / "config.json", {**settings, **current_names(settings)})
         written = WeightSource(directory)
         if not all(torch.equal(written.read(name), tensor) for name, tensor in tensors()):

@@ -22,11 +22,12 @@ from llava.errors import ConfigError
 from llava.files import atomic_directory
 from llava.model.builder import load_pretrained_model, local_directory, read_config
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
+from llava.model.language_model.causal_lm import savable
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
 from llava.model.registry import language_model_spec
-from llava.model.saving import write_weights
+from llava.model.saving import write_json, write_weights
 from llava.model.verification import cast_parameters, check_logits, probe_inputs, probe_logits
 from llava.utils import guarded
 
@@ -119,6 +120,19 @@ def hf_config(
     )
 
 
+def processor_settings(model: LlavaLlamaForCausalLM) -> dict[str, object]:
+    """The settings of `LlavaProcessor`, from which it computes the number of image tokens: CLIP has one class token."""
+    tower = model.get_vision_tower()
+    assert tower is not None
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": DEFAULT_IMAGE_TOKEN,
+        "num_additional_image_tokens": 1,
+        "patch_size": tower.spec.vision(tower.config).patch_size,
+        "vision_feature_select_strategy": STRATEGY[tower.select_feature],
+    }
+
+
 @torch.no_grad()
 def hf_logits(
     directory: Path, tokenizer: PreTrainedTokenizerBase, processor: CLIPImageProcessor, image_token: int
@@ -150,6 +164,9 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
         write_weights(directory, hf_weights(model, dtype, image_token))
         tokenizer.save_pretrained(directory)
         cast("CLIPImageProcessor", processor).save_pretrained(directory)
+        write_json(directory / "processor_config.json", processor_settings(model))
+        if isinstance(model.generation_config, transformers.GenerationConfig):
+            savable(model.generation_config).save_pretrained(directory)
         del model
         found = hf_logits(directory, tokenizer, processor, image_token)
         return check_logits(found[:, : expected.shape[1]], expected, "The export and its source")

@@ -56,6 +56,7 @@ class TowerSpec:
         registers: number of register tokens; they are never features.
         vision: the part of the configuration that describes the vision transformer.
         queries: number of query tokens for a configuration.
+        settings: keys of `config.json` that `config` reads beside those of its class.
     """
 
     config: Callable[[dict[str, Any]], Any]
@@ -68,6 +69,7 @@ class TowerSpec:
     registers: int = 0
     vision: Callable[[Any], Any] = lambda config: config
     queries: Callable[[Any], int] = lambda config: 0
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Final, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import no_init_weights
@@ -97,18 +96,16 @@ def _set_tensor(
     Copies to CUDA are asynchronous, through `uploader`. On the CPU, a `value` of `dtype` is not copied, so a
     memory-mapped file is read only when the model runs.
     """
-    if device.type != "cuda":
-        set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)
-        return
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    kept = not (value.is_floating_point() or value.is_complex())
-    copied = uploader.upload(value, device, value.dtype if kept else dtype)
+    if not (value.is_floating_point() or value.is_complex()):
+        dtype = value.dtype
+    placed = uploader.upload(value, device, dtype) if device.type == "cuda" else value.to(device, dtype)
     if attribute in module._buffers:
-        module._buffers[attribute] = copied
+        module._buffers[attribute] = placed
         return
     old = module.get_parameter(attribute)
-    module._parameters[attribute] = type(old)(copied, requires_grad=old.requires_grad)
+    module._parameters[attribute] = type(old)(placed, requires_grad=old.requires_grad)
 
 
 class Event(Protocol):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from llava.conversation import get_template, stop_strings, with_image_token
 from llava.engine import Engine, Request, RequestHandle, SamplingParams
-from llava.errors import ConfigError, DataError, LlavaError
+from llava.errors import ConfigError, DataError, LlavaError, shorten
 from llava.files import drop_partial_line, lock_file, write_errors
 from llava.images import open_image, preprocess_image
 from llava.provenance import checkpoint_fingerprint
@@ -91,7 +91,8 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise DataError(f"{path} line {number} must have a string `prompt`; its keys are: {keys}.")
         images = [images] if isinstance(images, str) else images
         if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
-            raise DataError(f"{path} line {number}: `image` must be a path or a list of paths, got {images!r}.")
+            found = shorten(repr(images))
+            raise DataError(f"{path} line {number}: `image` must be a path or a list of paths, got {found}.")
         prompt_id = row.get("id", row.get("question_id"))
         prompts.append(Prompt(len(prompts) if prompt_id is None else prompt_id, text, tuple(images)))
     return prompts

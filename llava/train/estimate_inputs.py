@@ -161,7 +161,9 @@ def _with_tower(shape: Shape, flags: RecipeFlags, name: str) -> Shape:
 
 def _read_config(directory: Path, keys: Sequence[str], what: str) -> dict[str, Any]:
     """Read config.json, which must have `keys`."""
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    from llava.model.checkpoint import inspect
+
+    config = inspect(directory).config
     missing = [key for key in keys if key not in config]
     if missing:
         raise ConfigError(f"{directory} is not a {what}: its config.json has no {missing[0]}; pass another directory.")

@@ -71,7 +71,8 @@ def view_record(
     summary = f"{len(kept.input_ids)} ids, {supervised} supervised; {positions} positions with {images} images"
     summary += f" of {image_tokens} each" if images else ""
     summary += f"; {cut} ids truncated at --model_max_length {limit}" if cut else ""
-    return RecordView(", ".join([title, *record.image]), tokens, summary)
+    names = [f"{len(image)} bytes" if isinstance(image, bytes) else image for image in record.image]
+    return RecordView(", ".join([title, *names]), tokens, summary)
 
 
 def as_text(view: RecordView, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> str:

@@ -22,6 +22,7 @@ from llava.conversation import conv_templates, get_template
 from llava.errors import CheckpointError, ConfigError, TrainingError
 from llava.model import builder
 from llava.model.builder import local_directory
+from llava.model.check import language_parts
 from llava.model.checkpoint import Checkpoint, Kind, has_weights, inspect, layer_index
 from llava.model.language_model.causal_lm import mean_loss
 from llava.model.llava_arch import grow_embeddings
@@ -67,9 +68,10 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> PreTrained
             f"--model_name_or_path must be a LLaMA or MPT language model (such as lmsys/vicuna-7b-v1.5) or a full chat "
             f"checkpoint; {found.path} holds {found.kind.value}."
         )
-    config = builder.read_config(found)
-    if model_args.vision_tower is None and getattr(config, "mm_vision_tower", None):
+    if model_args.vision_tower is None and found.kind is Kind.FULL:
         raise ConfigError(f"{found.path} is a chat checkpoint; pass its --vision_tower.")
+    config = builder.model_config(found, None) if found.kind is Kind.FULL else builder.read_config(found)
+    language_parts(found, None, config)  # raises what `llava check` says
     dtype = compute_dtype(args)
     spec = language_model_spec(found.model_type, str(found.path))
     attention = resolve_attention(args.device, dtype, model_args.attn_implementation, spec.attention)
@@ -78,15 +80,11 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> PreTrained
     if args.bits != 16:
         return _load_quantized_base(found, config, args)
     frozen = model_args.tune_mm_mlp_adapter or args.freeze_llm or args.lora_enable
-    model, loading = spec.model.from_pretrained(
-        found.path,
-        config=config,
-        torch_dtype=dtype if args.deepspeed or frozen else torch.float32,
-        output_loading_info=True,
+    model: PreTrainedModel = spec.model.from_pretrained(
+        found.path, config=config, torch_dtype=dtype if args.deepspeed or frozen else torch.float32
     )
-    wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    if wrong:
-        raise CheckpointError(f"The weights of {found.path} do not fit its config.json: {', '.join(wrong[:4])}.")
+    if (generation := builder.read_generation_config(found.path)) is not None:
+        model.generation_config = generation
     model.config.use_cache = False
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_parquet(tmp_path: Path) -> None:
         records[1]
 
 
+def test_arrays_in_lines_files_and_suffixes_in_upper_case(tmp_path: Path) -> None:
+    """Also with a byte order mark, with Windows line ends, and with NaN, which Python writes."""
+    array, lines = json.dumps([GOOD, ODD]), "\r\n".join(map(json.dumps, [GOOD, ODD]))
+    nan = array.replace('"id": 7', '"id": NaN')
+    for name, text in (("a.jsonl", "\n" + array), ("a.JSONL", lines), ("b.JSONL", array), ("a.JSON", array)):
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / name).write_bytes(text.encode(encoding))
+            records = read_records(tmp_path / name)
+            assert isinstance(records, JsonRecords) and list(records) == [GOOD, ODD]
+    (tmp_path / "a.json").write_text(nan)
+    assert [record["conversations"] for record in read_records(tmp_path / "a.json")] == [GOOD["conversations"]] * 2  # type: ignore[index]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
@@ -71,6 +85,15 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.json", b'[{},{},{},{"a":[}]', "is not valid JSON"),
         ("a.json", b"[{}" + b" " * 70 + b";{}]", "is not valid JSON"),
         ("a.parquet", b"PAR1 or not", "is not valid Parquet"),
+        ("a.jsonl", b'[{"a": 1}, {"b"]', "is not valid JSON"),
+        ("a.json", gzip.compress(b"[{}]", mtime=0), "is not valid JSON: gzip; decompress it"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n", mtime=0), "is not valid JSON: gzip; decompress it"),
+        ("a.jsonl", gzip.compress(b"{}\n", mtime=0), "is not valid JSON: gzip; decompress it"),
+        ("a.json", '[{"a": 1}]'.encode("utf-16"), "is not valid JSON: UTF-16 text; save it as UTF-8"),
+        ("a.json", b"PAR1\0\0", "is not valid JSON: Parquet; name it"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer; run git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer; run git lfs pull"),
+        ("a.json", b"\n<!DOCTYPE html>", "an HTML page; download it again"),
     ],
 )
 def test_malformed_files(tmp_path: Path, name: str, content: bytes | None, why: str) -> None:

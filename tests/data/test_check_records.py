@@ -73,6 +73,39 @@ def test_kinds_of_problems_are_counted_independently_of_file_names(
         assert f"       3 x {kind}" in capsys.readouterr().out
 
 
+def test_base64_in_place_of_a_path_gives_a_short_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "data.JSONL").write_text(json.dumps([record("<image>", image="iVBORw0KGgoAAAANSUhEUgAA/" * 430)]))
+    for more in ((), ("--images", str(root)), ("--images", str(root), "--no-decode")):
+        assert main([str(root / "data.JSONL"), *more]) == 1
+        output = capsys.readouterr().out
+        assert "(10750 characters)', expected the path of a file" in output
+        assert max(map(len, output.splitlines())) < 300
+
+
+def test_keys_that_are_not_used_are_named_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [record("a"), record("b") | {"rejected": "x", "id": 1}, record("c") | {"rejected": "y", "source": "z"}]
+    (root / "data.json").write_text(json.dumps([*made, record("d") | {"video": "v.mp4"}]))
+    for more in ((), ("--workers", "2")):
+        assert main([str(root / "data.json"), *more]) == 1
+        output = capsys.readouterr().out
+        assert "\n  key 'rejected' is not used (2 x, first in record 1)\n" in output and "'source'" not in output
+        assert "data.json:3: the record has video, which is not supported" in output and "1 bad;" in output
+
+
+def test_images_inside_a_parquet_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    good = (root / "red.png").read_bytes()
+    rows = [record("<image>", image={"bytes": data, "path": "x.png"}) for data in (good, good[:45], b"%PDF-1.7")]
+    pq.write_table(pa.Table.from_pylist(rows), root / "a.parquet")
+    assert main([str(root / "a.parquet"), "--images", str(root), "--write-clean", str(root / "b.parquet")]) == 1
+    output = capsys.readouterr().out
+    assert "a.parquet:1: Cannot read the given image: the file is damaged" in output and "but a PDF document" in output
+    assert list(read_records(root / "b.parquet")) == rows[:1]
+    assert main([str(root / "b.parquet"), "--images", str(root), "--no-decode"]) == 0
+    assert main([str(root / "b.parquet"), "--write-clean", str(root / "b.json")]) == 2
+    assert "write a .parquet file" in capsys.readouterr().err and not (root / "b.json").exists()
+
+
 def test_files_that_are_not_arrays_of_records(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = json.dumps(record("text"))
     for name, text, why in (

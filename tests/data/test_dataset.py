@@ -207,7 +207,7 @@ def test_skip_prefers_the_next_record_of_the_same_modality(make: Make, caplog: p
 def test_skip_falls_back_to_another_modality(make: Make) -> None:
     """A bad record without a known image, in a dataset of images."""
     dataset = make(
-        [{**record("<image>"), "images": "red.png"}, record("<image>", image="blue.png")], on_bad_sample="skip"
+        [{**record("<image>"), "picture": "red.png"}, record("<image>", image="blue.png")], on_bad_sample="skip"
     )
     assert color(dataset[0]["image"]) == "blue" and dataset.report()["bad"] == 1
 
@@ -236,8 +236,61 @@ def test_no_replacement_left(make: Make) -> None:
 
 
 def test_unknown_keys_are_logged_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    make([record("a") | {"images": "x", "model": ""}, record("b") | {"model": ""}])
-    assert [message.split(": ")[1] for message in caplog.messages] == ["keys 'images', 'model' are not used."]
+    turn = {"from": "gpt", "value": "a", "note": 1, "model": "m"}
+    records = [record("a") | {"id": 3, "model": ""}, record("b") | {"picture": 1}, record("c") | {"picture": "x"}]
+    records[2]["conversations"][1] = turn
+    make(records)
+    assert [message.split(": ")[1] for message in caplog.messages] == [
+        "key 'picture' is not used (2 x, first in record 1).",
+        "key 'turn.note' is not used (1 x, first in record 2).",
+    ]
+
+
+def test_the_layout_of_hugging_face_datasets(make: Make, tmp_path: Path) -> None:
+    """Messages with parts, and images inside a Parquet file."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    made = make(
+        [record("<image>\nwhat?\nnow", image="red.png"), record("a <image> b <image>", image=["red.png", "blue.png"])]
+    )
+    stored = [{"bytes": (tmp_path / f"{name}.png").read_bytes(), "path": None} for name in ("red", "blue")]
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}, {"type": "text", "text": "now"}]
+    rows = [
+        {
+            "images": stored[:1],
+            "messages": [
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+            ],
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "A.PARQUET")
+    dataset = LazySupervisedDataset(str(tmp_path / "A.PARQUET"), tokenizer(), arguments(tmp_path / "x"), "v1")
+    for key in ("input_ids", "labels", "image"):
+        assert torch.equal(dataset[0][key], made[0][key])
+    assert dataset.modality_lengths == [4]
+    text = [{"role": "user", "content": "a <image> b <image>"}, {"role": "assistant", "content": "yes"}]
+    pq.write_table(pa.Table.from_pylist([{"image": stored, "messages": json.dumps(text)}]), tmp_path / "b.parquet")
+    dataset = LazySupervisedDataset(str(tmp_path / "b.parquet"), tokenizer(), arguments(tmp_path / "x"), "v1")
+    for key in ("input_ids", "labels", "image"):
+        assert torch.equal(dataset[0][key], made[1][key])
+
+
+def test_an_answer_of_weight_0_is_not_learned(make: Make) -> None:
+    turns = [("human", "q", None), ("gpt", "bad", 0), ("human", "r", None), ("gpt", "good", 1)]
+    weighed = {"conversations": [{"from": a, "value": b, "weight": c} for a, b, c in turns]}
+    dataset = make([weighed, {"conversations": [{"from": a, "value": b} for a, b, _ in turns]}])
+    labels, full = dataset[0]["labels"], dataset[1]["labels"]
+    assert torch.equal(dataset[0]["input_ids"], dataset[1]["input_ids"])
+    decoded = dataset.tokenizer.decode(labels[labels != IGNORE_INDEX])
+    assert "good" in decoded and "bad" not in decoded
+    assert "bad" in dataset.tokenizer.decode(full[full != IGNORE_INDEX])
+
+
+def test_transparent_images_are_trained_on_white(make: Make, tmp_path: Path) -> None:
+    Image.new("RGBA", (9, 9)).save(tmp_path / "clear.png")
+    Image.new("RGB", (9, 9), "white").save(tmp_path / "white.png")
+    dataset = make([record("<image>", image=f"{name}.png") for name in ("clear", "white")])
+    assert torch.equal(dataset[0]["image"], dataset[1]["image"])
 
 
 # ------------------------------------------------------------------ the module for the trainer

@@ -44,7 +44,7 @@ def test_findings(file: Path, workers: int | None) -> None:
     found = DatasetScan(read_records(file), workers=workers).result()
     assert found.words.tolist() == [4, 3, 0, 2, 2, 2]
     assert found.image.tolist() == [False, True, False, True, True, False]
-    assert found.keys == {"conversations", "image", "extra"}
+    assert found.keys == {"extra": (1, 5)}
     assert found.problems == {2: ["conversations is missing or empty, expected a list of turns"]}
 
 
@@ -75,7 +75,7 @@ def test_parquet_in_processes(tmp_path: Path) -> None:
 def test_records_that_are_not_objects_have_no_keys(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([3, "ab", record("hi")]))
     found = DatasetScan(read_records(tmp_path / "a.json")).result()
-    assert found.keys == {"conversations"} and sorted(found.problems) == [0, 1]
+    assert found.keys == {} and sorted(found.problems) == [0, 1]
 
 
 def test_only_the_owner_of_a_scan_cleans_up(tmp_path: Path) -> None:

@@ -116,10 +116,47 @@ def test_tokens_cover_the_text_in_order(name: str, text: str) -> None:
     assert all(right.start >= left.end - 1 for left, right in pairwise(tokens))
 
 
-def test_a_tokenizer_that_normalizes_text_is_rejected() -> None:
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc"])
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("name", ["v1", "v0", "plain"])
+def test_labels_of_a_normalizing_sentencepiece_model(rule: str, legacy: bool, name: str) -> None:
+    tokenizer = LlamaTokenizer(zoo.sentencepiece_file(rule), legacy=legacy)
+    template = conv_templates[name]
+    check_template(tokenizer, template)
+    answers = ["a… ½\u00a0cup, ﬁne①z", "ab e\u0301te\u0301 \u200b１２ z"][: 1 if name == "plain" else 2]
+    turns = [Turn(role, text) for answer in answers for role, text in (("human", "x…½\u00a0?"), ("gpt", answer))]
+    turns[0] = Turn("human", "<image>\nx…½")
+    example = build_example(turns, tokenizer, template, has_image=True)
+    prompt = "".join(span.text for span in training_spans(turns, template))
+    assert example.input_ids.tolist() == tokenizer_image_token(prompt, tokenizer)
+    got = "".join(squeeze(tokenizer.decode(run)) for run in supervised_runs(example))
+    wanted = "".join(span.text for span in training_spans(turns, template) if span.supervised)
+    assert got == squeeze(tokenizer.sp_model.normalize(wanted))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.text(st.sampled_from("ab …½ﬁ①e\u0301\u200b\u00a0\u3000\u2581\x07猫１Å\n"), max_size=12), st.booleans())
+def test_tokens_of_normalized_text_lie_within_it(text: str, legacy: bool) -> None:
+    tokenizer = LlamaTokenizer(zoo.sentencepiece_file("nmt_nfkc"), legacy=legacy)
+    tokens = tokenize(text, tokenizer, images=False)
+    assert [token.id for token in tokens] == tokenizer(text).input_ids
+    assert all(0 <= token.start <= token.end <= len(text) for token in tokens)
+    assert all(left.start <= right.start for left, right in pairwise(tokens))
+
+
+def test_a_tokenizer_that_folds_case_is_rejected() -> None:
+    tokenizer = LlamaTokenizer(zoo.sentencepiece_file("nmt_nfkc_cf"), legacy=False)
+    with pytest.raises(TemplateError, match="an answer is decoded to 'ablackcat"):
+        check_template(tokenizer, conv_templates["v1"])
+
+
+@pytest.mark.parametrize(("char", "other"), [("c", "k"), ("½", "1/2"), ("…", "...")])
+def test_a_tokenizer_that_normalizes_text_is_rejected(char: str, other: str) -> None:
+    """At the start of training, not at the first record with the character."""
+
     class Normalizing(LlamaTokenizer):  # type: ignore[misc]
         def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-            return super().tokenize(text.replace("c", "k"), **kwargs)  # type: ignore[no-any-return]
+            return super().tokenize(text.replace(char, other), **kwargs)  # type: ignore[no-any-return]
 
     tokenizer = Normalizing(zoo.sentencepiece_file(), legacy=False)
     with pytest.raises(TemplateError, match="use the fast version"):
@@ -231,6 +268,25 @@ def test_an_empty_answer_does_not_affect_others() -> None:
     tokenizer = zoo.make("llama-new")
     example = build_example(turns_of("q", "", "r", "yes"), tokenizer, conv_templates["v1"], has_image=False)
     assert [squeeze(tokenizer.decode(run)) for run in supervised_runs(example)] == ["yes</s>"]
+
+
+@pytest.mark.parametrize("pair", FITTING, ids=str)
+def test_answers_of_weight_0_are_not_supervised(pair: tuple[str, str]) -> None:
+    tokenizer, template = zoo.make(pair[0]), conv_templates[pair[1]]
+    if template.sep_style is SeparatorStyle.PLAIN:
+        turns = [Turn("human", "<image>"), Turn("gpt", "cat", learned=False)]
+        assert not supervised_runs(build_example(turns, tokenizer, template, has_image=True))
+        return
+    turns = turns_of("q", "axz", "r", "ayz", "s", "azz")
+    full = build_example(turns, tokenizer, template, has_image=False)
+    turns[3] = turns[3]._replace(learned=False)
+    part = build_example(turns, tokenizer, template, has_image=False)
+    assert torch.equal(part.input_ids, full.input_ids)
+    runs = "".join(squeeze(tokenizer.decode(run)) for run in supervised_runs(part))
+    assert "axz" in runs and "azz" in runs and "ayz" not in runs
+    lost = (full.labels != part.labels).nonzero().flatten()
+    assert len(lost) and (part.labels[lost] == IGNORE_INDEX).all()
+    assert "ayz" in squeeze(tokenizer.decode(full.labels[lost].tolist()))
 
 
 def test_a_system_turn_replaces_the_system_text() -> None:

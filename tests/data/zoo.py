@@ -26,8 +26,8 @@ def _directory() -> TemporaryDirectory[str]:
 
 
 @cache
-def sentencepiece_file() -> str:
-    """A LLaMA-like model: identity normalizer, byte fallback, 384 pieces."""
+def sentencepiece_file(normalization: str = "identity") -> str:
+    """A LLaMA-like model: identity normalizer by default, byte fallback, 384 pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.splitlines() * 4),
@@ -35,12 +35,13 @@ def sentencepiece_file() -> str:
         vocab_size=420,
         model_type="bpe",
         byte_fallback=True,
-        normalization_rule_name="identity",
+        normalization_rule_name=normalization,
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    path = Path(_directory().name) / "tokenizer.model"
+    path = Path(_directory().name) / normalization / "tokenizer.model"
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(model.getvalue())
     return str(path)
 

@@ -183,5 +183,8 @@ def test_images_are_sent_unchanged_or_as_png(images: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (3, 3), "red").save(buffer, "BMP")
     assert data_url(buffer.getvalue()).startswith("data:image/png;base64,")
+    buffer = io.BytesIO()
+    Image.new("P", (3, 3)).save(buffer, "GIF", save_all=True, append_images=[Image.new("P", (3, 3), 1)])
+    assert data_url(buffer.getvalue()).startswith("data:image/png;base64,")
     with pytest.raises(ImageError):
         data_url(b"no image")

@@ -172,6 +172,12 @@ def test_base_url_and_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SCORES = {"8 9": (8, 9), "8,9": (8, 9), "8, 9": (8, 9), "8 9 ": (8, 9), "(8, 9)": (8, 9), "9/10 8/10": (9, 8)}
+SCORES |= {"**8 9**": (8, 9), "8 and 9": (8, 9), "8 9.": (8, 9), "`8` `9`": (8, 9), "8/10, 9 out of 10": (8, 9)}
+SCORES |= {"Assistant 1: 8, Assistant 2: 9": (8, 9), "**Assistant 1:** 8/10\n**Assistant 2:** 9/10\nx": (8, 9)}
+SCORES |= {"Scores: 8, 9\nx": (8, 9), "Both are good.\nThe second is longer.\n\n8 9": (8, 9), "8;9": (8, 9)}
+SCORES |= {"<think>3 4</think>\n8 9": (8, 9), "<think>3 4": (-1, -1), "8 9 10": (-1, -1), "8-9": (-1, -1)}
+SCORES |= {"8/9": (-1, -1), "8 or 9": (-1, -1), "89": (-1, -1), "Assistant 2: 8, Assistant 1: 9": (-1, -1)}
+SCORES |= {"1. Good\n2. Bad": (-1, -1), "-1 -1": (-1, -1), "8\n9": (-1, -1)}
 SCORES |= {"\n\n7.5 6\nx": (7.5, 6), "So:\nsteps\n(1, 2)": (1, 2), "I give 8 9": (-1, -1), "": (-1, -1), "8": (-1, -1)}
 
 

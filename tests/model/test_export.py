@@ -69,6 +69,25 @@ def test_the_stock_processor_reads_it(tmp_path: Path, clip: Path) -> None:
     assert inputs["pixel_values"].shape == (1, 3, 56, 56)
 
 
+@pytest.mark.parametrize(("feature", "strategy", "tokens"), [("patch", "default", 16), ("cls_patch", "full", 17)])
+def test_newer_processors_can_count_the_image_tokens(
+    tmp_path: Path, clip: Path, feature: str, strategy: str, tokens: int
+) -> None:
+    """With the rule of `LlavaProcessor` as of transformers 4.46: one token less with `default`."""
+    chat = make(tmp_path / "chat", clip, mm_vision_select_feature=feature)
+    (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "do_sample": True, "top_p": 0.6}))
+    export.export(chat, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert (found["processor_class"], found["image_token"]) == ("LlavaProcessor", "<image>")
+    assert found["vision_feature_select_strategy"] == strategy
+    count = (56 // found["patch_size"]) ** 2 + found["num_additional_image_tokens"] - (strategy == "default")
+    model = load_pretrained_model(chat, device="cpu")[1]
+    assert count == tokens == model.encode_images(torch.zeros(1, 3, 56, 56)).shape[1]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vision_feature_select_strategy"] == strategy
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["top_p"]) == ([2, 3], 0.6)
+
+
 def test_half_precision_is_kept(tmp_path: Path, clip: Path) -> None:
     chat = make(tmp_path / "chat", clip)
     model = load_pretrained_model(chat, device="cpu", dtype="bfloat16")[1]

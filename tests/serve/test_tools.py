@@ -142,6 +142,10 @@ def test_the_adapter_speaks_for_our_own_api_and_streams_the_same() -> None:
             until(lambda: outer.backend.in_use == 0)
             assert generate(url, request_body(PROMPT, 3)).status_code == 400
             assert generate(url, request_body("no template", 3)).status_code == 400
+            for image in (png(kind="GIF"), png(kind="TIFF"), b"no image"):  # the engine gets the first as PNG
+                status = 200 if image[:3] == b"GIF" else 400
+                assert generate(url, request_body(PROMPT, 3, images=[b64(image)])).status_code == status
+                until(lambda: outer.backend.in_use == 0)
             worker.engine.step_error = RuntimeError("x")
             assert frames_of(generate(url, request_body("USER: x ASSISTANT:")))[-1]["error"]["type"] == "internal"
             until(lambda: outer.backend.in_use == 0)

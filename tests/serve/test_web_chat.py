@@ -219,6 +219,13 @@ def test_other_uploads_are_converted_and_shown(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(loaded.data)).format == "PNG" == stored(Path(loaded.path)).format
 
 
+def test_a_transparent_upload_is_sent_over_white(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGBA", (64, 48)).save(path)
+    loaded = load_image(str(path))
+    assert Image.open(io.BytesIO(loaded.data)).getpixel((0, 0)) == (255, 255, 255) and loaded.path == str(path)
+
+
 def test_a_large_upload_is_made_smaller(tmp_path: Path) -> None:
     path = tmp_path / "big.png"
     Image.new("L", (5000, 100)).save(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -18,6 +18,23 @@ Scores = dict[str, Any]  # content of score.json
 EVAL_DATA: Final = Path("playground/data/eval")
 EVAL_ZIP: Final = "eval.zip, linked by https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
 COCO: Final = "http://images.cocodataset.org/zips/"
+
+
+def count_unread(unread: Iterable[bool]) -> Scores:
+    """The number of answers, and of those in which the benchmark's rule finds no answer, as fields of the scores."""
+    flags = list(unread)
+    return {"answers": len(flags), "unread": sum(flags)}
+
+
+def is_blank(text: str) -> bool:
+    """Whether an answer is empty. No benchmark counts it as right, whatever its rule makes of it."""
+    return not text.strip()
+
+
+def unread_line(scores: Scores) -> str:
+    """The line about unread answers that follows every score."""
+    missing = f", {scores['missing']} of them missing" if scores.get("missing") else ""
+    return f"Unread answers: {scores['unread']} of {scores['answers']}{missing}"
 
 
 @dataclass(frozen=True)
@@ -131,10 +148,12 @@ class Task(ABC):
     def score(self, answers: Path, limit: int | None = None) -> Scores:
         """Scores of a complete answers file. Raises `DataError` if an answer is missing or failed.
 
-        Answers that a server has to score are written to a file, named under `upload`.
+        Answers that a server has to score are written to a file, named under `upload`. `unread` counts the empty
+        answers, unless `score_rows` counts those that its rule cannot read (`count_unread`).
         """
         rows = complete_answers(answers, self.questions(limit))
-        return {"task": self.name, "split": self.split, **self.score_rows(rows, answers)}
+        unread = count_unread(is_blank(row["text"]) for row in rows)
+        return {"task": self.name, "split": self.split, **unread, **self.score_rows(rows, answers)}
 
     @abstractmethod
     def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
@@ -143,7 +162,12 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def table(scores: Scores) -> str:
-        """The scores as printed."""
+        """The scores as printed, followed by `unread_line`."""
+
+    @classmethod
+    def summary(cls, scores: Scores) -> str:
+        """The table and the number of unread answers."""
+        return f"{cls.table(scores).rstrip()}\n{unread_line(scores)}"
 
     def primary_metric(self, scores: Scores) -> float | None:
         """The published metric, None if only a server can compute it."""

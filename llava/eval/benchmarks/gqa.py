@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from llava.eval.benchmarks.base import Layout, Scores, Task
+from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread, is_blank
 from llava.eval.run.answers import read_texts
-from llava.eval.run.files import Record, Row, read_json, require_same, write_json
+from llava.eval.run.files import Record, Row, read_json, require_labels, require_same, write_json
 from llava.eval.run.questions import QuestionId
 
 LABELS = "data/testdev_balanced_questions.json"
@@ -52,8 +52,10 @@ class Gqa(Task):
         answers = {row["question_id"]: row["text"] for row in rows}
         write_predictions(path.with_name("testdev_balanced_predictions.json"), answers)
         labels = read_json(self.root / LABELS)
+        require_labels(answers, labels, self.root / LABELS)
         groups = score_answers({key: labels[key] for key in answers}, answers)
-        return {"n": len(rows), "accuracy": groups["all"]["accuracy"], "groups": groups}
+        unread = count_unread(is_blank(prediction(text)) for text in answers.values())
+        return {"n": len(rows), "accuracy": groups["all"]["accuracy"], **unread, "groups": groups}
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         labels = read_json(self.root / LABELS)
@@ -71,7 +73,8 @@ def evaluate(question_file: Path, result_file: Path) -> str:
     questions = read_json(question_file)
     answers = read_texts(result_file)
     require_same(answers, questions, result_file)
-    return Gqa.table({"groups": score_answers(questions, answers)})
+    unread = count_unread(is_blank(prediction(text)) for text in answers.values())
+    return Gqa.summary({"groups": score_answers(questions, answers), **unread})
 
 
 def convert(src: Path, dst: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Final, TypedDict
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.base import COCO, Layout, Scores, Task
+from llava.eval.benchmarks.base import COCO, Layout, Scores, Task, is_blank
 from llava.eval.judging import reviews
 from llava.eval.judging.judge import Judge, base_url
 from llava.eval.run.answers import read_texts
@@ -48,7 +48,12 @@ Question: {question}
 True answer: {reference}
 Answer: {answer}
 Grade:"""
-GRADE: Final = re.compile(r"\s*(?:Grade:)?\s*(1(?:\.0+)?|0(?:\.\d+)?)\s*\.?\s*")
+# a number from 0 to 1, alone or followed by words, which the official notebook ignores too
+GRADE: Final = re.compile(
+    r"(?:(?:grade|score|correctness)\W*)*(1(?:\.0*)?|0?\.\d+|0\.?)(?:/1(?:\.0+)?)?"
+    r"(?:[.,;:]?\s+(?!\d|(?:to|or|and|of|out)\b|[-–/%]).*|[^\w%]*)",
+    re.IGNORECASE,
+)
 
 
 class Grade(TypedDict):
@@ -73,13 +78,13 @@ def make_judge(answers: Path, default_model: str) -> Judge:
 
 
 def parse_grade(reply: str) -> float | None:
-    """The number on the first line of a reply, None if there is other text."""
-    match = GRADE.fullmatch(reply.strip().split("\n")[0]) if reply.strip() else None
+    """The number that begins the first line of a reply, None if there is none from 0 to 1, or a range."""
+    match = GRADE.fullmatch(reviews.plain_lines(reply)[0]) if reply.strip() else None
     return None if match is None else float(match[1])
 
 
 def grade_answers(judge: Judge, references: Mapping[str, Record], rows: Sequence[Record]) -> dict[str, Grade]:
-    """Grades by id. The judge is asked twice for a grade before `DataError` is raised."""
+    """Grades by id, 0 for an empty answer. The judge is asked twice for a grade before `DataError` is raised."""
     grades: dict[str, Grade] = {}
     for row in rows:
         key = f"v1_{row['question_id']}"
@@ -87,7 +92,7 @@ def grade_answers(judge: Judge, references: Mapping[str, Record], rows: Sequence
             raise DataError(f"mm-vet.json has no question {key!r}; expected the annotations of release v1.")
         item = references[key]
         prompt = PROMPT.format(question=item["question"], reference=item["answer"], answer=row["text"])
-        grade = parse_grade(judge.ask(prompt))
+        grade = 0.0 if is_blank(row["text"]) else parse_grade(judge.ask(prompt))
         grade = parse_grade(judge.ask(prompt, use_cache=False)) if grade is None else grade
         if grade is None:
             raise DataError(f"The judge did not grade the answer to {key!r} in two attempts; not scored.")

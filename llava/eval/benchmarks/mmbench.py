@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.base import Layout, Scores, Task
+from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.benchmarks.xlsx import write_xlsx
 from llava.eval.run.answers import read_results
@@ -111,6 +111,9 @@ def read_predictions(path: Path, rows: Table) -> Predictions:
     unknown = {index for answered in predictions.values() for index in answered}.difference(indices)
     if unknown:
         raise DataError(f"{path} has rounds of {len(unknown)} index(es) that are not in the table; not scored.")
+    if len(predictions) > 1:  # a question without its last rounds would be easier
+        rounds = [(turn, row["index"]) for row in rows for turn in range(len(options_of(row)))]
+        require_same([(turn, index) for turn, answered in predictions.items() for index in answered], rounds, path)
     return predictions
 
 
@@ -125,18 +128,24 @@ def predicted_letter(row: Mapping[str, str], answer: Record) -> str | None:
 
 
 def score_answers(rows: Table, predictions: Predictions) -> Scores:
-    """Vanilla and circular accuracy in percent, and circular accuracy per category; copies count as one question."""
+    """Vanilla and circular accuracy in percent, and circular accuracy per category; copies count as one question.
+
+    An answer from which `parse_option` reads no option is unread and wrong.
+    """
     if not all(row.get("answer") for row in rows):
         raise DataError("This MMBench table has no answers, so only the server can score it; use the XLSX submission.")
     correct: dict[int, list[bool]] = {}
     vanilla: dict[int, bool] = {}
     category: dict[int, str] = {}
+    unread: list[bool] = []
     for row in rows:
         base = int(row["index"]) % COPY_OFFSET
         category.setdefault(base, row.get("category", ""))
         for round_id, answers in predictions.items():
             if row["index"] in answers:
-                is_correct = predicted_letter(row, answers[row["index"]]) == row["answer"]
+                letter = predicted_letter(row, answers[row["index"]])
+                unread.append(letter is None)
+                is_correct = letter == row["answer"]
                 correct.setdefault(base, []).append(is_correct)
                 if round_id == 0 and int(row["index"]) < COPY_OFFSET:
                     vanilla[base] = is_correct
@@ -146,6 +155,7 @@ def score_answers(rows: Table, predictions: Predictions) -> Scores:
         groups.setdefault(category[base], []).append(found)
     return {
         "n": len(circular),
+        **count_unread(unread),
         "vanilla": _percent(list(vanilla.values())),
         "circular": _percent(list(circular.values())),
         "categories": {name: _percent(found) for name, found in sorted(groups.items())},
@@ -199,7 +209,8 @@ class MMBench(Task):
         target = path.with_name("upload.xlsx")
         write_submission(self.rows, predictions, target)
         if self.split != "dev":
-            return {"n": len(rows), "upload": str(target), "server": "OpenCompass (opencompass.org.cn)"}
+            unread = count_unread(predicted_letter(row, predictions[0][row["index"]]) is None for row in self.rows)
+            return {"n": len(rows), **unread, "upload": str(target), "server": "OpenCompass (opencompass.org.cn)"}
         return {**score_answers(self.rows, predictions), "upload": str(target)}
 
     def references(self, rows: Sequence[Record]) -> list[str]:
@@ -230,7 +241,7 @@ class MMBenchCN(MMBench):
 def evaluate(annotation_file: Path, result_file: Path) -> str:
     """`eval_mmbench`: score an answers file with a table that has the answers (dev split)."""
     rows = read_table(annotation_file)
-    return MMBench.table(score_answers(rows, read_predictions(result_file, rows)))
+    return MMBench.summary(score_answers(rows, read_predictions(result_file, rows)))
 
 
 def convert(annotation_file: Path, result_dir: Path, upload_dir: Path, experiment: str) -> str:

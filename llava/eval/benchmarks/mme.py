@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import ClassVar, Final, NamedTuple
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.base import Layout, Scores, Task
+from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, require_same
 from llava.eval.run.questions import SHORT_SUFFIX
@@ -69,10 +69,10 @@ def read_references(folder: Path) -> dict[Key, tuple[str, str]]:
 
 def answer_key(row: Record) -> Key:
     """The key of the question that a record answers; its id is `<task>/<file>` or `<task>/images/<file>`."""
-    path = PurePosixPath(row["question_id"])
+    path = PurePosixPath(str(row["question_id"]))
     question = row["prompt"].removesuffix(SHORT_SUFFIX).strip()
     question = question if ENDING in question else f"{question} {ENDING}"
-    return path.parts[0], path.stem, " ".join(question.split())
+    return path.parts[0] if path.parts else "", path.stem, " ".join(question.split())
 
 
 def result_rows(annotation_dir: Path, result_file: Path) -> dict[str, list[ResultRow]]:
@@ -132,7 +132,8 @@ def score_tasks(rows: Mapping[str, Sequence[ResultRow]]) -> Scores:
         raise DataError(f"MME's task(s) {', '.join(missing)} are missing; not scored.")
     tasks = {task: score_task(rows[task], task) for task in TASKS}
     groups = {group: sum(tasks[task]["score"] for task in members) for group, members in GROUPS.items()}
-    return {**groups, "tasks": tasks}
+    unread = count_unread(parse(row.answer) == "other" for task in TASKS for row in rows[task])
+    return {**groups, **unread, "tasks": tasks}
 
 
 class Mme(Task):
@@ -152,13 +153,12 @@ class Mme(Task):
 
     @staticmethod
     def table(scores: Scores) -> str:
-        """The lines of the official tool, followed by the number of answers that are neither yes nor no."""
+        """The lines of the official tool."""
         lines = []
         for group, members in GROUPS.items():
             lines += [f"=========== {group} ===========", f"total score: {scores[group]} \n"]
             lines += [f"\t {task}  score: {scores['tasks'][task]['score']}" for task in members]
             lines.append("")
-        lines.append(f"answers neither yes nor no: {sum(task['other'] for task in scores['tasks'].values())}")
         return "\n".join(lines)
 
 
@@ -176,4 +176,4 @@ def evaluate(
     if output_dir is not None:
         for task, lines in rows.items():
             write_text(output_dir / f"{task}.txt", "".join("\t".join(line) + "\n" for line in lines))
-    return Mme.table(score_tasks(rows))
+    return Mme.summary(score_tasks(rows))

@@ -5,19 +5,22 @@ Labels are joined by image and question, with `imange` read as `image`: some of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import COCO, Layout, Scores, Task
+from llava.eval.benchmarks.base import COCO, Layout, Scores, Task, count_unread, is_blank
 from llava.eval.run.answers import read_texts
-from llava.eval.run.files import Record, Row, by_key, read_rows, require_same
+from llava.eval.run.files import Record, Row, by_key, read_rows, require_labels, require_same
 from llava.eval.run.questions import QuestionId
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
 YES, NO, OTHER = "yes", "no", "other"
+BOTH = re.compile(r"\W*(?:yes|no)\W+(?:(?:and|or)\W+)?(?:yes|no)\b", re.IGNORECASE)
+UNSURE = {"sure", "unsure", "unclear", "cannot", "can't", "unable", "sorry", "maybe", "perhaps"}
 QUESTION_KEYS = ("question_id", "image", "text", "category")
 LABELS = "https://github.com/AoiDragon/POPE, output/coco (the random file has 2,910 lines; docs/Evaluation.md)"
 
@@ -55,6 +58,15 @@ def parse_strict(text: str) -> str:
     return words[0] if words and words[0] in (YES, NO) else OTHER
 
 
+def is_unread(text: str) -> bool:
+    """Whether `parse` reads what the answer does not say: neither yes nor no, both, doubt, or a no in other words."""
+    first = parse_strict(text)
+    if first != OTHER:
+        return first != parse(text) or BOTH.match(text) is not None
+    words = set(re.findall(r"[a-z']+", text.lower()))
+    return (YES in words) == bool(words & {NO, "not"}) or bool(words & UNSURE)
+
+
 @dataclass(frozen=True)
 class ConfusionMatrix:
     """Counts of one category; `other` counts the answers that `parse_strict` does not accept."""
@@ -90,14 +102,26 @@ class ConfusionMatrix:
 
 
 def score_answers(labels: Labels, questions: Sequence[Record], answers: Mapping[QuestionId, str]) -> Scores:
-    """Metrics of each category and the mean F1 in percent, over `questions`."""
+    """Metrics of each category as published, and the mean F1 in percent, over `questions`.
+
+    In `mean_f1`, empty answers are wrong; the published rule, which reads them as yes, gives `published_mean_f1`.
+    """
     pairs: dict[str, list[tuple[str, str]]] = {}
     for row in questions:
         label = labels[row["category"]][label_key(row)]
         pairs.setdefault(row["category"], []).append((answers[row["question_id"]], label))
-    categories = {category: ConfusionMatrix.of(pairs[category]).metrics() for category in sorted(pairs)}
-    mean = 100 * sum(metrics["f1"] for metrics in categories.values()) / len(categories)
-    return {"mean_f1": mean, "categories": categories}
+    wrong = {YES: NO, NO: YES}
+    judged = {
+        name: [(wrong[label] if is_blank(text) else text, label) for text, label in pairs[name]] for name in pairs
+    }
+
+    def metrics(groups: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[float, Scores]:
+        found = {name: ConfusionMatrix.of(groups[name]).metrics() for name in sorted(groups)}
+        return 100 * sum(each["f1"] for each in found.values()) / len(found), found
+
+    published, categories = metrics(pairs)
+    unread = count_unread(is_unread(text) for group in pairs.values() for text, _ in group)
+    return {"mean_f1": metrics(judged)[0], "published_mean_f1": published, **unread, "categories": categories}
 
 
 class Pope(Task):
@@ -114,7 +138,10 @@ class Pope(Task):
 
     def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
         answers = {row["question_id"]: row["text"] for row in rows}
-        return score_answers(read_labels(self.root / "coco"), self._question_rows(rows), answers)
+        labels, questions = read_labels(self.root / "coco"), self._question_rows(rows)
+        labelled = {(category, *key) for category, keys in labels.items() for key in keys}
+        require_labels([(row["category"], *label_key(row)) for row in questions], labelled, self.root / "coco")
+        return score_answers(labels, questions, answers)
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         labels = read_labels(self.root / "coco")
@@ -144,6 +171,8 @@ class Pope(Task):
             ]
         other = sum(metrics["other"] for metrics in scores["categories"].values())
         lines.append(f"Mean F1 x 100: {scores['mean_f1']:.3f} (answers not starting with yes or no: {other})")
+        if scores["mean_f1"] != scores["published_mean_f1"]:
+            lines.append(f"With empty answers read as yes, as published: {scores['published_mean_f1']:.3f}")
         return "\n".join(lines)
 
 
@@ -174,4 +203,4 @@ def score_files(annotation_dir: Path, question_file: Path, result_file: Path) ->
 
 def evaluate(annotation_dir: Path, question_file: Path, result_file: Path) -> str:
     """`eval_pope`: score an answers file."""
-    return Pope.table(score_files(annotation_dir, question_file, result_file))
+    return Pope.summary(score_files(annotation_dir, question_file, result_file))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import EVAL_ZIP, Layout, Scores, Task
+from llava.eval.benchmarks.base import EVAL_ZIP, Layout, Scores, Task, count_unread
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.run.answers import read_results, read_texts
 from llava.eval.run.files import Record, Row, by_key, read_json, write_json
@@ -102,9 +102,8 @@ def choice_index(letter: str, problem: Problem, options: Sequence[str] = OPTIONS
 
 
 def parse_lenient(text: str, problem: Problem, options: Sequence[str] = OPTIONS) -> int:
-    """Index of the choice found by `parse_option` in the text after `The answer is`, -1 if there is none."""
-    body = text.rpartition("nswer is ")[2] or text
-    letter = parse_option(body, dict(zip(options, problem["choices"], strict=False)))
+    """Index of the choice found by `parse_option`, -1 if there is none."""
+    letter = parse_option(text, dict(zip(options, problem["choices"], strict=False)))
     return -1 if letter is None else options.index(letter)
 
 
@@ -160,7 +159,10 @@ def format_percent(value: float | None, width: int = 0) -> str:
 
 
 def score_predictions(predictions: Sequence[Prediction]) -> Scores:
-    """Accuracies in percent: overall, per subset, and with lenient parsing. Missing answers count as wrong."""
+    """Accuracies in percent: overall, per subset, and with lenient parsing.
+
+    Answers without a choice for the published rule are unread and wrong, also missing ones.
+    """
     if not predictions:
         raise DataError("The split has no problems to score.")
     subsets = {}
@@ -170,6 +172,7 @@ def score_predictions(predictions: Sequence[Prediction]) -> Scores:
     correct = sum(item.correct for item in predictions)
     return {
         "n": len(predictions),
+        **count_unread(item.index < 0 for item in predictions),
         "correct": correct,
         "accuracy": percent(correct, len(predictions)),
         "img_accuracy": subsets["IMG"]["accuracy"],
@@ -225,7 +228,7 @@ class ScienceQA(Task):
         for name, subset in scores["subsets"].items():
             lines.append(f"  {name:<6}{subset['n']:>6}{format_percent(subset['accuracy'], 9)} %")
         lenient = format_percent(scores["lenient_accuracy"])
-        lines.append(f"  lenient parsing (any case, brackets, option texts): {lenient} %")
+        lines.append(f"  lenient parsing (sentences, any case, brackets, option texts): {lenient} %")
         return "\n".join(lines)
 
 
@@ -253,7 +256,7 @@ def evaluate(
             "outputs": {item.question_id: item.text if item.row is not None else FAILED for item in items},
         }
         write_json(output_result, result, indent=2)
-    return ScienceQA.table(score_predictions(items))
+    return ScienceQA.summary(score_predictions(items))
 
 
 def parse_options(text: str) -> tuple[str, ...]:
@@ -291,13 +294,18 @@ def _read_all(
 ) -> tuple[dict[str, Problem], dict[QuestionId, str], dict[QuestionId, str]]:
     problems = read_problems(base_dir, split)
     outputs = read_json(gpt4_result).get("outputs")
-    if not isinstance(outputs, dict):
-        raise DataError(f"{gpt4_result} has no 'outputs'; expected the result file of a ScienceQA run.")
+    if not isinstance(outputs, dict) or not all(isinstance(text, str) for text in outputs.values()):
+        raise DataError(f"{gpt4_result} has no texts under 'outputs'; expected the result file of a ScienceQA run.")
     return problems, outputs, read_texts(our_result)
 
 
 def _line(label: str, part: int, total: int, unit: str = "Accuracy") -> str:
     return f"Total: {total}, {label}: {part}, {unit}: {format_percent(percent(part, total))}%"
+
+
+def _guessed(voter: Voter) -> str:
+    """The number of our model's answers that the published rule cannot read and replaces by a random choice."""
+    return f"Our unread answers, guessed at random as published: {voter.failures} of {len(voter.indices)}"
 
 
 def ensemble(base_dir: Path, gpt4_result: Path, our_result: Path, split: str, options: Sequence[str]) -> str:
@@ -315,7 +323,8 @@ def ensemble(base_dir: Path, gpt4_result: Path, our_result: Path, split: str, op
         upper += problem["answer"] in (joint, ours_index)
     total = len(problems)
     lines = [_line("Correct", correct, total), _line("Correct (upper)", upper, total)]
-    return "\n".join([*lines, _line("GPT-4 NO-ANS (RANDOM)", gpt4.failures, total, "Percentage")])
+    lines.append(_line("GPT-4 NO-ANS (RANDOM)", gpt4.failures, total, "Percentage"))
+    return "\n".join([*lines, _guessed(our)])
 
 
 def requery(
@@ -353,5 +362,6 @@ def requery(
             _line("GPT-4-OursVisual-Correct", count["joint"], total),
             _line("Requery-Correct", count["requery"], total),
             _line("Correct upper", count["upper"], total),
+            _guessed(our),
         )
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import Layout, RequiredFile, Scores, Task
+from llava.eval.benchmarks.base import Layout, RequiredFile, Scores, Task, count_unread
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.run.answers import read_results
-from llava.eval.run.files import Record, Row, by_key, read_json, require_same, write_jsonl
+from llava.eval.run.files import Record, Row, by_key, read_json, require_labels, require_same, write_jsonl
 from llava.eval.run.questions import QuestionId
 
 PAGE = "https://github.com/AILab-CVC/SEED-Bench"
@@ -39,7 +39,8 @@ def upload_rows(questions: Sequence[Record], answers: Mapping[QuestionId, str]) 
 def score_answers(annotation: Record, answers: Mapping[QuestionId, str]) -> Scores:
     """Accuracies in percent: per question type in the order of their ids, in total, and per data type.
 
-    `answers` are texts by `plain_id`; the exact letter is correct. `lenient` accepts `B.`, `(B)` and the option's text.
+    `answers` are texts by `plain_id`. The exact letter is correct, as published, and other answers are unread;
+    `lenient` reads them by `parse_option`.
     """
     names = {number: name for name, number in annotation["question_type"].items()}
     questions = annotation["questions"]
@@ -54,10 +55,12 @@ def score_answers(annotation: Record, answers: Mapping[QuestionId, str]) -> Scor
     def accuracy(group: Sequence[Record]) -> float:
         return 100 * sum(map(is_correct, group)) / len(group)
 
+    unread = count_unread(answers.get(plain_id(q["question_id"]), "") not in tuple("ABCD") for q in questions)
     by_type = {number: [q for q in questions if q["question_type_id"] == number] for number in sorted(names)}
     by_kind = {kind: [q for q in questions if q["data_type"] == kind] for kind in ("image", "video")}
     return {
         "n": len(questions),
+        **unread,
         "types": {names[number]: accuracy(group) for number, group in by_type.items() if group},
         "total": accuracy(questions),
         "lenient": 100 * sum(map(is_correct_lenient, questions)) / len(questions),
@@ -82,6 +85,8 @@ class SeedBench(Task):
     def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
         annotation = read_annotation(self.root / "SEED-Bench.json")
         answers = {plain_id(row["question_id"]): row["text"] for row in rows}
+        annotated = {plain_id(question["question_id"]) for question in annotation["questions"]}
+        require_labels(answers, annotated, self.root / "SEED-Bench.json")
         asked = [question for question in annotation["questions"] if plain_id(question["question_id"]) in answers]
         target = path.with_name("upload.jsonl")
         write_jsonl(target, upload_rows(asked, answers))
@@ -97,7 +102,7 @@ class SeedBench(Task):
         lines = [f"{name}: {value:.2f}%" for name, value in scores["types"].items()]
         lines.append(f"Total accuracy: {scores['total']:.2f}%")
         lines += [f"{kind} accuracy: {value:.2f}%" for kind, value in scores["kinds"].items()]
-        lines.append(f"lenient accuracy (brackets, periods, option texts): {scores['lenient']:.2f} %")
+        lines.append(f"lenient accuracy (sentences, brackets, option texts): {scores['lenient']:.2f} %")
         return "\n".join(lines)
 
 
@@ -112,4 +117,4 @@ def evaluate(annotation_file: Path, result_file: Path, result_upload_file: Path)
     asked = [plain_id(question["question_id"]) for question in annotation["questions"]]
     require_same(answers, asked, result_file)
     write_jsonl(result_upload_file, upload_rows(annotation["questions"], answers))
-    return SeedBench.table(score_answers(annotation, answers))
+    return SeedBench.summary(score_answers(annotation, answers))

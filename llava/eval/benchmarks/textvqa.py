@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.base import Layout, Scores, Task
+from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread, is_blank
 from llava.eval.benchmarks.parsing import soft_accuracy
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, read_json, require_same
@@ -63,7 +63,8 @@ def score_answers(annotations: Sequence[Record], rows: Sequence[Record], path: P
     keys = [answer_key(row) for row in rows]
     require_same(keys, map(annotation_key, annotations), path)
     total = sum(soft_accuracy(row["text"], human_answers[key]) for key, row in zip(keys, rows, strict=True))
-    return {"n": len(rows), "accuracy": 100 * total / len(rows)}
+    unread = count_unread(is_blank(row["text"]) for row in rows)
+    return {"n": len(rows), "accuracy": 100 * total / len(rows), **unread}
 
 
 class TextVQA(Task):
@@ -91,7 +92,7 @@ class TextVQA(Task):
 
     @staticmethod
     def table(scores: Scores) -> str:
-        return f"{scores['task']}\nSamples: {scores['n']}\nAccuracy: {scores['accuracy']:.2f}%\n"
+        return f"{scores['task']}\nSamples: {scores['n']}\nAccuracy: {scores['accuracy']:.2f}%"
 
 
 def evaluate(annotation_file: Path, result_file: Path | None, result_dir: Path | None) -> str:
@@ -109,4 +110,4 @@ def evaluate(annotation_file: Path, result_file: Path | None, result_dir: Path |
                 logger.warning("Skipping %s: not a .jsonl file.", path.name)
     annotations = read_annotations(annotation_file)
     scores = [score_answers(annotations, read_results(path, "prompt"), path) for path in files]
-    return "\n".join(TextVQA.table({"task": path.stem, **each}) for path, each in zip(files, scores))
+    return "\n".join(TextVQA.summary({"task": path.stem, **each}) + "\n" for path, each in zip(files, scores))

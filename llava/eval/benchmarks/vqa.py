@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import COCO, EVAL_ZIP, Layout, Scores, Task
-from llava.eval.benchmarks.parsing import normalize, soft_accuracy
+from llava.eval.benchmarks.base import COCO, EVAL_ZIP, Layout, Scores, Task, count_unread, is_blank
+from llava.eval.benchmarks.parsing import normalize, official_soft_accuracy, soft_accuracy
 from llava.eval.run.answers import read_texts
-from llava.eval.run.files import Record, Row, read_json, read_rows, require_same, write_json
+from llava.eval.run.files import Record, Row, read_json, read_rows, require_labels, require_same, write_json
 from llava.eval.run.questions import SHORT_SUFFIX, Question, QuestionId
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,23 @@ def read_human_answers(path: Path) -> dict[QuestionId, list[str]]:
 
 
 def score_answers(human_answers: Mapping[QuestionId, Sequence[str]], answers: Mapping[QuestionId, str]) -> Scores:
-    """Mean soft accuracy in percent over the questions of `human_answers`."""
-    total = sum(soft_accuracy(answers[key], references) for key, references in human_answers.items())
-    return {"n": len(human_answers), "accuracy": 100 * total / len(human_answers)}
+    """Mean soft accuracy in percent over the questions of `human_answers`.
+
+    `accuracy` is that of the challenge's program for the normalized answers, which are what the converters submit;
+    `as_written` is its accuracy for the answers themselves. Where all people agree, the program compares literally;
+    `normalized` compares normalized answers there too.
+    """
+
+    def mean(rule: Callable[[str, Sequence[str]], float], prepare: Callable[[str], str] = str) -> float:
+        return 100 * sum(rule(prepare(answers[key]), people) for key, people in human_answers.items()) / len(answers)
+
+    return {
+        "n": len(answers),
+        "accuracy": mean(official_soft_accuracy, normalize),
+        "as_written": mean(official_soft_accuracy),
+        "normalized": mean(soft_accuracy),
+        **count_unread(map(is_blank, answers.values())),
+    }
 
 
 def write_vqav2(join_list: Path, source: Path, target: Path) -> None:
@@ -90,8 +104,9 @@ class SoftAccuracyTask(Task):
             target = path.with_name("upload.json")
             self.write_upload(path, target)
             return {"n": len(rows), "upload": str(target), "server": self.server}
-        answers = {row["question_id"]: row["text"] for row in rows}
-        return score_answers({key: found for key, found in self.human_answers().items() if key in answers}, answers)
+        answers, people = {row["question_id"]: row["text"] for row in rows}, self.human_answers()
+        require_labels(answers, people, self.root)
+        return score_answers({key: people[key] for key in answers}, answers)
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         if not self.has_labels:
@@ -103,7 +118,15 @@ class SoftAccuracyTask(Task):
     def table(scores: Scores) -> str:
         if "upload" in scores:
             return f"Answers: {scores['n']}\nNot scored here: submit {scores['upload']} to {scores['server']}."
-        return f"Samples: {scores['n']}\nAccuracy: {scores['accuracy']:.2f}%"
+        lines = [f"Samples: {scores['n']}", f"Accuracy: {scores['accuracy']:.2f}%"]
+        others = {
+            "as_written": "by the same program for the answers as written",
+            "normalized": "with all human answers normalized",
+        }
+        lines += [
+            f"  {scores[key]:.2f} % {label}" for key, label in others.items() if scores[key] != scores["accuracy"]
+        ]
+        return "\n".join(lines)
 
 
 class VQAv2(SoftAccuracyTask):
@@ -161,7 +184,7 @@ def evaluate(annotation_file: Path, result_file: Path) -> str:
     """`eval_vqa`: score answers to a labelled split. Raises `DataError` unless they match its questions."""
     human_answers, answers = read_human_answers(annotation_file), read_texts(result_file)
     require_same(answers, human_answers, result_file)
-    return SoftAccuracyTask.table(score_answers(human_answers, answers))
+    return SoftAccuracyTask.summary(score_answers(human_answers, answers))
 
 
 def submit_vqav2(dir: Path, ckpt: str, split: str) -> str:

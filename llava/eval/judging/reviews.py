@@ -22,7 +22,7 @@ from typing import Final, TypedDict
 from llava.errors import ConfigError, DataError
 from llava.eval.judging.judge import Judge, base_url
 from llava.eval.program import file_flag, flag, program
-from llava.eval.run.answers import read_results
+from llava.eval.run.answers import final_answer, read_results
 from llava.eval.run.files import Record, Row, by_key, read_json, read_rows, require_same, write_json
 from llava.files import drop_partial_line, lock_file, write_errors
 
@@ -32,8 +32,16 @@ SYSTEM: Final = "You are a helpful and precise assistant for checking the qualit
 DEFAULT_RULES: Final = Path(__file__).parents[1] / "table" / "rule.json"
 Pair = tuple[float, float]
 FAILED: Final[Pair] = (-1, -1)
-_NUMBER: Final = r"(\d+(?:\.\d+)?)(?:/10)?"
-SCORES: Final = re.compile(rf"\s*[(\[]?\s*{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}\s*[)\]]?\s*")
+_NUMBER: Final = r"(\d+(?:\.\d+)?)(?:\s*/\s*10|\s+out of 10)?"
+SCORES: Final = re.compile(
+    rf"(?:(?:the )?scores?\s*(?:are\s*)?:?\s*)?[(\[]?\s*{_NUMBER}\s*(?:[,;|&]|\band\b|\s)\s*{_NUMBER}\s*[)\]]?\.?",
+    re.IGNORECASE,
+)
+_SIDE: Final = r"(?:[a-z]+\s+)?{}(?:\s+score|'s score)?\s*[:=]\s*"
+NAMED_SCORES: Final = re.compile(
+    rf"{_SIDE.format('(?:1|a)')}{_NUMBER}\s*(?:[,;.|&]|\band\b|\s)*\s*{_SIDE.format('(?:2|b)')}{_NUMBER}\.?",
+    re.IGNORECASE,
+)
 PREFIXES: Final = ("gpt4_text", "reviews_", "review_")
 
 
@@ -85,15 +93,24 @@ class ReviewScores(TypedDict):
     means: dict[str, Pair]
 
 
+def plain_lines(reply: str) -> list[str]:
+    """The lines of a judge's reply that are not empty, without thinking and Markdown."""
+    lines = (re.sub(r"[*_`#]", "", line).strip() for line in final_answer(reply).splitlines())
+    return list(filter(None, lines)) or [""]
+
+
 def parse_scores(reply: str) -> Pair:
-    """The two numbers on the first non-empty line, or the tuple on the last one (mathematics); else `FAILED`."""
-    lines = [line.strip() for line in reply.splitlines() if line.strip()]
-    candidates = lines[:1] + [line for line in lines[-1:] if line.startswith(("(", "["))]
-    for line in candidates:
-        match = SCORES.fullmatch(line)
-        if match:
-            return float(match[1]), float(match[2])
-    return FAILED
+    """The two scores of a reply; `FAILED` if it is not clear which numbers they are.
+
+    They stand alone on the first or on the last line (`8 9`, `8, 9.`, `(8, 9)`, `8/10 and 9/10`), or are named on the
+    first ones (`Assistant 1: 8, Assistant 2: 9`).
+    """
+    lines = plain_lines(reply)
+    found = (
+        SCORES.fullmatch(lines[0]) or NAMED_SCORES.fullmatch(lines[0]) or NAMED_SCORES.fullmatch(" ".join(lines[:2]))
+    )
+    found = found or SCORES.fullmatch(lines[-1])
+    return FAILED if found is None else (float(found[1]), float(found[2]))
 
 
 def score_reviews(reviews: Sequence[Record], ignore: Collection[int] = ()) -> ReviewScores:
@@ -104,7 +121,7 @@ def score_reviews(reviews: Sequence[Record], ignore: Collection[int] = ()) -> Re
         if review.get("question_id") in ignore:
             continue
         pair = review.get("tuple", review.get("score"))
-        if pair is None or len(pair) != 2:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(n, (int, float)) for n in pair):
             raise DataError(f"Review {review.get('id')!r} has neither 'tuple' nor 'score' with two numbers.")
         if tuple(pair) == FAILED:
             failed += 1

@@ -31,7 +31,7 @@ COLUMNS: Final = tuple(QUESTIONS)
 MME_BAND: Final = 20.0
 INSIDE: Final = "inside"
 OUTSIDE: Final = "outside"
-FIELDS: Final = ("run", "task", "split", "questions", "ours", "published", "difference", "band", "verdict")
+FIELDS: Final = ("run", "task", "split", "questions", "unread", "ours", "published", "difference", "band", "verdict")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class Comparison:
     published: float | None = None
     band: float | None = None
     published_questions: int | None = None
+    unread: int | None = None
 
     @property
     def difference(self) -> float | None:
@@ -143,10 +144,10 @@ class Comparison:
 
     def cells(self) -> list[str]:
         """The formatted values of `FIELDS`."""
-        count = "–" if self.questions is None else f"{self.questions:,}"
+        counts = ["–" if count is None else f"{count:,}" for count in (self.questions, self.unread)]
         band = "–" if self.band is None else f"±{self.band:.1f}"
         scores = [format_score(self.ours), format_score(self.published), format_score(self.difference, signed=True)]
-        return [self.run, self.task, self.split, count, *scores, band, self.verdict]
+        return [self.run, self.task, self.split, *counts, *scores, band, self.verdict]
 
 
 def compare(run: Run) -> list[Comparison]:
@@ -158,10 +159,8 @@ def compare(run: Run) -> list[Comparison]:
         published = run.published.scores.get(column) if run.published and column and official else None
         band = None if published is None or column is None else noise_band(column, published)
         questions, limit = score.get("questions"), score.get("limit")
-        ours = score.get("primary_metric")
-        rows.append(
-            Comparison(run.name, task, split, questions, ours, limit, published, band, score.get("published_questions"))
-        )
+        ours, counts = score.get("primary_metric"), (score.get("published_questions"), score.get("unread"))
+        rows.append(Comparison(run.name, task, split, questions, ours, limit, published, band, *counts))
     return rows
 
 
@@ -204,6 +203,7 @@ def markdown(runs: Sequence[Run]) -> str:
     rows = [comparison.cells() for run in runs for comparison in compare(run)]
     parts += ["## Ours and published", markdown_table(FIELDS, rows)]
     note = "`inside`: the score is within the noise band of the published one (docs/Evaluation.md defines the band)."
+    note += "\n`unread`: answers in which the rule of the benchmark finds no answer."
     return "\n\n".join([*parts, note]) + "\n"
 
 

@@ -108,7 +108,10 @@ def render_page(runs: Sequence[Run], chart: bytes | None, samples: Mapping[str, 
         image = f'<img class="chart" alt="Scores" src="data:image/png;base64,{encoded}">'
         parts.append(f'<h2>Scores</h2><div class="wide">{image}</div>')
     compared = [row.cells() for run in runs for row in compare(run)]
-    parts.append("<h2>Ours and published</h2><p>Inside: within the noise band of the published score.</p>")
+    parts.append(
+        "<h2>Ours and published</h2><p>Inside: within the noise band of the published score. "
+        "Unread: answers in which the rule of the benchmark finds no answer.</p>"
+    )
     parts.append(_table(FIELDS, compared, [""] * len(compared)))
     for task, shown in samples.items():
         cards = "".join(map(_card, shown))

@@ -1,6 +1,7 @@
 """Answers files: JSON Lines in question order, flushed after every answer and resumable after a crash.
 
 A failed question has an empty `text` and a reason in `metadata.error`. Scorers reject it; the next run retries it.
+Scorers read `final_answer` of a text, which leaves out the model's thinking.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from llava.errors import DataError
 from llava.eval.run.files import Record, Row, by_key, read_rows
@@ -17,6 +20,9 @@ from llava.eval.run.questions import Question, QuestionId, QuestionKey
 from llava.files import drop_partial_line, lock_file, write_errors
 
 MakeRow = Callable[[Question, str, str | None], Row]
+FAILED_TEXT: Final = "#ERROR#"  # the answer of `qa_baseline_gpt35` if the server gave none
+_THINKING: Final = re.compile(r".*</think(?:ing)?>|\s*<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
+_TAGGED: Final = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
 def answer_id(*parts: object) -> str:
@@ -51,7 +57,31 @@ def row_error(row: Record) -> str | None:
     """The reason why a record has no answer, None if it has one."""
     metadata = row.get("metadata")
     error = metadata.get("error") if isinstance(metadata, dict) else None
+    error = "no reply" if error is None and row.get("text") == FAILED_TEXT else error
     return None if error is None else str(error)
+
+
+def final_answer(text: str) -> str:
+    """An answer without the model's thinking: what follows `</think>`, and the content of a single `<answer>`.
+
+    Empty if the model was still thinking when it stopped.
+    """
+    thinking = _THINKING.match(text)
+    text = text[thinking.end() :].strip() if thinking else text
+    tagged = _TAGGED.findall(text)
+    return str(tagged[0]).strip() if len(tagged) == 1 else text
+
+
+def _scored(rows: Sequence[Row], path: Path) -> list[Row]:
+    """The records with their final answers. Raises `DataError` for texts and ids of other types."""
+    for row in rows:
+        texts = (row.get("text"), row.get("prompt", ""))
+        if not all(isinstance(text, str) for text in texts) or not isinstance(row["question_id"], (str, int)):
+            raise DataError(
+                f"{path} has the answer {row.get('text')!r} to question {row['question_id']!r}; expected a string, and "
+                "a string or an integer."
+            )
+    return [{**row, "text": final_answer(row["text"])} for row in rows]
 
 
 def row_key(row: Record) -> QuestionKey:
@@ -97,7 +127,7 @@ def complete_answers(path: Path, questions: Sequence[Question]) -> list[Row]:
             f"{path} has {len(rows)} of {len(questions)} answers, {len(failed)} of them failed; not scored. The first "
             f"question without an answer is {first!r}: run the same command again to complete them."
         )
-    return rows
+    return _scored(rows, path)
 
 
 def read_results(path: Path, *keys: str) -> list[Row]:
@@ -105,13 +135,7 @@ def read_results(path: Path, *keys: str) -> list[Row]:
 
     Raises `DataError` if there are none, or one failed or has values of other types.
     """
-    rows = read_rows(path, "question_id", "text", *keys)
-    for row in rows:
-        if not isinstance(row["text"], str) or not isinstance(row["question_id"], (str, int)):
-            raise DataError(
-                f"{path} has the answer {row['text']!r} to question {row['question_id']!r}; expected a string, and a "
-                "string or an integer."
-            )
+    rows = _scored(read_rows(path, "question_id", "text", *keys), path)
     failed = [row for row in rows if row_error(row) is not None]
     if failed:
         raise DataError(

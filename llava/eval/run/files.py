@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,13 @@ def require_same(answered: Iterable[K], asked: Iterable[K], path: Path) -> None:
                 f"{path} does not match the questions: {sum(rest.values())} answer(s) {problem}, the first "
                 f"{next(iter(rest))!r}; not scored."
             )
+
+
+def require_labels(answered: Iterable[K], labelled: Container[K], path: Path) -> None:
+    """Raise `DataError` unless every answered question has a label in `path`."""
+    unknown = [key for key in answered if key not in labelled]
+    if unknown:
+        raise DataError(f"{path} has no label for {len(unknown)} question(s), the first {unknown[0]!r}; not scored.")
 
 
 def read_json(path: Path) -> Any:

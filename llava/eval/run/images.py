@@ -51,10 +51,9 @@ class ImageFolder:
         return open_image(self.path / name)
 
     def read(self, name: str) -> bytes:
-        path = self.path / name
-        if not path.is_file():
-            raise ImageError(f"Cannot read image {path}: no such file.")
-        return path.read_bytes()
+        from llava.images import read_image_file
+
+        return read_image_file(self.path / name)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """Client of servers with an OpenAI-compatible API (vLLM, SGLang, LMDeploy, `llava serve`), and answers from them.
 
-The server applies its own conversation template. Images are sent unchanged, as data URLs.
+The server applies its own conversation template. Images are sent as data URLs: opaque JPEG, PNG and WebP files
+unchanged, others as PNG with the pixels of `open_image`.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 import os
@@ -31,7 +30,6 @@ T = TypeVar("T")
 
 RETRIED_STATUSES: Final = (408, 409, 429)  # client errors that may pass; all statuses from 500 on are retried as well
 MAX_FAILURES: Final = 8  # consecutive unanswered questions that end a run: server down, or wrong model name
-MIME_TYPES: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")  # accepted by every multimodal server
 
 
 def normalize_url(url: str) -> str:
@@ -104,21 +102,10 @@ def served_model(url: str, timeout: float = 30.0) -> str:
 
 
 def data_url(content: bytes) -> str:
-    """The data URL of an image file; formats outside `MIME_TYPES` become PNG. Raises `ImageError` for other files."""
-    from PIL import Image, UnidentifiedImageError
+    """The data URL of an image file, see `llava.images.image_data_url`. Raises `ImageError` for other files."""
+    from llava.images import image_data_url
 
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            mime_type = image.get_format_mimetype()
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        mime_type = None
-    if mime_type not in MIME_TYPES:
-        from llava.images import open_image
-
-        buffer = io.BytesIO()
-        open_image(content).save(buffer, "PNG")
-        mime_type, content = "image/png", buffer.getvalue()
-    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
+    return image_data_url(content)
 
 
 def map_unordered(function: Callable[[int], T], items: Iterable[int], threads: int) -> Iterator[T]:

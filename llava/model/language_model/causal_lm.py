@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import ConfigError
+from llava.model.checkpoint import read_json
+from llava.model.config import read_settings
 from llava.model.language_model.packed import PackedBatch
 from llava.model.llava_arch import LlavaMetaForCausalLM, PastKeyValues, past_length_of
 from llava.model.splice import Images
@@ -40,12 +45,19 @@ class LlavaConfigMixin(Config):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Read the config of a directory; raises `ConfigError` for a `model_type` not in `accepts`."""
+        """Read the config of a directory; raises `ConfigError` for a `model_type` not in `accepts`.
+
+        Raises `CheckpointError` for settings that are not supported.
+        """
         settings, kwargs = cls.get_config_dict(name, **kwargs)
         found = settings.pop("model_type", cls.model_type)
         if found not in cls.accepts:
             raise ConfigError(f"{name} holds a {found!r} model; this class reads {', '.join(cls.accepts)}.")
-        return cls.from_dict(settings, **kwargs)
+        return cls.from_dict(read_settings(settings, cls, name), **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return read_json(Path(json_file))
 
 
 class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
@@ -187,7 +199,20 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
             rest = {prefix + name: tensor for name, tensor in tower.unused_tensors().items()}
             if any(name.startswith(prefix) for name in state_dict):
                 state_dict.update(rest)
+        generation = getattr(self, "generation_config", None)
+        if isinstance(generation, GenerationConfig):
+            self.generation_config = savable(generation)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        self.generation_config = generation
+
+
+def savable(config: GenerationConfig) -> GenerationConfig:
+    """`config`, or a copy that samples: transformers does not save sampling settings without `do_sample` (Vicuna's)."""
+    if config.do_sample or (config.temperature, config.top_p, config.top_k, config.typical_p) == (1.0, 1.0, 50, 1.0):
+        return config
+    config = copy.deepcopy(config)
+    config.do_sample = True
+    return config
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

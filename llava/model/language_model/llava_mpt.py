@@ -46,6 +46,7 @@ class LlavaMptConfig(LlavaConfigMixin, MptConfig):
             "no_bias": (self.no_bias, True),
             "expansion_ratio": (self.expansion_ratio, 4),
             "logit_scale": (self.logit_scale, None),
+            "norm_type": (str(self.norm_type).removeprefix("low_precision_"), "layernorm"),
         }
         for key, (found, supported) in wanted.items():
             if found != supported:

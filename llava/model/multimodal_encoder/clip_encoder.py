@@ -194,4 +194,5 @@ TOWER = TowerSpec(
     positions="vision_model.embeddings.position_embedding.weight",
     unused=("vision_model.post_layernorm.", "vision_model.embeddings.position_ids", "text_model.", "text_projection.",
             "visual_projection.", "logit_scale"),
+    settings=EVA_SETTINGS,
 )  # fmt: skip

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from llava.errors import ConfigError
+from llava.model.config import read_settings
 from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel, intern_vit_processor
 from llava.model.registry import TowerSpec
 
@@ -59,7 +60,9 @@ class QLlamaSelfAttention(QLlamaProjections):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config, config.hidden_size)
         self.rotary_emb = LlamaRotaryEmbedding(
-            config.hidden_size // config.num_attention_heads, max_position_embeddings=config.max_position_embeddings
+            config.hidden_size // config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            base=config.rope_theta,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +166,9 @@ class InternVLConfig(PretrainedConfig):
             raise ConfigError("This InternVL tower has unmerged LoRA layers; merge them and set their ranks to 0.")
         vision = {key: value for key, value in (vision_config or {}).items() if key != "model_type"}
         self.vision_config = InternVisionConfig(**vision)
-        self.qllama_config = LlamaConfig(**(qllama_config or {}))
+        self.qllama_config = LlamaConfig(**read_settings(qllama_config or {}, LlamaConfig, "the InternVL tower"))
+        if self.qllama_config.rope_scaling is not None or self.qllama_config.attention_bias:
+            raise ConfigError("This InternVL tower sets rope_scaling or attention_bias in qllama_config; delete them.")
         self.num_query_token = num_query_token
         self.cross_attention_frequency = cross_attention_frequency
         self.hidden_size = self.qllama_config.hidden_size

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.checkpoint import (
@@ -29,6 +30,7 @@ from llava.model.checkpoint import (
     read_json,
     weight_shapes,
 )
+from llava.model.config import check_settings
 from llava.model.hub import snapshot
 from llava.model.registry import TowerSpec, tower_spec, tower_type
 from llava.model.weights import empty_weights, load_weights
@@ -110,7 +112,10 @@ class VisionTower(nn.Module):
         """The tower's own configuration, with the number of layers of the whole tower."""
         with config_errors(self.name):
             config = self.spec.config(self.settings)
-        vision = self.spec.vision(config)
+            vision = self.spec.vision(config)
+            if isinstance(vision, PretrainedConfig):
+                settings = self.settings if vision is config else self.settings.get("vision_config") or {}
+                check_settings(settings, type(vision), f"the vision tower {self.name!r}", self.spec.settings)
         for key in ("hidden_size", "num_hidden_layers", "patch_size"):
             value = getattr(vision, key, None)
             if type(value) is not int or value < 1:

@@ -12,7 +12,7 @@ from typing import Final
 from PIL import Image
 
 from llava.errors import ImageError
-from llava.images import PROCESS_MODES, open_image, process_upload
+from llava.images import PROCESS_MODES, is_plain, open_image, process_upload
 
 MAX_IMAGES: Final = 8
 _MAX_SIDE: Final = 2048
@@ -57,11 +57,11 @@ def load_images(paths: Sequence[str]) -> tuple[UploadedImage, ...]:
 
 
 def load_image(path: str) -> UploadedImage:
-    """Load an uploaded file; large files and formats other than JPEG, PNG and WebP are re-encoded."""
+    """Load an uploaded file; large files and all but opaque JPEG, PNG and WebP files are re-encoded."""
     image = open_image(path)
     data = Path(path).read_bytes()
     kind = Image.open(io.BytesIO(data)).format
-    if kind not in _SENT_FORMATS or max(image.size) > _MAX_SIDE or len(data) > _MAX_BYTES:
+    if not is_plain(data) or max(image.size) > _MAX_SIDE or len(data) > _MAX_BYTES:
         image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
         data = _encode(image, "PNG")
         if len(data) > _MAX_BYTES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -14,6 +15,7 @@ import httpx
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.engine.detokenizer import TextStream
+from llava.images import SERVED, image_data_url
 from llava.serve.common.openai_chat import parse_prompt
 from llava.serve.common.protocol import ErrorType, FinishReason, GenerateBody, Message, ModelInfo, ServeError, State
 from llava.serve.common.security import authorization
@@ -24,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE: Final = 2.0
 _PROBE_SECONDS: Final = 5.0
-_MAGIC: Final = (("iVBOR", "png"), ("/9j/", "jpeg"), ("UklGR", "webp"))  # base64 of the first bytes
 
 JsonObject = dict[str, object]
 
@@ -88,12 +89,11 @@ class OpenAIBackend:
             raise ServeError(ErrorType.NOT_READY, "The upstream engine is not ready.", retry_after=5)
         if self.in_use >= self.capacity:
             raise ServeError(ErrorType.OVERLOADED, "All slots are in use; try again shortly.", retry_after=2)
-        messages = _with_images(
-            body.messages or parse_prompt(body.prompt, self._template), body.images, self._max_images
-        )
-        request = self._http.build_request("POST", "/chat/completions", json=self._request(body, messages))
         self.in_use += 1
         try:
+            turns = body.messages or parse_prompt(body.prompt, self._template)
+            messages = await asyncio.to_thread(_with_images, turns, body.images, self._max_images)
+            request = self._http.build_request("POST", "/chat/completions", json=self._request(body, messages))
             response = await self._http.send(request, stream=True)
             if response.status_code != 200:
                 raise await _refusal(response)
@@ -155,11 +155,12 @@ def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
     parts: list[JsonObject] = []
     for index, text in enumerate(texts):
         if index:
-            data = "".join(next(images).split())
-            kind = next((kind for start, kind in _MAGIC if data.startswith(start)), None)
-            if kind is None:
-                raise ServeError(ErrorType.BAD_IMAGE, "An image is not a base64-encoded JPEG, PNG or WebP file.")
-            parts.append({"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}})
+            try:
+                url = image_data_url(base64.b64decode("".join(next(images).split()), validate=True), limits=SERVED)
+            except ValueError as error:  # also `ImageError`
+                refusal = "An image is not a base64-encoded GIF, JPEG, PNG or WebP file."
+                raise ServeError(ErrorType.BAD_IMAGE, refusal) from error
+            parts.append({"type": "image_url", "image_url": {"url": url}})
         if text.strip():
             parts.append({"type": "text", "text": text.strip()})
     return {"role": message.role, "content": parts}

@@ -13,15 +13,12 @@ from torch import Tensor
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import HashedImage, ImageInput, hash_image
 from llava.errors import ContextLengthError
-from llava.images import ImageLimits
+from llava.images import SERVED
 from llava.mm_utils import load_image_from_base64, tokenizer_image_token
 
 if TYPE_CHECKING:
     from llava.engine import Engine
 
-IMAGE_LIMITS: Final = ImageLimits(
-    max_bytes=20 * 2**20, max_pixels=2**25, max_side=16_384, max_aspect=200, formats=("JPEG", "PNG", "WEBP")
-)
 _CACHE_BYTES: Final = 64 * 2**20
 
 
@@ -43,7 +40,7 @@ class ImagePreprocessor:
             cached = self._cache.get(key)
         if cached is not None:
             return hash_image(cached)
-        image_input = self._pixels(load_image_from_base64(encoded, IMAGE_LIMITS))
+        image_input = self._pixels(load_image_from_base64(encoded, SERVED))
         if not isinstance(image_input, Tensor):
             return image_input
         with self._lock:
