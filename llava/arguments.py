@@ -84,7 +84,7 @@ class ModelArguments:
     vision_tower: str | None = _flag(None, "vision tower directory or hub name; without it the model is text-only")
     mm_vision_select_layer: int = _flag(-1, "vision tower layer whose output is used; negative counts from the end")
     mm_vision_image_size: int | None = _flag(None, "input size of the vision tower in pixels (default: the tower's)")
-    pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin of stage 1 to start from")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin or .safetensors of stage 1 to start from")
     mm_projector_type: str = _flag("linear", "linear, mlp{N}x_gelu, mlp{N}x_gelu_ln or identity")
     mm_use_im_start_end: bool = _flag(False, "wrap every image in <im_start> and <im_end>")
     mm_use_im_patch_token: bool = _flag(True, "add <im_patch> to the vocabulary")

@@ -3,6 +3,9 @@
 `render()` splits a prompt into spans and marks those the model generates, that is, the difference between an open and a
 closed assistant turn: in ``ASSISTANT: A cat.</s>`` the span `` A cat.</s>`` is supervised. `get_prompt()` joins the
 spans; training labels are derived from them in `llava.data.labels`.
+
+Messages and the text given to `set_system` are text: the prompt records their ranges, in which
+`llava.mm_utils.encode_prompt` recognizes no control tokens. `<image>` places an image in user messages only.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import html
 import io
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Content: TypeAlias = "str | tuple[str, Image.Image, str] | None"
+_PLACEHOLDER: Final = re.compile(
+    f"({DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}|{DEFAULT_IMAGE_TOKEN})"
+)
 
 
 class SeparatorStyle(Enum):
@@ -47,11 +54,56 @@ class Span(NamedTuple):
     supervised: bool
 
 
+class Piece(NamedTuple):
+    """Characters of a prompt, either text (of a message or the system) or part of the template."""
+
+    text: str
+    is_text: bool = False
+
+
+class RenderedPrompt(str):
+    """A prompt and the ranges [start, end) of its characters that are text, sorted and disjoint.
+
+    Slices, concatenations and other results of `str` methods are plain strings, which have no such ranges.
+    """
+
+    text_spans: tuple[tuple[int, int], ...]
+
+    def __new__(cls, prompt: str, text_spans: Iterable[tuple[int, int]] = ()) -> RenderedPrompt:
+        self = super().__new__(cls, prompt)
+        self.text_spans = tuple(text_spans)
+        return self
+
+    @classmethod
+    def from_pieces(cls, pieces: Iterable[Piece]) -> RenderedPrompt:
+        """The prompt of `pieces`."""
+        pieces, at, spans = list(pieces), 0, []
+        for text, is_text in pieces:
+            if is_text and text:
+                spans.append((at, at + len(text)))
+            at += len(text)
+        return cls("".join(piece.text for piece in pieces), spans)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The pieces of the prompt, text and template in turn; some may be empty."""
+        at = 0
+        for start, end in self.text_spans:
+            yield Piece(self[at:start])
+            yield Piece(self[start:end], True)
+            at = end
+        yield Piece(self[at:])
+
+    @property
+    def num_images(self) -> int:
+        """Number of image placeholders, which are never text."""
+        return sum(piece.text.count(DEFAULT_IMAGE_TOKEN) for piece in self.pieces() if not piece.is_text)
+
+
 class _Turn(NamedTuple):
     """A rendered turn: `before` opens it, `answer` completes it, `after` follows and is never supervised."""
 
     before: str
-    answer: str
+    answer: list[Piece]
     after: str = ""
 
 
@@ -75,6 +127,7 @@ class Conversation:
     stop_token_ids: list[int] | None = None
     skip_next: bool = False
     name: str = ""
+    _text_start: int | None = field(default=None, repr=False, compare=False)  # of the text set by `set_system`
 
     def append_message(self, role: str, content: Content) -> None:
         """Append a turn."""
@@ -98,59 +151,68 @@ class Conversation:
     def set_system(self, text: str) -> None:
         """Replace the system text; MPT-style templates keep the role header in front of it."""
         header = self.system.split("\n", 1)[0] + "\n" if self.sep_style is SeparatorStyle.MPT else ""
-        self.system = header + text
+        self.system, self._text_start = header + text, len(header)
 
-    def get_prompt(self) -> str:
-        """The whole prompt."""
-        return "".join(span.text for span in self.render())
+    def get_prompt(self) -> RenderedPrompt:
+        """The whole prompt; raises `TemplateError` like `render`."""
+        return RenderedPrompt.from_pieces(piece for pieces, _ in self._layout() for piece in pieces)
 
     def render(self) -> list[Span]:
         """The spans of the prompt. Raises `TemplateError` for a LLAMA_2 conversation without a first user turn."""
+        spans = [Span("".join(piece.text for piece in pieces), supervised) for pieces, supervised in self._layout()]
+        return [span for span in spans if span.text]
+
+    def _layout(self) -> Iterator[tuple[list[Piece], bool]]:
+        """Pieces of each span, and whether it is supervised."""
         turns = self._plain_turns()
         if self.sep_style is SeparatorStyle.LLAMA_2 and turns and not (turns[0][1] and turns[0][0] == self.roles[0]):
             raise TemplateError(
                 f"Template {self.name or 'llama_2'!r} renders its system text inside the first user turn, which is "
                 "missing or empty; begin with a user message."
             )
-        spans = [Span(self._opening(), False)]
+        yield self._opening(), False
         for index, (role, text) in enumerate(turns):
             is_open = text is None or (text == "" and index == len(turns) - 1)
-            turn = self._turn(index, role, text or "")
             by_assistant = role == self.roles[1] if self.roles[0] != self.roles[1] else index % 2 == 1
-            if turn.before:
-                spans.append(Span(turn.before, False))
+            turn = self._turn(index, role, _text_pieces(text or "", by_assistant))
+            yield [Piece(turn.before)], False
             if not is_open:
                 # The separator of an empty answer is not supervised.
-                spans.append(Span(turn.answer, by_assistant and text != ""))
-                spans.append(Span(turn.after, False))
-        return [span for span in spans if span.text]
+                yield turn.answer, by_assistant and text != ""
+                yield [Piece(turn.after)], False
 
-    def _opening(self) -> str:
+    def _opening(self) -> list[Piece]:
         if self.sep_style is SeparatorStyle.LLAMA_2:
-            return ""
+            return []
         has_sep = self.sep_style not in (SeparatorStyle.PLAIN, SeparatorStyle.CHATINTERN)
-        return self.system + (self.sep if has_sep else "")
+        return [*self._system_pieces(), Piece(self.sep if has_sep else "")]
 
-    def _turn(self, index: int, role: str, text: str) -> _Turn:
+    def _system_pieces(self) -> list[Piece]:
+        start = len(self.system) if self._text_start is None else self._text_start
+        return [Piece(self.system[:start]), Piece(self.system[start:], True)]
+
+    def _turn(self, index: int, role: str, text: list[Piece]) -> _Turn:
         by_user = index % 2 == 0
         sep = self.sep if by_user or self.sep2 is None else self.sep2
         match self.sep_style:
             case SeparatorStyle.SINGLE:
-                return _Turn(f"{role}:", f" {text}{self.sep}")
+                return _Turn(f"{role}:", [Piece(" "), *text, Piece(self.sep)])
             case SeparatorStyle.TWO | SeparatorStyle.INTERNVL_ZH:
-                return _Turn(f"{role}:", f" {text}{sep}")
+                return _Turn(f"{role}:", [Piece(" "), *text, Piece(sep)])
             case SeparatorStyle.MPT:
-                return _Turn(role, text + self.sep)
+                return _Turn(role, [*text, Piece(self.sep)])
             case SeparatorStyle.PLAIN:
-                return _Turn("", text + sep)
+                return _Turn("", [*text, Piece(sep)])
             case SeparatorStyle.CHATINTERN:
-                return _Turn(("<s>" if by_user else "") + f"{role}:", text + sep, "\n")
+                return _Turn(("<s>" if by_user else "") + f"{role}:", [*text, Piece(sep)], "\n")
             case SeparatorStyle.LLAMA_2:
                 if not by_user:
-                    return _Turn("", f" {text} {sep}")
+                    return _Turn("", [Piece(" "), *text, Piece(f" {sep}")])
                 # The tokenizer adds the first <s>.
-                system, bos = (f"<<SYS>>\n{self.system}\n<</SYS>>\n\n", "") if index == 0 else ("", self.sep)
-                return _Turn("", f"{bos}[INST] {system}{text} [/INST]")
+                before = [Piece(f"{self.sep}[INST] ")]
+                if index == 0:
+                    before = [Piece("[INST] <<SYS>>\n"), *self._system_pieces(), Piece("\n<</SYS>>\n\n")]
+                return _Turn("", [*before, *text, Piece(" [/INST]")])
 
     def _plain_turns(self) -> list[tuple[str, str | None]]:
         """Messages as text; the placeholder of an image in the first one moves to the front."""
@@ -193,6 +255,12 @@ class Conversation:
             else:
                 pairs.append([content, None])
         return pairs
+
+
+def _text_pieces(text: str, by_assistant: bool) -> list[Piece]:
+    """A message as pieces; only users place images."""
+    parts = [text] if by_assistant else _PLACEHOLDER.split(text)
+    return [Piece(part, index % 2 == 0) for index, part in enumerate(parts)]
 
 
 def _text(content: Content) -> str | None:
@@ -239,7 +307,7 @@ def with_image_token(question: str, template: Conversation, config: object, coun
     """
     placeholder = image_placeholder(template, bool(getattr(config, "mm_use_im_start_end", False)))
     if DEFAULT_IMAGE_TOKEN in question:
-        return question.replace(DEFAULT_IMAGE_TOKEN, placeholder)
+        return _PLACEHOLDER.sub(placeholder, question)
     return f"{placeholder}\n" * count + question
 
 

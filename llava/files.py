@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,15 +31,32 @@ def write_errors(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; it replaces `path` when the block succeeds.
 
-    Missing parent directories are created. The temporary file is removed when the block fails.
+    Missing parent directories are created. The mode follows the umask, whatever the writer made of it. The temporary
+    file is removed when the block fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _part(path)
     try:
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
+        _set_mode(part, mode)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def apply_umask(directory: Path, pattern: str = "*") -> None:
+    """Give the files of `directory` that match `pattern` the mode of a new file; safetensors writes 0600."""
+    probe = _part(directory / "mode")
+    try:
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in directory.glob(pattern):
+        if file.is_file():
+            _set_mode(file, mode)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,6 +69,8 @@ def write_text(path: Path, text: str) -> None:
 def atomic_directory(target: str | Path) -> Iterator[Path]:
     """Yield a temporary directory beside `target`; it is renamed to `target` when the block succeeds, else removed.
 
+    The modes of its files follow the umask.
+
     Raises `ConfigError` if `target` exists and is not empty (before the block runs), or cannot be written.
     """
     target = Path(target).resolve()
@@ -61,6 +81,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
         yield part
+        apply_umask(part)
         if target.exists():
             target.rmdir()
         part.rename(target)
@@ -92,6 +113,11 @@ def lock_file(path: Path) -> TextIO:
     except OSError:  # a file system without locks
         return handle
     return handle
+
+
+def _set_mode(file: Path, mode: int) -> None:
+    if stat.S_IMODE(file.stat().st_mode) != mode:  # some network file systems have one mode and refuse to set it
+        file.chmod(mode)
 
 
 def _part(path: Path) -> Path:

@@ -60,7 +60,15 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:
         package = module.partition(".")[0]
-        if isinstance(error, ModuleNotFoundError) and error.name in (package, module):
+        if "socksio" in str(error):  # httpx, which packages use when they are imported
+            message = "A SOCKS proxy in ALL_PROXY (or HTTP_PROXY, HTTPS_PROXY) requires socksio"
+            message += "; run pip install 'httpx[socks]', or unset the variable"
+        elif "Unknown scheme for proxy" in str(error):
+            message = (
+                "The proxy in ALL_PROXY (or HTTP_PROXY, HTTPS_PROXY) must begin with http://, https:// or socks5://"
+            )
+            message += "; change or unset the variable"
+        elif isinstance(error, ModuleNotFoundError) and error.name in (package, module):
             message = f"The package {package} is required and not installed; run pip install 'llava[{extra}]'"
         else:
             message = (

@@ -32,6 +32,7 @@ from transformers import (
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mpt import LlavaMptConfig, LlavaMptForCausalLM
 from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
+from llava.model.registry import language_model_spec
 
 TOWER = "intern_vit_6b_tiny_224px"
 BASE = "vicuna-tiny"
@@ -230,14 +231,15 @@ def make_projector_only(directory: Path, chat: Path) -> Path:
     return directory
 
 
-def make_lora(directory: Path, chat: Path, base: Path, *, seed: int = 4, name_base: bool = True) -> Path:
-    """What a LoRA run leaves: adapter on a base's q and v projections, the chat checkpoint's projector, config.json."""
+def make_lora(directory: Path, chat: Path, base: Path, *, seed: int = 4, name_base: bool = True, **lora: Any) -> Path:
+    """What a LoRA run leaves: adapter (default: on q and v projections), projector of a chat model, config.json."""
     import peft
 
     torch.manual_seed(seed)
-    config = LlavaConfig.from_pretrained(chat)
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(LlavaLlamaForCausalLM(config), settings)
+    spec = language_model_spec(json.loads((chat / "config.json").read_text())["model_type"], str(chat))
+    config = spec.config.from_pretrained(chat)
+    given = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **lora}
+    model = peft.get_peft_model(spec.model(config), peft.LoraConfig(**given))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:

@@ -14,8 +14,9 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from llava.data.annotations import SUFFIXES, JsonRecords, Records, read_records
 from llava.data.dataset_scan import DatasetScan, ScanResult
@@ -25,6 +26,7 @@ from llava.files import atomic_write, write_errors
 from llava.utils import guarded, require
 
 MAX_PRINTED = 1000
+CONTROL = re.compile(rb"<\\?/?s>|<(?:unk|pad|bos|eos|im_start|im_end|im_patch|eoh|eoa)>|<\|[^|<>\s]{1,40}\|>")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,6 +77,28 @@ def _kind(text: str) -> str:
     text = re.sub(r"(?<=^Cannot read image ).+?(?=: (it|its|no|the|\[\w+) )|'.*'|\".*\"", "…", text)
     words = ["…" if any(char in word for char in "'\"/\\0123456789") else word for word in text.split()]
     return " ".join(words)[:80]
+
+
+def control_strings(records: Records, bad: Container[int]) -> str | None:
+    """A note on the good records with strings that tokenizers make control tokens, in training also in messages."""
+    found: dict[int, bytes] = {}
+    for index in range(len(records)):
+        if index in bad:
+            continue
+        if isinstance(records, JsonRecords):
+            text = records.raw(index)
+        else:
+            record = cast(Mapping[str, object], records[index])
+            text = str([record.get(key) for key in ("conversations", "messages")]).encode(errors="replace")
+        if match := CONTROL.search(text):
+            found[index] = match[0].replace(b"\\", b"")
+    if not found:
+        return None
+    first = next(iter(found))
+    return (
+        f"note: record {first} of {records.path} contains {found[first].decode()!r}; training encodes such strings as "
+        f"control tokens where the tokenizer has them, as published ({len(found)} record(s))"
+    )
 
 
 def write_clean(records: Records, bad: Iterable[int], path: Path) -> int:
@@ -133,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         begin = time.perf_counter()
         records = read_records(file)
         result = DatasetScan(records, images=folder, decode=not args.no_decode, workers=args.workers).result()
+        if note := control_strings(records, result.problems):
+            print(note)  # noqa: T201
         print(report(file, result, time.perf_counter() - begin, limit=None if args.all else MAX_PRINTED))  # noqa: T201
         any_bad |= bool(result.problems)
         if args.write_clean:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, get_template, stop_strings, with_image_token
+from llava.conversation import Conversation, RenderedPrompt, get_template, stop_strings, with_image_token
 from llava.engine.sequence import Completion, Request, RequestHandle, SamplingParams
 from llava.errors import ConfigError, RequestError
 from llava.files import write_errors
@@ -51,7 +51,7 @@ def parse_setting(params: SamplingParams, assignment: str) -> SamplingParams:
     return dataclasses.replace(params, **{name: number})
 
 
-def render_question(template: Conversation, text: str, images: int, config: PretrainedConfig) -> str:
+def render_question(template: Conversation, text: str, images: int, config: PretrainedConfig) -> RenderedPrompt:
     """Render the prompt of a single-turn question about `images` images, up to the start of the answer."""
     conversation = template.copy()
     question = with_image_token(text, template, config, images) if images else text
@@ -90,7 +90,7 @@ class ChatSession:
             logger.warning("This model was trained on single images; answers about several images may be poor.")
 
     @property
-    def prompt(self) -> str:
+    def prompt(self) -> RenderedPrompt:
         return self.conversation.get_prompt()
 
     def ask(self, text: str) -> RequestHandle:

@@ -37,7 +37,7 @@ from llava.engine.sequence import (
     hash_image,
 )
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
-from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
+from llava.mm_utils import encode_prompt, get_model_name_from_path
 from llava.placement import avoid_cudnn_attention, resolve_device
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class Engine:
         try:
             if isinstance(prompt, str):
                 prompt.encode()
-                ids = tuple(tokenizer_image_token(prompt, self.tokenizer))
+                ids = tuple(encode_prompt(prompt, self.tokenizer))
             else:
                 ids = tuple(map(index, prompt))
         except (TypeError, UnicodeEncodeError) as error:

@@ -104,6 +104,7 @@ GREEDY = SamplingParams()
 class Request:
     """A rendered prompt with one `<image>` per image, or its token ids with -200 per image, and sampling parameters.
 
+    Control tokens are recognized in a string, except in the text of a `RenderedPrompt` (`Conversation.get_prompt`).
     An image is a PIL image, which the engine preprocesses, a preprocessed float tensor (3, S, S), or a `HashedImage`
     of either. With `cache_prefix` the prompt and its answer are stored in the prefix cache, for the next turn of the
     conversation.

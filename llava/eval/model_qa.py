@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from llava.conversation import default_conversation
+from llava.conversation import RenderedPrompt, default_conversation
 from llava.errors import CheckpointError
 from llava.eval.run.answers import answer_id
 from llava.eval.run.files import Record, Row, read_rows, write_jsonl
-from llava.mm_utils import KeywordsStoppingCriteria
+from llava.mm_utils import KeywordsStoppingCriteria, encode_prompt
 from llava.model.builder import load_pretrained_model, local_directory
 from llava.model.checkpoint import Kind, inspect
 from llava.model.tokenizer import load_tokenizer
@@ -59,7 +59,9 @@ def answers(
         conversation = default_conversation.copy()
         conversation.append_message(conversation.roles[0], question["text"])
         conversation.append_message(conversation.roles[1], None)
-        ids = torch.tensor([tokenizer(conversation.get_prompt()).input_ids], device=model.device)  # (1, T)
+        prompt = conversation.get_prompt()  # whose template has no control tokens
+        all_text = RenderedPrompt(prompt, [(0, len(prompt))])
+        ids = torch.tensor([encode_prompt(all_text, tokenizer)], device=model.device)  # (1, T)
         stop = KeywordsStoppingCriteria([conversation.sep], tokenizer, ids)
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=TEMPERATURE,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,7 +27,7 @@ from llava.eval.run.images import ImageSource
 from llava.eval.run.questions import Question, get_chunk, read_questions
 from llava.eval.run.runner import report, run
 from llava.images import open_image
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import encode_prompt, process_images
 from llava.parent_process import exit_with_parent
 from llava.utils import guarded
 
@@ -135,7 +136,7 @@ class CustomDataset(Dataset[tuple[Tensor, Tensor]]):
         prompt = render_question(get_template(self.conv_mode), row["text"], 1, self.model_config)
         image = open_image(self.image_folder / row["image"])
         pixels: Tensor = process_images([image], self.image_processor, self.model_config)[0]
-        return tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"), pixels
+        return torch.tensor(encode_prompt(prompt, self.tokenizer)), pixels
 
 
 def create_data_loader(

@@ -141,14 +141,14 @@ def load_pretrained_model(
         if tower is not None:
             device_of_tower = where.of(f"{model.base_model_prefix}.vision_tower")
             tower.load_model(dtype=chosen, device=device_of_tower, from_checkpoint=vision_tower is None)
-    if tower is not None and found.kind is not Kind.FULL and (found.path / ckpt.PROJECTOR_FILE).is_file():
+    if tower is not None and found.kind is not Kind.FULL and ckpt.has_tensors(found.path / ckpt.PROJECTOR_FILE):
         model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
     dispatch(model.eval(), where)
     return tokenizer, model, tower.image_processor if tower else None, context_length(config)
 
 
 def preflight(found: Checkpoint, config: PretrainedConfig, from_checkpoint: bool) -> None:
-    """Check before weights are read that the tower exists and fits the projector, and that the weights are no delta."""
+    """Check before weights are read that the tower exists and fits the projector."""
     tower = build_vision_tower(config, found.path, delay_load=True)
     tower.source(from_checkpoint)
     _ = tower.image_processor
@@ -159,12 +159,16 @@ def preflight(found: Checkpoint, config: PretrainedConfig, from_checkpoint: bool
             f"{tower.hidden_size}, but the {kind} projector of {found.path} takes {config.mm_hidden_size}; pass the "
             "tower it was trained with."
         )
-    if found.kind is not Kind.FULL or not ckpt.reads_lazily(found.path):
+
+
+def refuse_delta(source: Path) -> None:
+    """Raise `CheckpointError` for delta weights; they are recognized before other weights are read, if possible."""
+    if not ckpt.reads_lazily(source):
         return
-    for _, norm in ckpt.iter_tensors(found.path, lambda name: name in ckpt.FINAL_NORMS):
+    for _, norm in ckpt.iter_tensors(source, lambda name: name in ckpt.FINAL_NORMS):
         if bool(norm.abs().max() < MAX_DELTA_NORM):
             raise CheckpointError(
-                f"The weights of {found.path} are delta weights (the final norm is nearly 0); apply them to their base "
+                f"The weights of {source} are delta weights (the final norm is nearly 0); apply them to their base "
                 "with python -m llava.model.apply_delta."
             )
 
@@ -192,8 +196,8 @@ def check_adapter_weights(
 ) -> Path:
     """Verify a projector or an adapter against a model of these `shapes`; returns the file with the projector."""
     if found.kind is Kind.PROJECTOR:
-        file = found.path / ckpt.PROJECTOR_FILE
-        state = ckpt.projector_state(ckpt.load_bin(file), file)
+        file = ckpt.tensor_file(found.path / ckpt.PROJECTOR_FILE)
+        state = ckpt.projector_state(ckpt.read_tensors(file), file)
         wanted = {k.split("mm_projector.", 1)[1]: v for k, v in shapes.items() if "mm_projector." in k}
         ckpt.compare_shapes({name: tuple(value.shape) for name, value in state.items()}, wanted, file)
         return file
@@ -206,7 +210,7 @@ def check_adapter_weights(
         shapes = {**shapes, embedding: table, "lm_head.weight": table}
         check_non_lora(read_non_lora(found.path), shapes, found.path)
         check_adapter(adapter_shapes(found.path), shapes, found.path)
-        return found.path / ckpt.NON_LORA_FILE
+        return ckpt.tensor_file(found.path / ckpt.NON_LORA_FILE)
     return found.path
 
 
@@ -356,6 +360,7 @@ def empty_model(found: Checkpoint, base: Checkpoint | None, config: PretrainedCo
             config.pad_token_id = None  # a token that the training added
     spec = language_model_spec((base or found).model_type, str(found.path))
     source = (base or found).path
+    refuse_delta(source)
     ckpt.check_depth(getattr(config, "num_hidden_layers", None), source)
     with ckpt.config_errors(found.path), empty_weights():
         model: LlavaForCausalLMMixin = spec.model(config)

@@ -1,7 +1,7 @@
 """Kind of a checkpoint directory, from its files alone, and safe reading of its weights.
 
-Weights are read tensor by tensor, safetensors first. `.bin` files are opened with `weights_only=True`, which refuses
-pickles that contain code.
+Weights are read tensor by tensor; `weight_files` decides from which files, for every program. `.bin` files are opened
+with `weights_only=True`, which refuses pickles that contain code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,12 +25,15 @@ from torch import Tensor
 
 from llava.errors import CheckpointError, LlavaError
 from llava.model.registry import LANGUAGE_MODELS, TOWERS, tower_type
+from llava.model.weight_sets import TensorReader, WeightSet, choose
 
-PROJECTOR_FILE = "mm_projector.bin"
+PROJECTOR_FILE = "mm_projector.bin"  # `read_tensors` and `write_tensors` add a .safetensors of the same name
 NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = tuple(name for both in zip(SINGLE_FILES, INDEX_FILES) for name in both)  # in order of precedence
+FORMATS = (".safetensors", ".bin")
 MANY_LAYERS = 1000
 REMAP_BYTES, COPIED_BYTES = 16 * 2**20, 2**20
 LFS_POINTER, ZIP, PICKLE = b"version https://git-lfs", b"PK\x03\x04", b"\x80"  # first bytes of files
@@ -128,36 +131,90 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
     if tower_type(config) in TOWERS:
         return Kind.TOWER
     if "mm_vision_tower" in config and model_type in LANGUAGE_MODELS:
-        return Kind.FULL if has_weights(path) else Kind.PROJECTOR if (path / PROJECTOR_FILE).is_file() else Kind.EMPTY
+        return Kind.FULL if has_weights(path) else Kind.PROJECTOR if has_tensors(path / PROJECTOR_FILE) else Kind.EMPTY
     if model_type in LANGUAGE_MODELS:
         return Kind.LANGUAGE_MODEL
     return Kind.OTHER if model_type else Kind.EMPTY
 
 
 def has_weights(path: Path) -> bool:
-    return any((path / name).is_file() for name in (*INDEX_FILES, *SINGLE_FILES))
+    return any((path / name).is_file() for name in WEIGHT_FILES)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of a directory, safetensors first, or a file itself; all shards of an index must exist."""
+    """The weight files of a directory, or a file itself.
+
+    A directory may hold several sets: `model.safetensors`, the shards of `model.safetensors.index.json`,
+    `pytorch_model.bin`, and the shards of `pytorch_model.bin.index.json`. The first complete one in this order, that of
+    transformers, is read. Raises `CheckpointError` if none is complete, or if another set holds different weights.
+    """
     if os.path.isfile(path):  # noqa: PTH113 (as in require_directory)
         return [path]
     path = require_directory(path)
-    for name, single in zip(INDEX_FILES, SINGLE_FILES):
-        if (path / name).is_file():
-            shards = _shards(path / name)
-            missing = [shard for shard in shards if not (path / shard).is_file()]
-            if missing or not shards:
-                raise CheckpointError(
-                    f"{path / name} lists {', '.join(missing) or 'no shards'}, missing in {path}; the download is "
-                    "incomplete, run it again."
-                )
-            return [path / shard for shard in shards]
-        if (path / single).is_file():
-            return [path / single]
+    sets = [_weight_set(path / name) for name in WEIGHT_FILES if (path / name).is_file()]
+    if not sets:
+        raise CheckpointError(f"{path} holds no weights (none of {', '.join(WEIGHT_FILES)}); download it again.")
+    return list(_choose(path, sets, _lazy_tensors).files)
+
+
+def _weight_set(file: Path) -> WeightSet:
+    files = tuple(file.with_name(name) for name in (_shards(file) if file.suffix == ".json" else [file.name]))
+    return WeightSet(file.name, files, tuple(one.name for one in files if _is_absent(one)))
+
+
+def _choose(path: Path, sets: list[WeightSet], read: TensorReader, *, whole: bool = False) -> WeightSet:
+    """The first complete one of `sets`; raises `CheckpointError` if there is none, or another one differs from it."""
+    chosen = choose(path, sets, read, whole=whole)
+    if chosen is not None:
+        return chosen
+    first = sets[0]
+    damaged = next((file for file in first.files if file.is_file() and _is_absent(file)), None)
+    if damaged is not None:
+        raise unreadable(damaged, ValueError("it is empty"))
     raise CheckpointError(
-        f"{path} holds no weights (none of {', '.join(INDEX_FILES + SINGLE_FILES)}); download it again."
+        f"{path / first.name} lists {', '.join(first.missing) or 'no shards'}, missing in {path}; the download is "
+        "incomplete, run it again."
     )
+
+
+def stored_as(file: Path) -> list[Path]:
+    """The files that may hold the weights of `NAME.bin` or `NAME.safetensors`, in order of precedence."""
+    return [file.with_suffix(suffix) for suffix in FORMATS] if file.suffix in FORMATS else [file]
+
+
+def has_tensors(file: Path) -> bool:
+    """Whether `file` exists in one of its formats, see `stored_as`."""
+    return any(one.is_file() for one in stored_as(file))
+
+
+def tensor_file(file: Path) -> Path:
+    """The file to read for the small file `file`, such as `mm_projector.bin`: safetensors first.
+
+    Raises `CheckpointError` if it exists in neither format, or if the two formats hold different weights.
+    """
+    sets = [_weight_set(one) for one in stored_as(file) if one.is_file()]
+    if not sets:
+        raise CheckpointError(f"There is no file {str(file)!r}; check the path.")
+    return _choose(file.parent, sets, _tensors, whole=True).files[0]
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The weights of a small file, see `tensor_file`."""
+    return dict(_tensors(tensor_file(file)))
+
+
+def _tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterable[tuple[str, Tensor]]:
+    """The `wanted` weights of a file."""
+    if file.suffix == ".safetensors":
+        return _safetensors(file, wanted)
+    return ((name, tensor) for name, tensor in load_bin(file).items() if wanted(name))
+
+
+def _lazy_tensors(file: Path) -> Iterable[tuple[str, Tensor]]:
+    """The weights of a file, memory-mapped; raises `CheckpointError` if it would have to be read whole."""
+    if file.suffix != ".safetensors" and not _is_zip(file):
+        raise CheckpointError(f"{file} was saved by PyTorch before 1.6 and is not compared with other files.")
+    return _tensors(file)
 
 
 def _shards(index: Path) -> list[str]:
@@ -168,6 +225,10 @@ def _shards(index: Path) -> list[str]:
             f"weight_map in {index} must map weights to files of the same directory; download it again."
         )
     return sorted(set(where.values()))
+
+
+def _is_absent(file: Path) -> bool:
+    return not file.is_file() or file.stat().st_size == 0 or _begin(file).startswith(LFS_POINTER)
 
 
 def unreadable(file: Path, error: Exception) -> CheckpointError:
@@ -195,7 +256,17 @@ def load_bin(path: Path) -> dict[str, Tensor]:
         raise unreadable(path, error) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} must contain a dictionary of tensors; download it again.")
+    for name, value in state.items():
+        _require_float(path, name, value.is_floating_point())
     return state
+
+
+def _require_float(file: Path, name: str, is_float: bool) -> None:
+    """Raise `CheckpointError` for a weight of integers, which is quantized; buffers may be integers."""
+    if not is_float and name.endswith((".weight", ".bias")):
+        raise CheckpointError(
+            f"{name} in {file} is not floating-point: the weights are quantized; pass the unquantized checkpoint."
+        )
 
 
 def _is_zip(path: Path) -> bool:
@@ -254,11 +325,22 @@ def iter_tensors(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
 
 
 def _stored(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    seen: dict[str, Path] = {}
     for file in weight_files(path):
-        if file.suffix == ".safetensors":
-            yield from _safetensors(file, wanted)
-        else:
-            yield from ((name, tensor) for name, tensor in load_bin(file).items() if wanted(name))
+        for name, tensor in _tensors(file, wanted):
+            require_once(name, file, seen)
+            yield name, tensor
+            del tensor
+
+
+def require_once(name: str, file: Path, seen: dict[str, Path]) -> None:
+    """Record in `seen` that `name` is in `file`; raises `CheckpointError` if it is in another shard, too."""
+    if name in seen:
+        raise CheckpointError(
+            f"{name} is stored twice, in {seen[name]} and {file.name}: shards of different saves are mixed; download "
+            "the directory again."
+        )
+    seen[name] = file
 
 
 def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
@@ -276,6 +358,7 @@ def _safetensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
             if shard is None or mapped > REMAP_BYTES:
                 shard, mapped = safe_open(file, framework="pt"), 0
             tensor: Tensor = shard.get_tensor(name)
+            _require_float(file, name, tensor.is_floating_point())
             mapped += tensor.nbytes
             yield name, tensor.clone() if tensor.nbytes < COPIED_BYTES else tensor
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -288,14 +371,23 @@ def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in load_bin(file).items()}
     try:
         with safe_open(file, framework="np") as shard:  # numpy does not map the whole file
-            return {name: tuple(shard.get_slice(name).get_shape()) for name in list(shard.keys())}
+            slices = {name: shard.get_slice(name) for name in list(shard.keys())}
+            for name, part in slices.items():
+                _require_float(file, name, part.get_dtype().startswith(("F", "BF")))
+            return {name: tuple(part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from error
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of a directory or file."""
-    return {name: shape for file in weight_files(path) for name, shape in file_shapes(file).items()}
+    seen: dict[str, Path] = {}
+    shapes = {}
+    for file in weight_files(path):
+        for name, shape in file_shapes(file).items():
+            require_once(name, file, seen)
+            shapes[name] = shape
+    return shapes
 
 
 def check_depth(layers: object, path: Path) -> None:

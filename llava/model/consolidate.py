@@ -63,6 +63,7 @@ def consolidate_ckpt(src_path: str | Path, dst_path: str | Path, *, dtype: torch
         raise CheckpointError(f"{found.path} holds {found.kind.value}; only whole models can be consolidated.")
     read_config(found)  # raises for settings that are not supported
     source = WeightSource(found.path)
+    language_parts(found, None, read_config(found))  # raises for weights that do not fit
 
     def cast(name: str) -> Tensor:
         tensor = source.read(name).to(dtype)

@@ -1,8 +1,8 @@
 """Extract the projector of a trained model: `llava extract-projector --model-path DIR --output OUT`.
 
-OUT has the layout of a pretraining (stage 1) checkpoint, `config.json` and `mm_projector.bin`: it loads with
-`--model-base`, and the file is valid for `--pretrain_mm_mlp_adapter`. DIR is a full checkpoint (.bin or safetensors,
-sharded or not) or a LoRA run.
+OUT has the layout of a pretraining (stage 1) checkpoint, `config.json` and `mm_projector.bin` with the same weights as
+`mm_projector.safetensors`: it loads with `--model-base`, and either file is valid for `--pretrain_mm_mlp_adapter`. DIR
+is a full checkpoint (.bin or safetensors, sharded or not) or a LoRA run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llava.model.checkpoint import Kind
 from llava.model.llava_arch import parameter_shapes
 from llava.model.lora import read_non_lora
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.saving import write_json
+from llava.model.saving import write_json, write_tensors
 from llava.model.weights import empty_weights
 from llava.utils import guarded
 
@@ -57,9 +57,8 @@ def extract(model_path: str | Path, output: str | Path) -> list[str]:
     state, config = projector_weights(Path(model_path))
     with atomic_directory(output) as directory:
         write_json(directory / "config.json", config)
-        with (directory / ckpt.PROJECTOR_FILE).open("wb") as file:
-            torch.save(state, file)
-        written = ckpt.load_bin(directory / ckpt.PROJECTOR_FILE)
+        write_tensors(directory / ckpt.PROJECTOR_FILE, state)
+        written = ckpt.read_tensors(directory / ckpt.PROJECTOR_FILE)
         if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
             raise CheckpointError(f"The projector written differs from that of {model_path}; nothing was kept.")
     return sorted(state)

@@ -22,7 +22,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.errors import CheckpointError, RequestError
-from llava.model.checkpoint import EMBEDDINGS, compare_shapes, load_bin, projector_state
+from llava.model.checkpoint import EMBEDDINGS, compare_shapes, has_tensors, projector_state, read_tensors
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, projected_tokens
@@ -117,13 +117,13 @@ class LlavaMetaModel(Module):
             self.load_tuned_positions(Path(adapter))
 
     def load_projector(self, file: Path) -> None:
-        """Load an `mm_projector.bin`, strictly."""
-        if not file.is_file():
+        """Load an `mm_projector.bin` or `.safetensors`, strictly."""
+        if not has_tensors(file):
             raise CheckpointError(
                 f"There is no projector file {str(file)!r}; run the pretraining stage first, or correct "
                 "--pretrain_mm_mlp_adapter."
             )
-        state = projector_state(load_bin(file), file)
+        state = projector_state(read_tensors(file), file)
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         compare_shapes(shapes, parameter_shapes(self.mm_projector), file)
         copy_into(self.mm_projector, state)
@@ -131,7 +131,7 @@ class LlavaMetaModel(Module):
     def load_tuned_positions(self, file: Path) -> None:
         """Load the tower's positions from a projector file that was trained with `tune_vit_pos_embedding`."""
         marker = "vision_tower.vision_tower.embeddings."
-        tuned = {name.split(marker, 1)[1]: value for name, value in load_bin(file).items() if marker in name}
+        tuned = {name.split(marker, 1)[1]: value for name, value in read_tensors(file).items() if marker in name}
         if any("position_embedding" in name for name in tuned):
             copy_into(cast("nn.Module", self.vision_tower.vision_tower.embeddings), tuned)
 
@@ -328,7 +328,7 @@ def grow_embeddings(model: PreTrainedModel, size: int, *, new_rows: int) -> None
 
 def load_token_rows(model: PreTrainedModel, file: Path) -> None:
     """Load the embeddings of `<im_start>` and `<im_end>` from a projector file."""
-    state = load_bin(file)
+    state = read_tensors(file)
     key = next((name for name in EMBEDDINGS if name in state), None)
     if key is None:
         raise CheckpointError(

@@ -1,21 +1,35 @@
-"""Load LoRA runs onto a base model: `non_lora_trainables.bin` and the PEFT adapter.
+"""Load LoRA runs onto a base model: `non_lora_trainables` and the PEFT adapter.
 
-PEFT ignores tensors it does not recognize; here every tensor of an adapter must match a weight, or loading fails.
+The layers to adapt are those the adapter's file names. PEFT would adapt every module whose name ends in one of
+`target_modules`, also in the vision tower, and ignore tensors it does not recognize; here settings and tensors must
+agree, and every tensor must match a weight of the language model, or loading fails.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from llava.errors import CheckpointError
-from llava.model.checkpoint import ADAPTER_CONFIG, CORES, NON_LORA_FILE, file_shapes, load_bin, read_json
+from llava.errors import CheckpointError, LlavaError
+from llava.model.checkpoint import (
+    ADAPTER_CONFIG,
+    CORES,
+    EMBEDDINGS,
+    NON_LORA_FILE,
+    file_shapes,
+    has_tensors,
+    read_json,
+    read_tensors,
+    tensor_file,
+)
 from llava.utils import require
 
 if TYPE_CHECKING:
@@ -25,15 +39,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_PREFIX = "base_model.model."
-IGNORED_SETTINGS = ("peft_version", "qalora_group_size", "megatron_core")  # written by PEFT even when not in use
+HEADS = (*EMBEDDINGS, "lm_head.weight")  # not adapted by the setting "all-linear"
+IGNORED_SETTINGS = (
+    *("peft_version", "qalora_group_size", "megatron_core"),  # written by PEFT even when not in use
+    *("exclude_modules", "eva_config"),  # the adapter's file names its layers; initialization
+)
+PLAIN_INITS = (
+    None,
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # initializations that leave the weights of the base as they are
 IMPORTING_SETTINGS = {"megatron_config", "megatron_core"}  # PEFT imports the module named by the second
 Shapes = Mapping[str, tuple[int, ...]]
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def normalize_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip `base_model.`, then one `model.` if any name starts with `model.model.` (MPT: `model.transformer.`)."""
-    state = {name.removeprefix("base_model."): value for name, value in state.items()}
+    """Strip `base_model.`, then one `model.` if any name starts with `model.model.` (MPT: `model.transformer.`).
+
+    `base_layer.`, which PEFT adds to the names of an adapted layer's own weights, is stripped, too.
+    """
+    state = {name.removeprefix("base_model.").replace(".base_layer.", "."): value for name, value in state.items()}
     if any(name.startswith(tuple(f"model.{core}" for core in CORES)) for name in state):
         state = {name.removeprefix("model."): value for name, value in state.items()}
     return state
@@ -42,12 +71,12 @@ def normalize_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_non_lora(directory: Path) -> dict[str, Tensor]:
     """The fully trained weights of a LoRA run (projector, new token rows), by their names in the model."""
     file = directory / NON_LORA_FILE
-    if not file.is_file():
+    if not has_tensors(file):
         raise CheckpointError(
             f"{directory} has no {NON_LORA_FILE} with the trained projector; copy it from the same step of the "
             "training run (the projector of another step gives wrong answers)."
         )
-    state = normalize_names(load_bin(file))
+    state = normalize_names(read_tensors(file))
     if not any("mm_projector." in name for name in state):
         raise CheckpointError(
             f"{file} holds no projector weights ('mm_projector.'); copy it from the training run again."
@@ -86,16 +115,36 @@ def load_non_lora(model: nn.Module, directory: Path) -> None:
             parameters[name].copy_(value)
 
 
+def adapter_file(directory: Path) -> Path:
+    """The file with the tensors of an adapter, in one of the formats of `checkpoint.stored_as`."""
+    if not has_tensors(directory / ADAPTER_FILES[0]):
+        raise CheckpointError(f"{directory} has adapter_config.json but no {' or '.join(ADAPTER_FILES)}.")
+    return tensor_file(directory / ADAPTER_FILES[0])
+
+
 def adapter_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of an adapter."""
-    for file in (directory / name for name in ADAPTER_FILES):
-        if file.is_file():
-            return file_shapes(file)
-    raise CheckpointError(f"{directory} has adapter_config.json but no {' or '.join(ADAPTER_FILES)}.")
+    """Names, see `adapter_name`, and shapes of the tensors of an adapter."""
+    return {adapter_name(name): shape for name, shape in file_shapes(adapter_file(directory)).items()}
+
+
+def read_adapter(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter, by the names of `adapter_name`."""
+    return {adapter_name(name): tensor for name, tensor in read_tensors(adapter_file(directory)).items()}
+
+
+def adapter_name(name: str) -> str:
+    """The name PEFT writes: with `base_model.model.`, without the names of the adapter and of wrappers in memory."""
+    name = re.sub(r"(\.lora_\w+|\.modules_to_save)\.default(?=\.|$)", r"\1", name)
+    name = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+    return ADAPTER_PREFIX + name.removeprefix(ADAPTER_PREFIX)
 
 
 def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
-    """Raise `CheckpointError` unless each adapter tensor fits a model weight `(out, in)`: A `(r, in)`, B `(out, r)`."""
+    """Raise `CheckpointError` unless the adapter's tensors of shapes `found` fit the model's weights `wanted`.
+
+    Each must fit a weight `(out, in)`: A `(r, in)`, B `(out, r)`; other tensors replace a weight of their shape. The
+    settings must name the same layers and ranks.
+    """
 
     def refuse(name: str, target: str) -> None:
         raise CheckpointError(
@@ -103,12 +152,17 @@ def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
             " pass the --model-base the adapter was trained on."
         )
 
-    read_settings(directory)
+    settings = adapter_settings(directory)
     if not any(".lora_" in name for name in found):
         raise CheckpointError(f"{directory} holds an adapter without LoRA weights ({', '.join(sorted(found)[:3])}).")
     for name, shape in found.items():
         module, marker, rest = name.removeprefix(ADAPTER_PREFIX).partition(".lora_")
         target = f"{module}.weight" if marker else module
+        if "vision_tower." in module:
+            raise CheckpointError(
+                f"{directory} adapts the vision tower ({name}), which is not supported; merge it with the program that "
+                "trained it."
+            )
         if target not in wanted or (not marker and wanted[target] != shape):
             refuse(name, target)
         for side, axis in (("A", 1), ("B", 0)):
@@ -117,6 +171,79 @@ def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
         other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if other not in found:
             raise CheckpointError(f"{directory}: {name} has no counterpart {other}; the adapter is incomplete.")
+    _check_settings(settings, found, {name: s for name, s in wanted.items() if "vision_tower." not in name}, directory)
+
+
+def _check_settings(settings: LoraConfig, found: Shapes, wanted: Shapes, directory: Path) -> None:
+    """Raise `CheckpointError` unless `adapter_config.json` and the adapter's tensors agree about layers and ranks."""
+    adapted = adapted_modules(found)
+    layers = {name.removesuffix(".weight") for name, shape in wanted.items() if len(shape) == 2 and ".weight" in name}
+    with attaching(directory):
+        matched = set(_targets(settings, layers)) if settings.target_modules is not None else adapted
+        if not matched:
+            raise ValueError(f"Target modules {settings.target_modules} are not in it")
+        expected = {name for name in matched if "mm_projector." not in name}
+        odd = (adapted - matched) | (expected - adapted - _excluded(directory, expected))
+        scaled = {name for name in adapted if f"{ADAPTER_PREFIX}{name}.lora_magnitude_vector" in found}
+        odd |= scaled ^ (adapted if settings.use_dora else set())
+        if settings.modules_to_save:
+            odd |= set(_saved(settings, wanted)) - {name.removeprefix(ADAPTER_PREFIX) for name in found}
+        _refuse_odd(odd, directory)
+        for name, shape in found.items():
+            module, _, rest = name.removeprefix(ADAPTER_PREFIX).partition(".lora_")
+            if rest.startswith("A.") and shape[0] != _rank(settings, module):
+                raise ValueError(f"{name} is {shape}, but adapter_config.json has rank {_rank(settings, module)}")
+
+
+def _refuse_odd(names: set[str], directory: Path) -> None:
+    """Raise `CheckpointError` if there are `names` in only one of `adapter_config.json` and weights."""
+    if names:
+        raise CheckpointError(
+            f"{directory}: adapter_config.json and the adapter's weights disagree about {min(names)}; copy both from "
+            "the same step of the training run."
+        )
+
+
+def adapted_modules(found: Shapes | Mapping[str, Tensor]) -> set[str]:
+    """The names of the modules that an adapter with these tensors adapts."""
+    parts = (name.removeprefix(ADAPTER_PREFIX).partition(".lora_") for name in found)
+    return {module for module, marker, _ in parts if marker}
+
+
+def _targets(settings: LoraConfig, modules: set[str]) -> Iterator[str]:
+    """Those of the linear `modules` and embeddings that PEFT would adapt with these settings."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if settings.target_modules == "all-linear":
+        yield from (name for name in modules if f"{name}.weight" not in HEADS)
+    else:
+        yield from (name for name in modules if check_target_module_exists(settings, name))
+
+
+def _saved(settings: LoraConfig, names: Iterable[str]) -> Iterator[str]:
+    """Those weights that are below one of `modules_to_save`, but not of the projector, which is stored elsewhere."""
+    ends = tuple(settings.modules_to_save or ())
+    for name in names:
+        parts = name.split(".")
+        above = (".".join(parts[:count]) for count in range(1, len(parts)))
+        if "mm_projector." not in name and any(module.endswith(ends) for module in above):
+            yield name
+
+
+def _excluded(directory: Path, modules: set[str]) -> set[str]:
+    """Those of `modules` that the `exclude_modules` of a newer PEFT names: by a regular expression or by last parts."""
+    given = read_settings(directory).get("exclude_modules") or ()
+    if isinstance(given, str):
+        return {name for name in modules if re.fullmatch(given, name)}
+    ends = [str(one) for one in given] if isinstance(given, list | tuple) else []
+    return {name for name in modules if any(name == end or name.endswith(f".{end}") for end in ends)}
+
+
+def _rank(settings: LoraConfig, module: str) -> int:
+    """The rank of a module as PEFT determines it."""
+    patterns = [*settings.rank_pattern, *settings.alpha_pattern]
+    key = next((key for key in patterns if re.match(rf".*\.{key}$", module)), module)
+    return int(settings.rank_pattern.get(key, settings.r))
 
 
 def read_settings(directory: Path) -> dict[str, object]:
@@ -139,34 +266,60 @@ def adapter_settings(directory: Path) -> LoraConfig:
             f"{directory / ADAPTER_CONFIG} sets {', '.join(unknown)}, which peft "
             f"{peft.__version__} does not support here; merge the adapter with the release of peft that wrote it."
         )
-    config: LoraConfig = peft.LoraConfig(**{key: value for key, value in settings.items() if key in known})
+    with attaching(directory):
+        config: LoraConfig = peft.LoraConfig(**{key: value for key, value in settings.items() if key in known})
+        for name in ("r", "lora_alpha"):
+            if not isinstance(getattr(config, name), int | float):
+                raise ValueError(f"{name} must be a number, got {getattr(config, name)!r}")
+        config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
     return config
 
 
-def attach_adapter(model: nn.Module, directory: Path) -> PeftModel:
-    """Wrap the model with the PEFT adapter of `directory`, unmerged; every tensor of the file must be used."""
-    peft = require("peft", "train")
-    found = adapter_shapes(directory)
-    check_adapter(found, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, directory)
+@contextmanager
+def attaching(directory: Path) -> Iterator[None]:
+    """Turn errors about an adapter's settings into `CheckpointError`; PEFT raises exceptions of any type."""
     try:
-        # Without torch_device, PEFT loads the file onto the first visible GPU, even for a model on the CPU.
-        adapted: PeftModel = peft.PeftModel.from_pretrained(
-            model, str(directory), config=adapter_settings(directory), torch_device="cpu"
-        )
-    except Exception as error:  # PEFT raises exceptions of any type for invalid settings
+        yield
+    except LlavaError:
+        raise
+    except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"The adapter of {directory} cannot be attached to this model ({type(error).__name__}: {text}); copy "
             "adapter_config.json and weights from the same step of the training run."
         ) from error
-    used = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if used != set(found):
-        name = min(used ^ set(found))
-        raise CheckpointError(
-            f"{directory}: adapter_config.json and the adapter's weights disagree about {name}; copy both from the "
-            "same step of the training run."
-        )
-    return adapted
+
+
+def attach_adapter(model: nn.Module, directory: Path) -> PeftModel:
+    """Wrap the model with the PEFT adapter of `directory`, unmerged; every tensor of the file must be used.
+
+    Tensors other than LoRA's (trained biases, embeddings, `modules_to_save`) replace the model's weights.
+    """
+    peft = require("peft", "train")
+    state = read_adapter(directory)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_adapter(shapes, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, directory)
+    adapted, settings = adapted_modules(state), adapter_settings(directory)
+    settings.target_modules = "|".join(
+        map(re.escape, sorted(adapted))
+    )  # exactly these, also in other parts of the model
+    settings.layers_to_transform = settings.layers_pattern = settings.modules_to_save = None
+    settings.bias, settings.task_type, settings.inference_mode = "none", "CAUSAL_LM", True
+    settings.base_model_name_or_path = None
+    if settings.init_lora_weights in PLAIN_INITS:
+        settings.init_lora_weights = False
+    with attaching(directory):
+        wrapped: PeftModel = peft.get_peft_model(model, settings)
+        loaded = peft.set_peft_model_state_dict(wrapped, {_wrapped_name(n, adapted): t for n, t in state.items()})
+    _refuse_odd({*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)}, directory)
+    return wrapped
+
+
+def _wrapped_name(name: str, adapted: set[str]) -> str:
+    """The name of an adapter's tensor in the model once the modules `adapted` are wrapped."""
+    module, _, last = name.rpartition(".")
+    own = ".lora_" not in name and module.removeprefix(ADAPTER_PREFIX) in adapted
+    return f"{module}.base_layer.{last}" if own else name
 
 
 def merge_adapter(

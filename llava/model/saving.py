@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.files import atomic_directory
-from llava.model.checkpoint import INDEX_FILES, SINGLE_FILES, file_shapes, load_bin, weight_files
+from llava.files import apply_umask, atomic_directory, atomic_write
+from llava.model.checkpoint import (
+    INDEX_FILES,
+    SINGLE_FILES,
+    file_shapes,
+    load_bin,
+    require_once,
+    stored_as,
+    weight_files,
+)
 
 SHARD_BYTES: Final = 5 * 10**9
 SIDE_FILES: Final = (
@@ -40,7 +50,8 @@ class WeightSource:
         self._bins: dict[Path, dict[str, Tensor]] = {}
         for file in weight_files(path):
             for name, shape in self._shapes(file).items():
-                self.shapes[name], self._files[name] = shape, file
+                require_once(name, file, self._files)
+                self.shapes[name] = shape
 
     def _shapes(self, file: Path) -> dict[str, tuple[int, ...]]:
         if file.suffix != ".bin":
@@ -88,6 +99,38 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_
         path.rename(file)
         weight_map.update(dict.fromkeys(names, file.name))
     write_json(directory / INDEX_FILES[0], {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_tensors(file: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the small file `NAME.bin`, and the same weights to `NAME.safetensors`, each atomically."""
+    safe, pickled = stored_as(file)
+    safe.unlink(missing_ok=True)  # an interruption leaves one format, never two that differ
+    with atomic_write(pickled) as part, part.open("wb") as opened:
+        torch.save(dict(state), opened)
+    with atomic_write(safe) as part:
+        copies = {name: value.detach().clone().contiguous() for name, value in state.items()}
+        save_file(copies, part, metadata={"format": "pt"})
+
+
+@contextmanager
+def replacing_weights(directory: Path) -> Iterator[None]:
+    """Remove the file or index of an earlier save after a block that saves safetensors, and apply the umask to them.
+
+    transformers leaves `model.safetensors` beside new shards, and an old index beside a new `model.safetensors`.
+    """
+    places = [directory / name for name in (SINGLE_FILES[0], INDEX_FILES[0])]
+
+    def states() -> list[object]:
+        found = [place.stat() if place.is_file() else None for place in places]
+        return [state and (state.st_ino, state.st_mtime_ns, state.st_size) for state in found]
+
+    before = states()
+    yield
+    written = [after is not None and after != old for old, after in zip(before, states())]
+    for place, is_new in zip(places, written):
+        if any(written) and not is_new:
+            place.unlink(missing_ok=True)
+    apply_umask(directory, "model*.safetensors")
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:

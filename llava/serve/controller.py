@@ -50,6 +50,13 @@ class ControllerArgs(ServeArgs):
     rate_limit: float | None = flag(
         None, "requests per minute below /v1/, per key, or per address without keys", type=positive
     )
+    allowed_origins: Sequence[str] = flag(
+        (),
+        "origins of web pages whose scripts may use /v1/, such as https://app.example.org, or *",
+        nargs="+",
+        type=str,
+        metavar="ORIGIN",
+    )
     allow_image_urls: bool = flag(False, "fetch https image URLs sent to /v1/, from public hosts only")
 
 
@@ -63,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     require_server()
     args = ControllerArgs.from_cli_args(build_parser().parse_args(argv))
-    from llava.serve.common.middleware import Keys, Limits, RequestMiddleware
+    from llava.serve.common.middleware import CrossOrigin, Keys, Limits, RequestMiddleware, check_origins
     from llava.serve.common.security import LOOPBACK_HOSTS, AddressRule, read_secrets
     from llava.serve.common.server import open_socket, serve
     from llava.serve.control.app import ControllerService, controller_routes, with_lifespan
@@ -71,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llava.serve.control.registry import Registry
     from llava.serve.control.worker_client import Timeouts, WorkerClient
 
+    origins = check_origins(args.allowed_origins)
     sock, token = open_socket(args)
     keys = Keys.from_secrets(token, read_secrets(args.api_keys_file, API_KEYS_VARIABLE))
     registry = Registry(args.dispatch_method, expiration=args.heart_beat_expiration)
@@ -83,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     async def drain() -> None:
         await service.drain(args.grace_seconds)
 
-    return serve(RequestMiddleware(app, keys, Limits(max_body=args.max_body), service.metrics), sock, drain)
+    guarded_app = RequestMiddleware(app, keys, Limits(max_body=args.max_body), service.metrics)
+    return serve(CrossOrigin(guarded_app, origins) if origins else guarded_app, sock, drain)
 
 
 class Controller:

@@ -9,7 +9,6 @@ Set LLAVA_TOKEN (or --token-file) to the token of the controller and the workers
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import socket
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FIRST_PORT: Final = 7860
-_PORTS_TRIED: Final = 100
 _MAX_UPLOAD: Final = "64mb"
 
 
@@ -132,7 +130,7 @@ def build_app(
     import fastapi
     import gradio
 
-    from llava.serve.web.page import CSS, build_page, theme
+    from llava.serve.web.page import CSS, SecurityHeaders, build_page, theme
 
     no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -154,6 +152,7 @@ def build_app(
         theme=theme(),
         css=CSS,
     )
+    mounted.add_middleware(SecurityHeaders)
     return mounted
 
 
@@ -173,19 +172,14 @@ def add_probes(app: FastAPI, services: AppServices) -> None:
         return Response(services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     for probe in (health, ready, metrics):
-        app.add_api_route(f"/{probe.__name__}", probe, methods=["GET"])
+        app.add_api_route(f"/{probe.__name__}", probe, methods=["GET", "HEAD"])
 
 
 def listen(host: str, port: int | None) -> socket.socket:
     """Bind `port`, by default the first free port from 7860; raises `ConfigError` when it is in use."""
-    from llava.serve.common.server import bind_socket
+    from llava.serve.common.server import bind_free, bind_socket
 
-    if port is not None:
-        return bind_socket(host, port)
-    for candidate in range(FIRST_PORT, FIRST_PORT + _PORTS_TRIED):
-        with contextlib.suppress(ConfigError):
-            return bind_socket(host, candidate)
-    return bind_socket(host, 0)
+    return bind_free(host, FIRST_PORT) if port is None else bind_socket(host, port)
 
 
 def share(port: int) -> None:

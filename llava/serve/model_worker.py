@@ -150,7 +150,7 @@ class ModelWorker:
             completion = handle.result()
             if completion.finish_reason == "error":
                 raise completion_error(completion)
-            usage = usage_of(completion, len(body.images) * self.loaded.info.image_tokens)
+            usage = usage_of(completion, len(body.images) * (self.loaded.info.image_tokens or 0))
             reason = completion.finish_reason
             yield encode_frame({"text": text, "error_code": 0, "finish_reason": reason, "usage": usage})
         finally:

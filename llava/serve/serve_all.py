@@ -1,10 +1,11 @@
 """Serve models with one command: controller, one worker per model, and web page, started and stopped together.
 
-llava serve all --model CHECKPOINT [--model ANOTHER] [--port 7860] [further flags of the worker, such as --device cpu]
+llava serve all --model CHECKPOINT [--model ANOTHER] [--port 7860] [--api-port 21001] [further flags of the worker]
 
-Controller and workers use free ports of this machine. The URL of the web page is printed once every model is listed;
-the logs go to standard error. Ctrl-C (or SIGTERM) stops all services, a second one immediately. When a service exits,
-the others are stopped too, and the exit status is 1.
+Once every model is listed, the URLs of the web page (--port) and of the OpenAI-compatible API (--api-port) are printed
+with an example request; the logs go to standard error. The API accepts connections from this machine only. Workers use
+free ports; further flags, such as --device cpu, go to them. Ctrl-C (or SIGTERM) stops all services, a second one
+immediately. When a service exits, the others are stopped too, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,10 +28,12 @@ from types import FrameType
 from typing import Final
 
 from llava.errors import ConfigError, LlavaError
+from llava.serve.common.arguments import API_KEYS_VARIABLE, TOKEN_VARIABLE
 from llava.utils import guarded, require
 
 _LISTENING: Final = re.compile(r"Listening on (https?://\S+)")
 _POLL: Final = 0.1
+_API_PORT: Final = 21001
 _WEB_FLAGS: Final = ("host", "port", "auth_file", "default_model")
 _WEB_SWITCHES: Final = ("insecure", "embed", "moderate", "log_conversations")
 
@@ -160,6 +164,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", "--model-path", action="append", required=True, metavar="CHECKPOINT", help="repeatable")
+    add("--api-port", type=int, help=f"port of the API (default: the first free one from {_API_PORT})")
+    add(
+        "--allowed-origins", nargs="+", default=[], metavar="ORIGIN", help="origins whose scripts may use the API, or *"
+    )
     add("--grace-seconds", type=float, default=5, help="shutdown timeout of running requests (default %(default)s)")
     web = parser.add_argument_group("web page (python -m llava.serve.gradio_web_server --help)")
     web.add_argument("--host", help="address to bind (default: this machine only)")
@@ -181,6 +189,30 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def controller_arguments(args: argparse.Namespace) -> list[str]:
+    """Flags of the controller; a default port that is in use is replaced by the next free one, and said."""
+    from llava.serve.common.server import bind_free, port_of
+
+    port = args.api_port
+    if port is None:
+        with bind_free("127.0.0.1", _API_PORT) as sock:
+            port = port_of(sock)
+        if port != _API_PORT:
+            sys.stderr.write(f"Port {_API_PORT} is in use; the API listens on port {port}.\n")
+    return ["--port", str(port), *(["--allowed-origins", *args.allowed_origins] if args.allowed_origins else [])]
+
+
+def summary(page: str, api: str, model: str) -> str:
+    """The URLs of the page and the API, and a request to the API that can be pasted into a shell."""
+    key = next((name for name in (API_KEYS_VARIABLE, TOKEN_VARIABLE) if os.environ.get(name)), "")
+    header = ' -H "Authorization: Bearer KEY"' if key else ""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    return (
+        f"{page}\nAPI: {api}/v1{f' (KEY is a key of {key})' if key else ''}\n"
+        f"curl {api}/v1/chat/completions{header} -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
+    )
+
+
 def check_arguments(args: argparse.Namespace, worker_flags: Sequence[str]) -> None:
     """Raise `ConfigError` for worker flags that this program sets itself; each service checks the others."""
     reserved = {"--port", "--controller", "--worker", "--host"} & {word.partition("=")[0] for word in worker_flags}
@@ -193,22 +225,23 @@ def check_arguments(args: argparse.Namespace, worker_flags: Sequence[str]) -> No
 
 
 def run(args: argparse.Namespace, worker_flags: Sequence[str]) -> int:
-    """Start the services, print the URL of the page, and wait until a signal or a failure."""
+    """Start the services, print their URLs, and wait until a signal or a failure."""
     supervisor = Supervisor(args.grace_seconds)
     grace = ["--grace-seconds", str(args.grace_seconds)]
     with supervisor.handle_signals():
-        controller = supervisor.start("controller", "llava.serve.controller", ["--port", "0", *grace])
-        link = ["--controller", supervisor.address_of(controller)]
+        controller = supervisor.start("controller", "llava.serve.controller", [*controller_arguments(args), *grace])
+        api = supervisor.address_of(controller)
+        link = ["--controller", api]
         for number, model in enumerate(args.model, 1):
             name = "worker" if len(args.model) == 1 else f"worker-{number}"
             flags = ["--model-path", model, "--port", "0", *link, *grace, *worker_flags]
             supervisor.start(name, "llava.serve.model_worker", flags)
         flags = ["--model-list-mode", "reload", *link, *web_arguments(args)]
         address = supervisor.address_of(supervisor.start("web", "llava.serve.gradio_web_server", flags))
-        while len(listed_models(address)) < len(args.model):
+        while len(models := listed_models(address)) < len(args.model):
             supervisor.check()
             time.sleep(_POLL)
-        sys.stdout.write(f"{address}\n")
+        sys.stdout.write(summary(address, api, models[0]))
         sys.stdout.flush()
         while True:
             supervisor.check()

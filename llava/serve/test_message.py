@@ -72,9 +72,11 @@ def request_body(args: argparse.Namespace, model: str, template: str) -> dict[st
         images = [base64.b64encode(path.read_bytes()).decode() for path in args.image]
     except OSError as error:
         raise ConfigError(f"Cannot read image {error.filename}: {error.strerror}.") from error
+    prompt = conversation.get_prompt()
     return {
         "model": model,
-        "prompt": conversation.get_prompt(),
+        "prompt": prompt,
+        "text_spans": prompt.text_spans,
         "images": images,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,

@@ -18,14 +18,24 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError, TrainingError
 from llava.files import atomic_write
-from llava.model.checkpoint import ADAPTER_CONFIG, NON_LORA_FILE, PROJECTOR_FILE, has_weights, load_bin, weight_shapes
-from llava.model.lora import ADAPTER_FILES, ADAPTER_PREFIX, adapter_shapes, read_non_lora
+from llava.model.checkpoint import (
+    ADAPTER_CONFIG,
+    NON_LORA_FILE,
+    PROJECTOR_FILE,
+    has_tensors,
+    has_weights,
+    load_bin,
+    read_tensors,
+    weight_shapes,
+)
+from llava.model.lora import ADAPTER_FILES, ADAPTER_PREFIX, adapter_shapes, read_adapter, read_non_lora
+from llava.model.saving import write_tensors
 from llava.train import zero
 from llava.train.model_setup import ADAPTER, saved_parameters, saved_shapes
 
@@ -38,18 +48,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 # --- Writing and reading weights --------------------------------------------------------------------------------------
 
 
-def write_bin(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a `.bin` file atomically."""
-    with atomic_write(path) as part:
-        torch.save(dict(state), part)
-
-
 def save_projector(model: PreTrainedModel, directory: Path, *, final: bool, is_writer: bool) -> None:
     """Write `config.json` and the projector; collective under ZeRO-3, ranks with `is_writer` write."""
     state = zero.gather_state_dict(saved_parameters(model, "projector"), is_writer=is_writer)
     if is_writer:
         model.config.save_pretrained(directory)
-        write_bin(projector_file(directory, final=final), state)
+        write_tensors(projector_file(directory, final=final), state)
 
 
 def projector_file(directory: Path, *, final: bool) -> Path:
@@ -62,7 +66,7 @@ def projector_file(directory: Path, *, final: bool) -> Path:
 def save_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, is_writer: bool) -> None:
     """Write and verify everything a loader needs except the base model; collective under ZeRO-3.
 
-    Adapter, `non_lora_trainables.bin`, configuration and tokenizer; ranks with `is_writer` write.
+    Adapter, `non_lora_trainables`, configuration and tokenizer; ranks with `is_writer` write.
     """
     state = zero.gather_state_dict(saved_parameters(model, "lora"), is_writer=is_writer)
     if not is_writer:
@@ -75,14 +79,14 @@ def save_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direct
     settings.save_pretrained(str(directory))
     with atomic_write(directory / ADAPTER_FILES[0]) as part:
         save_file({name: value for name, value in state.items() if ".lora_" in name}, part, metadata={"format": "pt"})
-    write_bin(directory / NON_LORA_FILE, {name: value for name, value in state.items() if ".lora_" not in name})
+    write_tensors(directory / NON_LORA_FILE, {name: value for name, value in state.items() if ".lora_" not in name})
     verify(directory, saved_shapes(model, "lora"))
 
 
 def load_lora(model: PreTrainedModel, directory: Path) -> None:
     """Load what `save_lora` wrote into the model in training; file and model must hold the same tensors."""
     parameters = dict(saved_parameters(model, "lora"))
-    state: dict[str, Tensor] = load_file(directory / ADAPTER_FILES[0])
+    state = read_adapter(directory)
     state |= {ADAPTER_PREFIX + name: value for name, value in read_non_lora(directory).items()}
     missing = sorted(set(parameters) - set(state))
     if missing:
@@ -94,7 +98,7 @@ def load_lora(model: PreTrainedModel, directory: Path) -> None:
 
 def load_projector(model: PreTrainedModel, directory: Path) -> None:
     """Load what `save_projector` wrote into the model in training."""
-    copy_tensors(dict(model.named_parameters()), load_bin(directory / PROJECTOR_FILE))
+    copy_tensors(dict(model.named_parameters()), read_tensors(directory / PROJECTOR_FILE))
 
 
 def copy_tensors(
@@ -117,8 +121,8 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     if (directory / ADAPTER_CONFIG).is_file():
         non_lora = {ADAPTER_PREFIX + name: tuple(value.shape) for name, value in read_non_lora(directory).items()}
         return adapter_shapes(directory) | non_lora
-    if not has_weights(directory) and (directory / PROJECTOR_FILE).is_file():
-        return {name: tuple(value.shape) for name, value in load_bin(directory / PROJECTOR_FILE).items()}
+    if not has_weights(directory) and has_tensors(directory / PROJECTOR_FILE):
+        return {name: tuple(value.shape) for name, value in read_tensors(directory / PROJECTOR_FILE).items()}
     return weight_shapes(directory)
 
 

@@ -16,16 +16,17 @@ from typing import Final, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import no_init_weights
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.conversation import conv_templates, get_template
 from llava.errors import CheckpointError, ConfigError, TrainingError
 from llava.model import builder
-from llava.model.builder import local_directory
+from llava.model.builder import IGNORED_WEIGHTS, local_directory
 from llava.model.check import language_parts
-from llava.model.checkpoint import Checkpoint, Kind, has_weights, inspect, layer_index
+from llava.model.checkpoint import Checkpoint, Kind, has_weights, inspect, iter_tensors, layer_index
 from llava.model.language_model.causal_lm import mean_loss
-from llava.model.llava_arch import grow_embeddings
+from llava.model.llava_arch import copy_into, grow_embeddings
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.quantization import Quantizer
 from llava.model.registry import language_model_spec
@@ -76,17 +77,21 @@ def load_base(model_args: ModelArguments, args: TrainingArguments) -> PreTrained
     spec = language_model_spec(found.model_type, str(found.path))
     attention = resolve_attention(args.device, dtype, model_args.attn_implementation, spec.attention)
     logger.info("Attention implementation of the language model: %s.", attention)
-    config._attn_implementation = attention  # from_pretrained ignores "eager" as a keyword when a config is passed
+    config._attn_implementation = attention
     if args.bits != 16:
         return _load_quantized_base(found, config, args)
     frozen = model_args.tune_mm_mlp_adapter or args.freeze_llm or args.lora_enable
-    model: PreTrainedModel = spec.model.from_pretrained(
-        found.path, config=config, torch_dtype=dtype if args.deepspeed or frozen else torch.float32
-    )
+    config.name_or_path = str(found.path)
+    stored = dtype if args.deepspeed or frozen else torch.float32
+    with no_init_weights():
+        model: PreTrainedModel = spec.model._from_config(config, torch_dtype=stored, attn_implementation=attention)
+    model.tie_weights()
+    for name, tensor in iter_tensors(found.path, lambda name: not any(part in name for part in IGNORED_WEIGHTS)):
+        copy_into(model, {name: tensor})
     if (generation := builder.read_generation_config(found.path)) is not None:
         model.generation_config = generation
     model.config.use_cache = False
-    return model
+    return model.eval()
 
 
 def _load_quantized_base(found: Checkpoint, config: PretrainedConfig, args: TrainingArguments) -> PreTrainedModel:
@@ -204,6 +209,19 @@ def _check_vision_settings(
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
+def target_modules(model: nn.Module) -> list[str]:
+    """LoRA's target modules: `find_all_linear_names`, or whole names if other layers end in one of them.
+
+    PEFT adapts every module whose name ends in a target, also those of a projector.
+    """
+    names = find_all_linear_names(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    others = [name for name in linear if any(part in name for part in NOT_DECODER)]
+    if any(name.endswith(tuple(f".{last}" for last in names)) for name in others):
+        return sorted(set(linear) - set(others))
+    return names
+
+
 def find_all_linear_names(model: nn.Module) -> list[str]:
     """Sorted last name components of the decoder's linear layers: LoRA's target modules.
 
@@ -221,7 +239,7 @@ def find_all_linear_names(model: nn.Module) -> list[str]:
 def add_lora(model: PreTrainedModel, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
     """Wrap `model` in a PEFT model. Call it before `add_vision`: tower layers can have the names of decoder layers.
 
-    PEFT gets `bias="none"` for every `--lora_bias`: trained biases are saved in `non_lora_trainables.bin`; those of
+    PEFT gets `bias="none"` for every `--lora_bias`: trained biases are saved in `non_lora_trainables`; those of
     the vision tower are never trained.
     """
     peft = require("peft", "train")
@@ -229,7 +247,7 @@ def add_lora(model: PreTrainedModel, model_args: ModelArguments, args: TrainingA
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=find_all_linear_names(model),
+        target_modules=target_modules(model),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -350,7 +368,7 @@ def saved_parameters(model: nn.Module, saves: SaveFormat) -> NamedParameters:
 
     "full" holds all. "projector" holds the projector, the input embeddings with `mm_use_im_start_end`, and the position
     embedding with `tune_vit_pos_embedding`. "lora" holds the adapter weights (`.lora_` in the name) and, for
-    `non_lora_trainables.bin`, the projector, everything else that is trained, and the embeddings when image tokens gave
+    `non_lora_trainables`, the projector, everything else that is trained, and the embeddings when image tokens gave
     them new rows.
     """
     named = list(model.named_parameters())

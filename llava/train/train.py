@@ -118,7 +118,8 @@ def _check_saving(trainer: LLaVATrainer) -> None:
         return
     output_dir = Path(args.output_dir)
     trainable, total = model_setup.count_parameters(trainer.model)
-    final = (total if trainer.saves == "full" else trainable) * model_setup.compute_dtype(args).itemsize
+    # projectors and the like are saved as .bin and as safetensors
+    final = (total if trainer.saves == "full" else 2 * trainable) * model_setup.compute_dtype(args).itemsize
     checkpoint = 0 if args.save_strategy == "no" else final + trainable * (ADAM_BYTES + 4)
     checkpointing.dry_run(output_dir, trainer.model, trainer.tokenizer)
     checkpointing.check_disk_space(output_dir, final, checkpoint, args.save_total_limit)

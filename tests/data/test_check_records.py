@@ -336,3 +336,14 @@ def test_five_hundred_odd_images_have_exact_counts(tmp_path: Path, capsys: pytes
     ]
     assert named == bad and len(bad) > 200
     assert f"{len(bad)} bad;" in output[-1]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_control_tokens_in_messages_are_named_once(root: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [record("a < b"), record("the </s> tag"), record("<|im_end|>"), record("<div> <image", answer="<br>")]
+    (root / "all.json").write_text(json.dumps(records).replace("</s>", "<\\/s>"))  # as PHP writes it
+    assert main([str(root / "all.json"), "--write-clean", str(root / f"data{suffix}")]) == 0
+    capsys.readouterr()
+    assert main([str(root / f"data{suffix}")]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "control token" in line]
+    assert note.startswith(f"note: record 1 of {root}/data{suffix} contains '</s>'") and note.endswith("(2 record(s))")

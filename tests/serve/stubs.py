@@ -20,10 +20,10 @@ from PIL import Image
 
 from llava.engine.sequence import Completion, Request, RequestHandle
 from llava.errors import ContextLengthError
-from llava.serve.common.middleware import Keys, Limits, RequestMiddleware
+from llava.serve.common.middleware import CrossOrigin, Keys, Limits, RequestMiddleware
 from llava.serve.common.protocol import FrameReader, ModelInfo
 from llava.serve.common.security import AddressRule, ApiKeys
-from llava.serve.common.server import bind_socket, port_of
+from llava.serve.common.server import bind_socket, port_of, server_config
 from llava.serve.control.app import ControllerService, controller_routes, with_lifespan
 from llava.serve.control.openai_api import OpenAIServing, add_api_routes
 from llava.serve.control.registry import Registry
@@ -110,15 +110,15 @@ class StubEngine:
 class Live:
     """ASGI application on a free port, in a thread with an event loop."""
 
-    def __init__(self, make: Callable[[int], Any]) -> None:
-        self._socket = bind_socket("127.0.0.1", 0)
+    def __init__(self, make: Callable[[int], Any], host: str = "127.0.0.1") -> None:
+        self._socket = bind_socket(host, 0)
         self.port = port_of(self._socket)
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._make = make
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        config = uvicorn.Config(self._make(self.port), log_config=None, access_log=False, ws="none")
+        config = server_config(self._make(self.port))
         config.timeout_graceful_shutdown = 1
         self.server = uvicorn.Server(config)
         self.server.run(sockets=[self._socket])
@@ -239,6 +239,7 @@ def live_controller(
     sweep: float = 0.2,
     expiration: float = 30.0,
     dispatch: Any = "shortest_queue",
+    origins: list[str] | None = None,
     **api: Any,
 ) -> Iterator[LiveController]:
     made: dict[str, Any] = {}
@@ -252,7 +253,8 @@ def live_controller(
         made["controller"], made["api"] = controller, OpenAIServing(controller, **api)
         add_api_routes(app, made["api"])
         keys = Keys(ApiKeys([token] if token else []), ApiKeys(api_keys or []))
-        return RequestMiddleware(app, keys, limits, controller.metrics)
+        guarded = RequestMiddleware(app, keys, limits, controller.metrics)
+        return CrossOrigin(guarded, origins) if origins else guarded
 
     live = Live(make).start()
     try:

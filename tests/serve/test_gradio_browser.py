@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,36 @@ def page(browser: Any, site: str, afresh: None) -> Iterator[Page]:
     page.close()
 
 
+class Elsewhere:
+    """Another host: a server that records the paths it is asked for."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.paths.append(self.path)
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Elsewhere]:
+    other = Elsewhere()
+    thread = threading.Thread(target=other.server.serve_forever, daemon=True)
+    thread.start()
+    yield other
+    other.server.shutdown()
+    other.server.server_close()
+    thread.join()
+
+
 def test_upload_ask_and_stream(page: Page, service: FakeService, tmp_path: Path) -> None:
     (chart, _), *_ = draw_all(tmp_path)
     service.delay, service.answers["alpha"] = 0.3, ["It says ", "**six** ", f"models. {ATTACK}"]
@@ -135,6 +167,57 @@ def test_upload_ask_and_stream(page: Page, service: FakeService, tmp_path: Path)
     page.expect("#chatbot .bot").to_have_count(2, timeout=PATIENCE)
     until(lambda: len(service.requests) == 2)
     assert service.requests[1]["images"] == service.requests[0]["images"]
+
+
+def test_no_text_makes_the_browser_ask_another_host(page: Page, service: FakeService, elsewhere: Elsewhere) -> None:
+    loads = [
+        "![a]({}/1) ![b][r]\n\n[r]: {}/2\n\n",
+        "<img src={}/3> \\` ![c]({}/4) \\` and x ``` <img src={}/5> ![d]({}/6)\n\n",
+        "<svg><image href={}/7></svg><link rel=stylesheet href={}/8><div style='background:url({}/9)'>t</div>\n\n",
+        "<iframe src={}/11></iframe> [j](javascript:f()) {}/12\n\n",
+        "`$$` <img src={}/13> `$$`\n\n$$\\frac{{a}}{{b}}$$ \\[x_1 < y\\] \\(z\\) `\\(code\\)`\n\n",
+        "para\n     ```\n\n<img src={}/10>\n\n```\n\nthe end",
+    ]
+    service.answers["alpha"] = [
+        text.replace("{}/", f"{elsewhere.url}/").replace("{{", "{").replace("}}", "}") for text in loads
+    ]
+    text = f"2*3*4 ![x]({elsewhere.url}/u)\n\n  two  spaces\n# a_b_c $$x$$ <b>"
+    page.ask(text)
+    page.sees("the end")
+    page.enabled(*FIVE)
+    user = page.page.locator("#chatbot .user .message-content")
+    assert user.inner_text() == text and user.locator("a, em, img, .katex").count() == 0
+    page.expect("#chatbot .bot .katex").to_have_count(3, timeout=PATIENCE)
+    assert page.page.locator("#chatbot .bot code", has_text="code").inner_text() == "\\(code\\)"
+    assert page.page.locator("#chatbot a[href^='javascript']").count() == 0
+    assert page.page.evaluate("document.querySelector('#chatbot').innerText.includes('<iframe src=')")
+    # even markup that gets onto the page loads nothing
+    page.page.evaluate(
+        """(url) => { document.body.insertAdjacentHTML("beforeend", `<img src=${url}/a><video src=${url}/b></video>
+            <link rel=stylesheet href=${url}/c><iframe src=${url}/d></iframe>
+            <i style="background:url(${url}/e)">x</i>`);
+        return fetch(url).catch(() => null); }""",
+        elsewhere.url,
+    )
+    page.page.wait_for_function("document.querySelector('body > img').complete")
+    assert elsewhere.paths == []
+    page.elsewhere.clear()  # what the browser has blocked
+
+
+def test_a_file_that_is_no_image_keeps_the_message(page: Page, service: FakeService, tmp_path: Path) -> None:
+    for name, content in (("résumé.pdf", b"%PDF-1.7"), ("bad.png", b"\x89PNG\r\n\x1a\nxxxx"), ("a.svg", b"<svg/>")):
+        (tmp_path / name).write_bytes(content)
+        page.page.set_input_files("#image_box input[type=file]", tmp_path / name)
+        page.expect("#image_box .thumbnail-item").to_have_count(1, timeout=PATIENCE)
+        page.ask("What does it say?")
+        page.expect("#notice").to_contain_text(f"Cannot read image {name}: its content is not", timeout=PATIENCE)
+        page.expect("#message textarea").to_have_value("What does it say?")
+        assert "/" not in page.page.locator("#notice").inner_text() and service.requests == []
+        page.page.click("#image_box button[aria-label='Clear']")
+        page.expect("#image_box .thumbnail-item").to_have_count(0, timeout=PATIENCE)
+    page.expect(".toast-body").to_have_count(0)
+    page.page.click("#send")
+    page.sees("A red circle.")
 
 
 def test_stop_reaches_the_worker(page: Page, service: FakeService) -> None:

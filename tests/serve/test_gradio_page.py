@@ -37,7 +37,8 @@ from llava.serve.web.services import AppServices, unavailable_notice
 from llava.serve.worker.app import make_worker_app
 from llava.serve.worker.heartbeat import HeartBeat
 from tests.serve.fake_service import FakeService, web_server
-from tests.serve.stubs import MODEL, Live, StubEngine, make_worker, png, until
+from tests.serve.stubs import MODEL, Live, StubEngine, live_controller, live_worker, make_worker, png, post, until
+from tests.serve.test_tools import adapter
 
 REQUEST: Any = SimpleNamespace(client=SimpleNamespace(host="10.0.0.9"))
 SLIDERS = (0.5, 0.9, 64, 12)
@@ -245,6 +246,38 @@ def test_the_second_turn_carries_the_first(tab: ChatTab, service: FakeService) -
     send(tab, chat, "two")
     assert service.requests[1]["prompt"].startswith(service.requests[0]["prompt"])  # a prefix cache can reuse it
     assert "ASSISTANT: A red circle.</s>USER: two ASSISTANT:" in service.requests[1]["prompt"]
+
+
+def test_an_image_reaches_an_engine_behind_the_adapter(tmp_path: Path, chart: Any) -> None:
+    """Page, controller and adapter before an OpenAI-compatible server of unknown image tokens."""
+    with (
+        live_controller() as engine,
+        live_worker(controller=engine.url) as worker,
+        adapter(f"{engine.url}/v1") as (url, _),
+        live_controller() as controller,
+    ):
+        assert post(controller.url, "/register_worker", {"worker_name": url, "check_heart_beat": False}).is_success
+        transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
+        client = ServiceClient(controller.url, transport=transport)
+        services = AppServices(client, ModelCatalog(client), ConversationLog(tmp_path / "logs"))
+        names = ("state", "model", "images", "mode")
+        rest = (
+            "view",
+            "text",
+            "send",
+            "notice",
+            "stop",
+            ("up", "down", "flag"),
+            "regenerate",
+            "clear",
+            "save",
+            "saved",
+        )
+        tab = ChatTab(services, *names, controls.Parameters("t", "p", "n", "k"), *rest)
+        page = send(tab, Chat(), "What is this?", chart, "up")
+        (job,) = worker.engine.history
+    assert page.now["view"][-1]["content"].startswith("w0 w1")
+    assert [image.size for image in job.request.images] == [(40, 30)]
 
 
 # --- side by side ---------------------------------------------------------------------------------------------------

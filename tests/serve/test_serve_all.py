@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,18 @@ import pytest
 
 from llava.serve import main as serve
 from llava.serve import serve_all
-from llava.serve.serve_all import ChildFailed, ChildProcess, Supervisor, build_parser, listed_models, web_arguments
+from llava.serve.common.server import bind_socket, port_of
+from llava.serve.controller import ControllerArgs
+from llava.serve.serve_all import (
+    ChildFailed,
+    ChildProcess,
+    Supervisor,
+    build_parser,
+    controller_arguments,
+    listed_models,
+    summary,
+    web_arguments,
+)
 from tests.serve.fake_service import FakeService
 from tests.serve.programs import alive, children
 from tests.serve.stubs import until
@@ -47,6 +59,36 @@ def test_flags_are_distributed() -> None:
     args, worker_flags = build_parser().parse_known_args(line)
     assert worker_flags == ["--device", "cpu", "--load-4bit"] and args.model == ["m"]
     assert web_arguments(args) == ["--port", "7", "--embed"]
+    args = build_parser().parse_args(["--model", "m", "--api-port", "9", "--allowed-origins", "https://a.example", "*"])
+    assert controller_arguments(args) == ["--port", "9", "--allowed-origins", "https://a.example", "*"]
+
+
+def test_the_port_of_the_api_is_the_controllers_or_the_next_free_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = build_parser().parse_args(["--model", "m"])
+    with bind_socket("127.0.0.1", 0) as sock:
+        sock.listen()
+        taken = port_of(sock)
+        monkeypatch.setattr(serve_all, "_API_PORT", taken)
+        (_, port) = controller_arguments(args)
+    assert int(port) > taken
+    assert f"Port {taken} is in use; the API listens on port {port}." in capsys.readouterr().err
+    assert controller_arguments(args) == ["--port", str(taken)] and capsys.readouterr().err == ""
+    assert ControllerArgs().port == 21001
+
+
+def test_the_summary_is_a_request_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAVA_TOKEN", raising=False)
+    monkeypatch.delenv("LLAVA_API_KEYS", raising=False)
+    page, api, line = summary("http://127.0.0.1:7860", "http://127.0.0.1:21001", "it's").splitlines()
+    assert (page, api) == ("http://127.0.0.1:7860", "API: http://127.0.0.1:21001/v1")
+    words = shlex.split(line)
+    assert words[:2] == ["curl", "http://127.0.0.1:21001/v1/chat/completions"]
+    assert json.loads(words[-1])["model"] == "it's" and "Content-Type: application/json" in words
+    monkeypatch.setenv("LLAVA_TOKEN", "secret")
+    shown = summary("p", "a", "m")
+    assert "Bearer KEY" in shown and "KEY is a key of LLAVA_TOKEN" in shown and "secret" not in shown
 
 
 @pytest.mark.parametrize(
@@ -168,6 +210,7 @@ def stack(
     tiny_dirs: dict[str, Path], child_environment: dict[str, str], tmp_path: Path
 ) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "llava", "serve", "all", "--model", str(tiny_dirs["chat"]), "--port", "0"]
+    command += ["--api-port", "0"]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(
         [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=log, text=True, env=child_environment
@@ -189,6 +232,12 @@ def test_one_command_serves_a_model(stack: subprocess.Popen[str], tmp_path: Path
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address), log
     with urllib.request.urlopen(f"{address}/ready", timeout=30) as reply:
         assert json.load(reply) == {"models": ["internvl-chat-tiny"]}
+    api, example = stack.stdout.readline().split()[1], shlex.split(stack.stdout.readline())
+    with urllib.request.urlopen(f"{api}/models", timeout=30) as reply:
+        assert [model["id"] for model in json.load(reply)["data"]] == ["internvl-chat-tiny"]
+    asked = urllib.request.Request(example[1], example[-1].encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as reply:
+        assert json.load(reply)["choices"][0]["message"]["role"] == "assistant"
     pids = children(stack.pid)
     assert len(pids) == 3
     worker = next(pid for pid in pids if "model_worker" in Path(f"/proc/{pid}/cmdline").read_text())

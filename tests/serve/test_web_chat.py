@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from llava.errors import ImageError, RequestError
 from llava.images import PROCESS_MODES
 from llava.serve.common.protocol import ErrorType, ModelInfo, ServeError, WorkerStatus
 from llava.serve.web.answer import choose_template, request_body
-from llava.serve.web.chat import CURSOR, Chat, Sampling, Turn, escape
+from llava.serve.web.chat import CURSOR, Chat, Sampling, Turn, escape, verbatim
 from llava.serve.web.examples import EXAMPLES, draw_all
 from llava.serve.web.images import MAX_IMAGES, UploadedImage, as_jpeg, load_image, load_images
 from llava.serve.web.log import ConversationLog
@@ -134,11 +135,17 @@ def test_what_the_worker_cannot_take_is_refused_here(upload: Callable[..., Uploa
     turn = Turn("What?", (upload(), upload()), model="m")
     for worker, kind in (
         (status(image_tokens=0), ErrorType.BAD_IMAGE),
+        (status(image_tokens=None, max_images=0), ErrorType.BAD_IMAGE),
         (status(max_images=1), ErrorType.IMAGE_COUNT_MISMATCH),
     ):
         with pytest.raises(ServeError) as caught:
             request_body(Chat([turn]), turn, worker)
         assert caught.value.kind is kind
+
+
+def test_an_unknown_number_of_image_tokens_is_no_refusal(upload: Callable[..., UploadedImage]) -> None:
+    turn = Turn("What?", (upload(),), model="m")
+    assert len(request_body(Chat([turn]), turn, status(image_tokens=None))["images"]) == 1
 
 
 def test_the_template_comes_from_the_worker_not_from_the_name() -> None:
@@ -174,6 +181,48 @@ def test_no_tag_survives_outside_code(text: str) -> None:
 def test_code_is_kept_as_it_is() -> None:
     assert escape("a<b `c<d` e<f\n```\n<g>\n```\n<h>") == "a&lt;b `c<d` e&lt;f\n```\n<g>\n```\n&lt;h&gt;"
     assert escape("```\n<open") == "```\n<open"
+
+
+MARK = "\u2060"
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("![a](http://e/x)", "&#33;[a](http://e/x)"),
+        ("![a][r]\n\n[r]: http://e/x", "&#33;[a][r]\n\n[r]: http://e/x"),
+        ("\\` ![a](u) \\`", "&#96; &#33;[a](u) &#96;"),  # escaped backticks are no code
+        ("x ``` <img src=u> ![a](u)", "x &#96;&#96;&#96; &lt;img src=u&gt; &#33;[a](u)"),  # nor is an open span
+        ("\\<b> \\\\<b>", "&lt;b&gt; &#92;&lt;b&gt;"),
+        ("``a`b<c`` <d", "``a`b<c`` &lt;d"),
+        ("~~~\n<a>\n~~~\n<b>", "~~~\n<a>\n~~~\n&lt;b&gt;"),
+        ("1. x\n   ```py\n   a<b\n   ```\n<y>", "1. x\n   ```py\n   a<b\n   ```\n&lt;y&gt;"),
+        ("````\n```\n<a>\n```\n````\n<b>", "````\n```\n<a>\n```\n````\n&lt;b&gt;"),
+        ("$$a<b$$ and \\[x_1\\]", f"{MARK}$$a&lt;b$${MARK} and {MARK}\\[x_1\\]{MARK}"),
+        ("`$$ <i> $$` \\\\(a\\)", "`$$ <i> $$` \\\\(a\\)"),  # no formula in code, none after \\
+        (f"`{MARK}$$<img src=u>$${MARK}`", "`$$<img src=u>$$`"),
+    ],
+)
+def test_an_answer_loads_nothing(answer: str, shown: str) -> None:
+    assert escape(answer) == shown
+
+
+@pytest.mark.parametrize("text", ["\\[" * 20_000, "`a" * 20_000, "$$" * 20_001, "> " * 20_000, "```" * 9_000])
+def test_markup_without_an_end_takes_no_time(text: str) -> None:
+    assert len(escape(text)) >= len(text)  # quadratic time would exceed the limit of the test
+
+
+def test_a_users_text_is_shown_verbatim() -> None:
+    shown = verbatim("2*3*4 ![x](http://e/u)\n\n  a__b www.e.org $$x$$")
+    assert "\n" not in shown and not set("*_![]$") & set(shown) and "://" not in shown and "www." not in shown
+    assert html.unescape(shown) == "2*3*4 ![x](http://e/u)\n\n  a__b www.e.org $$x$$"
+    assert verbatim("1. a (b)") == "&#49;&#46; a (b)" and verbatim("# a") == "&#35; a"
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60))
+def test_verbatim_changes_no_character(text: str) -> None:
+    assert html.unescape(verbatim(text).replace("&#0;", "\0")) == text or "\r" in text or not text.isprintable()
 
 
 def test_the_export_is_whole(upload: Callable[..., UploadedImage]) -> None:
@@ -238,6 +287,15 @@ def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ImageError):
         load_image(str(path))
+
+
+@pytest.mark.parametrize("name", ["résumé.pdf", "a b.png", "[x](http://e).png"])
+def test_a_refused_file_is_named_without_the_servers_folder(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name.replace("/", "_")
+    path.write_bytes(b"%PDF-1.7")
+    with pytest.raises(ImageError) as caught:
+        load_image(str(path))
+    assert path.name in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 
 def test_too_many_images_are_refused() -> None:

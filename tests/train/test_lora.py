@@ -24,6 +24,7 @@ DECODER = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v
 PROJECTOR = {f"base_model.model.model.mm_projector.{i}.{w}" for i in (0, 2) for w in ("weight", "bias")}
 FILES = {
     *("adapter_config.json", "adapter_model.safetensors", "config.json", "non_lora_trainables.bin"),
+    "non_lora_trainables.safetensors",
     *("special_tokens_map.json", "tokenizer.model", "tokenizer_config.json", "trainer_state.json"),
 }
 STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
@@ -170,7 +171,8 @@ def test_resume_is_exact_and_skips_incomplete_checkpoints(
     argv = flags(tiny_dirs, small_data, tmp_path, save_strategy="steps", save_steps=5, **more)
     train(argv)
     before, losses = runs.tensors(tmp_path), runs.losses(tmp_path)
-    (tmp_path / "checkpoint-15" / "non_lora_trainables.bin").unlink()
+    for file in (tmp_path / "checkpoint-15").glob("non_lora_trainables.*"):
+        file.unlink()
     (tmp_path / "checkpoint-10" / "adapter_config.json").unlink()
     train(argv)
     assert "checkpoint-15: its weights cannot be read" in caplog.text
@@ -190,9 +192,18 @@ def test_a_checkpoint_of_other_adapters_is_not_resumed(tiny_dirs: Dirs, small_da
         checkpointing.load_lora(with_rows, tmp_path / "a")
 
 
+def test_layers_outside_the_decoder_are_not_adapted() -> None:
+    """A projector of a chat model whose layers end as those of the decoder."""
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleDict({"up_proj": torch.nn.Linear(2, 2)})})
+    assert model_setup.target_modules(model) == ["up_proj"]
+    model["mm_projector"] = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(2, 2)})
+    assert model_setup.target_modules(model) == ["layers.up_proj"]
+
+
 def test_a_save_is_verified(tiny_dirs: Dirs, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = prepared(tiny_dirs, small_data, tmp_path)
-    monkeypatch.setattr(checkpointing, "write_bin", lambda path, state: torch.save(dict(list(state.items())[1:]), path))
+    write = checkpointing.write_tensors
+    monkeypatch.setattr(checkpointing, "write_tensors", lambda path, state: write(path, dict(list(state.items())[1:])))
     with pytest.raises(CheckpointError, match="1 missing"):
         checkpointing.save_lora(model, tokenizer, tmp_path / "a", is_writer=True)
 

@@ -109,7 +109,8 @@ def test_stage_one_then_stage_two_then_load(tiny_dirs: Dirs, small_data: Path, t
     first, second = tmp_path / "first", tmp_path / "second"
     train(runs.flags(tiny_dirs, small_data, first, 1, plot_loss=True))
     files = {path.name for path in first.iterdir()}
-    assert files == {"config.json", "mm_projector.bin", "trainer_state.json", "run.json", "log.jsonl", "loss.png"}
+    projectors = {"mm_projector.bin", "mm_projector.safetensors"}
+    assert files == projectors | {"config.json", "trainer_state.json", "run.json", "log.jsonl", "loss.png"}
     assert set(runs.tensors(first)) == {f"model.mm_projector.{i}.{w}" for i in (0, 2) for w in ("weight", "bias")}
 
     adapter = first / "mm_projector.bin"
@@ -347,7 +348,8 @@ def test_projector_checkpoints_are_small_and_rotated(
     newest = out / "checkpoint-8"
     names = {path.name for path in newest.iterdir()}
     assert names == {
-        *("config.json", "mm_projector.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+        *("config.json", "mm_projector.bin", "mm_projector.safetensors"),
+        *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
     }
     runs.assert_equal_weights(newest, out)
     before = runs.tensors(out)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llava.conversation import get_template, stop_strings
+from llava.conversation import Piece, RenderedPrompt, get_template, stop_strings
 from llava.engine import Engine, Request, RequestHandle
 from llava.engine.chat import render_question
 from llava.engine.sequence import HashedImage, hash_image
@@ -39,7 +39,8 @@ class _Pending:
     def follow_up(self, first: str, text: str) -> tuple[Request, _Pending]:
         """The request that continues the prompt with the first answer and the follow-up text."""
         assert self.request is not None
-        prompt = f"{self.request.prompt}{first}{text}"
+        assert isinstance(self.request.prompt, RenderedPrompt)
+        prompt = RenderedPrompt.from_pieces([*self.request.prompt.pieces(), Piece(first, True), Piece(text)])
         params = dataclasses.replace(self.request.params, max_new_tokens=FOLLOW_UP_TOKENS)
         request = dataclasses.replace(self.request, prompt=prompt, params=params, cache_prefix=False)
         return request, _Pending(self.position, first=first)

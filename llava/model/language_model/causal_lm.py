@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -21,6 +22,7 @@ from llava.model.checkpoint import read_json
 from llava.model.config import read_settings
 from llava.model.language_model.packed import PackedBatch
 from llava.model.llava_arch import LlavaMetaForCausalLM, PastKeyValues, past_length_of
+from llava.model.saving import replacing_weights
 from llava.model.splice import Images
 from llava.model.transfer import upload
 
@@ -191,7 +193,10 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **kwargs: object
     ) -> None:
-        """Save in the published layout; a loaded tower is saved with the layers that no feature needs."""
+        """Save in the published layout; a loaded tower is saved with the layers that no feature needs.
+
+        Weight files of an earlier save with another number of shards are removed.
+        """
         tower = self.get_vision_tower()
         if tower is not None and tower.is_loaded and kwargs.get("is_main_process", True):
             state_dict = dict(self.state_dict() if state_dict is None else state_dict)
@@ -202,7 +207,9 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         generation = getattr(self, "generation_config", None)
         if isinstance(generation, GenerationConfig):
             self.generation_config = savable(generation)
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        is_writer = kwargs.get("is_main_process", True)
+        with replacing_weights(Path(save_directory)) if is_writer else nullcontext():
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         self.generation_config = generation
 
 

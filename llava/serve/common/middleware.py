@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -10,15 +11,17 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava.errors import ConfigError
 from llava.serve.common.protocol import FRAME_MEDIA_TYPE, ErrorType, Frame, ServeError, encode_frame
 from llava.serve.common.security import OPEN_PATHS, ApiKeys, bearer
 
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 STREAM_PATH: Final = "/worker_generate_stream"
 API_PREFIX: Final = "/v1/"
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 _SHAPE_ERRORS: Final = ("missing", "json_invalid", "model_attributes_type", "model_type", "dict_type")
 _INTERNAL: Final = "Internal error; see the log of this service for the request id."
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -137,7 +141,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        scope, headers = _normalized(scope), dict(scope["headers"])
         sent = headers.get(b"x-request-id", b"")
         request_id = sent.decode() if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
@@ -169,6 +173,9 @@ class RequestMiddleware:
 
     async def _with_body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
         """Read the whole body; returns a `receive` that yields it once and then waits for the disconnect."""
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+        if encoding not in ("", "identity"):
+            raise ServeError(ErrorType.UNSUPPORTED_ENCODING, "Compressed bodies are not supported; send plain JSON.")
         has_images = scope["path"] == STREAM_PATH or scope["path"].startswith(API_PREFIX)
         limit = self.limits.max_body if has_images else self.limits.max_small_body
         length = headers.get(b"content-length", b"")
@@ -186,6 +193,42 @@ class RequestMiddleware:
             return {"type": "http.request", "body": pending.pop(), "more_body": False} if pending else await receive()
 
         return replay
+
+
+def _normalized(scope: Scope) -> Scope:
+    """A copy for the application: HEAD as GET, whose body the server omits, and `/v1/models/` as `/v1/models`."""
+    path, method = scope["path"], scope["method"]
+    path = path.rstrip("/") if path.startswith(API_PREFIX) and path != API_PREFIX else path
+    return {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
+
+
+class CrossOrigin:
+    """Outermost ASGI layer of a controller with `--allowed-origins`: answers preflights, adds CORS headers to `/v1/`.
+
+    A preflight has no key. Cookies are never used; all other routes stay closed to scripts of other origins.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        self.app = app
+        exposed = ["x-request-id", "retry-after"]
+        methods = ["GET", "POST"]
+        self.api = CORSMiddleware(app, origins, methods, allow_headers=["*"], expose_headers=exposed, max_age=3600)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.api if scope["type"] == "http" and scope["path"].startswith(API_PREFIX) else self.app
+        await app(scope, receive, send)
+
+
+def check_origins(values: Sequence[str]) -> list[str]:
+    """The origins of `--allowed-origins`; also accepts vLLM's form, one JSON list. Raises `ConfigError`."""
+    origins = list(values)
+    if len(origins) == 1 and origins[0].lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            origins = [str(each) for each in json.loads(origins[0])]
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ConfigError(f"--allowed-origins must be https://HOST, http://HOST:PORT or *, got {origin!r}.")
+    return origins
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
@@ -230,6 +273,7 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     param = found[0].get("ctx", {}).get("param") or next(iter(found[0]["loc"][1:]), None)
     if not isinstance(error.body, dict):
         where, param = "the body must be a JSON object, sent with Content-Type: application/json", None
+        where += _received(request, found[0])
     refusal = ServeError(ErrorType.BAD_REQUEST, f"Invalid request: {where[:500]}.", param=param)
     response = error_response(refusal, request.url.path, request_id_of(request))
     if not request.url.path.startswith(API_PREFIX) and any(e["type"] in _SHAPE_ERRORS for e in found):
@@ -237,8 +281,22 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     return response
 
 
+def _received(request: Request, problem: Mapping[str, Any]) -> str:
+    """What a request contained in place of a JSON object, without any of it."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if problem["type"] == "json_invalid":
+        return f"; it is not valid JSON at character {problem['loc'][-1]}"
+    if problem["type"] == "missing":
+        return "; it is empty"
+    return "" if kind == "application/json" or kind.endswith("+json") else "; the Content-Type is another one"
+
+
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, UnicodeDecodeError | RecursionError):  # of FastAPI, when it parses the body
+        fault = "nested too deeply" if isinstance(error.__cause__, RecursionError) else "not encoded in UTF-8"
+        refusal = ServeError(ErrorType.BAD_REQUEST, f"The JSON of the body is {fault}.")
+        return error_response(refusal, request.url.path, request_id_of(request))
     body: dict[str, object] = {"detail": error.detail}
     if request.url.path.startswith(API_PREFIX):
         body = {"error": {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}}

@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle, get_template, stop_strings, with_image_token
+from llava.conversation import (
+    Conversation,
+    Piece,
+    RenderedPrompt,
+    SeparatorStyle,
+    get_template,
+    stop_strings,
+    with_image_token,
+)
 from llava.errors import TemplateError
 from llava.serve.common.protocol import MAX_STOPS, Body, ErrorType, Message, Role, ServeError
 
@@ -111,7 +120,7 @@ class ChatBody(Body):
 class RenderedChat:
     """Chat rendered for a worker: the prompt, the same as plain turns, image addresses in order, stop strings."""
 
-    prompt: str
+    prompt: RenderedPrompt
     messages: list[Message]
     images: list[str]
     stop: list[str]
@@ -120,8 +129,9 @@ class RenderedChat:
 def render_chat(messages: Sequence[ChatMessage], template: str) -> RenderedChat:
     """Render `messages` in the conversation template called `template`.
 
-    Consecutive messages of one role are joined. An `<image>` typed by the client keeps its position, and there must be
-    one for each image. Without any, a single image precedes the text and several images stay between the text parts.
+    Consecutive messages of one role are joined. An `<image>` typed in a user message keeps its position, and there must
+    be one for each image; elsewhere it is text. Without any, a single image precedes the text and several images stay
+    between the text parts.
     Raises `ServeError` (400) when the messages are no valid conversation.
     """
     turns, images = _turns(messages)
@@ -146,7 +156,7 @@ def render_chat(messages: Sequence[ChatMessage], template: str) -> RenderedChat:
         prompt = conversation.get_prompt()
     except TemplateError as error:  # the template cannot open with an empty message
         raise ServeError(ErrorType.BAD_REQUEST, str(error.args[0]), param="messages") from error
-    placeholders = prompt.count(DEFAULT_IMAGE_TOKEN)
+    placeholders = prompt.num_images
     if placeholders != len(images):
         raise ServeError(
             ErrorType.IMAGE_COUNT_MISMATCH,
@@ -192,25 +202,35 @@ def _text_of(parts: Sequence[TextPart | ImagePart]) -> str:
 def parse_prompt(prompt: str, template: str) -> list[Message]:
     """Split a prompt rendered in `template` into turns, without the open assistant turn at the end.
 
-    Serves clients that send only a prompt to engines that take messages. Raises `ServeError` (400) when the prompt is
-    not in the template.
+    Serves clients that send only a prompt to engines that take messages. Role markers and separators in the text of the
+    prompt are text. Raises `ServeError` (400) when the prompt is not in the template.
     """
     conversation = get_template(template)
     user, assistant = (_role_marker(conversation, role) for role in conversation.roles)
     if user == assistant:
         return [Message(role="user", content=prompt)]
-    pieces = re.split(f"({re.escape(user)}|{re.escape(assistant)})", prompt)
-    system = pieces[0].removesuffix(conversation.sep).strip()
-    turns = [Message(role="system", content=system)] if system else []
-    for marker, text in zip(pieces[1::2], pieces[2::2]):
-        role: Role = "user" if marker == user else "assistant"
-        for end in {conversation.sep, conversation.sep2 or conversation.sep}:
-            text = text.removesuffix(end) if end.strip() else text
-        if text.strip() or role == "user":
-            turns.append(Message(role=role, content=text.strip()))
-    if len(pieces) < 3:
+    # The prompt with its text replaced, so that only markers of the template are found.
+    pieces = prompt.pieces() if isinstance(prompt, RenderedPrompt) else [Piece(prompt)]
+    outline = "".join("\0" * len(text) if is_text else text for text, is_text in pieces)
+    markers = list(re.finditer(f"{re.escape(user)}|{re.escape(assistant)}", outline))
+    if not markers:
         raise ServeError(ErrorType.BAD_REQUEST, f"The prompt is not in this model's template {template!r}.")
+    ends = [end for end in (conversation.sep, conversation.sep2) if end and end.strip()]
+    turns: list[Message] = []
+    for marker, following in pairwise([None, *markers, None]):
+        start, stop = marker.end() if marker else 0, following.start() if following else len(prompt)
+        for end in ends:
+            stop -= len(end) * outline.endswith(end, start, stop)
+        role: Role = "system" if marker is None else "user" if marker[0] == user else "assistant"
+        text = prompt[start:stop].removeprefix("" if marker else _system_header(conversation)).strip()
+        if text or role == "user":
+            turns.append(Message(role=role, content=text))
     return turns
+
+
+def _system_header(conversation: Conversation) -> str:
+    """The text that opens the system text in the prompt."""
+    return conversation.system.split("\n")[0] + "\n" if conversation.sep_style is SeparatorStyle.MPT else ""
 
 
 def _role_marker(conversation: Conversation, role: str) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from enum import Enum
+from itertools import chain, pairwise
 from typing import Annotated, Final, Literal, TypedDict, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llava.conversation import RenderedPrompt
 from llava.errors import LlavaError
 
 MAX_STOPS: Final = 16
+MAX_TEXT_SPANS: Final = 8192
 FRAME_MEDIA_TYPE: Final = "application/octet-stream"
 
 FinishReason = Literal["stop", "length", "context_exceeded", "error", "cancelled"]
@@ -23,6 +26,7 @@ Role = Literal["system", "user", "assistant"]
 State = Literal["loading", "ready", "draining", "failed"]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31)]
+TextSpan = tuple[Count, Count]
 
 
 class Frame(TypedDict, total=False):
@@ -48,6 +52,7 @@ class ErrorType(Enum):
     NOT_FOUND = ("model_not_found", 2, 404)
     BODY_TOO_SLOW = ("body_too_slow", 1, 408)
     BODY_TOO_LARGE = ("body_too_large", 1, 413)
+    UNSUPPORTED_ENCODING = ("unsupported_encoding", 1, 415)
     RATE_LIMITED = ("rate_limited", 1, 429)
     OUT_OF_MEMORY = ("out_of_memory", 1, 500)
     INTERNAL = ("internal", 1, 500)
@@ -149,7 +154,7 @@ class ModelInfo(Body):
 
     conv_template: str | None = Field(default=None, max_length=64)
     context_length: Count = 2048
-    image_tokens: Count = 0  # per image; 0 for a text-only model
+    image_tokens: Count | None = None  # per image; 0 for a text-only model, None when unknown
     max_new_tokens: Count = 1024
     max_images: Count = 16
 
@@ -163,7 +168,7 @@ class WorkerStatus(Body):
     state: State = "ready"
     loading: list[Name] = Field(default=[], max_length=64)  # names of the models being loaded
     progress: int | None = Field(default=None, ge=0, le=100)  # percent of the weights loaded
-    features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages"
+    features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages", "text_spans"
     info: ModelInfo | None = None
 
 
@@ -201,7 +206,7 @@ class AddressBody(Body):
 
 
 class Message(Body):
-    """One turn of `messages`; each `<image>` in `content` refers to the next item of `images`."""
+    """One turn of `messages`; each `<image>` in a user's `content` refers to the next item of `images`."""
 
     role: Role
     content: str
@@ -212,6 +217,10 @@ class GenerateBody(Body):
 
     `images` are base64. `stream_mode` "delta" requests new text only; `messages` repeat the prompt as turns. The keys
     `org_images` and `max_input_tiles`, sent by some clients, are ignored.
+
+    `text_spans` are the ranges [start, end) of `prompt`, in Unicode code points, that hold the text of messages and of
+    the system: sorted, disjoint, and 8,192 at most. Control tokens, role markers and `<image>` in them are text.
+    Without the key, as from older clients, they are recognized anywhere in the prompt.
     """
 
     model: str = Field(default="", max_length=256)
@@ -224,6 +233,11 @@ class GenerateBody(Body):
     seed: int | None = Field(default=None, strict=True, ge=0, lt=2**63)
     stream_mode: Literal["cumulative", "delta"] = "cumulative"
     messages: list[Message] | None = Field(default=None, max_length=2048)
+    text_spans: list[TextSpan] = Field(default=[], max_length=MAX_TEXT_SPANS)
+
+    @property
+    def rendered_prompt(self) -> RenderedPrompt:
+        return RenderedPrompt(self.prompt, self.text_spans)
 
     @model_validator(mode="before")
     @classmethod
@@ -241,6 +255,13 @@ class GenerateBody(Body):
         if any(len(text) > 256 for text in stops):
             raise ValueError("a stop string has more than 256 characters")
         return [text for text in stops if text]
+
+    @model_validator(mode="after")
+    def _check_text_spans(self) -> GenerateBody:
+        bounds = [0, *chain.from_iterable(self.text_spans), len(self.prompt)]
+        if any(start > end for start, end in pairwise(bounds)):
+            raise ValueError("text_spans must be sorted, disjoint ranges [start, end) within the prompt")
+        return self
 
 
 class WorkerView(Body):

@@ -52,6 +52,14 @@ def bind_socket(host: str, port: int) -> socket.socket:
     return sock
 
 
+def bind_free(host: str, first: int, tries: int = 100) -> socket.socket:
+    """Bind the first free port from `first`, any free one after `tries`."""
+    for port in range(first, first + tries):
+        with contextlib.suppress(ConfigError):
+            return bind_socket(host, port)
+    return bind_socket(host, 0)
+
+
 def port_of(sock: socket.socket) -> int:
     return int(sock.getsockname()[1])
 
@@ -96,15 +104,24 @@ class GracefulServer(uvicorn.Server):
 
 def serve(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[None]]) -> int:
     """Serve `app` on `sock` until a signal stops it; returns the exit status."""
-    config = uvicorn.Config(
+    with contextlib.suppress(KeyboardInterrupt):
+        GracefulServer(server_config(app), drain).run(sockets=[sock])
+    return 0
+
+
+def server_config(app: ASGIApp) -> uvicorn.Config:
+    """Settings of uvicorn, the same on every machine.
+
+    The HTTP parser is h11 even where httptools is installed: httptools drops the body of a request that offers an
+    upgrade to HTTP/2 (`Upgrade: h2c`, as the JDK's HttpClient does).
+    """
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=5,
+        http="h11",
         ws="none",
     )
-    with contextlib.suppress(KeyboardInterrupt):
-        GracefulServer(config, drain).run(sockets=[sock])
-    return 0

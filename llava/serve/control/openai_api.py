@@ -91,6 +91,7 @@ class OpenAIServing:
             {
                 "model": body.model,
                 "prompt": rendered.prompt,
+                "text_spans": rendered.prompt.text_spans,
                 "messages": [message.model_dump() for message in rendered.messages],
                 "images": images,
                 "temperature": body.temperature,

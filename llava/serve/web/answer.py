@@ -126,15 +126,16 @@ def request_body(chat: Chat, turn: Turn, status: WorkerStatus | None) -> dict[st
     """
     conversation, images, modes = chat.conversation()
     info = status.info if status else None
-    if info and images and not info.image_tokens:
+    if info and images and 0 in (info.image_tokens, info.max_images):
         raise ServeError(ErrorType.BAD_IMAGE, f"{turn.model} accepts text only")
     if info and len(images) > info.max_images:
         message = f"the conversation has {len(images)} images, {turn.model} accepts {info.max_images}"
         raise ServeError(ErrorType.IMAGE_COUNT_MISMATCH, message)
     limit = min(turn.sampling.max_new_tokens, info.max_new_tokens if info else turn.sampling.max_new_tokens)
+    prompt = conversation.get_prompt()
     body: dict[str, object] = {
         "model": turn.model,
-        "prompt": conversation.get_prompt(),
+        "prompt": prompt,
         "temperature": float(turn.sampling.temperature),
         "top_p": float(turn.sampling.top_p),
         "max_new_tokens": int(limit),
@@ -145,6 +146,8 @@ def request_body(chat: Chat, turn: Turn, status: WorkerStatus | None) -> dict[st
     features = status.features if status else []
     if "delta" in features:
         body["stream_mode"] = "delta"
+    if "text_spans" in features:
+        body["text_spans"] = prompt.text_spans
     if "messages" in features:
         user, _ = conversation.roles
         messages = conversation.dict()["messages"][conversation.offset :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import re
 import time
 import uuid
@@ -16,7 +17,25 @@ from llava.serve.web.images import UploadedImage
 
 JsonObject = dict[str, object]
 CURSOR: Final = "▌"
-_CODE: Final = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+# Fenced blocks, also in lists and quotes; code spans, as in CommonMark; formulas.
+_LITERAL: Final = re.compile(
+    r"^(?:[ \t>]|[-*+] |\d+[.)] )*(?P<fence>`{3,}|~{3,})[^`\n]*(?:\n(?:.*?\n)??[ \t>]*(?P=fence)[`~]*[ \t]*$|\n?.*\Z)"
+    r"|(?<![\\`])(?P<run>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=run)(?!`)"
+    r"|(?P<math>\$\$.+?\$\$|(?<!\\)\\\[(?:(?!\\\[).)+?\\\]|(?<!\\)\\\((?:(?!\\\().)+?\\\))",
+    re.DOTALL | re.MULTILINE,
+)
+# Tags, code and images, with the backslashes before them.
+_MARKUP: Final = re.compile(r"(\\*)([&<>`]|!(?=\[))")
+_MATH_MARK: Final = "\u2060"  # word joiner: marks formulas found by `escape`, so that those in code are not rendered
+# Delimiters of formulas in the chat view, with the marks.
+LATEX_DELIMITERS: Final[list[dict[str, str | bool]]] = [
+    {"left": f"{_MATH_MARK}$$", "right": f"$${_MATH_MARK}", "display": True},
+    {"left": f"{_MATH_MARK}\\[", "right": f"\\]{_MATH_MARK}", "display": True},
+    {"left": f"{_MATH_MARK}\\(", "right": f"\\){_MATH_MARK}", "display": False},
+]
+_NAMED: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+# Characters that Markdown gives a meaning, alone or in an address that it turns into a link.
+_ACTIVE: Final = re.compile(r"[&<>\\`*_\[\]!#+\-=~|$:@\n\t]|(?<=www)\.|(?<!\S) |^\d+[.)]")
 
 
 @dataclass(frozen=True)
@@ -93,16 +112,16 @@ class Chat:
         return conversation, images, [turn.mode for turn in turns for _ in turn.images]
 
     def shown(self) -> list[JsonObject]:
-        """Messages of the chat view, with markup escaped."""
+        """Messages of the chat view: the user's text verbatim, answers as Markdown without tags and images."""
         messages: list[JsonObject] = []
         for turn in self.turns:
             messages += [{"role": "user", "content": {"path": image.path}} for image in turn.images]
             text = turn.text.replace(DEFAULT_IMAGE_TOKEN, "🖼").strip()
             if text:
-                messages.append({"role": "user", "content": escape(text)})
+                messages.append({"role": "user", "content": verbatim(text)})
             answer = escape(turn.answer) + (CURSOR if turn.running else "")
             if turn.note:
-                answer += ("\n\n" if answer else "") + f"*{escape(turn.note)}*"
+                answer += ("\n\n" if answer else "") + f"*{verbatim(turn.note)}*"
             if answer:
                 messages.append({"role": "assistant", "content": answer})
         return messages
@@ -125,7 +144,29 @@ class Chat:
 
 
 def escape(text: str) -> str:
-    """Escape tags for a Markdown view; code, which the view escapes itself, is left as is."""
-    parts = _CODE.split(text)
-    parts[::2] = [part.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for part in parts[::2]]
-    return "".join(parts)
+    """Markdown for a view that loads nothing: tags and images are shown as text, formulas are marked for rendering.
+
+    Code, which the view escapes itself, is left as is.
+    """
+    parts, end = [], 0
+    text = text.replace(_MATH_MARK, "")
+    for found in _LITERAL.finditer(text):
+        literal = found[0]
+        if found["math"]:
+            literal = f"{_MATH_MARK}{html.escape(literal, quote=False)}{_MATH_MARK}"
+        parts += [_MARKUP.sub(_as_text, text[end : found.start()]), literal]
+        end = found.end()
+    return "".join([*parts, _MARKUP.sub(_as_text, text[end:])])
+
+
+def _as_text(found: re.Match[str]) -> str:
+    return "&#92;" * (len(found[1]) // 2) + _entities(found[2])
+
+
+def _entities(text: str) -> str:
+    return "".join(_NAMED.get(character) or f"&#{ord(character)};" for character in text)
+
+
+def verbatim(text: str) -> str:
+    """Markdown that shows `text` character by character, on one line of source."""
+    return _ACTIVE.sub(lambda found: _entities(found[0]), text)

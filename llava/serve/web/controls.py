@@ -11,11 +11,13 @@ import gradio as gr
 
 from llava.errors import LlavaError, RequestError
 from llava.images import PROCESS_MODES
-from llava.serve.web.chat import Sampling, escape
+from llava.serve.web.chat import LATEX_DELIMITERS, Sampling, verbatim
 
 DEFAULTS: Final = Sampling()
 PRIVATE: Final[dict[str, object]] = {"show_progress": "hidden", "api_visibility": "private"}  # no public endpoint
 EMPTY_MESSAGE: Final = "Enter a message or add an image."
+# Gradio refuses other files without a reason, and the message would go without them; `load_images` gives one.
+_FILE_TYPES: Final = ["image", "file", "application/*", "audio/*", "text/*", "video/*"]
 IMMEDIATE: Final[dict[str, object]] = {**PRIVATE, "queue": False}
 # Downloads the text of a hidden box as a file.
 SAVE_AS_FILE: Final = """(text) => {
@@ -46,8 +48,8 @@ def no_model() -> RequestError:
 
 
 def warning(problem: LlavaError | str) -> str:
-    """A problem as an escaped line of Markdown."""
-    return f"⚠️ {escape(str(problem.args[0]) if isinstance(problem, LlavaError) else problem)}"
+    """A problem as an line of Markdown."""
+    return f"⚠️ {verbatim(str(problem.args[0]) if isinstance(problem, LlavaError) else problem)}"
 
 
 def sampling_from(values: Sequence[float]) -> Sampling:
@@ -61,7 +63,7 @@ def image_box(elem_id: str) -> gr.Gallery:
         label="Images",
         elem_id=elem_id,
         type="filepath",
-        file_types=["image"],
+        file_types=_FILE_TYPES,
         sources=["upload", "clipboard"],
         columns=3,
         fit_columns=False,
@@ -137,7 +139,7 @@ def chat_view(elem_id: str, label: str, placeholder: str, *, height: int) -> gr.
         placeholder=placeholder,
         sanitize_html=True,
         allow_tags=False,
-        latex_delimiters=[],
+        latex_delimiters=LATEX_DELIMITERS,
         feedback_options=None,
         buttons=["copy"],
         allow_file_downloads=False,

@@ -16,6 +16,7 @@ SENTENCES: Final = {
     ErrorType.NOT_FOUND: "No worker serves this model at the moment; select another model, or try again later.",
     ErrorType.BODY_TOO_SLOW: "Sending the message timed out; try again.",
     ErrorType.BODY_TOO_LARGE: "The message is larger than the worker accepts; send smaller images.",
+    ErrorType.UNSUPPORTED_ENCODING: "The worker does not accept the encoding of this request.",
     ErrorType.RATE_LIMITED: "Too many messages; try again in a moment.",
     ErrorType.OUT_OF_MEMORY: "The worker ran out of memory; send a shorter message or fewer images.",
     ErrorType.INTERNAL: "The worker failed on this request; its log has the details.",

@@ -58,7 +58,10 @@ def load_images(paths: Sequence[str]) -> tuple[UploadedImage, ...]:
 
 def load_image(path: str) -> UploadedImage:
     """Load an uploaded file; large files and all but opaque JPEG, PNG and WebP files are re-encoded."""
-    image = open_image(path)
+    try:
+        image = open_image(path)
+    except ImageError as error:  # visitors see the name of their file, not where the server keeps it
+        raise ImageError(str(error.args[0]).replace(path, Path(path).name)) from error
     data = Path(path).read_bytes()
     kind = Image.open(io.BytesIO(data)).format
     if not is_plain(data) or max(image.size) > _MAX_SIDE or len(data) > _MAX_BYTES:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import gradio as gr
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.serve.web import chat_tab, compare_tab, controls
 from llava.serve.web.chat import Chat
@@ -60,6 +61,7 @@ CSS: Final = """
 .examples {gap: 6px !important;}
 .examples button {justify-content: flex-start; text-align: left; font-weight: normal; padding: 6px;}
 .examples button img {width: 52px; height: 40px; object-fit: cover; border-radius: 4px; margin-right: 8px;}
+.user-row .message p {white-space: pre-wrap;} .message-buttons-right {display: none;}
 .message img {max-height: 220px !important; width: auto !important;}
 #image_box .grid-wrap, #compare_images .grid-wrap {padding-top: 32px;}
 button[title="Share"], .message-buttons:not(:has(button:not([title="Share"]))) {display: none;}
@@ -78,6 +80,32 @@ footer {display: none !important;}
     font-size: var(--text-xs);}
 }
 """
+# Nothing on the page, also in a user's text or a model's answer, makes a browser send requests to another host.
+SECURITY_HEADERS: Final = (
+    (
+        b"content-security-policy",
+        b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+        b"style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'",
+    ),
+    (b"referrer-policy", b"same-origin"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-dns-prefetch-control", b"off"),
+)
+
+
+class SecurityHeaders:
+    """ASGI middleware that adds `SECURITY_HEADERS` to every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *SECURITY_HEADERS]}
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
 
 
 def write_icons(folder: Path) -> dict[str, str]:

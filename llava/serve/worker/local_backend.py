@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import template_for
+from llava.conversation import Piece, RenderedPrompt, template_for
 from llava.engine.arguments import EngineArgs
 from llava.engine.sequence import Completion, HashedImage, ImageInput, Request, SamplingParams
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
@@ -90,11 +90,12 @@ def model_loader(
 
 def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSettings) -> Request:
     """Validate and preprocess a request; raises `ServeError` (400) or `RequestError` when it is invalid."""
-    check_image_count(body.prompt.count(DEFAULT_IMAGE_TOKEN), len(body.images), loaded.info.max_images)
-    prompt = body.prompt
-    wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    prompt = body.rendered_prompt
+    check_image_count(prompt.num_images, len(body.images), loaded.info.max_images)
     if loaded.wraps_images:
-        prompt = prompt.replace(wrapped, DEFAULT_IMAGE_TOKEN).replace(DEFAULT_IMAGE_TOKEN, wrapped)
+        prompt = RenderedPrompt.from_pieces(
+            piece if piece.is_text else _wrap_images(piece) for piece in prompt.pieces()
+        )
     params = SamplingParams(
         max_new_tokens=min(body.max_new_tokens, settings.max_new_tokens),
         temperature=body.temperature if body.temperature > _GREEDY_BELOW else 0.0,
@@ -108,10 +109,15 @@ def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSetti
         raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
 
 
+def _wrap_images(piece: Piece) -> Piece:
+    wrapped = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    return Piece(piece.text.replace(wrapped, DEFAULT_IMAGE_TOKEN).replace(DEFAULT_IMAGE_TOKEN, wrapped))
+
+
 class LocalBackend:
     """The `Backend` over `llava.engine`. `load` runs in a thread."""
 
-    features: Final = ["delta", "messages"]
+    features: Final = ["delta", "messages", "text_spans"]
 
     def __init__(self, load: LoadModel, settings: BackendSettings) -> None:
         self._load = load
@@ -181,7 +187,7 @@ class LocalBackend:
             if isinstance(error, RequestError):
                 raise request_refusal(error) from error
             raise
-        return Generation(self._deltas(slot, len(body.images) * self._loaded.info.image_tokens), slot.close)
+        return Generation(self._deltas(slot, len(body.images) * (self._loaded.info.image_tokens or 0)), slot.close)
 
     async def _deltas(self, slot: Slot, image_tokens: int) -> AsyncGenerator[Delta, None]:
         """Deltas of a request, an empty one after `keep_alive` seconds of silence; enforces both deadlines."""

@@ -33,7 +33,7 @@ JsonObject = dict[str, object]
 class OpenAIBackend:
     """The `Backend` over the API at `upstream`, which ends in `/v1`; ready while `/models` lists the model."""
 
-    features: Final = ["delta", "messages"]
+    features: Final = ["delta", "messages", "text_spans"]
     progress: Final = None
 
     def __init__(
@@ -91,7 +91,7 @@ class OpenAIBackend:
             raise ServeError(ErrorType.OVERLOADED, "All slots are in use; try again shortly.", retry_after=2)
         self.in_use += 1
         try:
-            turns = body.messages or parse_prompt(body.prompt, self._template)
+            turns = body.messages or parse_prompt(body.rendered_prompt, self._template)
             messages = await asyncio.to_thread(_with_images, turns, body.images, self._max_images)
             request = self._http.build_request("POST", "/chat/completions", json=self._request(body, messages))
             response = await self._http.send(request, stream=True)
@@ -142,14 +142,14 @@ def _stop_strings(body: GenerateBody) -> list[str]:
 
 def _with_images(messages: list[Message], images: list[str], max_images: int) -> list[JsonObject]:
     """Messages with each placeholder replaced by the next image; `ServeError` (400) when the numbers differ."""
-    placeholders = sum(message.content.count(DEFAULT_IMAGE_TOKEN) for message in messages)
+    placeholders = sum(message.content.count(DEFAULT_IMAGE_TOKEN) for message in messages if message.role == "user")
     check_image_count(placeholders, len(images), max_images)
     remaining = iter(images)
     return [_as_parts(message, remaining) for message in messages]
 
 
 def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
-    texts = message.content.split(DEFAULT_IMAGE_TOKEN)
+    texts = message.content.split(DEFAULT_IMAGE_TOKEN) if message.role == "user" else [message.content]
     if len(texts) == 1:
         return {"role": message.role, "content": message.content}
     parts: list[JsonObject] = []

@@ -14,7 +14,7 @@ from llava.engine.cache import LRUCache
 from llava.engine.sequence import HashedImage, ImageInput, hash_image
 from llava.errors import ContextLengthError
 from llava.images import SERVED
-from llava.mm_utils import load_image_from_base64, tokenizer_image_token
+from llava.mm_utils import encode_prompt, load_image_from_base64
 
 if TYPE_CHECKING:
     from llava.engine import Engine
@@ -68,6 +68,6 @@ def tokenizer_for(engine: Engine) -> Callable[[str], Sequence[int]]:
                 image_tokens=0,
                 context_length=context,
             )
-        return tokenizer_image_token(text, engine.tokenizer)
+        return encode_prompt(text, engine.tokenizer)
 
     return tokenize
