@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -15,14 +16,37 @@ from dataclasses import dataclass, field, fields
 from typing import Final, NoReturn, TypeVar
 
 import transformers
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from llava.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 SELECT_FEATURES: Final = ("patch", "cls_patch")
+ASPECT_RATIOS: Final = ("square", "pad")
 LORA_BIASES: Final = ("none", "all", "lora_only")
+POSITIVE: Final = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps"),
+    "save_total_limit",
+)
+NOT_NEGATIVE: Final = (
+    *("seed", "data_seed", "learning_rate", "mm_projector_lr", "max_grad_norm", "dataloader_num_workers"),
+)
 REPORTERS: Final = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name in --report_to -> package
+# Flags of transformers that would have no effect, or another one than documented, and what to do instead.
+UNSUPPORTED: Final = {
+    "auto_find_batch_size": "`llava estimate` finds a batch size that fits",
+    "dispatch_batches": "each process loads its own batches",
+    "fsdp": "use --deepspeed scripts/zero3.json",
+    "ignore_data_skip": "a resumed run continues with the next record",
+    "include_num_input_tokens_seen": "log.jsonl counts tokens",
+    "label_smoothing_factor": "logits exist at supervised positions only",
+    "push_to_hub": "upload the output directory after the run with `huggingface-cli upload`",
+    "split_batches": "--per_device_train_batch_size is the batch size of a process",
+    "torch_compile": "drop it",
+    "torch_compile_backend": "drop it",
+    "torch_compile_mode": "drop it",
+}
 T = TypeVar("T")
 
 
@@ -47,6 +71,7 @@ def _raise(problems: Sequence[str]) -> None:
 class ModelArguments:
     """Model components and how they are joined."""
 
+    version_given = True  # false if --version was not on the command line
     model_name_or_path: str = _flag("facebook/opt-125m", "base language model, or a chat checkpoint to fine-tune")
     version: str = _flag("v0", "conversation template: plain for stage 1, v1 for stage 2, ...")
     freeze_backbone: bool = _flag(False, "freeze the language model's layers; lm_head stays trainable")
@@ -100,7 +125,7 @@ class DataArguments:
     lazy_preprocess: bool = _flag(False, "accepted for compatibility; loading is always lazy")
     is_multimodal: bool = _flag(False, "set by --vision_tower")
     image_folder: str | None = _flag(None, "folder that image paths are relative to")
-    image_aspect_ratio: str = _flag("square", "pad keeps the whole image; any other value resizes and crops")
+    image_aspect_ratio: str = _flag("square", "square resizes and crops the image, pad keeps all of it")
     image_grid_pinpoints: str | None = _flag(None, "accepted for compatibility; stored in the config, never read")
     on_bad_sample: str = _flag("error", "error stops at a bad record; skip replaces it deterministically and counts it")
     eval_data_path: str | None = _flag(None, "annotation file of the validation set, evaluated at every save")
@@ -109,6 +134,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         problems = []
+        if self.image_aspect_ratio not in ASPECT_RATIOS:
+            problems.append(f"--image_aspect_ratio must be square or pad, got {self.image_aspect_ratio!r}.")
         if self.on_bad_sample not in ("error", "skip"):
             problems.append(f"--on_bad_sample must be error or skip, got {self.on_bad_sample!r}.")
         if self.data_path and self.meta_path:
@@ -133,6 +160,7 @@ class TrainingArguments(transformers.TrainingArguments):
     optim: str = _flag("adamw_torch", "optimizer")
     remove_unused_columns: bool = _flag(False, "must stay False: the data set yields exactly the model's inputs")
     freeze_mm_mlp_adapter: bool = _flag(False, "freeze the projector")
+    mm_projector_lr: float | None = _flag(None, "learning rate of the projector (default: that of --learning_rate)")
     freeze_llm: bool = _flag(False, "freeze everything except the projector, but save the full model")
     freeze_policy: str = _flag("default", "freeze policy: a name in llava.train.model_setup.FREEZE_POLICIES")
     loss: str = _flag("cross_entropy", "training loss: a name in llava.train.model_setup.LOSSES")
@@ -216,16 +244,17 @@ class TrainingArguments(transformers.TrainingArguments):
             problems.append(f"--load_best_model_at_end needs checkpoints to load from; drop {flag}.")
         if self.step_timeout < 0:
             problems.append(f"--step_timeout must be at least 0 seconds, got {self.step_timeout}; 0 waits forever.")
-        if self.label_smoothing_factor:
-            problems.append("--label_smoothing_factor is not supported: logits exist at supervised positions only.")
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            problems.append("--torch_compile is not supported; drop it.")
-        if self.fsdp:
-            problems.append("--fsdp is not supported; use --deepspeed scripts/zero3.json.")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            if getattr(self, name) <= 0:
+        problems += [
+            f"--{name} is not supported: {instead}." for name, instead in UNSUPPORTED.items() if getattr(self, name)
+        ]
+        unknown = set(_names(self.report_to)) - {*INTEGRATION_TO_CALLBACK, "auto", "all", "none"}
+        if unknown:
+            names = ", ".join(("auto", "all", "none", *INTEGRATION_TO_CALLBACK))
+            problems.append(f"--report_to must be of {names}, got {', '.join(sorted(unknown))}.")
+        for name in POSITIVE:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 problems.append(f"--{name} must be greater than 0, got {getattr(self, name)}.")
-        for name in ("seed", "data_seed", "learning_rate"):
+        for name in NOT_NEGATIVE:
             if (getattr(self, name) or 0) < 0:
                 problems.append(f"--{name} must be at least 0, got {getattr(self, name)}.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
@@ -233,9 +262,13 @@ class TrainingArguments(transformers.TrainingArguments):
         return problems
 
 
+def _names(names: Sequence[str] | str | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ["none"])
+
+
 def usable_reporters(names: Sequence[str] | str | None) -> list[str]:
     """Resolve `--report_to` to the reporters whose package is installed; "auto" is TensorBoard where installed."""
-    wanted = [names] if isinstance(names, str) else list(names or ["none"])
+    wanted = _names(names)
     if "auto" in wanted:
         return ["tensorboard"] if importlib.util.find_spec("tensorboard") else ["none"]
     found = []
@@ -262,7 +295,9 @@ def check_combinations(model: ModelArguments, data: DataArguments, training: Tra
         problems.append("--tune_mm_mlp_adapter with --freeze_mm_mlp_adapter leaves nothing to train; drop one of them.")
     if training.freeze_llm and training.freeze_mm_mlp_adapter:
         problems.append("--freeze_llm with --freeze_mm_mlp_adapter leaves nothing to train; drop one of them.")
-    for name in ("freeze_mm_mlp_adapter", "freeze_llm", "lora_enable"):
+    if training.freeze_mm_mlp_adapter and training.mm_projector_lr is not None:
+        problems.append("--mm_projector_lr with --freeze_mm_mlp_adapter has no effect; drop one of them.")
+    for name in ("freeze_mm_mlp_adapter", "freeze_llm", "lora_enable", "mm_projector_lr"):
         if getattr(training, name) and model.vision_tower is None:
             problems.append(f"--{name} requires --vision_tower.")
     if model.tune_mm_mlp_adapter and training.lora_enable:
@@ -283,7 +318,21 @@ def check_combinations(model: ModelArguments, data: DataArguments, training: Tra
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all training programs; unique prefixes of flags are accepted, as in the published scripts."""
-    return _Parser((ModelArguments, DataArguments, TrainingArguments), prog="llava train")
+    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog="llava train")
+    for action in parser._actions:
+        if action.type is dict:
+            action.type = _json_object
+    return parser
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"use_reentrant": false}}, got {text!r}')
+    return value
 
 
 def use_fused_adamw(args: TrainingArguments) -> None:
@@ -302,10 +351,12 @@ def use_fused_adamw(args: TrainingArguments) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Parse and validate a command line; raises one `ConfigError` that names every invalid flag."""
-    parsed = make_parser().parse_args(list(argv), argparse.Namespace(optim=None))  # None: not on the command line
-    default_optim = parsed.optim is None
+    parsed = make_parser().parse_args(list(argv), argparse.Namespace(optim=None, version=None))
+    default_optim, default_version = parsed.optim is None, parsed.version is None  # not on the command line
     if default_optim:
         parsed.optim = TrainingArguments.optim
+    if default_version:
+        parsed.version = ModelArguments.version
     problems: list[str] = []
 
     def build(kind: type[T]) -> T | None:
@@ -320,6 +371,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments,
         problems += check_combinations(model, data, training)
     _raise(problems)
     assert model and data and training
+    model.version_given = not default_version
     if default_optim:
         use_fused_adamw(training)
     for name, used in (

@@ -4,6 +4,7 @@
 #   original_pretrain FLAG...  stage 1 of the first LLaVA: a linear projector on ./checkpoints/$MODEL_VERSION
 #   original_finetune FLAG...  stage 2 of the first LLaVA: images of COCO, template $PROMPT_VERSION
 #   llava STAGE FLAG...        a stage with the flags common to all versions
+#   lora_v1_5 FLAG...          stage 2 of LLaVA-1.5 with LoRA, the projector at a rate of its own
 #
 # Environment as in scripts_internvl/_common.sh, and MODEL_VERSION and PROMPT_VERSION, which are required.
 OUTPUT_DIR=${OUTPUT_DIR:-work_dirs/llava_$(basename "$0" .sh)}
@@ -17,6 +18,16 @@ llava() {
         --save_steps 50000 \
         --save_total_limit 1 \
         --report_to wandb \
+        "$@"
+}
+
+lora_v1_5() {
+    llava finetune \
+        --lora_enable True \
+        --lora_r 128 \
+        --lora_alpha 256 \
+        --learning_rate 2e-4 \
+        --mm_projector_lr 2e-5 \
         "$@"
 }
 

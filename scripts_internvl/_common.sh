@@ -200,7 +200,8 @@ slurm_launcher() {
         "$@"
 }
 
-# Runs a command, writes its output to the screen and appends it to train.log; returns its exit status.
+# Runs a command, writes its output to the screen and appends it to train.log; returns its exit status. Shell and tee
+# outlive a SIGTERM to all processes of a job, because training saves a checkpoint then.
 run() {
     if [ -n "$dry_run" ]; then
         print_command "$@"
@@ -209,7 +210,17 @@ run() {
     command -v "$1" >/dev/null || fail "$1 was not found on PATH; activate the environment in which llava is installed."
     mkdir -p "$OUTPUT_DIR"
     exec 4>&1
-    status=$({ { "$@" 2>&1 && echo 0 >&3 || echo $? >&3; } | tee -a "$OUTPUT_DIR/train.log" >&4; } 3>&1)
+    trap : TERM # a subshell forgets it
+    status=$(
+        trap : TERM
+        {
+            {
+                trap : TERM
+                "$@" 2>&1 && echo 0 >&3 || echo $? >&3
+            } | (trap '' INT TERM && exec tee -a "$OUTPUT_DIR/train.log") >&4
+        } 3>&1
+    )
+    trap - TERM
     exec 4>&-
     [ "$status" -eq 0 ] || printf 'error: %s ended with status %s; its output is in %s/train.log\n' "$RECIPE" "$status" "$OUTPUT_DIR" >&2
     return "$status"

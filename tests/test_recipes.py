@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -57,7 +58,7 @@ def bind(command: list[str]) -> Namespace:
 def test_no_recipe_is_missing() -> None:
     assert len(PUBLISHED) == 13
     assert len(RECIPES) == 15
-    assert len(LLAVA) == 8
+    assert len(LLAVA) == 11
 
 
 COMMON: dict[str, Any] = {
@@ -151,6 +152,7 @@ def test_published_hyperparameters(name: str) -> None:
 
 
 CLIP_L = "openai/clip-vit-large-patch14"
+CHAT = "liuhaotian/llava-v1.5-13b"
 # version, language model, tower, projector, per GPU, learning rate, epochs, ZeRO stage, save_steps
 ORIGINAL: dict[str, tuple[Any, ...]] = {
     "scripts/pretrain": ("plain", "./checkpoints/lm", CLIP_L, "linear", 16, 2e-3, 1, 2, 24000),
@@ -161,6 +163,9 @@ ORIGINAL: dict[str, tuple[Any, ...]] = {
     "scripts/finetune_sqa": ("v0", "lmsys/vicuna-13b-v1.3", CLIP_L, "linear", 16, 2e-5, 12, 2, 50000),
     "scripts/v1_5/pretrain": ("plain", "lmsys/vicuna-13b-v1.5", f"{CLIP_L}-336", "mlp2x_gelu", 32, 1e-3, 1, 2, 24000),
     "scripts/v1_5/finetune": ("v1", "lmsys/vicuna-13b-v1.5", f"{CLIP_L}-336", "mlp2x_gelu", 16, 2e-5, 1, 3, 50000),
+    "scripts/v1_5/finetune_lora": ("v1", "lmsys/vicuna-13b-v1.5", f"{CLIP_L}-336", "mlp2x_gelu", 16, 2e-4, 1, 3, 50000),
+    "scripts/v1_5/finetune_task": ("v1", CHAT, f"{CLIP_L}-336", "mlp2x_gelu", 16, 2e-5, 1, 3, 50000),
+    "scripts/v1_5/finetune_task_lora": ("v1", CHAT, f"{CLIP_L}-336", "mlp2x_gelu", 16, 2e-4, 1, 3, 50000),
 }
 
 
@@ -169,6 +174,7 @@ def test_published_hyperparameters_of_the_original(name: str) -> None:
     flags = bind(command_of(name, MODEL_VERSION="lm", PROMPT_VERSION="v0"))
     version, base, tower, projector, batch, rate, epochs, zero, save = ORIGINAL[name]
     pretrains, newer = name.endswith("pretrain"), "v1_5" in name
+    newer_lora = newer and name.endswith("lora")
     stage_1 = f"./work_dirs/llava_{'v1_5_' if newer else ''}pretrain"
     wanted = COMMON | {
         "version": version,
@@ -185,10 +191,13 @@ def test_published_hyperparameters_of_the_original(name: str) -> None:
         "save_total_limit": 1,
         "report_to": ["wandb"],
         "tune_mm_mlp_adapter": pretrains,
-        "pretrain_mm_mlp_adapter": None if pretrains else f"{stage_1}/mm_projector.bin",
-        "image_aspect_ratio": "pad" if name == "scripts/v1_5/finetune" else "square",
-        "group_by_modality_length": name == "scripts/v1_5/finetune",
+        "pretrain_mm_mlp_adapter": None if pretrains else "" if base == CHAT else f"{stage_1}/mm_projector.bin",
+        "image_aspect_ratio": "pad" if newer and not pretrains else "square",
+        "group_by_modality_length": newer and not pretrains,
         "lora_enable": name.endswith("lora"),
+        "lora_r": 128 if newer_lora else 64,
+        "lora_alpha": 256 if newer_lora else 16,
+        "mm_projector_lr": 2e-5 if newer_lora else None,
         "bits": 4 if name.endswith("qlora") else 16,
         "output_dir": f"work_dirs/llava_{name.removeprefix('scripts/').replace('/', '_')}",
     }
@@ -298,6 +307,29 @@ def test_the_log_is_where_the_run_goes(tmp_path: Path, form: list[str]) -> None:
     assert not elsewhere.exists()
 
 
+def test_a_recipe_outlives_a_signal_to_all_of_its_processes_until_training_has_saved(tmp_path: Path) -> None:
+    """As a scheduler ends a job; the stand-in for training saves when it is told to end."""
+    program = tmp_path / "train"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
+        "print('step', flush=True)\n"
+        "signal.pause()\n"
+    )
+    program.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if key not in SCALING} | {"PYTHON": str(program)}
+    command = ["sh", str(FOLDER / "pretrain_quickstart.sh"), "--output_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "step\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert output == "saved\n" and (tmp_path / "run/train.log").read_text() == "step\nsaved\n"
+    assert process.returncode == 143 and "ended with status 143" in errors
+
+
 def test_a_missing_launcher_is_one_sentence() -> None:
     done = start("pretrain_internvit6b_448_vicuna7b", GPUS="0", PYTHON="no-such-python")
     assert done.returncode == 2
@@ -378,7 +410,7 @@ def overridden(name: str, made: dict[str, Any], out: Path) -> list[str]:
 def test_every_recipe_trains_and_saves_by_overrides_alone(tiny_runs: dict[str, Any], tmp_path: Path) -> None:
     """Stage 1 first: stage 2 starts from the projectors it leaves."""
     names = sorted([*PUBLISHED, *LLAVA], key=lambda name: "pretrain" not in name)
-    assert len(names) == 21
+    assert len(names) == 24
     for name in names:
         out = tmp_path / name.replace("/", "_")
         argv = overridden(name, tiny_runs, out)

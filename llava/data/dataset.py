@@ -300,22 +300,29 @@ def start_worker(worker_id: int) -> None:
 
 def check_supervision(dataset: LazySupervisedDataset, first: int = 1000) -> None:
     """Raise `DataError` if more than 1 % of the first records have no supervised token."""
-    count = min(first, len(dataset))
-    empty = []
+    count, limit = min(first, len(dataset)), dataset.tokenizer.model_max_length
+    empty, truncated = [], []
     for index in range(count):
         try:
             example = dataset.example(parse_record(dataset.records[index]))
-            labels = truncate(example, dataset.tokenizer.model_max_length).labels
+            labels = truncate(example, limit).labels
         except (DataError, TemplateError):
             continue  # reported when it is loaded
+        if len(labels) < len(example.labels):
+            truncated.append(index)
         if not bool((labels != IGNORE_INDEX).any()):
             empty.append(index)
     if len(empty) > max(1, count // 100):
         raise DataError(
             f"{len(empty)} of the first {count} records of {dataset.data_path} have no supervised token, the first is "
-            f"{empty[0]}; their answers are empty, have weight 0, or lie beyond --model_max_length "
-            f"{dataset.tokenizer.model_max_length}."
+            f"{empty[0]}; their answers are empty, have weight 0, or lie beyond --model_max_length {limit}."
         )
+    for indices, fault in ((truncated, f"are truncated to --model_max_length {limit}"), (empty, "have no answer left")):
+        if indices:
+            logger.info(
+                *("%d of the first %d records of %s %s, the first is %d.", len(indices), count, dataset.data_path),
+                *(fault, indices[0]),
+            )
 
 
 def make_supervised_data_module(

@@ -228,6 +228,11 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
+def global_step(checkpoint: Path) -> int:
+    """Number of steps that a checkpoint has done."""
+    return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
+
+
 def checkpoint_to_resume(output_dir: Path, requested: str | None) -> Path | None:
     """The checkpoint of `--resume_from_checkpoint`: a directory, "false", or "true" (the default) for the newest."""
     if requested is None or requested.lower() == "true":
@@ -281,10 +286,10 @@ def _optimizer_setup(deepspeed: bool, zero3: bool, processes: int) -> str:
     return f"with DeepSpeed{ranks}, weights {'partitioned (stage 3)' if zero3 else 'whole'}"
 
 
-def load_state(file: Path, what: str) -> Any:
-    """Load tensors and plain data memory-mapped; a damaged file, or one that would run code, raises."""
+def load_state(file: Path, what: str, *, mmap: bool = True) -> Any:
+    """Load tensors and plain data to the CPU; a damaged file, or one that would run code, raises."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise CheckpointError(
             f"{file} cannot be read as {what} ({type(error).__name__}): it is damaged, or would run code; resume from "

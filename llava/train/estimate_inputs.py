@@ -20,6 +20,8 @@ T = TypeVar("T")
 LANGUAGE_MODELS: Final = {
     "vicuna-7b": (4096, 11008, 32, 32, 32000),
     "vicuna-13b": (5120, 13824, 40, 40, 32000),
+    "llava-v1.5-7b": (4096, 11008, 32, 32, 32000),
+    "llava-v1.5-13b": (5120, 13824, 40, 40, 32000),
 }
 # hidden, intermediate, layers, pixels; patches of 14 pixels
 TOWERS: Final = {

@@ -7,37 +7,38 @@ checkpoints appear atomically.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainerState
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.data.dataset import start_worker
 from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
     get_modality_length_grouped_indices,
     split_to_even_chunks,
 )
-from llava.errors import TrainingError
-from llava.train import checkpointing, validation, zero
+from llava.errors import CheckpointError, TrainingError
+from llava.train import checkpointing, optimizer, validation, zero
 from llava.train.model_setup import save_format, saved_shapes
+from llava.train.preemption import Preempted, start_loader_worker
 from llava.train.reporting import Console
+from llava.train.steps import EpochPlan, StepBatchSampler
 from llava.train.throughput import ThroughputMeter, format_duration, peak_memory
 
 __all__ = [
@@ -52,25 +53,6 @@ EPOCH_STRIDE: Final = 1_000_003
 Batch = Mapping[str, Tensor]
 
 
-class DropIncompleteAccumulation(BatchSampler):
-    """A batch sampler that drops the last batches of an epoch when they do not fill an optimizer step.
-
-    With gradient accumulation transformers carries them over into the next epoch, which a resumed run cannot know.
-    """
-
-    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, accumulation: int, world_size: int):
-        super().__init__(sampler, batch_size, drop_last)
-        self.accumulation, self.world_size = accumulation, world_size
-
-    def __len__(self) -> int:
-        total = super().__len__()
-        steps = math.ceil(total / self.world_size) // self.accumulation
-        return min(total, steps * self.accumulation * self.world_size) or total
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(super().__iter__(), len(self))
-
-
 class _EpochStart(transformers.TrainerCallback):
     """Seeds the order of each epoch; on resume, restores the summed loss so that the mean covers all steps."""
 
@@ -80,10 +62,8 @@ class _EpochStart(transformers.TrainerCallback):
     def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         self.trainer._total_loss_scalar = summed_loss(state.log_history, state.global_step)
 
-    def on_epoch_begin(
-        self, args: object, state: TrainerState, control: object, train_dataloader: Sized, **kwargs: object
-    ) -> None:
-        self.trainer.begin_epoch(len(train_dataloader))
+    def on_epoch_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self.trainer.begin_epoch()
 
 
 def summed_loss(history: Sequence[Mapping[str, float]], steps: int) -> float:
@@ -100,6 +80,8 @@ def summed_loss(history: Sequence[Mapping[str, float]], steps: int) -> float:
 class LLaVATrainer(transformers.Trainer):
     """Trainer of a chat model; `saves` is the content of its checkpoints: "full", "projector" or "lora"."""
 
+    optimizer: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         self._order = torch.Generator()
         self._epoch = self._batch = 0
@@ -107,6 +89,7 @@ class LLaVATrainer(transformers.Trainer):
         self._counts: Tensor | None = None
         self._grad_norm: float | None = None
         self._engine: Any = None
+        self._own_rates: dict[str, int] = {}  # flag -> parameter group
         self._meter: ThroughputMeter | None = None
         self._first_log: tuple[int, float] | None = None
         super().__init__(*args, **kwargs)
@@ -120,8 +103,16 @@ class LLaVATrainer(transformers.Trainer):
     def train(self, *args: Any, **kwargs: Any) -> transformers.trainer_utils.TrainOutput:
         try:
             return super().train(*args, **kwargs)
+        except Preempted:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the reporters
+            raise
         finally:
             self.console.close()
+
+    @functools.cached_property
+    def plan(self) -> EpochPlan:
+        """The optimizer steps of an epoch of the training set."""
+        return EpochPlan.of(len(self.train_dataset), self.args)
 
     # --- order of samples ---------------------------------------------------------------------------------------
 
@@ -139,30 +130,27 @@ class LLaVATrainer(transformers.Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         args = self.args
-        batches = DropIncompleteAccumulation(
-            self._get_train_sampler(),
-            self._train_batch_size,
-            args.dataloader_drop_last,
-            args.gradient_accumulation_steps,
-            args.world_size,
-        )
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=batches,
+            batch_sampler=StepBatchSampler(
+                self._get_train_sampler(), args.train_batch_size, self.plan, args.process_index
+            ),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
-            worker_init_fn=start_worker,
+            worker_init_fn=start_loader_worker,
         )
-        prepared: DataLoader[Batch] = self.accelerator.prepare(loader)
+        # The sampler deals the batches to the ranks; accelerate would fill the last ones up with repeated records.
+        prepared: DataLoader[Batch] = prepare_data_loader(
+            loader, device=args.device, num_processes=1, process_index=0, put_on_device=True
+        )
         return prepared
 
-    def begin_epoch(self, batches: int) -> None:
-        """Seed the order of an epoch, also of the first one after a resume; `batches` is its length on this rank."""
-        steps = max(1, batches // self.args.gradient_accumulation_steps)
-        self._epoch, done = divmod(self.state.global_step, steps)
-        self._batch = done * self.args.gradient_accumulation_steps
+    def begin_epoch(self) -> None:
+        """Seed the order of an epoch, also of the first one after a resume."""
+        self._epoch, done = divmod(self.state.global_step, self.plan.steps)
+        self._batch = done * self.plan.accumulation
         self._seed_order()
         self._last_log = self._last_log or time.perf_counter()
 
@@ -186,11 +174,38 @@ class LLaVATrainer(transformers.Trainer):
             return torch.autocast("cpu", dtype=self.amp_dtype, cache_enabled=cache_enabled)
         return nullcontext()
 
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        rates = optimizer.own_rates(self.args)
+        if self.optimizer is None and rates:
+            decayed = self.get_decay_parameter_names(self.model)
+            groups = optimizer.parameter_groups(self.model.named_parameters(), decayed, self.args.weight_decay, rates)
+            logger.info("%s.", optimizer.describe_rates(groups, self.args.learning_rate))
+            self._own_rates = {group["flag"]: index for index, group in enumerate(groups) if group["flag"]}
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(groups, **settings)
+        created: torch.optim.Optimizer = super().create_optimizer()
+        return created
+
+    def training_step(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """Forward and backward pass of a micro-batch; an idle round of the last step computes nothing.
+
+        The DeepSpeed engine counts its rounds by their backward passes, so it computes them, without weight.
+        """
+        self._batch += 1
+        if self.plan.is_idle(self._batch - 1) and not self.is_deepspeed_enabled:
+            return torch.zeros((), device=self.args.device)
+        loss: Tensor = super().training_step(model, inputs)
+        return loss
+
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False
     ) -> Tensor | tuple[Tensor, ModelOutput]:
-        """The loss of a batch; raises `TrainingError` before the backward pass if it is not finite."""
-        if model.training:
+        """The loss of a batch, in training weighted by the `EpochPlan`.
+
+        Raises `TrainingError` before the backward pass if it is not finite.
+        """
+        weight = self.plan.weight(self._batch - 1, self.args.process_index) if model.training else 1.0
+        if model.training and weight:
             self._count(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if model.training and not bool(torch.isfinite(loss)):
@@ -199,6 +214,7 @@ class LLaVATrainer(transformers.Trainer):
                 f"rank {self.args.process_index}, samples {self.current_samples()} of the data set; the step was not "
                 "taken. Inspect these samples, lower --learning_rate, or train with --bf16 instead of --fp16."
             )
+        loss = loss if weight == 1.0 else loss * weight
         return (loss, outputs) if return_outputs else loss
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -206,6 +222,8 @@ class LLaVATrainer(transformers.Trainer):
             # transformers 4.36.2 passes arguments that accelerate has renamed
             warnings.filterwarnings("ignore", "Passing the following arguments to `Accelerator`", FutureWarning)
             super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:  # the engine accumulates by itself; its own no_sync refuses partitioned gradients
+            self.accelerator.no_sync = lambda model: nullcontext()
         clip = self.accelerator.clip_grad_norm_
 
         def clip_and_check(*args: object, **kwargs: object) -> Tensor | None:
@@ -239,18 +257,22 @@ class LLaVATrainer(transformers.Trainer):
         samples = tokens.new_full((), len(ids))
         counts = torch.stack([tokens, supervised, samples, (supervised == 0).long(), images])
         self._counts = counts if self._counts is None else self._counts + counts
-        self._batch += 1
 
     def log(self, logs: dict[str, float]) -> None:
         """Add supervised tokens, gradient norm, throughput and peak memory since the last log step, over all ranks."""
-        if "loss" in logs and self._counts is not None and self._last_log is not None:
+        if "loss" in logs and self._last_log is not None:
             seconds = time.perf_counter() - self._last_log
-            memory = self._counts.new_full((1,), peak_memory(self.args.device))
-            by_rank = self._nested_gather(torch.cat([self._counts, memory]).unsqueeze(0))  # (ranks, 6)
+            counts = self._counts  # none on a rank that had fillers only
+            if counts is None:
+                counts = torch.zeros(5, dtype=torch.int64, device=self.args.device)
+            memory = counts.new_full((1,), peak_memory(self.args.device))
+            by_rank = self._nested_gather(torch.cat([counts, memory]).unsqueeze(0))  # (ranks, 6)
             tokens, supervised, samples, unsupervised, images = map(float, by_rank[:, :-1].sum(0).tolist())
             logs["supervised_tokens"] = int(supervised)
             if unsupervised:
                 logs["unsupervised_batches"] = int(unsupervised)
+            rates = self.lr_scheduler.get_last_lr() if self._own_rates else []
+            logs.update({flag: rates[index] for flag, index in self._own_rates.items()})
             if self._grad_norm is not None:
                 logs["grad_norm"] = round(self._grad_norm, 4)
             counted = {"tokens": tokens, "samples": samples, "supervised": supervised, "images": images}
@@ -349,18 +371,24 @@ class LLaVATrainer(transformers.Trainer):
         torch.save(checkpointing.random_state(), self._rng_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the random state of this rank, or that of rank 0 if it was saved by fewer ranks."""
         if checkpoint is None:
             return
-        file = self._rng_file(checkpoint)
-        if not file.is_file():
-            logger.warning("%s is missing: resuming with another number of processes is not exact.", file)
-            return
+        files = [self._rng_file(checkpoint), *(Path(checkpoint, f"rng_state{rank}.pth") for rank in ("", "_0"))]
+        file = next(file for file in files if file.is_file())
         checkpointing.set_random_state(checkpointing.load_state(file, "random state"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load as transformers does, after checking that the files run no code (torch before 2.6 would)."""
-        if checkpoint is not None and not self.is_deepspeed_enabled:
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-                if Path(checkpoint, name).is_file():
-                    checkpointing.load_state(Path(checkpoint, name), "optimizer state")
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for target, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            file = Path(checkpoint, name)
+            # A mapped file costs no memory, but states on the CPU would stay in it.
+            state = checkpointing.load_state(file, "optimizer state", mmap=self.args.device.type != "cpu")
+            try:
+                target.load_state_dict(state)
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(
+                    f"{file} is from a run with another optimizer: {error}; use its flags."
+                ) from error

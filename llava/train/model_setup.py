@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_utils import no_init_weights
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.conversation import get_template
+from llava.conversation import conv_templates, get_template
 from llava.errors import CheckpointError, ConfigError, TrainingError
 from llava.model import builder
 from llava.model.builder import IGNORED_WEIGHTS, local_directory
@@ -109,6 +109,30 @@ def template_name(version: str) -> str:
     return name
 
 
+def choose_template(model_args: ModelArguments) -> str:
+    """The template of `--version`; without the flag, that of the chat checkpoint to continue, if it names one.
+
+    Sets `model_args.version`. Logs the choice wherever the two differ or one is missing.
+    """
+    name = template_name(model_args.version)
+    found = inspect(local_directory(model_args.model_name_or_path))
+    if found.kind is not Kind.FULL:
+        return name
+    stored = found.config.get("conv_template")
+    if not isinstance(stored, str) or stored not in conv_templates:
+        if not model_args.version_given:
+            logger.info("%s names no known template; using --version %s, the default.", found.path, name)
+        return name
+    if get_template(stored) == get_template(name):
+        return name
+    if model_args.version_given:
+        logger.info("%s was trained with template %s; using --version %s.", found.path, stored, name)
+        return name
+    logger.info("Using template %s, with which %s was trained; pass --version to change it.", stored, found.path)
+    model_args.version = stored
+    return template_name(stored)
+
+
 def setup_tokenizer(
     model: PreTrainedModel, model_args: ModelArguments, args: TrainingArguments
 ) -> PreTrainedTokenizerBase:
@@ -146,6 +170,12 @@ def add_vision(
     projector = getattr(core, "mm_projector", None)
     trained_with = {key: getattr(config, key, None) for key in VISION_KEYS}
     core.initialize_vision_modules(model_args=model_args, dtype=dtype)
+    if projector is None and not (model_args.pretrain_mm_mlp_adapter or model_args.tune_mm_mlp_adapter):
+        logger.info(
+            "The projector starts untrained, because %s has none; stage 2 usually starts from that of stage 1 "
+            "(--pretrain_mm_mlp_adapter mm_projector.bin).",
+            model_args.model_name_or_path,
+        )
     if projector is not None:  # of a chat checkpoint
         _check_vision_settings(trained_with, model_args, data_args, kept=core.mm_projector is projector)
     vars(data_args).update(

@@ -9,14 +9,17 @@ import time
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.errors import CheckpointError
 from llava.files import write_text
 from llava.provenance import git_commit, installed_versions
+from llava.train.optimizer import OWN_RATES
 
 logger = logging.getLogger(__name__)
-FIXED: Final = ("global_batch", "samples", "data_bytes", "world_size")  # a resumed run must not change them
+RUN_FILE: Final = "run.json"
+FIXED: Final = ("samples", "data_bytes")  # a resumed run should not change them
 PATH_FLAGS: Final = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank")
 Flags = Mapping[str, Mapping[str, object]]
 
@@ -42,11 +45,54 @@ def changed_flags(before: Flags, now: Flags) -> list[str]:
     ]
 
 
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """Contents of `run.json`, empty if it is missing or damaged."""
+    try:
+        found: dict[str, Any] = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def check_changes(checkpoint: Path, args: TrainingArguments, global_batch: int) -> None:
+    """Compare a run with the one that wrote `checkpoint`, as far as its `run.json` is there.
+
+    Raises `CheckpointError` for another global batch, or parameter groups other than those of the optimizer state.
+    Logs another number of processes.
+    """
+    before = read_run(checkpoint.parent)
+    flags = before.get("arguments", {}).get("training", {})
+    batch, ranks = before.get("global_batch", global_batch), before.get("world_size", args.world_size)
+    if batch != global_batch:
+        raise CheckpointError(
+            f"{checkpoint} is from a run with a global batch of {batch}, but this run has {global_batch}; pass "
+            f"--global_batch_size {batch}, or use another --output_dir."
+        )
+    for flag in OWN_RATES:
+        if flag in flags and (flags[flag] is None) != (getattr(args, flag) is None):
+            raise CheckpointError(
+                f"--{flag} was {flags[flag]} in the run of {checkpoint} and is {getattr(args, flag)} now, which needs "
+                "another optimizer state; keep it, or use another --output_dir."
+            )
+    if ranks == args.world_size:
+        return
+    grouped = args.group_by_modality_length or args.group_by_length
+    moved = ranks * flags.get("per_device_train_batch_size", 0) != args.world_size * args.train_batch_size
+    logger.info(
+        "Resuming on %d processes instead of %d: %s.",
+        args.world_size,
+        ranks,
+        "the rest of this epoch has another order, which depends on processes x --per_device_train_batch_size"
+        if grouped and moved
+        else "each step takes the same records, and results agree up to rounding and dropout",
+    )
+
+
 class RunMetadata:
     """Contents of `run.json`, written at the start and at the end of a run by one process."""
 
-    def __init__(self, path: Path, flags: Flags, **facts: object):
-        self.path, self.flags = path, flags
+    def __init__(self, output_dir: Path, flags: Flags, **facts: object):
+        self.output_dir, self.flags = output_dir, flags
         self.facts = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "commit": git_commit(),
@@ -57,9 +103,9 @@ class RunMetadata:
 
     def warn_about_changes(self) -> None:
         """Log how this run differs from the one it resumes."""
-        if not self.facts.get("resumed_from") or not self.path.is_file():
+        before = read_run(self.output_dir)
+        if not self.facts.get("resumed_from") or not before:
             return
-        before = json.loads(self.path.read_text(encoding="utf-8"))
         for key in FIXED:
             if before.get(key) != self.facts.get(key):
                 logger.warning(
@@ -77,4 +123,4 @@ class RunMetadata:
 
     def write(self, **more: object) -> None:
         self.facts.update(more)
-        write_text(self.path, json.dumps(self.facts, indent=2, sort_keys=True) + "\n")
+        write_text(self.output_dir / RUN_FILE, json.dumps(self.facts, indent=2, sort_keys=True) + "\n")

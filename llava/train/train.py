@@ -26,9 +26,10 @@ from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedD
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.errors import ConfigError, TrainingError
 from llava.files import write_errors
+from llava.model.registry import projector_factory
 from llava.model.verification import cast_parameters
 from llava.placement import avoid_cudnn_attention
-from llava.train import checkpointing, estimate, model_setup, validation, zero
+from llava.train import checkpointing, estimate, model_setup, optimizer, steps, validation, zero
 from llava.train.compat import (
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
@@ -44,8 +45,9 @@ from llava.train.compat import (
 from llava.train.dist_utils import any_rank
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import find_all_linear_names
+from llava.train.preemption import Preempted, PreemptionHandler
 from llava.train.reporting import LogFiles, isolate_reporters
-from llava.train.run_metadata import RunMetadata, to_json
+from llava.train.run_metadata import RunMetadata, check_changes, read_run, to_json
 from llava.train.watchdog import DataCheck, Watchdog
 from llava.utils import guarded
 
@@ -86,7 +88,9 @@ def prepare(
         torch.use_deterministic_algorithms(True)
     avoid_cudnn_attention(args.device)
     set_seed(args.seed)  # all ranks initialize the same projector
-    template = model_setup.template_name(model_args.version)
+    template = model_setup.choose_template(model_args)
+    if model_args.vision_tower is not None:
+        projector_factory(model_args.mm_projector_type)  # raises for an unknown type, before weights are read
     freeze = model_setup.registered("--freeze_policy", args.freeze_policy, model_setup.FREEZE_POLICIES)
     loss = model_setup.registered("--loss", args.loss, model_setup.LOSSES)
     model = model_setup.load_base(model_args, args)
@@ -134,7 +138,26 @@ def _find_checkpoint(trainer: LLaVATrainer) -> Path | None:
             zero3=bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3(),
             processes=args.world_size,
         )
+        check_changes(checkpoint, args, trainer.plan.per_step * args.train_batch_size)
+    _check_progress(Path(args.output_dir), checkpoint, steps.total_steps(trainer.plan, args))
     return checkpoint
+
+
+def _check_progress(output_dir: Path, checkpoint: Path | None, total: int) -> None:
+    """Raise if a checkpoint is beyond the last of `total` steps; log that a run was finished before."""
+    done = checkpointing.global_step(checkpoint) if checkpoint else 0
+    if done > total:
+        raise ConfigError(
+            f"{checkpoint} has done {done} steps, but this run ends after {total}; raise --max_steps or "
+            "--num_train_epochs, or use another --output_dir."
+        )
+    if (before := read_run(output_dir).get("steps")) is not None:
+        logger.info(
+            "%s holds a finished run of %s steps; this one %s. For a run from the start use another --output_dir.",
+            output_dir,
+            before,
+            f"trains steps {done + 1} to {total}" if done < total else "only writes its final weights again",
+        )
 
 
 def _start_metadata(
@@ -143,18 +166,18 @@ def _start_metadata(
     """Log the plan of the run and write it to `run.json`."""
     args = trainer.args
     trainable, total = model_setup.count_parameters(trainer.model)
-    global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    global_batch = args.train_batch_size * trainer.plan.per_step
     samples = len(trainer.train_dataset)
     logger.info(
-        "Global batch %d = %d per device x %d accumulation steps x %d processes; %d samples; %.3g of %.3g parameters "
-        "are trainable.",
+        "Global batch %d = %d per device x %d accumulation steps x %d processes; %d samples, %d steps per epoch; %.3g "
+        "of %.3g parameters are trainable.",
         *(global_batch, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size),
-        *(samples, trainable, total),
+        *(samples, trainer.plan.steps, trainable, total),
     )
     config = zero.read_config(args.deepspeed) if args.deepspeed else None
     logger.info(zero.describe_schedule(config, args.max_grad_norm, args.lr_scheduler_type.value))
     metadata = RunMetadata(
-        Path(args.output_dir) / "run.json",
+        Path(args.output_dir),
         flags,
         deepspeed=config,
         device=str(args.device),
@@ -175,6 +198,8 @@ def _start_metadata(
 def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> LLaVATrainer:
     """Train from start or checkpoint to the final weights in `--output_dir`."""
     refuse_unsupported(args)
+    optimizer.check_optimizer(args)
+    steps.check_drop_last(data_args, args)
     output_dir = Path(args.output_dir)
     with write_errors(output_dir):  # before anything is loaded
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -201,6 +226,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     result = train_with_watchdog(trainer, checkpoint)
     finish(trainer, model_setup.compute_dtype(args))
     faults = trainer.train_dataset.report(functools.partial(any_rank, device=args.device))
+    if any(faults.values()):
+        logger.info(
+            "Records: %d bad and replaced, %d truncated to --model_max_length %d, %d without a token to learn.",
+            *(faults["bad"], faults["truncated"], args.model_max_length, faults["unsupervised"]),
+        )
     if args.should_save:
         metadata.write(
             steps=result.global_step,
@@ -212,7 +242,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
 
 
 def train_with_watchdog(trainer: LLaVATrainer, checkpoint: Path | None) -> transformers.trainer_utils.TrainOutput:
-    """Train; end the process if no step finishes within `--step_timeout`."""
+    """Train; end the process if no step finishes within `--step_timeout`, and save before it ends by a signal."""
+    preemption = PreemptionHandler()
+    trainer.add_callback(preemption)
     watchdog = Watchdog(trainer.args.step_timeout, trainer.args.process_index)
     if trainer.args.step_timeout:
         trainer.add_callback(watchdog)
@@ -220,6 +252,7 @@ def train_with_watchdog(trainer: LLaVATrainer, checkpoint: Path | None) -> trans
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watchdog.stop()
+        preemption.restore()
 
 
 def finish(trainer: LLaVATrainer, dtype: torch.dtype) -> None:
@@ -265,16 +298,20 @@ def train(argv: Sequence[str] | None = None, attn_implementation: str | None = N
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Console entry point: `train`, with one-line errors and exit status 2."""
+    """Console entry point: `train`, with one-line errors and exit status 2, or 128 + N after signal N."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other; tests see them all
-    train(argv)
+    status = 0
+    try:
+        train(argv)
+    except Preempted as end:
+        status = int(end.code or 0)
     if torch.distributed.is_initialized():
         # exiting while another rank saves, or with the group's threads running, aborts
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return 0
+    return status
 
 
 if __name__ == "__main__":

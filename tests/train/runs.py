@@ -130,9 +130,22 @@ class Forked:
         except subprocess.TimeoutExpired:
             return None
 
+    def send(self, number: int) -> None:
+        """Send a signal to all of its processes, also its data loader workers."""
+        send(self.pids, number)
+
     def kill(self) -> None:
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
+
+
+def send(pids: Sequence[int], number: int) -> None:
+    """Send a signal to processes and their descendants."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        pids = [*pids, *(child.pid for pid in pids for child in psutil.Process(pid).children(recursive=True))]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 @functools.cache
@@ -157,12 +170,12 @@ class Launched:
             )  # fmt: skip
         self.wait, self.poll = self.process.wait, self.process.poll
 
+    def send(self, number: int) -> None:
+        """Send a signal to all of its processes, also the workers that torchrun starts in sessions of their own."""
+        send([self.process.pid], number)
+
     def kill(self) -> None:
-        """Kill all of its processes, also the workers that torchrun starts in sessions of their own."""
-        processes = [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(True))]
-        for pid in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.send(signal.SIGKILL)
 
 
 def start(
@@ -189,21 +202,31 @@ def steps_logged(output_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("}") and '"loss"' in line]
 
 
-def kill_at(argv: Sequence[str], output_dir: Path, step: int, log: Path, ranks: int = 1) -> None:
-    """Start, and send SIGKILL to all of its processes as soon as `step` is logged."""
-    process = start(argv, log, ranks)
+def kill_at(
+    argv: Sequence[str],
+    output_dir: Path,
+    step: int,
+    log: Path,
+    ranks: int = 1,
+    program: Sequence[str] | None = None,
+    number: int = signal.SIGKILL,
+) -> int:
+    """Start, and send a signal to all of its processes as soon as `step` is logged; returns the exit status."""
+    process = start(argv, log, ranks, program)
     limit = time.monotonic() + DEADLINE
     try:
         while max(steps_logged(output_dir), default=0) < step:
             assert process.poll() is None, "ended too early: " + log.read_text(errors="replace")[-3000:]
             assert time.monotonic() < limit, "did not get there in time: " + log.read_text(errors="replace")[-3000:]
             time.sleep(0.005)
+        process.send(number)
+        status = process.wait(DEADLINE)
     finally:
-        alive = process.poll() is None
-        if alive:
+        if process.poll() is None:
             process.kill()
             process.wait(DEADLINE)
-    assert alive, "the run was over before it could be killed"
+    assert status, "the run was over before it could be ended"
+    return status
 
 
 def history(output_dir: Path) -> list[dict[str, Any]]:

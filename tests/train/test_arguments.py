@@ -51,6 +51,7 @@ TRAINING = {
     "optim": "adamw_torch",
     "remove_unused_columns": False,
     "freeze_mm_mlp_adapter": False,
+    "mm_projector_lr": None,
     "freeze_llm": False,
     "freeze_policy": "default",
     "loss": "cross_entropy",
@@ -146,6 +147,36 @@ def test_all_invalid_flags_are_reported_in_one_message(tmp_path: Path) -> None:
         (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size"]),
         (["--learning_rate", "-1"], ["--learning_rate"]),
         (["--no_such_flag", "1"], ["--no_such_flag"]),
+        (["--mm_patch_merge_type", "flat"], ["--mm_patch_merge_type"]),
+        (["--image_aspect_ratio", "anyres"], ["--image_aspect_ratio", "square", "pad", "'anyres'"]),
+        (["--image_aspect_ratio", "Pad"], ["--image_aspect_ratio", "'Pad'"]),
+        (["--lazy_preprocess", "maybe"], ["--lazy_preprocess", "maybe"]),
+        (["--mm_vision_select_feature", "CLS"], ["--mm_vision_select_feature", "cls_patch", "'CLS'"]),
+        (["--lr_scheduler_type", "cosin"], ["--lr_scheduler_type", "cosin"]),
+        (["--evaluation_strategy", "often"], ["--evaluation_strategy", "often"]),
+        (["--save_strategy", "sometimes"], ["--save_strategy", "sometimes"]),
+        (["--optim", "adam"], ["adam is not a valid OptimizerNames"]),
+        (["--report_to", "json"], ["--report_to", "tensorboard", "json"]),
+        (["--push_to_hub", "True"], ["--push_to_hub", "huggingface-cli upload"]),
+        (["--auto_find_batch_size", "True"], ["--auto_find_batch_size", "llava estimate"]),
+        (["--ignore_data_skip", "True"], ["--ignore_data_skip"]),
+        (["--include_num_input_tokens_seen", "True"], ["--include_num_input_tokens_seen"]),
+        (["--split_batches", "True", "--dispatch_batches", "True"], ["--split_batches", "--dispatch_batches"]),
+        (["--num_train_epochs", "0"], ["--num_train_epochs"]),
+        (["--save_total_limit", "0"], ["--save_total_limit"]),
+        (["--save_steps", "0", "--eval_steps", "-1"], ["--save_steps", "--eval_steps"]),
+        (["--dataloader_num_workers", "-1"], ["--dataloader_num_workers"]),
+        (["--max_grad_norm", "-1"], ["--max_grad_norm"]),
+        (["--warmup_ratio", "2"], ["warmup_ratio"]),
+        (["--fp16", "True"], ["fp16"]),
+        (["--fp16", "True", "--bf16", "True"], ["fp16", "bf16"]),
+        (["--gradient_checkpointing_kwargs", "use_reentrant"], ["--gradient_checkpointing_kwargs", "JSON object"]),
+        (["--mm_projector_lr", "-1"], ["--mm_projector_lr"]),
+        (["--mm_projector_lr", "1e-5"], ["--mm_projector_lr", "--vision_tower"]),
+        (
+            ["--vision_tower", "t", "--mm_projector_lr", "1e-5", "--freeze_mm_mlp_adapter", "True"],
+            ["--mm_projector_lr", "--freeze_mm_mlp_adapter"],
+        ),
         (["--bits", "four"], ["--bits"]),
     ],
 )
@@ -178,6 +209,17 @@ def test_missing_reporter_package_logs_a_warning(
 
 def test_unique_prefixes_are_accepted_as_in_published_scripts(tmp_path: Path) -> None:
     assert parse_arguments(given(tmp_path, "--group_by_mod", "True"))[2].group_by_modality_length
+
+
+def test_gradient_checkpointing_options_are_a_json_object(tmp_path: Path) -> None:
+    more = ("--gradient_checkpointing", "True", "--gradient_checkpointing_kwargs", '{"use_reentrant": false}')
+    assert parse_arguments(given(tmp_path, *more))[2].gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_only_a_version_on_the_command_line_is_given(tmp_path: Path) -> None:
+    for more in ((), ("--version", "v0"), ("--version=v0",), ("--vers", "v0")):
+        model = parse_arguments(given(tmp_path, *more))[0]
+        assert (model.version, model.version_given) == ("v0", bool(more))
 
 
 def test_global_batch_size_sets_accumulation_steps(tmp_path: Path) -> None:

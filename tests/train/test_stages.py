@@ -178,6 +178,64 @@ def test_fine_tuning_a_chat_checkpoint_keeps_its_projector(
     assert "was trained with --mm_vision_select_layer -4; this run has -2." in caplog.text
 
 
+def test_a_chat_checkpoint_is_continued_with_its_template(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"model_name_or_path": tiny_dirs["chat"], "max_steps": 1}
+    for version, template, line in (
+        (None, "v1", f"Using template v1, with which {tiny_dirs['chat']} was trained; pass --version to change it."),
+        ("vicuna_v1", "vicuna_v1", None),
+        ("v0.5", "v0", f"{tiny_dirs['chat']} was trained with template v1; using --version v0."),
+    ):
+        caplog.clear()
+        out = tmp_path / str(version)
+        train(runs.flags(tiny_dirs, small_data, out, 2, **more, version=version))
+        assert json.loads((out / "config.json").read_text())["conv_template"] == template
+        lines = [message for message in caplog.messages if "was trained" in message]
+        assert lines == ([line] if line else [])
+    caplog.clear()
+    unnamed = shutil.copytree(tiny_dirs["chat"], tmp_path / "unnamed")
+    config = json.loads((unnamed / "config.json").read_text())
+    del config["conv_template"]
+    (unnamed / "config.json").write_text(json.dumps(config))
+    more["model_name_or_path"] = unnamed
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "v0", 2, **more, version=None))
+    assert "unnamed names no known template; using --version v0, the default." in caplog.text
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "base", 2, max_steps=1))
+    assert caplog.text.count("template") == 1
+
+
+def test_stage_two_without_a_projector_is_one_line(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "first", 1, max_steps=1))
+    for out, more in (
+        ("second", {"pretrain_mm_mlp_adapter": tmp_path / "first" / "mm_projector.bin"}),
+        ("chat", {"model_name_or_path": tiny_dirs["chat"]}),
+    ):
+        train(runs.flags(tiny_dirs, small_data, tmp_path / out, 2, max_steps=1, **more))
+    assert "starts untrained" not in caplog.text
+    train(runs.flags(tiny_dirs, small_data, tmp_path / "plain", 2, max_steps=1))
+    assert caplog.text.count(f"The projector starts untrained, because {tiny_dirs['base']} has none") == 1
+
+
+def test_records_beyond_the_context_are_counted_with_an_example(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = json.loads((small_data / "finetune.json").read_text())
+    records[7]["conversations"][0]["value"] += " and why" * 200  # the answer is lost
+    records[9]["conversations"][1]["value"] += " indeed" * 200
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    out = tmp_path / "run"
+    train(runs.flags(tiny_dirs, small_data, out, 2, data_path=tmp_path / "data.json"))
+    start = f"of the first 32 records of {tmp_path / 'data.json'}"
+    assert f"2 {start} are truncated to --model_max_length 256, the first is 7." in caplog.messages
+    assert f"1 {start} have no answer left, the first is 7." in caplog.messages
+    end = "Records: 0 bad and replaced, 2 truncated to --model_max_length 256, 1 without a token to learn."
+    assert end in caplog.messages
+    assert json.loads((out / "run.json").read_text())["data"] == {"bad": 0, "truncated": 2, "unsupervised": 1}
+
+
 def test_text_only_training_adds_a_pad_token(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     texts = [r for r in json.loads((small_data / "finetune.json").read_text()) if "image" not in r]
@@ -319,13 +377,13 @@ def test_a_damaged_checkpoint_is_skipped_and_the_result_is_the_same(
 def test_resume_is_exact_when_accumulation_does_not_divide_an_epoch(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path
 ) -> None:
-    """11 batches per epoch, two per step: the last must not leak into the next epoch's first step."""
+    """11 batches per epoch, two per step: the last is a step of its own."""
     out = tmp_path / "run"
     more = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
     argv = runs.flags(tiny_dirs, small_data, out, 2, save_strategy="steps", save_steps=7, **more)
     train(argv)
     before, losses = runs.tensors(out), runs.losses(out)
-    assert len(losses) == 10
+    assert len(losses) == 12
     train(argv)
     assert runs.losses(out) == losses
     assert all(torch.equal(value, before[name]) for name, value in runs.tensors(out).items())
@@ -421,6 +479,8 @@ def test_a_bad_record_ends_the_run_by_name_or_is_skipped_and_counted(
     ("more", "error", "message"),
     [
         ({"version": "vicuna"}, TemplateError, "vicuna_v1"),
+        ({"mm_projector_type": "mlp2x"}, ConfigError, "Unknown mm_projector_type 'mlp2x'; use one of"),
+        ({"image_aspect_ratio": "anyres"}, ConfigError, "--image_aspect_ratio must be square or pad, got 'anyres'"),
         ({"version": "Hermes-2"}, TemplateError, "templates that fit: "),
         ({"bits": 4}, ConfigError, "--lora_enable"),
         ({"model_name_or_path": "tower"}, LlavaError, "a vision tower"),
@@ -439,6 +499,31 @@ def test_errors_before_the_first_step_are_one_sentence(
         train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 2, **more))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_an_empty_validation_file_and_an_output_file_are_one_sentence(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.json").write_text("[]")
+    more = {"eval_data_path": tmp_path / "empty.json", "evaluation_strategy": "epoch"}
+    with pytest.raises(DataError, match=r"empty.json holds an array without records"):
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 1, **more))
+    with pytest.raises(ConfigError, match=r"Cannot write .*empty.json"):
+        train(runs.flags(tiny_dirs, small_data, tmp_path / "empty.json", 1))
+
+
+def test_text_only_data_grouped_by_modality_and_other_checkpointing(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path
+) -> None:
+    """Text-only records of a multimodal run; `use_reentrant` is a choice of the caller."""
+    texts = [r for r in json.loads((small_data / "finetune.json").read_text()) if "image" not in r]
+    (tmp_path / "text.json").write_text(json.dumps(texts))
+    more = {"group_by_modality_length": True, "data_path": tmp_path / "text.json", "gradient_checkpointing": True}
+    for name, reentrant in (("a", "true"), ("b", "false")):
+        kwargs = f'{{"use_reentrant": {reentrant}}}'
+        train(runs.flags(tiny_dirs, small_data, tmp_path / name, 2, **more, gradient_checkpointing_kwargs=kwargs))
+    assert len(runs.losses(tmp_path / "a")) == 2
+    runs.assert_equal_weights(tmp_path / "a", tmp_path / "b", atol=1e-6)
 
 
 def test_code_in_the_pretrained_projector_is_refused(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_meter_reads_shape_and_trainable_parts_from_the_model(tiny_dirs: dict[st
 
 def test_counts_are_exact_whole_numbers_on_any_device() -> None:
     """int64: exact beyond the 24 bits of float32, and MPS has no float64."""
-    trainer: Any = SimpleNamespace(model=SimpleNamespace(num_image_tokens=2**24), _counts=None, _batch=0)
+    trainer: Any = SimpleNamespace(model=SimpleNamespace(num_image_tokens=2**24), _counts=None)
     ids = torch.tensor([[1, -200, 5], [1, 6, 0]])
     labels = torch.tensor([[-100, -100, 5], [-100, 6, -100]])
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": ids != 0, "images": torch.zeros(2, 3, 2, 2)}
@@ -53,4 +53,3 @@ def test_counts_are_exact_whole_numbers_on_any_device() -> None:
     LLaVATrainer._count(trainer, {"input_ids": ids[1:], "labels": torch.full((1, 3), -100)})
     assert trainer._counts.dtype == torch.int64
     assert trainer._counts.tolist() == [5 + 2**24 - 1 + 3, 2, 3, 1, 2]
-    assert trainer._batch == 2
