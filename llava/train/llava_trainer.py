@@ -36,10 +36,10 @@ from llava.data.sampler import (
 from llava.errors import CheckpointError, TrainingError
 from llava.train import checkpointing, optimizer, validation, zero
 from llava.train.model_setup import save_format, saved_shapes
-from llava.train.preemption import Preempted, start_loader_worker
 from llava.train.reporting import Console
 from llava.train.steps import EpochPlan, StepBatchSampler
 from llava.train.throughput import ThroughputMeter, format_duration, peak_memory
+from llava.train.watchdog import Preempted, start_loader_worker
 
 __all__ = [
     "LLaVATrainer",

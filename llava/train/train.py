@@ -45,10 +45,9 @@ from llava.train.compat import (
 from llava.train.dist_utils import any_rank
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import find_all_linear_names
-from llava.train.preemption import Preempted, PreemptionHandler
 from llava.train.reporting import LogFiles, isolate_reporters
 from llava.train.run_metadata import RunMetadata, check_changes, read_run, to_json
-from llava.train.watchdog import DataCheck, Watchdog
+from llava.train.watchdog import DataCheck, Preempted, PreemptionHandler, Watchdog
 from llava.utils import guarded
 
 __all__ = [

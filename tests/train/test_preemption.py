@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llava.train import preemption
-from llava.train.preemption import REPEAT_SECONDS, PreemptionHandler
+from llava.train import watchdog
 from llava.train.train import train
+from llava.train.watchdog import REPEAT_SECONDS, PreemptionHandler
 from tests.train import runs
 
 Dirs = dict[str, Path]
@@ -62,9 +62,9 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
     """But not one that follows within moments: torchrun passes on what its ranks have got already."""
     ended: list[tuple[int, int]] = []
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(preemption.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(preemption.signal, "signal", lambda *_: signal.SIG_DFL)
-    monkeypatch.setattr(preemption.os, "kill", lambda *args: ended.append(args))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(watchdog.signal, "signal", lambda *_: signal.SIG_DFL)
+    monkeypatch.setattr(watchdog.os, "kill", lambda *args: ended.append(args))
     handler = PreemptionHandler()
     for later in (0.0, 0.1, REPEAT_SECONDS / 2):
         clock.now = 100.0 + later
@@ -76,6 +76,6 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_handlers_of_a_program_are_given_back(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    before = [signal.getsignal(number) for number in watchdog.SIGNALS]
     train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 1, max_steps=1))
-    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+    assert [signal.getsignal(number) for number in watchdog.SIGNALS] == before
