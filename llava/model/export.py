@@ -22,12 +22,11 @@ from llava.errors import ConfigError
 from llava.files import atomic_directory
 from llava.model.builder import load_pretrained_model, local_directory, read_config
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
-from llava.model.language_model.causal_lm import savable
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
 from llava.model.registry import language_model_spec
-from llava.model.saving import write_json, write_weights
+from llava.model.saving import savable_generation_config, write_json, write_weights
 from llava.model.verification import cast_parameters, check_logits, probe_inputs, probe_logits
 from llava.utils import guarded
 
@@ -166,7 +165,7 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
         cast("CLIPImageProcessor", processor).save_pretrained(directory)
         write_json(directory / "processor_config.json", processor_settings(model))
         if isinstance(model.generation_config, transformers.GenerationConfig):
-            savable(model.generation_config).save_pretrained(directory)
+            savable_generation_config(model.generation_config).save_pretrained(directory)
         del model
         found = hf_logits(directory, tokenizer, processor, image_token)
         return check_logits(found[:, : expected.shape[1]], expected, "The export and its source")

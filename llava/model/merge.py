@@ -18,7 +18,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError
 from llava.files import atomic_directory
@@ -125,11 +125,9 @@ def merge(model_path: str | Path, model_base: str | Path | None, save_model_path
 def save(model: LlavaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Save the model as a full checkpoint, with the tower and its settings."""
     model.config._name_or_path = ""
-    tower, generation = model.get_vision_tower(), model.generation_config
-    assert tower is not None and isinstance(generation, GenerationConfig)
+    tower = model.get_vision_tower()
+    assert tower is not None
     model.config.mm_vision_tower_config = tower.settings
-    if not generation.do_sample and (generation.temperature != 1.0 or generation.top_p != 1.0):
-        generation.do_sample = True  # else saving refuses the sampling settings of published Vicunas
     model.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 from llava.errors import CheckpointError
 from llava.files import apply_umask, atomic_directory, atomic_write
@@ -31,6 +33,7 @@ SIDE_FILES: Final = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -38,6 +41,15 @@ SIDE_FILES: Final = (
     "preprocessor_config.json",
 )
 T = TypeVar("T")
+
+
+def savable_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """`config`, or a copy that samples: transformers does not save sampling settings without `do_sample` (Vicuna's)."""
+    if config.do_sample or (config.temperature, config.top_p, config.top_k, config.typical_p) == (1.0, 1.0, 50, 1.0):
+        return config
+    config = copy.deepcopy(config)
+    config.do_sample = True
+    return config
 
 
 class WeightSource:

@@ -35,7 +35,7 @@ from llava.model.checkpoint import (
     weight_shapes,
 )
 from llava.model.lora import ADAPTER_FILES, ADAPTER_PREFIX, adapter_shapes, read_adapter, read_non_lora
-from llava.model.saving import write_tensors
+from llava.model.saving import savable_generation_config, write_tensors
 from llava.train import zero
 from llava.train.model_setup import ADAPTER, saved_parameters, saved_shapes
 
@@ -142,21 +142,14 @@ def verify(directory: Path, expected: Shapes) -> None:
 # --- Checks at the start of a run -------------------------------------------------------------------------------------
 
 
-def sanitise_generation_config(model: PreTrainedModel) -> None:
-    """Drop the sampling parameters of a greedy generation config (Vicuna ships one), which transformers cannot save."""
-    config = getattr(model, "generation_config", None)
-    if config is not None and not config.do_sample:
-        config.temperature, config.top_p, config.top_k, config.typical_p = 1.0, 1.0, 50, 1.0
-
-
 def dry_run(output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write, re-read and delete everything a save writes except the large tensors, so that a fault shows at once."""
     directory = output_dir / DRY_RUN
     try:
         directory.mkdir(parents=True, exist_ok=True)
         model.config.save_pretrained(directory)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(directory)
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            savable_generation_config(generation).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         torch.save({"probe": torch.ones(2)}, directory / "probe.bin")
         if not torch.equal(load_bin(directory / "probe.bin")["probe"], torch.ones(2)):

@@ -106,7 +106,6 @@ def prepare(
     freeze(model, model_args, args)
     model_setup.set_precision(model, dtype, deepspeed=bool(args.deepspeed), quantized=args.bits != 16)
     model.config.conv_template = template
-    checkpointing.sanitise_generation_config(model)
     return adapted, tokenizer, template
 
 

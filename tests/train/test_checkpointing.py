@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from llava.errors import CheckpointError, ConfigError, TrainingError
 from llava.model.checkpoint import load_bin
+from llava.model.saving import savable_generation_config
 from llava.train import checkpointing
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.train import train
@@ -248,13 +249,13 @@ def test_damaged_random_state_is_an_error(tmp_path: Path) -> None:
         LLaVATrainer._load_rng_state(trainer, str(tmp_path))
 
 
-def test_sampling_parameters_of_a_greedy_configuration_are_dropped() -> None:
+def test_sampling_parameters_of_a_greedy_configuration_are_saved() -> None:
     from transformers import GenerationConfig
 
     greedy = GenerationConfig(do_sample=False)
     greedy.temperature, greedy.top_p = 0.9, 0.6
-    checkpointing.sanitise_generation_config(SimpleNamespace(generation_config=greedy))
-    assert (greedy.temperature, greedy.top_p) == (1.0, 1.0)
-    sampled = GenerationConfig(do_sample=True, temperature=0.9)
-    checkpointing.sanitise_generation_config(SimpleNamespace(generation_config=sampled))
-    assert sampled.temperature == 0.9
+    saved = savable_generation_config(greedy)
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+    assert not greedy.do_sample
+    for unchanged in (GenerationConfig(do_sample=True, temperature=0.9), GenerationConfig(do_sample=False)):
+        assert savable_generation_config(unchanged) is unchanged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from llava.model.checkpoint import read_json
 from llava.model.config import read_settings
 from llava.model.language_model.packed import PackedBatch
 from llava.model.llava_arch import LlavaMetaForCausalLM, PastKeyValues, past_length_of
-from llava.model.saving import replacing_weights
+from llava.model.saving import replacing_weights, savable_generation_config
 from llava.model.splice import Images
 from llava.model.transfer import upload
 
@@ -206,20 +205,11 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
                 state_dict.update(rest)
         generation = getattr(self, "generation_config", None)
         if isinstance(generation, GenerationConfig):
-            self.generation_config = savable(generation)
+            self.generation_config = savable_generation_config(generation)
         is_writer = kwargs.get("is_main_process", True)
         with replacing_weights(Path(save_directory)) if is_writer else nullcontext():
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         self.generation_config = generation
-
-
-def savable(config: GenerationConfig) -> GenerationConfig:
-    """`config`, or a copy that samples: transformers does not save sampling settings without `do_sample` (Vicuna's)."""
-    if config.do_sample or (config.temperature, config.top_p, config.top_k, config.typical_p) == (1.0, 1.0, 50, 1.0):
-        return config
-    config = copy.deepcopy(config)
-    config.do_sample = True
-    return config
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
