@@ -19,6 +19,8 @@ import httpx
 from httpx_sse import EventSource, ServerSentEvent
 from pydantic import BaseModel, BeforeValidator, Field
 
+from llava.errors import shorten
+
 Finish = Literal["stop", "length", "content_filter", "tool_calls", "aborted"]
 
 MAX_REASON: Final = 500  # characters of an error message
@@ -185,7 +187,7 @@ class Reply:
         if self.failure or self.text.strip():
             return self.failure
         if self.refusal:
-            return f"the model refused: {_shorten(self.refusal)}"
+            return f"the model refused: {_one_line(self.refusal)}"
         if self.thinking and self.finish_reason == "length":
             return "the model was still thinking at the token limit; allow more new tokens"
         return "the model thought but gave no answer" if self.thinking else "the reply is empty"
@@ -228,7 +230,7 @@ class ReplyReader:
                 return ""
             if event.event == "error" or data.startswith("<"):
                 raise read_error(data.encode()) from error
-            raise ApiError(f"malformed reply: {_shorten(data[:200])}", structured=False) from error
+            raise ApiError(f"malformed reply: {shorten(data, 200)}", structured=False) from error
         counts = chunk.usage.model_dump(exclude_none=True)
         self._reply.usage = counts or self._reply.usage
         return "".join(self._read(choice) for choice in chunk.choices if not choice.index)
@@ -317,7 +319,7 @@ def read_error(body: bytes, status: int = 0, headers: Mapping[str, str] | None =
     except (ValueError, RecursionError):
         text = body.decode("utf-8", "replace")
         title = re.search(r"<title>(.*?)</title>", text, re.DOTALL | re.IGNORECASE)
-        error = ApiError(_shorten(title[1] if title else re.sub(r"<[^>]*>", " ", text)), status, structured=False)
+        error = ApiError(_one_line(title[1] if title else re.sub(r"<[^>]*>", " ", text)), status, structured=False)
     wait = (headers or {}).get("Retry-After", "")
     if re.fullmatch(r"\d+(\.\d+)?", wait):
         error.retry_after = float(wait)
@@ -335,7 +337,7 @@ def parse_error(value: object, status: int = 0) -> ApiError:
     if isinstance(found, str) and isinstance(value, dict):
         found = {"type": value.get("error_type"), "code": value.get("code"), "message": found}
     if not isinstance(found, dict) or not found.keys() & {"message", "detail", "code", "type"}:
-        return ApiError(_shorten(json.dumps(found)), status, structured=False)
+        return ApiError(shorten(json.dumps(found), MAX_REASON), status, structured=False)
     error = ErrorObject.model_validate(found)
     raw = error.metadata.get("raw") if isinstance(error.metadata, dict) else None  # of the server behind a router
     message = ": ".join(filter(None, [error.message or _detail(error.detail), str(raw or "")])) or json.dumps(found)
@@ -343,7 +345,7 @@ def parse_error(value: object, status: int = 0) -> ApiError:
         named = (code for pattern, code in _NAMED_STATUSES if re.search(pattern, f"{error.code} {error.type}", re.I))
         number = int(error.code) if re.fullmatch(r"[45]\d\d", error.code) else error.status
         status = number or next(named, 0)
-    return ApiError(_shorten(message), status, error.code, error.type, error.param)
+    return ApiError(_one_line(message), status, error.code, error.type, error.param)
 
 
 def _detail(detail: object) -> str:
@@ -354,10 +356,8 @@ def _detail(detail: object) -> str:
     return detail if isinstance(detail, str) else ""
 
 
-def _shorten(text: str) -> str:
-    """At most `MAX_REASON` printable characters in one line."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + "…"
+def _one_line(text: str) -> str:
+    return shorten(" ".join(text.split()), MAX_REASON)
 
 
 @dataclass
