@@ -250,7 +250,7 @@ class TrainingArguments(transformers.TrainingArguments):
         unknown = set(_names(self.report_to)) - {*INTEGRATION_TO_CALLBACK, "auto", "all", "none"}
         if unknown:
             names = ", ".join(("auto", "all", "none", *INTEGRATION_TO_CALLBACK))
-            problems.append(f"--report_to must be of {names}, got {', '.join(sorted(unknown))}.")
+            problems.append(f"--report_to must be among {names}, got {', '.join(sorted(unknown))}.")
         for name in POSITIVE:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 problems.append(f"--{name} must be greater than 0, got {getattr(self, name)}.")

@@ -165,7 +165,7 @@ def _is_neutral(key: str, value: object, settings: Mapping[str, Any]) -> bool:
 def rope_settings(settings: Mapping[str, Any], source: object) -> Settings:
     """`rope_theta` and `rope_scaling` in the pinned form, from any spelling; empty if there is nothing to change.
 
-    Transformers 5 has both in `rope_parameters`; older ones call `rope_type` `type`; longchat has
+    Transformers 5 has both in `rope_parameters`; older ones write `rope_type` as `type`; LongChat uses
     `rope_condense_ratio`. Raises `CheckpointError` for a kind of scaling that is not supported (llama3, yarn, …).
     """
     old, new = settings.get("rope_scaling"), settings.get("rope_parameters")

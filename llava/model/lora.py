@@ -44,14 +44,8 @@ IGNORED_SETTINGS = (
     *("peft_version", "qalora_group_size", "megatron_core"),  # written by PEFT even when not in use
     *("exclude_modules", "eva_config"),  # the adapter's file names its layers; initialization
 )
-PLAIN_INITS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # initializations that leave the weights of the base as they are
+# Initializations that leave the weights of the base as they are.
+PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 IMPORTING_SETTINGS = {"megatron_config", "megatron_core"}  # PEFT imports the module named by the second
 Shapes = Mapping[str, tuple[int, ...]]
 Model = TypeVar("Model", bound=nn.Module)
@@ -300,9 +294,7 @@ def attach_adapter(model: nn.Module, directory: Path) -> PeftModel:
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     check_adapter(shapes, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, directory)
     adapted, settings = adapted_modules(state), adapter_settings(directory)
-    settings.target_modules = "|".join(
-        map(re.escape, sorted(adapted))
-    )  # exactly these, also in other parts of the model
+    settings.target_modules = "|".join(map(re.escape, sorted(adapted)))  # these alone, in any part of the model
     settings.layers_to_transform = settings.layers_pattern = settings.modules_to_save = None
     settings.bias, settings.task_type, settings.inference_mode = "none", "CAUSAL_LM", True
     settings.base_model_name_or_path = None

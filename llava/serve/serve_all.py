@@ -190,7 +190,7 @@ def _flag(name: str) -> str:
 
 
 def controller_arguments(args: argparse.Namespace) -> list[str]:
-    """Flags of the controller; a default port that is in use is replaced by the next free one, and said."""
+    """Flags of the controller; a default port in use is replaced by the next free one, with a note."""
     from llava.serve.common.server import bind_free, port_of
 
     port = args.api_port

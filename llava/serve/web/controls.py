@@ -48,7 +48,7 @@ def no_model() -> RequestError:
 
 
 def warning(problem: LlavaError | str) -> str:
-    """A problem as an line of Markdown."""
+    """A problem as a line of Markdown."""
     return f"⚠️ {verbatim(str(problem.args[0]) if isinstance(problem, LlavaError) else problem)}"
 
 
