@@ -129,49 +129,50 @@ class _WeightGradient:
     gradients of the logits are kept in 16 bits until they are as large as the sum, and then multiplied at once.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.shape, self.dtype, self.exact = weight.shape, dtype, loss_dtype(weight)
-        words, width = weight.shape
-        self.most = width * self.exact.itemsize // dtype.itemsize  # tokens
-        # Blocks of words, so that one is freed when the gradient of the next is allocated.
-        self.words = words if dtype == self.exact else max(1, BLOCK_BYTES // (width * self.exact.itemsize))
-        self.sums: dict[int, Tensor] = {}
-        self.states: list[Tensor] = []
-        self.blocks: list[list[Tensor]] = [[] for _ in range(0, words, self.words)]
-
-    def add(self, logits: Tensor, hidden: Tensor) -> None:
-        """Add the product of the gradient `(C, V)` of a chunk's logits and its hidden states `(C, D)`."""
-        if self.dtype == self.exact:
-            if not self.sums:
-                self.sums[0] = logits.new_zeros(self.shape)
-            self.sums[0].addmm_(logits.t(), hidden)
+    def __init__(self, weight: Tensor, states: Tensor, chunk: int) -> None:
+        self.states, self.shape, self.exact = states, weight.shape, loss_dtype(weight)
+        self.first = self.last = 0  # the tokens that are kept
+        self.words, width = weight.shape
+        self.kept: list[Tensor] = []  # of blocks of words, so that one is freed before the next one's gradient is made
+        self.sums: list[Tensor] = []
+        if states.dtype == self.exact:
+            self.sums = [torch.zeros_like(weight, dtype=self.exact)]
             return
-        for block, words in zip(self.blocks, torch.split(logits, self.words, dim=1)):
-            block.append(words.clone(memory_format=torch.contiguous_format))
-        self.states.append(hidden)
-        if sum(map(len, self.states)) >= self.most:
-            self.sums = {index: self._sum(index) for index in range(len(self.blocks))}
-            self.states = []
+        self.words = max(1, BLOCK_BYTES // (width * self.exact.itemsize))
+        tokens = min(len(states), max(chunk, width * self.exact.itemsize // states.dtype.itemsize))
+        self.kept = [states.new_empty(tokens, len(block)) for block in torch.split(weight, self.words)]
 
-    def _sum(self, index: int) -> Tensor:
-        """The sum of a block of words, which is freed."""
-        total = self.sums.pop(index, None)
-        if self.states:
-            logits, self.blocks[index] = torch.cat(self.blocks[index]), []
-            product = (logits.t() @ torch.cat(self.states)).to(self.exact)
-            total = product if total is None else total.add_(product)
-        assert total is not None
-        return total
+    def add(self, part: slice, logits: Tensor) -> None:
+        """Add the product of the gradient `(C, V)` of a chunk's logits and the chunk's hidden states."""
+        if not self.kept:
+            self.sums[0].addmm_(logits.t(), self.states[part])
+            return
+        if part.start + len(logits) - self.first > len(self.kept[0]):
+            self.sums = self.sums or [
+                self.states.new_zeros(kept.shape[1], self.shape[1], dtype=self.exact) for kept in self.kept
+            ]
+            for kept, total in zip(self.kept, self.sums, strict=True):
+                total.add_(self._product(kept))
+            self.first = part.start
+        self.last = part.start + len(logits)
+        for kept, words in zip(self.kept, torch.split(logits, self.words, dim=1), strict=True):
+            kept[part.start - self.first : self.last - self.first].copy_(words)
+
+    def _product(self, kept: Tensor) -> Tensor:
+        """The gradient of a block of words by the tokens that are kept."""
+        return kept[: self.last - self.first].t() @ self.states[self.first : self.last]
 
     def take(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient times `scale`; frees the sums."""
-        if not self.sums and not self.states:
-            return scale.new_zeros(self.shape, dtype=dtype)
-        if len(self.blocks) == 1:
-            return self._sum(0).mul_(scale).to(dtype)
+        if not self.kept:
+            return self.sums.pop().mul_(scale).to(dtype)
         gradient = scale.new_empty(self.shape, dtype=dtype)
-        for index, part in enumerate(torch.split(gradient, self.words)):
-            part.copy_(self._sum(index).mul_(scale))
+        scratch = scale.new_empty(min(self.words, len(gradient)), self.shape[1])
+        for part in torch.split(gradient, self.words):
+            total = scratch[: len(part)].copy_(self._product(self.kept.pop(0)))
+            if self.sums:
+                total.add_(self.sums.pop(0))
+            part.copy_(total.mul_(scale))
         return gradient
 
 
@@ -181,25 +182,32 @@ class _Gradients:
     `take` multiplies them by `scale`, the largest weight, and by the gradient of the loss.
     """
 
-    def __init__(self, inputs: tuple[Tensor, Tensor, Tensor | None], needs: Sequence[bool], scale: Tensor) -> None:
+    def __init__(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor | None],
+        needs: Sequence[bool],
+        scale: Tensor,
+        product: _Product,
+        states: Tensor,
+    ) -> None:
         hidden, weight, bias = inputs
-        self.scale, self.dtypes = scale, (hidden.dtype, weight.dtype)
-        self.dtype, self.exact = compute_dtype(weight), loss_dtype(weight)
-        self.hidden = torch.empty_like(hidden, dtype=self.dtype) if needs[0] else None
-        self.weight = _WeightGradient(weight, self.dtype) if needs[1] else None
+        self.scale, self.product, self.exact = scale, product, loss_dtype(weight)
+        self.dtypes = hidden.dtype, weight.dtype
+        self.hidden = torch.empty_like(states, requires_grad=False) if needs[0] else None
+        self.weight = _WeightGradient(weight, states, product.tokens) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=self.exact) if bias is not None and needs[2] else None
 
-    def add(self, part: slice, hidden: Tensor, product: _Product, of_logits: Tensor, of_hidden: Tensor | None) -> None:
-        """Add a chunk: its hidden states `(C, D)` and the gradients of its logits `(C, V)` and hidden states."""
+    def add(self, part: slice, of_logits: Tensor, of_hidden: Tensor | None) -> None:
+        """Add a chunk: the gradients of its logits `(C, V)` and, by the loss itself, of its hidden states `(C, D)`."""
         if self.bias is not None:
             self.bias.add_(of_logits.sum(0))
-        of_logits = product.rounded(of_logits)
+        of_logits = self.product.rounded(of_logits)
         if self.hidden is not None:
-            torch.mm(of_logits, product.weight, out=self.hidden[part])
+            torch.mm(of_logits, self.product.weight, out=self.hidden[part])
             if of_hidden is not None:
                 self.hidden[part].add_(of_hidden)
         if self.weight is not None:
-            self.weight.add(of_logits, hidden)
+            self.weight.add(part, of_logits)
 
     def take(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden states, weight and bias."""
@@ -240,9 +248,9 @@ def _run(
     if weights is not None and len(weights):
         scale = weights.abs().amax()
         relative = weights / scale.clamp_min(torch.finfo(dtype).tiny)
-    gradients = _Gradients(inputs, needs, scale) if any(needs) else None
     states, table = (one.to(compute_dtype(weight)) for one in (hidden, weight))  # cast once, not per chunk
     product = _Product(table, None if bias is None else bias.to(table.dtype), dtype, len(hidden))
+    gradients = _Gradients(inputs, needs, scale, product, states) if any(needs) else None
     losses = [hidden.new_empty(0, dtype=dtype)]
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         for start in range(0, len(hidden), product.tokens):
@@ -254,7 +262,7 @@ def _run(
                 continue
             found, of_logits, of_hidden = _differentiate(loss, logits, chunk, relative[part])
             losses.append(found)
-            gradients.add(part, states[part], product, of_logits, of_hidden)
+            gradients.add(part, of_logits, of_hidden)
     return reduce_losses(torch.cat(losses), weights), gradients
 
 
