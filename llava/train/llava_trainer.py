@@ -100,6 +100,9 @@ class LLaVATrainer(transformers.Trainer):
         for callback in (_EpochStart(self), self.console):
             self.add_callback(callback)
 
+    def init_hf_repo(self) -> None:
+        """Nothing: `llava.train.hub` opens the repository before weights are loaded."""
+
     def train(self, *args: Any, **kwargs: Any) -> transformers.trainer_utils.TrainOutput:
         try:
             return super().train(*args, **kwargs)

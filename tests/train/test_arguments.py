@@ -71,6 +71,9 @@ TRAINING = {
     "global_batch_size": None,
     "deterministic": False,
     "step_timeout": 1800.0,
+    "profile_step_start": None,
+    "profile_step_end": None,
+    "memory_snapshot": False,
 }
 
 
@@ -157,7 +160,14 @@ def test_all_invalid_flags_are_reported_in_one_message(tmp_path: Path) -> None:
         (["--save_strategy", "sometimes"], ["--save_strategy", "sometimes"]),
         (["--optim", "adam"], ["adam is not a valid OptimizerNames"]),
         (["--report_to", "json"], ["--report_to", "tensorboard", "json"]),
-        (["--push_to_hub", "True"], ["--push_to_hub", "huggingface-cli upload"]),
+        (["--hub_model_id", "me/run"], ["--hub_model_id", "--push_to_hub"]),
+        (["--push_to_hub", "True", "--hub_model_id", "me/my/run"], ["--hub_model_id", "'me/my/run'"]),
+        (["--push_to_hub", "True", "--hub_strategy", "often"], ["often"]),
+        (["--hub_token", "hf_1"], ["--hub_token", "HF_TOKEN"]),
+        (["--push_to_hub_model_id", "run"], ["--push_to_hub_model_id", "use --hub_model_id"]),
+        (["--profile_step_end", "3"], ["--profile_step_end", "--profile_step_start"]),
+        (["--profile_step_start", "0"], ["--profile_step_start"]),
+        (["--profile_step_start", "4", "--profile_step_end", "3"], ["--profile_step_end", "(4)"]),
         (["--auto_find_batch_size", "True"], ["--auto_find_batch_size", "llava estimate"]),
         (["--ignore_data_skip", "True"], ["--ignore_data_skip"]),
         (["--include_num_input_tokens_seen", "True"], ["--include_num_input_tokens_seen"]),
