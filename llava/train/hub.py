@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import HubStrategy
 

@@ -191,7 +191,8 @@ def try_to_write_card(directory: Path, name: str | None = None) -> None:
 def metadata(run: Run) -> ModelCardData:
     """The YAML header by which the hub files the model."""
     base = run.source("model_name_or_path")
-    known = {key: base[key] for key in LICENSE_KEYS if key in base}
+    known: dict[str, Any] = {key: base[key] for key in LICENSE_KEYS if key in base}
+    known = known or {"license": "other", "license_name": "see-base-model"}
     stems = {Path(run.flag(flag)).stem for flag in ("data_path", "meta_path") if run.flag(flag)}
     results = [
         EvalResult(
@@ -205,7 +206,8 @@ def metadata(run: Run) -> ModelCardData:
         for score in run.scores
     ]
     adapter = run.kind == "adapter"
-    relation = {"base_model_relation": "adapter" if adapter else "finetune"} if base.get("hub") else {}
+    if base.get("hub"):
+        known["base_model_relation"] = "adapter" if adapter else "finetune"
     return ModelCardData(
         base_model=base.get("hub"),
         datasets=sorted({DATASETS[stem] for stem in stems if stem in DATASETS}) or None,
@@ -214,8 +216,7 @@ def metadata(run: Run) -> ModelCardData:
         model_name=run.name if results else None,
         pipeline_tag="image-text-to-text" if run.flag("vision_tower") else "text-generation",
         tags=["llava", "internvl-chat", *(("peft", "lora") if adapter else ())],
-        **(known or {"license": "other", "license_name": "see-base-model"}),
-        **relation,
+        **known,
     )
 
 

@@ -49,7 +49,7 @@ class StepProfiler(TrainerCallback):
             self._profiler.start_trace()
         self._traced.append(step)
         self._step = record_function(f"ProfilerStep#{step}")  # the name that TensorBoard looks for
-        self._step.__enter__()
+        self._step.__enter__()  # type: ignore[no-untyped-call]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         if self._step is None:
@@ -132,7 +132,7 @@ def write_snapshot(args: TrainingArguments, name: str) -> None:
     file = Path(args.output_dir) / FOLDER / f"rank{args.process_index}_{name}.memory.pickle"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(file))
+        torch.cuda.memory._dump_snapshot(str(file))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         logger.warning("The memory snapshot cannot be written to %s: %s.", file, error)
         return
