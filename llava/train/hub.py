@@ -26,7 +26,8 @@ from llava.arguments import TrainingArguments
 from llava.errors import ConfigError, shorten
 from llava.model.saving import SIDE_FILES
 from llava.placement import offline
-from llava.train.model_card import CARD_FILE, card_text
+from llava.train.model_card import card_text
+from llava.train.run_metadata import CARD_FILE
 
 logger = logging.getLogger(__name__)
 STAGING: Final = ".hub"  # in the output directory: what is being uploaded

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import platform
 import re
 import shlex
 import sys
@@ -19,27 +18,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.data.mixture import read_mixture
 from llava.errors import CheckpointError, LlavaError
 from llava.files import write_text
-from llava.train.run_metadata import PATH_FLAGS, read_run
+from llava.train.run_metadata import CARD_FILE, LICENSE_KEYS, PATH_FLAGS, read_run
 from llava.train.throughput import format_duration
-from llava.utils import guarded, usable_cores
+from llava.utils import guarded
 
 logger = logging.getLogger(__name__)
-CARD_FILE: Final = "README.md"
 MARKER: Final = "<!-- Written by llava train. Delete this line to keep your own changes. -->"
-LICENSES: Final = {  # in the title of a license -> its name on the hub
-    "APACHE LICENSE": "apache-2.0",
-    "MIT LICENSE": "mit",
-    "LLAMA 2 COMMUNITY LICENSE": "llama2",
-    "LLAMA 3 COMMUNITY LICENSE": "llama3",
-}
-LICENSE_KEYS: Final = ("license", "license_name", "license_link")
 DATASETS: Final = {  # annotation file -> data set on the hub
     "blip_laion_cc_sbu_558k": "liuhaotian/LLaVA-Pretrain",
     "llava_instruct_80k": "liuhaotian/LLaVA-Instruct-150K",
@@ -52,56 +42,6 @@ UNINTERESTING: Final = re.compile(
     r"|do_.*|report_to|plot_loss|is_multimodal|lazy_preprocess|lr_scheduler_kwargs|gradient_checkpointing_kwargs|greater_.*"
     r"|metric_for.*|memory_snapshot|step_timeout|evaluation_strategy|cache_dir|use_cpu|no_cuda|prediction_loss_only"
 )
-
-
-# --- Facts that only the run knows ------------------------------------------------------------------------------------
-
-
-def hardware(args: TrainingArguments) -> str:
-    """The devices of a run, such as `8 x NVIDIA H100 80GB HBM3`."""
-    if args.device.type == "cuda":
-        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
-    ranks = f", {args.world_size} processes" if args.world_size > 1 else ""
-    return f"{args.device.type}: {platform.machine()}, {usable_cores()} cores{ranks}"
-
-
-def sources(args: ModelArguments) -> dict[str, dict[str, str]]:
-    """Hub name and license of the base model and of the vision tower, as far as they are known, by flag."""
-    paths = {"model_name_or_path": args.model_name_or_path, "vision_tower": args.vision_tower}
-    return {flag: source(path) for flag, path in paths.items() if path}
-
-
-def source(path: str) -> dict[str, str]:
-    """`hub`, and `license`, `license_name`, `license_link`, of weights in a directory or on the hub."""
-    directory, found = Path(path), {}
-    if not directory.is_dir():
-        try:
-            directory, found = Path(snapshot_download(path, local_files_only=True)), {"hub": path}
-        except Exception:  # a name that is not of the hub
-            return {}
-    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", str(directory.resolve()))
-    if cached:
-        found = {"hub": f"{cached[1]}/{cached[2]}"}
-    return found | license_of(directory)
-
-
-def license_of(directory: Path) -> dict[str, str]:
-    """The license keys of the model card in a directory, else the license that its license file is."""
-    try:
-        data = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no card, or one that cannot be read
-        data = {}
-    if isinstance(data.get("license"), str):
-        return {key: str(data[key]) for key in LICENSE_KEYS if data.get(key)}
-    for file in sorted(directory.glob("LICENSE*")):
-        title = file.read_text(encoding="utf-8", errors="replace")[:400].upper()
-        for words, name in LICENSES.items():
-            if words in title:
-                return {"license": name}
-    return {}
-
-
-# --- Card -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +208,7 @@ def recipe(run: Run) -> list[tuple[str, str]]:
     if parameters:
         rows += [("trained parameters", f"{parameters['trainable']:,} of {parameters['all']:,}")]
     rows += [("data", data(run)), ("template", _code(facts.get("template")))]
-    batch = f"global batch {facts.get('global_batch')}"
+    batch = f"global batch {facts.get('global_batch')}, loss groups of {facts.get('loss_group')}"
     rows += [("steps", f"{facts['steps']:,}, {batch}" if facts.get("steps") is not None else batch)]
     projector = f"; projector {flag('mm_projector_lr'):g}" if flag("mm_projector_lr") is not None else ""
     schedule = f"{flag('lr_scheduler_type')}, warm-up {flag('warmup_ratio'):g}"

@@ -47,7 +47,7 @@ from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import find_all_linear_names
 from llava.train.profiling import memory_history, profiling_callbacks
 from llava.train.reporting import LogFiles, isolate_reporters
-from llava.train.run_metadata import RunMetadata, check_changes, read_run, to_json
+from llava.train.run_metadata import RunMetadata, check_changes, hardware, read_run, sources, to_json
 from llava.train.watchdog import DataCheck, Preempted, PreemptionHandler, Watchdog
 from llava.utils import guarded
 
@@ -229,7 +229,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     checkpoint = _find_checkpoint(trainer)
     flags = {"model": to_json(model_args), "data": to_json(data_args), "training": to_json(args)}
     data_bytes = Path(data_args.data_path or data_args.meta_path or "").stat().st_size
-    facts = {"hardware": model_card.hardware(args), "sources": model_card.sources(model_args)}
+    facts = {"hardware": hardware(args), "sources": sources(model_args)}
     metadata = _start_metadata(trainer, flags, checkpoint, template=template, data_bytes=data_bytes, **facts)
     result = train_with_watchdog(trainer, checkpoint)
     finish(trainer, model_setup.compute_dtype(args))

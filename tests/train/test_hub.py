@@ -178,3 +178,25 @@ def test_offline_mode_is_one_sentence(tiny_dirs: Dirs, small_data: Path, tmp_pat
         ConfigError, match="--push_to_hub cannot upload to me/run in offline mode; unset HF_HUB_OFFLINE"
     ):
         train(pushed(tiny_dirs, small_data, tmp_path / "out"))
+
+
+PROGRAM = [str(runs.ROOT / "llava" / "train" / "train.py")]
+
+
+@pytest.mark.slow
+def test_rank_0_of_two_uploads_and_both_write_traces(
+    tiny_dirs: Dirs, small_data: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_TOKEN": fake_hub.TOKEN}
+    environment = runs.environment
+    monkeypatch.setattr(runs, "environment", lambda: {**environment(), **online})
+    out = tmp_path / "out"
+    argv = pushed(tiny_dirs, small_data, out, per_device_train_batch_size=2, profile_step_start=2, hub_always_push=True)
+    runs.finish(argv, tmp_path / "log", 2, PROGRAM)
+    assert [message for _, message, _ in hub.commits] == [
+        *(f"Training in progress, step {step}" for step in (2, 4)),
+        "End of training",
+    ]
+    assert {file.name for file in (out / "profile").glob("*.gz")} == {
+        f"rank{rank}_steps2-2.pt.trace.json.gz" for rank in (0, 1)
+    }

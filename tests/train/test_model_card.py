@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from llava.errors import CheckpointError
-from llava.train import model_card
+from llava.train import model_card, run_metadata
 from llava.train.train import train
 from tests.train import runs
 
@@ -59,7 +59,7 @@ def test_the_text_says_what_the_run_did(trained: Path) -> None:
         "| base model | `base-tiny` |",
         "| vision tower | `intern_vit_6b_tiny_224px`, layer -4, 56 pixels |",
         "| data | `llava_v1_5_mix665k.json`; 26 records |",
-        "| steps | 3, global batch 4 |",
+        "| steps | 3, global batch 4, loss groups of 4 |",
         "| learning rate | 0.002; projector 0.001; cosine, warm-up 0.1 |",
         "| precision | bfloat16 |",
         f"| hardware | {run['hardware']} |",
@@ -114,13 +114,13 @@ def test_license_and_hub_name_of_a_base_model(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--lmsys--vicuna-7b-v1.5" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
-    assert model_card.source(str(snapshot)) == {"hub": "lmsys/vicuna-7b-v1.5"}
+    assert run_metadata.source(str(snapshot)) == {"hub": "lmsys/vicuna-7b-v1.5"}
     (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n# Card\n")
-    assert model_card.source(str(snapshot))["license_name"] == "mine"
+    assert run_metadata.source(str(snapshot))["license_name"] == "mine"
     (snapshot / "README.md").write_text("---\n: [\n---\n")
     (snapshot / "LICENSE").write_text("                Apache License\n           Version 2.0, January 2004\n")
-    assert model_card.license_of(snapshot) == {"license": "apache-2.0"}
-    assert model_card.source(str(tmp_path / "nowhere")) == {} == model_card.source("not/a/name")
+    assert run_metadata.license_of(snapshot) == {"license": "apache-2.0"}
+    assert run_metadata.source(str(tmp_path / "nowhere")) == {} == run_metadata.source("not/a/name")
 
 
 def test_a_mixture_and_a_base_on_the_hub(trained: Path, tmp_path: Path) -> None:

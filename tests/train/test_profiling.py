@@ -29,6 +29,8 @@ def steps_in(trace: Path) -> list[int]:
         for event in events
         if re.fullmatch(r"ProfilerStep#\d+", event.get("name", ""))
     }
+    parts = {event["name"] for event in events if event.get("name", "").startswith("micro-batch")}
+    assert parts == {"micro-batch 0", "micro-batch 1"}
     products = [event["ts"] for event in events if event.get("name") == "aten::linear"]
     for start, end in ranges.values():
         assert any(start <= time <= end for time in products)
@@ -47,7 +49,7 @@ def steps_in(trace: Path) -> list[int]:
 def test_a_trace_has_the_steps_of_the_window_and_no_other(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, flags: dict[str, int], steps: list[int]
 ) -> None:
-    train(runs.flags(tiny_dirs, small_data, tmp_path, 1, **flags))
+    train(runs.flags(tiny_dirs, small_data, tmp_path, 1, per_device_train_batch_size=2, global_batch_size=4, **flags))
     name = f"rank0_steps{steps[0]}-{steps[-1]}"
     folder = tmp_path / profiling.FOLDER
     assert {file.name for file in folder.iterdir()} == {f"{name}.pt.trace.json.gz", f"{name}.txt"}
