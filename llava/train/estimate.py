@@ -241,7 +241,7 @@ def run_config(flags: RecipeFlags, gpus: int, data: DatasetStats) -> RunConfig:
         gpus=gpus,
         gradient_checkpointing=flags.gradient_checkpointing,
         lora_dropout=flags.lora_dropout > 0,
-        accumulation_steps=flags.gradient_accumulation_steps,
+        accumulation_steps=flags.micro_batches(gpus),
         foreach=flags.fp16,  # otherwise CUDA uses fused AdamW (llava.arguments.use_fused_adamw)
     )
 
@@ -259,7 +259,7 @@ def smaller_settings(flags: RecipeFlags, run: RunConfig) -> list[str]:
     half = run.batch_size // 2
     found = []
     if half:
-        found.append(f"BATCH={half} (--per_device_train_batch_size {half}; accumulation keeps the global batch)")
+        found.append(f"BATCH={half} (--per_device_train_batch_size {half}; the step stays the same)")
     if not run.gradient_checkpointing:
         found.append("--gradient_checkpointing True")
     if run.zero_stage < 3 and run.bits == 16:

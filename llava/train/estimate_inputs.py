@@ -6,6 +6,7 @@ Models and data that are on this disk are read; those of the published recipes a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -63,6 +64,7 @@ class RecipeFlags:
     model_max_length: int
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    global_batch_size: int | None
     gradient_checkpointing: bool
     num_train_epochs: float
     deepspeed: str | None
@@ -72,6 +74,12 @@ class RecipeFlags:
         """Collect the flags from argument groups or parsed arguments."""
         values = {name: value for group in groups for name, value in vars(group).items()}
         return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    def micro_batches(self, gpus: int) -> int:
+        """Number of micro-batches per step and GPU."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        return math.ceil(self.global_batch_size / (self.per_device_train_batch_size * gpus))
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nowhere.sh"], "Recipe nowhere.sh does not exist"),
         (["scripts/v1_5/finetune.sh", "--gpus", "12"], "multiple of 8"),
-        (["scripts/v1_5/finetune.sh", "--gpus", "3"], "is not divisible by 3 GPUs"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "136"], "There are more GPUs (136) than samples per step (128)"),
         (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "--gpu must be one of A100"),
         (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
         (["scripts/v1_5/finetune.sh", "--gpus", "0"], "--gpus must be at least 1"),
