@@ -248,7 +248,7 @@ def run_config(flags: RecipeFlags, gpus: int, data: DatasetStats) -> RunConfig:
         gpus=gpus,
         gradient_checkpointing=flags.gradient_checkpointing,
         lora_dropout=flags.lora_dropout > 0,
-        accumulation_steps=flags.gradient_accumulation_steps,
+        accumulation_steps=math.ceil(global_batch(flags, gpus) / (gpus * flags.per_device_train_batch_size)),
         foreach=flags.fp16,  # otherwise CUDA uses fused AdamW (llava.arguments.use_fused_adamw)
     )
     return with_budget(run, flags.micro_batch_tokens, global_batch(flags, gpus))
@@ -351,13 +351,12 @@ def format_estimate(
 ) -> str:
     """The estimate as text; `gpu_memory` in GB."""
     worst = worst_case(run, data, flags.model_max_length)
-    samples = round(run.gpus * run.batch_size * run.accumulation_steps)
-    micro_batch = f"{run.batch_size:.3g} samples"
+    micro_batch = f"{round(run.batch_size, 1):g} samples"
     if run.budget:
         micro_batch += f" in up to {run.budget} tokens"
     lines = [
         f"{run.gpus} GPUs x {micro_batch} x {run.accumulation_steps} accumulation steps = global batch "
-        f"{samples}; ZeRO stage {run.zero_stage}{', offloaded' if run.offload else ''}; "
+        f"{global_batch(flags, run.gpus)}; ZeRO stage {run.zero_stage}{', offloaded' if run.offload else ''}; "
         f"{run.trainable_parameters / 1e9:.3g} B trainable parameters.",
         "",
         f"  {'GiB per GPU':<28}{'mean batch':>12}{'longest batch':>15}",
@@ -395,7 +394,7 @@ def packing_of(flags: RecipeFlags, run: RunConfig) -> list[str]:
         ranks=run.gpus,
         budget=run.budget,
         global_batch=global_batch(flags, run.gpus),
-        group=flags.loss_group_size,
+        group=flags.loss_group_size or flags.per_device_train_batch_size,
         by_modality=flags.group_by_modality_length,
         seed=flags.seed,
     )

@@ -69,14 +69,14 @@ class RecipeFlags:
     seed: int
     group_by_modality_length: bool
     global_batch_size: int | None
-    loss_group_size: int | None = None
-    micro_batch_tokens: int | None = None
+    loss_group_size: int | None
+    micro_batch_tokens: int | None
 
     @classmethod
     def of(cls, *groups: object) -> RecipeFlags:
         """Collect the flags from argument groups or parsed arguments."""
         values = {name: value for group in groups for name, value in vars(group).items()}
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)

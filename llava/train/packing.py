@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -180,14 +179,3 @@ class Packer:
         self.longer += len(longer)
         dealt = deal(positions.tolist(), flops.tolist(), self.ranks, self.budget)
         return [[[indices[row] for row in rows] for rows in batches] for batches in dealt]
-
-    def deals(self, steps: Iterable[Sequence[int]]) -> Iterator[Deal]:
-        """The deal of each step; while one is used, the records of the next are measured in a thread."""
-        with ThreadPoolExecutor(1) as thread:
-            ahead: Future[Deal] | None = None
-            for indices in steps:
-                current, ahead = ahead, thread.submit(self.deal, indices)
-                if current is not None:
-                    yield current.result()
-            if ahead is not None:
-                yield ahead.result()

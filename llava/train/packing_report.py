@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from llava.model.tokenizer import load_tokenizer
 from llava.train.flops import Shape, Trainable
 from llava.train.model_setup import template_name
 from llava.train.packing import Deal, Integers, Packer, deal
+from llava.train.steps import deal_in_order
 
 POOR_FILL: Final = 0.95
 FLAGS: Final = {
@@ -30,7 +32,7 @@ FLAGS: Final = {
     "steps": "steps",
 }
 Measured = tuple[Integers, npt.NDArray[np.float64]]  # tokens and FLOPs of the rows of a step
-SLACK: Final = 0.985  # fill of the micro-batches of a step up to which rows are expected to fit
+SLACKS: Final = (0.003, 0.01, 0.02, 0.04)  # tried: parts of the budget that no row is small enough for
 
 
 @dataclass(frozen=True)
@@ -52,37 +54,45 @@ class StepStats:
     @classmethod
     def of(cls, dealt: Deal, tokens: Integers, flops: npt.NDArray[np.float64], budget: int) -> StepStats:
         """Statistics of rows dealt as `llava.train.packing.deal` does."""
-        sizes = np.array([[tokens[rows].sum() for rows in batches] for batches in dealt])  # (ranks, rounds)
-        work = np.array([[flops[rows].sum() for rows in batches] for batches in dealt])
+        rounds = list(zip_longest(*dealt, fillvalue=()))
+        sizes, work = (np.array([[n[list(rows)].sum() for rows in ranks] for ranks in rounds]) for n in (tokens, flops))
         computed = 0.0
         for rows in (rows for batches in dealt for rows in batches):
             for group in attention_groups(tokens[rows].tolist()):
                 computed += len(group) * float(tokens[rows[group[0]]]) ** 2
-        by_rank = work.sum(1)
+        by_rank = work.sum(0)  # of (rounds, ranks)
         return cls(
-            micro_batches=sizes.shape[1],
+            micro_batches=len(rounds),
             largest=int(sizes.max()),
             fill=float(sizes.sum() / (sizes.size * budget)),
             attention=float((tokens.astype(np.float64) ** 2).sum() / computed),
             imbalance=float(by_rank.max() / by_rank.mean() - 1),
-            waiting=float(work.max(0).sum() / work.mean(0).sum() - 1),
+            waiting=float(work.max(1).sum() / work.mean(1).sum() - 1),
         )
 
 
-def consecutive(rows: int, per_batch: int, ranks: int) -> Deal:
-    """Micro-batches of `per_batch` consecutive rows, dealt to the ranks in turn."""
-    batches = [list(range(start, min(start + per_batch, rows))) for start in range(0, rows, per_batch)]
-    batches += [[] for _ in range(-len(batches) % ranks)]
-    return [batches[rank::ranks] for rank in range(ranks)]
+def packed_stats(measured: Sequence[Measured], ranks: int, budget: int) -> list[StepStats]:
+    """Statistics of packed steps."""
+    return [
+        StepStats.of(deal(tokens.tolist(), flops.tolist(), ranks, budget), tokens, flops, budget)
+        for tokens, flops in measured
+    ]
 
 
-def suggested_budget(totals: Sequence[int], ranks: int, budget: int) -> int:
-    """Budget near `budget` whose micro-batches are fullest for steps of `totals` tokens."""
-    steps = np.asarray(totals, np.float64)
+def suggested_budget(measured: Sequence[Measured], ranks: int, budget: int) -> tuple[int, float]:
+    """Budget near `budget` whose micro-batches are fullest, and how full they are.
+
+    The number of micro-batches is a whole one, so the fill rises with the budget until they become fewer.
+    """
+    totals = np.array([tokens.sum() for tokens, _ in measured], np.float64)
     budgets = np.arange(int(0.75 * budget), int(1.5 * budget) + 1, max(1, budget // 400))
-    counts = np.ceil(steps / (ranks * SLACK * budgets[:, None]))  # (budgets, steps)
-    fills = steps.sum() / (ranks * budgets * counts.sum(1))
-    return int(budgets[fills.argmax()])
+    chosen = {budget}
+    for slack in SLACKS:
+        counts = np.ceil(totals / (ranks * (1 - slack) * budgets[:, None]))  # (budgets, steps)
+        chosen.add(int(budgets[(budgets * counts.sum(1)).argmin()]))
+    fills = {choice: mean(stats.fill for stats in packed_stats(measured, ranks, choice)) for choice in sorted(chosen)}
+    best = max(fills, key=fills.__getitem__)
+    return best, fills[best]
 
 
 def sampled_steps(
@@ -151,21 +161,12 @@ def packing_report(run: SampledRun) -> str:
 def report_of_steps(measured: Sequence[Measured], ranks: int, budget: int, group: int) -> str:
     """As `packing_report`, for the tokens and FLOPs of the rows of each step."""
 
-    def packed(tokens_per_batch: int) -> list[StepStats]:
-        return [
-            StepStats.of(
-                deal(tokens.tolist(), flops.tolist(), ranks, tokens_per_batch), tokens, flops, tokens_per_batch
-            )
-            for tokens, flops in measured
-        ]
-
-    ours = packed(budget)
-    plain = [StepStats.of(consecutive(len(row[0]), group, ranks), *row, budget) for row in measured]
-    totals = [int(tokens.sum()) for tokens, _ in measured]
+    ours = packed_stats(measured, ranks, budget)
+    plain = [StepStats.of(deal_in_order(range(len(row[0])), ranks, group), *row, budget) for row in measured]
     longer = sum(int((tokens > budget).sum()) for tokens, _ in measured)
     lines = [
         f"{len(measured)} steps of {max(len(row[0]) for row in measured)} records on {ranks} ranks, "
-        f"{mean(totals):.0f} tokens a step",
+        f"{mean(int(tokens.sum()) for tokens, _ in measured):.0f} tokens a step",
         "",
         f"  {'':<54}{f'packed in {budget} tokens':>24}{f'{group} consecutive rows':>24}",
     ]
@@ -173,9 +174,9 @@ def report_of_steps(measured: Sequence[Measured], ranks: int, budget: int, group
         lines.append(f"  {name:<54}" + "".join(f"{value:>24}" for value in values))
     if longer:
         lines += ["", f"{longer} records are longer than the budget; each is a micro-batch by itself."]
-    better = suggested_budget(totals, ranks, budget)
-    found, fill = mean(stats.fill for stats in packed(better)), mean(stats.fill for stats in ours)
-    if fill < POOR_FILL and found > fill + 0.01:
+    fill = mean(stats.fill for stats in ours)
+    better, found = suggested_budget(measured, ranks, budget) if fill < POOR_FILL else (budget, fill)
+    if found > fill + 0.01:
         lines += ["", f"--micro_batch_tokens {better} would fill {_percent(found)} of the budget."]
     return "\n".join(lines)
 

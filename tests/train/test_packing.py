@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,10 @@ from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedD
 from llava.data.mixture import Entry
 from llava.errors import ConfigError, DataError
 from llava.model.builder import load_pretrained_model
+from llava.train import inspect_data
 from llava.train.flops import Shape, Trainable, row_flops, step_flops
 from llava.train.packing import Packer, deal
+from llava.train.packing_report import StepStats, suggested_budget
 from llava.train.validation import Subset
 from tests.data import zoo
 from tests.data.test_dataset import arguments, record, tokenizer
@@ -192,8 +195,6 @@ def test_packer_deals_indices_and_names_the_first_long_record(caplog: pytest.Log
     assert packer.longer == 2
     assert caplog.text.count("Record 3 has 2575 tokens, more than --micro_batch_tokens 1000") == 1
     assert packer.measure([0])[0].tolist() == [605]
-    assert list(packer.deals([[3, 1], [0]])) == [second, [[[0]], [[]]]]
-    assert list(packer.deals([])) == []
 
 
 def test_a_model_computes_the_tokens_that_were_measured(folder: Path, tiny_dirs: dict[str, Path]) -> None:
@@ -210,3 +211,51 @@ def test_a_model_computes_the_tokens_that_were_measured(folder: Path, tiny_dirs:
     assert flops.argmax() == 1 and flops.min() > 0
     with pytest.raises(ConfigError, match="--micro_batch_tokens needs a language model without padding"):
         Packer.of(dataset, SimpleNamespace(supports_packing=False), 1, 1)  # type: ignore[arg-type]
+
+
+def test_statistics_of_a_step() -> None:
+    """Two ranks; attention pads 90 to 100 tokens, and 10 alone."""
+    tokens, flops = np.array([100, 90, 10, 50]), np.array([4.0, 3.0, 1.0, 2.0])
+    stats = StepStats.of([[[0, 1]], [[2], [3]]], tokens, flops, 200)
+    assert (stats.micro_batches, stats.largest, stats.fill) == (2, 190, 250 / 800)
+    assert stats.attention == pytest.approx((100**2 + 90**2 + 10**2 + 50**2) / (2 * 100**2 + 10**2 + 50**2))
+    assert stats.imbalance == pytest.approx(0.4)  # 7 FLOPs against a mean of 5
+    assert stats.waiting == pytest.approx((7 + 2) / 5 - 1)
+
+
+def test_a_budget_is_suggested_that_is_fuller() -> None:
+    draw = np.random.default_rng(0)
+    steps = [draw.integers(600, 1100, 128) for _ in range(5)]  # 108,800 tokens on average
+    better, fill = suggested_budget([(tokens, tokens * 1.0) for tokens in steps], 8, 8_000)
+    assert 6_800 <= better <= 7_200 and fill > 0.95
+
+
+def in_file(folder: Path, records: list[Any]) -> str:
+    (folder / "many.json").write_text(json.dumps(records))
+    return str(folder / "many.json")
+
+
+def test_inspect_data_prints_fill_and_balance(
+    folder: Path, tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(0)
+    words = [record("<image>\nWhat?", "red " * draw.randint(1, 60), image="absent.png") for _ in range(56)]
+    words += [record("What?", "red " * draw.randint(50, 200)) for _ in range(8)]
+    argv = [in_file(folder, words), "--model", str(tiny_dirs["chat"]), "--micro_batch_tokens", "450"]
+    argv += ["--global_batch_size", "16", "--ranks", "2", "--steps", "3"]
+    assert inspect_data.main(argv) == 0
+    output = capsys.readouterr().out
+    assert "3 steps of 16 records on 2 ranks" in output
+    row = next(line for line in output.splitlines() if "fill of the budget" in line)
+    assert 0.5 < float(row.split()[-3]) / 100 <= 1 and row.endswith("-")
+    assert re.search("packed in 450 tokens +8 consecutive rows", output)
+    assert inspect_data.main([*argv, "--group_by_modality_length", "--loss_group_size", "4"]) == 0
+    assert "4 consecutive rows" in capsys.readouterr().out
+    assert inspect_data.main([*argv, "--micro_batch_tokens", "100"]) == 0
+    assert "records are longer than the budget; each is a micro-batch by itself" in capsys.readouterr().out
+    for flag, value, why in (
+        ("loss_group_size", "5", "--loss_group_size must divide --global_batch_size 16, got 5."),
+        ("ranks", "0", "--ranks must be at least 1, got 0."),
+    ):
+        assert inspect_data.main([*argv, f"--{flag}", value]) == 2
+        assert why in capsys.readouterr().err
