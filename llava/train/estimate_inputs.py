@@ -6,7 +6,6 @@ Models and data that are on this disk are read; those of the published recipes a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Final, TypeVar
 
 from llava.errors import ConfigError
-from llava.train.flops import PEAKS, Shape, device_peak, with_tower
+from llava.train.flops import PEAKS, SUPERVISED_TEXT, Shape, device_peak, with_tower
 
 T = TypeVar("T")
 # hidden, intermediate, layers, heads, vocabulary
@@ -64,22 +63,20 @@ class RecipeFlags:
     model_max_length: int
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
-    global_batch_size: int | None
     gradient_checkpointing: bool
     num_train_epochs: float
     deepspeed: str | None
+    seed: int
+    group_by_modality_length: bool
+    global_batch_size: int | None
+    loss_group_size: int | None
+    micro_batch_tokens: int | None
 
     @classmethod
     def of(cls, *groups: object) -> RecipeFlags:
         """Collect the flags from argument groups or parsed arguments."""
         values = {name: value for group in groups for name, value in vars(group).items()}
         return cls(**{field.name: values[field.name] for field in fields(cls)})
-
-    def micro_batches(self, gpus: int) -> int:
-        """Number of micro-batches per step and GPU."""
-        if self.global_batch_size is None:
-            return self.gradient_accumulation_steps
-        return math.ceil(self.global_batch_size / (self.per_device_train_batch_size * gpus))
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,9 @@ def dataset_stats(flags: RecipeFlags) -> DatasetStats:
     found = DatasetScan(read_records(file)).result()
     template = 0 if flags.version == "plain" else 40  # tokens of system text and roles
     mean, longest = (TOKENS_PER_WORD * float(words) + template for words in (found.words.mean(), found.words.max()))
-    return DatasetStats(len(found.words), mean, float(found.image.mean()), 0.6 * mean, longest, f"{file}, counted")
+    return DatasetStats(
+        len(found.words), mean, float(found.image.mean()), SUPERVISED_TEXT * mean, longest, f"{file}, counted"
+    )
 
 
 def shape_from_flags(flags: RecipeFlags) -> Shape:

@@ -35,10 +35,12 @@ from llava.data.sampler import (
 from llava.errors import CheckpointError, TrainingError
 from llava.train import checkpointing, optimizer, validation, zero
 from llava.train.model_setup import save_format, saved_shapes
+from llava.train.packing import Packer
 from llava.train.reporting import Console
 from llava.train.steps import (
     COUNTS,
     NO_GROUP,
+    Deal,
     LoadedStep,
     MicroBatch,
     Step,
@@ -145,7 +147,9 @@ class LLaVATrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Loader of the steps of this rank, each a list of micro-batches on the CPU."""
         args = self.args
-        deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
+        deal: Deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
+        if args.micro_batch_tokens:
+            deal = Packer.of(self.train_dataset, self.model, args.world_size, args.micro_batch_tokens).deal
         return DataLoader(
             StepDataset(self.train_dataset, self.data_collator),  # type: ignore[arg-type]
             batch_sampler=StepSampler(self._get_train_sampler(), self.plan, deal, args.process_index),
@@ -219,7 +223,8 @@ class LLaVATrainer(transformers.Trainer):
     @functools.cached_property
     def _groups_are_split(self) -> bool:
         """Whether records of one loss group can be on several ranks."""
-        return bool(self.args.world_size > 1 and self.args.train_batch_size % self.plan.group)
+        args = self.args
+        return bool(args.world_size > 1 and (args.micro_batch_tokens or args.train_batch_size % self.plan.group))
 
     def _accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[object]:
         """Context of a micro-batch; gradients are exchanged and, by DeepSpeed, applied in the last one of a step.
