@@ -30,7 +30,7 @@ class Hub:
         self.commits: list[tuple[str, str, list[str]]] = []  # repository, message, paths
         self.unknown: list[str] = []
         self.failures = 0  # commits to refuse
-        self.gate = threading.Event()  # commits wait for it
+        self.gate = threading.Event()  # large files wait for it
         self.gate.set()
         self.waiting = threading.Event()
 
@@ -58,12 +58,12 @@ class Hub:
         }
 
     def batch(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.waiting.set()
+        assert self.gate.wait(60)
         objects = [{**o, "actions": {"upload": {"href": f"{self.url}/blobs/{o['oid']}"}}} for o in body["objects"]]
         return {"transfer": "basic", "objects": objects}
 
     def commit(self, name: str, lines: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
-        self.waiting.set()
-        assert self.gate.wait(60)
         if self.failures:
             self.failures -= 1
             return 403, {"error": "storage quota exceeded"}
