@@ -34,6 +34,9 @@ NOT_NEGATIVE: Final = (
     *("seed", "data_seed", "learning_rate", "mm_projector_lr", "max_grad_norm", "dataloader_num_workers"),
 )
 REPORTERS: Final = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name in --report_to -> package
+NO_COMPILE: Final = (
+    "torch cannot compile the decoder layers for packed batches, whose lengths change, see docs/Performance.md"
+)
 # Flags of transformers that would have no effect, or another one than documented, and what to do instead.
 UNSUPPORTED: Final = {
     "auto_find_batch_size": "`llava estimate` finds a batch size that fits",
@@ -47,9 +50,9 @@ UNSUPPORTED: Final = {
     "push_to_hub_organization": "use --hub_model_id ORGANIZATION/NAME",
     "push_to_hub_token": "set HF_TOKEN, or run `huggingface-cli login`",
     "split_batches": "--per_device_train_batch_size is the batch size of a process",
-    "torch_compile": "drop it",
-    "torch_compile_backend": "drop it",
-    "torch_compile_mode": "drop it",
+    "torch_compile": NO_COMPILE,
+    "torch_compile_backend": NO_COMPILE,
+    "torch_compile_mode": NO_COMPILE,
 }
 T = TypeVar("T")
 

@@ -148,7 +148,7 @@ def test_all_invalid_flags_are_reported_in_one_message(tmp_path: Path) -> None:
         (["--label_smoothing_factor", "0.1"], ["--label_smoothing_factor"]),
         (["--meta_path", "mix.json"], ["--data_path", "--meta_path"]),
         (["--fsdp", "full_shard"], ["--fsdp"]),
-        (["--torch_compile", "True"], ["--torch_compile"]),
+        (["--torch_compile", "True"], ["--torch_compile", "packed batches"]),
         (["--torch_compile_mode", "default"], ["--torch_compile"]),
         (["--seed", "-1", "--data_seed", "-2"], ["--seed", "--data_seed"]),
         (["--tf32", "True"], ["--tf32"]),
