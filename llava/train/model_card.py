@@ -245,7 +245,7 @@ def flags(run: Run) -> str:
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             value = run.facts["arguments"].get(group, {}).get(field.name)
-            if value in (None, default, str(default)) or (not value and default is None):
+            if value in (None, default, str(default)) or not (value or default):
                 continue
             if field.name not in PATH_FLAGS and not UNINTERESTING.fullmatch(field.name):
                 text = value if isinstance(value, str) else json.dumps(value) if isinstance(value, dict) else str(value)
