@@ -30,7 +30,8 @@ POSITIVE: Final = (
     "save_total_limit",
 )
 NOT_NEGATIVE: Final = (
-    *("seed", "data_seed", "learning_rate", "mm_projector_lr", "max_grad_norm", "dataloader_num_workers"),
+    *("seed", "data_seed", "learning_rate", "mm_projector_lr", "max_grad_norm"),
+    *("dataloader_num_workers", "mm_vision_lora_r"),
 )
 REPORTERS: Final = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name in --report_to -> package
 # Flags of transformers that would have no effect, or another one than documented, and what to do instead.
@@ -175,6 +176,9 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_dropout: float = _flag(0.05, "LoRA dropout")
     lora_weight_path: str = _flag("", "accepted for compatibility; never read")
     lora_bias: str = _flag("none", "biases to train with LoRA: none, all or lora_only")
+    mm_vision_lora_r: int = _flag(0, "LoRA rank of the vision tower, at the same scale; 0 does not adapt the tower")
+    use_dora: bool = _flag(False, "weight-decomposed adapters (DoRA, arXiv:2402.09353)")
+    use_rslora: bool = _flag(False, "scale adapters by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)")
     group_by_modality_length: bool = _flag(False, "batch samples of the same modality and similar length")
     disable_tqdm: bool | None = _flag(False, "disable the progress bar; it is drawn on terminals only")
     report_to: list[str] | None = field(
@@ -229,6 +233,11 @@ class TrainingArguments(transformers.TrainingArguments):
             problems.append("--lora_r must be at least 1 and --lora_dropout in [0, 1).")
         if self.lora_enable and self.freeze_llm:
             problems.append("--freeze_llm with --lora_enable would freeze the adapters; drop one of them.")
+        for name in ("mm_vision_lora_r", "use_dora", "use_rslora"):
+            if getattr(self, name) and not self.lora_enable:
+                problems.append(f"--{name} requires --lora_enable True.")
+        if self.use_dora and self.bits != 16:
+            problems.append(f"--use_dora needs the norms of whole weights; drop --bits {self.bits}, or --use_dora.")
         if self.bits in (4, 8) and not self.lora_enable:
             problems.append(f"--bits {self.bits} makes the weights untrainable; add --lora_enable True.")
         if self.bits in (4, 8) and self.lora_bias != "none":

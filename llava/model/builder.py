@@ -31,6 +31,7 @@ from llava.model.language_model.causal_lm import LlavaForCausalLMMixin
 from llava.model.llava_arch import grow_embeddings, load_token_rows, parameter_shapes
 from llava.model.lora import (
     adapter_shapes,
+    adapts_tower,
     apply_adapter,
     check_adapter,
     check_non_lora,
@@ -136,11 +137,11 @@ def load_pretrained_model(
         model = language_model(*parts, config, chosen, where, weight_loader)
         if not text_only:
             add_image_tokens(model, tokenizer, config)
-        model = load_adapter_weights(model, found, quantize)
         tower = model.get_vision_tower()
         if tower is not None:
             device_of_tower = where.of(f"{model.base_model_prefix}.vision_tower")
             tower.load_model(dtype=chosen, device=device_of_tower, from_checkpoint=vision_tower is None)
+        model = load_adapter_weights(model, found, quantize)
     if tower is not None and found.kind is not Kind.FULL and ckpt.has_tensors(found.path / ckpt.PROJECTOR_FILE):
         model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
     dispatch(model.eval(), where)
@@ -209,7 +210,12 @@ def check_adapter_weights(
         table = (rows, config.hidden_size)
         shapes = {**shapes, embedding: table, "lm_head.weight": table}
         check_non_lora(read_non_lora(found.path), shapes, found.path)
-        check_adapter(adapter_shapes(found.path), shapes, found.path)
+        adapter = adapter_shapes(found.path)
+        if adapts_tower(adapter):
+            tower = build_vision_tower(config, found.path, delay_load=True).stored_shapes(from_checkpoint=True)
+            core = embedding.partition(".")[0]
+            shapes |= {f"{core}.vision_tower.vision_tower.{name}": shape for name, shape in tower.items()}
+        check_adapter(adapter, shapes, found.path)
         return ckpt.tensor_file(found.path / ckpt.NON_LORA_FILE)
     return found.path
 
