@@ -15,7 +15,7 @@ from llava.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.errors import CheckpointError
 from llava.files import write_text
 from llava.provenance import git_commit, installed_versions
-from llava.train.optimizer import OWN_RATES
+from llava.train.optimizer import RATE_FLAGS
 
 logger = logging.getLogger(__name__)
 RUN_FILE: Final = "run.json"
@@ -68,7 +68,7 @@ def check_changes(checkpoint: Path, args: TrainingArguments, global_batch: int) 
             f"{checkpoint} is from a run with a global batch of {batch}, but this run has {global_batch}; pass "
             f"--global_batch_size {batch}, or use another --output_dir."
         )
-    for flag in OWN_RATES:
+    for flag in RATE_FLAGS:
         if flag in flags and (flags[flag] is None) != (getattr(args, flag) is None):
             raise CheckpointError(
                 f"--{flag} was {flags[flag]} in the run of {checkpoint} and is {getattr(args, flag)} now, which needs "
