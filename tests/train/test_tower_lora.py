@@ -1,4 +1,4 @@
-"""LoRA on the vision tower, DoRA and rsLoRA: trained, saved, loaded, merged and resumed; PEFT reads the same adapter."""
+"""LoRA on the vision tower, DoRA and rsLoRA: trained, saved, loaded, merged, resumed, and read by PEFT alike."""
 
 from __future__ import annotations
 
