@@ -73,8 +73,8 @@ def check_changes(checkpoint: Path, args: TrainingArguments) -> None:
     for flag in RATE_FLAGS:
         if flags and (flags.get(flag) is None) != (getattr(args, flag) is None):
             raise CheckpointError(
-                f"--{flag} was {flags.get(flag)} in the run of {checkpoint} and is {getattr(args, flag)} now, which needs "
-                "another optimizer state; keep it, or use another --output_dir."
+                f"--{flag} was {flags.get(flag)} in the run of {checkpoint} and is {getattr(args, flag)} now, which "
+                "needs another optimizer state; keep it, or use another --output_dir."
             )
     if (ranks := before.get("world_size", args.world_size)) != args.world_size:
         logger.info(
