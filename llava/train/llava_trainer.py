@@ -186,12 +186,15 @@ class LLaVATrainer(transformers.Trainer):
         rates = optimizer.own_rates(self.args)
         if self.optimizer is None and rates:
             decayed = self.get_decay_parameter_names(self.model)
-            groups = optimizer.parameter_groups(self.model.named_parameters(), decayed, self.args.weight_decay, rates)
-            logger.info("%s.", optimizer.describe_rates(groups, self.args.learning_rate))
-            self._own_rates = {group["flag"]: index for index, group in enumerate(groups) if group["flag"]}
+            groups = optimizer.parameter_groups(
+                self.model.named_parameters(), decayed, self.args.weight_decay, self.args.learning_rate, rates
+            )
+            logger.info("%s.", optimizer.describe_rates(self.args.learning_rate, rates))
+            self._own_rates = optimizer.logged_groups(groups)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **settings)
         created: torch.optim.Optimizer = super().create_optimizer()
+        optimizer.keep_embeddings_in_32_bit(self.model, created)
         return created
 
     def training_step(self, model: nn.Module, step: LoadedStep) -> Tensor:

@@ -20,7 +20,7 @@ from llava.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.errors import CheckpointError
 from llava.files import write_text
 from llava.provenance import git_commit, installed_versions
-from llava.train.optimizer import OWN_RATES
+from llava.train.optimizer import RATE_FLAGS
 from llava.utils import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -84,11 +84,11 @@ def check_changes(checkpoint: Path, args: TrainingArguments) -> None:
                 f"{checkpoint} is from a run with --{flag} {was}, but this run has {getattr(args, flag)}; pass "
                 f"--{flag} {was}, or use another --output_dir."
             )
-    for flag in OWN_RATES:
-        if flag in flags and (flags[flag] is None) != (getattr(args, flag) is None):
+    for flag in RATE_FLAGS:
+        if flags and (flags.get(flag) is None) != (getattr(args, flag) is None):
             raise CheckpointError(
-                f"--{flag} was {flags[flag]} in the run of {checkpoint} and is {getattr(args, flag)} now, which needs "
-                "another optimizer state; keep it, or use another --output_dir."
+                f"--{flag} was {flags.get(flag)} in the run of {checkpoint} and is {getattr(args, flag)} now, which "
+                "needs another optimizer state; keep it, or use another --output_dir."
             )
     if (ranks := before.get("world_size", args.world_size)) != args.world_size:
         logger.info(

@@ -100,6 +100,8 @@ def prepare(
     dtype = model_setup.compute_dtype(args)
     if model_args.vision_tower is not None:
         model_setup.add_vision(model, model_args, data_args, dtype)
+        if args.mm_vision_lora_r:
+            model_setup.add_tower_lora(adapted, args)
         model.config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
         model.initialize_vision_tokenizer(model_args, tokenizer)
     if args.gradient_checkpointing:
