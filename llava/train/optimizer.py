@@ -42,6 +42,12 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
+def group_names(groups: Iterable[Group], model: nn.Module) -> list[list[str]]:
+    """Names of the parameters of each group, in the order in which an optimizer stores their states."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+
+
 def describe_rates(groups: Iterable[Mapping[str, Any]], learning_rate: float) -> str:
     """One line about the learning rates of the groups."""
     parts = {group["flag"]: group["lr"] for group in groups if group["flag"]}
