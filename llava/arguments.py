@@ -27,7 +27,7 @@ ASPECT_RATIOS: Final = ("square", "pad")
 LORA_BIASES: Final = ("none", "all", "lora_only")
 POSITIVE: Final = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps"),
-    "save_total_limit",
+    *("save_total_limit", "global_batch_size", "loss_group_size", "micro_batch_tokens"),
 )
 NOT_NEGATIVE: Final = (
     *("seed", "data_seed", "learning_rate", "mm_projector_lr", "max_grad_norm", "dataloader_num_workers"),
@@ -182,7 +182,15 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "auto (TensorBoard if installed), none, tensorboard, wandb; log.jsonl is always written"},
     )
     plot_loss: bool = _flag(True, "draw loss.png at every save and at the end (needs matplotlib)")
-    global_batch_size: int | None = _flag(None, "samples per optimizer step; sets --gradient_accumulation_steps")
+    global_batch_size: int | None = _flag(
+        None, "samples per optimizer step (default: per device batch x accumulation steps x processes)"
+    )
+    loss_group_size: int | None = _flag(
+        None, "the loss of a step is the mean over groups of this many samples (default: --per_device_train_batch_size)"
+    )
+    micro_batch_tokens: int | None = _flag(
+        None, "pack the samples of a step into micro-batches of at most this many tokens, images expanded"
+    )
     deterministic: bool = _flag(False, "bit-identical runs on identical machines, at some cost in speed")
     step_timeout: float = _flag(
         1800.0, "seconds without a step after which stacks are dumped and the run ends; 0 disables the watchdog"
@@ -198,24 +206,34 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.lora_enable and getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False  # every trainable parameter is used in every step
         # The library prefers what a launcher or an earlier run in this process left in the environment.
+        accumulation, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1  # the trainer accumulates
         os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise FlagProblems([f"transformers rejected the flags: {error}"]) from error
-        if self.global_batch_size:
-            self._set_accumulation(self.global_batch_size)
+        self._set_step(accumulation)
 
-    def _set_accumulation(self, global_batch: int) -> None:
-        per_micro_step = self.train_batch_size * self.world_size
-        if global_batch % per_micro_step:
+    def _set_step(self, accumulation: int) -> None:
+        """Set the samples and loss groups of a step; libraries see each step as one batch, without accumulation."""
+        published = self.train_batch_size * accumulation * self.world_size
+        step, group = self.global_batch_size or published, self.loss_group_size or self.train_batch_size
+        if accumulation > 1 and step != published:
             raise FlagProblems(
                 [
-                    f"--global_batch_size must be a multiple of {per_micro_step} ({self.world_size} processes x "
-                    f"--per_device_train_batch_size {self.per_device_train_batch_size}), got {global_batch}."
+                    f"--global_batch_size {step} contradicts --gradient_accumulation_steps {accumulation}, which makes "
+                    f"{published} with {self.train_batch_size} per device and {self.world_size} processes; drop one."
                 ]
             )
-        self.gradient_accumulation_steps = global_batch // per_micro_step
+        if step % group:
+            name = "loss_group_size" if self.loss_group_size else "per_device_train_batch_size"
+            raise FlagProblems(
+                [
+                    f"--global_batch_size {step} must be a multiple of --{name} {group}; pass a --loss_group_size that "
+                    "divides it, such as the batch size per GPU of the recipe."
+                ]
+            )
+        self.global_batch_size, self.loss_group_size = step, group
 
     def _problems(self) -> list[str]:
         problems = []

@@ -1,7 +1,7 @@
 # shellcheck shell=sh
 # Common part of the recipes of this folder, which source it from the repository root and call:
 #
-#   use_batch PER_GPU GLOBAL   batch size per GPU, and samples per optimizer step over all GPUs
+#   use_batch PER_GPU GLOBAL   published batch size per GPU (a loss group), and samples per optimizer step
 #   use_zero STAGE             the DeepSpeed configuration scripts/zeroSTAGE.json
 #   pretrain FLAG...           stage 1: the projector
 #   finetune FLAG...           stage 2: the language model and the projector
@@ -9,8 +9,8 @@
 #
 # Environment: GPUS (per node; 0 trains on the CPU), NNODES, NODE_RANK, MASTER_ADDR, PORT, BATCH (batch size per GPU),
 # OUTPUT_DIR, PYTHON; for srun PARTITION, GPUS (in total), GPUS_PER_NODE, CPUS_PER_TASK, QUOTA_TYPE, SRUN_ARGS.
-# The number of accumulation steps keeps the global batch for any number of GPUs. Flags of the command line take
-# precedence.
+# GPUS, NNODES and BATCH change the speed alone: a step takes the published number of samples and weights them as
+# published. Flags of the command line take precedence.
 # --dry-run, or LLAVA_DRY_RUN=1, prints the command instead of running it.
 set -eu
 
@@ -45,21 +45,20 @@ gpus() {
 }
 
 use_batch() {
+    group=$1
     per_gpu=${BATCH:-$1}
     global=$2
     total=$(($(gpus) * NNODES))
     [ "$total" -gt 0 ] || total=1
-    set_accumulation
+    fit_batch
 }
 
-set_accumulation() {
+fit_batch() {
+    [ "$total" -le "$global" ] || fail "There are more GPUs ($total) than samples per step ($global); lower GPUS or NNODES."
+    [ "$per_gpu" -gt 0 ] || fail "BATCH must be at least 1, got 0."
     if [ $((per_gpu * total)) -gt "$global" ]; then
-        per_gpu=$((global / total))
+        per_gpu=$(((global + total - 1) / total))
     fi
-    if [ "$per_gpu" -eq 0 ] || [ $((global % (per_gpu * total))) -ne 0 ]; then
-        fail "The global batch of $global is not divisible by $total GPUs with BATCH=${BATCH:-$per_gpu}; change GPUS, NNODES or BATCH."
-    fi
-    accumulation=$((global / (per_gpu * total)))
 }
 
 # The first of these names that exists below pretrained/, or the first: a folder may have its name on the hub.
@@ -88,7 +87,8 @@ train() {
         --num_train_epochs 1 \
         --per_device_train_batch_size "$per_gpu" \
         --per_device_eval_batch_size 4 \
-        --gradient_accumulation_steps "$accumulation" \
+        --global_batch_size "$global" \
+        --loss_group_size "$group" \
         --evaluation_strategy no \
         --save_strategy steps \
         --save_steps 1000 \

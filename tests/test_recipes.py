@@ -99,13 +99,13 @@ STAGE: dict[str, dict[str, Any]] = {
         "image_folder": "./playground/data",
     },
 }
-# per GPU, accumulation, ZeRO stage, save_steps, workers
+# per GPU, per step, ZeRO stage, save_steps, workers
 SIZES = {
-    "pretrain": (32, 1, 2, 1000, 4),
-    "finetune": (16, 1, 3, 1000, 4),
-    "pretrain v1": (16, 2, 1, 1000, 32),
-    "finetune v1": (16, 1, 3, 100, 32),
-    "custom": (2, 2, 1, 1000, 2),
+    "pretrain": (32, 256, 2, 1000, 4),
+    "finetune": (16, 128, 3, 1000, 4),
+    "pretrain v1": (16, 256, 1, 1000, 32),
+    "finetune v1": (16, 128, 3, 100, 32),
+    "custom": (2, 512, 1, 1000, 2),
 }
 
 
@@ -128,13 +128,14 @@ def expected(name: str) -> dict[str, Any]:
             "image_folder": None,
             "meta_path": "./scripts_internvl/meta/custom_data.json",
         }
-    batch, accumulation, zero, save, workers = SIZES[key]
+    batch, step, zero, save, workers = SIZES[key]
     return values | {
         "model_name_or_path": f"./pretrained/vicuna-{size}-v1.5",
         "vision_tower": f"./pretrained/{tower}",
         "mm_vision_select_layer": layer,
         "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": accumulation,
+        "loss_group_size": batch,
+        "global_batch_size": step,
         "deepspeed": f"./scripts/zero{zero}.json",
         "save_steps": save,
         "dataloader_num_workers": workers,
@@ -183,7 +184,8 @@ def test_published_hyperparameters_of_the_original(name: str) -> None:
         "mm_vision_select_layer": -2,
         "mm_projector_type": projector,
         "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": 1,
+        "loss_group_size": batch,
+        "global_batch_size": 8 * batch,
         "learning_rate": rate,
         "num_train_epochs": epochs,
         "deepspeed": f"./scripts/zero{zero}.json",
@@ -227,28 +229,30 @@ def test_the_quickstart_uses_the_same_machinery(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "batch", "accumulation"),
+    ("variables", "batch"),
     [
-        ({"GPUS": "1"}, 32, 8),
-        ({"GPUS": "4"}, 32, 2),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 32, 2),
-        ({"GPUS": "8", "NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, 16, 1),
-        ({"GPUS": "2", "BATCH": "8"}, 8, 16),
-        ({"GPUS": "0"}, 32, 8),
+        ({"GPUS": "1"}, 32),
+        ({"GPUS": "3"}, 32),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 32),
+        ({"GPUS": "8", "NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, 16),
+        ({"GPUS": "24"}, 11),
+        ({"GPUS": "2", "BATCH": "8"}, 8),
+        ({"GPUS": "0"}, 32),
     ],
 )
-def test_the_global_batch_is_kept(variables: dict[str, str], batch: int, accumulation: int) -> None:
+def test_hardware_changes_the_speed_alone(variables: dict[str, str], batch: int) -> None:
     command = command_of("pretrain_internvit6b_448_vicuna7b", **variables)
     flags = bind(command)
-    assert (flags.per_device_train_batch_size, flags.gradient_accumulation_steps) == (batch, accumulation)
+    assert (flags.per_device_train_batch_size, flags.gradient_accumulation_steps) == (batch, 1)
+    assert (flags.global_batch_size, flags.loss_group_size) == (256, 32)
     if "MASTER_ADDR" in variables:
         assert {"--nnodes=2", "--node_rank=0", "--master_addr=10.0.0.1", "--nproc_per_node=8"} <= set(command)
 
 
-def test_indivisible_global_batch_is_refused() -> None:
-    done = start("pretrain_internvit6b_448_vicuna7b", "--dry-run", GPUS="3")
+def test_more_gpus_than_samples_are_refused() -> None:
+    done = start("pretrain_internvit6b_448_vicuna7b", "--dry-run", GPUS="257")
     assert done.returncode == 2
-    assert "The global batch of 256 is not divisible by 3 GPUs" in done.stderr
+    assert "There are more GPUs (257) than samples per step (256)" in done.stderr
 
 
 @pytest.mark.parametrize("variable", [{"GPUS": "all"}, {"GPUS": "-2"}, {"BATCH": "1.5"}, {"NNODES": "two"}])
@@ -279,7 +283,8 @@ def test_slurm() -> None:
     assert {"--mem=0", "--exclusive"} <= set(command)
     assert not [word for word in command if word.startswith("--quotatype")]
     assert "--quotatype=reserved" in command_of(name)
-    assert bind(command_of(name, GPUS="64")).gradient_accumulation_steps == 4
+    fewer = bind(command_of(name, GPUS="64"))
+    assert (fewer.per_device_train_batch_size, fewer.global_batch_size, fewer.loss_group_size) == (2, 512, 2)
     assert start(name, "--dry-run", GPUS="12").returncode == 2
 
 
@@ -388,7 +393,8 @@ def overridden(name: str, made: dict[str, Any], out: Path) -> list[str]:
         "output_dir": out,
         "max_steps": 1,
         "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
+        "global_batch_size": 2,
+        "loss_group_size": 2,
         "dataloader_num_workers": 0,
         "report_to": "none",
         "plot_loss": False,

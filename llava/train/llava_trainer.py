@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -20,15 +20,14 @@ from unittest import mock
 
 import torch
 import transformers
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainerState
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.modeling_outputs import ModelOutput
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
@@ -39,7 +38,21 @@ from llava.errors import CheckpointError, TrainingError
 from llava.train import checkpointing, optimizer, optimizer_state, validation, zero
 from llava.train.model_setup import save_format, saved_parameters, saved_shapes
 from llava.train.reporting import Console
-from llava.train.steps import EpochPlan, StepBatchSampler
+from llava.train.steps import (
+    FILLER,
+    NO_GROUP,
+    LoadedStep,
+    MicroBatch,
+    Step,
+    StepDataset,
+    StepPlan,
+    StepSampler,
+    deal_in_order,
+    row_weights,
+    sum_over_ranks,
+    supervised_tokens,
+    tokens_of_groups,
+)
 from llava.train.throughput import ThroughputMeter, format_duration, peak_memory
 from llava.train.watchdog import Preempted, start_loader_worker
 
@@ -52,7 +65,6 @@ __all__ = [
 ]
 logger = logging.getLogger(__name__)
 EPOCH_STRIDE: Final = 1_000_003
-Batch = Mapping[str, Tensor]
 
 
 class _EpochStart(transformers.TrainerCallback):
@@ -86,9 +98,9 @@ class LLaVATrainer(transformers.Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._order = torch.Generator()
-        self._epoch = self._batch = 0
+        self._step: list[MicroBatch] = []  # of the current step
         self._last_log: float | None = None
-        self._counts: Tensor | None = None
+        self._reset_counts()
         self._grad_norm: float | None = None
         self._engine: Any = None
         self._own_rates: dict[str, int] = {}  # flag -> parameter group
@@ -114,61 +126,49 @@ class LLaVATrainer(transformers.Trainer):
             self.console.close()
 
     @functools.cached_property
-    def plan(self) -> EpochPlan:
+    def plan(self) -> StepPlan:
         """The optimizer steps of an epoch of the training set."""
-        return EpochPlan.of(len(self.train_dataset), self.args)
+        return StepPlan.of(len(self.train_dataset), self.args)
 
     # --- order of samples ---------------------------------------------------------------------------------------
 
     def _get_train_sampler(self) -> Sampler[int]:
+        """The order of the published geometry: one process for each loss group of a step."""
         args, dataset = self.args, self.train_dataset
         if not (args.group_by_modality_length or args.group_by_length):
             return RandomSampler(dataset, generator=self._order)
         return LengthGroupedSampler(
-            args.train_batch_size,
-            world_size=args.world_size,
+            self.plan.group,
+            world_size=self.plan.global_batch // self.plan.group,
             lengths=dataset.modality_lengths if args.group_by_modality_length else dataset.lengths,
             generator=self._order,
             group_by_modality=args.group_by_modality_length,
         )
 
-    def get_train_dataloader(self) -> DataLoader[Batch]:
+    def get_train_dataloader(self) -> DataLoader[Step]:
+        """Loader of the steps of this rank, each a list of micro-batches on the CPU."""
         args = self.args
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=StepBatchSampler(
-                self._get_train_sampler(), args.train_batch_size, self.plan, args.process_index
-            ),
-            collate_fn=self.data_collator,
+        deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
+        return DataLoader(
+            StepDataset(self.train_dataset, self.data_collator),  # type: ignore[arg-type]
+            batch_sampler=StepSampler(self._get_train_sampler(), self.plan, deal, args.process_index),
+            collate_fn=list,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             worker_init_fn=start_loader_worker,
         )
-        # The sampler deals the batches to the ranks; accelerate would fill the last ones up with repeated records.
-        prepared: DataLoader[Batch] = prepare_data_loader(
-            loader, device=args.device, num_processes=1, process_index=0, put_on_device=True
-        )
-        return prepared
 
     def begin_epoch(self) -> None:
         """Seed the order of an epoch, also of the first one after a resume."""
-        self._epoch, done = divmod(self.state.global_step, self.plan.steps)
-        self._batch = done * self.plan.accumulation
-        self._seed_order()
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._order.manual_seed(seed + EPOCH_STRIDE * (self.state.global_step // self.plan.steps))
         self._last_log = self._last_log or time.perf_counter()
 
-    def _seed_order(self) -> None:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order.manual_seed(seed + EPOCH_STRIDE * self._epoch)
-
-    def current_samples(self) -> list[int]:
-        """Data set indices of the current batch of this rank, found by sampling the epoch again."""
-        self._seed_order()
-        batches = self.callback_handler.train_dataloader.batch_sampler
-        drawn: list[int] = next((batch for index, batch in enumerate(batches) if index == self._batch - 1), [])
+    def _samples(self, micro_batches: Iterable[MicroBatch]) -> list[int]:
+        """Data set indices of the records of micro-batches."""
         original = getattr(self.train_dataset, "original", int)  # of a subset: the index in the full data set
-        return [original(index) for index in drawn]
+        return [original(record) for micro_batch in micro_batches for record in micro_batch.records]
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -191,44 +191,70 @@ class LLaVATrainer(transformers.Trainer):
         self._group_names = optimizer.group_names(created.param_groups, self.model)
         return created
 
-    def training_step(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """Forward and backward pass of a micro-batch; an idle round of the last step computes nothing.
+    def training_step(self, model: nn.Module, step: LoadedStep) -> Tensor:
+        """Forward and backward passes over the micro-batches of a step; returns this rank's part of its loss.
 
-        The DeepSpeed engine counts its rounds by their backward passes, so it computes them, without weight.
+        The mean of the parts over all ranks is the loss of the step. Raises `TrainingError` before the last backward
+        pass, after which DeepSpeed updates the weights, if it is not finite.
         """
-        self._batch += 1
-        if self.plan.is_idle(self._batch - 1) and not self.is_deepspeed_enabled:
-            return torch.zeros((), device=self.args.device)
-        loss: Tensor = super().training_step(model, inputs)
-        return loss
+        model.train()
+        self._step = [micro_batch for micro_batch, _ in step]
+        groups = self.plan.groups(self.state.global_step % self.plan.steps)
+        tokens = tokens_of_groups(step, groups)
+        if self._groups_are_split:
+            tokens = sum_over_ranks(tokens, self.args.device)
+        weights = row_weights(step, tokens, groups, self.args.world_size)
+        self._count(step, tokens)
+        losses: list[Tensor] = []
+        for (_, batch), weight in zip(step, weights):
+            is_last = len(losses) == len(step) - 1
+            with self._accumulating(model, is_last), record_function(f"micro-batch {len(losses)}"):
+                inputs = self._prepare_inputs(batch)  # casts floats for DeepSpeed, unlike the weights
+                with self.compute_loss_context_manager():
+                    loss = model(**inputs, row_weights=weight.to(self.args.device, non_blocking=True))["loss"]
+                losses.append(loss.detach())
+                if is_last:
+                    self._check_losses(torch.stack(losses))
+                self.accelerator.backward(loss)
+            if not is_last:
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        return torch.stack(losses).sum()
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False
-    ) -> Tensor | tuple[Tensor, ModelOutput]:
-        """The loss of a batch, in training weighted by the `EpochPlan`.
+    @functools.cached_property
+    def _groups_are_split(self) -> bool:
+        """Whether records of one loss group can be on several ranks."""
+        return self.args.world_size > 1 and self.args.train_batch_size % self.plan.group != 0
 
-        Raises `TrainingError` before the backward pass if it is not finite.
+    def _accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[object]:
+        """Context of a micro-batch; gradients are exchanged and, by DeepSpeed, applied in the last one of a step.
+
+        ZeRO 2 and 3 partition gradients after each micro-batch.
         """
-        weight = self.plan.weight(self._batch - 1, self.args.process_index) if model.training else 1.0
-        if model.training and weight:
-            self._count(inputs)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if model.training and not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f"The loss is {loss.detach().item()} at step {self.state.global_step + 1}, "
-                f"rank {self.args.process_index}, samples {self.current_samples()} of the data set; the step was not "
-                "taken. Inspect these samples, lower --learning_rate, or train with --bf16 instead of --fp16."
-            )
-        loss = loss if weight == 1.0 else loss * weight
-        return (loss, outputs) if return_outputs else loss
+        if self.is_deepspeed_enabled:
+            model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
+        elif not is_last:
+            no_sync: AbstractContextManager[object] = self.accelerator.no_sync(model)
+            return no_sync
+        return nullcontext()
+
+    def _check_losses(self, losses: Tensor) -> None:
+        if bool(torch.isfinite(losses.sum())):
+            return
+        index, loss = next((i, loss) for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss))
+        raise TrainingError(
+            f"The loss is {loss} at step {self.state.global_step + 1}, rank {self.args.process_index}, samples "
+            f"{self._samples(self._step[index : index + 1])} of the data set; the step was not taken. Inspect these "
+            "samples, lower --learning_rate, or train with --bf16 instead of --fp16."
+        )
+
+    def floating_point_ops(self, inputs: LoadedStep) -> int:
+        return sum(super(LLaVATrainer, self).floating_point_ops(batch) for _, batch in inputs)
 
     def create_accelerator_and_postprocess(self) -> None:
         with warnings.catch_warnings():
             # transformers 4.36.2 passes arguments that accelerate has renamed
             warnings.filterwarnings("ignore", "Passing the following arguments to `Accelerator`", FutureWarning)
             super().create_accelerator_and_postprocess()
-        if self.is_deepspeed_enabled:  # the engine accumulates by itself; its own no_sync refuses partitioned gradients
-            self.accelerator.no_sync = lambda model: nullcontext()
         clip = self.accelerator.clip_grad_norm_
 
         def clip_and_check(*args: object, **kwargs: object) -> Tensor | None:
@@ -245,45 +271,58 @@ class LLaVATrainer(transformers.Trainer):
         # float16 overflows are expected: the gradient scaler skips such a step
         if self._grad_norm is not None and not math.isfinite(self._grad_norm) and not self.args.fp16:
             raise TrainingError(
-                f"The gradient norm is {self._grad_norm} at step {self.state.global_step + 1}, in the batch with "
-                f"samples {self.current_samples()}; inspect these samples or lower --learning_rate."
+                f"The gradient norm is {self._grad_norm} at step {self.state.global_step + 1}, of this rank's "
+                f"samples {self._samples(self._step)}; inspect these samples or lower --learning_rate."
             )
 
-    def _count(self, inputs: Batch) -> None:
-        """Add a batch to the counts since the last log step, on the device: no synchronization."""
-        labels, ids = inputs["labels"], inputs["input_ids"]
-        mask = inputs.get("attention_mask")
-        supervised = (labels[:, 1:] != IGNORE_INDEX).sum()
-        tokens = ids.new_full((), ids.numel()) if mask is None else mask.sum()
-        images = tokens.new_full((), len(inputs.get("images", ())))
-        if image_tokens := getattr(self.model, "num_image_tokens", 0):
-            tokens = tokens + (ids == IMAGE_TOKEN_INDEX).sum() * (image_tokens - 1)
-        # int64 is exact, and MPS has no float64
-        samples = tokens.new_full((), len(ids))
-        counts = torch.stack([tokens, supervised, samples, (supervised == 0).long(), images])
-        self._counts = counts if self._counts is None else self._counts + counts
+    def _count(self, step: LoadedStep, tokens_of_groups: Tensor) -> None:
+        """Add a step to the counts since the last log step, without a synchronization.
+
+        Groups without a supervised token are counted by one of the ranks that share them.
+        """
+        image_tokens = getattr(self.model, "num_image_tokens", 0)
+        for micro_batch, batch in step:
+            if micro_batch != FILLER:
+                ids, tokens = batch["input_ids"], int(batch["attention_mask"].sum())
+                if image_tokens:
+                    tokens += int((ids == IMAGE_TOKEN_INDEX).sum()) * (image_tokens - 1)
+                self._counts["tokens"] += tokens
+                self._counts["supervised"] += int(supervised_tokens(batch).sum())
+                self._counts["samples"] += len(ids)
+                self._counts["images"] += len(batch.get("images", ()))
+        if self._groups_are_split:
+            own = tokens_of_groups[self.args.process_index :: self.args.world_size]
+        else:
+            own = tokens_of_groups[
+                sorted({group for micro_batch, _ in step for group in micro_batch.groups} - {NO_GROUP})
+            ]
+        self._unsupervised += (own == 0).sum()
+
+    def _reset_counts(self) -> None:
+        self._counts = dict.fromkeys(("tokens", "supervised", "samples", "images"), 0)
+        self._unsupervised: Tensor | int = 0
 
     def log(self, logs: dict[str, float]) -> None:
         """Add supervised tokens, gradient norm, throughput and peak memory since the last log step, over all ranks."""
         if "loss" in logs and self._last_log is not None:
             seconds = time.perf_counter() - self._last_log
-            counts = self._counts  # none on a rank that had fillers only
-            if counts is None:
-                counts = torch.zeros(5, dtype=torch.int64, device=self.args.device)
-            memory = counts.new_full((1,), peak_memory(self.args.device))
-            by_rank = self._nested_gather(torch.cat([counts, memory]).unsqueeze(0))  # (ranks, 6)
-            tokens, supervised, samples, unsupervised, images = map(float, by_rank[:, :-1].sum(0).tolist())
-            logs["supervised_tokens"] = int(supervised)
-            if unsupervised:
-                logs["unsupervised_batches"] = int(unsupervised)
+            local = [*self._counts.values(), peak_memory(self.args.device)]
+            counts = torch.tensor(local, device=self.args.device)
+            unsupervised = counts.new_zeros(1) + self._unsupervised
+            by_rank = self._nested_gather(torch.cat([counts, unsupervised]).unsqueeze(0))  # (ranks, 6)
+            *totals, unsupervised_groups = by_rank.sum(0).tolist()
+            counted = {name: float(total) for name, total in zip(self._counts, totals)}
+            logs["supervised_tokens"] = int(counted["supervised"])
+            if unsupervised_groups:
+                logs["unsupervised_batches"] = unsupervised_groups
             rates = self.lr_scheduler.get_last_lr() if self._own_rates else []
             logs.update({flag: rates[index] for flag, index in self._own_rates.items()})
             if self._grad_norm is not None:
                 logs["grad_norm"] = round(self._grad_norm, 4)
-            counted = {"tokens": tokens, "samples": samples, "supervised": supervised, "images": images}
             logs.update(self._speed(seconds, counted))
-            logs["memory_gib"] = round(int(by_rank[:, -1].max()) / 2**30, 2)
-            self._counts, self._last_log = None, time.perf_counter()
+            logs["memory_gib"] = round(int(by_rank[:, -2].max()) / 2**30, 2)
+            self._reset_counts()
+            self._last_log = time.perf_counter()
         super().log(logs)
 
     def _speed(self, seconds: float, counted: Mapping[str, float]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from llava.model import builder
 from llava.model.builder import IGNORED_WEIGHTS, local_directory
 from llava.model.check import language_parts
 from llava.model.checkpoint import Checkpoint, Kind, has_weights, inspect, iter_tensors, layer_index
-from llava.model.language_model.causal_lm import mean_loss
+from llava.model.language_model.causal_lm import token_cross_entropy
 from llava.model.llava_arch import copy_into, grow_embeddings
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.quantization import Quantizer
@@ -320,8 +320,8 @@ def unfreeze_vision_tower(tower: VisionTower, last_layers: int) -> None:
 
 # `--freeze_policy`: functions that set `requires_grad` of the model, which has its vision modules and adapters.
 FREEZE_POLICIES: dict[str, FreezePolicy] = {"default": default_freeze_policy}
-# `--loss`: functions of float logits (S, V) at the S supervised positions and targets (S,) int64; S can be 0.
-LOSSES: dict[str, LossFunction] = {"cross_entropy": mean_loss}
+# `--loss`: losses (S,) of float logits (S, V) at the S supervised positions and targets (S,) int64; S can be 0.
+LOSSES: dict[str, LossFunction] = {"cross_entropy": token_cross_entropy}
 
 
 def registered(flag: str, name: str, registry: Mapping[str, T]) -> T:

@@ -54,38 +54,35 @@ def read_run(output_dir: Path) -> dict[str, Any]:
     return found
 
 
-def check_changes(checkpoint: Path, args: TrainingArguments, global_batch: int) -> None:
+def check_changes(checkpoint: Path, args: TrainingArguments) -> None:
     """Compare a run with the one that wrote `checkpoint`, as far as its `run.json` is there.
 
-    Raises `CheckpointError` for another global batch, or parameter groups other than those of the optimizer state.
-    Logs another number of processes.
+    Raises `CheckpointError` for other steps or loss groups, or parameter groups other than those of the optimizer
+    state. Logs another number of processes.
     """
     before = read_run(checkpoint.parent)
     flags = before.get("arguments", {}).get("training", {})
-    batch, ranks = before.get("global_batch", global_batch), before.get("world_size", args.world_size)
-    if batch != global_batch:
-        raise CheckpointError(
-            f"{checkpoint} is from a run with a global batch of {batch}, but this run has {global_batch}; pass "
-            f"--global_batch_size {batch}, or use another --output_dir."
-        )
+    # Before loss groups had a flag, each micro-batch was one.
+    groups = before.get("loss_group", flags.get("per_device_train_batch_size"))
+    for flag, was in (("global_batch_size", before.get("global_batch")), ("loss_group_size", groups)):
+        if was not in (None, getattr(args, flag)):
+            raise CheckpointError(
+                f"{checkpoint} is from a run with --{flag} {was}, but this run has {getattr(args, flag)}; pass "
+                f"--{flag} {was}, or use another --output_dir."
+            )
     for flag in OWN_RATES:
         if flag in flags and (flags[flag] is None) != (getattr(args, flag) is None):
             raise CheckpointError(
                 f"--{flag} was {flags[flag]} in the run of {checkpoint} and is {getattr(args, flag)} now, which needs "
                 "another optimizer state; keep it, or use another --output_dir."
             )
-    if ranks == args.world_size:
-        return
-    grouped = args.group_by_modality_length or args.group_by_length
-    moved = ranks * flags.get("per_device_train_batch_size", 0) != args.world_size * args.train_batch_size
-    logger.info(
-        "Resuming on %d processes instead of %d: %s.",
-        args.world_size,
-        ranks,
-        "the rest of this epoch has another order, which depends on processes x --per_device_train_batch_size"
-        if grouped and moved
-        else "each step takes the same records, and results agree up to rounding and dropout",
-    )
+    if (ranks := before.get("world_size", args.world_size)) != args.world_size:
+        logger.info(
+            "Resuming on %d processes instead of %d: each step takes the same records, and results agree up to "
+            "rounding and dropout.",
+            args.world_size,
+            ranks,
+        )
 
 
 class RunMetadata:

@@ -1,105 +1,161 @@
-"""Optimizer steps of an epoch: which micro-batches a step takes on which rank, and how their losses are weighted.
+"""Optimizer steps as sets of records: which records a step takes, how their losses are weighted, and who computes them.
 
-Each epoch trains on every record once and ends with a step over what is left. The loss of a step is the mean over its
-micro-batches on all ranks, also of a last step that has fewer than the others.
+A step is the next `--global_batch_size` records of an order that depends on seed, epoch, `--global_batch_size` and
+`--loss_group_size` only. Its loss is the mean over groups of `--loss_group_size` consecutive records, each group's the
+mean over its supervised tokens. Ranks, micro-batches and packing only deal the records of a step out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Final
+from typing import NamedTuple
 
-from torch.utils.data import BatchSampler, Sampler
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
 from llava.arguments import DataArguments, TrainingArguments
+from llava.constants import IGNORE_INDEX
 from llava.data.annotations import read_records
 from llava.data.mixture import read_mixture
 from llava.errors import ConfigError
 
-FILLER: Final = [0]  # records of a micro-batch without weight
+NO_GROUP = -1
+Deal = Callable[[Sequence[int]], Sequence[Sequence[Sequence[int]]]]  # records of a step -> by rank, its micro-batches
+
+
+class MicroBatch(NamedTuple):
+    """Records of one forward and backward pass, and the loss group of each within its step."""
+
+    records: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+FILLER = MicroBatch((0,), (NO_GROUP,))  # computed without weight, because every rank takes part in each exchange
+Step = list[MicroBatch]  # of one rank
+Batch = Mapping[str, Tensor]
+LoadedStep = list[tuple[MicroBatch, Batch]]
 
 
 @dataclass(frozen=True)
-class EpochPlan:
-    """Steps of `accumulation` x `ranks` places, which take the `batches` micro-batches of an epoch in turn.
+class StepPlan:
+    """The optimizer steps of an epoch of `records` records; the last one takes what is left, unless `drop_last`."""
 
-    A last step with fewer micro-batches than places keeps its first rounds (one place per rank) idle. Libraries count
-    them like any other, so that all steps have the same number of rounds. The rest of its places, if any, are fillers.
-    """
-
-    batches: int
-    accumulation: int
-    ranks: int
+    records: int
+    global_batch: int
+    group: int
+    drop_last: bool = False
 
     @classmethod
-    def of(cls, records: int, args: TrainingArguments) -> EpochPlan:
-        """The plan of a run; `--dataloader_drop_last` drops the records that do not fill a step."""
-        per_step = args.gradient_accumulation_steps * args.world_size
-        batches = math.ceil(records / args.train_batch_size)
-        if args.dataloader_drop_last:
-            batches = records // args.train_batch_size // per_step * per_step
-        if not batches:
+    def of(cls, records: int, args: TrainingArguments) -> StepPlan:
+        """The plan of a run; raises `ConfigError` if `--dataloader_drop_last` drops every record."""
+        plan = cls(records, args.global_batch_size, args.loss_group_size, args.dataloader_drop_last)
+        if not plan.steps:
             raise ConfigError(
-                f"--dataloader_drop_last True drops all {records} records, because a step takes "
-                f"{per_step * args.train_batch_size}; drop the flag, or lower --global_batch_size."
+                f"--dataloader_drop_last True drops all {records} records, because a step takes {plan.global_batch}; "
+                "drop the flag, or lower --global_batch_size."
             )
-        return cls(batches, args.gradient_accumulation_steps, args.world_size)
+        return plan
 
     @property
-    def per_step(self) -> int:
-        return self.accumulation * self.ranks
-
-    @cached_property
     def steps(self) -> int:
-        return math.ceil(self.batches / self.per_step)
+        return self.records // self.global_batch if self.drop_last else math.ceil(self.records / self.global_batch)
 
-    @cached_property
-    def _last(self) -> int:
-        """First micro-batch of the last step."""
-        return (self.steps - 1) * self.per_step
-
-    @cached_property
-    def _idle(self) -> int:
-        """Number of idle rounds of the last step."""
-        return self.accumulation - math.ceil((self.batches - self._last) / self.ranks)
-
-    def is_idle(self, index: int) -> bool:
-        """Whether the round with the `index`-th micro-batch of each rank computes nothing."""
-        return 0 <= index * self.ranks - self._last < self._idle * self.ranks
-
-    def weight(self, index: int, rank: int) -> float:
-        """Factor of the loss of the `index`-th micro-batch of a rank; 0 for idle rounds and fillers."""
-        place = index * self.ranks + rank
-        if place < self._last:
-            return 1.0
-        if self.is_idle(index) or place - self._idle * self.ranks >= self.batches:
-            return 0.0
-        return self.per_step / (self.batches - self._last)
+    def groups(self, step: int) -> int:
+        """Number of loss groups of the `step`-th step of an epoch."""
+        return math.ceil(min(self.global_batch, self.records - step * self.global_batch) / self.group)
 
 
-class StepBatchSampler(BatchSampler):
-    """Micro-batches of one rank by an `EpochPlan`; all ranks draw the same order from `sampler`."""
+def deal_in_order(records: Sequence[int], ranks: int, batch_size: int) -> list[list[list[int]]]:
+    """By rank, micro-batches of `batch_size` consecutive records; the ranks take them in turn."""
+    batches = [list(records[start : start + batch_size]) for start in range(0, len(records), batch_size)]
+    return [batches[rank::ranks] for rank in range(ranks)]
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, plan: EpochPlan, rank: int):
-        super().__init__(sampler, batch_size, drop_last=False)
-        self.plan, self.rank = plan, rank
+
+def describe_fillers(plan: StepPlan, ranks: int, batch_size: int) -> str | None:
+    """A sentence about ranks that `deal_in_order` leaves idle in every step, or None."""
+    batches = math.ceil(plan.global_batch / batch_size)
+    places = math.ceil(batches / ranks) * ranks
+    if places == batches:
+        return None
+    best = math.ceil(plan.global_batch / places)
+    return (
+        f"{places - batches} of {places} micro-batches of a step are idle: {plan.global_batch} samples are {batches} "
+        f"micro-batches of {batch_size} for {ranks} processes. --per_device_train_batch_size {best} splits them evenly."
+    )
+
+
+class StepSampler(Sampler[Step]):
+    """The steps of one rank by a `StepPlan`; all ranks draw the same order from `sampler` and `deal` the same way."""
+
+    def __init__(self, sampler: Sampler[int], plan: StepPlan, deal: Deal, rank: int):
+        self.sampler, self.plan, self.deal, self.rank = sampler, plan, deal, rank
 
     def __len__(self) -> int:
-        return self.plan.steps * self.plan.accumulation
+        return self.plan.steps
 
-    def __iter__(self) -> Iterator[list[int]]:
-        batches = super().__iter__()
-        for index in range(len(self)):
-            round_of_all = [
-                next(batches) if self.plan.weight(index, rank) else FILLER for rank in range(self.plan.ranks)
+    def __iter__(self) -> Iterator[Step]:
+        order = list(self.sampler)
+        for start in range(0, self.plan.steps * self.plan.global_batch, self.plan.global_batch):
+            records = order[start : start + self.plan.global_batch]
+            group = {record: position // self.plan.group for position, record in enumerate(records)}
+            dealt = self.deal(records)
+            micro_batches = [
+                MicroBatch(tuple(own), tuple(map(group.__getitem__, own))) for own in dealt[self.rank] if own
             ]
-            yield round_of_all[self.rank]
+            yield micro_batches + [FILLER] * (max(map(len, dealt)) - len(micro_batches))
 
 
-def total_steps(plan: EpochPlan, args: TrainingArguments) -> int:
+class StepDataset(Dataset[tuple[MicroBatch, Batch]]):
+    """Loads micro-batches of `dataset`, collated by `collate`."""
+
+    def __init__(self, dataset: Dataset[dict[str, Tensor]], collate: Callable[[Sequence[dict[str, Tensor]]], Batch]):
+        self.dataset, self.collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, Batch]:
+        return micro_batch, self.collate([self.dataset[record] for record in micro_batch.records])
+
+
+def supervised_tokens(batch: Batch) -> Tensor:
+    """Number of supervised tokens of each row, `(B,)` int64, without the first, which nothing predicts."""
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)
+
+
+def tokens_of_groups(step: LoadedStep, groups: int) -> Tensor:
+    """Supervised tokens of this rank in each loss group: `(groups,)` int64."""
+    counts = torch.zeros(groups + 1, dtype=torch.int64)  # the last for fillers, whose group is -1
+    for micro_batch, batch in step:
+        counts.index_add_(0, torch.tensor(micro_batch.groups) % (groups + 1), supervised_tokens(batch))
+    return counts[:-1]
+
+
+def row_weights(step: LoadedStep, tokens: Tensor, groups: int, ranks: int) -> list[Tensor]:
+    """Weight of each supervised token of a row, `(B,)` float32 on the device of `tokens`, for each micro-batch.
+
+    `tokens` `(groups,)` counts the supervised tokens of each loss group on all ranks. The weights are multiplied by the
+    number of ranks, because gradients are averaged over them.
+    """
+    weights = torch.cat([ranks / (groups * tokens.clamp(min=1).double()), tokens.new_zeros(1)]).float()
+    members = torch.tensor([group for micro_batch, _ in step for group in micro_batch.groups]) % (groups + 1)
+    sizes = [len(micro_batch.groups) for micro_batch, _ in step]
+    return list(weights[members.to(tokens.device)].split(sizes))
+
+
+def sum_over_ranks(counts: Tensor, device: torch.device) -> Tensor:
+    """Sum of integers over all ranks, on `device`."""
+    counts = counts.to(device, non_blocking=True)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
+
+
+def total_steps(plan: StepPlan, args: TrainingArguments) -> int:
     """Number of optimizer steps of a whole run."""
     return int(args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps))
 
@@ -113,4 +169,4 @@ def check_drop_last(data_args: DataArguments, args: TrainingArguments) -> None:
         records = sum(len(read_records(entry.annotation)) * entry.repeat_time for entry in entries)
     else:
         records = len(read_records(data_args.data_path or ""))
-    EpochPlan.of(records - round(data_args.validation_fraction * records), args)
+    StepPlan.of(records - round(data_args.validation_fraction * records), args)

@@ -131,7 +131,7 @@ def _find_checkpoint(trainer: LLaVATrainer) -> Path | None:
         logger.info("Resuming from %s.", checkpoint)
         checkpointing.check_weights(checkpoint, model_setup.saved_shapes(trainer.model, trainer.saves))
         optimizer_state.check_conversion(checkpoint, args)
-        check_changes(checkpoint, args, trainer.plan.per_step * args.train_batch_size)
+        check_changes(checkpoint, args)
     _check_progress(Path(args.output_dir), checkpoint, steps.total_steps(trainer.plan, args))
     return checkpoint
 
@@ -159,14 +159,16 @@ def _start_metadata(
     """Log the plan of the run and write it to `run.json`."""
     args = trainer.args
     trainable, total = model_setup.count_parameters(trainer.model)
-    global_batch = args.train_batch_size * trainer.plan.per_step
-    samples = len(trainer.train_dataset)
+    plan, samples = trainer.plan, len(trainer.train_dataset)
     logger.info(
-        "Global batch %d = %d per device x %d accumulation steps x %d processes; %d samples, %d steps per epoch; %.3g "
-        "of %.3g parameters are trainable.",
-        *(global_batch, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size),
-        *(samples, trainer.plan.steps, trainable, total),
+        "Each step takes %d of %d samples, in loss groups of %d; %d processes compute micro-batches of %s; %d steps "
+        "per epoch; %.3g of %.3g parameters are trainable.",
+        *(plan.global_batch, samples, plan.group, args.world_size),
+        f"up to {args.micro_batch_tokens} tokens" if args.micro_batch_tokens else f"{args.train_batch_size} samples",
+        *(plan.steps, trainable, total),
     )
+    if not args.micro_batch_tokens and (idle := steps.describe_fillers(plan, args.world_size, args.train_batch_size)):
+        logger.info(idle)
     config = zero.read_config(args.deepspeed) if args.deepspeed else None
     logger.info(zero.describe_schedule(config, args.max_grad_norm, args.lr_scheduler_type.value))
     metadata = RunMetadata(
@@ -174,7 +176,8 @@ def _start_metadata(
         flags,
         deepspeed=config,
         device=str(args.device),
-        global_batch=global_batch,
+        global_batch=plan.global_batch,
+        loss_group=plan.group,
         parameters={"trainable": trainable, "all": total},
         resumed_from=checkpoint and str(checkpoint),
         samples=samples,

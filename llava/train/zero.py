@@ -37,10 +37,13 @@ def fill_defaults(config: ZeroConfig, hidden_size: int) -> None:
     """Set, in place, the values that library versions fill in differently.
 
     transformers 4.36.2 replaces one "auto" by a float, which DeepSpeed rejects. The published recipes have no
-    `gradient_clipping` entry and do not clip, but DeepSpeed clips at 1.0 without one from 0.19 on.
+    `gradient_clipping` entry and do not clip, but DeepSpeed clips at 1.0 without one from 0.19 on. Gradients are
+    accumulated in float32; by default DeepSpeed adds them up in the dtype of the weights.
     """
     config.setdefault("gradient_clipping", 0.0)
     zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0):
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if zero.get("stage3_prefetch_bucket_size") == "auto":
         zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
 

@@ -68,7 +68,9 @@ TRAINING = {
     "lora_bias": "none",
     "group_by_modality_length": False,
     "plot_loss": True,
-    "global_batch_size": None,
+    "global_batch_size": 8,
+    "loss_group_size": 8,
+    "micro_batch_tokens": None,
     "deterministic": False,
     "step_timeout": 1800.0,
 }
@@ -129,7 +131,10 @@ def test_all_invalid_flags_are_reported_in_one_message(tmp_path: Path) -> None:
         (["--validation_fraction", "0.1", "--save_strategy", "no"], ["--save_strategy", "--evaluation_strategy"]),
         (["--unfreeze_mm_vision_layers", "2"], ["--unfreeze_mm_vision_tower"]),
         (["--unfreeze_mm_vision_tower", "True"], ["--vision_tower"]),
-        (["--global_batch_size", "9"], ["--global_batch_size"]),
+        (["--global_batch_size", "9"], ["--global_batch_size 9", "--per_device_train_batch_size 8"]),
+        (["--global_batch_size", "8", "--loss_group_size", "3"], ["--global_batch_size 8", "--loss_group_size 3"]),
+        (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], ["--gradient_accumulation_steps 2"]),
+        (["--loss_group_size", "0"], ["--loss_group_size"]),
         (["--step_timeout", "-1"], ["--step_timeout"]),
         (
             ["--load_best_model_at_end", "True", "--save_strategy", "no"],
@@ -222,9 +227,22 @@ def test_only_a_version_on_the_command_line_is_given(tmp_path: Path) -> None:
         assert (model.version, model.version_given) == ("v0", bool(more))
 
 
-def test_global_batch_size_sets_accumulation_steps(tmp_path: Path) -> None:
-    more = ("--global_batch_size", "24", "--per_device_train_batch_size", "3")
-    assert parse_arguments(given(tmp_path, *more))[2].gradient_accumulation_steps == 8
+@pytest.mark.parametrize(
+    ("more", "step", "group"),
+    [
+        ({}, 8, 8),
+        ({"global_batch_size": 24}, 24, 8),
+        ({"gradient_accumulation_steps": 3}, 24, 8),
+        ({"global_batch_size": 24, "gradient_accumulation_steps": 3}, 24, 8),
+        ({"global_batch_size": 24, "per_device_train_batch_size": 16, "loss_group_size": 6}, 24, 6),
+        ({"per_device_train_batch_size": 3, "loss_group_size": 1}, 3, 1),
+    ],
+)
+def test_samples_of_a_step(tmp_path: Path, more: dict[str, int], step: int, group: int) -> None:
+    flags = [part for name, value in more.items() for part in (f"--{name}", str(value))]
+    args = parse_arguments(given(tmp_path, *flags))[2]
+    assert (args.global_batch_size, args.loss_group_size) == (step, group)
+    assert args.gradient_accumulation_steps == 1, "libraries see a step as one batch"
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,9 @@ CELLS = MATRIX if os.environ.get("LLAVA_RESUME_MATRIX") == "all" else SUITE
 
 
 def flags(dirs: Dirs, data: Path, out: Path, saves: str, place: Place, **more: Any) -> list[str]:
-    """Steps of the same rows and groups of rows everywhere; not clipped, as the ZeRO files do not clip."""
-    values: dict[str, Any] = {"per_device_train_batch_size": 1, "global_batch_size": ROWS, "max_steps": STEPS, **more}
+    """The same steps everywhere; not clipped, as the ZeRO files do not clip."""
+    step = {"global_batch_size": ROWS, "loss_group_size": ROWS, "max_steps": STEPS}
+    values: dict[str, Any] = {"per_device_train_batch_size": ROWS // place.ranks, **step, **more}
     if place.zero == "ddp":
         values["max_grad_norm"] = 0
     else:

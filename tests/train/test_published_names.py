@@ -243,7 +243,7 @@ def test_a_loss_and_a_freeze_policy_are_one_registry_line(
 
     def doubled(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         shapes.append((*logits.shape, len(targets)))
-        return 2 * torch.nn.functional.cross_entropy(logits.float(), targets)
+        return 2 * torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
     def head_only(model: Any, model_args: object, training_args: object) -> None:
         model.requires_grad_(False)

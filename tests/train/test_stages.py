@@ -141,7 +141,7 @@ def test_run_json_and_log_describe_the_run(
     record = json.loads((out / "run.json").read_text())
     assert record["global_batch"] == 8 and record["seed"] == 7 and record["world_size"] == 1 and record["steps"] == 3
     assert record["samples"] == 32 and record["template"] == "v1" and record["resumed_from"] is None
-    assert record["arguments"]["training"]["gradient_accumulation_steps"] == 2
+    assert record["loss_group"] == 4 and record["arguments"]["training"]["global_batch_size"] == 8
     assert record["arguments"]["model"]["vision_tower"] == str(tiny_dirs["tower"])
     assert record["versions"]["transformers"] == "4.36.2"
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Every record once an epoch, and the true mean in every step, for any number of records, ranks and micro-batches."""
+"""Steps are the same records with the same weights for any number of records, ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -8,56 +8,104 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import SequentialSampler
 
 from llava.arguments import TrainingArguments
+from llava.constants import IGNORE_INDEX
 from llava.errors import ConfigError
-from llava.train.steps import EpochPlan, StepBatchSampler, total_steps
+from llava.train.steps import (
+    FILLER,
+    MicroBatch,
+    StepPlan,
+    StepSampler,
+    deal_in_order,
+    describe_fillers,
+    row_weights,
+    tokens_of_groups,
+    total_steps,
+)
 from llava.train.train import train
 from tests.train import runs
 from tests.train.test_deepspeed import LOSS_ATOL, SCRIPTS, WEIGHT_ATOL
 
 Dirs = dict[str, Path]
-CASES = list(itertools.product((1, 2, 7, 12, 50, 64), (1, 4), (1, 2, 32), (1, 2, 3)))
+# records, samples per step, samples per loss group, samples per micro-batch, ranks
+CASES = [
+    (records, step, group, batch, ranks)
+    for records, (step, group), batch, ranks in itertools.product(
+        (1, 2, 7, 12, 50, 64), ((1, 1), (8, 4), (12, 4), (32, 8), (32, 32)), (1, 3, 4), (1, 2, 3)
+    )
+]
 
 
-def dealt(records: int, batch: int, accumulation: int, ranks: int) -> tuple[EpochPlan, list[list[tuple[float, Any]]]]:
-    """The plan of an epoch, and by rank the weighted micro-batches."""
-    plan = EpochPlan(-(-records // batch), accumulation, ranks)
-    samplers = [StepBatchSampler(SequentialSampler(range(records)), batch, plan, rank) for rank in range(ranks)]
-    assert {len(sampler) for sampler in samplers} == {plan.steps * accumulation}
-    return plan, [
-        [(plan.weight(index, rank), tuple(drawn)) for index, drawn in enumerate(sampler)]
-        for rank, sampler in enumerate(samplers)
+def dealt(plan: StepPlan, batch: int, ranks: int) -> list[list[list[MicroBatch]]]:
+    """By rank, the micro-batches of each step of an epoch in the order of the file."""
+    order = SequentialSampler(range(plan.records))
+    samplers = [
+        StepSampler(order, plan, lambda records: deal_in_order(records, ranks, batch), rank) for rank in range(ranks)
     ]
+    assert {len(sampler) for sampler in samplers} == {plan.steps}
+    return [list(sampler) for sampler in samplers]
 
 
-@pytest.mark.parametrize(("records", "batch", "accumulation", "ranks"), CASES)
-def test_an_epoch_is_every_record_once_in_steps_that_are_means(
-    records: int, batch: int, accumulation: int, ranks: int
-) -> None:
-    plan, by_rank = dealt(records, batch, accumulation, ranks)
+@pytest.mark.parametrize(("records", "step_size", "group", "batch", "ranks"), CASES)
+def test_a_step_is_the_next_records_in_groups(records: int, step_size: int, group: int, batch: int, ranks: int) -> None:
+    plan = StepPlan(records, step_size, group)
+    by_rank = dealt(plan, batch, ranks)
     seen: list[int] = []
     for step in range(plan.steps):
-        places = range(step * accumulation, (step + 1) * accumulation)
-        taken = [by_rank[rank][index] for index in places for rank in range(ranks)]
-        weights = [weight for weight, _ in taken if weight]
-        assert len(set(weights)) == 1 and sum(weights) == pytest.approx(accumulation * ranks)
-        seen += [record for weight, drawn in taken if weight for record in drawn]
-        assert not plan.is_idle(places[-1]), "without a backward pass in it, ranks would not exchange gradients"
-        idle = [index for index in places if plan.is_idle(index)]
-        assert all(weight == 0 for index in idle for weight, _ in (by_rank[rank][index] for rank in range(ranks)))
+        parts = [rank[step] for rank in by_rank]
+        assert len({len(part) for part in parts}) == 1, "every rank takes part in each exchange of gradients"
+        assert all(FILLER not in part[:-1] for part in parts), "an idle micro-batch more than needed"
+        pairs = sorted(pair for part in parts for taken in part if taken != FILLER for pair in zip(*taken))
+        first = step * step_size
+        assert pairs == [(record, (record - first) // group) for record in range(first, first + len(pairs))]
+        assert pairs[-1][1] + 1 == plan.groups(step)
+        seen += [record for record, _ in pairs]
     assert seen == list(range(records))
 
 
-def test_another_number_of_ranks_takes_the_same_records_in_each_step() -> None:
-    for records in (50, 64, 65):
-        steps = []
-        for batch, accumulation, ranks in ((8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)):
-            plan, by_rank = dealt(records, batch, accumulation, ranks)
-            places = [range(s * accumulation, (s + 1) * accumulation) for s in range(plan.steps)]
-            steps.append([sorted(r for i in p for rank in by_rank for r in rank[i][1] if rank[i][0]) for p in places])
-        assert all(other == steps[0] for other in steps)
+@pytest.mark.parametrize(
+    ("batch", "ranks", "idle"), [(16, 8, None), (16, 3, "1 of 9"), (128, 3, "2 of 3"), (7, 1, None)]
+)
+def test_idle_ranks_are_said(batch: int, ranks: int, idle: str | None) -> None:
+    plan = StepPlan(1000, 128, 16)
+    text = describe_fillers(plan, ranks, batch)
+    assert text is None if idle is None else str(text).startswith(f"{idle} micro-batches of a step are idle")
+    if text:
+        better = int(text.split("--per_device_train_batch_size ")[1].split()[0])
+        assert describe_fillers(plan, ranks, better) is None
+
+
+def random_step(sizes: list[int], seed: int, group: int) -> tuple[list[tuple[MicroBatch, Any]], list[list[int]]]:
+    """Loaded micro-batches of `sizes` rows with random labels, and the supervised tokens of the rows by group."""
+    generator = torch.Generator().manual_seed(seed)
+    step, by_group, position = [], [], 0
+    for size in sizes:
+        labels = torch.randint(0, 9, (size, 6), generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) < 0.6] = IGNORE_INDEX
+        places = range(position, position + size)
+        step.append((MicroBatch(tuple(places), tuple(place // group for place in places)), {"labels": labels}))
+        for place, row in zip(places, labels):
+            if place % group == 0:
+                by_group.append([])
+            by_group[-1].append(int((row[1:] != IGNORE_INDEX).sum()))
+        position += size
+    return step, by_group
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 1, 1, 1], [3, 1], [2, 5, 1], [7, 7]])
+@pytest.mark.parametrize("group", [1, 2, 4, 14])
+def test_weights_are_those_of_the_mean_over_groups(sizes: list[int], group: int) -> None:
+    step, by_group = random_step(sizes, seed=sum(sizes) + group, group=group)
+    step.append((FILLER, {"labels": torch.ones(1, 6, dtype=torch.long)}))
+    tokens = tokens_of_groups(step, len(by_group))
+    assert tokens.tolist() == [sum(rows) for rows in by_group]
+    weights = row_weights(step, tokens, len(by_group), ranks=2)
+    assert weights[-1].tolist() == [0]
+    expected = [2 / len(by_group) / max(1, sum(rows)) for rows in by_group for _ in rows]
+    assert torch.cat(weights[:-1]).tolist() == pytest.approx(expected)
 
 
 def arguments(tmp_path: Path, **more: Any) -> TrainingArguments:
@@ -67,11 +115,12 @@ def arguments(tmp_path: Path, **more: Any) -> TrainingArguments:
 def test_drop_last_keeps_whole_steps_or_is_refused(tmp_path: Path) -> None:
     more = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "dataloader_drop_last": True}
     args = arguments(tmp_path, **more, num_train_epochs=1.5)
-    plan = EpochPlan.of(50, args)
-    assert (plan.batches, plan.steps, total_steps(plan, args)) == (12, 4, 6)
+    plan = StepPlan.of(50, args)
+    assert (plan.steps, total_steps(plan, args)) == (4, 6)
+    assert [len(step) for step in dealt(plan, 4, 1)[0]] == [3, 3, 3, 3]
     with pytest.raises(ConfigError, match="drops all 11 records, because a step takes 12"):
-        EpochPlan.of(11, args)
-    assert EpochPlan.of(1, arguments(tmp_path, **{**more, "dataloader_drop_last": False})).steps == 1
+        StepPlan.of(11, args)
+    assert StepPlan.of(1, arguments(tmp_path, **{**more, "dataloader_drop_last": False})).steps == 1
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """A process that imports everything once and forks the processes of runs, which start fast and can be killed.
 
-Reads jobs from stdin, one JSON object a line: `argv`, `ranks`, `log`, `in_order` to leave the records undisturbed, and
-`launched` for the environment of a launcher also with one rank. Answers each with `{"pids": [...]}`, and with
-`{"codes": [...]}` when all of its processes are gone; if one fails, the others are ended, as torchrun does.
+Reads jobs from stdin, one JSON object a line: `argv`, `ranks`, `log`, `launched` for the environment of a launcher also
+with one rank, `in_order` to leave the records undisturbed, and `observe`, a folder for what each step takes and
+computes. Answers each with `{"pids": [...]}`, and with `{"codes": [...]}` when all of its processes are gone; if one
+fails, the others are ended, as torchrun does.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -34,6 +36,52 @@ def take_records_in_order() -> None:
     LLaVATrainer._get_train_sampler = lambda self: SequentialSampler(self.train_dataset)  # type: ignore[method-assign]
 
 
+def observe_steps(directory: Path, rank: int) -> None:
+    """Write records and loss of each step to `rank-{rank}.jsonl`, and its gradients to `gradients-{step}.pt`.
+
+    `sums-{step}.pt` holds the sums of the gradients of this rank's micro-batches in float64.
+    """
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.utils import safe_get_full_grad
+
+    from llava.train.llava_trainer import LLaVATrainer
+    from llava.train.steps import FILLER
+
+    train, update, steps = LLaVATrainer.training_step, DeepSpeedEngine.step, []
+    sums: dict[str, torch.Tensor] = {}
+
+    def save(named: dict[str, torch.Tensor]) -> None:
+        if rank == 0:
+            torch.save(named, directory / f"gradients-{len(steps)}.pt")
+            torch.save(sums, directory / f"sums-{len(steps)}.pt")
+
+    def add(name: str, gradient: torch.Tensor) -> None:
+        sums[name] = sums.get(name, 0) + gradient.double()
+
+    def training_step(self: Any, model: Any, step: Any) -> torch.Tensor:
+        if not steps:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(functools.partial(add, name))
+        sums.clear()
+        steps.append([record for taken, _ in step if taken != FILLER for record in taken.records])
+        loss = train(self, model, step)
+        with (directory / f"rank-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps({"records": steps[-1], "loss": loss.item()}) + "\n")
+        if not self.is_deepspeed_enabled:
+            save({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
+        return loss
+
+    def engine_step(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.is_gradient_accumulation_boundary():
+            trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+            save({name: safe_get_full_grad(p).clone() for name, p in trained})
+        update(self, *args, **kwargs)
+
+    LLaVATrainer.training_step, DeepSpeedEngine.step = training_step, engine_step
+
+
 def be_rank(rank: int, job: dict[str, Any], port: int) -> int:
     """In the fork: set up environment and output of this rank, then run the program."""
     ranks, log = job["ranks"], Path(job["log"])
@@ -52,6 +100,8 @@ def be_rank(rank: int, job: dict[str, Any], port: int) -> int:
 
     if job.get("in_order"):
         take_records_in_order()
+    if job.get("observe"):
+        observe_steps(Path(job["observe"]), rank)
     try:
         return int(main(job["argv"]))
     except BaseException:

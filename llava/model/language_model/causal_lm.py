@@ -70,8 +70,8 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
     hf_device_map: dict[str, str]  # present only if the model is split over devices, as libraries expect
 
     def loss_function(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of float logits `(S, V)` at the supervised positions; training replaces it by name (`--loss`)."""
-        return mean_loss(logits, targets)
+        """Losses `(S,)` of logits `(S, V)` at the supervised positions; training replaces it by name (`--loss`)."""
+        return token_cross_entropy(logits, targets)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LlavaForCausalLMMixin:
         """Refuse `.to`, `.cpu`, `.half` and the like on a model that is split over devices."""
@@ -99,6 +99,7 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         modalities: object = None,
         padding_side: str = "right",
         cache_position: Tensor | None = None,
+        row_weights: Tensor | None = None,
     ) -> LlavaOutput | tuple[object, ...]:
         """Splice image features, run the core, and compute logits and loss.
 
@@ -108,11 +109,12 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
             labels: `(B, T)`, with -100 at unsupervised positions.
             images: in any layout of `splice.encode_slots`.
             image_sizes, modalities, cache_position: accepted for compatibility and ignored.
+            row_weights: `(B,)`; the loss is the sum over rows of the weight times the sum of the row's token losses.
 
         Returns:
-            `logits` `(B, T', V)` over the spliced length T', and with `labels` the mean float32 cross-entropy of the
-            next token (0 without supervised positions). In training mode with `labels`, only supervised positions are
-            projected and `logits` is `None`.
+            `logits` `(B, T', V)` over the spliced length T', and with `labels` the float32 cross-entropy of the next
+            token: its mean over the supervised tokens of the batch (0 without any), or weighted by `row_weights`. In
+            training mode with `labels`, only supervised positions are projected and `logits` is `None`.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -120,7 +122,7 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
             extra = use_cache or output_attentions or output_hidden_states or return_dict is False
             continued = past_key_values is not None or position_ids is not None
             if self.supports_packing and self.training and labels is not None and not (extra or continued):
-                return LlavaOutput(loss=self._packed_loss(input_ids, attention_mask, labels, images))
+                return LlavaOutput(loss=self._packed_loss(input_ids, attention_mask, labels, images, row_weights))
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, padding_side=padding_side
@@ -142,7 +144,7 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         if labels is None or not self.training:
             logits = self.lm_head(hidden)
         if labels is not None:
-            loss = supervised_loss(hidden, labels, self.lm_head, logits, self.loss_function)
+            loss = supervised_loss(hidden, labels, self.lm_head, logits, self.loss_function, row_weights)
         result = LlavaOutput(
             loss=loss,
             logits=logits,
@@ -157,7 +159,12 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         return result
 
     def _packed_loss(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, images: Images | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        images: Images | None,
+        row_weights: Tensor | None,
     ) -> Tensor:
         """Training loss over the real tokens of the batch."""
         embeds, lengths, packed_labels = self.pack_inputs_and_labels(input_ids, attention_mask, labels, images)
@@ -165,8 +172,10 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         targets = F.pad(packed_labels[1:], (0, 1), value=IGNORE_INDEX)  # (N,), on the host
         targets[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX  # the next token belongs to another sequence
         supervised = (targets != IGNORE_INDEX).nonzero().flatten()
-        supervised, targets = upload([supervised, targets[supervised]], hidden.device)
-        return self.loss_function(self.lm_head(hidden.index_select(0, supervised)), targets)
+        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[supervised]
+        supervised, targets, rows = upload([supervised, targets[supervised], rows], hidden.device)
+        losses = self.loss_function(self.lm_head(hidden.index_select(0, supervised)), targets)
+        return batch_loss(losses, rows, row_weights)
 
     def prepare_inputs_for_generation(
         self,
@@ -212,9 +221,16 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         self.generation_config = generation
 
 
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in float32; `logits` `(S, V)`, `targets` `(S,)`; 0 for S = 0."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy `(S,)` in float32 of `logits` `(S, V)` and `targets` `(S,)`."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def batch_loss(losses: Tensor, rows: Tensor, row_weights: Tensor | None) -> Tensor:
+    """Mean of token losses `(S,)` (0 for S = 0), or their sum weighted by the weight `(B,)` of each token's row."""
+    if row_weights is None:
+        return losses.sum() / max(1, len(losses))
+    return (losses * row_weights.to(losses).index_select(0, rows)).sum()
 
 
 def supervised_loss(
@@ -222,9 +238,10 @@ def supervised_loss(
     labels: Tensor,
     head: nn.Module,
     logits: Tensor | None = None,
-    loss_function: Callable[[Tensor, Tensor], Tensor] = mean_loss,
+    loss_function: Callable[[Tensor, Tensor], Tensor] = token_cross_entropy,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean next-token cross-entropy in float32 over labels other than -100; 0 without any.
+    """Next-token cross-entropy in float32 over labels other than -100, reduced by `batch_loss`.
 
     `hidden` is `(B, T, D)`, `labels` `(B, T)`. Without `logits`, only supervised positions are projected.
     """
@@ -234,4 +251,5 @@ def supervised_loss(
         logits = head(hidden.flatten(0, 1).index_select(0, supervised))
     else:
         logits = logits.flatten(0, 1).index_select(0, supervised)
-    return loss_function(logits, targets.index_select(0, supervised))
+    rows = supervised // labels.shape[1]
+    return batch_loss(loss_function(logits, targets.index_select(0, supervised)), rows, row_weights)
