@@ -188,7 +188,8 @@ class LLaVATrainer(transformers.Trainer):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **settings)
         created: torch.optim.Optimizer = super().create_optimizer()
-        self._group_names = optimizer.group_names(created.param_groups, self.model)
+        # The optimizer of a ZeRO file is created by DeepSpeed, with one group.
+        self._group_names = optimizer.group_names(getattr(created, "param_groups", []), self.model)
         return created
 
     def training_step(self, model: nn.Module, step: LoadedStep) -> Tensor:
@@ -445,12 +446,12 @@ class LLaVATrainer(transformers.Trainer):
             found = checkpointing.stored_weights(Path(checkpoint), self.saves)
             return ((names[name], value) for name, value in found if name in names)
 
-        groups = self._group_names or [list(trained)]  # a ZeRO file with its own optimizer has one
+        groups = self._group_names or [list(trained)]
         saved = optimizer_state.read(Path(checkpoint), groups, weights)
         saved.check_groups(groups)
         logger.info(
-            "Converting the optimizer state of a run %s to this run's, %s. Random numbers (dropout, augmentation) are "
-            "not those of a run without the change.",
+            "Converting the optimizer state of a run %s to that of this run, %s. Random numbers (dropout) are not those "
+            "of an uninterrupted run.",
             saved.layout,
             layout,
         )

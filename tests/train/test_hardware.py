@@ -5,6 +5,7 @@ The suite takes the cells of `SUITE`; `LLAVA_RESUME_MATRIX=all` takes all of `MA
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from llava.errors import CheckpointError
 from llava.train.train import train
 from tests.train import runs
 from tests.train.test_deepspeed import LOSS_ATOL, SCRIPTS, WEIGHT_ATOL
@@ -49,7 +51,6 @@ MATRIX += [Cell(s, *pair) for s in ("full", "lora", "projector") for pair in BET
 # Without DeepSpeed, test_resume.py changes the number of ranks.
 SUITE = [
     *(Cell("full", *pair) for pair in BETWEEN),
-    Cell("full", TWO_2, Place(1, "zero2")),
     Cell("full", TWO_3, Place(4, "zero3")),
     Cell("lora", TWO_3, Place(1, "zero3")),
     Cell("lora", TWO_3, ONE),
@@ -61,14 +62,14 @@ CELLS = MATRIX if os.environ.get("LLAVA_RESUME_MATRIX") == "all" else SUITE
 def flags(dirs: Dirs, data: Path, out: Path, saves: str, place: Place, **more: Any) -> list[str]:
     """The same steps everywhere; not clipped, as the ZeRO files do not clip."""
     step = {"global_batch_size": ROWS, "loss_group_size": ROWS, "max_steps": STEPS}
-    values: dict[str, Any] = {"per_device_train_batch_size": ROWS // place.ranks, **step, **more}
+    values: dict[str, Any] = {"per_device_train_batch_size": ROWS // place.ranks, **step}
     if place.zero == "ddp":
         values["max_grad_norm"] = 0
     else:
         values |= {"deepspeed": SCRIPTS / f"{place.zero}.json", "use_cpu": None}
     if saves == "lora":
         values |= {"lora_enable": True, "lora_r": 4, "lora_dropout": 0}
-    return runs.flags(dirs, data, out, 1 if saves == "projector" else 2, **values)
+    return runs.flags(dirs, data, out, 1 if saves == "projector" else 2, **{**values, **more})
 
 
 def launch(place: Place) -> dict[str, Any]:
@@ -145,3 +146,24 @@ def test_a_killed_run_continues_on_other_hardware(
     one, other = runs.tensors(out), runs.tensors(expected)
     weight = max(float((one[name] - other[name]).abs().max()) for name in one)
     table[str(cell)] = f"from step {line.rsplit('-', 1)[1].rstrip('.')}: losses {loss:.0e}, weights {weight:.0e}"
+
+
+@pytest.mark.slow
+def test_a_zero_file_with_its_own_optimizer_and_schedule(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    """It makes one parameter group, and its schedule is in the shards; without it, the run is refused."""
+    config = json.loads((SCRIPTS / "zero3_offload.json").read_text())
+    for part in ("offload_optimizer", "offload_param"):
+        del config["zero_optimization"][part]
+    config["optimizer"]["params"]["torch_adam"] = True
+    (tmp_path / "own.json").write_text(json.dumps(config))
+    saving = {"deepspeed": tmp_path / "own.json", "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 4}
+    expected, out, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    runs.finish(flags(tiny_dirs, small_data, expected, "full", TWO_3, **saving), log, ranks=2)
+    shutil.copytree(expected / "checkpoint-4", out / "checkpoint-4")
+    argv = flags(tiny_dirs, small_data, out, "full", Place(1, "zero3"), **saving)
+    runs.finish(argv, log, launched=True)
+    assert runs.losses(out) == pytest.approx(runs.losses(expected), abs=LOSS_ATOL)
+    assert [e["learning_rate"] for e in runs.history(out)] == [e["learning_rate"] for e in runs.history(expected)]
+    runs.assert_equal_weights(out, expected, atol=WEIGHT_ATOL)
+    with pytest.raises(CheckpointError, match='learning rate of that run follows the "scheduler" entry'):
+        train(flags(tiny_dirs, small_data, out, "full", ONE))

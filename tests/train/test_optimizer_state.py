@@ -189,3 +189,25 @@ def test_random_state_is_of_this_rank_or_the_first(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no random state"):
         LLaVATrainer._load_rng_state(trainer, str(tmp_path / "empty"))
+
+
+def test_the_gradient_scaler_continues(tmp_path: Path) -> None:
+    """Without DeepSpeed, --fp16 needs CUDA; the scaler is the same on the CPU."""
+    parameter = nn.Parameter(torch.ones(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(parameter.sum()).backward()
+
+    def trainer(scaler: torch.amp.GradScaler) -> Any:
+        made = LLaVATrainer.__new__(LLaVATrainer)
+        made.args = SimpleNamespace(should_save=True, world_size=1, device=torch.device("cpu"))
+        made.accelerator = SimpleNamespace(scaler=scaler)
+        made.optimizer = torch.optim.AdamW([parameter])
+        made.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda step: 1.0)
+        made.is_deepspeed_enabled = made.is_fsdp_enabled = False
+        return made
+
+    trainer(scaler)._save_optimizer_and_scheduler(str(tmp_path))
+    fresh = torch.amp.GradScaler("cpu")
+    trainer(fresh)._load_optimizer_and_scheduler(str(tmp_path))
+    assert fresh.get_scale() == 2.0**10
+    assert optimizer_state.read(tmp_path, [["a"]], no_weights).loss_scale == 2.0**10
