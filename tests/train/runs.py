@@ -210,10 +210,9 @@ def kill_at(
     ranks: int = 1,
     program: Sequence[str] | None = None,
     number: int = signal.SIGKILL,
-    **more: Any,
 ) -> int:
     """Start, and send a signal to all of its processes as soon as `step` is logged; returns the exit status."""
-    process = start(argv, log, ranks, program, **more)
+    process = start(argv, log, ranks, program)
     limit = time.monotonic() + DEADLINE
     try:
         while max(steps_logged(output_dir), default=0) < step:

@@ -72,10 +72,6 @@ def flags(dirs: Dirs, data: Path, out: Path, saves: str, place: Place, **more: A
     return runs.flags(dirs, data, out, 1 if saves == "projector" else 2, **{**values, **more})
 
 
-def launch(place: Place) -> dict[str, Any]:
-    return {"ranks": place.ranks, "launched": place.zero != "ddp"}
-
-
 @pytest.fixture(scope="module")
 def whole(tiny_dirs: Dirs, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The output directory of an uninterrupted run in one process."""
@@ -100,7 +96,7 @@ def killed(tiny_dirs: Dirs, small_data: Path, tmp_path_factory: pytest.TempPathF
         if not out.exists():
             saving = {"save_strategy": "steps", "save_steps": SAVED}
             argv = flags(tiny_dirs, small_data, out, saves, place, **saving)
-            runs.kill_at(argv, out, SAVED + 1, root / f"{out.name}.log", **launch(place))
+            runs.kill_at(argv, out, SAVED + 1, root / f"{out.name}.log", ranks=place.ranks)
         return out
 
     return run
@@ -129,7 +125,7 @@ def test_a_killed_run_continues_on_other_hardware(
     table[str(cell)] = "failed"
     shutil.copytree(source, out)
     log = tmp_path / "log"
-    runs.finish(flags(tiny_dirs, small_data, out, cell.saves, cell.after), log, **launch(cell.after))
+    runs.finish(flags(tiny_dirs, small_data, out, cell.saves, cell.after), log, ranks=cell.after.ranks)
     text, expected = log.read_text(), whole(cell.saves)
     (line,) = [line for line in text.splitlines() if "Resuming from" in line]
     converts = not cell.before.zero == cell.after.zero == "ddp"
@@ -161,7 +157,7 @@ def test_a_zero_file_with_its_own_optimizer_and_schedule(tiny_dirs: Dirs, small_
     runs.finish(flags(tiny_dirs, small_data, expected, "full", TWO_3, **saving), log, ranks=2)
     shutil.copytree(expected / "checkpoint-4", out / "checkpoint-4")
     argv = flags(tiny_dirs, small_data, out, "full", Place(1, "zero3"), **saving)
-    runs.finish(argv, log, launched=True)
+    runs.finish(argv, log)
     assert runs.losses(out) == pytest.approx(runs.losses(expected), abs=LOSS_ATOL)
     assert [e["learning_rate"] for e in runs.history(out)] == [e["learning_rate"] for e in runs.history(expected)]
     runs.assert_equal_weights(out, expected, atol=WEIGHT_ATOL)

@@ -1,9 +1,9 @@
 """A process that imports everything once and forks the processes of runs, which start fast and can be killed.
 
-Reads jobs from stdin, one JSON object a line: `argv`, `ranks`, `log`, `launched` for the environment of a launcher also
-with one rank, `in_order` to leave the records undisturbed, and `observe`, a folder for what each step takes and
-computes. Answers each with `{"pids": [...]}`, and with `{"codes": [...]}` when all of its processes are gone; if one
-fails, the others are ended, as torchrun does.
+Reads jobs from stdin, one JSON object a line: `argv`, `ranks`, `log`, `in_order` to leave the records undisturbed, and
+`observe`, a folder for what each step takes and computes.
+Answers each with `{"pids": [...]}`, and with `{"codes": [...]}` when all of its processes are gone; if one fails, the
+others are ended, as torchrun does.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def be_rank(rank: int, job: dict[str, Any], port: int) -> int:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.chdir(log.parent)
-    if ranks > 1 or job.get("launched"):
+    if ranks > 1 or "--deepspeed" in job["argv"]:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     import traceback
