@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -36,7 +36,7 @@ from llava.data.sampler import (
 )
 from llava.errors import CheckpointError, TrainingError
 from llava.train import checkpointing, optimizer, optimizer_state, validation, zero
-from llava.train.model_setup import save_format, saved_parameters, saved_shapes
+from llava.train.model_setup import save_format, saved_shapes
 from llava.train.packing import Packer
 from llava.train.reporting import Console
 from llava.train.steps import (
@@ -428,31 +428,10 @@ class LLaVATrainer(transformers.Trainer):
         if layout.loads(optimizer_state.layout_of(Path(checkpoint))):
             deepspeed_load_checkpoint(engine, checkpoint)
         else:
-            saved, trained = self._read_state(checkpoint, layout)
-            optimizer_state.to_engine(saved, engine, trained)
+            optimizer_state.to_engine(self._convert(checkpoint, layout), engine)
 
-    def _read_state(
-        self, checkpoint: str, layout: optimizer_state.Layout
-    ) -> tuple[optimizer_state.SavedState, dict[str, nn.Parameter]]:
-        """The state of a checkpoint from other hardware, and the trained parameters, both by name."""
-        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        stored = {id(value): name for name, value in saved_parameters(self.model, self.saves)}
-        names = {stored[id(value)]: name for name, value in trained.items() if id(value) in stored}
-
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            found = checkpointing.stored_weights(Path(checkpoint), self.saves)
-            return ((names[name], value) for name, value in found if name in names)
-
-        groups = self._group_names or [list(trained)]
-        saved = optimizer_state.read(Path(checkpoint), groups, weights)
-        saved.check_groups(groups)
-        logger.info(
-            "Converting the optimizer state of a run %s to that of this run, %s. Random numbers (dropout) differ from an "
-            "uninterrupted run's.",
-            saved.layout,
-            layout,
-        )
-        return saved, trained
+    def _convert(self, checkpoint: str, layout: optimizer_state.Layout) -> optimizer_state.SavedState:
+        return optimizer_state.convert(Path(checkpoint), layout, self.model, self.saves, self._group_names)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -466,8 +445,8 @@ class LLaVATrainer(transformers.Trainer):
         layout, scaler = optimizer_state.Layout(None, self.args.world_size), self.accelerator.scaler
         targets = [(self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)]
         if not layout.loads(optimizer_state.layout_of(Path(checkpoint))):
-            saved, trained = self._read_state(checkpoint, layout)
-            optimizer_state.to_optimizer(saved, targets.pop(0)[0].optimizer, trained)
+            saved = self._convert(checkpoint, layout)
+            optimizer_state.to_optimizer(saved, targets.pop(0)[0].optimizer)
             if scaler is not None and saved.loss_scale is not None:
                 scaler.load_state_dict({**scaler.state_dict(), "scale": saved.loss_scale})
         elif scaler is not None and Path(checkpoint, optimizer_state.SCALER).is_file():

@@ -22,7 +22,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llava.arguments import TrainingArguments
 from llava.errors import CheckpointError
-from llava.train.checkpointing import load_state
+from llava.train.checkpointing import load_state, stored_weights
+from llava.train.model_setup import SaveFormat, saved_parameters
 from llava.train.zero import full_shape
 
 logger = logging.getLogger(__name__)
@@ -68,10 +69,11 @@ class Group:
 
 @dataclass
 class SavedState:
-    """The optimizer state of a checkpoint, by parameter, whatever wrote it."""
+    """The optimizer state of a checkpoint, by parameter, whatever wrote it; `named` are the trained parameters."""
 
     layout: Layout
     weights: Weights  # float32
+    named: Mapping[str, nn.Parameter] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
     step: int = 0
     pieces: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)  # name and key: flat, in order
@@ -168,6 +170,28 @@ def _load(file: Path) -> Any:
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def convert(checkpoint: Path, layout: Layout, model: nn.Module, saves: SaveFormat, names: Names) -> SavedState:
+    """The state of a checkpoint for a run with this `layout` and these names in the groups of its optimizer."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    stored = {id(value): name for name, value in saved_parameters(model, saves)}
+    own = {stored[id(value)]: name for name, value in trained.items() if id(value) in stored}
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        return ((own[name], value) for name, value in stored_weights(checkpoint, saves) if name in own)
+
+    names = names or [list(trained)]  # the optimizer of a ZeRO file has one group
+    saved = read(checkpoint, names, weights)
+    saved.check_groups(names)
+    saved.named = trained
+    logger.info(
+        "Converting the optimizer state of a run %s to that of this run, %s. Random numbers, as for dropout, differ "
+        "from those of an uninterrupted run.",
+        saved.layout,
+        layout,
+    )
+    return saved
 
 
 def read(checkpoint: Path, names: Names, weights: Weights) -> SavedState:
@@ -273,8 +297,9 @@ def _cut_partitioned(column: Sequence[Tensor], named: Mapping[str, torch.Size]) 
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
-def to_optimizer(saved: SavedState, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
+def to_optimizer(saved: SavedState, optimizer: torch.optim.Optimizer) -> None:
     """Continue with a saved state in a run without DeepSpeed: weights, moments and settings of the groups."""
+    named = saved.named
     groups = [group for group in optimizer.param_groups if group["params"]]
     for name, value in _checked(saved.weights(), named):
         named[name].data.copy_(value)
@@ -289,9 +314,9 @@ def to_optimizer(saved: SavedState, optimizer: torch.optim.Optimizer, named: Map
                 state[key] = value.to(parameter.device, torch.float32, copy=True)
 
 
-def to_engine(saved: SavedState, engine: Any, named: Mapping[str, nn.Parameter]) -> None:
+def to_engine(saved: SavedState, engine: Any) -> None:
     """Continue with a saved state in a DeepSpeed engine with ZeRO: this rank's parts of weights and moments."""
-    zero = engine.optimizer
+    named, zero = saved.named, engine.optimizer
     partitioned = hasattr(zero, "fp32_partitioned_groups_flat")
     if partitioned:
         zero.checkpoint_event_prologue()

@@ -171,9 +171,9 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         ({"a": torch.ones(4)}, r"a is \(4,\) in the checkpoint, but \(3,\) in this run"),
         ({}, "no trained weights of a"),
     ):
-        saved = optimizer_state.SavedState(Layout(2, 2), weights.items)
+        saved = optimizer_state.SavedState(Layout(2, 2), weights.items, named)
         with pytest.raises(CheckpointError, match=why):
-            optimizer_state.to_optimizer(saved, torch.optim.AdamW(named.values()), named)
+            optimizer_state.to_optimizer(saved, torch.optim.AdamW(named.values()))
 
 
 def test_random_state_is_of_this_rank_or_the_first(tmp_path: Path) -> None:
