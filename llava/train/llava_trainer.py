@@ -120,6 +120,7 @@ class LLaVATrainer(transformers.Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> transformers.trainer_utils.TrainOutput:
         try:
+            # transformers gives its function no way to load a checkpoint of other hardware
             with mock.patch.object(transformers.trainer, "deepspeed_load_checkpoint", self._load_engine):
                 return super().train(*args, **kwargs)
         except Preempted:

@@ -22,7 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llava.arguments import TrainingArguments
 from llava.errors import CheckpointError
-from llava.train.checkpointing import load_state, stored_weights
+from llava.train.checkpointing import global_step, load_state, stored_weights
 from llava.train.model_setup import SaveFormat, saved_parameters
 from llava.train.zero import full_shape
 
@@ -139,7 +139,7 @@ def check_conversion(checkpoint: Path, args: TrainingArguments) -> None:
     elif has_schedule != ("scheduler" in config):
         which = "that run" if has_schedule else args.deepspeed
         reason = f'the learning rate of {which} follows the "scheduler" entry of a ZeRO file'
-    elif "nvme" in (zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")):
+    elif "nvme" in ((zero.get(part) or {}).get("device") for part in ("offload_optimizer", "offload_param")):
         reason = f"{args.deepspeed} offloads to NVMe, where converted states cannot be put"
     else:
         return
@@ -185,6 +185,7 @@ def convert(checkpoint: Path, layout: Layout, model: nn.Module, saves: SaveForma
     saved = read(checkpoint, names, weights)
     saved.check_groups(names)
     saved.named = trained
+    saved.counters.setdefault("global_steps", global_step(checkpoint))
     logger.info(
         "Converting the optimizer state of a run %s to that of this run, %s. Random numbers, as for dropout, differ "
         "from those of an uninterrupted run.",
@@ -307,8 +308,7 @@ def to_optimizer(saved: SavedState, optimizer: torch.optim.Optimizer) -> None:
         group.update(source.settings)
         for name in source.names:
             parameter = named[name]
-            where = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
-            state = optimizer.state[parameter] = {"step": torch.tensor(float(saved.step), device=where)}
+            state = optimizer.state[parameter] = {"step": _step(saved, parameter, group)}
             for key in MOMENTS:
                 value = saved.moment(name, key, parameter.shape)
                 state[key] = value.to(parameter.device, torch.float32, copy=True)
@@ -325,9 +325,9 @@ def to_engine(saved: SavedState, engine: Any) -> None:
         if "step" in group or type(zero.optimizer).__name__ == "FusedAdam":
             group["step"] = saved.step
     flats = zero.fp32_partitioned_groups_flat if partitioned else [p for g in zero.param_groups for p in g["params"]]
-    is_tensor = isinstance(zero.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    of_torch = isinstance(zero.optimizer, (torch.optim.Adam, torch.optim.AdamW))
     for flat in flats:
-        zero.state[flat] = {"step": torch.tensor(float(saved.step)) if is_tensor else saved.step}
+        zero.state[flat] = {"step": _step(saved, flat, zero.optimizer.defaults) if of_torch else saved.step}
         zero.state[flat].update({key: torch.zeros_like(flat.data) for key in MOMENTS})
     if not partitioned:
         zero._lazy_init_hp_params_optimizer_state()  # else the first step does it, after the states are set
@@ -343,7 +343,13 @@ def to_engine(saved: SavedState, engine: Any) -> None:
         zero.loss_scale = saved.loss_scale
     if engine.lr_scheduler is not None and saved.scheduler is not None:
         engine.lr_scheduler.load_state_dict(saved.scheduler)
-    vars(engine).update(saved.counters)
+    for counter, value in saved.counters.items():
+        setattr(engine, counter, value)
+
+
+def _step(saved: SavedState, parameter: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    on_device = settings.get("fused") or settings.get("capturable")
+    return torch.tensor(float(saved.step), device=parameter.device if on_device else "cpu")
 
 
 def _checked(weights: Iterable[tuple[str, Tensor]], named: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
