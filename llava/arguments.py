@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Final, NoReturn, TypeVar
 
 import transformers
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 

@@ -29,7 +29,18 @@ from llava.files import write_errors
 from llava.model.registry import projector_factory
 from llava.model.verification import cast_parameters
 from llava.placement import avoid_cudnn_attention
-from llava.train import checkpointing, estimate, hub, model_card, model_setup, optimizer, steps, validation, zero
+from llava.train import (
+    checkpointing,
+    estimate,
+    hub,
+    model_card,
+    model_setup,
+    optimizer,
+    optimizer_state,
+    steps,
+    validation,
+    zero,
+)
 from llava.train.compat import (
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
@@ -133,12 +144,7 @@ def _find_checkpoint(trainer: LLaVATrainer) -> Path | None:
     if checkpoint:
         logger.info("Resuming from %s.", checkpoint)
         checkpointing.check_weights(checkpoint, model_setup.saved_shapes(trainer.model, trainer.saves))
-        checkpointing.check_optimizer(
-            checkpoint,
-            deepspeed=trainer.is_deepspeed_enabled,
-            zero3=bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3(),
-            processes=args.world_size,
-        )
+        optimizer_state.check_conversion(checkpoint, args)
         check_changes(checkpoint, args)
     _check_progress(Path(args.output_dir), checkpoint, steps.total_steps(trainer.plan, args))
     return checkpoint
