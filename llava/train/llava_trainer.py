@@ -12,20 +12,22 @@ import math
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, TrainerControl, TrainerState
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
@@ -33,22 +35,24 @@ from llava.data.sampler import (
     split_to_even_chunks,
 )
 from llava.errors import CheckpointError, TrainingError
-from llava.train import checkpointing, optimizer, validation, zero
+from llava.train import checkpointing, optimizer, optimizer_state, validation, zero
 from llava.train.model_setup import save_format, saved_shapes
+from llava.train.packing import Packer
 from llava.train.reporting import Console
 from llava.train.steps import (
-    FILLER,
+    COUNTS,
     NO_GROUP,
+    Deal,
     LoadedStep,
     MicroBatch,
     Step,
     StepDataset,
     StepPlan,
     StepSampler,
+    count_step,
     deal_in_order,
     row_weights,
     sum_over_ranks,
-    supervised_tokens,
     tokens_of_groups,
 )
 from llava.train.throughput import ThroughputMeter, format_duration, peak_memory
@@ -93,6 +97,7 @@ class LLaVATrainer(transformers.Trainer):
     """Trainer of a chat model; `saves` is the content of its checkpoints: "full", "projector" or "lora"."""
 
     optimizer: Any
+    control: TrainerControl
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._order = torch.Generator()
@@ -102,6 +107,7 @@ class LLaVATrainer(transformers.Trainer):
         self._grad_norm: float | None = None
         self._engine: Any = None
         self._own_rates: dict[str, int] = {}  # flag -> parameter group
+        self._group_names: list[list[str]] = []
         self._meter: ThroughputMeter | None = None
         self._first_log: tuple[int, float] | None = None
         super().__init__(*args, **kwargs)
@@ -113,9 +119,14 @@ class LLaVATrainer(transformers.Trainer):
         for callback in (_EpochStart(self), self.console):
             self.add_callback(callback)
 
+    def init_hf_repo(self) -> None:
+        """Nothing: `llava.train.hub` opens the repository before weights are loaded."""
+
     def train(self, *args: Any, **kwargs: Any) -> transformers.trainer_utils.TrainOutput:
         try:
-            return super().train(*args, **kwargs)
+            # transformers gives its function no way to load a checkpoint of other hardware
+            with mock.patch.object(transformers.trainer, "deepspeed_load_checkpoint", self._load_engine):
+                return super().train(*args, **kwargs)
         except Preempted:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the reporters
             raise
@@ -145,7 +156,9 @@ class LLaVATrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Loader of the steps of this rank, each a list of micro-batches on the CPU."""
         args = self.args
-        deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
+        deal: Deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
+        if args.micro_batch_tokens:
+            deal = Packer.of(self.train_dataset, self.model, args.world_size, args.micro_batch_tokens).deal
         return DataLoader(
             StepDataset(self.train_dataset, self.data_collator),  # type: ignore[arg-type]
             batch_sampler=StepSampler(self._get_train_sampler(), self.plan, deal, args.process_index),
@@ -179,12 +192,17 @@ class LLaVATrainer(transformers.Trainer):
         rates = optimizer.own_rates(self.args)
         if self.optimizer is None and rates:
             decayed = self.get_decay_parameter_names(self.model)
-            groups = optimizer.parameter_groups(self.model.named_parameters(), decayed, self.args.weight_decay, rates)
-            logger.info("%s.", optimizer.describe_rates(groups, self.args.learning_rate))
-            self._own_rates = {group["flag"]: index for index, group in enumerate(groups) if group["flag"]}
+            groups = optimizer.parameter_groups(
+                self.model.named_parameters(), decayed, self.args.weight_decay, self.args.learning_rate, rates
+            )
+            logger.info("%s.", optimizer.describe_rates(self.args.learning_rate, rates))
+            self._own_rates = optimizer.logged_groups(groups)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **settings)
         created: torch.optim.Optimizer = super().create_optimizer()
+        optimizer.keep_embeddings_in_32_bit(self.model, created)
+        # The optimizer of a ZeRO file is created by DeepSpeed, with one group.
+        self._group_names = optimizer.group_names(getattr(created, "param_groups", []), self.model)
         return created
 
     def training_step(self, model: nn.Module, step: LoadedStep) -> Tensor:
@@ -219,7 +237,8 @@ class LLaVATrainer(transformers.Trainer):
     @functools.cached_property
     def _groups_are_split(self) -> bool:
         """Whether records of one loss group can be on several ranks."""
-        return self.args.world_size > 1 and self.args.train_batch_size % self.plan.group != 0
+        args = self.args
+        return bool(args.world_size > 1 and (args.micro_batch_tokens or args.train_batch_size % self.plan.group))
 
     def _accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[object]:
         """Context of a micro-batch; gradients are exchanged and, by DeepSpeed, applied in the last one of a step.
@@ -276,16 +295,7 @@ class LLaVATrainer(transformers.Trainer):
 
         Groups without a supervised token are counted by one of the ranks that share them.
         """
-        image_tokens = getattr(self.model, "num_image_tokens", 0)
-        for micro_batch, batch in step:
-            if micro_batch != FILLER:
-                ids, tokens = batch["input_ids"], int(batch["attention_mask"].sum())
-                if image_tokens:
-                    tokens += int((ids == IMAGE_TOKEN_INDEX).sum()) * (image_tokens - 1)
-                self._counts["tokens"] += tokens
-                self._counts["supervised"] += int(supervised_tokens(batch).sum())
-                self._counts["samples"] += len(ids)
-                self._counts["images"] += len(batch.get("images", ()))
+        self._counts.update(count_step(step, getattr(self.model, "num_image_tokens", 0)))
         if self._groups_are_split:
             own = tokens_of_groups[self.args.process_index :: self.args.world_size]
         else:
@@ -295,19 +305,19 @@ class LLaVATrainer(transformers.Trainer):
         self._unsupervised += (own == 0).sum()
 
     def _reset_counts(self) -> None:
-        self._counts = dict.fromkeys(("tokens", "supervised", "samples", "images"), 0)
+        self._counts: Counter[str] = Counter()
         self._unsupervised: Tensor | int = 0
 
     def log(self, logs: dict[str, float]) -> None:
         """Add supervised tokens, gradient norm, throughput and peak memory since the last log step, over all ranks."""
         if "loss" in logs and self._last_log is not None:
             seconds = time.perf_counter() - self._last_log
-            local = [*self._counts.values(), peak_memory(self.args.device)]
+            local = [*map(self._counts.__getitem__, COUNTS), peak_memory(self.args.device)]
             counts = torch.tensor(local, device=self.args.device)
             unsupervised = counts.new_zeros(1) + self._unsupervised
             by_rank = self._nested_gather(torch.cat([counts, unsupervised]).unsqueeze(0))  # (ranks, 6)
             *totals, unsupervised_groups = by_rank.sum(0).tolist()
-            counted = {name: float(total) for name, total in zip(self._counts, totals)}
+            counted = {name: float(total) for name, total in zip(COUNTS, totals)}
             logs["supervised_tokens"] = int(counted["supervised"])
             if unsupervised_groups:
                 logs["unsupervised_batches"] = unsupervised_groups
@@ -414,15 +424,42 @@ class LLaVATrainer(transformers.Trainer):
         """Restore the random state of this rank, or that of rank 0 if it was saved by fewer ranks."""
         if checkpoint is None:
             return
-        files = [self._rng_file(checkpoint), *(Path(checkpoint, f"rng_state{rank}.pth") for rank in ("", "_0"))]
-        file = next(file for file in files if file.is_file())
+        others = sorted(Path(checkpoint).glob("rng_state*.pth"))  # rank 0 is the first; nodes can have their own disks
+        file = next((file for file in [self._rng_file(checkpoint), *others] if file.is_file()), None)
+        if file is None:
+            raise CheckpointError(f"{checkpoint} holds no random state; resume from a complete checkpoint-N.")
         checkpointing.set_random_state(checkpointing.load_state(file, "random state"))
+
+    def _load_engine(self, engine: Any, checkpoint: str) -> None:
+        """Load a checkpoint into the DeepSpeed engine, in place of the function of transformers."""
+        layout = optimizer_state.layout_of_engine(engine, self.args.world_size)
+        if layout.loads(optimizer_state.layout_of(Path(checkpoint))):
+            deepspeed_load_checkpoint(engine, checkpoint)
+        else:
+            optimizer_state.to_engine(self._convert(checkpoint, layout), engine)
+
+    def _convert(self, checkpoint: str, layout: optimizer_state.Layout) -> optimizer_state.SavedState:
+        return optimizer_state.convert(Path(checkpoint), layout, self.model, self.saves, self._group_names)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.accelerator.scaler is not None:
+            torch.save(self.accelerator.scaler.state_dict(), Path(output_dir, optimizer_state.SCALER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        for target, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+        layout, scaler = optimizer_state.Layout(None, self.args.world_size), self.accelerator.scaler
+        targets = [(self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)]
+        if not layout.loads(optimizer_state.layout_of(Path(checkpoint))):
+            saved = self._convert(checkpoint, layout)
+            optimizer_state.to_optimizer(saved, targets.pop(0)[0].optimizer)
+            if scaler is not None and saved.loss_scale is not None:
+                scaler.load_state_dict({**scaler.state_dict(), "scale": saved.loss_scale})
+        elif scaler is not None and Path(checkpoint, optimizer_state.SCALER).is_file():
+            targets.append((scaler, optimizer_state.SCALER))
+        for target, name in targets:
             file = Path(checkpoint, name)
             # A mapped file costs no memory, but states on the CPU would stay in it.
             state = checkpointing.load_state(file, "optimizer state", mmap=self.args.device.type != "cpu")

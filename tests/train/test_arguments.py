@@ -52,6 +52,9 @@ TRAINING = {
     "remove_unused_columns": False,
     "freeze_mm_mlp_adapter": False,
     "mm_projector_lr": None,
+    "mm_vision_tower_lr": None,
+    "mm_vision_layer_decay": None,
+    "llm_layer_decay": None,
     "freeze_llm": False,
     "freeze_policy": "default",
     "loss": "cross_entropy",
@@ -67,6 +70,9 @@ TRAINING = {
     "lora_dropout": 0.05,
     "lora_weight_path": "",
     "lora_bias": "none",
+    "mm_vision_lora_r": 0,
+    "use_dora": False,
+    "use_rslora": False,
     "group_by_modality_length": False,
     "plot_loss": True,
     "global_batch_size": 8,
@@ -74,6 +80,9 @@ TRAINING = {
     "micro_batch_tokens": None,
     "deterministic": False,
     "step_timeout": 1800.0,
+    "profile_step_start": None,
+    "profile_step_end": None,
+    "memory_snapshot": False,
 }
 
 
@@ -147,7 +156,7 @@ def test_all_invalid_flags_are_reported_in_one_message(tmp_path: Path) -> None:
         (["--z_loss", "-1"], ["--z_loss"]),
         (["--meta_path", "mix.json"], ["--data_path", "--meta_path"]),
         (["--fsdp", "full_shard"], ["--fsdp"]),
-        (["--torch_compile", "True"], ["--torch_compile"]),
+        (["--torch_compile", "True"], ["--torch_compile", "packed batches"]),
         (["--torch_compile_mode", "default"], ["--torch_compile"]),
         (["--seed", "-1", "--data_seed", "-2"], ["--seed", "--data_seed"]),
         (["--tf32", "True"], ["--tf32"]),
@@ -164,7 +173,14 @@ def test_all_invalid_flags_are_reported_in_one_message(tmp_path: Path) -> None:
         (["--save_strategy", "sometimes"], ["--save_strategy", "sometimes"]),
         (["--optim", "adam"], ["adam is not a valid OptimizerNames"]),
         (["--report_to", "json"], ["--report_to", "tensorboard", "json"]),
-        (["--push_to_hub", "True"], ["--push_to_hub", "huggingface-cli upload"]),
+        (["--hub_model_id", "me/run"], ["--hub_model_id", "--push_to_hub"]),
+        (["--push_to_hub", "True", "--hub_model_id", "me/my/run"], ["--hub_model_id", "'me/my/run'"]),
+        (["--push_to_hub", "True", "--hub_strategy", "often"], ["often"]),
+        (["--hub_token", "hf_1"], ["--hub_token", "HF_TOKEN"]),
+        (["--push_to_hub_model_id", "run"], ["--push_to_hub_model_id", "use --hub_model_id"]),
+        (["--profile_step_end", "3"], ["--profile_step_end", "--profile_step_start"]),
+        (["--profile_step_start", "0"], ["--profile_step_start"]),
+        (["--profile_step_start", "4", "--profile_step_end", "3"], ["--profile_step_end", "(4)"]),
         (["--auto_find_batch_size", "True"], ["--auto_find_batch_size", "llava estimate"]),
         (["--ignore_data_skip", "True"], ["--ignore_data_skip"]),
         (["--include_num_input_tokens_seen", "True"], ["--include_num_input_tokens_seen"]),
@@ -183,6 +199,22 @@ def test_all_invalid_flags_are_reported_in_one_message(tmp_path: Path) -> None:
         (
             ["--vision_tower", "t", "--mm_projector_lr", "1e-5", "--freeze_mm_mlp_adapter", "True"],
             ["--mm_projector_lr", "--freeze_mm_mlp_adapter"],
+        ),
+        (["--mm_vision_tower_lr", "1e-6", "--vision_tower", "t"], ["--mm_vision_tower_lr", "frozen vision tower"]),
+        (["--mm_vision_layer_decay", "0.9", "--vision_tower", "t"], ["--mm_vision_layer_decay", "frozen"]),
+        (["--mm_vision_layer_decay", "1.1"], ["--mm_vision_layer_decay must be above 0 and at most 1, got 1.1"]),
+        (["--llm_layer_decay", "0"], ["--llm_layer_decay"]),
+        (
+            ["--vision_tower", "t", "--llm_layer_decay", "0.9", "--freeze_llm", "True"],
+            ["--llm_layer_decay with --freeze"],
+        ),
+        (["--mm_vision_lora_r", "8"], ["--mm_vision_lora_r requires --lora_enable True"]),
+        (["--mm_vision_lora_r", "-8"], ["--mm_vision_lora_r must be at least 0"]),
+        (["--use_dora", "True"], ["--use_dora requires --lora_enable True"]),
+        (["--use_rslora", "True"], ["--use_rslora requires --lora_enable True"]),
+        (
+            ["--use_dora", "True", "--lora_enable", "True", "--bits", "4", "--vision_tower", "t"],
+            ["--use_dora", "--bits 4"],
         ),
         (["--bits", "four"], ["--bits"]),
     ],
@@ -266,6 +298,7 @@ def test_on_cuda_the_default_optimizer_is_fused(
 ) -> None:
     monkeypatch.setattr(TrainingArguments, "device", property(lambda _: torch.device("cuda", 0)))
     monkeypatch.setattr(TrainingArguments, "process_index", 0)
+    monkeypatch.setattr(TrainingArguments, "world_size", 1)
     with caplog.at_level("INFO", "llava.arguments"):
         training = parse_arguments(given(tmp_path, *more))[2]
     assert training.optim == optimizer

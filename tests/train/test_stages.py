@@ -110,7 +110,7 @@ def test_stage_one_then_stage_two_then_load(tiny_dirs: Dirs, small_data: Path, t
     train(runs.flags(tiny_dirs, small_data, first, 1, plot_loss=True))
     files = {path.name for path in first.iterdir()}
     projectors = {"mm_projector.bin", "mm_projector.safetensors"}
-    assert files == projectors | {"config.json", "trainer_state.json", "run.json", "log.jsonl", "loss.png"}
+    assert files == projectors | {"README.md", "config.json", "trainer_state.json", "run.json", "log.jsonl", "loss.png"}
     assert set(runs.tensors(first)) == {f"model.mm_projector.{i}.{w}" for i in (0, 2) for w in ("weight", "bias")}
 
     adapter = first / "mm_projector.bin"
@@ -118,7 +118,7 @@ def test_stage_one_then_stage_two_then_load(tiny_dirs: Dirs, small_data: Path, t
     files = {path.name for path in second.iterdir()}
     standard = {"config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json"}
     standard |= {"tokenizer.model", "tokenizer_config.json", "trainer_state.json", "training_args.bin"}
-    assert files == standard | {"run.json", "log.jsonl"}
+    assert files == standard | {"README.md", "run.json", "log.jsonl"}
     assert runs.losses(second)[-1] < runs.losses(first)[0]
     for directory, version in ((first, "plain"), (second, "v1")):
         config = json.loads((directory / "config.json").read_text())
@@ -147,7 +147,9 @@ def test_run_json_and_log_describe_the_run(
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert all(line["supervised_tokens"] > 8 and line["tokens_per_second"] > 0 for line in lines if "loss" in line)
-    assert "Global batch 8" in caplog.text and "clipped at norm 1.0" in caplog.text
+    assert (
+        "Each step takes 8 of 32 samples, in loss groups of 4" in caplog.text and "clipped at norm 1.0" in caplog.text
+    )
 
 
 def test_fine_tuning_a_chat_checkpoint_keeps_its_projector(
