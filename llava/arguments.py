@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Final, NoReturn, TypeVar
 
 import transformers
+from huggingface_hub.utils._validators import validate_repo_id
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
@@ -30,22 +31,29 @@ POSITIVE: Final = (
     *("save_total_limit", "global_batch_size", "loss_group_size", "micro_batch_tokens"),
 )
 NOT_NEGATIVE: Final = (
-    *("seed", "data_seed", "learning_rate", "mm_projector_lr", "max_grad_norm", "dataloader_num_workers"),
+    *("seed", "data_seed", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "max_grad_norm"),
+    *("dataloader_num_workers", "mm_vision_lora_r"),
 )
 REPORTERS: Final = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name in --report_to -> package
+NO_COMPILE: Final = (
+    "torch cannot compile the decoder layers for packed batches, whose lengths change, see docs/Performance.md"
+)
 # Flags of transformers that would have no effect, or another one than documented, and what to do instead.
 UNSUPPORTED: Final = {
     "auto_find_batch_size": "`llava estimate` finds a batch size that fits",
     "dispatch_batches": "each process loads its own batches",
     "fsdp": "use --deepspeed scripts/zero3.json",
+    "hub_token": "set HF_TOKEN, or run `huggingface-cli login`",
     "ignore_data_skip": "a resumed run continues with the next record",
     "include_num_input_tokens_seen": "log.jsonl counts tokens",
     "label_smoothing_factor": "logits exist at supervised positions only",
-    "push_to_hub": "upload the output directory after the run with `huggingface-cli upload`",
+    "push_to_hub_model_id": "use --hub_model_id",
+    "push_to_hub_organization": "use --hub_model_id ORGANIZATION/NAME",
+    "push_to_hub_token": "set HF_TOKEN, or run `huggingface-cli login`",
     "split_batches": "--per_device_train_batch_size is the batch size of a process",
-    "torch_compile": "drop it",
-    "torch_compile_backend": "drop it",
-    "torch_compile_mode": "drop it",
+    "torch_compile": NO_COMPILE,
+    "torch_compile_backend": NO_COMPILE,
+    "torch_compile_mode": NO_COMPILE,
 }
 T = TypeVar("T")
 
@@ -161,6 +169,13 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = _flag(False, "must stay False: the data set yields exactly the model's inputs")
     freeze_mm_mlp_adapter: bool = _flag(False, "freeze the projector")
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector (default: that of --learning_rate)")
+    mm_vision_tower_lr: float | None = _flag(
+        None, "learning rate of what is trained of the vision tower (default: same)"
+    )
+    mm_vision_layer_decay: float | None = _flag(
+        None, "learning rate of a vision tower layer relative to that of the next layer: layer-wise decay, as 0.9"
+    )
+    llm_layer_decay: float | None = _flag(None, "layer-wise learning rate decay in the language model")
     freeze_llm: bool = _flag(False, "freeze everything except the projector, but save the full model")
     freeze_policy: str = _flag("default", "freeze policy: a name in llava.train.model_setup.FREEZE_POLICIES")
     loss: str = _flag("cross_entropy", "training loss: a name in llava.train.model_setup.LOSSES")
@@ -175,6 +190,9 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_dropout: float = _flag(0.05, "LoRA dropout")
     lora_weight_path: str = _flag("", "accepted for compatibility; never read")
     lora_bias: str = _flag("none", "biases to train with LoRA: none, all or lora_only")
+    mm_vision_lora_r: int = _flag(0, "LoRA rank of the vision tower, at the same scale; 0 does not adapt the tower")
+    use_dora: bool = _flag(False, "weight-decomposed adapters (DoRA, arXiv:2402.09353)")
+    use_rslora: bool = _flag(False, "scale adapters by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)")
     group_by_modality_length: bool = _flag(False, "batch samples of the same modality and similar length")
     disable_tqdm: bool | None = _flag(False, "disable the progress bar; it is drawn on terminals only")
     report_to: list[str] | None = field(
@@ -195,6 +213,11 @@ class TrainingArguments(transformers.TrainingArguments):
     deterministic: bool = _flag(False, "bit-identical runs on identical machines, at some cost in speed")
     step_timeout: float = _flag(
         1800.0, "seconds without a step after which stacks are dumped and the run ends; 0 disables the watchdog"
+    )
+    profile_step_start: int | None = _flag(None, "first step to trace with torch.profiler; steps count from 1")
+    profile_step_end: int | None = _flag(None, "last step to trace (default: only that of --profile_step_start)")
+    memory_snapshot: bool = _flag(
+        False, "record CUDA allocations; write them after the traced steps, and when memory runs out"
     )
 
     def __post_init__(self) -> None:
@@ -250,6 +273,14 @@ class TrainingArguments(transformers.TrainingArguments):
             problems.append("--lora_r must be at least 1 and --lora_dropout in [0, 1).")
         if self.lora_enable and self.freeze_llm:
             problems.append("--freeze_llm with --lora_enable would freeze the adapters; drop one of them.")
+        for name in ("mm_vision_lora_r", "use_dora", "use_rslora"):
+            if getattr(self, name) and not self.lora_enable:
+                problems.append(f"--{name} requires --lora_enable True.")
+        if self.use_dora and self.bits != 16:
+            problems.append(f"--use_dora needs the norms of whole weights; drop --bits {self.bits}, or --use_dora.")
+        for name in ("mm_vision_layer_decay", "llm_layer_decay"):
+            if not 0 < (1.0 if getattr(self, name) is None else getattr(self, name)) <= 1:
+                problems.append(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}.")
         if self.bits in (4, 8) and not self.lora_enable:
             problems.append(f"--bits {self.bits} makes the weights untrainable; add --lora_enable True.")
         if self.bits in (4, 8) and self.lora_bias != "none":
@@ -265,6 +296,7 @@ class TrainingArguments(transformers.TrainingArguments):
             problems.append(f"--load_best_model_at_end needs checkpoints to load from; drop {flag}.")
         if self.step_timeout < 0:
             problems.append(f"--step_timeout must be at least 0 seconds, got {self.step_timeout}; 0 waits forever.")
+        problems += self._profile_problems() + self._hub_problems()
         problems += [
             f"--{name} is not supported: {instead}." for name, instead in UNSUPPORTED.items() if getattr(self, name)
         ]
@@ -281,6 +313,27 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             problems.append("--num_train_epochs or --max_steps must be greater than 0.")
         return problems
+
+    def _profile_problems(self) -> list[str]:
+        start, end = self.profile_step_start, self.profile_step_end
+        if start is None:
+            return [] if end is None else ["--profile_step_end requires --profile_step_start."]
+        if start < 1:
+            return [f"--profile_step_start must be at least 1, got {start}."]
+        if end is not None and end < start:
+            return [f"--profile_step_end must be at least --profile_step_start ({start}), got {end}."]
+        return []
+
+    def _hub_problems(self) -> list[str]:
+        if not self.hub_model_id:
+            return []
+        if not self.push_to_hub:
+            return ["--hub_model_id requires --push_to_hub True."]
+        try:
+            validate_repo_id(self.hub_model_id)
+        except ValueError:
+            return [f"--hub_model_id must be NAME or ORGANIZATION/NAME, got {self.hub_model_id!r}."]
+        return []
 
 
 def _names(names: Sequence[str] | str | None) -> list[str]:
@@ -321,6 +374,16 @@ def check_combinations(model: ModelArguments, data: DataArguments, training: Tra
     for name in ("freeze_mm_mlp_adapter", "freeze_llm", "lora_enable", "mm_projector_lr"):
         if getattr(training, name) and model.vision_tower is None:
             problems.append(f"--{name} requires --vision_tower.")
+    tower = model.unfreeze_mm_vision_tower or model.tune_vit_pos_embedding or training.mm_vision_lora_r
+    for name in ("mm_vision_tower_lr", "mm_vision_layer_decay"):
+        if getattr(training, name) is not None and not tower and training.freeze_policy == "default":
+            problems.append(
+                f"--{name} has no effect on a frozen vision tower; train it with --unfreeze_mm_vision_tower True or "
+                "--mm_vision_lora_r, or drop it."
+            )
+    frozen = "tune_mm_mlp_adapter" if model.tune_mm_mlp_adapter else "freeze_llm" if training.freeze_llm else ""
+    if training.llm_layer_decay is not None and frozen:
+        problems.append(f"--llm_layer_decay with --{frozen} has no effect; drop one of them.")
     if model.tune_mm_mlp_adapter and training.lora_enable:
         problems.append("--lora_enable with --tune_mm_mlp_adapter would train no adapter; drop one of them.")
     if training.lora_enable and model.tune_vit_pos_embedding:

@@ -2,7 +2,7 @@
 
 The layers to adapt are those the adapter's file names. PEFT would adapt every module whose name ends in one of
 `target_modules`, also in the vision tower, and ignore tensors it does not recognize; here settings and tensors must
-agree, and every tensor must match a weight of the language model, or loading fails.
+agree, and every tensor must match a weight of the model, or loading fails.
 """
 
 from __future__ import annotations
@@ -152,11 +152,6 @@ def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
     for name, shape in found.items():
         module, marker, rest = name.removeprefix(ADAPTER_PREFIX).partition(".lora_")
         target = f"{module}.weight" if marker else module
-        if "vision_tower." in module:
-            raise CheckpointError(
-                f"{directory} adapts the vision tower ({name}), which is not supported; merge it with the program that "
-                "trained it."
-            )
         if target not in wanted or (not marker and wanted[target] != shape):
             refuse(name, target)
         for side, axis in (("A", 1), ("B", 0)):
@@ -165,7 +160,9 @@ def check_adapter(found: Shapes, wanted: Shapes, directory: Path) -> None:
         other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if other not in found:
             raise CheckpointError(f"{directory}: {name} has no counterpart {other}; the adapter is incomplete.")
-    _check_settings(settings, found, {name: s for name, s in wanted.items() if "vision_tower." not in name}, directory)
+    if not adapts_tower(found):  # the settings can match layers of a tower that PEFT did not see
+        wanted = {name: shape for name, shape in wanted.items() if "vision_tower." not in name}
+    _check_settings(settings, found, wanted, directory)
 
 
 def _check_settings(settings: LoraConfig, found: Shapes, wanted: Shapes, directory: Path) -> None:
@@ -204,12 +201,17 @@ def adapted_modules(found: Shapes | Mapping[str, Tensor]) -> set[str]:
     return {module for module, marker, _ in parts if marker}
 
 
+def adapts_tower(found: Shapes | Mapping[str, Tensor]) -> bool:
+    """Whether an adapter with these tensors adapts layers of the vision tower."""
+    return any("vision_tower." in module for module in adapted_modules(found))
+
+
 def _targets(settings: LoraConfig, modules: set[str]) -> Iterator[str]:
     """Those of the linear `modules` and embeddings that PEFT would adapt with these settings."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     if settings.target_modules == "all-linear":
-        yield from (name for name in modules if f"{name}.weight" not in HEADS)
+        yield from (name for name in modules if f"{name}.weight" not in HEADS and "_embedding" not in name)
     else:
         yield from (name for name in modules if check_target_module_exists(settings, name))
 
@@ -319,14 +321,18 @@ def merge_adapter(
 ) -> nn.Module:
     """Add the adapter, multiplied in float32, to the weights, and return the plain model.
 
-    `quantize` may merge and quantize layers first.
+    `quantize` may merge and quantize layers first. Weights keep their dtype.
     """
+    dtypes = {name.replace(".base_layer.", "."): p.dtype for name, p in adapted.get_base_model().named_parameters()}
     try:
         if quantize is not None:
             quantize(adapted.get_base_model())
         merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise CheckpointError(f"The adapter of {directory} cannot be merged: {error}") from error
+    for name, parameter in merged.named_parameters():  # DoRA multiplies by a float32 magnitude
+        if parameter.is_floating_point() and name in dtypes and parameter.dtype is torch.float32:
+            parameter.data = parameter.data.to(dtypes[name])
     logger.info("merged the adapter of %s", directory)
     return merged
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError
@@ -59,7 +59,7 @@ def load_unmerged(found: Checkpoint, base: Checkpoint) -> tuple[PreTrainedTokeni
     model = builder.language_model(found, base, config, torch.float32, CPU, None)
     builder.add_image_tokens(model, tokenizer, config)
     lora.load_non_lora(model, found.path)
-    model.get_model().vision_tower.load_model(dtype=torch.float32, device=CPU)
+    builder.load_tower(model.get_model().vision_tower, found, base, torch.float32, CPU)
     return tokenizer, model.eval()
 
 
@@ -72,15 +72,26 @@ def base_dtype(base: Checkpoint) -> torch.dtype:
     return found.dtype
 
 
-def changed_weights(model: nn.Module, base: Checkpoint) -> int:
-    """The number of decoder and head weights of `model`, in the dtype of the base, that differ from the base."""
+def changed_weights(model: LlavaLlamaForCausalLM, base: Checkpoint, *, tower: bool) -> int:
+    """The number of weights of decoder and head, with `tower` also of the vision tower, that differ from those stored.
+
+    Stored weights are compared in the dtype of the model.
+    """
     parameters = dict(model.named_parameters())
 
     def differs(name: str, tensor: Tensor) -> bool:
-        return name in parameters and not torch.equal(parameters[name][: tensor.shape[0]], tensor)
+        weight = parameters.get(name)
+        return weight is not None and not torch.equal(weight[: tensor.shape[0]], tensor.to(weight.dtype))
 
     tensors = ckpt.iter_tensors(base.path, lambda name: name.startswith((*PREFIXES, "lm_head.")))
-    return sum(differs(name, tensor) for name, tensor in tensors)
+    changed = sum(differs(name, tensor) for name, tensor in tensors)
+    vision = model.get_vision_tower()
+    if not tower or vision is None:
+        return changed
+    source, prefix, _ = vision.source(from_checkpoint=True)
+    core = f"{model.base_model_prefix}.vision_tower.vision_tower."
+    stored = ckpt.iter_tensors(source, lambda name: name.startswith(prefix))
+    return changed + sum(differs(core + name.removeprefix(prefix), tensor) for name, tensor in stored)
 
 
 def merge(model_path: str | Path, model_base: str | Path | None, save_model_path: str | Path) -> Merged:
@@ -102,7 +113,7 @@ def merge(model_path: str | Path, model_base: str | Path | None, save_model_path
 
         dtype = base_dtype(base)
         cast_parameters(model, dtype)
-        changed = changed_weights(model, base)
+        changed = changed_weights(model, base, tower=lora.adapts_tower(lora.adapter_shapes(found.path)))
         if not changed:
             raise CheckpointError(
                 f"Merging {found.path} does not change any weight of {base.path} (in {dtype}): the adapter is "

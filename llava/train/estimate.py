@@ -75,6 +75,7 @@ class RunConfig:
     def trainable_parameters(self) -> int:
         shape, trainable = self.shape, self.trainable
         language = trainable.adapters or (shape.language_weights if trainable.language else 0)
+        language += trainable.tower_adapters
         return language + trainable.projector * shape.projector_weights + trainable.tower * shape.tower_weights
 
     @property
@@ -98,7 +99,7 @@ def weight_bytes(run: RunConfig) -> float:
     if not run.deepspeed:  # trainable weights are their own float32 masters
         total += run.trainable_parameters * (4 - (0 if run.trainable.adapters else dtype_bytes))
     elif run.trainable.adapters:
-        total += run.trainable.adapters * dtype_bytes
+        total += (run.trainable.adapters + run.trainable.tower_adapters) * dtype_bytes
     if run.zero_stage == 3:
         gathered = min(MAX_LIVE_PARAMETERS, total / dtype_bytes) * dtype_bytes
         return (0 if run.offload else total / run.gpus) + gathered
@@ -176,7 +177,7 @@ def tower_bytes(run: RunConfig) -> float:
     shape, dtype_bytes = run.shape, run.dtype_bytes
     positions = run.batch_size * run.images * shape.tower_positions
     layer = positions * dtype_bytes * (2 * shape.tower_hidden + 2 * shape.tower_intermediate)
-    if not run.trainable.tower:
+    if not run.trainable.tower and not run.trainable.tower_adapters:
         return layer
     saved = positions * dtype_bytes * (9 * shape.tower_hidden + 2 * shape.tower_intermediate)
     return layer + saved if run.gradient_checkpointing else shape.tower_layers * saved
@@ -203,7 +204,7 @@ def peak_bytes(run: RunConfig) -> float:
     part = memory_breakdown(run)
     gradients = part["gradients"] if run.accumulation_steps > 1 or run.deepspeed else 0.0
     head = 4.0 * run.shape.vocabulary * run.shape.hidden if run.full and not gradients else 0.0
-    tower = part["vision tower"] if run.trainable.tower else 0.0
+    tower = part["vision tower"] if run.trainable.tower or run.trainable.tower_adapters else 0.0
     moments = [
         gradients + part["vision tower"],
         gradients + saved_activation_bytes(run) + tower + max(part["logits"], part["logits"] / 3 + head),
@@ -230,14 +231,19 @@ def run_config(flags: RecipeFlags, gpus: int, data: DatasetStats) -> RunConfig:
     """The run that the flags describe, for a mean micro-batch."""
     stage, offload = inputs.zero_stage(flags.deepspeed)
     shape = inputs.shape_from_flags(flags)
-    adapters = 0
+    adapters = tower_adapters = 0
     if flags.lora_enable:
         widths = 2 * (2 * shape.hidden + shape.hidden + shape.key_value) + 3 * (shape.hidden + shape.intermediate)
-        adapters = shape.layers * flags.lora_r * widths
+        rows = 3 * shape.hidden + 2 * shape.key_value + 2 * shape.intermediate  # DoRA has a magnitude for each
+        adapters = shape.layers * (flags.lora_r * widths + flags.use_dora * rows)
+        width = 8 * shape.tower_hidden + 2 * shape.tower_intermediate  # of qkv, proj, fc1 and fc2
+        rows = 5 * shape.tower_hidden + shape.tower_intermediate
+        rank = flags.mm_vision_lora_r
+        tower_adapters = shape.tower_layers * (rank * width + bool(rank) * flags.use_dora * rows)
     language = not (flags.tune_mm_mlp_adapter or flags.freeze_llm)
     run = RunConfig(
         shape,
-        Trainable(language, not flags.freeze_mm_mlp_adapter, flags.unfreeze_mm_vision_tower, adapters),
+        Trainable(language, not flags.freeze_mm_mlp_adapter, flags.unfreeze_mm_vision_tower, adapters, tower_adapters),
         batch_size=flags.per_device_train_batch_size,
         text_tokens=min(data.text_tokens, flags.model_max_length),
         images=data.images if flags.vision_tower else 0.0,

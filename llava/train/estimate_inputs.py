@@ -56,6 +56,8 @@ class RecipeFlags:
     lora_enable: bool
     lora_r: int
     lora_dropout: float
+    mm_vision_lora_r: int
+    use_dora: bool
     bits: int
     bf16: bool
     fp16: bool

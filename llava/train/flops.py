@@ -127,12 +127,13 @@ def with_tower(shape: Shape, config: PretrainedConfig | SimpleNamespace, tower: 
 
 @dataclass(frozen=True)
 class Trainable:
-    """Components that are trained; `adapters` counts the LoRA weights trained instead of the language model."""
+    """Components that are trained; LoRA weights in the language model and in the tower are counted."""
 
     language: bool = True
     projector: bool = True
     tower: bool = False
     adapters: int = 0
+    tower_adapters: int = 0
 
 
 def step_flops(
@@ -150,7 +151,9 @@ def step_flops(
     block = 2 * (4 * shape.tower_hidden**2 + 2 * shape.tower_hidden * shape.tower_intermediate)
     tower = images * positions * shape.tower_layers * (block + 4 * shape.tower_hidden * positions)
     projector = 2 * shape.projector_weights * images * shape.image_tokens
-    return language + tower * (3 if trainable.tower else 1) + projector * 3
+    tower *= 3 if trainable.tower else 2 if trainable.tower_adapters else 1
+    tower += 6 * trainable.tower_adapters * images * positions
+    return language + tower + projector * 3
 
 
 def row_flops(

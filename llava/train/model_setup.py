@@ -8,10 +8,11 @@ holds; `llava.train.checkpointing` writes it. `FREEZE_POLICIES` and `LOSSES` are
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ from llava.placement import resolve_attention
 from llava.train.zero import full_shape
 from llava.utils import require
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -46,6 +50,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 VISION_KEYS: Final = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio")
 NOT_DECODER: Final = ("mm_projector", "vision_tower", "vision_resampler", "lm_head")
 ADAPTER: Final = "default"  # PEFT's name of the only adapter
+TOWER_PATTERN: Final = "vision_tower.*"  # of the tower's modules, in `rank_pattern` and `alpha_pattern`
 POSITION_EMBEDDING: Final = "vision_tower.embeddings.position_embedding"
 
 
@@ -210,16 +215,19 @@ def _check_vision_settings(
 
 
 def target_modules(model: nn.Module) -> list[str]:
-    """LoRA's target modules: `find_all_linear_names`, or whole names if other layers end in one of them.
+    """LoRA's target modules in the decoder, see `shortest_names`."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return shortest_names(model, {name for name in linear if not any(part in name for part in NOT_DECODER)})
+
+
+def shortest_names(model: nn.Module, adapted: set[str]) -> list[str]:
+    """The last components of the module names `adapted`, sorted, or whole names if other modules end in one of them.
 
     PEFT adapts every module whose name ends in a target, also those of a projector.
     """
-    names = find_all_linear_names(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    others = [name for name in linear if any(part in name for part in NOT_DECODER)]
-    if any(name.endswith(tuple(f".{last}" for last in names)) for name in others):
-        return sorted(set(linear) - set(others))
-    return names
+    last = {name.rpartition(".")[2] for name in adapted}
+    others = (name for name, _ in model.named_modules() if name not in adapted)
+    return sorted(adapted if any(name.rpartition(".")[2] in last for name in others) else last)
 
 
 def find_all_linear_names(model: nn.Module) -> list[str]:
@@ -239,6 +247,8 @@ def find_all_linear_names(model: nn.Module) -> list[str]:
 def add_lora(model: PreTrainedModel, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
     """Wrap `model` in a PEFT model. Call it before `add_vision`: tower layers can have the names of decoder layers.
 
+    `add_tower_lora` extends the adapter to the vision tower.
+
     PEFT gets `bias="none"` for every `--lora_bias`: trained biases are saved in `non_lora_trainables`; those of
     the vision tower are never trained.
     """
@@ -250,6 +260,8 @@ def add_lora(model: PreTrainedModel, model_args: ModelArguments, args: TrainingA
         target_modules=target_modules(model),
         bias="none",
         task_type="CAUSAL_LM",
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
     )
     adapted = peft.get_peft_model(model, settings)
     settings.base_model_name_or_path = model_args.model_name_or_path
@@ -260,12 +272,35 @@ def add_lora(model: PreTrainedModel, model_args: ModelArguments, args: TrainingA
     return adapted
 
 
+def add_tower_lora(adapted: PeftModel, args: TrainingArguments) -> None:
+    """Extend the adapter to all linear layers of the loaded vision tower, with rank `--mm_vision_lora_r`.
+
+    Its alpha gives the tower the scale of the decoder; with rsLoRA, whose scale fits every rank, it is `--lora_alpha`.
+    """
+    peft, tuner = require("peft", "train"), require("peft.tuners.tuners_utils", "train")
+    settings, model = adapted.peft_config[ADAPTER], adapted.get_base_model()
+    tower, rank = model.get_vision_tower().vision_tower, args.mm_vision_lora_r
+    alpha = args.lora_alpha * (1 if args.use_rslora else rank / args.lora_r)
+    own = copy.copy(settings)
+    own.r, own.lora_alpha = rank, alpha
+    own.target_modules = {name for name, module in tower.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in tower.named_modules():
+        if getattr(module, "q_bias", None) is not None:  # timm's BEiT and EVA do not call such a layer
+            own.target_modules.discard(f"{name}.qkv")
+    peft.inject_adapter_in_model(own, tower, ADAPTER)
+    layers = {name for name, module in model.named_modules() if isinstance(module, tuner.BaseTunerLayer)}
+    settings.target_modules = set(shortest_names(model, layers))
+    settings.rank_pattern, settings.alpha_pattern = {TOWER_PATTERN: rank}, {TOWER_PATTERN: alpha}
+    logger.info("LoRA of the vision tower: rank %d, alpha %g, %d layers.", rank, alpha, len(own.target_modules))
+
+
 def is_trained_with_lora(name: str, bias: str) -> bool:
     """Whether LoRA with `--lora_bias` `bias` trains the parameter `name` of the wrapped model."""
-    if any(part in name for part in NOT_DECODER):
-        return False
+    if ".lora_" in name:
+        return True
     of_target = name.endswith(".base_layer.bias")
-    return ".lora_" in name or (bias == "lora_only" and of_target) or (bias == "all" and name.endswith("bias"))
+    wanted = (bias == "lora_only" and of_target) or (bias == "all" and name.endswith("bias"))
+    return wanted and not any(part in name for part in NOT_DECODER)
 
 
 # --- Freeze policy, loss and precision --------------------------------------------------------------------------------
@@ -276,7 +311,7 @@ def default_freeze_policy(model: PreTrainedModel, model_args: ModelArguments, tr
 
     By default language model and projector are trained. `--tune_mm_mlp_adapter` and `--freeze_llm` freeze the language
     model, `--freeze_backbone` all of it but `lm_head`, `--lora_enable` all of it but the adapters (and biases by
-    `--lora_bias`), `--freeze_mm_mlp_adapter` the projector. The vision tower is frozen except for what
+    `--lora_bias`), `--freeze_mm_mlp_adapter` the projector. The vision tower is frozen except for its adapters and what
     `--unfreeze_mm_vision_tower` and `--tune_vit_pos_embedding` name. `--tune_mm_mlp_adapter` with
     `--mm_use_im_start_end` also trains the input embedding.
     """
@@ -293,7 +328,8 @@ def default_freeze_policy(model: PreTrainedModel, model_args: ModelArguments, tr
     if tower is None:
         return
     core.mm_projector.requires_grad_(not training_args.freeze_mm_mlp_adapter)
-    tower.requires_grad_(False)
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
     if model_args.unfreeze_mm_vision_tower:
         unfreeze_vision_tower(tower, model_args.unfreeze_mm_vision_layers)
     if model_args.tune_vit_pos_embedding:
@@ -384,10 +420,17 @@ def saved_parameters(model: nn.Module, saves: SaveFormat) -> NamedParameters:
     if start_end or getattr(config, "mm_use_im_patch_token", False):
         keys += ["embed_tokens", "wte", "lm_head"]
     return [
-        (name.replace(f".{ADAPTER}." if ".lora_" in name else ".base_layer.", "."), parameter)
+        (file_name(name), parameter)
         for name, parameter in named
         if ".lora_" in name or parameter.requires_grad or any(key in name for key in keys)
     ]
+
+
+def file_name(name: str) -> str:
+    """The name under which a LoRA run saves a parameter, for adapter weights that of PEFT."""
+    if ".lora_magnitude_vector." in name:
+        return name.removesuffix(f".{ADAPTER}.weight")
+    return name.replace(f".{ADAPTER}." if ".lora_" in name else ".base_layer.", ".")
 
 
 def saved_shapes(model: nn.Module, saves: SaveFormat) -> dict[str, tuple[int, ...]]:

@@ -53,14 +53,15 @@ class ThroughputMeter:
 
 def trainable_parts(model: PreTrainedModel) -> Trainable:
     """The parts of a model that have parameters with `requires_grad`."""
-    sizes = {"language": 0, "projector": 0, "tower": 0, "adapters": 0}
+    sizes = {"language": 0, "projector": 0, "tower": 0, "adapters": 0, "tower_adapters": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "adapters" if ".lora_" in name else "tower" if "vision_tower" in name else "language"
-            part = "projector" if "mm_projector" in name else part
+            part = "tower" if "vision_tower" in name else "projector" if "mm_projector" in name else "language"
+            if ".lora_" in name:
+                part = "tower_adapters" if part == "tower" else "adapters"
             sizes[part] += torch.Size(full_shape(parameter)).numel()
     flags = {part: bool(sizes[part]) for part in ("language", "projector", "tower")}
-    return Trainable(**flags, adapters=sizes["adapters"])
+    return Trainable(**flags, adapters=sizes["adapters"], tower_adapters=sizes["tower_adapters"])
 
 
 def format_duration(seconds: float) -> str:

@@ -190,9 +190,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "CorDA": (lambda run: edit(run, init_lora_weights="corda", corda_config={"x": 1}), "sets corda_config"),
     "trained tokens": (lambda run: edit(run, trainable_token_indices=[1]), "sets trainable_token_indices"),
     "no regular expression": (lambda run: edit(run, target_modules="("), "cannot be attached"),
-    "a tower's adapter": (
+    "of layers that the tower does not have": (
         lambda run: rename(run, lambda name: name.replace("model.layers.1.", "model.vision_tower.vision_tower.x.")),
-        "adapts the vision tower .*not supported",
+        r"vision_tower.x.*but the base has .* \(no such weight\)",
     ),
     "of integers": (
         lambda run: save_file(
