@@ -30,7 +30,7 @@ from llava.train.steps import deal_in_order
 
 RANKS, GLOBAL_BATCH, PER_RANK, IMAGE_TOKENS, MAX_LENGTH = 8, 128, 16, 576, 2048
 TEMPLATE: Final = 40  # tokens of the system message and the first roles
-# The grouped recipe in batches of 16 rows, the same padded as in the reference, and in as few rows as fit in the budget.
+# The grouped recipe in batches of 16 rows, the same padded as in the reference, and in as few rows as fit in a budget.
 WAYS: Final = ("packed", "grouped", "grouped, padded", "grouped, same memory")
 SHRINK: Final = 4  # of lengths in the timed steps
 SEVEN: Final = Shape(4096, 11008, 32, 32, 32, 32000, 3200, 12800, 45, 577, IMAGE_TOKENS)
