@@ -193,8 +193,9 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "auto (TensorBoard if installed), none, tensorboard, wandb; log.jsonl is always written"},
     )
     plot_loss: bool = _flag(True, "draw loss.png at every save and at the end (needs matplotlib)")
+    gradient_accumulation_steps: int = _flag(1, "micro-batches per step and process, without --global_batch_size")
     global_batch_size: int | None = _flag(
-        None, "samples per optimizer step (default: per device batch x accumulation steps x processes)"
+        None, "samples per optimizer step (default: per-device batch x accumulation steps x processes)"
     )
     loss_group_size: int | None = _flag(
         None, "the loss of a step is the mean over groups of this many samples (default: --per_device_train_batch_size)"
@@ -217,7 +218,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.lora_enable and getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False  # every trainable parameter is used in every step
         # The library prefers what a launcher or an earlier run in this process left in the environment.
-        accumulation, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1  # the trainer accumulates
+        accumulation = int(self.gradient_accumulation_steps)
+        self.gradient_accumulation_steps = 1
         os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         try:
             super().__post_init__()
@@ -227,13 +229,14 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _set_step(self, accumulation: int) -> None:
         """Set the samples and loss groups of a step; libraries see each step as one batch, without accumulation."""
-        published = self.train_batch_size * accumulation * self.world_size
-        step, group = self.global_batch_size or published, self.loss_group_size or self.train_batch_size
+        batch = self.per_device_train_batch_size
+        published = batch * accumulation * self.world_size
+        step, group = self.global_batch_size or published, self.loss_group_size or batch
         if accumulation > 1 and step != published:
             raise FlagProblems(
                 [
                     f"--global_batch_size {step} contradicts --gradient_accumulation_steps {accumulation}, which makes "
-                    f"{published} with {self.train_batch_size} per device and {self.world_size} processes; drop one."
+                    f"{published} with {batch} per device and {self.world_size} processes; drop one."
                 ]
             )
         if step % group:

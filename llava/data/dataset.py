@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, Dataset
@@ -23,9 +24,17 @@ from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation, get_template, image_placeholder
 from llava.data.annotations import read_records
 from llava.data.dataset_scan import DatasetScan, ScanResult
-from llava.data.labels import Example, build_example, check_template, place_images, truncate
+from llava.data.labels import (
+    Example,
+    build_example,
+    check_room,
+    check_template,
+    count_ids,
+    place_images,
+    truncate,
+)
 from llava.data.mixture import Entry, read_mixture
-from llava.data.records import Record, has_image, parse_record
+from llava.data.records import Record, Turn, has_image, parse_record
 from llava.errors import ConfigError, DataError, ImageError, LlavaError, TemplateError
 from llava.images import open_image, preprocess_image
 
@@ -38,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor | list[torch.Tensor]]
 Merge = Callable[[torch.Tensor], torch.Tensor]
+Sizes = npt.NDArray[np.int32]
 _COUNTERS: Final = ("bad", "truncated", "unsupervised")
 _MAX_BAD: Final = 0.05  # fraction of the records that may be skipped,
 _ALWAYS_ALLOWED: Final = 10  # or this number
@@ -89,6 +99,41 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
         result = self._scan_result()
         return cast("list[int]", np.where(result.image, result.words, -result.words).tolist())
 
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return np.full((len(self), 2), -1, np.int32)
+
+    def sizes(self, indices: Sequence[int]) -> Sizes:
+        """Ids after truncation, and images, of records: (len(indices), 2); cached, and the same in all processes.
+
+        No image is opened. With `on_bad_sample == "skip"`, a record whose text is bad has the sizes of its replacement.
+        """
+        wanted = np.asarray(indices, np.int64)
+        for index in np.unique(wanted[self._sizes[wanted, 0] < 0]).tolist():
+            self._sizes[index] = self._measure(index)
+        return self._sizes[wanted]
+
+    def _measure(self, index: int) -> tuple[int, int]:
+        for candidate in self._candidates(index, known_bad=False) if self.skip_bad else [index]:
+            try:
+                return self._size(candidate)
+            except DataError:
+                if not self.skip_bad:
+                    raise
+        raise self._no_replacement(index)
+
+    def _size(self, index: int) -> tuple[int, int]:
+        record = self._record(index)
+        images, limit = len(record.image), self.tokenizer.model_max_length
+        try:
+            turns = turns_with_images(record, self.template, start_end=self._start_end)
+            count = count_ids(turns, self.tokenizer, self.template, has_image=images > 0)
+            if count > limit:
+                check_room(images, limit)
+        except (DataError, TemplateError) as error:
+            raise self._located(error, index) from error
+        return min(count, limit), images
+
     def check(self, *, wait: bool = False) -> bool:
         """Raise or skip the bad records found by the scan, once it is complete; returns whether it is.
 
@@ -133,15 +178,20 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
                 return self._load(candidate)
             except DataError as error:
                 self._skip(candidate, error)
-        raise DataError(f"{self.data_path} holds no replacement for record {index}; repair the data.")
+        raise self._no_replacement(index)
 
-    def _candidates(self, index: int) -> Iterator[int]:
-        """The record and its successors that are not known to be bad, first those of its modality."""
+    def _no_replacement(self, index: int) -> DataError:
+        return DataError(f"{self.data_path} holds no replacement for record {index}; repair the data.")
+
+    def _candidates(self, index: int, *, known_bad: bool = True) -> Iterator[int]:
+        """The record and its successors, first those of its modality, without those `known_bad` to this process."""
         has_image = self._has_image(index)
         for any_modality in (False, True):
             for step in range(len(self) if any_modality else min(_SAME_MODALITY_WITHIN, len(self))):
                 candidate = (index + step) % len(self)
-                if not self._flags[0, candidate] and (any_modality or self._has_image(candidate) == has_image):
+                if known_bad and self._flags[0, candidate]:
+                    continue
+                if any_modality or self._has_image(candidate) == has_image:
                     yield candidate
 
     def _has_image(self, index: int) -> bool:
@@ -185,8 +235,11 @@ class LazySupervisedDataset(Dataset[dict[str, torch.Tensor]]):
 
     def example(self, record: Record) -> Example:
         """Ids and labels of a record before truncation; its images are not opened."""
-        start_end = getattr(self.data_args, "mm_use_im_start_end", False)
-        return record_example(record, self.tokenizer, self.template, start_end=start_end)
+        return record_example(record, self.tokenizer, self.template, start_end=self._start_end)
+
+    @property
+    def _start_end(self) -> bool:
+        return bool(getattr(self.data_args, "mm_use_im_start_end", False))
 
     def _pixels(self, record: Record) -> torch.Tensor:
         processor: BaseImageProcessor = getattr(self.data_args, "image_processor", None)
@@ -225,6 +278,16 @@ class MixtureDataset(ConcatDataset[dict[str, torch.Tensor]]):
         part = bisect.bisect_right(self.cumulative_sizes, index)
         return id(self.datasets[part]), index - (self.cumulative_sizes[part - 1] if part else 0)
 
+    def sizes(self, indices: Sequence[int]) -> Sizes:
+        """As `LazySupervisedDataset.sizes`; a record is measured once for all its repeats."""
+        wanted = np.asarray(indices, np.int64)
+        parts = np.searchsorted(self.cumulative_sizes, wanted, side="right")
+        found = np.empty((len(wanted), 2), np.int32)
+        for part in np.unique(parts).tolist():
+            start = self.cumulative_sizes[part - 1] if part else 0
+            found[parts == part] = self._repeated()[part].sizes(wanted[parts == part] - start)
+        return found
+
     @cached_property
     def lengths(self) -> list[int]:
         return [length for part in self._repeated() for length in part.lengths]
@@ -251,10 +314,14 @@ def record_example(
     record: Record, tokenizer: PreTrainedTokenizerBase, template: Conversation, *, start_end: bool = False
 ) -> Example:
     """Ids and labels of a record before truncation; `start_end` wraps images in `<im_start>` and `<im_end>`."""
-    placeholder = image_placeholder(template, start_end)
-    count = len(record.image)
-    turns = [turn._replace(text=place_images(turn.text, placeholder, count)) for turn in record.turns]
+    turns = turns_with_images(record, template, start_end=start_end)
     return build_example(turns, tokenizer, template, has_image=bool(record.image))
+
+
+def turns_with_images(record: Record, template: Conversation, *, start_end: bool) -> list[Turn]:
+    """The turns of a record with image placeholders as the template has them."""
+    placeholder = image_placeholder(template, start_end)
+    return [turn._replace(text=place_images(turn.text, placeholder, len(record.image))) for turn in record.turns]
 
 
 @dataclass

@@ -67,6 +67,21 @@ def build_example(
     return Example(input_ids, torch.where(keep, input_ids, IGNORE_INDEX))
 
 
+def count_ids(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: Conversation, *, has_image: bool
+) -> int:
+    """Number of ids of `build_example`, without finding the characters of each."""
+    prompt = "".join(span.text for span in training_spans(turns, template))
+    pieces = prompt.split(DEFAULT_IMAGE_TOKEN) if has_image else [prompt]
+    count = len(bos_prefix(tokenizer)) + len(pieces) - 1
+    for piece in filter(None, pieces):
+        if tokenizer.is_fast:
+            count += len(tokenizer(piece, add_special_tokens=False, verbose=False).input_ids)
+        else:
+            count += len(tokenizer.tokenize(piece))
+    return count
+
+
 def truncate(example: Example, limit: int) -> Example:
     """Keep the first `limit` ids; image positions beyond them replace the last text before the cut.
 
@@ -77,10 +92,15 @@ def truncate(example: Example, limit: int) -> Example:
         return example
     keep = input_ids == IMAGE_TOKEN_INDEX  # (T,)
     images = int(keep.sum())
-    if images >= limit:
-        raise DataError(f"{images} images do not fit into {limit} ids; raise --model_max_length.")
+    check_room(images, limit)
     keep[(~keep).nonzero()[: limit - images]] = True
     return Example(input_ids[keep], labels[keep])
+
+
+def check_room(images: int, limit: int) -> None:
+    """Raise `DataError` if the images of a record that is truncated to `limit` ids leave no room for text."""
+    if images >= limit:
+        raise DataError(f"{images} images do not fit into {limit} ids; raise --model_max_length.")
 
 
 def tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, *, images: bool) -> list[Token]:

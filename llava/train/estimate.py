@@ -7,6 +7,7 @@ this disk are read, those of the published recipes are known by name. docs/Scali
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -38,12 +39,13 @@ class RunConfig:
     """A run as far as its memory depends on it.
 
     `text_tokens` and `images` are per sample, `supervised` is a fraction of the positions, `dtype_bytes` the size of a
-    number in the compute dtype. `foreach` is the unfused optimizer.
+    number in the compute dtype. `foreach` is the unfused optimizer. With a `budget` of positions in a micro-batch,
+    `batch_size` is a mean.
     """
 
     shape: Shape
     trainable: Trainable
-    batch_size: int
+    batch_size: float
     text_tokens: float
     images: float = 1.0
     supervised: float = 0.2
@@ -57,11 +59,17 @@ class RunConfig:
     lora_dropout: bool = False
     accumulation_steps: int = 1
     foreach: bool = True
+    budget: int | None = None
+
+    @property
+    def sample_positions(self) -> float:
+        """Positions of the language model in one sample, with images expanded."""
+        return self.text_tokens + self.images * self.shape.image_tokens
 
     @property
     def positions(self) -> float:
-        """Positions of the language model in one micro-batch, with images expanded."""
-        return self.batch_size * (self.text_tokens + self.images * self.shape.image_tokens)
+        """Positions of the language model in one micro-batch."""
+        return self.batch_size * self.sample_positions
 
     @property
     def trainable_parameters(self) -> int:
@@ -99,9 +107,8 @@ def weight_bytes(run: RunConfig) -> float:
 
 
 def gradient_bytes(run: RunConfig) -> float:
-    """Bytes of gradients: in the compute dtype and sharded from stage 2 on with DeepSpeed, else float32."""
-    per_value = run.dtype_bytes if run.deepspeed else 4
-    return run.trainable_parameters * per_value / (run.gpus if run.zero_stage >= 2 else 1)
+    """Bytes of gradients, which are accumulated in float32; sharded from stage 2 on."""
+    return run.trainable_parameters * 4 / (run.gpus if run.zero_stage >= 2 else 1)
 
 
 def optimizer_bytes(run: RunConfig) -> float:
@@ -212,7 +219,7 @@ def required_bytes(run: RunConfig) -> float:
 
 def training_hours(run: RunConfig, samples: float, epochs: float, peak_flops: float, mfu: float) -> float:
     """Hours of a run on GPUs of `peak_flops` FLOP/s each at this MFU."""
-    tokens = run.positions / run.batch_size
+    tokens = run.sample_positions
     counts = {"tokens": tokens, "length": tokens, "images": run.images, "supervised": tokens * run.supervised}
     flops = step_flops(run.shape, run.trainable, **counts)
     return flops * samples * epochs / (peak_flops * run.gpus * mfu) / 3600
@@ -232,7 +239,7 @@ def run_config(flags: RecipeFlags, gpus: int, data: DatasetStats) -> RunConfig:
         rank = flags.mm_vision_lora_r
         tower_adapters = shape.tower_layers * (rank * width + bool(rank) * flags.use_dora * rows)
     language = not (flags.tune_mm_mlp_adapter or flags.freeze_llm)
-    return RunConfig(
+    run = RunConfig(
         shape,
         Trainable(language, not flags.freeze_mm_mlp_adapter, flags.unfreeze_mm_vision_tower, adapters, tower_adapters),
         batch_size=flags.per_device_train_batch_size,
@@ -247,25 +254,49 @@ def run_config(flags: RecipeFlags, gpus: int, data: DatasetStats) -> RunConfig:
         gpus=gpus,
         gradient_checkpointing=flags.gradient_checkpointing,
         lora_dropout=flags.lora_dropout > 0,
-        accumulation_steps=flags.gradient_accumulation_steps,
+        accumulation_steps=math.ceil(global_batch(flags, gpus) / (gpus * flags.per_device_train_batch_size)),
         foreach=flags.fp16,  # otherwise CUDA uses fused AdamW (llava.arguments.use_fused_adamw)
     )
+    return with_budget(run, flags.micro_batch_tokens, global_batch(flags, gpus))
+
+
+def global_batch(flags: RecipeFlags, gpus: int) -> int:
+    """Samples of an optimizer step."""
+    return flags.global_batch_size or gpus * flags.per_device_train_batch_size * flags.gradient_accumulation_steps
+
+
+def with_budget(run: RunConfig, budget: int | None, samples: int) -> RunConfig:
+    """The same run in micro-batches of `budget` positions, where a step has this many `samples`."""
+    if not budget:
+        return run
+    rounds = math.ceil(samples * run.sample_positions / (budget * run.gpus))
+    return replace(run, batch_size=samples / (rounds * run.gpus), accumulation_steps=rounds, budget=budget)
 
 
 def worst_case(run: RunConfig, data: DatasetStats, max_length: int) -> RunConfig:
-    """The same run in its largest micro-batch: every sample as long as the longest, and with an image."""
+    """The same run in its largest micro-batch: every sample as long as the longest, and with an image.
+
+    With a budget, samples of mean length fill it, unless the longest sample exceeds it.
+    """
     text_tokens = float(min(data.longest, max_length))
     worst = replace(run, text_tokens=text_tokens, images=min(1.0, run.images * 2))
+    if run.budget and worst.sample_positions <= run.budget:
+        supervised = data.supervised / data.text_tokens  # as in samples without images
+        return replace(run, batch_size=run.budget / run.sample_positions, supervised=min(1.0, supervised))
+    if run.budget:
+        worst = replace(worst, batch_size=1)
     supervised = text_tokens * data.supervised / data.text_tokens
-    return replace(worst, supervised=min(1.0, supervised * run.batch_size / worst.positions))
+    return replace(worst, supervised=min(1.0, supervised / worst.sample_positions))
 
 
 def smaller_settings(flags: RecipeFlags, run: RunConfig) -> list[str]:
     """Three changes that reduce memory, the least harmful first."""
-    half = run.batch_size // 2
+    half = int(run.batch_size) // 2
     found = []
-    if half:
-        found.append(f"BATCH={half} (--per_device_train_batch_size {half}; accumulation keeps the global batch)")
+    if run.budget:
+        found.append(f"--micro_batch_tokens {run.budget // 2}")
+    elif half:
+        found.append(f"BATCH={half} (--per_device_train_batch_size {half}; the step stays the same)")
     if not run.gradient_checkpointing:
         found.append("--gradient_checkpointing True")
     if run.zero_stage < 3 and run.bits == 16:
@@ -326,10 +357,12 @@ def format_estimate(
 ) -> str:
     """The estimate as text; `gpu_memory` in GB."""
     worst = worst_case(run, data, flags.model_max_length)
-    global_batch = run.gpus * run.batch_size * run.accumulation_steps
+    micro_batch = f"{round(run.batch_size, 1):g} samples"
+    if run.budget:
+        micro_batch += f" in up to {run.budget} tokens"
     lines = [
-        f"{run.gpus} GPUs x {run.batch_size} samples x {run.accumulation_steps} accumulation steps = global batch "
-        f"{global_batch}; ZeRO stage {run.zero_stage}{', offloaded' if run.offload else ''}; "
+        f"{run.gpus} GPUs x {micro_batch} x {run.accumulation_steps} accumulation steps = global batch "
+        f"{global_batch(flags, run.gpus)}; ZeRO stage {run.zero_stage}{', offloaded' if run.offload else ''}; "
         f"{run.trainable_parameters / 1e9:.3g} B trainable parameters.",
         "",
         f"  {'GiB per GPU':<28}{'mean batch':>12}{'longest batch':>15}",
@@ -350,6 +383,28 @@ def format_estimate(
         f"({'--mfu' if mfu else 'as in the published runs with this ZeRO stage'})."
     )
     return "\n".join(lines)
+
+
+def packing_of(flags: RecipeFlags, run: RunConfig) -> list[str]:
+    """The report of packed steps, if the data file and the tokenizer are on this disk."""
+    directory, file = Path(flags.model_name_or_path), Path(flags.data_path or "")
+    if not run.budget or not flags.data_path or not file.is_file() or not directory.is_dir():
+        return []
+    from llava.train.packing_report import SampledRun, packing_report
+
+    sampled = SampledRun(
+        *(file, directory, flags.version, flags.model_max_length),
+        shape=run.shape,
+        trainable=run.trainable,
+        image_tokens=run.shape.image_tokens,
+        ranks=run.gpus,
+        budget=run.budget,
+        global_batch=global_batch(flags, run.gpus),
+        group=flags.loss_group_size or flags.per_device_train_batch_size,
+        by_modality=flags.group_by_modality_length,
+        seed=flags.seed,
+    )
+    return [packing_report(sampled)]
 
 
 def make_arguments(*, list_flags: bool = False) -> argparse.ArgumentParser:
@@ -382,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = inputs.dataset_stats(flags)
     run = run_config(flags, args.gpus, data)
     text = format_estimate(flags, run, data, gpu=args.gpu, gpu_memory=args.gpu_memory, mfu=args.mfu)
-    print(text)  # noqa: T201 - a program
+    print("\n\n".join([text, *packing_of(flags, run)]))  # noqa: T201 - a program
     return int(required_bytes(worst_case(run, data, flags.model_max_length)) > args.gpu_memory * 1e9)
 
 

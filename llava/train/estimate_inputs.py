@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Final, TypeVar
 
 from llava.errors import ConfigError
-from llava.train.flops import PEAKS, Shape, device_peak, with_tower
+from llava.train.flops import PEAKS, SUPERVISED_TEXT, Shape, device_peak, with_tower
 
 T = TypeVar("T")
 # hidden, intermediate, layers, heads, vocabulary
@@ -68,6 +68,11 @@ class RecipeFlags:
     gradient_checkpointing: bool
     num_train_epochs: float
     deepspeed: str | None
+    seed: int
+    group_by_modality_length: bool
+    global_batch_size: int | None
+    loss_group_size: int | None
+    micro_batch_tokens: int | None
 
     @classmethod
     def of(cls, *groups: object) -> RecipeFlags:
@@ -113,7 +118,9 @@ def dataset_stats(flags: RecipeFlags) -> DatasetStats:
     found = DatasetScan(read_records(file)).result()
     template = 0 if flags.version == "plain" else 40  # tokens of system text and roles
     mean, longest = (TOKENS_PER_WORD * float(words) + template for words in (found.words.mean(), found.words.max()))
-    return DatasetStats(len(found.words), mean, float(found.image.mean()), 0.6 * mean, longest, f"{file}, counted")
+    return DatasetStats(
+        len(found.words), mean, float(found.image.mean()), SUPERVISED_TEXT * mean, longest, f"{file}, counted"
+    )
 
 
 def shape_from_flags(flags: RecipeFlags) -> Shape:

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
     from llava.model.multimodal_encoder.tower import VisionTower
 
+SUPERVISED_TEXT: Final = 0.6  # assumed fraction of the text of a conversation
 # Dense 16-bit peak in FLOP/s without sparsity, by substring of the device name, from the data sheets.
 PEAKS: Final = {
     "A100": 312e12,
@@ -151,3 +154,21 @@ def step_flops(
     tower *= 3 if trainable.tower else 2 if trainable.tower_adapters else 1
     tower += 6 * trainable.tower_adapters * images * positions
     return language + tower + projector * 3
+
+
+def row_flops(
+    shape: Shape, trainable: Trainable, positions: npt.NDArray[np.int64], images: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Model FLOPs of each row of a step, from its `positions` (images expanded) and `images`, both (rows,).
+
+    `SUPERVISED_TEXT` of the text is taken to be supervised.
+    """
+
+    def unit(**counts: float) -> float:
+        return step_flops(shape, trainable, **{"tokens": 0, "length": 0, "images": 0, "supervised": 0, **counts})
+
+    linear = unit(tokens=1)
+    text = positions - images * shape.image_tokens
+    decoder = positions * (linear + (unit(tokens=1, length=1) - linear) * positions)
+    vision, head = unit(images=1) * images, unit(supervised=SUPERVISED_TEXT) * text
+    return np.asarray(decoder + vision + head, np.float64)

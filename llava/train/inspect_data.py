@@ -3,6 +3,8 @@
 Ids and labels come from the functions that training calls. In the terminal, supervised tokens are green, context is
 plain, images are yellow, and tokens truncated at `--model_max_length` are red; the page has the same colors and shows
 the id of a token under the pointer. `--model` is any directory with the tokenizer; no weights are read.
+
+With `--micro_batch_tokens T --global_batch_size G`, print how full and how balanced the micro-batches of training are.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import Final, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,8 +30,12 @@ from llava.data.labels import truncate
 from llava.data.records import Record, parse_record
 from llava.errors import LlavaError
 from llava.files import write_text
+from llava.model.checkpoint import read_json
 from llava.model.tokenizer import load_tokenizer
+from llava.train.estimate_inputs import SIZE_KEYS, RecipeFlags, shape_from_flags
+from llava.train.flops import Shape, Trainable
 from llava.train.model_setup import template_name
+from llava.train.packing_report import SampledRun, packing_report
 from llava.utils import guarded
 
 SUPERVISED, CONTEXT, IMAGE, TRUNCATED = "supervised", "context", "image", "truncated"
@@ -125,13 +132,62 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=3, help="number of first records to show (default: %(default)s)")
     parser.add_argument("--image_tokens", type=int, default=576, help="positions per image (default: %(default)s)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead of printing")
+    packing = parser.add_argument_group("packing")
+    for name, default, text in (
+        ("micro_batch_tokens", None, "token budget of a micro-batch: print fill and balance instead of records"),
+        ("global_batch_size", 128, "records of an optimizer step (default: %(default)s)"),
+        ("ranks", 8, "number of GPUs (default: %(default)s)"),
+        ("loss_group_size", None, "consecutive records of a rank (default: the global batch divided by the ranks)"),
+        ("steps", 50, "number of steps, spread over the epoch (default: %(default)s)"),
+        ("seed", 42, "as in training (default: %(default)s)"),
+    ):
+        packing.add_argument(f"--{name}", type=int, default=default, help=text)
+    packing.add_argument("--group_by_modality_length", action="store_true", help="as in training")
+    packing.add_argument("--vision_tower", help="as in training, for its FLOPs (default: that of a chat model)")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colors in the terminal")
     return parser
+
+
+def shape_of_directory(directory: Path, vision_tower: str | None) -> Shape | None:
+    """Shape of the language model and tower that `config.json` describes; None if it is not a LLaMA-like one."""
+    file = directory / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if any(key not in config for key in SIZE_KEYS):
+        return None
+    flags = SimpleNamespace(
+        model_name_or_path=str(directory),
+        vision_tower=vision_tower or config.get("mm_vision_tower"),
+        mm_vision_image_size=config.get("mm_vision_image_size"),
+        mm_vision_select_layer=config.get("mm_vision_select_layer", -1),
+        mm_vision_select_feature=config.get("mm_vision_select_feature", "patch"),
+        mm_projector_type=config.get("mm_projector_type", "mlp2x_gelu"),
+    )
+    return shape_from_flags(cast("RecipeFlags", flags))
+
+
+def sampled_run(args: argparse.Namespace) -> SampledRun:
+    shape = shape_of_directory(Path(args.model), args.vision_tower)
+    return SampledRun(
+        *(Path(args.file), Path(args.model), args.version, args.model_max_length),
+        shape=shape,
+        trainable=Trainable(),
+        image_tokens=(shape.image_tokens if shape else 0) or args.image_tokens,
+        ranks=args.ranks,
+        budget=args.micro_batch_tokens,
+        global_batch=args.global_batch_size,
+        group=args.loss_group_size,
+        by_modality=args.group_by_modality_length,
+        seed=args.seed,
+        steps=args.steps,
+    )
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    if args.micro_batch_tokens is not None:
+        print(packing_report(sampled_run(args)))  # noqa: T201 - a program
+        return 0
     tokenizer = load_tokenizer(Path(args.model), model_max_length=args.model_max_length, padding_side="right")
     records, template = read_records(args.file), template_name(args.version)
     views: list[RecordView | str] = []

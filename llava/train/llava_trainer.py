@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,10 +23,9 @@ import transformers
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.sampler import (
     LengthGroupedSampler,
     get_length_grouped_indices,
@@ -35,20 +35,22 @@ from llava.data.sampler import (
 from llava.errors import CheckpointError, TrainingError
 from llava.train import checkpointing, optimizer, validation, zero
 from llava.train.model_setup import save_format, saved_shapes
+from llava.train.packing import Packer
 from llava.train.reporting import Console
 from llava.train.steps import (
-    FILLER,
+    COUNTS,
     NO_GROUP,
+    Deal,
     LoadedStep,
     MicroBatch,
     Step,
     StepDataset,
     StepPlan,
     StepSampler,
+    count_step,
     deal_in_order,
     row_weights,
     sum_over_ranks,
-    supervised_tokens,
     tokens_of_groups,
 )
 from llava.train.throughput import ThroughputMeter, format_duration, peak_memory
@@ -93,6 +95,7 @@ class LLaVATrainer(transformers.Trainer):
     """Trainer of a chat model; `saves` is the content of its checkpoints: "full", "projector" or "lora"."""
 
     optimizer: Any
+    control: TrainerControl
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._order = torch.Generator()
@@ -144,7 +147,9 @@ class LLaVATrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Loader of the steps of this rank, each a list of micro-batches on the CPU."""
         args = self.args
-        deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
+        deal: Deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
+        if args.micro_batch_tokens:
+            deal = Packer.of(self.train_dataset, self.model, args.world_size, args.micro_batch_tokens).deal
         return DataLoader(
             StepDataset(self.train_dataset, self.data_collator),  # type: ignore[arg-type]
             batch_sampler=StepSampler(self._get_train_sampler(), self.plan, deal, args.process_index),
@@ -221,7 +226,8 @@ class LLaVATrainer(transformers.Trainer):
     @functools.cached_property
     def _groups_are_split(self) -> bool:
         """Whether records of one loss group can be on several ranks."""
-        return self.args.world_size > 1 and self.args.train_batch_size % self.plan.group != 0
+        args = self.args
+        return bool(args.world_size > 1 and (args.micro_batch_tokens or args.train_batch_size % self.plan.group))
 
     def _accumulating(self, model: nn.Module, is_last: bool) -> AbstractContextManager[object]:
         """Context of a micro-batch; gradients are exchanged and, by DeepSpeed, applied in the last one of a step.
@@ -278,16 +284,7 @@ class LLaVATrainer(transformers.Trainer):
 
         Groups without a supervised token are counted by one of the ranks that share them.
         """
-        image_tokens = getattr(self.model, "num_image_tokens", 0)
-        for micro_batch, batch in step:
-            if micro_batch != FILLER:
-                ids, tokens = batch["input_ids"], int(batch["attention_mask"].sum())
-                if image_tokens:
-                    tokens += int((ids == IMAGE_TOKEN_INDEX).sum()) * (image_tokens - 1)
-                self._counts["tokens"] += tokens
-                self._counts["supervised"] += int(supervised_tokens(batch).sum())
-                self._counts["samples"] += len(ids)
-                self._counts["images"] += len(batch.get("images", ()))
+        self._counts.update(count_step(step, getattr(self.model, "num_image_tokens", 0)))
         if self._groups_are_split:
             own = tokens_of_groups[self.args.process_index :: self.args.world_size]
         else:
@@ -297,19 +294,19 @@ class LLaVATrainer(transformers.Trainer):
         self._unsupervised += (own == 0).sum()
 
     def _reset_counts(self) -> None:
-        self._counts = dict.fromkeys(("tokens", "supervised", "samples", "images"), 0)
+        self._counts: Counter[str] = Counter()
         self._unsupervised: Tensor | int = 0
 
     def log(self, logs: dict[str, float]) -> None:
         """Add supervised tokens, gradient norm, throughput and peak memory since the last log step, over all ranks."""
         if "loss" in logs and self._last_log is not None:
             seconds = time.perf_counter() - self._last_log
-            local = [*self._counts.values(), peak_memory(self.args.device)]
+            local = [*map(self._counts.__getitem__, COUNTS), peak_memory(self.args.device)]
             counts = torch.tensor(local, device=self.args.device)
             unsupervised = counts.new_zeros(1) + self._unsupervised
             by_rank = self._nested_gather(torch.cat([counts, unsupervised]).unsqueeze(0))  # (ranks, 6)
             *totals, unsupervised_groups = by_rank.sum(0).tolist()
-            counted = {name: float(total) for name, total in zip(self._counts, totals)}
+            counted = {name: float(total) for name, total in zip(COUNTS, totals)}
             logs["supervised_tokens"] = int(counted["supervised"])
             if unsupervised_groups:
                 logs["unsupervised_batches"] = unsupervised_groups

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from llava.arguments import DataArguments, TrainingArguments
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.annotations import read_records
 from llava.data.mixture import read_mixture
 from llava.errors import ConfigError
 
-NO_GROUP = -1
+NO_GROUP: Final = -1
+COUNTS: Final = ("tokens", "supervised", "samples", "images")
 Deal = Callable[[Sequence[int]], Sequence[Sequence[Sequence[int]]]]  # records of a step -> by rank, its micro-batches
 
 
@@ -52,6 +53,7 @@ class StepPlan:
     @classmethod
     def of(cls, records: int, args: TrainingArguments) -> StepPlan:
         """The plan of a run; raises `ConfigError` if `--dataloader_drop_last` drops every record."""
+        assert args.global_batch_size and args.loss_group_size
         plan = cls(records, args.global_batch_size, args.loss_group_size, args.dataloader_drop_last)
         if not plan.steps:
             raise ConfigError(
@@ -127,6 +129,20 @@ def supervised_tokens(batch: Batch) -> Tensor:
     return (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)
 
 
+def count_step(step: LoadedStep, image_tokens: int) -> dict[str, int]:
+    """Tokens, images expanded to `image_tokens`, supervised tokens, samples and images of a step, without fillers."""
+    counts = dict.fromkeys(COUNTS, 0)
+    for micro_batch, batch in step:
+        if micro_batch != FILLER:
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            counts["tokens"] += ids.numel() if mask is None else int(mask.sum())
+            counts["tokens"] += int((ids == IMAGE_TOKEN_INDEX).sum()) * (max(1, image_tokens) - 1)
+            counts["supervised"] += int(supervised_tokens(batch).sum())
+            counts["samples"] += len(ids)
+            counts["images"] += len(batch.get("images", ()))
+    return counts
+
+
 def tokens_of_groups(step: LoadedStep, groups: int) -> Tensor:
     """Supervised tokens of this rank in each loss group: `(groups,)` int64."""
     counts = torch.zeros(groups + 1, dtype=torch.int64)  # the last for fillers, whose group is -1
@@ -144,7 +160,7 @@ def row_weights(step: LoadedStep, tokens: Tensor, groups: int, ranks: int) -> li
     weights = torch.cat([ranks / (groups * tokens.clamp(min=1).double()), tokens.new_zeros(1)]).float()
     members = torch.tensor([group for micro_batch, _ in step for group in micro_batch.groups]) % (groups + 1)
     sizes = [len(micro_batch.groups) for micro_batch, _ in step]
-    return list(weights[members.to(tokens.device)].split(sizes))
+    return list(torch.split(weights[members.to(tokens.device)], sizes))
 
 
 def sum_over_ranks(counts: Tensor, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from llava.arguments import DataArguments, TrainingArguments
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
-from llava.data.dataset import LazySupervisedDataset, Merge, MixtureDataset
+from llava.data.dataset import LazySupervisedDataset, Merge, MixtureDataset, Sizes
 from llava.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class Subset(torch.utils.data.Subset[dict[str, Tensor]]):
     @property
     def modality_lengths(self) -> list[int]:
         return [self.dataset.modality_lengths[index] for index in self.indices]
+
+    def sizes(self, indices: Sequence[int]) -> Sizes:
+        return self.dataset.sizes([self.indices[index] for index in indices])
 
     def original(self, index: int) -> int:
         """Index of an item in the full data set."""

@@ -42,8 +42,11 @@ def fill_defaults(config: ZeroConfig, hidden_size: int) -> None:
     """
     config.setdefault("gradient_clipping", 0.0)
     zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0):
+    stage = zero.get("stage", 0)
+    if stage:
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if stage == 1:  # exchanges the sums, once a step; stages 2 and 3 exchange each micro-batch's gradients as computed
+        config.setdefault("communication_data_type", "fp32")
     if zero.get("stage3_prefetch_bucket_size") == "auto":
         zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
 

@@ -286,6 +286,7 @@ def test_on_cuda_the_default_optimizer_is_fused(
 ) -> None:
     monkeypatch.setattr(TrainingArguments, "device", property(lambda _: torch.device("cuda", 0)))
     monkeypatch.setattr(TrainingArguments, "process_index", 0)
+    monkeypatch.setattr(TrainingArguments, "world_size", 1)
     with caplog.at_level("INFO", "llava.arguments"):
         training = parse_arguments(given(tmp_path, *more))[2]
     assert training.optim == optimizer

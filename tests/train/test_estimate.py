@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,12 +53,12 @@ def test_sizes_of_known_models() -> None:
 
 
 def test_memory_follows_zero() -> None:
-    """Sixteen bytes per parameter, sharded by stage (arXiv:1910.02054, figure 1)."""
+    """Sixteen bytes per parameter (arXiv:1910.02054, figure 1), and two for gradients in float32, sharded by stage."""
     run = estimate.RunConfig(
         Shape(4096, 11008, 32, 32, 32, 32000), Trainable(projector=False), 1, 100, 0, deepspeed=True, gpus=64
     )
     count = run.shape.language_weights
-    for stage, wanted in ((0, 16), (1, 4 + 12 / 64), (2, 2 + 14 / 64)):
+    for stage, wanted in ((0, 18), (1, 6 + 12 / 64), (2, 2 + 16 / 64)):
         staged = estimate.replace(run, zero_stage=stage)
         parts = estimate.memory_breakdown(staged)
         assert parts["weights"] + parts["gradients"] + parts["optimizer"] == pytest.approx(wanted * count)
@@ -65,6 +66,42 @@ def test_memory_follows_zero() -> None:
     assert three["weights"] == pytest.approx(2 * count / 64 + 2 * estimate.MAX_LIVE_PARAMETERS)
     packed = estimate.weight_bytes(estimate.replace(run, bits=4, trainable=Trainable(adapters=10**7)))
     assert packed < 0.35 * 2 * count
+
+
+def test_a_budget_of_tokens_bounds_the_micro_batch(
+    tiny_dirs: dict[str, Path], small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory of a full micro-batch, and the report of packing where data and tokenizer are on this disk."""
+    recipe = str(ROOT / "scripts" / "v1_5" / "finetune.sh")
+    flags = estimate.read_recipe(Path(recipe), 8, ["--micro_batch_tokens", "4096"])
+    data = inputs.dataset_stats(flags)
+    run = estimate.run_config(flags, 8, data)
+    assert run.positions <= 4096 and run.accumulation_steps * run.gpus * run.batch_size == pytest.approx(128)
+    assert estimate.worst_case(run, data, 2048).positions == pytest.approx(4096)
+    short = estimate.with_budget(run, 1000, 128)
+    assert estimate.worst_case(short, data, 2048).positions == 2048 + 576  # the longest row, by itself
+    packed, plain = (estimate.required_bytes(estimate.worst_case(r, data, 2048)) for r in (run, run_without(flags)))
+    assert packed < plain
+    assert estimate.smaller_settings(flags, run)[0] == "--micro_batch_tokens 2048"
+    argv = [
+        recipe,
+        "--gpus",
+        "2",
+        "--model_name_or_path",
+        str(tiny_dirs["base"]),
+        "--data_path",
+        str(small_data / "finetune.json"),
+    ]
+    argv += ["--vision_tower", str(tiny_dirs["tower"]), "--global_batch_size", "16", "--loss_group_size", "8"]
+    assert estimate.main([*argv, "--micro_batch_tokens", "4000"]) == 0
+    output = capsys.readouterr().out
+    assert "samples in up to 4000 tokens x" in output and "= global batch 16" in output
+    assert "fill of the budget" in output and re.search("packed in 4000 tokens +8 consecutive rows", output)
+
+
+def run_without(flags: inputs.RecipeFlags) -> estimate.RunConfig:
+    """The run of the flags without packing."""
+    return estimate.run_config(estimate.replace(flags, micro_batch_tokens=None), 8, inputs.dataset_stats(flags))
 
 
 def test_flops_are_two_per_weight_and_six_if_trained() -> None:
@@ -111,7 +148,7 @@ def test_the_command_and_its_advice(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nowhere.sh"], "Recipe nowhere.sh does not exist"),
         (["scripts/v1_5/finetune.sh", "--gpus", "12"], "multiple of 8"),
-        (["scripts/v1_5/finetune.sh", "--gpus", "3"], "is not divisible by 3 GPUs"),
+        (["scripts/v1_5/finetune.sh", "--gpus", "136"], "There are more GPUs (136) than samples per step (128)"),
         (["scripts/v1_5/finetune.sh", "--gpu", "abacus"], "--gpu must be one of A100"),
         (["scripts/v1_5/finetune.sh", "--model_name_or_path", "nobody/model"], "give its directory"),
         (["scripts/v1_5/finetune.sh", "--gpus", "0"], "--gpus must be at least 1"),

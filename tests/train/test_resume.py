@@ -87,7 +87,7 @@ def test_what_a_run_cannot_resume_with_is_refused_in_one_sentence(
     train(argv)
     assert "finished run" not in caplog.text
     before = (out / "run.json").read_text()
-    with pytest.raises(CheckpointError, match=r"a global batch of 4, but this run has 8; pass --global_batch_size 4"):
+    with pytest.raises(CheckpointError, match=r"run with --global_batch_size 4, but this run has 8; pass --global"):
         train([*argv, "--global_batch_size", "8"])
     for flag in ("--max_steps", "--num_train_epochs"):
         with pytest.raises(ConfigError, match=r"checkpoint-8 has done 8 steps, but this run ends after [14]; raise"):

@@ -147,7 +147,9 @@ def test_run_json_and_log_describe_the_run(
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert all(line["supervised_tokens"] > 8 and line["tokens_per_second"] > 0 for line in lines if "loss" in line)
-    assert "Global batch 8" in caplog.text and "clipped at norm 1.0" in caplog.text
+    assert (
+        "Each step takes 8 of 32 samples, in loss groups of 4" in caplog.text and "clipped at norm 1.0" in caplog.text
+    )
 
 
 def test_fine_tuning_a_chat_checkpoint_keeps_its_projector(

@@ -12,7 +12,7 @@ import torch
 from llava.model.builder import load_pretrained_model
 from llava.train import throughput
 from llava.train.flops import Shape, Trainable, step_flops
-from llava.train.llava_trainer import LLaVATrainer
+from llava.train.steps import FILLER, MicroBatch, count_step
 
 SHAPE = Shape(64, 128, 2, 4, 4, 1000)
 
@@ -43,13 +43,11 @@ def test_meter_reads_shape_and_trainable_parts_from_the_model(tiny_dirs: dict[st
     assert found.shape.projector_weights == sum(p.numel() for p in model.get_model().mm_projector.parameters())
 
 
-def test_counts_are_exact_whole_numbers_on_any_device() -> None:
-    """int64: exact beyond the 24 bits of float32, and MPS has no float64."""
-    trainer: Any = SimpleNamespace(model=SimpleNamespace(num_image_tokens=2**24), _counts=None)
+def test_counts_of_a_step_expand_images_and_leave_fillers_out() -> None:
     ids = torch.tensor([[1, -200, 5], [1, 6, 0]])
     labels = torch.tensor([[-100, -100, 5], [-100, 6, -100]])
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": ids != 0, "images": torch.zeros(2, 3, 2, 2)}
-    LLaVATrainer._count(trainer, inputs)
-    LLaVATrainer._count(trainer, {"input_ids": ids[1:], "labels": torch.full((1, 3), -100)})
-    assert trainer._counts.dtype == torch.int64
-    assert trainer._counts.tolist() == [5 + 2**24 - 1 + 3, 2, 3, 1, 2]
+    text = {"input_ids": ids[1:], "labels": torch.full((1, 3), -100)}
+    step = [(MicroBatch((4, 5), (0, 1)), inputs), (MicroBatch((6,), (1,)), text), (FILLER, inputs)]
+    assert count_step(step, 2**24) == {"tokens": 5 + 2**24 - 1 + 3, "supervised": 2, "samples": 3, "images": 2}
+    assert count_step(step, 0)["tokens"] == 5 + 3

@@ -91,7 +91,7 @@ def be_rank(rank: int, job: dict[str, Any], port: int) -> int:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.chdir(log.parent)
-    if ranks > 1:
+    if ranks > 1 or "--deepspeed" in job["argv"]:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     import traceback

@@ -40,6 +40,18 @@ class PaddedGroup:
     length: int
 
 
+def attention_groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of sequences that share an attention call, in which they are padded to the first, the longest."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and lengths[index] >= MIN_FILL * lengths[groups[-1][0]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
 class PackedBatch:
     """Sequences of `lengths` tokens, concatenated to N tokens, and their padded groups for attention.
 
@@ -53,15 +65,12 @@ class PackedBatch:
         starts = [0]
         for length in self.lengths:
             starts.append(starts[-1] + length)
-        order = sorted(range(len(self.lengths)), key=lambda index: -self.lengths[index])
         self.groups: list[PaddedGroup] = []
         padded: list[Tensor] = []
         unpad_index = torch.empty(starts[-1], dtype=torch.long)
         offset = 0
-        while order:
-            longest = self.lengths[order[0]]
-            members = [index for index in order if self.lengths[index] >= MIN_FILL * longest]
-            order = order[len(members) :]
+        for members in attention_groups(self.lengths):
+            longest = self.lengths[members[0]]
             for index in members:
                 length = self.lengths[index]
                 padded.append(torch.arange(longest).clamp(max=max(0, length - 1)) + starts[index])
