@@ -40,6 +40,7 @@ from llava.model.lora import (
     read_non_lora,
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.quantization import Quantizer, storage_name
 from llava.model.registry import language_model_spec
@@ -139,8 +140,8 @@ def load_pretrained_model(
             add_image_tokens(model, tokenizer, config)
         tower = model.get_vision_tower()
         if tower is not None:
-            device_of_tower = where.of(f"{model.base_model_prefix}.vision_tower")
-            tower.load_model(dtype=chosen, device=device_of_tower, from_checkpoint=vision_tower is None)
+            tower_device = where.of(f"{model.base_model_prefix}.vision_tower")
+            load_tower(tower, found, base, chosen, tower_device, from_checkpoint=vision_tower is None)
         model = load_adapter_weights(model, found, quantize)
     if tower is not None and found.kind is not Kind.FULL and ckpt.has_tensors(found.path / ckpt.PROJECTOR_FILE):
         model.get_model().load_tuned_positions(found.path / ckpt.PROJECTOR_FILE)
@@ -160,6 +161,24 @@ def preflight(found: Checkpoint, config: PretrainedConfig, from_checkpoint: bool
             f"{tower.hidden_size}, but the {kind} projector of {found.path} takes {config.mm_hidden_size}; pass the "
             "tower it was trained with."
         )
+
+
+def tower_directory(found: Checkpoint, base: Checkpoint | None) -> Path:
+    """The checkpoint whose weights of the tower take precedence, as in training: the base, if it has that tower's."""
+    if base is None or base.config.get("mm_vision_tower") != found.config.get("mm_vision_tower"):
+        return found.path
+    stored = any(name.startswith(ckpt.TOWER_PREFIXES) for name in ckpt.weight_shapes(base.path))
+    return base.path if stored else found.path
+
+
+def load_tower(
+    tower: VisionTower, found: Checkpoint, base: Checkpoint | None, dtype: torch.dtype, device: torch.device,
+    *, from_checkpoint: bool = True,
+) -> None:  # fmt: skip
+    """Load the weights of the tower of a checkpoint, see `VisionTower.load_model`."""
+    _ = tower.image_processor  # of the tower's directory, which may lie beside `found`
+    tower.checkpoint_dir = tower_directory(found, base)
+    tower.load_model(dtype=dtype, device=device, from_checkpoint=from_checkpoint)
 
 
 def refuse_delta(source: Path) -> None:
@@ -212,7 +231,8 @@ def check_adapter_weights(
         check_non_lora(read_non_lora(found.path), shapes, found.path)
         adapter = adapter_shapes(found.path)
         if adapts_tower(adapter):
-            tower = build_vision_tower(config, found.path, delay_load=True).stored_shapes(from_checkpoint=True)
+            vision = build_vision_tower(config, tower_directory(found, base), delay_load=True)
+            tower = vision.stored_shapes(from_checkpoint=True)
             core = embedding.partition(".")[0]
             shapes |= {f"{core}.vision_tower.vision_tower.{name}": shape for name, shape in tower.items()}
         check_adapter(adapter, shapes, found.path)

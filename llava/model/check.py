@@ -143,7 +143,7 @@ def examine(
     chosen = template_for(config, name, template)
     get_template(chosen)
     parts = language_parts(found, base, config)
-    part, tower = tower_part(config, found.path, vision_tower is None)
+    part, tower = tower_part(config, builder.tower_directory(found, base), vision_tower is None)
     origin = "stored in the checkpoint" if getattr(config, "conv_template", None) == chosen else "not stored"
     with ckpt.config_errors(found.path):
         cache = cache_bytes(config)

@@ -59,7 +59,7 @@ def load_unmerged(found: Checkpoint, base: Checkpoint) -> tuple[PreTrainedTokeni
     model = builder.language_model(found, base, config, torch.float32, CPU, None)
     builder.add_image_tokens(model, tokenizer, config)
     lora.load_non_lora(model, found.path)
-    model.get_model().vision_tower.load_model(dtype=torch.float32, device=CPU)
+    builder.load_tower(model.get_model().vision_tower, found, base, torch.float32, CPU)
     return tokenizer, model.eval()
 
 

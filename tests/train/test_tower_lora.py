@@ -103,6 +103,23 @@ def test_trained_loaded_and_merged_is_the_model_in_memory(
     assert done.changed == len({name.partition(".lora_")[0] for name in moved}) >= 2 * len(DECODER)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_chat_model_with_a_tuned_tower_keeps_it(tiny_dirs: Dirs, small_data: Path, tmp_path: Path, rank: int) -> None:
+    """Training takes the tower in the chat model, not that of `--vision_tower`; so do loading, checking and merging."""
+    chat = tiny.make_chat(tmp_path / "chat", tiny_dirs["tower"], embed_tower=True)
+    state = load_file(chat / "model.safetensors")
+    tuned = {name: value + 0.3 if "vision_tower" in name else value for name, value in state.items()}
+    save_file(tuned, chat / "model.safetensors", metadata={"format": "pt"})
+    more = {"learning_rate": 0.03, "max_steps": 2, "mm_vision_lora_r": rank}
+    out = tmp_path / "run"
+    trainer = run(*parse_arguments(flags({**tiny_dirs, "base": chat}, small_data, out, **more)))
+    expected = logits(trainer.model.eval())
+    torch.testing.assert_close(logits(load(out)), expected, atol=1e-4, rtol=1e-4)
+    assert str(chat) in next(part.detail for part in examine(out).parts if part.name == "vision tower")
+    merge.merge(out, None, tmp_path / "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_adapter_of_the_tower_is_part_of_the_adapter(
     towers: Dirs, tiny_dirs: Dirs, small_data: Path, tmp_path: Path
 ) -> None:
