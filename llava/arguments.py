@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Final, NoReturn, TypeVar
 
 import transformers
+from huggingface_hub.utils._validators import validate_repo_id
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
@@ -34,19 +35,25 @@ NOT_NEGATIVE: Final = (
     *("dataloader_num_workers", "mm_vision_lora_r"),
 )
 REPORTERS: Final = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name in --report_to -> package
+NO_COMPILE: Final = (
+    "torch cannot compile the decoder layers for packed batches, whose lengths change, see docs/Performance.md"
+)
 # Flags of transformers that would have no effect, or another one than documented, and what to do instead.
 UNSUPPORTED: Final = {
     "auto_find_batch_size": "`llava estimate` finds a batch size that fits",
     "dispatch_batches": "each process loads its own batches",
     "fsdp": "use --deepspeed scripts/zero3.json",
+    "hub_token": "set HF_TOKEN, or run `huggingface-cli login`",
     "ignore_data_skip": "a resumed run continues with the next record",
     "include_num_input_tokens_seen": "log.jsonl counts tokens",
     "label_smoothing_factor": "logits exist at supervised positions only",
-    "push_to_hub": "upload the output directory after the run with `huggingface-cli upload`",
+    "push_to_hub_model_id": "use --hub_model_id",
+    "push_to_hub_organization": "use --hub_model_id ORGANIZATION/NAME",
+    "push_to_hub_token": "set HF_TOKEN, or run `huggingface-cli login`",
     "split_batches": "--per_device_train_batch_size is the batch size of a process",
-    "torch_compile": "drop it",
-    "torch_compile_backend": "drop it",
-    "torch_compile_mode": "drop it",
+    "torch_compile": NO_COMPILE,
+    "torch_compile_backend": NO_COMPILE,
+    "torch_compile_mode": NO_COMPILE,
 }
 T = TypeVar("T")
 
@@ -207,6 +214,11 @@ class TrainingArguments(transformers.TrainingArguments):
     step_timeout: float = _flag(
         1800.0, "seconds without a step after which stacks are dumped and the run ends; 0 disables the watchdog"
     )
+    profile_step_start: int | None = _flag(None, "first step to trace with torch.profiler; steps count from 1")
+    profile_step_end: int | None = _flag(None, "last step to trace (default: only that of --profile_step_start)")
+    memory_snapshot: bool = _flag(
+        False, "record CUDA allocations; write them after the traced steps, and when memory runs out"
+    )
 
     def __post_init__(self) -> None:
         _raise(self._problems())
@@ -284,6 +296,7 @@ class TrainingArguments(transformers.TrainingArguments):
             problems.append(f"--load_best_model_at_end needs checkpoints to load from; drop {flag}.")
         if self.step_timeout < 0:
             problems.append(f"--step_timeout must be at least 0 seconds, got {self.step_timeout}; 0 waits forever.")
+        problems += self._profile_problems() + self._hub_problems()
         problems += [
             f"--{name} is not supported: {instead}." for name, instead in UNSUPPORTED.items() if getattr(self, name)
         ]
@@ -300,6 +313,27 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             problems.append("--num_train_epochs or --max_steps must be greater than 0.")
         return problems
+
+    def _profile_problems(self) -> list[str]:
+        start, end = self.profile_step_start, self.profile_step_end
+        if start is None:
+            return [] if end is None else ["--profile_step_end requires --profile_step_start."]
+        if start < 1:
+            return [f"--profile_step_start must be at least 1, got {start}."]
+        if end is not None and end < start:
+            return [f"--profile_step_end must be at least --profile_step_start ({start}), got {end}."]
+        return []
+
+    def _hub_problems(self) -> list[str]:
+        if not self.hub_model_id:
+            return []
+        if not self.push_to_hub:
+            return ["--hub_model_id requires --push_to_hub True."]
+        try:
+            validate_repo_id(self.hub_model_id)
+        except ValueError:
+            return [f"--hub_model_id must be NAME or ORGANIZATION/NAME, got {self.hub_model_id!r}."]
+        return []
 
 
 def _names(names: Sequence[str] | str | None) -> list[str]:

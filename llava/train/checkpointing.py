@@ -12,7 +12,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from llava.model.checkpoint import (
     PROJECTOR_FILE,
     has_tensors,
     has_weights,
+    iter_tensors,
     load_bin,
     read_tensors,
     weight_shapes,
@@ -37,7 +38,7 @@ from llava.model.checkpoint import (
 from llava.model.lora import ADAPTER_FILES, ADAPTER_PREFIX, adapter_shapes, read_adapter, read_non_lora
 from llava.model.saving import savable_generation_config, write_tensors
 from llava.train import zero
-from llava.train.model_setup import ADAPTER, saved_parameters, saved_shapes
+from llava.train.model_setup import ADAPTER, SaveFormat, saved_parameters, saved_shapes
 
 logger = logging.getLogger(__name__)
 STATE_FILE: Final = "trainer_state.json"
@@ -86,8 +87,7 @@ def save_lora(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direct
 def load_lora(model: PreTrainedModel, directory: Path) -> None:
     """Load what `save_lora` wrote into the model in training; file and model must hold the same tensors."""
     parameters = dict(saved_parameters(model, "lora"))
-    state = read_adapter(directory)
-    state |= {ADAPTER_PREFIX + name: value for name, value in read_non_lora(directory).items()}
+    state = dict(stored_weights(directory, "lora"))
     missing = sorted(set(parameters) - set(state))
     if missing:
         raise CheckpointError(
@@ -98,7 +98,18 @@ def load_lora(model: PreTrainedModel, directory: Path) -> None:
 
 def load_projector(model: PreTrainedModel, directory: Path) -> None:
     """Load what `save_projector` wrote into the model in training."""
-    copy_tensors(dict(model.named_parameters()), read_tensors(directory / PROJECTOR_FILE))
+    copy_tensors(dict(model.named_parameters()), dict(stored_weights(directory, "projector")))
+
+
+def stored_weights(directory: Path, saves: SaveFormat) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a checkpoint by the names of `saved_parameters`; those of a full model are read one by one."""
+    if saves == "full":
+        yield from iter_tensors(directory, lambda name: True)
+    elif saves == "projector":
+        yield from read_tensors(directory / PROJECTOR_FILE).items()
+    else:
+        yield from read_adapter(directory).items()
+        yield from ((ADAPTER_PREFIX + name, value) for name, value in read_non_lora(directory).items())
 
 
 def copy_tensors(
@@ -253,30 +264,6 @@ def check_weights(directory: Path, expected: Shapes) -> None:
             f"{directory} is from a run with another model: {other} is {what}; use the flags of that run, "
             "or another --output_dir."
         )
-
-
-def check_optimizer(directory: Path, *, deepspeed: bool, zero3: bool, processes: int) -> None:
-    """Raise unless the optimizer state of a checkpoint was saved by the same DeepSpeed setup as this run's.
-
-    Without the check libraries end in a traceback or continue with a fresh optimizer.
-    """
-    latest = directory / "latest"
-    folder = directory / latest.read_text().strip() if latest.is_file() else directory
-    shards = len(list(folder.glob("*_optim_states.pt")))
-    found = _optimizer_setup(latest.is_file(), any(folder.glob("zero_pp_rank_*_model_states.pt")), shards)
-    expected = _optimizer_setup(deepspeed, zero3, processes if shards else 0)
-    if found != expected:
-        raise CheckpointError(
-            f"{directory} holds the optimizer state of a run {found}, but this run is {expected}; start it as before, "
-            "or use another --output_dir."
-        )
-
-
-def _optimizer_setup(deepspeed: bool, zero3: bool, processes: int) -> str:
-    if not deepspeed:
-        return "without DeepSpeed"
-    ranks = f" on {processes} processes" if processes else ""
-    return f"with DeepSpeed{ranks}, weights {'partitioned (stage 3)' if zero3 else 'whole'}"
 
 
 def load_state(file: Path, what: str, *, mmap: bool = True) -> Any:

@@ -107,7 +107,9 @@ def weight_bytes(run: RunConfig) -> float:
 
 
 def gradient_bytes(run: RunConfig) -> float:
-    """Bytes of gradients, which are accumulated in float32; sharded from stage 2 on."""
+    """Bytes of gradients, which are accumulated in float32; sharded from stage 2 on, and with offload on the host."""
+    if run.offload:
+        return 0.0
     return run.trainable_parameters * 4 / (run.gpus if run.zero_stage >= 2 else 1)
 
 

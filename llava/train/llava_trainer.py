@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import torch
 import transformers
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainerControl, TrainerState
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from llava.data.sampler import (
@@ -33,7 +35,7 @@ from llava.data.sampler import (
     split_to_even_chunks,
 )
 from llava.errors import CheckpointError, TrainingError
-from llava.train import checkpointing, optimizer, validation, zero
+from llava.train import checkpointing, optimizer, optimizer_state, validation, zero
 from llava.train.model_setup import save_format, saved_shapes
 from llava.train.packing import Packer
 from llava.train.reporting import Console
@@ -105,6 +107,7 @@ class LLaVATrainer(transformers.Trainer):
         self._grad_norm: float | None = None
         self._engine: Any = None
         self._own_rates: dict[str, int] = {}  # flag -> parameter group
+        self._group_names: list[list[str]] = []
         self._meter: ThroughputMeter | None = None
         self._first_log: tuple[int, float] | None = None
         super().__init__(*args, **kwargs)
@@ -115,9 +118,14 @@ class LLaVATrainer(transformers.Trainer):
         for callback in (_EpochStart(self), self.console):
             self.add_callback(callback)
 
+    def init_hf_repo(self) -> None:
+        """Nothing: `llava.train.hub` opens the repository before weights are loaded."""
+
     def train(self, *args: Any, **kwargs: Any) -> transformers.trainer_utils.TrainOutput:
         try:
-            return super().train(*args, **kwargs)
+            # transformers gives its function no way to load a checkpoint of other hardware
+            with mock.patch.object(transformers.trainer, "deepspeed_load_checkpoint", self._load_engine):
+                return super().train(*args, **kwargs)
         except Preempted:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the reporters
             raise
@@ -192,6 +200,8 @@ class LLaVATrainer(transformers.Trainer):
             self.optimizer = kind(groups, **settings)
         created: torch.optim.Optimizer = super().create_optimizer()
         optimizer.keep_embeddings_in_32_bit(self.model, created)
+        # The optimizer of a ZeRO file is created by DeepSpeed, with one group.
+        self._group_names = optimizer.group_names(getattr(created, "param_groups", []), self.model)
         return created
 
     def training_step(self, model: nn.Module, step: LoadedStep) -> Tensor:
@@ -413,15 +423,42 @@ class LLaVATrainer(transformers.Trainer):
         """Restore the random state of this rank, or that of rank 0 if it was saved by fewer ranks."""
         if checkpoint is None:
             return
-        files = [self._rng_file(checkpoint), *(Path(checkpoint, f"rng_state{rank}.pth") for rank in ("", "_0"))]
-        file = next(file for file in files if file.is_file())
+        others = sorted(Path(checkpoint).glob("rng_state*.pth"))  # rank 0 is the first; nodes can have their own disks
+        file = next((file for file in [self._rng_file(checkpoint), *others] if file.is_file()), None)
+        if file is None:
+            raise CheckpointError(f"{checkpoint} holds no random state; resume from a complete checkpoint-N.")
         checkpointing.set_random_state(checkpointing.load_state(file, "random state"))
+
+    def _load_engine(self, engine: Any, checkpoint: str) -> None:
+        """Load a checkpoint into the DeepSpeed engine, in place of the function of transformers."""
+        layout = optimizer_state.layout_of_engine(engine, self.args.world_size)
+        if layout.loads(optimizer_state.layout_of(Path(checkpoint))):
+            deepspeed_load_checkpoint(engine, checkpoint)
+        else:
+            optimizer_state.to_engine(self._convert(checkpoint, layout), engine)
+
+    def _convert(self, checkpoint: str, layout: optimizer_state.Layout) -> optimizer_state.SavedState:
+        return optimizer_state.convert(Path(checkpoint), layout, self.model, self.saves, self._group_names)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.accelerator.scaler is not None:
+            torch.save(self.accelerator.scaler.state_dict(), Path(output_dir, optimizer_state.SCALER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        for target, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+        layout, scaler = optimizer_state.Layout(None, self.args.world_size), self.accelerator.scaler
+        targets = [(self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)]
+        if not layout.loads(optimizer_state.layout_of(Path(checkpoint))):
+            saved = self._convert(checkpoint, layout)
+            optimizer_state.to_optimizer(saved, targets.pop(0)[0].optimizer)
+            if scaler is not None and saved.loss_scale is not None:
+                scaler.load_state_dict({**scaler.state_dict(), "scale": saved.loss_scale})
+        elif scaler is not None and Path(checkpoint, optimizer_state.SCALER).is_file():
+            targets.append((scaler, optimizer_state.SCALER))
+        for target, name in targets:
             file = Path(checkpoint, name)
             # A mapped file costs no memory, but states on the CPU would stay in it.
             state = checkpointing.load_state(file, "optimizer state", mmap=self.args.device.type != "cpu")

@@ -118,6 +118,12 @@ def keep_embeddings_in_32_bit(model: nn.Module, optimizer: object) -> None:
                 manager.override_config(module.weight, "optim_bits", 32)
 
 
+def group_names(groups: Iterable[Group], model: nn.Module) -> list[list[str]]:
+    """Names of the parameters of each group, in the order in which an optimizer stores their states."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+
+
 def check_optimizer(args: TrainingArguments) -> None:
     """Raise `ConfigError` for an optimizer that cannot be created: a missing package, or rates that it would ignore."""
     try:

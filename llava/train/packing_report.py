@@ -105,7 +105,8 @@ def sampled_steps(
     else:
         order = get_modality_length_grouped_indices(modality_lengths, group, global_batch // group, generator)
     whole = max(1, count // global_batch)
-    for step in np.unique(np.linspace(0, whole - 1, min(steps, whole)).astype(int)).tolist():
+    chosen = min(steps, whole)
+    for step in ((np.arange(chosen) + 0.5) * whole / chosen).astype(int).tolist():
         yield order[step * global_batch : (step + 1) * global_batch]
 
 

@@ -5,22 +5,36 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import platform
+import re
 import time
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from huggingface_hub import ModelCard, snapshot_download
+
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.errors import CheckpointError
 from llava.files import write_text
 from llava.provenance import git_commit, installed_versions
 from llava.train.optimizer import RATE_FLAGS
+from llava.utils import usable_cores
 
 logger = logging.getLogger(__name__)
 RUN_FILE: Final = "run.json"
 FIXED: Final = ("samples", "data_bytes")  # a resumed run should not change them
 PATH_FLAGS: Final = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank")
+CARD_FILE: Final = "README.md"
+LICENSE_KEYS: Final = ("license", "license_name", "license_link")
+LICENSES: Final = {  # in the title of a license -> its name on the hub
+    "APACHE LICENSE": "apache-2.0",
+    "MIT LICENSE": "mit",
+    "LLAMA 2 COMMUNITY LICENSE": "llama2",
+    "LLAMA 3 COMMUNITY LICENSE": "llama3",
+}
 Flags = Mapping[str, Mapping[str, object]]
 
 
@@ -121,3 +135,50 @@ class RunMetadata:
     def write(self, **more: object) -> None:
         self.facts.update(more)
         write_text(self.output_dir / RUN_FILE, json.dumps(self.facts, indent=2, sort_keys=True) + "\n")
+
+
+# --- Machine and origin of the weights --------------------------------------------------------------------------------
+
+
+def hardware(args: TrainingArguments) -> str:
+    """The devices of a run, such as `8 x NVIDIA H100 80GB HBM3`."""
+    if args.device.type == "cuda":
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    ranks = f", {args.world_size} processes" if args.world_size > 1 else ""
+    return f"{args.device.type}: {platform.machine()}, {usable_cores()} cores{ranks}"
+
+
+def sources(args: ModelArguments) -> dict[str, dict[str, str]]:
+    """Hub name and license of the base model and of the vision tower, as far as they are known, by flag."""
+    paths = {"model_name_or_path": args.model_name_or_path, "vision_tower": args.vision_tower}
+    return {flag: source(path) for flag, path in paths.items() if path}
+
+
+def source(path: str) -> dict[str, str]:
+    """`hub`, and `license`, `license_name`, `license_link`, of weights in a directory or on the hub."""
+    directory, found = Path(path), {}
+    if not directory.is_dir():
+        try:
+            directory, found = Path(snapshot_download(path, local_files_only=True)), {"hub": path}
+        except Exception:  # a name that is not of the hub
+            return {}
+    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", str(directory.resolve()))
+    if cached:
+        found = {"hub": f"{cached[1]}/{cached[2]}"}
+    return found | license_of(directory)
+
+
+def license_of(directory: Path) -> dict[str, str]:
+    """The license keys of the model card in a directory, else the license that its license file is."""
+    try:
+        data = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # no card, or one that cannot be read
+        data = {}
+    if isinstance(data.get("license"), str):
+        return {key: str(data[key]) for key in LICENSE_KEYS if data.get(key)}
+    for file in sorted(directory.glob("LICENSE*")):
+        title = file.read_text(encoding="utf-8", errors="replace")[:400].upper()
+        for words, name in LICENSES.items():
+            if words in title:
+                return {"license": name}
+    return {}

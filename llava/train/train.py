@@ -29,7 +29,18 @@ from llava.files import write_errors
 from llava.model.registry import projector_factory
 from llava.model.verification import cast_parameters
 from llava.placement import avoid_cudnn_attention
-from llava.train import checkpointing, estimate, model_setup, optimizer, steps, validation, zero
+from llava.train import (
+    checkpointing,
+    estimate,
+    hub,
+    model_card,
+    model_setup,
+    optimizer,
+    optimizer_state,
+    steps,
+    validation,
+    zero,
+)
 from llava.train.compat import (
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
@@ -45,8 +56,9 @@ from llava.train.compat import (
 from llava.train.dist_utils import any_rank
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.model_setup import find_all_linear_names
+from llava.train.profiling import memory_history, profiling_callbacks
 from llava.train.reporting import LogFiles, isolate_reporters
-from llava.train.run_metadata import RunMetadata, check_changes, read_run, to_json
+from llava.train.run_metadata import RunMetadata, check_changes, hardware, read_run, sources, to_json
 from llava.train.watchdog import DataCheck, Preempted, PreemptionHandler, Watchdog
 from llava.utils import guarded
 
@@ -132,12 +144,7 @@ def _find_checkpoint(trainer: LLaVATrainer) -> Path | None:
     if checkpoint:
         logger.info("Resuming from %s.", checkpoint)
         checkpointing.check_weights(checkpoint, model_setup.saved_shapes(trainer.model, trainer.saves))
-        checkpointing.check_optimizer(
-            checkpoint,
-            deepspeed=trainer.is_deepspeed_enabled,
-            zero3=bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3(),
-            processes=args.world_size,
-        )
+        optimizer_state.check_conversion(checkpoint, args)
         check_changes(checkpoint, args)
     _check_progress(Path(args.output_dir), checkpoint, steps.total_steps(trainer.plan, args))
     return checkpoint
@@ -203,6 +210,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     refuse_unsupported(args)
     optimizer.check_optimizer(args)
     steps.check_drop_last(data_args, args)
+    uploader = hub.open_repository(args)
     output_dir = Path(args.output_dir)
     with write_errors(output_dir):  # before anything is loaded
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -215,7 +223,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         model=model,
         tokenizer=tokenizer,
         args=args,
-        callbacks=[LogFiles(output_dir, plot=args.plot_loss), DataCheck(data["train_dataset"].check)],
+        callbacks=[
+            *(LogFiles(output_dir, plot=args.plot_loss), DataCheck(data["train_dataset"].check)),
+            *profiling_callbacks(args),
+            *([uploader] if uploader else ()),
+        ],
         **data,
     )
     isolate_reporters(trainer, args.report_to or [])
@@ -225,7 +237,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
     checkpoint = _find_checkpoint(trainer)
     flags = {"model": to_json(model_args), "data": to_json(data_args), "training": to_json(args)}
     data_bytes = Path(data_args.data_path or data_args.meta_path or "").stat().st_size
-    metadata = _start_metadata(trainer, flags, checkpoint, template=template, data_bytes=data_bytes)
+    facts = {"hardware": hardware(args), "sources": sources(model_args)}
+    metadata = _start_metadata(trainer, flags, checkpoint, template=template, data_bytes=data_bytes, **facts)
     result = train_with_watchdog(trainer, checkpoint)
     finish(trainer, model_setup.compute_dtype(args))
     faults = trainer.train_dataset.report(functools.partial(any_rank, device=args.device))
@@ -241,6 +254,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
             seconds=result.metrics["train_runtime"],
             data=faults,
         )
+        model_card.try_to_write_card(output_dir, uploader and uploader.name)
     return trainer
 
 
@@ -293,10 +307,26 @@ def train(argv: Sequence[str] | None = None, attn_implementation: str | None = N
     model_args, data_args, args = parse_arguments(argv)
     logging.getLogger("llava").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
     try:
-        run(model_args, data_args, args)
+        with memory_history(args):
+            trainer = run(model_args, data_args, args)
     except torch.cuda.OutOfMemoryError as error:
         advice = estimate.out_of_memory_advice(model_args, data_args, args)
         raise TrainingError(f"The GPU is out of memory. {advice}") from error
+    if args.push_to_hub:
+        leave_process_group()  # the other ranks would wait for the upload no longer than --ddp_timeout
+        uploader = trainer.pop_callback(hub.HubUploader)
+        if uploader is not None:
+            uploader.finish()
+
+
+def leave_process_group() -> None:
+    """Wait for all ranks, then destroy the process group.
+
+    Exiting while another rank saves, or with the group's threads running, aborts.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @guarded
@@ -310,10 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(argv)
     except Preempted as end:
         status = int(end.code or 0)
-    if torch.distributed.is_initialized():
-        # exiting while another rank saves, or with the group's threads running, aborts
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave_process_group()
     return status
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,38 +111,6 @@ def test_a_save_is_verified(tmp_path: Path) -> None:
     save_file({**tensors, "a": torch.ones(0)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="empty"):
         checkpointing.verify(tmp_path, {"b": (4,)})
-
-
-@pytest.mark.parametrize(
-    ("stage", "deepspeed", "zero3", "processes", "why"),
-    [
-        (0, False, False, 4, None),
-        (2, True, False, 2, None),
-        (3, True, True, 2, None),
-        (0, True, False, 2, "a run without DeepSpeed, but this run is with DeepSpeed"),
-        (2, False, False, 2, "a run with DeepSpeed on 2 processes.* this run is without DeepSpeed"),
-        (2, True, False, 1, "on 2 processes.* this run is with DeepSpeed on 1 processes"),
-        (2, True, True, 2, r"weights whole, .* weights partitioned \(stage 3\)"),
-        (3, True, False, 2, r"weights partitioned \(stage 3\), .* weights whole"),
-    ],
-)
-def test_optimizer_state_of_another_setup_is_refused(
-    tmp_path: Path, stage: int, deepspeed: bool, zero3: bool, processes: int, why: str | None
-) -> None:
-    """The names are those that DeepSpeed 0.19 writes in two processes."""
-    if stage:
-        (tmp_path / "latest").write_text("global_step8")
-        (tmp_path / "global_step8").mkdir()
-        for rank in range(2):
-            (tmp_path / f"global_step8/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-            model = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
-            (tmp_path / f"global_step8/{model}_model_states.pt").touch()
-    check = partial(checkpointing.check_optimizer, tmp_path, deepspeed=deepspeed, zero3=zero3, processes=processes)
-    if why is None:
-        check()
-        return
-    with pytest.raises(CheckpointError, match=why):
-        check()
 
 
 def test_unwritable_output_dir_fails_before_loading(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_memory_follows_zero() -> None:
         assert parts["weights"] + parts["gradients"] + parts["optimizer"] == pytest.approx(wanted * count)
     three = estimate.memory_breakdown(estimate.replace(run, zero_stage=3))
     assert three["weights"] == pytest.approx(2 * count / 64 + 2 * estimate.MAX_LIVE_PARAMETERS)
+    assert estimate.gradient_bytes(estimate.replace(run, zero_stage=3, offload=True)) == 0  # they are on the host
     packed = estimate.weight_bytes(estimate.replace(run, bits=4, trainable=Trainable(adapters=10**7)))
     assert packed < 0.35 * 2 * count
 

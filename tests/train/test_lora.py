@@ -133,7 +133,7 @@ def test_checkpoints_load_with_the_logits_of_the_model_in_memory(
         assert len(tokenizer) == 384 + (3 if more else 0)
         names = {path.name for path in directory.iterdir() if path.is_file()}
         extra = {"added_tokens.json"} if more else set()
-        assert names == FILES | extra | ({"log.jsonl", "run.json"} if directory == tmp_path else STATE)
+        assert names == FILES | extra | ({"README.md", "log.jsonl", "run.json"} if directory == tmp_path else STATE)
         beside = set(torch.load(directory / "non_lora_trainables.bin", weights_only=True))
         grown = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"} if more else set()
         assert beside == PROJECTOR | grown

@@ -91,7 +91,7 @@ def test_qlora_trains_keeps_quantized_weights_and_loads_on_the_full_base(
     assert runs.losses(tmp_path / "out")[-1] < runs.losses(tmp_path / "out")[0] - 0.05
 
     saved = {path.name for path in (tmp_path / "out").iterdir()}
-    assert saved == FILES | {"log.jsonl", "run.json"}
+    assert saved == FILES | {"README.md", "log.jsonl", "run.json"}
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     loaded = load_pretrained_model(tmp_path / "out", device="cpu")[1]
     want, got = logits(trained), logits(loaded)

@@ -110,7 +110,7 @@ def test_stage_one_then_stage_two_then_load(tiny_dirs: Dirs, small_data: Path, t
     train(runs.flags(tiny_dirs, small_data, first, 1, plot_loss=True))
     files = {path.name for path in first.iterdir()}
     projectors = {"mm_projector.bin", "mm_projector.safetensors"}
-    assert files == projectors | {"config.json", "trainer_state.json", "run.json", "log.jsonl", "loss.png"}
+    assert files == projectors | {"README.md", "config.json", "trainer_state.json", "run.json", "log.jsonl", "loss.png"}
     assert set(runs.tensors(first)) == {f"model.mm_projector.{i}.{w}" for i in (0, 2) for w in ("weight", "bias")}
 
     adapter = first / "mm_projector.bin"
@@ -118,7 +118,7 @@ def test_stage_one_then_stage_two_then_load(tiny_dirs: Dirs, small_data: Path, t
     files = {path.name for path in second.iterdir()}
     standard = {"config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json"}
     standard |= {"tokenizer.model", "tokenizer_config.json", "trainer_state.json", "training_args.bin"}
-    assert files == standard | {"run.json", "log.jsonl"}
+    assert files == standard | {"README.md", "run.json", "log.jsonl"}
     assert runs.losses(second)[-1] < runs.losses(first)[0]
     for directory, version in ((first, "plain"), (second, "v1")):
         config = json.loads((directory / "config.json").read_text())
