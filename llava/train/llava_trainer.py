@@ -159,9 +159,10 @@ class LLaVATrainer(transformers.Trainer):
         deal: Deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
         if args.micro_batch_tokens:
             deal = Packer.of(self.train_dataset, self.model, args.world_size, args.micro_batch_tokens).deal
+        self._sampler = StepSampler(self._get_train_sampler(), self.plan, deal, args.process_index)
         return DataLoader(
             StepDataset(self.train_dataset, self.data_collator),  # type: ignore[arg-type]
-            batch_sampler=StepSampler(self._get_train_sampler(), self.plan, deal, args.process_index),
+            batch_sampler=self._sampler,
             collate_fn=list,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
@@ -172,7 +173,8 @@ class LLaVATrainer(transformers.Trainer):
     def begin_epoch(self) -> None:
         """Seed the order of an epoch, also of the first one after a resume."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order.manual_seed(seed + EPOCH_STRIDE * (self.state.global_step // self.plan.steps))
+        epoch, self._sampler.done = divmod(self.state.global_step, self.plan.steps)
+        self._order.manual_seed(seed + EPOCH_STRIDE * epoch)
         self._last_log = self._last_log or time.perf_counter()
 
     def _samples(self, micro_batches: Iterable[MicroBatch]) -> list[int]:

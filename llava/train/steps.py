@@ -91,18 +91,23 @@ def describe_fillers(plan: StepPlan, ranks: int, batch_size: int) -> str | None:
 
 
 class StepSampler(Sampler[Step]):
-    """The steps of one rank by a `StepPlan`; all ranks draw the same order from `sampler` and `deal` the same way."""
+    """The steps of one rank by a `StepPlan`; all ranks draw the same order from `sampler` and `deal` the same way.
+
+    The first `done` steps, which a resumed run skips, are empty and cost nothing.
+    """
 
     def __init__(self, sampler: Sampler[int], plan: StepPlan, deal: Deal, rank: int):
         self.sampler, self.plan, self.deal, self.rank = sampler, plan, deal, rank
+        self.done = 0
 
     def __len__(self) -> int:
         return self.plan.steps
 
     def __iter__(self) -> Iterator[Step]:
         order = list(self.sampler)
-        for start in range(0, self.plan.steps * self.plan.global_batch, self.plan.global_batch):
-            records = order[start : start + self.plan.global_batch]
+        yield from ([] for _ in range(self.done))
+        for step in range(self.done, self.plan.steps):
+            records = order[step * self.plan.global_batch : (step + 1) * self.plan.global_batch]
             group = {record: position // self.plan.group for position, record in enumerate(records)}
             dealt = self.deal(records)
             micro_batches = [
