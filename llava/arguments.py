@@ -32,7 +32,7 @@ POSITIVE: Final = (
 )
 NOT_NEGATIVE: Final = (
     *("seed", "data_seed", "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "max_grad_norm"),
-    *("dataloader_num_workers", "mm_vision_lora_r"),
+    *("dataloader_num_workers", "mm_vision_lora_r", "label_smoothing_factor", "z_loss"),
 )
 REPORTERS: Final = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name in --report_to -> package
 NO_COMPILE: Final = (
@@ -46,7 +46,6 @@ UNSUPPORTED: Final = {
     "hub_token": "set HF_TOKEN, or run `huggingface-cli login`",
     "ignore_data_skip": "a resumed run continues with the next record",
     "include_num_input_tokens_seen": "log.jsonl counts tokens",
-    "label_smoothing_factor": "logits exist at supervised positions only",
     "push_to_hub_model_id": "use --hub_model_id",
     "push_to_hub_organization": "use --hub_model_id ORGANIZATION/NAME",
     "push_to_hub_token": "set HF_TOKEN, or run `huggingface-cli login`",
@@ -179,6 +178,7 @@ class TrainingArguments(transformers.TrainingArguments):
     freeze_llm: bool = _flag(False, "freeze everything except the projector, but save the full model")
     freeze_policy: str = _flag("default", "freeze policy: a name in llava.train.model_setup.FREEZE_POLICIES")
     loss: str = _flag("cross_entropy", "training loss: a name in llava.train.model_setup.LOSSES")
+    z_loss: float = _flag(0.0, "coefficient of the squared log-partition function, such as 1e-4")
     mpt_attn_impl: str = _flag("triton", "accepted for compatibility; MPT only")
     model_max_length: int = _flag(512, "maximum sequence length in tokens (an image counts as one); truncates")
     double_quant: bool = _flag(True, "4-bit: quantize the scales, too")
@@ -289,6 +289,8 @@ class TrainingArguments(transformers.TrainingArguments):
             problems.append(f"--model_max_length must be at least 1, got {self.model_max_length}.")
         if self.deepspeed and (self.use_cpu or self.no_cuda):
             problems.append("--use_cpu with --deepspeed would train without DeepSpeed; drop --use_cpu.")
+        if self.label_smoothing_factor >= 1:
+            problems.append(f"--label_smoothing_factor must be below 1, got {self.label_smoothing_factor}.")
         if self.remove_unused_columns:
             problems.append("--remove_unused_columns must be False: True would drop the images.")
         if self.load_best_model_at_end and (self.save_strategy == "no" or (self.deepspeed and self.save_only_model)):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import agreement, decode, run, sampling, soak, soak_requests
+from benchmarks import agreement, decode, packing, run, sampling, soak, soak_requests
 from benchmarks import eval as evaluation
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
 from tests.tiny import CHAT
@@ -42,6 +42,15 @@ def test_quick_run_of_training_prints_a_ratio_for_every_line(
     monkeypatch.setattr(run, "measure", measure)
     assert run.main(["--quick", "train"]) == 0
     assert len(table_rows(capsys)) == 12
+
+
+@pytest.mark.slow
+def test_quick_run_of_packing_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--quick", "--budgets", "7200", "--steps", "5", "--timed", "1", "--rounds", "1"]
+    assert packing.main(argv) == 0
+    output = capsys.readouterr().out
+    assert "| 7200 | " in output and "fill of the budget" in output
+    assert [line.count("(1.000)") for line in output.splitlines() if line.startswith("| 8 ranks")] == [1]
 
 
 def test_the_written_table_is_whole() -> None:

@@ -262,8 +262,8 @@ def test_gradients_twice_as_large(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """AdamW's first step does not depend on the scale of gradients, so the losses are equal."""
     compute = causal_lm.supervised_loss
 
-    def doubled(hidden: Tensor, labels: Tensor, head: Any, logits: Tensor | None = None, *more: Any) -> Tensor:
-        loss = compute(hidden, labels, head, logits, *more)
+    def doubled(head: Any, tokens: Any, row_weights: Any, function: Any, logits: Tensor | None = None) -> Tensor:
+        loss = compute(head, tokens, row_weights, function, logits)
         return loss + (loss - loss.detach()) if logits is None else loss  # in training only
 
     monkeypatch.setattr(causal_lm, "supervised_loss", doubled)

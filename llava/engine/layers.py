@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava.model.language_model.lm_head import LMHead
 from llava.placement import prefers_matrix_vector, runs_fused_rms_norm
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class FusedLinear:
         self.modules = modules
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        linear = [module for module in modules if type(module) is nn.Linear]
+        plain = (nn.Linear, LMHead)
+        linear = [module for module in modules if isinstance(module, nn.Linear) and type(module) in plain]
         biased = [module.bias is not None for module in linear]
         if len(linear) != len(modules) or any(biased) != all(biased):
             return

@@ -20,6 +20,7 @@ from typing import Final
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments, make_parser
 from llava.errors import ConfigError, LlavaError
+from llava.model.language_model.lm_head import CHUNK_BYTES_CUDA
 from llava.train import estimate_inputs as inputs
 from llava.train.estimate_inputs import DatasetStats, RecipeFlags
 from llava.train.flops import Shape, Trainable, step_flops
@@ -168,8 +169,20 @@ def activation_bytes(run: RunConfig) -> float:
 
 
 def logit_bytes(run: RunConfig) -> float:
-    """Bytes of float32 log-softmax, its gradient, and the gradient of the logits at the supervised positions."""
-    return run.positions * run.supervised * run.shape.vocabulary * 12
+    """Bytes of the loss: one chunk of logits and, if it is trained, the gradient of the head (`model.lm_head`).
+
+    In 16 bits the gradients of the logits of up to `2 * hidden` tokens are kept; beyond, a float32 sum is added.
+    """
+    tokens, table = run.positions * run.supervised, run.shape.vocabulary * run.shape.hidden
+    half = run.dtype_bytes == 2
+    chunk = min(CHUNK_BYTES_CUDA, tokens * run.shape.vocabulary * (6 if half else 4))
+    if not run.full:
+        return chunk
+    if not half:
+        return chunk + 4 * table
+    most = 2 * run.shape.hidden
+    kept = min(tokens, most) * run.shape.vocabulary * 2 + 4 * table * (tokens > most)
+    return kept + (max(chunk, 2 * table) if run.deepspeed else 2 * table + max(chunk, 4 * table))
 
 
 def tower_bytes(run: RunConfig) -> float:
@@ -207,7 +220,7 @@ def peak_bytes(run: RunConfig) -> float:
     tower = part["vision tower"] if run.trainable.tower or run.trainable.tower_adapters else 0.0
     moments = [
         gradients + part["vision tower"],
-        gradients + saved_activation_bytes(run) + tower + max(part["logits"], part["logits"] / 3 + head),
+        gradients + saved_activation_bytes(run) + tower + part["logits"],
         gradients + part["activations"] + tower + head,
         part["gradients"] + optimizer_step_bytes(run),
     ]

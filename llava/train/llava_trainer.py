@@ -111,6 +111,7 @@ class LLaVATrainer(transformers.Trainer):
         self._meter: ThroughputMeter | None = None
         self._first_log: tuple[int, float] | None = None
         super().__init__(*args, **kwargs)
+        self.label_smoother = None  # the model's loss smooths labels
         self.saves = save_format(self.model)
         self.console = Console()
         for kind in (transformers.trainer_callback.PrinterCallback, transformers.trainer.DEFAULT_PROGRESS_CALLBACK):

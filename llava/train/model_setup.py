@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import no_init_weights
 
@@ -26,7 +27,7 @@ from llava.model import builder
 from llava.model.builder import IGNORED_WEIGHTS, local_directory
 from llava.model.check import language_parts
 from llava.model.checkpoint import Checkpoint, Kind, has_weights, inspect, iter_tensors, layer_index
-from llava.model.language_model.causal_lm import token_cross_entropy
+from llava.model.language_model.loss import CrossEntropy, TokenLoss
 from llava.model.llava_arch import copy_into, grow_embeddings
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.quantization import Quantizer
@@ -45,7 +46,6 @@ T = TypeVar("T")
 NamedParameters = list[tuple[str, nn.Parameter]]
 SaveFormat = Literal["full", "projector", "lora"]
 FreezePolicy = Callable[[PreTrainedModel, ModelArguments, TrainingArguments], None]
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 VISION_KEYS: Final = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "image_aspect_ratio")
 NOT_DECODER: Final = ("mm_projector", "vision_tower", "vision_resampler", "lm_head")
@@ -356,8 +356,8 @@ def unfreeze_vision_tower(tower: VisionTower, last_layers: int) -> None:
 
 # `--freeze_policy`: functions that set `requires_grad` of the model, which has its vision modules and adapters.
 FREEZE_POLICIES: dict[str, FreezePolicy] = {"default": default_freeze_policy}
-# `--loss`: losses (S,) of float logits (S, V) at the S supervised positions and targets (S,) int64; S can be 0.
-LOSSES: dict[str, LossFunction] = {"cross_entropy": token_cross_entropy}
+# `--loss`: losses (C,) of float32 logits (C, V) and targets (C,) int64 of a chunk of supervised tokens; C can be 0.
+LOSSES: dict[str, TokenLoss] = {"cross_entropy": CrossEntropy()}
 
 
 def registered(flag: str, name: str, registry: Mapping[str, T]) -> T:
@@ -365,6 +365,18 @@ def registered(flag: str, name: str, registry: Mapping[str, T]) -> T:
     if name not in registry:
         raise ConfigError(f"{flag} must be one of {', '.join(sorted(registry))}, got {name!r}.")
     return registry[name]
+
+
+def training_loss(args: TrainingArguments) -> TokenLoss:
+    """The loss that `--loss`, `--label_smoothing_factor` and `--z_loss` select."""
+    loss = registered("--loss", args.loss, LOSSES)
+    if isinstance(loss, CrossEntropy):
+        return replace(loss, label_smoothing=args.label_smoothing_factor, z_loss=args.z_loss)
+    if args.label_smoothing_factor or args.z_loss:
+        raise ConfigError(
+            f"--label_smoothing_factor and --z_loss belong to --loss cross_entropy, got --loss {args.loss}; drop them."
+        )
+    return loss
 
 
 def set_precision(model: nn.Module, dtype: torch.dtype, *, deepspeed: bool, quantized: bool = False) -> None:

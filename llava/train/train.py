@@ -103,7 +103,7 @@ def prepare(
     if model_args.vision_tower is not None:
         projector_factory(model_args.mm_projector_type)  # raises for an unknown type, before weights are read
     freeze = model_setup.registered("--freeze_policy", args.freeze_policy, model_setup.FREEZE_POLICIES)
-    loss = model_setup.registered("--loss", args.loss, model_setup.LOSSES)
+    loss = model_setup.training_loss(args)
     model = model_setup.load_base(model_args, args)
     model.loss_function = loss
     adapted = model_setup.add_lora(model, model_args, args) if args.lora_enable else model

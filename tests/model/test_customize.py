@@ -25,12 +25,14 @@ from llava.model import registry
 from llava.model.builder import load_pretrained_model
 from llava.model.check import examine
 from llava.model.checkpoint import Kind
+from llava.model.language_model import lm_head
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.serve.worker.local_backend import BackendSettings, model_info
 from llava.train import estimate_inputs
 from llava.train.train import train
 from tests import tiny
 from tests.model.test_builder import edit_config
+from tests.model.test_packed import batch_of
 from tests.test_package import ROOT
 from tests.train import runs
 
@@ -69,7 +71,7 @@ def install(name: str, monkeypatch: pytest.MonkeyPatch) -> Example:
 def test_every_section_has_an_example() -> None:
     assert [name for name, section in SECTIONS.items() if LINES.search(section)] == [
         *("A projector", "A vision tower", "A language model", "A conversation template"),
-        *("A benchmark", "A scorer", "A loss", "A freeze policy"),
+        *("A benchmark", "A scorer", "A loss", "A distillation loss", "A freeze policy"),
     ]
 
 
@@ -206,9 +208,33 @@ def test_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     focal = install("A loss", monkeypatch).entries["focal"]
     logits, targets = torch.randn(5, 7), torch.tensor([0, 1, 2, 3, 4])
     plain = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(focal(logits, targets, gamma=0.0), plain)
-    assert (focal(logits, targets) < plain).all()
-    assert focal(logits[:0], targets[:0]).shape == (0,)
+    torch.testing.assert_close(focal(logits, targets, None, gamma=0.0), plain)
+    assert (focal(logits, targets, None) < plain).all()
+    assert focal(logits[:0], targets[:0], None).shape == (0,)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_the_distillation_loss(tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, images: bool) -> None:
+    """From itself a model learns nothing; from another one it learns, and one call of the teacher serves all chunks."""
+    made = install("A distillation loss", monkeypatch)
+    assert list(made.entries) == ["distillation"]
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", 2 * 384 * 4)
+    batch = batch_of([(9, 1 if images else 0), (14, 0), (5, 2 if images else 0)], 1)
+    batch |= {} if images else {"images": None}
+    model = load_pretrained_model(tiny_dirs["chat"], device="cpu")[1].train()
+    plain = model(**batch).loss
+    model.loss_function = distilled = made.module.Distillation(str(tiny_dirs["chat"]), share=1.0)
+    itself = model(**batch).loss
+    itself.backward()
+    assert 0 <= itself.abs() < 1e-6 and model.lm_head.weight.grad.abs().max() < 1e-6
+    with torch.no_grad():
+        distilled.model.lm_head.weight.mul_(2)
+    calls: list[object] = []
+    distilled.model.get_model().register_forward_hook(lambda *given: calls.append(given))
+    assert model(**batch).loss > 1e-3
+    assert len(calls) == 1
+    distilled.share = 0.0
+    torch.testing.assert_close(model(**batch).loss, plain)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -241,9 +242,9 @@ def test_a_loss_and_a_freeze_policy_are_one_registry_line(
 
     shapes: list[tuple[int, ...]] = []
 
-    def doubled(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def doubled(logits: torch.Tensor, targets: torch.Tensor, tokens: object) -> torch.Tensor:
         shapes.append((*logits.shape, len(targets)))
-        return 2 * torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return 2 * torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     def head_only(model: Any, model_args: object, training_args: object) -> None:
         model.requires_grad_(False)
@@ -253,6 +254,7 @@ def test_a_loss_and_a_freeze_policy_are_one_registry_line(
     monkeypatch.setitem(model_setup.FREEZE_POLICIES, "head_only", head_only)
     argv = runs.flags(tiny_dirs, small_data, tmp_path / "plain", 2, max_steps=2, learning_rate=0)
     published.train(argv)
+    losses = runs.losses(tmp_path / "plain")
     argv = runs.flags(tiny_dirs, small_data, tmp_path / "own", 2, max_steps=2, freeze_policy="head_only")
     published.train([*argv, "--learning_rate", "0", "--loss", "doubled"])
     assert runs.losses(tmp_path / "own") == pytest.approx(
@@ -262,6 +264,14 @@ def test_a_loss_and_a_freeze_policy_are_one_registry_line(
     published.train(argv)
     before, after = runs.tensors(tmp_path / "plain"), runs.tensors(tmp_path / "own")
     assert {name for name in after if not torch.equal(after[name], before[name])} == {"lm_head.weight"}
+    more = {"label_smoothing_factor": 0.5, "z_loss": 0.1, "validation_fraction": 0.2, "evaluation_strategy": "steps"}
+    smoothed = runs.flags(tiny_dirs, small_data, tmp_path / "smoothed", 2, max_steps=2, eval_steps=2, **more)
+    published.train(smoothed)
+    logged = [json.loads(line) for line in (tmp_path / "smoothed" / "log.jsonl").read_text().splitlines()]
+    terms = [value for line in logged for name, value in line.items() if name in ("loss", "eval_loss")]
+    assert len(terms) > 2 and min(terms) > max(losses) + 1  # the squared log-partition function of 384 words is 35
+    with pytest.raises(ConfigError, match="belong to --loss cross_entropy, got --loss doubled"):
+        published.train([*smoothed, "--loss", "doubled"])
     for flag in ("--loss", "--freeze_policy"):
         with pytest.raises(ConfigError, match=rf"{flag} must be one of .*, got 'unknown'"):
             published.train([*argv, flag, "unknown"])

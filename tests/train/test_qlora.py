@@ -13,6 +13,7 @@ from llava.errors import ConfigError
 from llava.model.builder import load_pretrained_model
 from llava.train.train import refuse_unsupported, train
 from tests import tiny
+from tests.model.test_loss import compare_with_table
 from tests.train import runs
 from tests.train.test_lora import DECODER, FILES, IDS, PIXELS, flags, learning, prepared
 
@@ -49,6 +50,14 @@ def test_only_the_decoder_is_quantized_and_dtypes_are_right(
         assert (name in learning(model)) == (".lora_" in name or "mm_projector" in name)
     tower = {p.dtype for n, p in model.named_parameters() if "vision_tower" in n and "norm" in n}
     assert tower == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_loss_is_computed_in_chunks(
+    dirs: Dirs, small_data: Path, tmp_path: Path, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = prepared(dirs, small_data, tmp_path, bits=bits)
+    compare_with_table(model, monkeypatch, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("fp4", False)])

@@ -19,6 +19,8 @@ from llava.constants import IGNORE_INDEX
 from llava.errors import ConfigError
 from llava.model.checkpoint import read_json
 from llava.model.config import read_settings
+from llava.model.language_model.lm_head import LMHead, supervised_loss
+from llava.model.language_model.loss import CrossEntropy, TokenLoss, Tokens
 from llava.model.language_model.packed import PackedBatch
 from llava.model.llava_arch import LlavaMetaForCausalLM, PastKeyValues, past_length_of
 from llava.model.saving import replacing_weights, savable_generation_config
@@ -67,11 +69,18 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
     base_model_prefix: str
     lm_head: nn.Module
     supports_packing = False  # whether the core takes a `PackedBatch`
+    loss_function: TokenLoss = CrossEntropy()  # training replaces it by name (`--loss`)
     hf_device_map: dict[str, str]  # present only if the model is split over devices, as libraries expect
 
-    def loss_function(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Losses `(S,)` of logits `(S, V)` at the supervised positions; training replaces it by name (`--loss`)."""
-        return token_cross_entropy(logits, targets)
+    def post_init(self) -> None:
+        self.set_output_embeddings(self.get_output_embeddings())
+        super().post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Set the head; a linear layer becomes an `LMHead` with the same parameters."""
+        super().set_output_embeddings(
+            LMHead.of(new_embeddings) if type(new_embeddings) is nn.Linear else new_embeddings
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LlavaForCausalLMMixin:
         """Refuse `.to`, `.cpu`, `.half` and the like on a model that is split over devices."""
@@ -114,15 +123,16 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         Returns:
             `logits` `(B, T', V)` over the spliced length T', and with `labels` the float32 cross-entropy of the next
             token: its mean over the supervised tokens of the batch (0 without any), or weighted by `row_weights`. In
-            training mode with `labels`, only supervised positions are projected and `logits` is `None`.
+            training mode with `labels`, only supervised positions are projected, in chunks, and `logits` is `None`.
         """
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "images": images}
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("input_ids or inputs_embeds must be given.")
             extra = use_cache or output_attentions or output_hidden_states or return_dict is False
             continued = past_key_values is not None or position_ids is not None
             if self.supports_packing and self.training and labels is not None and not (extra or continued):
-                return LlavaOutput(loss=self._packed_loss(input_ids, attention_mask, labels, images, row_weights))
+                return LlavaOutput(loss=self._packed_loss(batch, labels, row_weights))
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, padding_side=padding_side
@@ -144,7 +154,9 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         if labels is None or not self.training:
             logits = self.lm_head(hidden)
         if labels is not None:
-            loss = supervised_loss(hidden, labels, self.lm_head, logits, self.loss_function, row_weights)
+            tokens, supervised = supervised_tokens(hidden, labels, batch)
+            chosen = None if logits is None else logits.flatten(0, 1).index_select(0, supervised)
+            loss = supervised_loss(self.lm_head, tokens, row_weights, self.loss_function, chosen)
         result = LlavaOutput(
             loss=loss,
             logits=logits,
@@ -158,24 +170,19 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
             return cast("tuple[object, ...]", result.to_tuple())
         return result
 
-    def _packed_loss(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor,
-        images: Images | None,
-        row_weights: Tensor | None,
-    ) -> Tensor:
+    def _packed_loss(self, batch: dict[str, Any], labels: Tensor, row_weights: Tensor | None) -> Tensor:
         """Training loss over the real tokens of the batch."""
-        embeds, lengths, packed_labels = self.pack_inputs_and_labels(input_ids, attention_mask, labels, images)
+        embeds, lengths, packed_labels = self.pack_inputs_and_labels(**batch, labels=labels)
         hidden = self.get_model()(inputs_embeds=embeds, batch=PackedBatch(lengths, embeds.device))  # (N, D)
+        ends = torch.tensor(lengths).cumsum(0)
         targets = F.pad(packed_labels[1:], (0, 1), value=IGNORE_INDEX)  # (N,), on the host
-        targets[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX  # the next token belongs to another sequence
+        targets[ends - 1] = IGNORE_INDEX  # the next token belongs to another sequence
         supervised = (targets != IGNORE_INDEX).nonzero().flatten()
-        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[supervised]
-        supervised, targets, rows = upload([supervised, targets[supervised], rows], hidden.device)
-        losses = self.loss_function(self.lm_head(hidden.index_select(0, supervised)), targets)
-        return batch_loss(losses, rows, row_weights)
+        rows = torch.bucketize(supervised, ends, right=True)
+        columns = supervised - F.pad(ends[:-1], (1, 0))[rows]
+        supervised, targets, rows, columns = upload([supervised, targets[supervised], rows, columns], hidden.device)
+        tokens = Tokens(hidden.index_select(0, supervised), targets, rows, columns, batch)
+        return supervised_loss(self.lm_head, tokens, row_weights, self.loss_function)
 
     def prepare_inputs_for_generation(
         self,
@@ -221,35 +228,10 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         self.generation_config = generation
 
 
-def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy `(S,)` in float32 of `logits` `(S, V)` and `targets` `(S,)`."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def batch_loss(losses: Tensor, rows: Tensor, row_weights: Tensor | None) -> Tensor:
-    """Mean of token losses `(S,)` (0 for S = 0), or their sum weighted by the weight `(B,)` of each token's row."""
-    if row_weights is None:
-        return losses.sum() / max(1, len(losses))
-    return (losses * row_weights.to(losses).index_select(0, rows)).sum()
-
-
-def supervised_loss(
-    hidden: Tensor,
-    labels: Tensor,
-    head: nn.Module,
-    logits: Tensor | None = None,
-    loss_function: Callable[[Tensor, Tensor], Tensor] = token_cross_entropy,
-    row_weights: Tensor | None = None,
-) -> Tensor:
-    """Next-token cross-entropy in float32 over labels other than -100, reduced by `batch_loss`.
-
-    `hidden` is `(B, T, D)`, `labels` `(B, T)`. Without `logits`, only supervised positions are projected.
-    """
+def supervised_tokens(hidden: Tensor, labels: Tensor, batch: dict[str, Any]) -> tuple[Tokens, Tensor]:
+    """The tokens of `hidden` `(B, T, D)` whose next label in `labels` `(B, T)` is not -100, and their flat indices."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(hidden.device)  # (B * T,)
     supervised = (targets != IGNORE_INDEX).nonzero().flatten()  # the only synchronisation of this loss on CUDA
-    if logits is None:
-        logits = head(hidden.flatten(0, 1).index_select(0, supervised))
-    else:
-        logits = logits.flatten(0, 1).index_select(0, supervised)
-    rows = supervised // labels.shape[1]
-    return batch_loss(loss_function(logits, targets.index_select(0, supervised)), rows, row_weights)
+    rows, columns = supervised // labels.shape[1], supervised % labels.shape[1]
+    states = hidden.flatten(0, 1).index_select(0, supervised)
+    return Tokens(states, targets.index_select(0, supervised), rows, columns, batch), supervised

@@ -193,7 +193,7 @@ class LlavaMptForCausalLM(LlavaForCausalLMMixin, MptForCausalLM):
         super(MptForCausalLM, self).__init__(config)
         self.transformer = LlavaMptModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        MptForCausalLM.post_init(self)
+        self.post_init()
 
     def get_model(self) -> LlavaMptModel:
         return self.transformer
