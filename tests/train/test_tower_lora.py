@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import eva
 
 from llava.arguments import parse_arguments
 from llava.errors import CheckpointError
@@ -24,7 +25,7 @@ from llava.train.throughput import trainable_parts
 from llava.train.train import run, train
 from tests import tiny
 from tests.model.test_builder import edit_config, load, logits
-from tests.model.test_timm import small_models, weights
+from tests.model.test_timm import EVA02, register, small_models, weights
 from tests.train import runs
 from tests.train.test_deepspeed import LOSS_ATOL, WEIGHT_ATOL, options
 from tests.train.test_lora import DECODER, PROJECTOR, flags, learning, prepared
@@ -40,6 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "clip, DoRA and rsLoRA": {**TOWER_LORA, "mm_vision_select_layer": -2, "use_dora": True, "use_rslora": True},
     "timm": {**TOWER_LORA, "mm_vision_select_layer": -2},
     "timm EVA": {**TOWER_LORA, "mm_vision_select_layer": -2},
+    "timm EVA, fused": {**TOWER_LORA, "mm_vision_select_layer": -2},
     "DoRA": {"use_dora": True},
     "rsLoRA": {"use_rslora": True},
 }
@@ -52,7 +54,8 @@ LAST = {
 @pytest.fixture(scope="module")
 def towers(tiny_dirs: Dirs, small_models: None, tmp_path_factory: pytest.TempPathFactory) -> Dirs:
     root = tmp_path_factory.mktemp("towers")
-    timm = {"timm": "vit_test_reg4_dinov2", "timm EVA": "eva02_test"}
+    register(eva, "eva02_fused_test", eva._create_eva, **{**EVA02, "qkv_fused": True})
+    timm = {"timm": "vit_test_reg4_dinov2", "timm EVA": "eva02_test", "timm EVA, fused": "eva02_fused_test"}
     for form in timm:
         (root / form).mkdir()
     return {
@@ -64,7 +67,7 @@ def towers(tiny_dirs: Dirs, small_models: None, tmp_path_factory: pytest.TempPat
 
 def of_form(form: str, towers: Dirs, tiny_dirs: Dirs) -> tuple[Dirs, dict[str, Any]]:
     """The directories and the flags of a form."""
-    tower = towers.get(form.partition(",")[0], towers["internvit"])
+    tower = towers.get(form, towers.get(form.partition(",")[0], towers["internvit"]))
     return {**tiny_dirs, "tower": tower}, FORMS[form]
 
 
