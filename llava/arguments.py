@@ -36,7 +36,7 @@ NOT_NEGATIVE: Final = (
 )
 REPORTERS: Final = {"tensorboard": "tensorboard", "wandb": "wandb"}  # name in --report_to -> package
 NO_COMPILE: Final = (
-    "torch cannot compile the decoder layers for packed batches, whose lengths change, see docs/Performance.md"
+    "torch fails to compile the decoder layers for packed batches with dynamic shapes, see docs/Performance.md"
 )
 # Flags of transformers that would have no effect, or another one than documented, and what to do instead.
 UNSUPPORTED: Final = {
