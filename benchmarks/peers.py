@@ -24,6 +24,7 @@ from statistics import median
 from typing import IO, Any, Final, NamedTuple
 
 import torch
+from transformers import LlavaConfig
 
 from benchmarks.measure import settings
 from benchmarks.peer_train import serve_steps
@@ -57,7 +58,7 @@ def install(environment: Path, peer: str) -> None:
         venv.create(environment, with_pip=True)
         command = [str(python_of(environment)), "-m", "pip", "install", "--quiet", *packages]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise PeerError(f"the environment {environment} cannot be made: {error}") from error
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -86,9 +87,11 @@ class Process:
         if select.select([self._process.stdout], [], [], SECONDS)[0]:
             line = self._process.stdout.readline()
         if not line:
-            self.close()
+            self._process.kill()
+            self._process.wait()
             self._errors.seek(0)
             said = self._errors.read().decode(errors="replace").strip().splitlines() or ["it printed no error"]
+            self.close()
             raise PeerError(f"{self._name} ended or did not reply within {SECONDS:.0f} s: {said[-1]}")
         reply: dict[str, Any] = json.loads(line)
         return reply
@@ -106,6 +109,7 @@ class Process:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
 
 class Case(NamedTuple):
@@ -132,9 +136,9 @@ def make_model(root: Path, quick: bool) -> tuple[Path, Path]:
 
 def make_cases(root: Path, exported: Path) -> list[Case]:
     """Batches of 4 rows, with an image each and without; the peer's have the expanded image token."""
-    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
-    token, vocabulary = config["image_token_index"], config["text_config"]["vocab_size"]
-    pixels, patch = (config["vision_config"][key] for key in ("image_size", "patch_size"))
+    config = LlavaConfig.from_pretrained(exported)
+    token, vocabulary = config.image_token_index, config.text_config.vocab_size
+    pixels, patch = config.vision_config.image_size, config.vision_config.patch_size
     cases = []
     for name, lengths in (("images", IMAGE_TEXTS), ("texts", TEXTS)):
         ours = text_batch(lengths, vocabulary)
@@ -215,7 +219,7 @@ def train(args: argparse.Namespace) -> int:
         install(args.environment, "transformers")
     if not python.exists():
         raise PeerError(f"{args.environment} holds no environment with transformers 5; make it with --install.")
-    reached = []
+    reached: list[bool] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         chat, exported = make_model(root, args.quick)
@@ -240,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = commands.add_parser("train", help="training steps against transformers 5")
     flags.add_argument("--environment", type=Path, default=Path("work_dirs/peers/transformers"),
                        help="virtual environment of the peer (default: %(default)s)")  # fmt: skip
-    flags.add_argument("--install", action="store_true", help="make the environment first (3 GB)")
+    flags.add_argument("--install", action="store_true", help="make the environment first (6 GB)")
     flags.add_argument("--pairs", type=int, default=5, help="pairs of turns (default: %(default)s)")
     flags.add_argument("--quick", action="store_true", help="a tiny model: checks that it runs, measures nothing")
     args = parser.parse_args(argv)
