@@ -186,8 +186,12 @@ def test_a_missing_environment_of_a_peer_is_one_sentence(tmp_path: Path, capsys:
 
 def test_both_batches_of_a_peer_hold_the_same_tokens(tmp_path: Path) -> None:
     """Its rows have the expanded image where ours have one placeholder; texts never contain the image token."""
-    config = {"model_type": "llava", "image_token_index": 384, "text_config": {"model_type": "llama", "vocab_size": 500},
-              "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}}  # fmt: skip
+    config = {
+        "model_type": "llava",
+        "image_token_index": 384,
+        "text_config": {"model_type": "llama", "vocab_size": 500},
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for case in peers.make_cases(tmp_path, tmp_path):
         ours, theirs = torch.load(case.ours), torch.load(case.peer)
