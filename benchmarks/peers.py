@@ -224,7 +224,7 @@ def train(args: argparse.Namespace) -> int:
         root = Path(folder)
         chat, exported = make_model(root, args.quick)
         for case in make_cases(root, exported):
-            for dtype in args.dtypes:
+            for dtype in LOSS:
                 mine, theirs = (
                     json.dumps({"model": str(model), "batch": str(batch), "bf16": dtype == "bfloat16"})
                     for model, batch in ((chat, case.ours), (exported, case.peer))
@@ -246,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                        help="virtual environment of the peer (default: %(default)s)")  # fmt: skip
     flags.add_argument("--install", action="store_true", help="make the environment first (6 GB)")
     flags.add_argument("--pairs", type=int, default=5, help="pairs of turns (default: %(default)s)")
-    flags.add_argument("--dtypes", nargs="+", choices=LOSS, default=list(LOSS), help="default: both")
     flags.add_argument("--quick", action="store_true", help="a tiny model: checks that it runs, measures nothing")
     args = parser.parse_args(argv)
     try:
