@@ -422,8 +422,10 @@ def test_check_30_the_state_of_an_optimizer_is_data(tmp_path: Path, monkeypatch:
     torch.save({"state": Mark(mark)}, tmp_path / "optimizer.pt")
     torch.save({}, tmp_path / "scheduler.pt")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what torch before 2.6 does by default
-    args = SimpleNamespace(device=torch.device("cpu"))
-    trainer = SimpleNamespace(is_deepspeed_enabled=False, optimizer=None, lr_scheduler=None, args=args)
+    args, accelerator = SimpleNamespace(device=torch.device("cpu"), world_size=1), SimpleNamespace(scaler=None)
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled=False, optimizer=None, lr_scheduler=None, args=args, accelerator=accelerator
+    )
     with pytest.raises(CheckpointError, match=r"optimizer\.pt .* would run code"):
         LLaVATrainer._load_optimizer_and_scheduler(trainer, str(tmp_path))  # type: ignore[arg-type]
     assert not mark.exists()

@@ -59,7 +59,7 @@ def test_two_nodes_train_and_survive_the_loss_of_one(
     hosts: list[Host], tiny_dirs: dict[str, Path], small_data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    given = {"pretrain_mm_mlp_adapter": "", "bf16": False, "tf32": False, "gradient_accumulation_steps": 1}
+    given = {"pretrain_mm_mlp_adapter": "", "bf16": False, "tf32": False, "global_batch_size": 2, "loss_group_size": 1}
     given |= {"dataloader_num_workers": 0, "save_strategy": "steps", "save_steps": 2, "use_cpu": None}
     given |= {"deepspeed": runs.ROOT / "scripts" / "zero2.json", "per_device_train_batch_size": 1}
     flags = runs.flags(tiny_dirs, small_data, out, 2, **given)

@@ -30,8 +30,8 @@ from tests.train import runs
 PAGES = ("Data", "Finetune_Custom_Data", "Training", "ScienceQA")
 SMALLER = (
     "--use_cpu True --bf16 False --tf32 False --deepspeed '' --mm_vision_image_size 56 --max_steps 1 --save_steps 1 "
-    "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --dataloader_num_workers 0 --report_to none "
-    "--plot_loss False --eval_generations 2"
+    "--per_device_train_batch_size 2 --global_batch_size 2 --loss_group_size 2 --dataloader_num_workers 0 "
+    "--report_to none --plot_loss False --eval_generations 2"
 )
 SHIMS = {
     "llava": 'exec python -m llava.cli "$@"',
@@ -72,7 +72,7 @@ def project(tiny_dirs: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.M
     state = {"model.mm_projector.weight": torch.zeros(48, 32), "model.mm_projector.bias": torch.zeros(48)}
     (root / "work_dirs/llava_pretrain").mkdir(parents=True)
     torch.save(state, root / "work_dirs/llava_pretrain/mm_projector.bin")
-    for name in ("224to336_vicuna13b", "448_vicuna13b"):  # the tiny models are the same
+    for name in ("224to336_vicuna13b", "448_vicuna7b", "448_vicuna13b"):  # the tiny models are the same
         (root / f"work_dirs/pretrain_internvit6b_{name}").symlink_to("pretrain_internvit6b_224to336_vicuna7b")
     monkeypatch.chdir(root)
     monkeypatch.setattr("sys.stdin", io.StringIO())  # no keyboard input

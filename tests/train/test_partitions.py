@@ -20,11 +20,11 @@ from tests.train.test_deepspeed import SCRIPTS
 Dirs = dict[str, Path]
 STEP, GROUP, STEPS = 12, 4, 2
 TOLERANCE = 1e-5
-ALONE = [(1, None, batch, None) for batch in (1, 2, 3, 4, 5, 12)] + [
-    (1, None, 1, tokens) for tokens in (60, 130, 200, 400)
-]
-TWO = [(2, zero, *how) for zero in (None, "zero1", "zero2", "zero3") for how in ((1, None), (4, None), (1, 200))]
-FOUR = [(4, None, 1, None), (4, None, 1, 200), (4, "zero2", 2, None), (4, "zero3", 1, 200)]
+ALONE = [(1, None, batch, None) for batch in (1, 2, 3, 4, 5, 6, 12)]
+ALONE += [(1, None, 1, tokens) for tokens in (60, 100, 130, 200, 300, 400)]
+TWO = [(2, zero, *how) for zero in (None, "zero2", "zero3") for how in ((1, None), (1, 200))]
+TWO += [(2, "zero1", 4, None), (2, "zero1", 1, 200)]
+FOUR = [(4, None, 1, 200), (4, "zero2", 2, None), (4, "zero3", 1, 200)]
 Partition = tuple[int, str | None, int, int | None]  # ranks, ZeRO file, records and tokens per micro-batch
 PARTITIONS: list[Partition] = [*ALONE, *TWO, *FOUR]
 
