@@ -39,6 +39,10 @@ def cfg(**settings: Any) -> dict[str, Any]:
 
 
 def register(family: Any, name: str, create: Callable[..., Any], **arguments: Any) -> None:
+    """Add a model to timm, once in a process."""
+    if timm.is_model(name):
+        return
+
     def make(pretrained: bool = False, **kwargs: Any) -> Any:
         return create(name, pretrained=pretrained, **{**SMALL, **arguments, **kwargs})
 
