@@ -15,6 +15,11 @@ def shorten(value: object, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
 
 
+def one_line(value: object, length: int) -> str:
+    """As `shorten`, with each run of white space replaced by a space."""
+    return shorten(" ".join(str(value).split()), length)
+
+
 class LlavaError(Exception):
     """Base class of the package's errors."""
 

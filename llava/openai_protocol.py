@@ -19,7 +19,7 @@ import httpx
 from httpx_sse import EventSource, ServerSentEvent
 from pydantic import BaseModel, BeforeValidator, Field
 
-from llava.errors import shorten
+from llava.errors import one_line, shorten
 
 Finish = Literal["stop", "length", "content_filter", "tool_calls", "aborted"]
 
@@ -187,7 +187,7 @@ class Reply:
         if self.failure or self.text.strip():
             return self.failure
         if self.refusal:
-            return f"the model refused: {_one_line(self.refusal)}"
+            return f"the model refused: {one_line(self.refusal, MAX_REASON)}"
         if self.thinking and self.finish_reason == "length":
             return "the model was still thinking at the token limit; allow more new tokens"
         return "the model thought but gave no answer" if self.thinking else "the reply is empty"
@@ -319,7 +319,9 @@ def read_error(body: bytes, status: int = 0, headers: Mapping[str, str] | None =
     except (ValueError, RecursionError):
         text = body.decode("utf-8", "replace")
         title = re.search(r"<title>(.*?)</title>", text, re.DOTALL | re.IGNORECASE)
-        error = ApiError(_one_line(title[1] if title else re.sub(r"<[^>]*>", " ", text)), status, structured=False)
+        error = ApiError(
+            one_line(title[1] if title else re.sub(r"<[^>]*>", " ", text), MAX_REASON), status, structured=False
+        )
     wait = (headers or {}).get("Retry-After", "")
     if re.fullmatch(r"\d+(\.\d+)?", wait):
         error.retry_after = float(wait)
@@ -345,7 +347,7 @@ def parse_error(value: object, status: int = 0) -> ApiError:
         named = (code for pattern, code in _NAMED_STATUSES if re.search(pattern, f"{error.code} {error.type}", re.I))
         number = int(error.code) if re.fullmatch(r"[45]\d\d", error.code) else error.status
         status = number or next(named, 0)
-    return ApiError(_one_line(message), status, error.code, error.type, error.param)
+    return ApiError(one_line(message, MAX_REASON), status, error.code, error.type, error.param)
 
 
 def _detail(detail: object) -> str:
@@ -354,10 +356,6 @@ def _detail(detail: object) -> str:
         items = [item for item in detail if isinstance(item, dict)]
         return "; ".join(f"{'.'.join(map(str, item.get('loc') or ()))}: {item.get('msg')}" for item in items)
     return detail if isinstance(detail, str) else ""
-
-
-def _one_line(text: str) -> str:
-    return shorten(" ".join(text.split()), MAX_REASON)
 
 
 @dataclass

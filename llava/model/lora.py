@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from llava.errors import CheckpointError, LlavaError
+from llava.errors import CheckpointError, LlavaError, one_line
 from llava.model.checkpoint import (
     ADAPTER_CONFIG,
     CORES,
@@ -279,9 +279,9 @@ def attaching(directory: Path) -> Iterator[None]:
     except LlavaError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"The adapter of {directory} cannot be attached to this model ({type(error).__name__}: {text}); copy "
+            f"The adapter of {directory} cannot be attached to this model ({type(error).__name__}: "
+            f"{one_line(error, 300)}); copy "
             "adapter_config.json and weights from the same step of the training run."
         ) from error
 

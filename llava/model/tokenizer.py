@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, one_line
 from llava.model.checkpoint import read_json
 
 CONFIG, FAST_FILE, TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
@@ -69,7 +69,7 @@ def load_tokenizer(directory: Path, **kwargs: int | str | bool) -> PreTrainedTok
 
 def _unreadable(directory: Path, named: str, newer: list[str], error: Exception) -> CheckpointError:
     """The `CheckpointError` for a tokenizer that raised `error`."""
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error, 200)
     if newer or isinstance(error, NewerFormError):
         form = f" ({', '.join(newer)})" if newer else ""
         return CheckpointError(

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import HubStrategy
 
 from llava.arguments import TrainingArguments
-from llava.errors import ConfigError, shorten
+from llava.errors import ConfigError, one_line
 from llava.model.saving import SIDE_FILES
 from llava.placement import offline
 from llava.train.model_card import card_text
@@ -61,7 +61,7 @@ def open_repository(args: TrainingArguments) -> HubUploader | None:
         api.preupload_lfs_files(name, [CommitOperationAdd(CARD_FILE, b"write access")])
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(
-            f"--push_to_hub cannot write to {name}: {_one_line(error)}. Set HF_TOKEN to a token with write access, or "
+            f"--push_to_hub cannot write to {name}: {_describe(error)}. Set HF_TOKEN to a token with write access, or "
             "run `huggingface-cli login`."
         ) from error
     logger.info("Uploading to %s/%s: %s.", api.endpoint, name, args.hub_strategy.value.replace("_", " "))
@@ -112,7 +112,7 @@ class HubUploader(TrainerCallback):
                         _link(file, folder / name / file.relative_to(checkpoint))
             (folder / CARD_FILE).write_text(card_text(self.output_dir, self.name), encoding="utf-8")
         except Exception as error:  # neither is that of a disk
-            logger.warning("Step %d cannot be prepared for its upload: %s", step, _one_line(error))
+            logger.warning("Step %d cannot be prepared for its upload: %s", step, _describe(error))
             return False
         return True
 
@@ -128,7 +128,7 @@ class HubUploader(TrainerCallback):
         try:
             self.api.upload_folder(repo_id=self.name, folder_path=folder, commit_message=message, **patterns)
         except Exception as error:  # no failure of the hub is worth a run
-            logger.warning("%s: the upload to %s failed: %s", message, self.name, _one_line(error))
+            logger.warning("%s: the upload to %s failed: %s", message, self.name, _describe(error))
             return False
         logger.info("%s: uploaded to %s/%s.", message, self.api.endpoint, self.name)
         return True
@@ -163,5 +163,5 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {shorten(' '.join(str(error).split()), 300)}"
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error, 300)}"
