@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llava.arguments import TrainingArguments
 from llava.errors import ConfigError
 from llava.model.zero import gathered
 from llava.utils import require
@@ -33,6 +34,23 @@ def read_config(path: str) -> ZeroConfig:
     return config
 
 
+def check_batch_sizes(args: TrainingArguments) -> None:
+    """Raise `ConfigError` if the ZeRO file sets a batch size or accumulation itself, other than the run's."""
+    config = read_config(args.deepspeed)
+    batch = args.per_device_train_batch_size
+    run = {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": batch * args.world_size,
+    }
+    for key, value in run.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise ConfigError(
+                f'"{key}" must be "auto" in {args.deepspeed}, got {config[key]!r}; --global_batch_size sets the '
+                "samples of a step, --per_device_train_batch_size those of a micro-batch."
+            )
+
+
 def fill_defaults(config: ZeroConfig, hidden_size: int) -> None:
     """Set, in place, the values that library versions fill in differently.
 
@@ -52,7 +70,7 @@ def fill_defaults(config: ZeroConfig, hidden_size: int) -> None:
 
 
 def describe_schedule(config: ZeroConfig | None, max_grad_norm: float, scheduler: str) -> str:
-    """One line about gradient clipping and the learning rate schedule, in which a ZeRO file can override the flags."""
+    """One line about gradients and the learning rate schedule, in which a ZeRO file can override the flags."""
     if config is None:
         clipped = f"clipped at norm {max_grad_norm}" if max_grad_norm else "not clipped"
         return f"Gradients are {clipped}; the learning rate follows {scheduler}."
@@ -68,7 +86,10 @@ def describe_schedule(config: ZeroConfig | None, max_grad_norm: float, scheduler
     own = config.get("scheduler", {}).get("type")
     schedule = f"{own} of the ZeRO file, not --lr_scheduler_type {scheduler}" if own else scheduler
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    return f"ZeRO stage {stage}: gradients are {clipped}; the learning rate follows {schedule}."
+    dtype = "float32" if stage else "the dtype of the weights (scripts/zero1.json accumulates in float32)"
+    return (
+        f"ZeRO stage {stage}: gradients are accumulated in {dtype} and {clipped}; the learning rate follows {schedule}."
+    )
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,7 +73,8 @@ def test_missing_gradient_clipping_means_none() -> None:
 
 def test_description_of_clipping_and_schedule() -> None:
     assert "clipped at norm 1.0" in zero.describe_schedule(None, 1.0, "cosine")
-    assert "not clipped" in zero.describe_schedule(load("zero2"), 1.0, "cosine")
+    assert "accumulated in float32 and not clipped" in zero.describe_schedule(load("zero2"), 1.0, "cosine")
+    assert "in the dtype of the weights" in zero.describe_schedule({}, 1.0, "cosine")
     offload = zero.describe_schedule(load("zero3_offload"), 1.0, "cosine")
     assert "clipped at norm 1.0 by DeepSpeed" in offload and "WarmupLR" in offload
 
@@ -91,3 +94,22 @@ def test_files_stay_formatted() -> None:
     for name in NAMES:
         text = (SCRIPTS / f"{name}.json").read_text()
         assert text == json.dumps(json.loads(text), indent=2) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("gradient_accumulation_steps", "auto", True),
+        ("gradient_accumulation_steps", 1, True),
+        ("gradient_accumulation_steps", 4, False),
+        ("train_micro_batch_size_per_gpu", 4, True),
+        ("train_micro_batch_size_per_gpu", 8, False),
+        ("train_batch_size", 128, False),
+    ],
+)
+def test_the_flags_set_the_batch_size(tmp_path: Path, key: str, value: object, accepted: bool) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({**load("zero2"), key: value}))
+    args: Any = SimpleNamespace(deepspeed=str(file), per_device_train_batch_size=4, world_size=2)
+    with nullcontext() if accepted else pytest.raises(ConfigError, match=f'"{key}" must be "auto" in .*, got {value};'):
+        zero.check_batch_sizes(args)
