@@ -24,9 +24,9 @@ from benchmarks.synthetic import Size, make_checkpoint
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 from llava.train.flops import Shape, Trainable, row_flops
-from llava.train.packing import Deal, deal
+from llava.train.packing import deal
 from llava.train.packing_report import StepStats, report_of_steps, sampled_steps, suggested_budget
-from llava.train.steps import deal_in_order
+from llava.train.steps import Deal, StepPlan, deal_in_order
 
 RANKS, GLOBAL_BATCH, PER_RANK, IMAGE_TOKENS, MAX_LENGTH = 8, 128, 16, 576, 2048
 TEMPLATE: Final = 40  # tokens of the system message and the first roles
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{len(mixture.positions)} records, {text.mean():.0f} text tokens on average; G {GLOBAL_BATCH}, {RANKS} ranks"
     )
-    order = (len(mixture.positions), mixture.words.tolist(), GLOBAL_BATCH, PER_RANK)
+    order = StepPlan(len(mixture.positions), GLOBAL_BATCH, PER_RANK), mixture.words.tolist()
     steps = list(sampled_steps(*order, args.steps, seed=42))
     flops = row_flops(SEVEN, Trainable(), mixture.positions, mixture.images)
     measured = [(mixture.positions[rows], flops[rows]) for rows in steps]

@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainerControl, TrainerState
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -42,7 +42,7 @@ from llava.train.reporting import Console
 from llava.train.steps import (
     COUNTS,
     NO_GROUP,
-    Deal,
+    Dealer,
     LoadedStep,
     MicroBatch,
     Step,
@@ -51,6 +51,7 @@ from llava.train.steps import (
     StepSampler,
     count_step,
     deal_in_order,
+    record_sampler,
     row_weights,
     sum_over_ranks,
     tokens_of_groups,
@@ -141,22 +142,17 @@ class LLaVATrainer(transformers.Trainer):
     # --- order of samples ---------------------------------------------------------------------------------------
 
     def _get_train_sampler(self) -> Sampler[int]:
-        """The order of the published geometry: one process for each loss group of a step."""
-        args, dataset = self.args, self.train_dataset
-        if not (args.group_by_modality_length or args.group_by_length):
-            return RandomSampler(dataset, generator=self._order)
-        return LengthGroupedSampler(
-            self.plan.group,
-            world_size=self.plan.global_batch // self.plan.group,
-            lengths=dataset.modality_lengths if args.group_by_modality_length else dataset.lengths,
-            generator=self._order,
-            group_by_modality=args.group_by_modality_length,
-        )
+        args, lengths = self.args, None
+        if args.group_by_modality_length:
+            lengths = self.train_dataset.modality_lengths
+        elif args.group_by_length:
+            lengths = self.train_dataset.lengths
+        return record_sampler(self.plan, self._order, lengths, by_modality=args.group_by_modality_length)
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Loader of the steps of this rank, each a list of micro-batches on the CPU."""
         args = self.args
-        deal: Deal = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
+        deal: Dealer = functools.partial(deal_in_order, ranks=args.world_size, batch_size=args.train_batch_size)
         if args.micro_batch_tokens:
             deal = Packer.of(self.train_dataset, self.model, args.world_size, args.micro_batch_tokens).deal
         self._sampler = StepSampler(self._get_train_sampler(), self.plan, deal, args.process_index)
@@ -322,7 +318,7 @@ class LLaVATrainer(transformers.Trainer):
             counted = {name: float(total) for name, total in zip(COUNTS, totals)}
             logs["supervised_tokens"] = int(counted["supervised"])
             if unsupervised_groups:
-                logs["unsupervised_batches"] = unsupervised_groups
+                logs["unsupervised_groups"] = unsupervised_groups
             rates = self.lr_scheduler.get_last_lr() if self._own_rates else []
             logs.update({flag: rates[index] for flag, index in self._own_rates.items()})
             if self._grad_norm is not None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from llava.errors import ConfigError
 from llava.train.flops import Shape, Trainable, row_flops, shape_of
+from llava.train.steps import Deal
 from llava.train.throughput import trainable_parts
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Integers = npt.NDArray[np.int64]
-Deal = list[list[list[int]]]  # of each rank its micro-batches, of each its rows
 SCALE: Final = 2.0**32  # of the most expensive row; totals stay below 2 ** 63
 MOVES_PER_BIN: Final = 16
 

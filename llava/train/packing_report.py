@@ -15,14 +15,13 @@ import numpy.typing as npt
 import torch
 
 from llava.data.dataset import LazySupervisedDataset
-from llava.data.sampler import get_modality_length_grouped_indices
 from llava.errors import ConfigError
 from llava.model.language_model.packed import attention_groups
 from llava.model.tokenizer import load_tokenizer
 from llava.train.flops import Shape, Trainable
 from llava.train.model_setup import template_name
-from llava.train.packing import Deal, Integers, Packer, deal
-from llava.train.steps import deal_in_order
+from llava.train.packing import Integers, Packer, deal
+from llava.train.steps import Deal, StepPlan, deal_in_order, record_sampler
 
 POOR_FILL: Final = 0.95
 FLAGS: Final = {
@@ -82,7 +81,7 @@ def packed_stats(measured: Sequence[Measured], ranks: int, budget: int) -> list[
 def suggested_budget(measured: Sequence[Measured], ranks: int, budget: int) -> tuple[int, float]:
     """Budget near `budget` whose micro-batches are fullest, and how full they are.
 
-    The number of micro-batches is a whole one, so the fill rises with the budget until they become fewer.
+    The number of micro-batches is an integer, so the fill rises with the budget until they become fewer.
     """
     totals = np.array([tokens.sum() for tokens, _ in measured], np.float64)
     budgets = np.arange(int(0.75 * budget), int(1.5 * budget) + 1, max(1, budget // 400))
@@ -95,24 +94,22 @@ def suggested_budget(measured: Sequence[Measured], ranks: int, budget: int) -> t
     return best, fills[best]
 
 
-def sampled_steps(
-    count: int, modality_lengths: Sequence[int] | None, global_batch: int, group: int, steps: int, seed: int
-) -> Iterator[list[int]]:
+def sampled_steps(plan: StepPlan, modality_lengths: Sequence[int] | None, steps: int, seed: int) -> Iterator[list[int]]:
     """Rows of up to `steps` steps, evenly spread over the first epoch of a run with this seed."""
     generator = torch.Generator().manual_seed(seed)
-    if modality_lengths is None:
-        order = torch.randperm(count, generator=generator).tolist()
-    else:
-        order = get_modality_length_grouped_indices(modality_lengths, group, global_batch // group, generator)
-    whole = max(1, count // global_batch)
-    chosen = min(steps, whole)
-    for step in ((np.arange(chosen) + 0.5) * whole / chosen).astype(int).tolist():
-        yield order[step * global_batch : (step + 1) * global_batch]
+    order = list(record_sampler(plan, generator, modality_lengths, by_modality=True))
+    full = max(1, plan.records // plan.global_batch)
+    chosen = min(steps, full)
+    for step in ((np.arange(chosen) + 0.5) * full / chosen).astype(int).tolist():
+        yield order[step * plan.global_batch : (step + 1) * plan.global_batch]
 
 
 @dataclass(frozen=True)
 class SampledRun:
-    """A run whose packing is computed for some steps, with the tokenizer of `directory`; `None` groups as published."""
+    """A run whose packing is computed for some steps, with the tokenizer of `directory`.
+
+    `group` is the loss group; without one, a rank's share of the step.
+    """
 
     file: Path
     directory: Path
@@ -140,7 +137,8 @@ class SampledRun:
         args: Any = SimpleNamespace(is_multimodal=True, on_bad_sample="skip")
         dataset = LazySupervisedDataset(str(self.file), tokenizer, args, template_name(self.version))
         lengths = dataset.modality_lengths if self.by_modality else None
-        steps = sampled_steps(len(dataset), lengths, self.global_batch, self.group_size, self.steps, self.seed)
+        plan = StepPlan(len(dataset), self.global_batch, self.group_size)
+        steps = sampled_steps(plan, lengths, self.steps, self.seed)
         return Packer(dataset, self.shape, self.trainable, self.image_tokens, self.ranks, self.budget), list(steps)
 
 
@@ -149,9 +147,9 @@ def packing_report(run: SampledRun) -> str:
 
     Raises `ConfigError` for counts that training would refuse.
     """
-    for name in ("budget", "global_batch", "ranks", "steps"):
+    for name, flag in FLAGS.items():
         if getattr(run, name) < 1:
-            raise ConfigError(f"--{FLAGS[name]} must be at least 1, got {getattr(run, name)}.")
+            raise ConfigError(f"--{flag} must be at least 1, got {getattr(run, name)}.")
     group = run.group_size
     if group < 1 or run.global_batch % group:
         raise ConfigError(f"--loss_group_size must divide --global_batch_size {run.global_batch}, got {group}.")
@@ -161,7 +159,6 @@ def packing_report(run: SampledRun) -> str:
 
 def report_of_steps(measured: Sequence[Measured], ranks: int, budget: int, group: int) -> str:
     """As `packing_report`, for the tokens and FLOPs of the rows of each step."""
-
     ours = packed_stats(measured, ranks, budget)
     plain = [StepStats.of(deal_in_order(range(len(row[0])), ranks, group), *row, budget) for row in measured]
     longer = sum(int((tokens > budget).sum()) for tokens, _ in measured)

@@ -35,7 +35,7 @@ COLUMNS: Final = {
     "grad_norm": "grad norm {:.3g}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "memory_gib": "{:.1f} GiB",
-    "unsupervised_batches": "{} batches without labels",
+    "unsupervised_groups": "{} loss groups without labels",
     "time_left": "{} left",
 }
 

@@ -15,17 +15,19 @@ from typing import Final, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, RandomSampler, Sampler
 
 from llava.arguments import DataArguments, TrainingArguments
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.annotations import read_records
 from llava.data.mixture import read_mixture
+from llava.data.sampler import LengthGroupedSampler
 from llava.errors import ConfigError
 
 NO_GROUP: Final = -1
 COUNTS: Final = ("tokens", "supervised", "samples", "images")
-Deal = Callable[[Sequence[int]], Sequence[Sequence[Sequence[int]]]]  # records of a step -> by rank, its micro-batches
+Deal = list[list[list[int]]]  # by rank, its micro-batches, each a list of records
+Dealer = Callable[[Sequence[int]], Deal]  # of the records of a step
 
 
 class MicroBatch(NamedTuple):
@@ -71,7 +73,18 @@ class StepPlan:
         return math.ceil(min(self.global_batch, self.records - step * self.global_batch) / self.group)
 
 
-def deal_in_order(records: Sequence[int], ranks: int, batch_size: int) -> list[list[list[int]]]:
+def record_sampler(
+    plan: StepPlan, generator: torch.Generator, lengths: Sequence[int] | None = None, *, by_modality: bool = False
+) -> Sampler[int]:
+    """The order of an epoch: random, or with `lengths` grouped as by one process for each loss group of a step."""
+    if lengths is None:
+        return RandomSampler(range(plan.records), generator=generator)
+    return LengthGroupedSampler(
+        plan.group, plan.global_batch // plan.group, lengths, generator, group_by_modality=by_modality
+    )
+
+
+def deal_in_order(records: Sequence[int], ranks: int, batch_size: int) -> Deal:
     """By rank, micro-batches of `batch_size` consecutive records; the ranks take them in turn."""
     batches = [list(records[start : start + batch_size]) for start in range(0, len(records), batch_size)]
     return [batches[rank::ranks] for rank in range(ranks)]
@@ -96,7 +109,7 @@ class StepSampler(Sampler[Step]):
     The first `done` steps, which a resumed run skips, are empty and cost nothing.
     """
 
-    def __init__(self, sampler: Sampler[int], plan: StepPlan, deal: Deal, rank: int):
+    def __init__(self, sampler: Sampler[int], plan: StepPlan, deal: Dealer, rank: int):
         self.sampler, self.plan, self.deal, self.rank = sampler, plan, deal, rank
         self.done = 0
 
@@ -129,7 +142,7 @@ class StepDataset(Dataset[tuple[MicroBatch, Batch]]):
         return micro_batch, self.collate([self.dataset[record] for record in micro_batch.records])
 
 
-def supervised_tokens(batch: Batch) -> Tensor:
+def count_supervised(batch: Batch) -> Tensor:
     """Number of supervised tokens of each row, `(B,)` int64, without the first, which nothing predicts."""
     return (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)
 
@@ -142,7 +155,7 @@ def count_step(step: LoadedStep, image_tokens: int) -> dict[str, int]:
             ids, mask = batch["input_ids"], batch.get("attention_mask")
             counts["tokens"] += ids.numel() if mask is None else int(mask.sum())
             counts["tokens"] += int((ids == IMAGE_TOKEN_INDEX).sum()) * (max(1, image_tokens) - 1)
-            counts["supervised"] += int(supervised_tokens(batch).sum())
+            counts["supervised"] += int(count_supervised(batch).sum())
             counts["samples"] += len(ids)
             counts["images"] += len(batch.get("images", ()))
     return counts
@@ -152,7 +165,7 @@ def tokens_of_groups(step: LoadedStep, groups: int) -> Tensor:
     """Supervised tokens of this rank in each loss group: `(groups,)` int64."""
     counts = torch.zeros(groups + 1, dtype=torch.int64)  # the last for fillers, whose group is -1
     for micro_batch, batch in step:
-        counts.index_add_(0, torch.tensor(micro_batch.groups) % (groups + 1), supervised_tokens(batch))
+        counts.index_add_(0, torch.tensor(micro_batch.groups) % (groups + 1), count_supervised(batch))
     return counts[:-1]
 
 

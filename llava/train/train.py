@@ -224,9 +224,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
         tokenizer=tokenizer,
         args=args,
         callbacks=[
-            *(LogFiles(output_dir, plot=args.plot_loss), DataCheck(data["train_dataset"].check)),
+            LogFiles(output_dir, plot=args.plot_loss),
+            DataCheck(data["train_dataset"].check),
             *profiling_callbacks(args),
-            *([uploader] if uploader else ()),
+            *([uploader] if uploader else []),
         ],
         **data,
     )
@@ -283,7 +284,9 @@ def finish(trainer: LLaVATrainer, dtype: torch.dtype) -> None:
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:
-    """Raise `ConfigError` for valid flags that cannot be combined on this machine."""
+    """Raise `ConfigError` for valid flags that cannot be combined, on this machine or with the ZeRO file."""
+    if args.deepspeed:
+        zero.check_batch_sizes(args)
     if args.bits != 16 and args.deepspeed and args.hf_deepspeed_config.is_zero3():
         raise ConfigError(
             f"--bits {args.bits} does not work with ZeRO stage 3, which cannot partition quantized weights; use "

@@ -438,7 +438,7 @@ def test_batches_without_supervision_are_counted_and_give_no_nan(
 
     monkeypatch.setattr(LazySupervisedDataset, "__getitem__", masked)
     train(runs.flags(tiny_dirs, small_data, tmp_path / "run", 1, max_steps=2))
-    assert [(e["loss"], e["supervised_tokens"], e["unsupervised_batches"]) for e in runs.history(tmp_path / "run")] == [
+    assert [(e["loss"], e["supervised_tokens"], e["unsupervised_groups"]) for e in runs.history(tmp_path / "run")] == [
         (0.0, 0, 1),
         (0.0, 0, 1),
     ]
