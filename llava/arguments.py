@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Final, NoReturn, TypeVar
 
 import transformers
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
@@ -169,16 +169,14 @@ class TrainingArguments(transformers.TrainingArguments):
     freeze_mm_mlp_adapter: bool = _flag(False, "freeze the projector")
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector (default: that of --learning_rate)")
     mm_vision_tower_lr: float | None = _flag(
-        None, "learning rate of what is trained of the vision tower (default: same)"
+        None, "learning rate of the vision tower (default: that of --learning_rate)"
     )
-    mm_vision_layer_decay: float | None = _flag(
-        None, "learning rate of a vision tower layer relative to that of the next layer: layer-wise decay, as 0.9"
-    )
-    llm_layer_decay: float | None = _flag(None, "layer-wise learning rate decay in the language model")
+    mm_vision_layer_decay: float | None = _flag(None, "layer-wise learning rate decay in the vision tower, such as 0.9")
+    llm_layer_decay: float | None = _flag(None, "layer-wise learning rate decay in the language model, such as 0.9")
     freeze_llm: bool = _flag(False, "freeze everything except the projector, but save the full model")
     freeze_policy: str = _flag("default", "freeze policy: a name in llava.train.model_setup.FREEZE_POLICIES")
     loss: str = _flag("cross_entropy", "training loss: a name in llava.train.model_setup.LOSSES")
-    z_loss: float = _flag(0.0, "coefficient of the squared log-partition function, such as 1e-4")
+    z_loss: float = _flag(0.0, "coefficient of the z-loss, the squared log-partition function, such as 1e-4")
     mpt_attn_impl: str = _flag("triton", "accepted for compatibility; MPT only")
     model_max_length: int = _flag(512, "maximum sequence length in tokens (an image counts as one); truncates")
     double_quant: bool = _flag(True, "4-bit: quantize the scales, too")
@@ -190,7 +188,7 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_dropout: float = _flag(0.05, "LoRA dropout")
     lora_weight_path: str = _flag("", "accepted for compatibility; never read")
     lora_bias: str = _flag("none", "biases to train with LoRA: none, all or lora_only")
-    mm_vision_lora_r: int = _flag(0, "LoRA rank of the vision tower, at the same scale; 0 does not adapt the tower")
+    mm_vision_lora_r: int = _flag(0, "LoRA rank of the vision tower; 0 adds no adapters to it")
     use_dora: bool = _flag(False, "weight-decomposed adapters (DoRA, arXiv:2402.09353)")
     use_rslora: bool = _flag(False, "scale adapters by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)")
     group_by_modality_length: bool = _flag(False, "batch samples of the same modality and similar length")
@@ -229,9 +227,9 @@ class TrainingArguments(transformers.TrainingArguments):
             self.gradient_checkpointing_kwargs = {"use_reentrant": True}  # as published; ZeRO-3 needs it
         if self.lora_enable and getattr(self, "ddp_find_unused_parameters", None) is None:
             self.ddp_find_unused_parameters = False  # every trainable parameter is used in every step
+        # Libraries see each step as one batch; the trainer accumulates.
+        accumulation, self.gradient_accumulation_steps = int(self.gradient_accumulation_steps), 1
         # The library prefers what a launcher or an earlier run in this process left in the environment.
-        accumulation = int(self.gradient_accumulation_steps)
-        self.gradient_accumulation_steps = 1
         os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         try:
             super().__post_init__()
@@ -240,15 +238,15 @@ class TrainingArguments(transformers.TrainingArguments):
         self._set_step(accumulation)
 
     def _set_step(self, accumulation: int) -> None:
-        """Set the samples and loss groups of a step; libraries see each step as one batch, without accumulation."""
+        """Set the samples of a step and of a loss group."""
         batch = self.per_device_train_batch_size
-        published = batch * accumulation * self.world_size
-        step, group = self.global_batch_size or published, self.loss_group_size or batch
-        if accumulation > 1 and step != published:
+        implied = batch * accumulation * self.world_size
+        step, group = self.global_batch_size or implied, self.loss_group_size or batch
+        if accumulation > 1 and step != implied:
             raise FlagProblems(
                 [
                     f"--global_batch_size {step} contradicts --gradient_accumulation_steps {accumulation}, which makes "
-                    f"{published} with {batch} per device and {self.world_size} processes; drop one."
+                    f"{implied} with {batch} per device and {self.world_size} processes; drop one."
                 ]
             )
         if step % group:

@@ -137,7 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("micro_batch_tokens", None, "token budget of a micro-batch: print fill and balance instead of records"),
         ("global_batch_size", 128, "records of an optimizer step (default: %(default)s)"),
         ("ranks", 8, "number of GPUs (default: %(default)s)"),
-        ("loss_group_size", None, "consecutive records of a rank (default: the global batch divided by the ranks)"),
+        ("loss_group_size", None, "records of a loss group (default: the global batch divided by the ranks)"),
         ("steps", 50, "number of steps, spread over the epoch (default: %(default)s)"),
         ("seed", 42, "as in training (default: %(default)s)"),
     ):
