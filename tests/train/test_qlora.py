@@ -108,7 +108,8 @@ def test_qlora_trains_keeps_quantized_weights_and_loads_on_the_full_base(
 
 
 def test_quantized_weights_with_zero3_are_refused() -> None:
-    args: Any = SimpleNamespace(bits=4, n_gpu=1, deepspeed="zero3.json")
+    zero3 = str(runs.ROOT / "scripts/zero3.json")
+    args: Any = SimpleNamespace(bits=4, n_gpu=1, deepspeed=zero3, per_device_train_batch_size=1, world_size=1)
     args.hf_deepspeed_config = SimpleNamespace(is_zero3=lambda: True)
     with pytest.raises(ConfigError, match="ZeRO stage 3"):
         refuse_unsupported(args)
