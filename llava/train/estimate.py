@@ -136,15 +136,17 @@ def layer_activation_bytes(run: RunConfig) -> float:
     """Bytes that one decoder layer saves for the backward pass of a micro-batch.
 
     Norms save their input (a float32 copy in 16 bit); attention query, key, value and output; the MLP gate and up
-    projection. Trainable linear layers save their input, too.
+    projection. Trainable linear layers save their input, too; layers without adapters, outside ZeRO-3, only that of o.
     """
     shape, dtype_bytes = run.shape, run.dtype_bytes
     adapters = run.trainable.adapters > 0
     hidden, intermediate = shape.hidden, shape.intermediate
     per_position = 2 * 4 * hidden + dtype_bytes * (4 * hidden + 2 * intermediate)
-    if run.full or adapters:  # inputs of q, k, v together, of o, of gate and up together, of down
+    if run.full and run.zero_stage != 3:
+        per_position += dtype_bytes * hidden
+    elif run.full or adapters:  # inputs of q, k, v together, of o, of gate and up together, of down
         per_position += dtype_bytes * (3 * hidden + intermediate)
-    if run.full:  # the normalized rows, for the gradient of a norm's weight
+    if run.full and run.zero_stage == 3:  # the normalized rows, for the gradient of a norm's weight
         per_position += dtype_bytes * 2 * hidden
     if adapters and run.lora_dropout:  # each adapter has its own dropout: a copy and a mask
         per_position += (4 + 1) * (6 * hidden + intermediate) - dtype_bytes * (3 * hidden + intermediate)

@@ -102,6 +102,80 @@ def test_a_part_learns_as_the_librarys(library: type[torch.nn.Module], name: str
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("frozen", ["norm", "proj", "mlp", "down_proj", "q_proj", "layers.0"])
+def test_frozen_parts_change_no_other_gradient(models: dict[str, LlavaLlamaForCausalLM], frozen: str) -> None:
+    model, batch = models["sdpa"], batch_of([(9, 1), (4, 0)], 7)
+    whole = gradients(model, model(**batch).loss)
+    parts = [parameter for name, parameter in model.named_parameters() if frozen in name]
+    for parameter in parts:
+        parameter.requires_grad_(False)
+    try:
+        rest = gradients(model, model(**batch).loss)
+    finally:
+        for parameter in parts:
+            parameter.requires_grad_(True)
+    assert rest.keys() == {name for name in whole if frozen not in name}
+    for name, gradient in rest.items():
+        torch.testing.assert_close(gradient, whole[name], atol=1e-7, rtol=1e-6)
+
+
+def test_hooks_of_layers_are_called(models: dict[str, LlavaLlamaForCausalLM]) -> None:
+    model, batch = models["sdpa"], batch_of([(9, 1), (4, 0)], 8)
+    layer = model.model.layers[1]
+    plain = gradients(model, model(**batch).loss)
+    called: list[str] = []
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, part in layer.named_modules()
+        if name in ("self_attn.k_proj", "mlp", "mlp.up_proj", "input_layernorm", "post_attention_layernorm")
+    ]
+    try:
+        hooked = gradients(model, model(**batch).loss)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert called == ["input_layernorm", "self_attn.k_proj", "post_attention_layernorm", "mlp.up_proj", "mlp"]
+    for name, gradient in plain.items():
+        torch.testing.assert_close(hooked[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_layers_keep_little_for_their_backward_pass(
+    models: dict[str, LlavaLlamaForCausalLM], dtype: torch.dtype | None
+) -> None:
+    """Inputs of norms; queries, keys, values and output of attention; gate and up; none of what they are made into."""
+    model = models["sdpa"]
+    config, batch = model.config, PackedBatch([24, 24], torch.device("cpu"))
+    x = torch.randn(48, config.hidden_size, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter) and tensor.shape[:1] != (1,):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    layer = model.model.layers[0]
+    weights = {weight.untyped_storage().data_ptr() for weight in layer.parameters()}
+    with torch.autocast("cpu", dtype or torch.float32, enabled=dtype is not None):
+        rotary = {part.untyped_storage().data_ptr() for part in batch.rotary(layer.self_attn.rotary_emb, x.to(dtype))}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = layer(x, batch)[0]
+    assert out.requires_grad
+    size = 4 if dtype is None else 2
+    tokens, heads = len(x), config.num_attention_heads
+    expected = {
+        "inputs": 2 * 4 * config.hidden_size,
+        "queries, repeated keys and values, output": size * 4 * config.hidden_size,
+        "gate, up": 2 * size * config.intermediate_size,
+        "numbers per token": 4 * (2 + heads),
+    }
+    # under autocast the output projection also keeps its weight in 16 bits
+    cast = size * config.hidden_size**2 if dtype else 0
+    found = sum(bytes_ for pointer, bytes_ in kept.items() if pointer not in weights | rotary)
+    assert found == tokens * sum(expected.values()) + cast
+
+
 def test_rows_on_the_left_of_their_padding_or_the_right_are_the_same(models: dict[str, LlavaLlamaForCausalLM]) -> None:
     model, batch = models["sdpa"], batch_of([(9, 1), (4, 0)], 3)
     flipped = {name: value.clone() for name, value in batch.items()}

@@ -125,29 +125,130 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def normalize(x: Tensor, gain: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gain * cast(x * scale)`, cast to `dtype`; float32 inside."""
+    normalized = (x.float() * scale).to(x.dtype)
+    return (gain * normalized if normalized.dtype != gain.dtype else normalized.mul_(gain)).to(dtype)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """`(..., 1)` of `x` `(..., D)`, in float32."""
+    squares = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_()
+    return torch.rsqrt(squares.div_(x.shape[-1]).add_(eps))
+
+
+def normalize_backward(
+    x: Tensor, gain: Tensor, scale: Tensor, grad: Tensor, needs_gain: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `x` and `gain`; `grad` is that of `normalize(x, gain, scale)`."""
+    normalized = x.float() * scale
+    grad = grad.float()
+    grad_gain = torch.linalg.vecdot(grad, normalized, dim=0).to(gain.dtype) if needs_gain else None
+    grad = grad * gain.float()
+    along = torch.linalg.vecdot(grad, normalized, dim=-1).div_(x.shape[-1]).unsqueeze(-1)
+    return grad.addcmul_(normalized, along, value=-1).mul_(scale).to(x.dtype), grad_gain
+
+
 class _Normalize(torch.autograd.Function):
-    """`weight * cast(x / rms(x))`, then cast to `dtype`; float32 inside. Saves the input and one number per token."""
+    """RMSNorm of `x` `(N, D)`. Saves the input and one number per token."""
 
     @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        x32 = x.float()
-        scale = torch.rsqrt(torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
-        ctx.save_for_backward(x, weight, scale)
-        normalized = (x32 * scale).to(x.dtype)
-        if normalized.dtype != weight.dtype:
-            return (weight * normalized).to(dtype)
-        return normalized.mul_(weight).to(dtype)
+    def forward(ctx: Context, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        scale = inverse_rms(x, eps)
+        ctx.save_for_backward(x, gain, scale)
+        return normalize(x, gain, scale, dtype)
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        normalized = x.float() * scale
-        grad = grads[0].float()
-        grad_weight = torch.linalg.vecdot(grad, normalized, dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight.float()
-        along = torch.linalg.vecdot(grad, normalized, dim=-1).div_(x.shape[-1]).unsqueeze(-1)
-        grad_x = grad.addcmul_(normalized, along, value=-1).mul_(scale).to(x.dtype)
-        return grad_x, grad_weight, None, None
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, scale = ctx.saved_tensors
+        return *normalize_backward(x, gain, scale, grads[0], ctx.needs_input_grad[1]), None, None
+
+
+class _NormalizedLinear(torch.autograd.Function):
+    """Products of the weights, each `(F, D)`, with the RMSNorm of `x` `(N, D)`: one `(N, F)` each, in `dtype`.
+
+    Saves `x` and one number per token, instead of the normalized tokens and weights in the dtype of autocast.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        scale = inverse_rms(x, eps)
+        ctx.save_for_backward(x, gain, scale, *weights)
+        normalized = normalize(x, gain, scale, dtype)
+        return tuple(normalized @ weight.to(dtype).t() for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, scale, *weights = ctx.saved_tensors
+        return linear_backward(x, gain, scale, weights, grads, ctx.needs_input_grad[1], ctx.needs_input_grad[4:])
+
+
+def linear_backward(
+    x: Tensor,
+    gain: Tensor,
+    scale: Tensor,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs_gain: bool,
+    needs_weights: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, gain, eps, dtype and the weights, from those of the products `(N, F)`."""
+    dtype = grads[0].dtype
+    grad = grads[0] @ weights[0].to(dtype)
+    for other, weight in zip(grads[1:], weights[1:]):
+        grad.addmm_(other, weight.to(dtype))
+    grad_x, grad_gain = normalize_backward(x, gain, scale, grad, needs_gain)
+    grad_weights: list[Tensor | None] = [None] * len(weights)
+    if any(needs_weights):
+        normalized = normalize(x, gain, scale, dtype)
+        for index, (other, weight) in enumerate(zip(grads, weights)):
+            if needs_weights[index]:
+                grad_weights[index] = (other.t() @ normalized).to(weight.dtype)
+    return grad_x, grad_gain, None, None, *grad_weights
+
+
+class _NormalizedMLP(torch.autograd.Function):
+    """`silu(gate) * up` through the down projection (Shazeer, arXiv:2002.05202), of the RMSNorm of `x` `(N, D)`.
+
+    Saves `x`, gate and up `(N, F)`; recomputes what is elementwise.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        scale = inverse_rms(x, eps)
+        normalized = normalize(x, gain, scale, dtype)
+        gate, up = (normalized @ weight.to(dtype).t() for weight in weights[:2])
+        ctx.save_for_backward(x, gain, scale, gate, up, *weights)
+        return F.silu(gate).mul_(up) @ weights[2].to(dtype).t()
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, scale, gate, up, *weights, down = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        activated = F.silu(gate)
+        grad_down = (grads[0].t() @ (activated * up)).to(down.dtype) if needs[6] else None
+        grad = grads[0] @ down.to(gate.dtype)
+        inner = torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad)
+        return *linear_backward(x, gain, scale, weights, inner, needs[1], needs[4:6]), grad_down
+
+
+def plain(linear: nn.Module) -> bool:
+    """Whether a layer is no adapter or quantized layer, and ZeRO-3 does not gather its weight when it is called."""
+    return type(linear) is nn.Linear and linear.bias is None and not hasattr(linear.weight, "ds_id")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products with `x`: that of autocast, if it is enabled."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(modeling_llama.LlamaRMSNorm):
@@ -156,8 +257,7 @@ class RMSNorm(modeling_llama.LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not self.training:  # not by grad mode: a checkpointed layer must compute the same in both passes
             return cast("Tensor", super().forward(hidden_states))
-        device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        dtype = product_dtype(hidden_states)
         return cast("Tensor", _Normalize.apply(hidden_states, self.weight, self.variance_epsilon, dtype))
 
 
@@ -203,16 +303,35 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
     ) -> tuple[Tensor, ...]:
         if not isinstance(attention_mask, PackedBatch):
             return cast("tuple[Tensor, ...]", super().forward(hidden_states, attention_mask, *args, **kwargs))
-        hidden = hidden_states + self.attention(self.input_layernorm(hidden_states), attention_mask)
-        return (hidden + self.mlp(self.post_attention_layernorm(hidden)),)
+        hidden = hidden_states + self.attention(hidden_states, attention_mask)
+        return (hidden + self.gated(hidden),)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Norm and MLP: `(N, D)` to `(N, D)`."""
+        norm, layers = self.post_attention_layernorm, (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
+        if self.fuses(norm, *layers) and isinstance(self.mlp.act_fn, nn.SiLU) and not hooked(self.mlp):
+            weights = (layer.weight for layer in layers)
+            return cast(
+                "Tensor", _NormalizedMLP.apply(x, norm.weight, norm.variance_epsilon, product_dtype(x), *weights)
+            )
+        return cast("Tensor", self.mlp(norm(x)))
+
+    def fuses(self, norm: nn.Module, *linears: nn.Module) -> bool:
+        """Whether norm and linear layers run as one function, which saves less for its backward pass."""
+        untouched = not any(map(hooked, (norm, *linears)))
+        return self.training and type(norm) is RMSNorm and all(map(plain, linears)) and untouched
 
     def attention(self, x: Tensor, batch: PackedBatch) -> Tensor:
-        """Causal self-attention within sequences: `(N, D)` to `(N, D)`."""
-        block = self.self_attn
-        q, k, v = (
-            rearrange(projection(x), "n (h d) -> n h d", d=block.head_dim)
-            for projection in (block.q_proj, block.k_proj, block.v_proj)
-        )
+        """Norm and causal self-attention within sequences: `(N, D)` to `(N, D)`."""
+        block, norm = self.self_attn, self.input_layernorm
+        layers = block.q_proj, block.k_proj, block.v_proj
+        if self.fuses(norm, *layers):
+            weights = (layer.weight for layer in layers)
+            projected = _NormalizedLinear.apply(x, norm.weight, norm.variance_epsilon, product_dtype(x), *weights)
+        else:
+            normalized = norm(x)
+            projected = tuple(layer(normalized) for layer in layers)
+        q, k, v = (rearrange(part, "n (h d) -> n h d", d=block.head_dim) for part in projected)
         cos, sin = batch.rotary(block.rotary_emb, v)
         q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
         out = attend(q, k, v, batch, type(block), block.attention_dropout if self.training else 0.0)
