@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +17,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
+from llava.model.language_model.fused import LlamaMLP, RMSNorm, Rotate, normalized_linear, normalized_mlp
 from llava.model.transfer import upload
 from llava.utils import require
 
 MIN_FILL = 0.8  # sequences share an attention call if the shortest has at least this fraction of the longest's tokens
-
-
-class Context(Protocol):
-    """The context of a `torch.autograd.Function`."""
-
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, ...]
-
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -102,190 +94,6 @@ class PackedBatch:
         return self._rotary
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotary position embedding of `x` `(N, heads, head_dim)` (Su et al., arXiv:2104.09864), halves convention."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return rotate(grads[0], cos, -sin), None, None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    out = torch.empty_like(x)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
-    return out
-
-
-def normalize(x: Tensor, gain: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`gain * cast(x * scale)`, cast to `dtype`; float32 inside."""
-    normalized = (x.float() * scale).to(x.dtype)
-    return (gain * normalized if normalized.dtype != gain.dtype else normalized.mul_(gain)).to(dtype)
-
-
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """`(..., 1)` of `x` `(..., D)`, in float32."""
-    squares = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_()
-    return torch.rsqrt(squares.div_(x.shape[-1]).add_(eps))
-
-
-def normalize_backward(
-    x: Tensor, gain: Tensor, scale: Tensor, grad: Tensor, needs_gain: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `x` and `gain`; `grad` is that of `normalize(x, gain, scale)`."""
-    normalized = x.float() * scale
-    grad = grad.float()
-    grad_gain = torch.linalg.vecdot(grad, normalized, dim=0).to(gain.dtype) if needs_gain else None
-    grad = grad * gain.float()
-    along = torch.linalg.vecdot(grad, normalized, dim=-1).div_(x.shape[-1]).unsqueeze(-1)
-    return grad.addcmul_(normalized, along, value=-1).mul_(scale).to(x.dtype), grad_gain
-
-
-class _Normalize(torch.autograd.Function):
-    """RMSNorm of `x` `(N, D)`. Saves the input and one number per token."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        scale = inverse_rms(x, eps)
-        ctx.save_for_backward(x, gain, scale)
-        return normalize(x, gain, scale, dtype)
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, scale = ctx.saved_tensors
-        return *normalize_backward(x, gain, scale, grads[0], ctx.needs_input_grad[1]), None, None
-
-
-class _NormalizedLinear(torch.autograd.Function):
-    """Products of the weights, each `(F, D)`, with the RMSNorm of `x` `(N, D)`: one `(N, F)` each, in `dtype`.
-
-    Saves `x` and one number per token, instead of the normalized tokens and weights in the dtype of autocast.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Context, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        scale = inverse_rms(x, eps)
-        ctx.save_for_backward(x, gain, scale, *weights)
-        normalized = normalize(x, gain, scale, dtype)
-        return tuple(normalized @ weight.to(dtype).t() for weight in weights)
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, scale, *weights = ctx.saved_tensors
-        return linear_backward(x, gain, scale, weights, grads, ctx.needs_input_grad[1], ctx.needs_input_grad[4:])
-
-
-def linear_backward(
-    x: Tensor,
-    gain: Tensor,
-    scale: Tensor,
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    needs_gain: bool,
-    needs_weights: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, gain, eps, dtype and the weights, from those of the products `(N, F)`."""
-    dtype = grads[0].dtype
-    grad = grads[0] @ weights[0].to(dtype)
-    for other, weight in zip(grads[1:], weights[1:]):
-        grad.addmm_(other, weight.to(dtype))
-    grad_x, grad_gain = normalize_backward(x, gain, scale, grad, needs_gain)
-    grad_weights: list[Tensor | None] = [None] * len(weights)
-    if any(needs_weights):
-        normalized = normalize(x, gain, scale, dtype)
-        for index, (other, weight) in enumerate(zip(grads, weights)):
-            if needs_weights[index]:
-                grad_weights[index] = (other.t() @ normalized).to(weight.dtype)
-    return grad_x, grad_gain, None, None, *grad_weights
-
-
-class _NormalizedMLP(torch.autograd.Function):
-    """`silu(gate) * up` through the down projection (Shazeer, arXiv:2002.05202), of the RMSNorm of `x` `(N, D)`.
-
-    Saves `x`, gate and up `(N, F)`; recomputes what is elementwise.
-    """
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-        scale = inverse_rms(x, eps)
-        normalized = normalize(x, gain, scale, dtype)
-        gate, up = (normalized @ weight.to(dtype).t() for weight in weights[:2])
-        ctx.save_for_backward(x, gain, scale, gate, up, *weights)
-        return F.silu(gate).mul_(up) @ weights[2].to(dtype).t()
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, scale, gate, up, *weights, down = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        activated = F.silu(gate)
-        grad_down = (grads[0].t() @ (activated * up)).to(down.dtype) if needs[6] else None
-        grad = grads[0] @ down.to(gate.dtype)
-        inner = torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad)
-        return *linear_backward(x, gain, scale, weights, inner, needs[1], needs[4:6]), grad_down
-
-
-def plain(linear: nn.Module) -> bool:
-    """Whether a layer is no adapter or quantized layer, and ZeRO-3 does not gather its weight when it is called."""
-    return type(linear) is nn.Linear and linear.bias is None and not hasattr(linear.weight, "ds_id")
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products with `x`: that of autocast, if it is enabled."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-class RMSNorm(modeling_llama.LlamaRMSNorm):
-    """RMSNorm with a backward pass that saves less; under autocast it returns the autocast dtype."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not self.training:  # not by grad mode: a checkpointed layer must compute the same in both passes
-            return cast("Tensor", super().forward(hidden_states))
-        dtype = product_dtype(hidden_states)
-        return cast("Tensor", _Normalize.apply(hidden_states, self.weight, self.variance_epsilon, dtype))
-
-
-class _Gated(torch.autograd.Function):
-    """`silu(gate) * up` (Shazeer, arXiv:2002.05202), any shape; saves both and recomputes the activation."""
-
-    @staticmethod
-    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
-
-
-class LlamaMLP(modeling_llama.LlamaMLP):
-    """MLP with a backward pass that saves less."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return cast("Tensor", super().forward(x))
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        gated = isinstance(self.act_fn, nn.SiLU) and gate.dtype == up.dtype
-        return cast("Tensor", self.down_proj(_Gated.apply(gate, up) if gated else self.act_fn(gate) * up))
-
-
 class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
     """Decoder layer over a padded or a packed batch; named as in transformers, for device maps and FSDP."""
 
@@ -304,36 +112,15 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
         if not isinstance(attention_mask, PackedBatch):
             return cast("tuple[Tensor, ...]", super().forward(hidden_states, attention_mask, *args, **kwargs))
         hidden = hidden_states + self.attention(hidden_states, attention_mask)
-        return (hidden + self.gated(hidden),)
-
-    def gated(self, x: Tensor) -> Tensor:
-        """Norm and MLP: `(N, D)` to `(N, D)`."""
-        norm, layers = self.post_attention_layernorm, (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj)
-        if self.fuses(norm, *layers) and isinstance(self.mlp.act_fn, nn.SiLU) and not hooked(self.mlp):
-            weights = (layer.weight for layer in layers)
-            return cast(
-                "Tensor", _NormalizedMLP.apply(x, norm.weight, norm.variance_epsilon, product_dtype(x), *weights)
-            )
-        return cast("Tensor", self.mlp(norm(x)))
-
-    def fuses(self, norm: nn.Module, *linears: nn.Module) -> bool:
-        """Whether norm and linear layers run as one function, which saves less for its backward pass."""
-        untouched = not any(map(hooked, (norm, *linears)))
-        return self.training and type(norm) is RMSNorm and all(map(plain, linears)) and untouched
+        return (hidden + normalized_mlp(self.post_attention_layernorm, self.mlp, hidden),)
 
     def attention(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """Norm and causal self-attention within sequences: `(N, D)` to `(N, D)`."""
-        block, norm = self.self_attn, self.input_layernorm
-        layers = block.q_proj, block.k_proj, block.v_proj
-        if self.fuses(norm, *layers):
-            weights = (layer.weight for layer in layers)
-            projected = _NormalizedLinear.apply(x, norm.weight, norm.variance_epsilon, product_dtype(x), *weights)
-        else:
-            normalized = norm(x)
-            projected = tuple(layer(normalized) for layer in layers)
+        block = self.self_attn
+        projected = normalized_linear(self.input_layernorm, (block.q_proj, block.k_proj, block.v_proj), x)
         q, k, v = (rearrange(part, "n (h d) -> n h d", d=block.head_dim) for part in projected)
         cos, sin = batch.rotary(block.rotary_emb, v)
-        q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
         out = attend(q, k, v, batch, type(block), block.attention_dropout if self.training else 0.0)
         return cast("Tensor", block.o_proj(rearrange(out, "n h d -> n (h d)")))
 
