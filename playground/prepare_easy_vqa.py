@@ -1,6 +1,6 @@
 """Convert the easy-VQA benchmark to LLaVA's format in `playground/data/easy_vqa`.
 
-    python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 6]
+    python -m playground.prepare_easy_vqa [--output playground/data/easy_vqa] [--turns 6] [--hold-out "teal triangle"]
 
 | file | content |
 |---|---|
@@ -61,6 +61,25 @@ def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
     return dict(labels)
 
 
+def hold_out(questions: Iterable[Question], labels: dict[int, Labels], pair: str) -> list[Question]:
+    """The questions about images that are known not to show a pair of color and shape, such as "teal triangle"."""
+    try:
+        color, shape = pair.split()
+        COLORS.index(color), SHAPES.index(shape)
+    except ValueError:
+        raise DataError(
+            f"--hold-out must be a color and a shape, such as 'teal triangle', got {pair!r}; colors: "
+            f"{', '.join(COLORS)}; shapes: {', '.join(SHAPES)}."
+        ) from None
+    found = {"color": color, "shape": shape}
+    shown = {
+        image
+        for image, known in labels.items()
+        if any(known.get(kind, value) != value for kind, value in found.items())
+    }
+    return [row for row in questions if row[2] in shown]
+
+
 def balance(questions: Iterable[Question], seed: int = 0) -> list[Question]:
     """Shuffle the questions and drop some, so that each yes/no question has as many "yes" as "no" answers.
 
@@ -106,9 +125,11 @@ def conversations(questions: Iterable[Question], limit: int, seed: int = 0) -> l
     return [record(image, rounds) for image, rounds in even]
 
 
-def prepare(source: Path, output: Path, turns: int) -> str:
-    """Write the files of the table above; returns a one-line summary."""
+def prepare(source: Path, output: Path, turns: int, pair: str | None = None) -> str:
+    """Write the files of the table above, without images of a `pair` to hold out; returns a one-line summary."""
     questions = [tuple(row) for row in json.loads((source / "train/questions.json").read_text(encoding="utf-8"))]
+    if pair:
+        questions = hold_out(questions, label_images(questions), pair)
     labels = label_images(questions)
     complete = {image: found for image, found in labels.items() if len(found) == len(VALUES)}
     balanced = balance(questions)
@@ -131,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EASY_VQA)
     parser.add_argument("--turns", type=int, default=6, help="questions per stage-2 conversation")
+    parser.add_argument(
+        "--hold-out", metavar="'COLOR SHAPE'", help="leave images of this pair out of the training data"
+    )
     args = parser.parse_args(argv)
-    print(prepare(package_directory("easy_vqa", INSTALL) / "data", args.output, args.turns))
+    print(prepare(package_directory("easy_vqa", INSTALL) / "data", args.output, args.turns, args.hold_out))
     return 0
 
 

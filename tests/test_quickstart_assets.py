@@ -15,7 +15,7 @@ from llava.errors import DataError, DependencyError
 from llava.model.multimodal_encoder.intern_vit_6b import InternVisionModel
 from playground import convert_smollm2, pretrain_nano_vit, show_answers
 from playground.assets import package_directory, staged
-from playground.prepare_easy_vqa import COLORS, SHAPES, balance, conversations, facts, label_images, prepare
+from playground.prepare_easy_vqa import COLORS, SHAPES, balance, conversations, facts, hold_out, label_images, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +71,23 @@ def test_what_a_question_tells(question: str, answer: str, known: dict[str, str]
 def test_contradicting_questions_are_refused() -> None:
     with pytest.raises(DataError, match="The color of image 7 is both red and blue"):
         label_images([("is there a red shape?", "yes", 7), ("is there a blue shape?", "yes", 7)])
+
+
+def test_a_pair_is_held_out_with_every_image_that_may_show_it() -> None:
+    shown = [
+        ("what is the teal shape?", "triangle"),
+        ("is there a teal shape?", "yes"),
+        ("is there a circle?", "no"),
+        ("what is the red shape?", "triangle"),
+        ("is there a teal shape?", "no"),
+        ("what is the teal shape?", "circle"),
+    ]
+    questions = [(question, answer, image) for image, (question, answer) in enumerate(shown)]
+    questions.append(("what is the color of the shape?", "blue", 4))
+    kept = hold_out(questions, label_images(questions), "teal triangle")
+    assert [image for _, _, image in kept] == [3, 4, 5, 4]
+    with pytest.raises(DataError, match=r"got 'teal'; colors: black, .*; shapes: circle"):
+        hold_out(questions, {}, "teal")
 
 
 def test_wording_alone_answers_no_balanced_question() -> None:
