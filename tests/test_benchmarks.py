@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import agreement, decode, packing, peers, run, sampling, soak, soak_requests
+from benchmarks import agreement, decode, packing, peers, run, sampling, soak, soak_requests, speedrun
 from benchmarks import eval as evaluation
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
 from tests.tiny import CHAT
@@ -203,3 +204,44 @@ def test_both_batches_of_a_peer_hold_the_same_tokens(tmp_path: Path) -> None:
             mine = torch.cat([ours[key][:, : peers.PLACE], ours[key][:, peers.PLACE + bool(images) :]], 1)
             assert torch.equal(mine.long(), theirs[key][:, kept].long())
         assert (ours["labels"] != -100).sum() == (theirs["labels"] != -100).sum()
+
+
+def test_a_speedrun_takes_turns_and_repeats_no_recorded_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = speedrun.read_items(speedrun.package_directory("easy_vqa", "") / "data/test/questions.json")
+    labels = speedrun.label_images(questions)
+    teal = [labels.get(image) == {"color": "teal", "shape": "triangle"} for _, _, image in questions]
+    executed: list[tuple[str, Path, Sequence[str]]] = []
+
+    def execute(name: str, command: Sequence[str], root: Path, log: Path) -> float:
+        executed.append((name, root, command))
+        if name == "evaluation":
+            result = Path(command[command.index("--output-dir") + 1]) / "easy_vqa"
+            result.mkdir(parents=True)
+            (result / "score.json").write_text('{"overall": {"accuracy": 97.5}}')
+            rows = [
+                {"question_id": k, "text": f"{answer}." if teal[k] and k % 2 else "?"}
+                for k, (_, answer, _) in enumerate(questions)
+            ]
+            (result / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 50.0 if root == speedrun.ROOT else 100.0
+
+    monkeypatch.setattr(speedrun, "execute", execute)
+    monkeypatch.setattr(speedrun, "git", lambda *_: "abc1234")
+    monkeypatch.setattr(speedrun, "checkout", lambda revision, _: speedrun.Recipe(revision, tmp_path / "before"))
+    (tmp_path / "smollm2-135m-instruct").mkdir()
+    argv = ["--output", str(tmp_path), "--seeds", "7", "8", "--hold-out", "teal triangle"]
+    assert speedrun.main([*argv, "--before", "v1"]) == 0
+    table = capsys.readouterr().out
+    steps = ["data", "tower", "stage 1", "stage 2", "evaluation"]
+    assert [name for name, _, _ in executed] == steps * 3
+    trained = [(root.name, command[command.index("--seed") + 1]) for name, root, command in executed if name == "tower"]
+    assert trained == [("before", "7"), (speedrun.ROOT.name, "7"), (speedrun.ROOT.name, "8")]
+    assert "before: 97.50 % over 1 seed, lowest 97.50 %" in table
+    assert "time now / before: both stages 0.50, with the tower 0.50" in table
+    odd = [k % 2 for k, shown in enumerate(teal) if shown]
+    assert f"{100 * sum(odd) / len(odd):.1f} % (teal triangle)" in table and 20 < sum(odd) < len(odd)
+    executed.clear()
+    assert speedrun.main(argv) == 0
+    assert executed == [] and "abc1234 | 8 |" in capsys.readouterr().out
