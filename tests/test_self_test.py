@@ -253,7 +253,7 @@ def test_a_sampler_that_forgets_the_seed(run: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_gradient_that_is_not_rotated_back(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed._Rotate, "backward", staticmethod(lambda ctx, *grads: (grads[0], None, None)))
+    monkeypatch.setattr(packed.Rotate, "backward", staticmethod(lambda ctx, *grads: (grads[0], None, None)))
     _, lines = run("llama")
     assert failed(lines, "llama") == set(TRAINING)
 
