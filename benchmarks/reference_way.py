@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.fused import RMSNorm
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.intern_vit_6b import InternAttention, InternVisionModel
 
 
