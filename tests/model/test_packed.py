@@ -139,11 +139,21 @@ def test_hooks_of_layers_are_called(models: dict[str, LlavaLlamaForCausalLM]) ->
         torch.testing.assert_close(hooked[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+def test_weights_of_another_dtype_are_refused(models: dict[str, LlavaLlamaForCausalLM]) -> None:
+    model, batch = models["sdpa"], batch_of([(4, 1)], 9)
+    layer = model.model.layers[0].mlp.up_proj.bfloat16()
+    try:
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(**batch)
+    finally:
+        layer.float()
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_layers_keep_little_for_their_backward_pass(
     models: dict[str, LlavaLlamaForCausalLM], dtype: torch.dtype | None
 ) -> None:
-    """Inputs of norms; queries, keys, values and output of attention; gate and up; none of what they are made into."""
+    """Saved: inputs of norms; queries, keys, values and output of attention; gate and up. Not: what they turn into."""
     model = models["sdpa"]
     config, batch = model.config, PackedBatch([24, 24], torch.device("cpu"))
     x = torch.randn(48, config.hidden_size, requires_grad=True)

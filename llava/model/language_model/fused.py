@@ -1,7 +1,7 @@
-"""Parts of LLaMA's decoder layer that save less for their backward pass, and recompute what is elementwise.
+"""Parts of LLaMA's decoder layer that save less for the backward pass and recompute elementwise results.
 
-Norm and linear layers run as one function, unless a layer is an adapter, is quantized, has hooks, or has its weight
-gathered by ZeRO-3 when it is called.
+A norm and the linear layers after it run as one function, unless a layer is an adapter, is quantized, has hooks, or has
+its weight gathered by ZeRO-3 when it is called.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
+
+from llava.model.language_model.lm_head import compute_dtype
 
 
 class Context(Protocol):
@@ -157,21 +159,15 @@ class _NormalizedMLP(torch.autograd.Function):
 
 
 def plain(linear: nn.Module) -> bool:
-    """Whether a layer is no adapter or quantized layer, and ZeRO-3 does not gather its weight when it is called."""
+    """Whether a layer is linear without bias: no adapter, not quantized, not partitioned by ZeRO-3."""
     is_linear = type(linear) is nn.Linear and getattr(linear, "bias", None) is None
     return is_linear and not hasattr(linear.weight, "ds_id")
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
+    """Whether a module has hooks or a replaced `forward`, which accelerate sets."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or "forward" in vars(module)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products with `x`: that of autocast, if it is enabled."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(modeling_llama.LlamaRMSNorm):
@@ -180,7 +176,7 @@ class RMSNorm(modeling_llama.LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not self.training:  # not by grad mode: a checkpointed layer must compute the same in both passes
             return cast("Tensor", super().forward(hidden_states))
-        dtype = product_dtype(hidden_states)
+        dtype = compute_dtype(hidden_states)
         return cast("Tensor", _Normalize.apply(hidden_states, self.weight, self.variance_epsilon, dtype))
 
 
@@ -211,9 +207,9 @@ class LlamaMLP(modeling_llama.LlamaMLP):
 
 def normalized_linear(norm: nn.Module, linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """The linear layers of the norm of `x` `(N, D)`: one `(N, F)` each, in training as one function."""
-    if fuses(norm, *linears):
+    if fuses(x, norm, linears):
         weights = (linear.weight for linear in linears)
-        product = _NormalizedLinear.apply(x, norm.weight, norm.variance_epsilon, product_dtype(x), *weights)
+        product = _NormalizedLinear.apply(x, norm.weight, norm.variance_epsilon, compute_dtype(x), *weights)
         return cast("tuple[Tensor, ...]", product)
     normalized = norm(x)
     return tuple(linear(normalized) for linear in linears)
@@ -222,13 +218,16 @@ def normalized_linear(norm: nn.Module, linears: Sequence[nn.Module], x: Tensor) 
 def normalized_mlp(norm: nn.Module, mlp: LlamaMLP, x: Tensor) -> Tensor:
     """The MLP of the norm of `x` `(N, D)`, in training as one function."""
     linears = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    if fuses(norm, *linears) and isinstance(mlp.act_fn, nn.SiLU) and not hooked(mlp):
+    if fuses(x, norm, linears) and isinstance(mlp.act_fn, nn.SiLU) and not hooked(mlp):
         weights = (linear.weight for linear in linears)
-        return cast("Tensor", _NormalizedMLP.apply(x, norm.weight, norm.variance_epsilon, product_dtype(x), *weights))
+        return cast("Tensor", _NormalizedMLP.apply(x, norm.weight, norm.variance_epsilon, compute_dtype(x), *weights))
     return cast("Tensor", mlp(norm(x)))
 
 
-def fuses(norm: nn.Module, *linears: nn.Module) -> bool:
-    """Whether norm and linear layers can run as one function, which saves less for its backward pass."""
-    untouched = not any(map(hooked, (norm, *linears)))
-    return norm.training and type(norm) is RMSNorm and all(map(plain, linears)) and untouched
+def fuses(x: Tensor, norm: nn.Module, linears: Sequence[nn.Module]) -> bool:
+    """Whether norm and linear layers can run as one function, which would also cast weights that the layers refuse."""
+    modules: Sequence[nn.Module] = (norm, *linears)
+    if not norm.training or type(norm) is not RMSNorm or any(map(hooked, modules)):
+        return False
+    dtype = compute_dtype(x)
+    return all(plain(linear) and compute_dtype(cast("Tensor", linear.weight)) == dtype for linear in linears)

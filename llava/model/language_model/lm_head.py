@@ -220,11 +220,11 @@ class _Gradients:
         )
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of products with `weight`: that of autocast, if it is enabled."""
-    kind = weight.device.type
-    autocast = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocast else weight.dtype
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of products with `tensor`: that of autocast, if it is enabled."""
+    kind = tensor.device.type
+    autocast = torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else tensor.dtype
 
 
 def loss_dtype(tensor: Tensor) -> torch.dtype:
