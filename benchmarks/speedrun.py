@@ -4,7 +4,7 @@ A run pretrains the vision tower, trains both stages, and answers all 9,673 test
 each seed is also trained by the recipe of another revision of this repository, in turns, and the ratio of the times is
 printed. With `--hold-out "teal triangle"`, images of that pair of color and shape are not trained on, and questions
 about them are scored apart. Runs are recorded in `runs.jsonl` of the output folder and are not repeated, unless files
-have changed since the last commit. The records are in benchmarks/SPEEDRUN.md.
+have changed since the last commit.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from llava.errors import ConfigError
 from llava.eval.benchmarks.easy_vqa import normalize, read_items
 from llava.utils import guarded
 from playground.assets import package_directory
+from playground.fast_dtype import fast_dtype
 from playground.prepare_easy_vqa import INSTALL, label_images
 
 ROOT: Final = Path(__file__).parents[1]
@@ -43,12 +44,12 @@ class Recipe(NamedTuple):
     revision: str
     root: Path
 
-    def steps(self, folder: Path, model: Path, seed: int, hold_out: str | None) -> list[Step]:
+    def steps(self, folder: Path, model: Path, seed: int, dtype: str, hold_out: str | None) -> list[Step]:
         """The commands of a run, which write to `folder`."""
         data, tower = folder / "data", folder / "tower"
         prepare = [sys.executable, "-m", "playground.prepare_easy_vqa", "--output", str(data)]
         shared = ["--model_name_or_path", str(model), "--vision_tower", str(tower), "--image_folder", str(data)]
-        shared += ["--seed", str(seed), "--bf16", str(fast_dtype() == "bfloat16"), "--save_strategy", "no"]
+        shared += ["--seed", str(seed), "--bf16", str(dtype == "bfloat16"), "--save_strategy", "no"]
 
         def stage(number: int, *flags: str) -> list[str]:
             script = ("pretrain", "finetune")[number - 1]
@@ -64,11 +65,6 @@ class Recipe(NamedTuple):
         ]
 
 
-def fast_dtype() -> str:
-    found = subprocess.run([sys.executable, "-m", "playground.fast_dtype"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip()
-
-
 def execute(name: str, command: Sequence[str], root: Path, log: Path) -> float:
     """Run a command in a checkout and return its seconds; its output goes to `log`."""
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
@@ -81,22 +77,22 @@ def execute(name: str, command: Sequence[str], root: Path, log: Path) -> float:
     return time.perf_counter() - started
 
 
-def train(recipe: Recipe, folder: Path, model: Path, seed: int, hold_out: str | None, quick: bool) -> dict[str, float]:
-    """Train both stages and return the seconds of each step."""
+def train(steps: Sequence[Step], recipe: Recipe, folder: Path, quick: bool) -> dict[str, float]:
+    """Run the steps of a recipe and return the seconds of each."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     seconds = {}
-    for name, command in recipe.steps(folder, model, seed, hold_out):
-        command += QUICK.get(name, []) if quick else []
-        seconds[name] = execute(name, command, recipe.root, folder / "run.log")
+    for name, command in steps:
+        flags = QUICK.get(name, []) if quick else []
+        seconds[name] = execute(name, [*command, *flags], recipe.root, folder / "run.log")
         print(f"  {name:8} {seconds[name]:6.0f} s", flush=True)
     return seconds
 
 
-def score(folder: Path, hold_out: str | None, quick: bool) -> dict[str, float]:
+def score(folder: Path, dtype: str, hold_out: str | None, quick: bool) -> dict[str, float]:
     """Accuracy in percent on the test split, and on the questions about images of the pair that was held out."""
     command = ["llava", "eval", "--tasks", "easy_vqa", "--model-path", str(folder / "stage2")]
-    command += ["--dtype", fast_dtype(), "--output-dir", str(folder / "eval"), *(["--limit", "40"] if quick else [])]
+    command += ["--dtype", dtype, "--output-dir", str(folder / "eval"), *(["--limit", "40"] if quick else [])]
     execute("evaluation", command, ROOT, folder / "run.log")
     result = folder / "eval" / "easy_vqa"
     found = {"accuracy": float(json.loads((result / "score.json").read_text())["overall"]["accuracy"])}
@@ -123,16 +119,17 @@ def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def checkout(revision: str, folder: Path) -> Recipe:
-    """A worktree of a revision."""
+def checkout(revision: str, output: Path) -> Recipe:
+    """The recipe of a revision, in a worktree of its own below `output`."""
     try:
         commit = git("rev-parse", "--short", f"{revision}^{{commit}}")
+        folder = output / f"checkout-{commit}"
         if not (folder / "scripts_internvl").is_dir():
             git("worktree", "prune")
-            git("worktree", "add", "--detach", str(folder.absolute()), commit)
+            git("worktree", "add", "--detach", str(folder), commit)
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"{revision} cannot be checked out in {folder}: {error.stderr.strip()}") from error
-    return Recipe(commit, folder.absolute())
+        raise ConfigError(f"{revision} cannot be checked out below {output}: {error.stderr.strip()}") from error
+    return Recipe(commit, folder)
 
 
 def recorded(path: Path) -> Iterator[dict[str, Any]]:
@@ -188,8 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not model.exists():
         convert = [sys.executable, "-m", "playground.convert_smollm2", "--output", str(model)]
         execute("conversion", convert, ROOT, output / "convert.log")
+    dtype = fast_dtype()
     own = Recipe(git("describe", "--always", "--dirty"), ROOT)
-    other = checkout(args.before, output / "before") if args.before else None
+    other = checkout(args.before, output) if args.before else None
     runs: list[dict[str, Any]] = []
     before: list[dict[str, Any]] = []
     for index, seed in enumerate(args.seeds):
@@ -200,8 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if run is None:
                 print(f"{recipe.revision}, seed {seed}{f', without {hold_out}s' if hold_out else ''}", flush=True)
                 folder = output / f"{recipe.revision}-{seed}"
-                run = {**setting, "seconds": train(recipe, folder, model, seed, hold_out, args.quick)}
-                run |= score(folder, hold_out, args.quick)
+                steps = recipe.steps(folder, model, seed, dtype, hold_out)
+                run = {**setting, "seconds": train(steps, recipe, folder, args.quick)}
+                run |= score(folder, dtype, hold_out, args.quick)
                 with records.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(run) + "\n")
             group.append(run)

@@ -23,8 +23,12 @@ def seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
+def fast_dtype() -> str:
+    return "bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+
+
 def main() -> int:
-    print("bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32")
+    print(fast_dtype())
     return 0
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.utils import guarded
 from playground.assets import EASY_VQA, package_directory, staged
 
@@ -63,14 +63,12 @@ def label_images(questions: Iterable[Question]) -> dict[int, Labels]:
 
 def hold_out(questions: Iterable[Question], labels: dict[int, Labels], pair: str) -> list[Question]:
     """The questions about images that are known not to show a pair of color and shape, such as "teal triangle"."""
-    try:
-        color, shape = pair.split()
-        COLORS.index(color), SHAPES.index(shape)
-    except ValueError:
-        raise DataError(
+    color, _, shape = pair.partition(" ")
+    if color not in COLORS or shape not in SHAPES:
+        raise ConfigError(
             f"--hold-out must be a color and a shape, such as 'teal triangle', got {pair!r}; colors: "
             f"{', '.join(COLORS)}; shapes: {', '.join(SHAPES)}."
-        ) from None
+        )
     found = {"color": color, "shape": shape}
     shown = {
         image

@@ -228,8 +228,7 @@ def test_a_speedrun_takes_turns_and_repeats_no_recorded_run(
         return 50.0 if root == speedrun.ROOT else 100.0
 
     monkeypatch.setattr(speedrun, "execute", execute)
-    monkeypatch.setattr(speedrun, "git", lambda *_: "abc1234")
-    monkeypatch.setattr(speedrun, "checkout", lambda revision, _: speedrun.Recipe(revision, tmp_path / "before"))
+    monkeypatch.setattr(speedrun, "git", lambda *words: "v1" if words[-1].startswith("v1^") else "abc1234")
     (tmp_path / "smollm2-135m-instruct").mkdir()
     argv = ["--output", str(tmp_path), "--seeds", "7", "8", "--hold-out", "teal triangle"]
     assert speedrun.main([*argv, "--before", "v1"]) == 0
@@ -237,7 +236,7 @@ def test_a_speedrun_takes_turns_and_repeats_no_recorded_run(
     steps = ["data", "tower", "stage 1", "stage 2", "evaluation"]
     assert [name for name, _, _ in executed] == steps * 3
     trained = [(root.name, command[command.index("--seed") + 1]) for name, root, command in executed if name == "tower"]
-    assert trained == [("before", "7"), (speedrun.ROOT.name, "7"), (speedrun.ROOT.name, "8")]
+    assert trained == [("checkout-v1", "7"), (speedrun.ROOT.name, "7"), (speedrun.ROOT.name, "8")]
     assert "before: 97.50 % over 1 seed, lowest 97.50 %" in table
     assert "time now / before: both stages 0.50, with the tower 0.50" in table
     odd = [k % 2 for k, shown in enumerate(teal) if shown]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from llava.errors import DataError, DependencyError
+from llava.errors import ConfigError, DataError, DependencyError
 from llava.model.multimodal_encoder.intern_vit_6b import InternVisionModel
 from playground import convert_smollm2, pretrain_nano_vit, show_answers
 from playground.assets import package_directory, staged
@@ -86,7 +86,7 @@ def test_a_pair_is_held_out_with_every_image_that_may_show_it() -> None:
     questions.append(("what is the color of the shape?", "blue", 4))
     kept = hold_out(questions, label_images(questions), "teal triangle")
     assert [image for _, _, image in kept] == [3, 4, 5, 4]
-    with pytest.raises(DataError, match=r"got 'teal'; colors: black, .*; shapes: circle"):
+    with pytest.raises(ConfigError, match=r"got 'teal'; colors: black, .*; shapes: circle"):
         hold_out(questions, {}, "teal")
 
 
