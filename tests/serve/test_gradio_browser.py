@@ -59,8 +59,16 @@ def browser() -> Iterator[Any]:
 class Page:
     """A loaded page, with the actions of the tests."""
 
-    def __init__(self, browser: Any, address: str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    def __init__(
+        self,
+        browser: Any,
+        address: str,
+        size: tuple[int, int] = (1280, 900),
+        scheme: str = "light",
+        context: Any = None,
+    ) -> None:
+        look = {"viewport": {"width": size[0], "height": size[1]}, "color_scheme": scheme}
+        self.page = context.new_page() if context else browser.new_page(**look)
         self.page.set_default_timeout(PATIENCE)
         self.faults: list[str] = []
         self.elsewhere: list[str] = []
@@ -285,20 +293,20 @@ def test_regenerate_vote_save_new(page: Page, service: FakeService, logs: Path) 
 def test_conversations_stay_in_the_browser(browser: Any, site: str, service: FakeService, tmp_path: Path) -> None:
     (chart, _), *_ = draw_all(tmp_path)
     context = browser.new_context()
-    first = Page(context, site)
+    first = Page(browser, site, context=context)
     first.attach(chart)
     first.ask("What is the first?")
     first.sees("A red circle.")
     first.idle()
     first.drawer("Conversations")
-    first.expect("#past label").to_have_text("What is the first?")
+    first.expect("#past .gallery-item").to_have_text("What is the first?")
     first.page.click("#new")
     first.ask("What is the second?")
-    first.expect("#past label").to_have_count(2, timeout=PATIENCE)
+    first.expect("#past .gallery-item").to_have_count(2, timeout=PATIENCE)
     first.close()
-    second = Page(context, site)
+    second = Page(browser, site, context=context)
     second.drawer("Conversations")
-    second.page.locator("#past label", has_text="first").click()
+    second.page.locator("#past .gallery-item", has_text="first").click()
     second.sees("What is the first?")
     second.expect("#chatbot .user img").to_be_visible()
     second.ask("And then?")
@@ -306,9 +314,9 @@ def test_conversations_stay_in_the_browser(browser: Any, site: str, service: Fak
     assert service.requests[2]["images"] == service.requests[0]["images"]
     assert service.requests[2]["prompt"].startswith(service.requests[0]["prompt"])
     second.idle()
-    second.expect("#past label").to_have_count(2)
+    second.expect("#past .gallery-item").to_have_count(2)
     second.page.click("#delete")
-    second.expect("#past label").to_have_text("What is the second?")
+    second.expect("#past .gallery-item").to_have_text("What is the second?")
     second.close()
     context.close()
 
@@ -382,7 +390,7 @@ def test_the_page_fits(
     """Nothing is cut off or scrolls sideways. LLAVA_SCREENSHOTS=FOLDER saves screenshots, light and dark."""
     (chart, _), *_ = draw_all(tmp_path)
     service.answers["alpha"] = ANSWER
-    other = Page(browser, site, width, height, scheme)
+    other = Page(browser, site, (width, height), scheme)
     for view, box, tab in (("chatbot", "message", "Chat"), ("chatbot_left", "compare_message", "Compare two models")):
         other.page.get_by_role("tab", name=tab).click()
         other.attach(chart, where=box)

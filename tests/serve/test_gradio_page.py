@@ -259,7 +259,8 @@ def test_a_conversation_is_stored_and_opened_again(tab: ChatTab, service: FakeSe
     stored = asyncio.run(tab.store(chat))
     assert json.loads(stored)["title"] == "What is this?"
     page.apply(asyncio.run(tab.list_past(json.dumps({"titles": [["What is this?", chat.chat_id]]}), chat)))
-    assert page.now["past"]["value"] == chat.chat_id
+    assert asyncio.run(tab.name(0, chat)) == asyncio.run(tab.name_open(chat)) == chat.chat_id
+    assert page.now["past"].samples == [["What is this?"]]
     page.apply(asyncio.run(tab.reopen(other, stored)))
     assert page.now["model"]["value"] == "alpha" and page.answer == "A red circle."
     assert other.turns[0].images[0].data == chat.turns[0].images[0].data

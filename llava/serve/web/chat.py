@@ -103,7 +103,8 @@ class Chat:
     template: str = "vicuna_v1"
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     seen: object = None  # state of the model list on the page
-    chat_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # of the history in the browser
+    chat_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # in the history in the browser
+    past: list[str] = field(default_factory=list)  # ids of the history, as listed on the page
 
     @property
     def running(self) -> bool:

@@ -27,7 +27,7 @@ class History:
 
     new: gr.Button
     save: gr.Button
-    past: gr.Radio
+    past: gr.Dataset
     delete: gr.Button
 
 
@@ -102,7 +102,9 @@ class ChatTab:
 
     def _idle(self, idle: bool) -> Updates:
         """Updates of the buttons that change the conversation."""
-        return {self.history.new: gr.update(interactive=idle), self.history.save: gr.update(interactive=idle)}
+        return {
+            button: gr.update(interactive=idle) for button in (self.history.new, self.history.save, self.history.delete)
+        }
 
     async def halt(self, chat: Chat) -> None:
         """Stop the running answer and its worker."""
@@ -111,8 +113,7 @@ class ChatTab:
     async def clear(self, chat: Chat) -> Updates:
         """Start a new conversation; the last one stays in the history."""
         chat.clear()
-        empty: Updates = {self.notice: "", self.history.past: None, self.box: gr.skip()}
-        return {**empty, **self._shown(chat), **controls.idle(self.box), **self._idle(False)}
+        return {self.notice: "", **self._shown(chat), **controls.idle(self.box), **self._idle(False)}
 
     async def vote(self, chat: Chat, request: gr.Request, data: gr.LikeData) -> Updates:
         """Record a vote on an answer, once."""
@@ -138,12 +139,18 @@ class ChatTab:
     async def list_past(self, stored: str, chat: Chat) -> Updates:
         """Show the titles in the browser's storage."""
         listed = Listed.model_validate_json(stored)
-        choices = listed.titles
-        selected = chat.chat_id if any(name == chat.chat_id for _, name in choices) else None
+        chat.past = [name for _, name in listed.titles]
         return {
-            self.history.past: gr.update(choices=choices, value=selected),
+            self.history.past: gr.Dataset(samples=[[title] for title, _ in listed.titles]),
             self.notice: controls.warning(FULL) if listed.full else gr.skip(),
         }
+
+    async def name(self, index: int, chat: Chat) -> str:
+        """The id of the selected conversation, for the JavaScript that follows."""
+        return chat.past[index]
+
+    async def name_open(self, chat: Chat) -> str:
+        return chat.chat_id
 
     async def reopen(self, chat: Chat, text: str) -> Updates:
         """Show a conversation from the browser's storage, to be continued."""
@@ -161,7 +168,7 @@ class ChatTab:
         """Bind the events of the components; none becomes a public endpoint."""
         settings = [self.model, *self.settings.all()]
         past, delete, new, save = self.history.past, self.history.delete, self.history.new, self.history.save
-        outputs = [self.view, self.box, self.notice, new, save]
+        outputs = [self.view, self.box, self.notice, new, save, delete]
         listed = [past, self.notice]
         runs = [
             self.box.submit(self.send, [self.state, self.box, *settings], outputs, **controls.PRIVATE),
@@ -175,13 +182,16 @@ class ChatTab:
         self.view.like(self.vote, [self.state], [self.notice, self.view], **controls.IMMEDIATE)
         self.view.example_select(self.fill, None, [self.box], **controls.IMMEDIATE)
         # the trash icon of the view clears only the view
-        gr.on([new.click, self.view.clear], self.clear, [self.state], [*outputs, past], **controls.IMMEDIATE)
+        gr.on([new.click, self.view.clear], self.clear, [self.state], outputs, **controls.IMMEDIATE)
         saving = save.click(self.export, [self.state], [self.text], **controls.IMMEDIATE)
         saving.then(None, [self.text], None, js="window.llava.save", **controls.IMMEDIATE)
         js = "(state, id) => [state, window.llava.find(id)]"
-        past.input(self.reopen, [self.state, past], [*outputs, self.model], js=js, **controls.IMMEDIATE)
+        named = past.click(self.name, [past, self.state], [self.text], **controls.IMMEDIATE)
+        named.then(self.reopen, [self.state, self.text], [*outputs, self.model], js=js, **controls.IMMEDIATE)
         js = "(id, state) => [window.llava.remove(id), state]"
-        delete.click(self.list_past, [past, self.state], listed, js=js, **controls.IMMEDIATE)
+        cleared = delete.click(self.name_open, [self.state], [self.text], **controls.IMMEDIATE)
+        cleared = cleared.then(self.list_past, [self.text, self.state], listed, js=js, **controls.IMMEDIATE)
+        cleared.then(self.clear, [self.state], outputs, **controls.IMMEDIATE)
         js = "(text, state) => [window.llava.titles(), state]"
         page.load(self.list_past, [self.text, self.state], listed, js=js, **controls.IMMEDIATE)
 
@@ -189,10 +199,14 @@ class ChatTab:
 def history_drawer(icons: Mapping[str, str]) -> History:
     with gr.Sidebar(label="Conversations", open=False, width=290, elem_id="history"):
         with gr.Row(elem_classes="buttons"):
-            new = controls.icon_button("New chat", "new", icons["new"])
-            save = controls.icon_button("Save", "save", icons["save"])
-        past = gr.Radio([], label="Conversations in this browser", elem_id="past")
-        delete = gr.Button("Delete", size="sm", elem_id="delete", icon=icons["clear"])
+            new, save, delete = (
+                controls.icon_button(name, elem_id, icons[elem_id])
+                for name, elem_id in (("New chat", "new"), ("Save", "save"), ("Delete", "delete"))
+            )
+        past = gr.Dataset(
+            components=["textbox"], samples=[], label="Conversations in this browser", type="index",
+            samples_per_page=1000, elem_id="past",
+        )  # fmt: skip
     return History(new, save, past, delete)
 
 
@@ -209,7 +223,7 @@ def build(
         model = gr.Dropdown(
             [], label="Model", show_label=False, container=False, elem_id="model_selector_row", interactive=True
         )
-        view = controls.chat_view("chatbot", "Conversation", "### Ask about an image", votes=True, examples=examples)
+        view = controls.chat_view("chatbot", "Conversation", "## Ask about an image", votes=True, examples=examples)
         notice = gr.Markdown("", elem_id="notice", elem_classes="notice")
         box = controls.message_box("message")
         text = gr.Textbox(visible=False)

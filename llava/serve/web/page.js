@@ -39,8 +39,11 @@ window.llava = (() => {
     const copy = navigator.clipboard.writeText.bind(navigator.clipboard);
     navigator.clipboard.writeText = (text) => copy(plain(text));
   }
-  // Names for screen readers, where Gradio has the source of a message or the same name for both drawers.
+  // Names and roles for screen readers, where Gradio's are missing or are the source of a message.
   const label = () => {
+    for (const image of document.querySelectorAll("img:not([alt])")) image.alt = "";
+    for (const list of document.querySelectorAll(".examples[role=list]")) list.setAttribute("role", "group");
+    for (const copy of document.querySelectorAll("[aria-hidden=true] > button:not([tabindex])")) copy.tabIndex = -1;
     for (const [id, name] of [["history", "Conversations"], ["settings", "Settings"]])
       document.querySelector(`#${id} .toggle-button:not([title])`)?.setAttribute("title", name);
     for (const button of document.querySelectorAll('.toggle-button[aria-label="Toggle Sidebar"][title]'))
@@ -48,9 +51,7 @@ window.llava = (() => {
     for (const message of document.querySelectorAll(".message > [aria-label*='message: ']"))
       if (/[<&]/.test(message.ariaLabel)) message.setAttribute("aria-label", message.innerText);
   };
-  document.addEventListener("DOMContentLoaded", () => {
-    new MutationObserver(label).observe(document.body, { childList: true, subtree: true });
-  });
+  new MutationObserver(label).observe(document.documentElement, { childList: true, subtree: true });
   return {
     titles,
     plain,

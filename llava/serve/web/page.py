@@ -22,7 +22,7 @@ _ICON: Final = (
 )
 SHAPES: Final = {
     "new": '<path d="M12 5v14M5 12h14"/>',
-    "clear": '<path d="M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13M10 11v5M14 11v5"/>',
+    "delete": '<path d="M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13M10 11v5M14 11v5"/>',
     "save": '<path d="M12 4v11M7 10l5 5 5-5M4 20h16"/>',
     "leftvote": '<path d="M20 12H4M10 6l-6 6 6 6"/>',
     "rightvote": '<path d="M4 12h16M14 6l6 6-6 6"/>',
