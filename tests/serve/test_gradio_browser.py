@@ -314,9 +314,10 @@ def test_conversations_stay_in_the_browser(browser: Any, site: str, service: Fak
     assert service.requests[2]["images"] == service.requests[0]["images"]
     assert service.requests[2]["prompt"].startswith(service.requests[0]["prompt"])
     second.idle()
-    second.expect("#past .gallery-item").to_have_count(2)
+    second.expect("#past .gallery-item").to_have_text(["What is the first?", "What is the second?"], timeout=PATIENCE)
     second.page.click("#delete")
-    second.expect("#past .gallery-item").to_have_text("What is the second?")
+    second.expect("#past .gallery-item").to_have_text(["What is the second?"])
+    second.expect("#chatbot .message").to_have_count(0)
     second.close()
     context.close()
 
