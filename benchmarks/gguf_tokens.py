@@ -3,6 +3,9 @@
 PYTHON is the interpreter of an environment with llama-cpp-python (built from source: CMake and a C++ compiler). The
 checkpoint is exported in float32. Both decode the prompts and, for a chat model, a question about a random image of the
 tower's size; llama.cpp has a float32 cache. The exit status is 1 if ids of a prompt or tokens of an answer differ.
+
+Since May 2025 llama.cpp puts CLIP's class token behind the patches, but adds positions and drops a token as if it came
+first. The image is therefore also compared with our model with that order.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any, Final
 
 PROMPTS: Final = (
     "The capital of France is",
-    "USER: What color is the shape? ASSISTANT: It is red.</s>USER: Why? ASSISTANT:",
+    "USER: What color is the shape?  Is it red\u2014or not?\n\n ASSISTANT:",
     "<|im_start|>user\nName 3 birds, 12 trees & «漢字» 🎈.<|im_end|>\n<|im_start|>assistant\n",
 )
 QUESTION: Final = "USER: {image}\nWhat color is the shape? ASSISTANT:"
@@ -37,15 +40,17 @@ class Peer:
         self.api = llama_cpp
         self.llama = llama_cpp.Llama(model, n_ctx=2048, type_k=F32, type_v=F32, n_threads=2, verbose=False)
 
+    def decode(self, ids: list[int]) -> None:
+        array = (ctypes.c_int32 * len(ids))(*ids)  # the batch points to it
+        assert self.api.llama_decode(self.llama.ctx, self.api.llama_batch_get_one(array, len(ids))) == 0
+
     def tokens(self) -> list[int]:
         """Greedy continuation of what was evaluated."""
-        context, found = self.llama.ctx, []
+        found: list[int] = []
         for _ in range(TOKENS):
-            logits = self.api.llama_get_logits_ith(context, -1)
-            values = logits[: self.llama.n_vocab()]
-            found.append(max(range(len(values)), key=values.__getitem__))
-            batch = self.api.llama_batch_get_one((ctypes.c_int32 * 1)(found[-1]), 1)
-            assert self.api.llama_decode(context, batch) == 0
+            logits = self.api.llama_get_logits_ith(self.llama.ctx, -1)[: self.llama.n_vocab()]
+            found.append(max(range(len(logits)), key=logits.__getitem__))
+            self.decode(found[-1:])
         return found
 
     def clear(self) -> None:
@@ -54,8 +59,7 @@ class Peer:
     def answer(self, prompt: str) -> dict[str, Any]:
         self.clear()
         ids = self.llama.tokenize(prompt.encode(), add_bos=True, special=True)
-        batch = self.api.llama_batch_get_one((ctypes.c_int32 * len(ids))(*ids), len(ids))
-        assert self.api.llama_decode(self.llama.ctx, batch) == 0
+        self.decode(ids)
         return {"ids": ids, "tokens": self.tokens()}
 
     def describe(self, projector: str, pixels: bytes, size: int) -> dict[str, Any]:
@@ -129,11 +133,26 @@ def ours(checkpoint: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     size = processor.crop_size["height"]
     image = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     pixels = processor(image.numpy(), return_tensors="pt").pixel_values
-    with torch.inference_mode():
-        features = model.encode_images(pixels)[0].tolist()
     ids = tokenizer_image_token(QUESTION.format(image="<image>"), tokenizer)
-    request = {"pixels": image.flatten().tolist(), "size": size}
-    return answers, {"request": request, "features": features, "tokens": answer(ids, images=pixels)}
+    found = {"request": {"pixels": image.flatten().tolist(), "size": size}}
+    with torch.inference_mode():
+        orders = {"": model.encode_images(pixels), " with the class token last": class_token_last(model, pixels)}
+    for order, features in orders.items():
+        model.encode_images = lambda images, features=features: features
+        found[order] = {"features": features[0].tolist(), "tokens": answer(ids, images=pixels)}
+    return answers, found
+
+
+def class_token_last(model: Any, pixels: Any) -> Any:
+    """The image embeddings that llama.cpp computes, see above."""
+    import torch
+
+    tower = model.get_vision_tower()
+    vision = tower.vision_tower.vision_model
+    patches = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    tokens = torch.cat([patches, vision.embeddings.class_embedding.expand(1, 1, -1)], dim=1)
+    x = vision.pre_layrnorm(tokens + vision.embeddings.position_embedding.weight)
+    return model.get_model().mm_projector(vision.encoder(x)[:, 1:])
 
 
 def equal_start(a: Sequence[object], b: Sequence[object]) -> int:
@@ -153,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files, _ = export(args.checkpoint, Path(folder) / "gguf", outtype="f32")
         request = {"model": str(files[0]), "prompts": PROMPTS}
         if image:
-            request |= {"projector": str(files[1]), **image["request"]}
+            request |= {"projector": str(files[1]), **image.pop("request")}
         command = [args.peer, __file__, "--serve"]
         done = subprocess.run(command, input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True)
     reply = json.loads(done.stdout)
@@ -162,12 +181,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ids, count = mine["ids"] == theirs["ids"], equal_start(mine["tokens"], theirs["tokens"])
         failed |= not ids or count < TOKENS
         print(f"{prompt[:40]!r}: prompt ids {'equal' if ids else 'differ'}, {count} of {TOKENS} tokens equal")
-    if image:
-        count = equal_start(image["tokens"], reply["image"]["tokens"])
-        rows = [max(abs(x - y) for x, y in zip(*both)) for both in zip(image["features"], reply["image"]["features"])]
-        print(f"image: {count} of {TOKENS} tokens equal, embeddings differ by at most {max(rows):.1e}")
-        failed |= count < TOKENS
-    return int(failed)
+    counts = []
+    for order, mine in image.items():
+        theirs = reply["image"]
+        counts.append(equal_start(mine["tokens"], theirs["tokens"]))
+        error = max(abs(x - y) for rows in zip(mine["features"], theirs["features"]) for x, y in zip(*rows))
+        print(f"image{order}: {counts[-1]} of {TOKENS} tokens equal, embeddings differ by at most {error:.1e}")
+    return int(failed or (bool(counts) and max(counts) < TOKENS))
 
 
 if __name__ == "__main__":
