@@ -208,6 +208,19 @@ def test_a_language_model_with_a_byte_level_tokenizer(tmp_path: Path) -> None:
     assert values(tensors["blk.0.attn_v.bias"]).tolist() == list(range(24))
 
 
+def test_a_stop_string_that_is_one_token_ends_answers(tmp_path: Path) -> None:
+    base = make_byte_level(tmp_path / "base")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**settings, "eos_token": "<|endoftext|>"}))
+    (base / "generation_config.json").unlink()
+    files, stop = export(base, tmp_path / "out", conv_mode="mpt")
+    fields, _ = read(files[0])
+    assert stop is None
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]) == (0, 2)
+    assert fields["tokenizer.chat_template"] == jinja_template(conv_templates["mpt"])
+
+
 def test_a_projector_with_its_base_and_a_tower_in_the_checkpoint(tmp_path: Path, clip: Path, chat: Path) -> None:
     stage_one = tiny.make_projector_only(tmp_path / "stage-one", chat)
     base = tiny.make_base(tmp_path / "base")
