@@ -9,7 +9,7 @@ case ${1:-} in
 *) llava_fail "Unknown argument $1; usage: sh scripts/test.sh [--fast | --coverage]" ;;
 esac
 llava_need_compiler
-llava_venv train quant serve playground dev docs
+llava_venv train quant serve export playground dev docs
 sh scripts/lint.sh
 # Two processes run the tests, those of a file in the same one, so that they share its servers and checkpoints.
 if [ "${1:-}" = --fast ]; then

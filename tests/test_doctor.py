@@ -37,6 +37,7 @@ GOOD = {
     "httpx": "0.28.1",
     "prometheus-client": "0.26.0",
     "gradio": "6.17.3",
+    "gguf": "0.19.0",
 }
 A100 = doctor.Device("A100", 79.3, (8, 0))
 V100 = doctor.Device("V100", 31.7, (7, 0))
@@ -86,7 +87,8 @@ def test_missing_packages_name_the_extra() -> None:
     bare = {name: GOOD[name] for name in ("python", *doctor.FEATURES[0].packages, "accelerate")}
     verdicts = features(doctor.Facts(bare))
     assert verdicts["inference"] == (True, "on the CPU")
-    for name, extra in [("training", "train"), ("DeepSpeed", "train"), ("quantization", "quant"), ("serving", "serve")]:
+    for name, extra in [("training", "train"), ("DeepSpeed", "train"), ("quantization", "quant"), ("serving", "serve"),
+                        ("GGUF export", "export")]:  # fmt: skip
         usable, why = verdicts[name]
         assert not usable
         assert f"pip install 'llava[{extra}]'" in why

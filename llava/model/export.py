@@ -1,12 +1,15 @@
-"""Export a checkpoint for other programs: `llava export --format hf-llava --model-path DIR --output OUT`.
+"""Export a checkpoint for other programs: `llava export --format FORMAT --model-path DIR --output OUT`.
 
-Writes the layout of transformers' `LlavaForConditionalGeneration` (CLIP tower, `mlp2x_gelu`, LLaMA). The result is
-loaded with that class and must have the same logits as the source on a fixed image and prompt.
+`hf-llava` is the layout of transformers' `LlavaForConditionalGeneration`. The result is loaded with that class and must
+have the same logits as the source on a fixed image and prompt. `gguf` is the format of llama.cpp: `model-TYPE.gguf`,
+and `mmproj-TYPE.gguf` with tower and projector. Both take LLaMA with a CLIP tower and an `mlp2x_gelu` projector; gguf
+also takes a language model.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,22 +18,33 @@ from typing import Final, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    CLIPImageProcessor,
+    LlamaTokenizer,
+    LlamaTokenizerFast,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import template_for
 from llava.errors import ConfigError
-from llava.files import atomic_directory
+from llava.files import atomic_directory, write_text
+from llava.mm_utils import get_model_name_from_path
+from llava.model import gguf_export
 from llava.model.builder import load_pretrained_model, local_directory, read_config
+from llava.model.chat_template import set_chat_template
 from llava.model.checkpoint import PROJECTOR_PREFIXES, TOWER_PREFIXES, Checkpoint, inspect
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import is_eva
 from llava.model.registry import language_model_spec
 from llava.model.saving import savable_generation_config, write_json, write_weights
+from llava.model.tokenizer import FAST_FILE, TEMPLATE
 from llava.model.verification import cast_parameters, check_logits, probe_inputs, probe_logits
 from llava.utils import guarded
 
-FORMATS: Final = ("hf-llava",)
+READERS: Final = {"hf-llava": "LlavaForConditionalGeneration", "gguf": "llama.cpp"}
 RENAMED: Final = (
     (TOWER_PREFIXES[0], "vision_tower."),
     (f"{PROJECTOR_PREFIXES[0]}0.", "multi_modal_projector.linear_1."),
@@ -38,6 +52,10 @@ RENAMED: Final = (
     ("model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
+REMARKS: Final = {  # after "only"
+    "hf-llava": ".",
+    "gguf": " (its InternVL projector shuffles pixels). Export the language model with --text-only.",
+}
 STRATEGY: Final = {"patch": "default", "cls_patch": "full"}
 LLAVA_KEYS: Final = (
     *("mm_", "tune_", "freeze_", "image_", "use_mm_proj", "conv_template"),
@@ -45,8 +63,8 @@ LLAVA_KEYS: Final = (
 )
 
 
-def check_exportable(found: Checkpoint) -> None:
-    """Raise `ConfigError`, before weights are read, for a model that `LlavaForConditionalGeneration` cannot represent.
+def check_exportable(found: Checkpoint, target: str) -> None:
+    """Raise `ConfigError`, before weights are read, for a model that the reader of the format `target` cannot run.
 
     Directories without a chat model are left to the loader.
     """
@@ -67,8 +85,8 @@ def check_exportable(found: Checkpoint) -> None:
         reason = "it wraps images in <im_start> and <im_end>"
     if reason:
         raise ConfigError(
-            f"{found.path} cannot be exported as hf-llava, because {reason}; LlavaForConditionalGeneration supports "
-            "LLaMA with a CLIP tower and a two-layer projector only. Serve it with llava instead."
+            f"{found.path} cannot be exported as {target}, because {reason}; {READERS[target]} supports LLaMA with a "
+            f"CLIP tower and a two-layer projector only{REMARKS[target]} Serve it with llava instead."
         )
 
 
@@ -144,10 +162,12 @@ def hf_logits(
     return logits[0].float()
 
 
-def export(model_path: str | Path, output: str | Path, model_base: str | Path | None = None) -> float:
-    """Write the layout to the new directory `output`, and return the largest difference of logits on the probe."""
+def export(
+    model_path: str | Path, output: str | Path, model_base: str | Path | None = None, conv_mode: str | None = None
+) -> float:
+    """Write `hf-llava` to the new directory `output`, and return the largest difference of logits on the probe."""
     source = local_directory(model_path)
-    check_exportable(inspect(source))
+    check_exportable(inspect(source), "hf-llava")
     with atomic_directory(output) as directory:
         tokenizer, model, processor, _ = load_pretrained_model(
             source, model_base, device="cpu", dtype=torch.float32, attn_implementation="eager"
@@ -161,7 +181,13 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
         pad_token = next(i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, 0) if i is not None)
         hf_config(model, dtype, image_token, pad_token).save_pretrained(directory)
         write_weights(directory, hf_weights(model, dtype, image_token))
+        model.config.conv_template = template_for(model.config, get_model_name_from_path(str(model_path)), conv_mode)
+        set_chat_template(tokenizer, model.config)
         tokenizer.save_pretrained(directory)
+        if isinstance(tokenizer, LlamaTokenizer):  # for programs without sentencepiece
+            fast = LlamaTokenizerFast.from_pretrained(directory, from_slow=True)
+            fast.backend_tokenizer.save(str(directory / FAST_FILE))
+        write_text(directory / TEMPLATE, tokenizer.chat_template)  # of the processor of transformers 5
         cast("CLIPImageProcessor", processor).save_pretrained(directory)
         write_json(directory / "processor_config.json", processor_settings(model))
         if isinstance(model.generation_config, transformers.GenerationConfig):
@@ -171,19 +197,41 @@ def export(model_path: str | Path, output: str | Path, model_base: str | Path | 
         return check_logits(found[:, : expected.shape[1]], expected, "The export and its source")
 
 
+def export_gguf(args: argparse.Namespace) -> str:
+    """Write `gguf`, and return a report."""
+    if not args.text_only:
+        check_exportable(inspect(local_directory(args.model_path)), "gguf")
+    files, stop = gguf_export.export(
+        args.model_path, args.output, args.model_base, outtype=args.outtype or "f16", conv_mode=args.conv_mode,
+        text_only=args.text_only,
+    )  # fmt: skip
+    flags = "".join(f" {flag} {file}" for flag, file in zip(("-m", "--mmproj"), files))
+    stops = f" -r {shlex.quote(stop)}" if stop else ""
+    return f"Written and read back. Run llama.cpp with{flags} --jinja{stops}."
+
+
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--format", required=True, choices=FORMATS, help="the layout to write")
+    parser.add_argument("--format", required=True, choices=READERS, help="the format to write")
     parser.add_argument("--model-path", required=True, help="directory of the checkpoint")
     parser.add_argument("--model-base", help="the language model of a projector or adapter")
     parser.add_argument("--output", required=True, help="new directory for the export")
+    parser.add_argument("--conv-mode", help="conversation template of the chat template (default: the checkpoint's)")
+    parser.add_argument("--outtype", choices=gguf_export.OUTTYPES, help="type of the weights in gguf (default: f16)")
+    parser.add_argument("--text-only", action="store_true", help="gguf without tower and projector")
     args = parser.parse_args(argv)
-    error = export(args.model_path, args.output, args.model_base)
-    print(  # noqa: T201 (a program)
-        f"{args.output}: LlavaForConditionalGeneration has the same logits to within {error:.1e}. Its processor "
-        "crops images; pad them to squares first if image_aspect_ratio is pad."
-    )
+    if args.format == "gguf":
+        report = export_gguf(args)
+    elif args.outtype or args.text_only:
+        raise ConfigError("--outtype and --text-only belong to --format gguf; remove them.")
+    else:
+        error = export(args.model_path, args.output, args.model_base, args.conv_mode)
+        report = (
+            f"{args.output}: LlavaForConditionalGeneration has the same logits to within {error:.1e}. Its processor "
+            "crops images; pad them to squares first if image_aspect_ratio is pad."
+        )
+    print(report)  # noqa: T201 (a program)
     return 0
 
 

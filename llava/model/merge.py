@@ -24,6 +24,7 @@ from llava.errors import CheckpointError
 from llava.files import atomic_directory
 from llava.model import builder, lora
 from llava.model import checkpoint as ckpt
+from llava.model.chat_template import set_chat_template
 from llava.model.checkpoint import Checkpoint, Kind
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.quantization import PREFIXES
@@ -140,6 +141,7 @@ def save(model: LlavaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, direc
     assert tower is not None
     model.config.mm_vision_tower_config = tower.settings
     model.save_pretrained(directory, safe_serialization=True)
+    set_chat_template(tokenizer, model.config)
     tokenizer.save_pretrained(directory)
 
 

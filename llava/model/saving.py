@@ -18,15 +18,18 @@ from transformers import GenerationConfig
 
 from llava.errors import CheckpointError
 from llava.files import apply_umask, atomic_directory, atomic_write
+from llava.model.chat_template import chat_template_of
 from llava.model.checkpoint import (
     INDEX_FILES,
     SINGLE_FILES,
     file_shapes,
     load_bin,
+    read_json,
     require_once,
     stored_as,
     weight_files,
 )
+from llava.model.tokenizer import CONFIG, TEMPLATE
 
 SHARD_BYTES: Final = 5 * 10**9
 SIDE_FILES: Final = (
@@ -149,10 +152,22 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_chat_template(directory: Path) -> None:
+    """Write the chat template for the `conv_template` in `config.json` to the tokenizer files of a directory."""
+    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    template = chat_template_of(config)
+    if template is not None and any(directory.glob("tokenizer*")):
+        settings = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+        write_json(directory / CONFIG, {**settings, "chat_template": template})
+        (directory / TEMPLATE).unlink(missing_ok=True)  # newer libraries prefer it
+
+
 def write_checkpoint(
     source: Path, output: str | Path, tensors: Iterable[tuple[str, Tensor]], verify: Callable[[Path], T]
 ) -> T:
     """Write `tensors` with the configuration, tokenizer and processor of `source` to the new directory `output`.
+
+    The tokenizer gets the chat template of the configuration.
 
     Returns the result of `verify`, called with the temporary directory; if it raises, nothing is kept.
     """
@@ -161,5 +176,6 @@ def write_checkpoint(
             for file in source.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, directory / file.name)
+        write_chat_template(directory)
         write_weights(directory, tensors)
         return verify(directory)

@@ -26,6 +26,7 @@ from llava.data.dataset import DataCollatorForSupervisedDataset, LazySupervisedD
 from llava.data.labels import preprocess, preprocess_multimodal
 from llava.errors import ConfigError, TrainingError
 from llava.files import write_errors
+from llava.model.chat_template import set_chat_template
 from llava.model.registry import projector_factory
 from llava.model.verification import cast_parameters
 from llava.placement import avoid_cudnn_attention
@@ -120,6 +121,7 @@ def prepare(
     freeze(model, model_args, args)
     model_setup.set_precision(model, dtype, deepspeed=bool(args.deepspeed), quantized=args.bits != 16)
     model.config.conv_template = template
+    set_chat_template(tokenizer, model.config)
     return adapted, tokenizer, template
 
 

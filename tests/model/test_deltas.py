@@ -20,6 +20,7 @@ from llava.model.saving import WeightSource
 from llava.placement import parse_dtype
 from tests import tiny
 from tests.model.test_builder import edit_config, load, logits
+from tests.model.test_chat_template import holds_template
 
 Weights = dict[str, torch.Tensor]
 
@@ -76,6 +77,7 @@ def test_make_and_apply(pair: dict[str, Path], capsys: Any, dtype: str) -> None:
     assert "float16 and verified" in capsys.readouterr().out
     assert (pair["again"] / "tokenizer.model").read_bytes() == (pair["target"] / "tokenizer.model").read_bytes()
     assert load(pair["again"]).config.conv_template == "v1"
+    assert holds_template(pair["delta"], "v1") and holds_template(pair["again"], "v1")
 
 
 def test_published_signatures(pair: dict[str, Path], old: Path, monkeypatch: Any) -> None:
@@ -200,7 +202,7 @@ def test_consolidate(old: Path, tmp_path: Path) -> None:
     assert consolidate.main(["--src", str(old), "--dst", str(tmp_path / "new"), "--yes", "--dtype", "float32"]) == 0
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llava_llama", ["LlavaLlamaForCausalLM"])
-    assert config["conv_template"] == "v1"
+    assert config["conv_template"] == "v1" and holds_template(tmp_path / "new", "v1")
     assert (old / "config.json").read_text() == before
     kept = weights(tmp_path / "new")
     assert "model.vision_tower.vision_tower.encoder.layers.5.ls1" in kept

@@ -19,6 +19,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import Kind, inspect
 from tests import tiny
 from tests.model.test_builder import edit_config
+from tests.model.test_chat_template import holds_template
 
 
 @pytest.fixture
@@ -64,6 +65,9 @@ def test_the_stock_processor_reads_it(tmp_path: Path, clip: Path) -> None:
     out = tmp_path / "out"
     export.export(make(tmp_path / "chat", clip), out)
     processor = LlavaProcessor.from_pretrained(out)
+    assert holds_template(out, "v1")
+    assert (out / "chat_template.jinja").read_text() == processor.tokenizer.chat_template
+    assert {"tokenizer.json", "tokenizer.model"} <= {path.name for path in out.iterdir()}
     inputs = processor("USER: <image> Why? ASSISTANT:", Image.new("RGB", (80, 60), (9, 99, 9)), return_tensors="pt")
     assert int((inputs["input_ids"] == 384).sum()) == 1
     assert inputs["pixel_values"].shape == (1, 3, 56, 56)

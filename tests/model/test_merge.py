@@ -22,6 +22,7 @@ from llava.model.checkpoint import Kind, inspect
 from llava.train.train import run
 from tests import tiny
 from tests.model.test_builder import IDS, PIXELS, edit_config, load, logits
+from tests.model.test_chat_template import holds_template
 from tests.test_package import ROOT
 from tests.train import runs
 
@@ -193,7 +194,7 @@ def test_merge_and_load(adapter: Path, tiny_dirs: dict[str, Path], tmp_path: Pat
     assert inspect(out).kind is Kind.FULL
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
-    assert config["conv_template"] == "v1"
+    assert config["conv_template"] == "v1" and holds_template(out, "v1")
     assert config["mm_projector_type"] == "mlp2x_gelu"
     assert "_name_or_path" not in config or config["_name_or_path"] == ""
     tokenizer, model, _, _ = load_pretrained_model(out, device="cpu")

@@ -18,6 +18,7 @@ from llava.model.builder import load_pretrained_model
 from llava.train import model_setup
 from llava.train.train import main, refuse_unsupported, train
 from tests import tiny
+from tests.model.test_chat_template import holds_template
 from tests.train import runs
 
 Dirs = dict[str, Path]
@@ -119,6 +120,7 @@ def test_stage_one_then_stage_two_then_load(tiny_dirs: Dirs, small_data: Path, t
     standard = {"config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json"}
     standard |= {"tokenizer.model", "tokenizer_config.json", "trainer_state.json", "training_args.bin"}
     assert files == standard | {"README.md", "run.json", "log.jsonl"}
+    assert holds_template(second, "v1")
     assert runs.losses(second)[-1] < runs.losses(first)[0]
     for directory, version in ((first, "plain"), (second, "v1")):
         config = json.loads((directory / "config.json").read_text())
