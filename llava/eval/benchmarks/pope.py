@@ -6,16 +6,20 @@ Labels are joined by image and question, with `imange` read as `image`: some of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
+
+import numpy as np
 
 from llava.errors import DataError
 from llava.eval.benchmarks.base import COCO, Layout, Scores, Task, count_unread, is_blank
+from llava.eval.benchmarks.outcomes import Outcome, Outcomes
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, by_key, read_rows, require_labels, require_same
 from llava.eval.run.questions import QuestionId
+from llava.eval.uncertainty import Floats, Metric, combine, divide
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
 YES, NO, OTHER = "yes", "no", "other"
@@ -65,6 +69,24 @@ def is_unread(text: str) -> bool:
         return first != parse(text) or BOTH.match(text) is not None
     words = set(re.findall(r"[a-z']+", text.lower()))
     return (YES in words) == bool(words & {NO, "not"}) or bool(words & UNSURE)
+
+
+# rates of a category as functions of its counts (..., 4): tp, fp, tn, fn
+RATES: Final[Mapping[str, Callable[[Floats], Floats]]] = {
+    "accuracy": lambda n: divide(n[..., 0] + n[..., 2], n.sum(axis=-1)),
+    "precision": lambda n: divide(n[..., 0], n[..., 0] + n[..., 1]),
+    "recall": lambda n: divide(n[..., 0], n[..., 0] + n[..., 3]),
+    "f1": lambda n: divide(2 * n[..., 0], 2 * n[..., 0] + n[..., 1] + n[..., 3]),
+    "yes_ratio": lambda n: divide(n[..., 0] + n[..., 1], n.sum(axis=-1)),
+}
+
+
+def outcome(row: Record, label: str, text: str) -> Outcome:
+    """The outcome of an answer: an empty one is wrong, though the published rule reads `yes`."""
+    yes = parse(text) == YES
+    values = {"yes": float(yes), "label": float(label == YES)}
+    correct = not is_blank(text) and yes == (label == YES)
+    return Outcome(str(row["question_id"]), correct, [f"categories/{row['category']}"], values)
 
 
 @dataclass(frozen=True)
@@ -141,7 +163,29 @@ class Pope(Task):
         labels, questions = read_labels(self.root / "coco"), self._question_rows(rows)
         labelled = {(category, *key) for category, keys in labels.items() for key in keys}
         require_labels([(row["category"], *label_key(row)) for row in questions], labelled, self.root / "coco")
-        return score_answers(labels, questions, answers)
+        outcomes = [
+            outcome(row, labels[row["category"]][label_key(row)], answers[row["question_id"]]) for row in questions
+        ]
+        return {**score_answers(labels, questions, answers), "outcomes": outcomes}
+
+    @classmethod
+    def metrics(cls, outcomes: Outcomes) -> list[Metric]:
+        """The mean F1 with empty answers as wrong and as published, and the published metrics of each category."""
+        label = outcomes.values["label"]
+        yes = np.where(outcomes.scores == 1, label, 1 - label)
+
+        def cells(name: str, answer: Floats) -> Floats:
+            """tp, fp, tn, fn by image."""
+            pairs = ((answer, label), (answer, 1 - label), (1 - answer, 1 - label), (1 - answer, label))
+            return outcomes.sums(*(outcomes.groups[name] * ours * theirs for ours, theirs in pairs))
+
+        judged, found = {name: cells(name, yes) for name in outcomes.groups}, []
+        published = {name: cells(name, outcomes.values["yes"]) for name in outcomes.groups}
+        for name, groups in (("mean_f1", judged), ("published_mean_f1", published)):
+            scores = [Metric(name, each, RATES["f1"], (0.0, 1.0)) for each in groups.values()]
+            found.append(combine(name, scores, 100 / len(scores)))
+        rates = [(f"{name}/{rate}", published[name], value) for name in published for rate, value in RATES.items()]
+        return [*found, *(Metric(name, sums, value, (0.0, 1.0)) for name, sums, value in rates)]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         labels = read_labels(self.root / "coco")
