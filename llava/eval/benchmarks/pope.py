@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import COCO, Layout, Scores, Task, count_unread, is_blank
+from llava.eval.benchmarks.base import COCO, Layout, Reading, Scores, Task, count_unread, is_blank
 from llava.eval.benchmarks.outcomes import Outcome, Outcomes
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, by_key, read_rows, require_labels, require_same
@@ -186,6 +186,10 @@ class Pope(Task):
             found.append(combine(name, scores, 100 / len(scores)))
         rates = [(f"{name}/{rate}", published[name], value) for name in published for rate, value in RATES.items()]
         return [*found, *(Metric(name, sums, value, (0.0, 1.0)) for name, sums, value in rates)]
+
+    def readings(self, rows: Sequence[Row]) -> list[Reading]:
+        texts = [row["text"] for row in rows]
+        return [Reading("" if is_blank(text) else parse(text), is_unread(text)) for text in texts]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         labels = read_labels(self.root / "coco")

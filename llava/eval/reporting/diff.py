@@ -10,22 +10,23 @@ The gap is the second run's recorded score minus the first's. It is the sum of p
    the checkpoints differ.
 
 A class with one difference is measured. Where several things differ in the same questions, only their joint part is
-known; each of them alone is within the bounds, unless hybrids of both runs are asked (`llava.eval.reporting.ask`).
+known; each of them alone, taken first, is within the bounds (all these answers wrong, or all right), unless hybrids of
+both runs are asked (`llava.eval.reporting.ask`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from llava.eval.benchmarks.base import Task
 from llava.eval.benchmarks.outcomes import Mask, Outcomes, pair
 from llava.eval.reporting.paired import PairedComparison, compare_outcomes, primary_metric
-from llava.eval.reporting.sides import Side
+from llava.eval.reporting.sides import Side, rescore
 from llava.eval.run.files import Record
 
 PROMPTS: Final = "prompts"
@@ -41,7 +42,11 @@ NOTHING: Final = "nothing recorded differs"
 INPUTS: Final = {PROMPTS: "prompt_hash", PIXELS: "image_hashes"}
 ORDER: Final = (PROMPTS, PIXELS, DECODING, UNREAD, NUMERICS, WEIGHTS, SERVER, NOTHING, SCORER)
 UNKNOWN: Final = " (not recorded)"
-_NUMERICS: Final = ("dtype", "attention", "device", "quantization")
+ASKED: Final = "asked again"
+Classes = Mapping[str, tuple[str, ...]]  # causes by question
+# hybrids in the order of substitution: the cause that each adds, and answers by question; the last is the second run
+Ask = Callable[[Side, Side, Classes], Sequence[tuple[str, Mapping[str, Record]]]]
+NUMERIC_KEYS: Final = ("dtype", "attention", "device", "quantization")
 _GREEDY: Final = ("top_p", "seed")  # do not matter at temperature 0
 
 
@@ -67,16 +72,29 @@ class Part:
         return len(self.causes) == 1 and not self.causes[0].endswith(UNKNOWN)
 
 
+class _Step(NamedTuple):
+    """Questions whose outcomes are replaced, and what this measures."""
+
+    causes: tuple[str, ...]
+    outcomes: Outcomes
+    questions: set[str]
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """The gap between two runs of one benchmark and its parts. `changed` are questions and score changes, sorted."""
+    """The gap between two runs of one benchmark and its parts.
 
-    task: str
+    `changed` are questions and changes of their scores, the largest losses first. `classes` are the causes of each
+    common question, `comparison` is the paired test over them.
+    """
+
     first: Side
     second: Side
     parts: Sequence[Part] = ()
     changed: Sequence[tuple[str, float]] = ()
-    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    classes: Classes = field(default_factory=dict)
+    comparison: PairedComparison | None = None
     reason: str = ""
 
     @property
@@ -85,24 +103,35 @@ class Explanation:
         return sum(part.points for part in self.parts) if self.parts else None
 
 
-def explain(first: Side, second: Side) -> Explanation:
-    """The parts of the gap; none, with the reason, if the answers cannot be scored here."""
+def explain(first: Side, second: Side, ask: Ask | None = None) -> Explanation:
+    """The parts of the gap; none, with the reason, if the answers cannot be scored here.
+
+    `ask` answers the questions with several causes by hybrids of the runs, which separates these causes.
+    """
     task, today = first.task, is_rescored(first, second)
     before, after = first.outcomes(today), second.outcomes(today)
     if before is None or after is None:
-        return Explanation(task.name, first, second, reason=first.unscored or second.unscored)
-    common = [each for each in before.ids if each in second.rows]
-    classes = {question: causes(first, second, question) for question in common}
+        return Explanation(first, second, reason=first.unscored or second.unscored or "no outcomes are recorded")
     left, right = pair(before, after)
+    classes = {question: causes(first, second, question) for question in left.ids}
+    hybrids = ask(first, second, classes) if ask and today else []
+    asked = set(left.ids).intersection(*(rows for _, rows in hybrids)) if hybrids else set()
     scores = [_score(task, outcomes) for outcomes in (before, after, left, right)]
     parts = [_scorer_part(first, second, scores[0], scores[1])]
-    alone = len(before.ids) + len(after.ids) - 2 * len(common)
+    alone = len(before.ids) + len(after.ids) - 2 * len(left.ids)
     parts.append(Part((MISSING,), alone, scores[1] - scores[3] + scores[2] - scores[0]))
-    parts += _class_parts(task, first, second, left, right, classes)
+    steps = [
+        _Step(names, right, {key for key in classes if classes[key] == names} - asked)
+        for names in sorted(set(classes.values()), key=_rank)
+    ]
+    for cause, rows in hybrids:
+        outcomes = rescore(task, [{**first.rows[key], **(rows[key] if key in asked else {})} for key in left.ids])[0]
+        steps.append(_Step((cause,), pair(left, Outcomes.of(outcomes, left.ids))[1], asked, ASKED))
+    parts += _class_parts(task, first, second, left, [step for step in steps if step.questions])
     change = (right.scores - left.scores).tolist()
     changed = sorted(((each, delta) for each, delta in zip(left.ids, change) if delta), key=lambda item: item[1])
     kept = [part for part in parts if part.questions or abs(part.points) > 1e-9]
-    return Explanation(task.name, first, second, kept, changed, classes)
+    return Explanation(first, second, kept, changed, classes, compare_outcomes(type(task), before, after))
 
 
 def _scorer_part(first: Side, second: Side, before: float, after: float) -> Part:
@@ -182,7 +211,7 @@ def _decoding_differs(first: Side, second: Side, before: Record, after: Record) 
 def _run_causes(first: Side, second: Side) -> list[str]:
     """What differs in the whole runs beside the inputs: numerics, weights, and a scorer that cannot be run here."""
     before, after = first.identity, second.identity
-    found = [NUMERICS] if any(before.get(key) != after.get(key) for key in _NUMERICS) else []
+    found = [NUMERICS] if any(before.get(key) != after.get(key) for key in NUMERIC_KEYS) else []
     if _server(first) or _server(second):
         found.append(f"{SERVER}{UNKNOWN}")
     elif "checkpoint" not in before or "checkpoint" not in after:
@@ -219,23 +248,20 @@ def _rank(names: tuple[str, ...]) -> tuple[int, list[int]]:
     return min(len(names), 2), [ORDER.index(name.removesuffix(UNKNOWN)) for name in names]
 
 
-def _class_parts(
-    task: Task, first: Side, second: Side, left: Outcomes, right: Outcomes, classes: Mapping[str, tuple[str, ...]]
-) -> Iterator[Part]:
-    """A part for each class of questions, the measured ones first and the rest of the gap last."""
-    order = sorted(set(classes.values()), key=_rank)
+def _class_parts(task: Task, first: Side, second: Side, left: Outcomes, steps: Sequence[_Step]) -> Iterator[Part]:
+    """The part of each step: its outcomes replace those before it."""
     state, score = left, _score(task, left)
-    for each in order:
-        mask = np.array([classes[question] == each for question in left.ids])
+    for step in steps:
+        mask = np.array([question in step.questions for question in left.ids])
         low, high = (_score(task, replace(state, scores=np.where(mask, value, state.scores))) for value in (0.0, 1.0))
-        state = substitute(state, right, mask)
-        before, score = score, _score(task, state)
-        change = (right.scores - left.scores)[mask]
-        questions = [question for question, inside in zip(left.ids, mask) if inside]
+        change = (step.outcomes.scores - state.scores)[mask]
+        state, before = substitute(state, step.outcomes, mask), score
+        score = _score(task, state)
+        joint = len(step.causes) > 1 or step.causes[0].endswith(UNKNOWN)
         yield Part(
-            each, len(questions), score - before, int((change > 0).sum()), int((change < 0).sum()),
-            (sum(map(first.is_unread, questions)), sum(map(second.is_unread, questions))),
-            None if len(each) == 1 else (low - before, high - before),
+            step.causes, len(step.questions), score - before, int((change > 0).sum()), int((change < 0).sum()),
+            (sum(map(first.is_unread, step.questions)), sum(map(second.is_unread, step.questions))),
+            (low - before, high - before) if joint else None, step.note,
         )  # fmt: skip
 
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Final, TypeVar
+from typing import Final
+
+import numpy as np
 
 from llava.eval.benchmarks.base import Reading, is_blank
 from llava.eval.benchmarks.parsing import normalize
 from llava.eval.run.files import Record
-
-K = TypeVar("K", bound=Hashable)
+from llava.eval.uncertainty import Metric, interval, ratio
 
 KINDS: Final = ("correct", "partly", "wrong", "format", "unread", "refused", "truncated", "empty")
 MAX_LABELS: Final = 8  # of a confusion matrix
@@ -27,10 +28,12 @@ MAX_GROUPS: Final = 12  # of a table; the others are joined
 NOT_RECORDED: Final = "not recorded"
 OTHERS: Final = "others"
 _REFUSAL: Final = re.compile(
-    r"\b(?:i(?:['’]m| am)? (?:sorry|unable|not able)|i can(?:['’]?t|not)|i do(?:n['’]t| not) know|cannot (?:be )?(?:determin|answer|see)"
-    r"|unable to (?:determin|answer|see)|as an ai|impossible to (?:tell|determine))|无法|抱歉",
+    r"\b(?:i(?:['’]m| am)? (?:sorry|unable|not able)|i can(?:['’]?t|not)|i do(?:n['’]t| not) know"
+    r"|cannot (?:be )?(?:determin|answer|see)|unable to (?:determin|answer|see)|as an ai"
+    r"|impossible to (?:tell|determine))|无法|抱歉",
     re.IGNORECASE,
 )
+_LETTER: Final = re.compile(r"\b([A-Z])\b(?=[.):\s]*$|[.):])")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Answer:
     score: float
     reading: Reading
     reference: str
+    image: str = ""
     groups: Sequence[str] = ()
 
     @property
@@ -69,26 +73,36 @@ class Answer:
 
     def _names_reference(self) -> bool:
         """Whether the answer has the words of the reference, and not those of the reading that was scored."""
+        if re.fullmatch("[A-Z]", self.reference):
+            return self.reading.is_unread and set(_LETTER.findall(self.text)) == {self.reference}
         words, wanted = normalize(self.text).split(), normalize(self.reference).split()
-        if not wanted or (not self.reading.is_unread and self.reading.label == self.reference):
-            return False
         found = any(words[at : at + len(wanted)] == wanted for at in range(len(words) - len(wanted) + 1))
-        return found and (self.reading.is_unread or len(words) > len(wanted)) and self.reading.label not in words
+        return bool(wanted) and found and self.reading.label not in words
 
 
 @dataclass(frozen=True)
 class Group:
-    """Answers with a common property: their number, mean score in percent, and number of each kind."""
+    """Answers with a common property: their number, mean score in percent, and number of each kind.
+
+    `low` and `high` are the 95 % interval of the mean, clustered by image; nan for a single image.
+    """
 
     name: str
     count: int
     accuracy: float
+    low: float
+    high: float
     kinds: Counter[str]
 
     @classmethod
     def of(cls, name: str, answers: Sequence[Answer]) -> Group:
-        mean = 100 * sum(answer.score for answer in answers) / len(answers)
-        return cls(name, len(answers), mean, Counter(answer.kind for answer in answers))
+        codes: dict[str, int] = {}
+        images = [codes.setdefault(each.image or f"\0{at}", len(codes)) for at, each in enumerate(answers)]
+        sums = np.stack([np.bincount(images, [each.score for each in answers]), np.bincount(images)], axis=1)
+        metric = Metric(name, sums, ratio(100.0))
+        found = interval(metric)
+        low, high = (found.low, found.high) if found else (math.nan, math.nan)
+        return cls(name, len(answers), metric.estimate, low, high, Counter(each.kind for each in answers))
 
 
 @dataclass(frozen=True)
@@ -140,12 +154,12 @@ class Analysis:
 
 def analyse(answers: Sequence[Answer]) -> Analysis:
     """The error analysis of a benchmark's answers, of which there is at least one."""
-    frequency = Counter(normalize(answer.reference) for answer in answers)
+    counts = Counter(normalize(answer.reference) for answer in answers)
     tables = {
         "question type": _grouped(answers, _types),
-        "frequency of the reference": _ranged(answers, lambda each: frequency[normalize(each.reference)], (1, 5, 20, 100)),
+        "frequency of the reference": _ranged(answers, lambda each: counts[normalize(each.reference)], (1, 5, 20, 100)),
         "image size (megapixels)": _ranged(answers, _megapixels, (0.1, 0.25, 0.5, 1.0, 2.0)),
-        "image tokens": _grouped(answers, lambda each: [str(each.fact("image_tokens") or NOT_RECORDED)]),
+        "image tokens": _grouped(answers, _image_tokens),
     }  # fmt: skip
     labels, confusion = confusion_matrix(answers)
     biases = {"all": YesBias.of(answers), **{
@@ -184,6 +198,11 @@ def _types(answer: Answer) -> Sequence[str]:
         return answer.groups
     words = re.findall(r"[\w']+", str(answer.row["prompt"]).removeprefix("<image>").lower())
     return [" ".join(words[:2]) or "no words"]
+
+
+def _image_tokens(answer: Answer) -> Sequence[str]:
+    tokens = answer.fact("image_tokens")
+    return [NOT_RECORDED if tokens is None else str(tokens)]
 
 
 def _megapixels(answer: Answer) -> float | None:

@@ -63,7 +63,14 @@ class Side:
         """The answers with what each scored; none if they cannot be scored here."""
         groups = {key: [_plain(name) for name in outcome.groups] for key, outcome in self.rescored.items()}
         return [
-            Answer(self.rows[key], outcome.score, self.readings[key], self.references[key], groups[key])
+            Answer(
+                self.rows[key],
+                outcome.score,
+                self.readings[key],
+                self.references[key],
+                self.images.get(key, ""),
+                groups[key],
+            )
             for key, outcome in self.rescored.items()
         ]
 
