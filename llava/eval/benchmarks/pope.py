@@ -170,7 +170,7 @@ class Pope(Task):
 
     @classmethod
     def metrics(cls, outcomes: Outcomes) -> list[Metric]:
-        """The mean F1 with empty answers as wrong and as published, and the published metrics of each category."""
+        """The mean F1 with empty answers as wrong and as published; published rates of each category and of all."""
         label = outcomes.values["label"]
         yes = np.where(outcomes.scores == 1, label, 1 - label)
 
@@ -184,6 +184,7 @@ class Pope(Task):
         for name, groups in (("mean_f1", judged), ("published_mean_f1", published)):
             scores = [Metric(name, each, RATES["f1"], (0.0, 1.0)) for each in groups.values()]
             found.append(combine(name, scores, 100 / len(scores)))
+        published["pooled"] = np.sum(list(published.values()), axis=0)
         rates = [(f"{name}/{rate}", published[name], value) for name in published for rate, value in RATES.items()]
         return [*found, *(Metric(name, sums, value, (0.0, 1.0)) for name, sums, value in rates)]
 
