@@ -86,7 +86,7 @@ class Explanation:
     """The gap between two runs of one benchmark and its parts.
 
     `changed` are questions and changes of their scores, the largest losses first. `classes` are the causes of each
-    common question, `comparison` is the paired test over them.
+    common question, `comparison` is the paired test over them, `start` the first run's score.
     """
 
     first: Side
@@ -95,12 +95,12 @@ class Explanation:
     changed: Sequence[tuple[str, float]] = ()
     classes: Classes = field(default_factory=dict)
     comparison: PairedComparison | None = None
+    start: float = 0.0
     reason: str = ""
 
     @property
-    def gap(self) -> float | None:
-        """The sum of the parts, None if there are none."""
-        return sum(part.points for part in self.parts) if self.parts else None
+    def name(self) -> str:
+        return self.first.task.name
 
 
 def explain(first: Side, second: Side, ask: Ask | None = None) -> Explanation:
@@ -131,7 +131,9 @@ def explain(first: Side, second: Side, ask: Ask | None = None) -> Explanation:
     change = (right.scores - left.scores).tolist()
     changed = sorted(((each, delta) for each, delta in zip(left.ids, change) if delta), key=lambda item: item[1])
     kept = [part for part in parts if part.questions or abs(part.points) > 1e-9]
-    return Explanation(first, second, kept, changed, classes, compare_outcomes(type(task), before, after))
+    tested = compare_outcomes(type(task), before, after)
+    start = scores[0] if first.metric is None else first.metric
+    return Explanation(first, second, kept, changed, classes, tested, start)
 
 
 def _scorer_part(first: Side, second: Side, before: float, after: float) -> Part:
@@ -263,6 +265,15 @@ def _class_parts(task: Task, first: Side, second: Side, left: Outcomes, steps: S
             (sum(map(first.is_unread, step.questions)), sum(map(second.is_unread, step.questions))),
             (low - before, high - before) if joint else None, step.note,
         )  # fmt: skip
+
+
+def first_prompts(first: Side, second: Side) -> tuple[str, str] | None:
+    """The rendered prompts of the first question, None unless both runs recorded them for the same one."""
+    prompts = [
+        {key: text for key in side.rows if (text := side.facts(key).get("first_prompt"))} for side in (first, second)
+    ]
+    key = next((key for key in prompts[0] if key in prompts[1]), None)
+    return None if key is None else (prompts[0][key], prompts[1][key])
 
 
 def byte_diff(before: str, after: str, limit: int = 6) -> list[tuple[int, bytes, bytes]]:

@@ -1,19 +1,20 @@
-"""Explained gaps between two runs as Markdown and as a page: parts, prompts, settings, and questions that changed sides."""
+"""Explained gaps as Markdown and as a page: parts, prompts, settings, and the questions that changed sides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Final
 
 from llava.eval.reporting.data import Run, format_score, markdown_table
 from llava.eval.reporting.diff import Explanation, Part, byte_diff, first_prompts
-from llava.eval.reporting.page import document, shorten, thumbnail
+from llava.eval.reporting.page import document, table, thumbnail
 from llava.eval.reporting.sides import Side
 from llava.eval.run.answers import final_answer
 from llava.eval.run.files import Record
 
 HEADER: Final = ("part", "questions", "points", "gained", "lost", "unread", "how known")
+COLUMNS: Final = ("setting", "first", "second")
 SKIPPED: Final = ("asked", "seconds", "keys", "shards", "environment.command", "status")
 EXAMPLES: Final = 5
 
@@ -33,7 +34,9 @@ def verdict(explanation: Explanation) -> str:
         return f"The gap is not explained: {explanation.reason}."
     change = found.difference
     interval = "" if change is None else f" (95 % interval {change.low:+.2f} to {change.high:+.2f})"
-    text = f"On {found.questions:,} common questions: {found.second - found.first:+.2f}{interval}, p = {found.p_value:.2g}"
+    text = (
+        f"On {found.questions:,} common questions: {found.second - found.first:+.2f}{interval}, p = {found.p_value:.2g}"
+    )
     if found.p_adjusted != found.p_value:
         text += f", {found.p_adjusted:.2g} after Holm's correction"
     text += "" if found.mcnemar is None else f", McNemar's exact p = {found.mcnemar:.2g}"
@@ -75,6 +78,11 @@ def _flatten(content: Record, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def shorten(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def _prompt_lines(explanation: Explanation) -> list[str]:
     """The byte differences of the first rendered prompts."""
     prompts = first_prompts(explanation.first, explanation.second)
@@ -94,7 +102,7 @@ def diff_markdown(first: Run, second: Run, explanations: Sequence[Explanation]) 
         if lines := _prompt_lines(each):
             parts.append("First prompt, what differs:\n\n" + "\n".join(f"    {line}" for line in lines))
         rows = settings_rows(each.first, each.second)
-        parts.append(markdown_table(["setting", "first", "second"], rows) if rows else "Equal settings and versions.")
+        parts.append(markdown_table(COLUMNS, rows) if rows else "Equal settings and versions.")
         parts.append(_changed_answers(each))
     for run, other in ((first, second), (second, first)):
         only = [task for task in run.scores if task not in other.scores]
@@ -120,6 +128,8 @@ def diff_page(first: Run, second: Run, explanations: Sequence[Explanation], coun
     parts = [f"<h1>Why they differ</h1><p>{escape(str(first.folder))} → {escape(str(second.folder))}</p>"]
     for each in explanations:
         content = f"<p>{escape(verdict(each))}</p>{_waterfall(each)}{_prompt_block(each)}"
+        if rows := settings_rows(each.first, each.second):
+            content += f"<details><summary>{len(rows)} settings differ</summary>{table(COLUMNS, rows)}</details>"
         parts.append(f'<section><h2>{escape(title(each))}</h2><div class="panel">{content}</div></section>')
         lost = [key for key, delta in each.changed if delta < 0]
         gained = [key for key, delta in reversed(each.changed) if delta > 0]
@@ -198,6 +208,6 @@ def _card(explanation: Explanation, key: str) -> str:
     causes = ", ".join(explanation.classes[key])
     prompt = escape(str(row["prompt"]).removeprefix("<image>\n"))
     return (
-        f'<div class="card"><div class="frame">{frame}</div><div class="words"><span class="tag">{escape(causes)}</span>'
+        f'<div class="card"><div class="frame">{frame}</div><div class="words"><small>{escape(causes)}</small>'
         f"<pre>{prompt}</pre><dl>{pairs}</dl></div></div>"
     )

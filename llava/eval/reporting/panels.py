@@ -75,8 +75,9 @@ def _bias_rows(biases: Mapping[str, YesBias]) -> str:
     """A row for each group: the share of yes among the answers as a bar, among the references as a mark."""
     rows = [
         f'<div class="row bias"><span>{escape(name)}</span><div class="track">'
-        f'<u style="width:{100 * bias.yes_ratio:.2f}%"></u><s class="mark" style="left:{100 * bias.true_ratio:.2f}%"></s>'
-        f"</div><em>{100 * bias.yes_ratio:.1f}</em><small>{bias.d_prime:.2f}</small>"
+        f'<u style="width:{100 * bias.yes_ratio:.2f}%"></u>'
+        f'<s class="mark" style="left:{100 * bias.true_ratio:.2f}%"></s></div>'
+        f"<em>{100 * bias.yes_ratio:.1f}</em><small>{bias.d_prime:.2f}</small>"
         f"<small>{bias.criterion:+.2f}</small></div>"
         for name, bias in biases.items()
     ]

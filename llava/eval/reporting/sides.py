@@ -77,6 +77,10 @@ class Side:
     def is_unread(self, key: str) -> bool:
         return key in self.readings and self.readings[key].is_unread
 
+    def score_of(self, key: str) -> float:
+        """What the answer scored, by today's scorer if it could be run."""
+        return (self.rescored or self.recorded)[key].score
+
     def facts(self, key: str) -> Record:
         """What the run recorded about an answer."""
         found = self.rows[key].get("metadata")
