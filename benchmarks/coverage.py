@@ -17,8 +17,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from llava.eval.benchmarks.mme import GROUPS
-from llava.eval.benchmarks.outcomes import Outcomes, pair
 from llava.eval.benchmarks.registry import TASKS
+from llava.eval.outcomes import Outcomes, pair
 from llava.eval.reporting.data import QUESTIONS, noise_band
 from llava.eval.reporting.paired import compare_outcomes, primary_metric
 from llava.eval.uncertainty import Floats, difference, interval, minimum_detectable

@@ -193,6 +193,17 @@ def ratio(scale: float) -> Callable[[Floats], Floats]:
     return lambda sums: scale * divide(sums[..., 0], sums[..., 1])
 
 
+def confusion_rates() -> dict[str, Callable[[Floats], Floats]]:
+    """Rates as functions of the counts (..., 4) of true and false positives, true and false negatives."""
+    return {
+        "accuracy": lambda n: divide(n[..., 0] + n[..., 2], n.sum(axis=-1)),
+        "precision": lambda n: divide(n[..., 0], n[..., 0] + n[..., 1]),
+        "recall": lambda n: divide(n[..., 0], n[..., 0] + n[..., 3]),
+        "f1": lambda n: divide(2 * n[..., 0], 2 * n[..., 0] + n[..., 1] + n[..., 3]),
+        "yes_ratio": lambda n: divide(n[..., 0] + n[..., 1], n.sum(axis=-1)),
+    }
+
+
 def combine(name: str, metrics: Sequence[Metric], weight: float = 1.0) -> Metric:
     """The weighted sum of metrics over the same images."""
     edges = np.cumsum([0, *(metric.sums.shape[1] for metric in metrics)])

@@ -6,15 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.outcomes import FILE, Outcome, Outcomes, write_outcomes
+from llava.eval.benchmarks.outcomes import FILE, Outcome, write_outcomes
 from llava.eval.run.answers import complete_answers
 from llava.eval.run.files import Record, Row
 from llava.eval.run.images import ImageFolder, ImageSource
 from llava.eval.run.questions import Question, read_questions, subsample
-from llava.eval.uncertainty import Metric, interval
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Metric
 
 Scores = dict[str, Any]  # content of score.json
 EVAL_DATA: Final = Path("playground/data/eval")
@@ -187,6 +190,9 @@ class Task(ABC):
         if not outcomes:
             answers.with_name(FILE).unlink(missing_ok=True)
             return scores
+        from llava.eval.outcomes import Outcomes  # needs numpy
+        from llava.eval.uncertainty import interval
+
         images = [" ".join(question.images) for question in questions]
         write_outcomes(answers.with_name(FILE), outcomes, images)
         intervals = {each.name: interval(each) for each in self.metrics(Outcomes.of(outcomes, images))}

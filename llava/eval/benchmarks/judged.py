@@ -11,19 +11,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Final, TypedDict
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar, Final, TypedDict
 
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import COCO, Layout, Scores, Task, is_blank
-from llava.eval.benchmarks.outcomes import Outcome, Outcomes
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.judging import reviews
 from llava.eval.judging.judge import Judge, base_url
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, read_json, read_rows, write_json, write_jsonl
 from llava.eval.run.questions import QuestionId
-from llava.eval.uncertainty import Metric, ratio
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Metric
 
 MM_VET_JUDGE: Final = "gpt-4-0613"
 LLAVA_BENCH_JUDGE: Final = "gpt-4-0314"
@@ -196,9 +197,11 @@ class LlavaBench(Task):
     @classmethod
     def metrics(cls, outcomes: Outcomes) -> list[Metric]:
         """The printed ratio and means of all questions and of each category; they have no upper bound."""
+        from llava.eval.uncertainty import Metric, ratio
+
         found = []
-        for name, members in {"all": np.ones(len(outcomes.ids), bool), **outcomes.groups}.items():
-            sums = outcomes.sums(members, *(np.where(members, outcomes.values[of], 0) for of in ("model", "reference")))
+        for name, members in {"all": outcomes.scores >= 0, **outcomes.groups}.items():
+            sums = outcomes.sums(members, *(members * outcomes.values[of] for of in ("model", "reference")))
             found += [
                 Metric(f"means/{name}/{label}", sums[:, columns], ratio(scale), None)
                 for label, columns, scale in (("ratio", [1, 2], 100.0), ("0", [2, 0], 1.0), ("1", [1, 0], 1.0))

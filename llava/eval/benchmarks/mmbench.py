@@ -13,18 +13,21 @@ import string
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import Layout, Reading, Scores, Task, count_unread
-from llava.eval.benchmarks.outcomes import Outcome, Outcomes
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.benchmarks.xlsx import write_xlsx
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, by_key, require_same
 from llava.eval.run.images import Base64Images
 from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question
-from llava.eval.uncertainty import Metric
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Metric
 
 COPY_OFFSET: Final = 1_000_000
 SUFFIXES: Final = {"en": LETTER_SUFFIX, "cn": LETTER_SUFFIX_CN}

@@ -9,16 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import Layout, Reading, Scores, Task, count_unread
-from llava.eval.benchmarks.outcomes import Outcome, Outcomes
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, require_same
 from llava.eval.run.questions import SHORT_SUFFIX
-from llava.eval.uncertainty import Metric, combine, ratio
 from llava.files import write_text
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Metric
 
 GROUPS: Final = MappingProxyType(
     {
@@ -164,6 +167,8 @@ class Mme(Task):
     @classmethod
     def metrics(cls, outcomes: Outcomes) -> list[Metric]:
         """Both sums, and acc, acc+ and score of every task: accuracies over answers and over images."""
+        from llava.eval.uncertainty import combine, ratio
+
         pairs, scores, parts = outcomes.by_unit(), {}, []
         for task in outcomes.groups:
             of_answers, of_images = (each.mean(task, group=task) for each in (outcomes, pairs))

@@ -6,20 +6,21 @@ Labels are joined by image and question, with `imange` read as `image`: some of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from llava.errors import DataError
 from llava.eval.benchmarks.base import COCO, Layout, Reading, Scores, Task, count_unread, is_blank
-from llava.eval.benchmarks.outcomes import Outcome, Outcomes
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, by_key, read_rows, require_labels, require_same
 from llava.eval.run.questions import QuestionId
-from llava.eval.uncertainty import Floats, Metric, combine, divide
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Floats, Metric
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
 YES, NO, OTHER = "yes", "no", "other"
@@ -69,16 +70,6 @@ def is_unread(text: str) -> bool:
         return first != parse(text) or BOTH.match(text) is not None
     words = set(re.findall(r"[a-z']+", text.lower()))
     return (YES in words) == bool(words & {NO, "not"}) or bool(words & UNSURE)
-
-
-# rates of a category as functions of its counts (..., 4): tp, fp, tn, fn
-RATES: Final[Mapping[str, Callable[[Floats], Floats]]] = {
-    "accuracy": lambda n: divide(n[..., 0] + n[..., 2], n.sum(axis=-1)),
-    "precision": lambda n: divide(n[..., 0], n[..., 0] + n[..., 1]),
-    "recall": lambda n: divide(n[..., 0], n[..., 0] + n[..., 3]),
-    "f1": lambda n: divide(2 * n[..., 0], 2 * n[..., 0] + n[..., 1] + n[..., 3]),
-    "yes_ratio": lambda n: divide(n[..., 0] + n[..., 1], n.sum(axis=-1)),
-}
 
 
 def outcome(row: Record, label: str, text: str) -> Outcome:
@@ -171,22 +162,24 @@ class Pope(Task):
     @classmethod
     def metrics(cls, outcomes: Outcomes) -> list[Metric]:
         """The mean F1 with empty answers as wrong and as published; published rates of each category and of all."""
-        label = outcomes.values["label"]
-        yes = np.where(outcomes.scores == 1, label, 1 - label)
+        from llava.eval.uncertainty import Metric, combine, confusion_rates
 
-        def cells(name: str, answer: Floats) -> Floats:
+        label, rates = outcomes.values["label"], confusion_rates()
+        judged = (outcomes.scores == label).astype(float)  # yes, if right about a present object or wrong about another
+
+        def cells(name: str, yes: Floats) -> Floats:
             """tp, fp, tn, fn by image."""
-            pairs = ((answer, label), (answer, 1 - label), (1 - answer, 1 - label), (1 - answer, label))
+            pairs = ((yes, label), (yes, 1 - label), (1 - yes, 1 - label), (1 - yes, label))
             return outcomes.sums(*(outcomes.groups[name] * ours * theirs for ours, theirs in pairs))
 
-        judged, found = {name: cells(name, yes) for name in outcomes.groups}, []
-        published = {name: cells(name, outcomes.values["yes"]) for name in outcomes.groups}
-        for name, groups in (("mean_f1", judged), ("published_mean_f1", published)):
-            scores = [Metric(name, each, RATES["f1"], (0.0, 1.0)) for each in groups.values()]
-            found.append(combine(name, scores, 100 / len(scores)))
-        published["pooled"] = np.sum(list(published.values()), axis=0)
-        rates = [(f"{name}/{rate}", published[name], value) for name in published for rate, value in RATES.items()]
-        return [*found, *(Metric(name, sums, value, (0.0, 1.0)) for name, sums, value in rates)]
+        found, counts = [], {}
+        for mean, yes in (("mean_f1", judged), ("published_mean_f1", outcomes.values["yes"])):
+            counts = {name: cells(name, yes) for name in outcomes.groups}
+            scores = [Metric(mean, each, rates["f1"], (0.0, 1.0)) for each in counts.values()]
+            found.append(combine(mean, scores, 100 / len(scores)))
+        counts["pooled"] = sum(counts.values())
+        parts = [(f"{name}/{rate}", counts[name], value) for name in counts for rate, value in rates.items()]
+        return [*found, *(Metric(name, sums, value, (0.0, 1.0)) for name, sums, value in parts)]
 
     def readings(self, rows: Sequence[Row]) -> list[Reading]:
         texts = [row["text"] for row in rows]

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from llava.eval.benchmarks.base import Task
-from llava.eval.benchmarks.outcomes import Mask, Outcomes, pair
+from llava.eval.outcomes import Mask, Outcomes, pair
 from llava.eval.reporting.paired import PairedComparison, compare_outcomes, primary_metric
 from llava.eval.reporting.sides import Side, rescore
 from llava.eval.run.files import Record

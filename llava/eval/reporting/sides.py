@@ -10,8 +10,9 @@ from pathlib import Path
 
 from llava.errors import DataError, LlavaError
 from llava.eval.benchmarks.base import Reading, Task
-from llava.eval.benchmarks.outcomes import FILE, Outcome, Outcomes
+from llava.eval.benchmarks.outcomes import FILE, Outcome
 from llava.eval.benchmarks.registry import make_task
+from llava.eval.outcomes import Outcomes
 from llava.eval.reporting.errors import Answer
 from llava.eval.run.answers import read_complete_lines, read_results, row_error, row_key
 from llava.eval.run.files import Record, Row, read_rows, write_jsonl
