@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from llava.errors import DataError
 from llava.eval.benchmarks.base import Task
+from llava.eval.benchmarks.outcomes import FILE
 from llava.eval.benchmarks.registry import TASKS
-from llava.eval.outcomes import FILE, Outcomes, pair, read_outcomes
+from llava.eval.outcomes import Outcomes, pair, read_outcomes
 from llava.eval.reporting.data import Run
 from llava.eval.uncertainty import Interval, Metric, difference, holm, interval, mcnemar, minimum_detectable
 from llava.eval.uncertainty import permutation_test as permute
