@@ -41,7 +41,7 @@ from tests.eval.conftest import read_jsonl, write_jsonl
 
 PAIRS = 20
 Script = Callable[..., None]
-QUESTIONS, IMAGES = 72, 9
+QUESTIONS, IMAGES = 48, 8
 GQA_QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 GQA_LABELS = "data/testdev_balanced_questions.json"
 

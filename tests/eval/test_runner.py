@@ -272,9 +272,10 @@ def test_an_image_that_cannot_be_preprocessed_fails_only_its_question(settings: 
 
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """Image source that keeps weak references to its images."""
+    """Image source that keeps weak references to its images, and to their pixels once a test adds these."""
 
     opened: dict[str, weakref.ref[Image.Image]] = dataclasses.field(default_factory=dict)
+    pixels: dict[str, weakref.ref[torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def open(self, name: str) -> Image.Image:
         image = Image.new("RGB", (30, 30), (int(name), 0, 0))
@@ -285,7 +286,8 @@ class Tracked:
         raise NotImplementedError
 
     def alive(self) -> set[str]:
-        return {name for name, reference in self.opened.items() if reference() is not None}
+        references = [*self.opened.items(), *self.pixels.items()]
+        return {name for name, reference in references if reference() is not None}
 
 
 @pytest.mark.parametrize("follow_up", [None, " So:"])
@@ -300,7 +302,9 @@ def test_finished_questions_free_their_images(
     def tracking(request: Request) -> Any:
         handle = submit(request)
         assert isinstance(request.images[0], HashedImage)
-        handles[handle] = next(n for n, ref in source.opened.items() if ref() is request.images[0].content)
+        handles[handle] = max(source.opened, key=int)  # images are opened one by one
+        assert isinstance(request.images[0].content, torch.Tensor)
+        source.pixels[handles[handle]] = weakref.ref(request.images[0].content)
         submitted.append(handles[handle])
         return handle
 
@@ -309,7 +313,7 @@ def test_finished_questions_free_their_images(
     gc.disable()  # freed by their last reference, not at some later collection
     try:
         answered = set()
-        for position, _, error in LocalModel(engine).answer(questions, range(30), settings):
+        for position, _, error, *_ in LocalModel(engine).answer(questions, range(30), settings):
             assert error is None
             answered.add(str(position))
             latest = max(source.opened, key=int)

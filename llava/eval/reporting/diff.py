@@ -213,7 +213,7 @@ def _decoding_differs(first: Side, second: Side, before: Record, after: Record) 
 def _run_causes(first: Side, second: Side) -> list[str]:
     """What differs in the whole runs beside the inputs: numerics, weights, and a scorer that cannot be run here."""
     before, after = first.identity, second.identity
-    found = [NUMERICS] if any(before.get(key) != after.get(key) for key in NUMERIC_KEYS) else []
+    found = [NUMERICS] if before and after and any(before.get(k) != after.get(k) for k in NUMERIC_KEYS) else []
     if _server(first) or _server(second):
         found.append(f"{SERVER}{UNKNOWN}")
     elif "checkpoint" not in before or "checkpoint" not in after:
