@@ -18,6 +18,7 @@ from llava.engine import Engine, Request, SamplingParams, load_engine
 from llava.engine.chat import render_question
 from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import ConfigError, ImageError
+from llava.eval.run.answers import short_hash
 from llava.eval.run.images import prefetch
 from llava.eval.run.local_model import LocalModel
 from llava.eval.run.manifest import manifest_path
@@ -156,6 +157,30 @@ def test_the_manifest_records_the_settings(
     assert identity["template"]["text"].endswith("USER: <image>\n{question} ASSISTANT:")
     assert identity["decoding"]["max_new_tokens"] == 6 and identity["dtype"] == "float32"
     assert manifest["environment"]["packages"]["transformers"] == "4.36.2"
+
+
+def test_answers_record_their_inputs_and_how_they_ended(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    """Equal with and without workers; hashes follow the prompt and the pixels, and only those."""
+
+    def facts(name: str, **changes: Any) -> list[dict[str, Any]]:
+        run(engine, questions, tmp_path / name, dataclasses.replace(settings, **changes))
+        return [row["metadata"] for row in read_jsonl(tmp_path / name)]
+
+    first, again, other = facts("a"), facts("b", num_workers=0), facts("c", template="llava_v1")
+    assert first == again
+    prompt = render_question(get_template("v1"), questions[0].prompt, 1, engine.model.config)
+    assert [row.get("first_prompt") for row in first] == [prompt, *[None] * 20]
+    assert first[0]["prompt_hash"] == short_hash(prompt.encode()) and len({row["prompt_hash"] for row in first}) == 21
+    pixels = preprocess_image(
+        open_image(settings.image_folder / questions[0].images[0]), engine.image_processor, engine.image_aspect_ratio
+    )
+    assert first[0]["image_hashes"] == [hash_image(pixels).digest.hex()[:16]] and first[4]["image_hashes"] == []
+    assert first[0]["image_sizes"] == [[30, 20]] and first[0]["image_tokens"] < first[0]["prompt_tokens"]
+    assert first[4]["image_tokens"] == 0 and {row["finish_reason"] for row in first} <= {"stop", "length"}
+    for before, after in zip(first, other):
+        assert before["image_hashes"] == after["image_hashes"] and before["prompt_hash"] != after["prompt_hash"]
 
 
 def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:

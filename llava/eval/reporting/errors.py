@@ -19,6 +19,7 @@ import numpy as np
 
 from llava.eval.benchmarks.base import Reading, is_blank
 from llava.eval.benchmarks.parsing import normalize
+from llava.eval.run.answers import final_answer
 from llava.eval.run.files import Record
 from llava.eval.uncertainty import Metric, interval, ratio
 
@@ -27,6 +28,7 @@ MAX_LABELS: Final = 8  # of a confusion matrix
 MAX_GROUPS: Final = 12  # of a table; the others are joined
 NOT_RECORDED: Final = "not recorded"
 OTHERS: Final = "others"
+TOTALS: Final = ("all", "total", "img_accuracy")  # groups that are no question types
 _REFUSAL: Final = re.compile(
     r"\b(?:i(?:['’]m| am)? (?:sorry|unable|not able)|i can(?:['’]?t|not)|i do(?:n['’]t| not) know"
     r"|cannot (?:be )?(?:determin|answer|see)|unable to (?:determin|answer|see)|as an ai"
@@ -49,7 +51,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return str(self.row["text"])
+        return final_answer(str(self.row["text"]))
 
     def fact(self, name: str) -> object:
         """A recorded fact about the answer, None if the run did not record it."""
@@ -143,10 +145,14 @@ class YesBias:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the answers of a run to a benchmark have in common. `tables` are groups by the name of the property."""
+    """What the answers of a run to a benchmark have in common. `tables` are groups by the name of the property.
+
+    `missing` are the properties that the run did not record.
+    """
 
     total: Group
     tables: dict[str, list[Group]]
+    missing: Sequence[str]
     labels: Sequence[str]
     confusion: Sequence[Sequence[int]]
     bias: dict[str, YesBias]
@@ -169,6 +175,7 @@ def analyse(answers: Sequence[Answer]) -> Analysis:
     return Analysis(
         Group.of("all", answers),
         {name: groups for name, groups in tables.items() if len(groups) > 1},
+        [name for name, groups in tables.items() if [group.name for group in groups] == [NOT_RECORDED]],
         labels,
         confusion,
         {name: bias for name, bias in biases.items() if bias is not None},
@@ -194,8 +201,9 @@ def _label(answer: Answer, labels: Sequence[str]) -> str:
 
 def _types(answer: Answer) -> Sequence[str]:
     """The question types of the benchmark; without any, the first two words of the question."""
-    if answer.groups:
-        return answer.groups
+    groups = [name for name in answer.groups if name not in TOTALS]
+    if groups:
+        return groups
     words = re.findall(r"[\w']+", str(answer.row["prompt"]).removeprefix("<image>").lower())
     return [" ".join(words[:2]) or "no words"]
 
