@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
 from llava.eval.benchmarks.mme import GROUPS
-from llava.eval.benchmarks.registry import TASKS
+from llava.eval.benchmarks.registry import TASKS, make_task
 from llava.eval.outcomes import Outcomes, pair
 from llava.eval.reporting.data import QUESTIONS, noise_band
 from llava.eval.reporting.paired import compare_outcomes, primary_metric
-from llava.eval.uncertainty import Floats, difference, interval, minimum_detectable
+from llava.eval.run.files import Row, write_jsonl
+from llava.eval.uncertainty import Floats, difference, interval, jackknife, minimum_detectable
 
 LEVEL = 0.95
 Codes = NDArray[np.intp]
@@ -228,32 +232,62 @@ def simulate(shape: Shape, count: int, seed: int = 0) -> tuple[dict[str, float],
     return {name: hit / count for name, hit in hits.items()}, *(old / count)
 
 
-def paired_rates(count: int, seed: int = 0) -> dict[str, float]:
+def paired_rates(count: int, seed: int = 0, size: int = 500, questions: int = 18) -> dict[str, float]:
     """Shares of pairs of runs found different at 5 %: equal models, and models apart by the detectable difference.
 
-    500 images with 18 questions; both runs answer half of the questions alike, whatever their difference.
+    Both runs answer half of the questions alike, but find other images difficult: 30 % have probabilities of their own.
     """
-    random, images = np.random.default_rng(seed), np.repeat(np.arange(500), 18)
+    random, images = np.random.default_rng(seed), np.repeat(np.arange(size), questions)
     empty, task = table(images), TASKS["gqa"]
 
     def runs(gap: float) -> tuple[Outcomes, Outcomes]:
-        chance = beta(random, 0.7, 0.15, 500)[images] * (1 - gap / 0.7)
+        first, other = (beta(random, 0.7 - gap / 2, 0.15, size) for _ in range(2))
+        second = np.where(random.random(size) < 0.3, other, first)
         same, draws = random.random(len(images)) < 0.5, random.random((2, len(images)))
-        better = chance + gap * (random.random(len(images)) < 0.5)
-        second = np.where(same, draws[0], draws[1]) < np.minimum(1, better)
-        return pair(replace(empty, scores=(draws[0] < chance) * 1.0), replace(empty, scores=second * 1.0))
+        draws[1] = np.where(same, draws[0], draws[1])
+        gained = random.random(len(images)) < gap / (0.3 + gap / 2)  # of the answers that would be wrong
+        answers = draws[0] < first[images], (draws[1] < second[images]) | gained
+        return pair(*(replace(empty, scores=right.astype(float)) for right in answers))
 
-    metrics = [[primary_metric(task, each) for each in runs(0)] for _ in range(20)]
-    spread = float(np.mean([interval(difference(*each)).standard_error for each in metrics]))  # type: ignore[union-attr]
-    gap = 2 * minimum_detectable(spread, 500) / 100  # half of the questions gain it
-    rates = {}
-    for name, size in (("equal models", 0.0), ("models apart by the detectable difference", gap)):
-        found = [compare_outcomes(task, *runs(size)) for _ in range(count)]
+    def spread(gap: float) -> float:
+        metrics = [[primary_metric(task, each) for each in runs(gap)] for _ in range(20)]
+        return float(np.mean([jackknife(difference(*each))[1] for each in metrics]))
+
+    gap = minimum_detectable(spread(0), size) / 100
+    gap, rates = minimum_detectable(spread(gap), size) / 100, {}
+    for name, apart in (("equal models", 0.0), ("models apart by the detectable difference", gap)):
+        found = [compare_outcomes(task, *runs(apart)) for _ in range(count)]
         inside = [each.difference is not None and each.difference.low <= 0 <= each.difference.high for each in found]
         rates[f"{name}, permutation test"] = float(np.mean([each.p_value < 0.05 for each in found]))
         rates[f"{name}, interval of the difference"] = 1 - float(np.mean(inside))
         rates[f"{name}, McNemar"] = float(np.mean([each.mcnemar is not None and each.mcnemar < 0.05 for each in found]))
     return rates
+
+
+def rescoring_seconds(folder: Path, count: int = 10_000) -> float:
+    """Seconds to score a finished run of POPE with this number of answers and all intervals."""
+    labels: dict[str, list[Row]] = {name: [] for name in POPE_FALSE_ALARMS}
+    questions: list[Row] = []
+    for number in range(count):
+        name = list(labels)[number % 3]
+        row = {"image": f"{number // 18}.jpg", "text": f"Is there a thing {number} in the image?"}
+        labels[name].append({**row, "label": "yes" if number % 2 else "no"})
+        questions.append({**row, "question_id": number, "category": name})
+    for name, rows in labels.items():
+        write_jsonl(folder / "coco" / f"coco_pope_{name}.json", rows)
+    write_jsonl(folder / "llava_pope_test.jsonl", questions)
+    (folder / "val2014" / "images").mkdir(parents=True)
+    texts = ("Yes", "No", "No", "Yes", "yes", "There is none.", "Yes, there is.")
+    answers = [
+        {"question_id": row["question_id"], "prompt": row["text"], "text": texts[at % 7], "metadata": {}}
+        for at, row in enumerate(questions)
+    ]
+    write_jsonl(folder / "run" / "answers.jsonl", answers)
+    start = time.perf_counter()
+    scores = make_task("pope", folder).score(folder / "run" / "answers.jsonl")
+    seconds = time.perf_counter() - start
+    assert scores["answers"] == count and len(scores["intervals"]) == 22
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.pairs and not args.tasks:
         for name, rate in paired_rates(args.pairs).items():
             print(f"{name}: {rate:.1%} of {args.pairs} found different")
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"scoring 10,000 answers to POPE with all intervals: {rescoring_seconds(Path(folder)):.2f} s")
     return 0 if inside else 1
 
 

@@ -1,4 +1,4 @@
-"""Outcomes of a run as columns, from which metrics and their intervals follow; apart from scorers, as it needs numpy."""
+"""Outcomes of a run as columns, from which metrics and intervals follow; apart from the scorers, as it needs numpy."""
 
 from __future__ import annotations
 

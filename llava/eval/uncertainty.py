@@ -81,7 +81,7 @@ def interval(metric: Metric, level: float = LEVEL) -> Interval | None:
     if metric.bounds is not None and metric.bounds[0] <= value <= metric.bounds[1]:
         base, width = metric.bounds[0], metric.bounds[1] - metric.bounds[0]
         share, spread = (value - base) / width, error / width
-        size = share * (1 - share) / spread**2 if spread > 1e-9 else clusters
+        size = share * (1 - share) / spread**2 if spread else clusters
         center = (share + t**2 / (2 * size)) / (1 + t**2 / size)
         half = t / (1 + t**2 / size) * math.sqrt(share * (1 - share) / size + t**2 / (4 * size**2))
         low, high = base + width * max(0.0, center - half), base + width * min(1.0, center + half)
@@ -95,7 +95,8 @@ def jackknife(metric: Metric) -> tuple[int, float]:
     if clusters < 2:
         return clusters, math.nan
     without = metric.value(sums.sum(axis=0) - sums)
-    return clusters, math.sqrt((clusters - 1) * float(np.mean((without - without.mean()) ** 2)))
+    spread = float(without.std())
+    return clusters, math.sqrt(clusters - 1) * spread if spread > 1e-12 * abs(metric.estimate) else 0.0
 
 
 def difference(first: Metric, second: Metric) -> Metric:
