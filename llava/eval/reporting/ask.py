@@ -81,6 +81,14 @@ def ask_hybrids(
     return [*found, (rest, second.rows)] if rest and owner is first else found
 
 
+def _questions(side: Side, keys: Sequence[str]) -> list[Question]:
+    """The questions of a run from its question file; one that is no longer in it has its recorded prompt."""
+    asked = {question.key: question for question in side.task.questions(side.score.get("limit"))}
+    rows = [side.rows[key] for key in keys]
+    return [asked.get(row_key(row)) or Question(row["question_id"], row["prompt"], round_id=row.get("round_id"))
+            for row in rows]  # fmt: skip
+
+
 def _answer(
     args: EvalArgs, model: EvalModel, path: Path, keys: Sequence[str], sources: Mapping[str, Side]
 ) -> dict[str, Record]:
@@ -88,17 +96,13 @@ def _answer(
     from llava.engine import SamplingParams
     from llava.eval.run.runner import run
 
-    prompts = sources[PROMPTS]
-    asked = {question.key: question for question in prompts.task.questions(prompts.score.get("limit"))}
-    questions = []
-    for key in keys:
-        row = prompts.rows[key]
-        images = tuple(prompts.images.get(key, "").split())
-        questions.append(asked.get(row_key(row)) or Question(row["question_id"], row["prompt"], images))
+    prompts, pixels = sources[PROMPTS], sources[PIXELS]
+    pairs = zip(_questions(prompts, keys), _questions(pixels, keys))
+    questions = [replace(question, images=shown.images) for question, shown in pairs]
     template, decoding = prompts.identity.get("template"), sources[DECODING].identity["decoding"]
     settings = args.run_settings(str(template["name"]) if isinstance(template, dict) else "", prompts.task.image_folder)
     params = SamplingParams(**{**decoding, "stop": tuple(decoding["stop"])})
-    settings = replace(settings, params=params, images=prompts.task.images, follow_up=prompts.identity.get("follow_up"))
+    settings = replace(settings, params=params, images=pixels.task.images, follow_up=prompts.identity.get("follow_up"))
     run(model, questions, path, settings)
     answers = {}
     for key, row in zip(keys, read_complete_lines(path), strict=True):

@@ -16,9 +16,11 @@ both runs are asked (`llava.eval.reporting.ask`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
+from itertools import accumulate
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -47,6 +49,8 @@ Classes = Mapping[str, tuple[str, ...]]  # causes by question
 # hybrids in the order of substitution: the cause that each adds, and answers by question; the last is the second run
 Ask = Callable[[Side, Side, Classes], Sequence[tuple[str, Mapping[str, Record]]]]
 NUMERIC_KEYS: Final = ("dtype", "attention", "device", "quantization")
+SEPARATE: Final = 8  # equal bytes between two changes of a prompt
+_NEUTRAL: Final = (None, 0, 1, -1, [], {})
 _GREEDY: Final = ("top_p", "seed")  # do not matter at temperature 0
 
 
@@ -66,10 +70,6 @@ class Part:
     @property
     def name(self) -> str:
         return " + ".join(self.causes)
-
-    @property
-    def is_measured(self) -> bool:
-        return len(self.causes) == 1 and not self.causes[0].endswith(UNKNOWN)
 
 
 class _Step(NamedTuple):
@@ -199,8 +199,10 @@ def _decoding_differs(first: Side, second: Side, before: Record, after: Record) 
     left, right = (dict(side.identity.get("decoding") or {}) for side in (first, second))
     if not left or not right:
         return None
+    ignored = {key for key in left.keys() ^ right.keys() if (left | right)[key] in _NEUTRAL}  # newer settings, unused
     if left.get("temperature") == right.get("temperature") == 0:
-        left, right = ({k: v for k, v in each.items() if k not in _GREEDY} for each in (left, right))
+        ignored.update(_GREEDY)
+    left, right = ({key: each[key] for key in each if key not in ignored} for each in (left, right))
     if left == right:
         return False
     limits = left.pop("max_new_tokens", None), right.pop("max_new_tokens", None)
@@ -278,6 +280,13 @@ def first_prompts(first: Side, second: Side) -> tuple[str, str] | None:
 
 def byte_diff(before: str, after: str, limit: int = 6) -> list[tuple[int, bytes, bytes]]:
     """Byte offset, old and new bytes of each change between two prompts, at most `limit` of them."""
+    words = [re.findall(rb"\s+|\w+|[^\w\s]", text.encode()) for text in (before, after)]
+    ends = [[0, *accumulate(map(len, each))] for each in words]
+    found: list[list[int]] = []  # start and end in both prompts, in words
+    for tag, a, b, c, d in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        if tag != "equal" and found and ends[0][a] - ends[0][found[-1][1]] < SEPARATE:
+            found[-1][1::2] = b, d
+        elif tag != "equal":
+            found.append([a, b, c, d])
     left, right = before.encode(), after.encode()
-    found = SequenceMatcher(None, left, right, autojunk=False).get_opcodes()
-    return [(a, left[a:b], right[c:d]) for tag, a, b, c, d in found if tag != "equal"][:limit]
+    return [(ends[0][a], left[ends[0][a] : ends[0][b]], right[ends[1][c] : ends[1][d]]) for a, b, c, d in found[:limit]]
