@@ -16,6 +16,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
+MARGIN = 16  # pixels around the part
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         page.goto(args.page.resolve().as_uri())
         box = page.locator(args.selector).first.bounding_box()
         assert box is not None, f"{args.page} has nothing that matches {args.selector}"
-        box["height"] = min(box["height"], args.height or box["height"])
-        page.screenshot(path=args.output / f"{args.name}.png", clip=box, full_page=True)
+        clip = {"x": max(0, box["x"] - MARGIN), "y": max(0, box["y"] - MARGIN)}
+        height = min(box["height"], args.height or box["height"])
+        size = {"width": min(args.width - clip["x"], box["width"] + 2 * MARGIN), "height": height + 2 * MARGIN}
+        page.screenshot(path=args.output / f"{args.name}.png", clip={**clip, **size}, full_page=True)
         browser.close()
     return 0
 

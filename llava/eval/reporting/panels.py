@@ -18,7 +18,7 @@ def analysis_panel(title: str, analyses: Mapping[str, Analysis]) -> str:
 def _run(analysis: Analysis) -> str:
     figures = [_figure(f"Accuracy by {name}", _group_rows(groups)) for name, groups in analysis.tables.items()]
     if analysis.labels:
-        figures.insert(0, _figure("Confusion: reference (rows) and answer (columns)", _confusion(analysis)))
+        figures.insert(0, _figure("Confusion (rows: reference)", _confusion(analysis)))
     if analysis.bias:
         figures.insert(1, _figure("Yes-bias", _bias_rows(analysis.bias)))
     missing = f"<p>Not recorded by this run: {escape(', '.join(analysis.missing))}.</p>" if analysis.missing else ""
