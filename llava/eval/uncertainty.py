@@ -154,7 +154,7 @@ def mcnemar(gained: int, lost: int) -> float:
     for k in range(min(gained, lost) + 1):
         tail += term
         term = term * (total - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, 2 * tail / (1 << total))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -211,7 +211,7 @@ def combine(name: str, metrics: Sequence[Metric], weight: float = 1.0) -> Metric
 
     def value(sums: Floats) -> Floats:
         parts = [metric.value(sums[..., a:b]) for metric, a, b in zip(metrics, edges, edges[1:])]
-        return weight * np.sum(parts, axis=0)
+        return weight * sum(parts[1:], parts[0])
 
     known = [metric.bounds for metric in metrics if metric.bounds is not None]
     bounds = (weight * sum(low for low, _ in known), weight * sum(high for _, high in known))

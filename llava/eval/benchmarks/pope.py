@@ -177,7 +177,8 @@ class Pope(Task):
             counts = {name: cells(name, yes) for name in outcomes.groups}
             scores = [Metric(mean, each, rates["f1"], (0.0, 1.0)) for each in counts.values()]
             found.append(combine(mean, scores, 100 / len(scores)))
-        counts["pooled"] = sum(counts.values())
+        first, *others = counts.values()
+        counts["pooled"] = sum(others, first)
         parts = [(f"{name}/{rate}", counts[name], value) for name in counts for rate, value in rates.items()]
         return [*found, *(Metric(name, sums, value, (0.0, 1.0)) for name, sums, value in parts)]
 

@@ -62,8 +62,8 @@ def compare_outcomes(task: type[Task], first: Outcomes, second: Outcomes) -> Pai
     change = interval(difference(*metrics))
     units = [task.scored_units(each) for each in (before, after)]
     ids, scores = units[0].ids, [each.scores for each in units]
-    gained = [ids[at] for at in (scores[1] > scores[0]).nonzero()[0]]
-    lost = [ids[at] for at in (scores[1] < scores[0]).nonzero()[0]]
+    gained = [ids[at] for at in (scores[1] > scores[0]).nonzero()[0].tolist()]
+    lost = [ids[at] for at in (scores[1] < scores[0]).nonzero()[0].tolist()]
     binary = all(((each == 0) | (each == 1)).all() for each in scores)
     p_value = permute(*metrics)
     detectable = minimum_detectable(change.standard_error, change.clusters) if change else 0.0
