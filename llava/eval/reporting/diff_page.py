@@ -7,7 +7,7 @@ from html import escape
 from typing import Final
 
 from llava.eval.reporting.data import Run, format_score, markdown_table
-from llava.eval.reporting.diff import Explanation, Part, byte_diff, first_prompts
+from llava.eval.reporting.diff import PIXELS, Explanation, Part, byte_diff, first_prompts
 from llava.eval.reporting.page import document, table, thumbnail
 from llava.eval.reporting.sides import Side
 from llava.eval.run.answers import final_answer
@@ -136,8 +136,8 @@ def diff_page(first: Run, second: Run, explanations: Sequence[Explanation], coun
         for name, keys in (("Lost", lost), ("Gained", gained)):
             if keys:
                 cards = "".join(_card(each, key) for key in keys[:count])
-                shown = "" if len(keys) <= count else f", {count} shown"
-                parts.append(f'<h3>{name}: {len(keys):,} questions{shown}</h3><div class="cards">{cards}</div>')
+                shown = "" if len(keys) <= count else f" ({count} shown)"
+                parts.append(f'<h3>{name}: {len(keys):,}{shown}</h3><div class="cards">{cards}</div>')
     return document(f"{first.name} and {second.name}", parts)
 
 
@@ -194,9 +194,10 @@ def _prompt_block(explanation: Explanation) -> str:
 def _card(explanation: Explanation, key: str) -> str:
     first, second = explanation.first, explanation.second
     row = first.rows[key]
-    images = first.images.get(key, "")
-    source = thumbnail(first.task, images) if images else ""
-    frame = f'<img alt="" src="{escape(source)}">' if source else "no image"
+    sides = (first, second) if PIXELS in explanation.classes[key] else (first,)
+    names = [(side.task, side.images.get(key, "")) for side in sides]
+    sources = [thumbnail(task, name) for task, name in names if name]
+    frame = "".join(f'<img alt="" src="{escape(source)}">' for source in sources if source) or "no image"
     scores = {True: "same", False: "differs"}
     pairs = ""
     for name, side in (("first", first), ("second", second)):

@@ -100,7 +100,8 @@ class Group:
     def of(cls, name: str, answers: Sequence[Answer]) -> Group:
         codes: dict[str, int] = {}
         images = [codes.setdefault(each.image or f"\0{at}", len(codes)) for at, each in enumerate(answers)]
-        sums = np.stack([np.bincount(images, [each.score for each in answers]), np.bincount(images)], axis=1)
+        columns = ([each.score for each in answers], np.ones(len(answers)))
+        sums = np.stack([np.bincount(images, column) for column in columns], axis=1).astype(np.float64)
         metric = Metric(name, sums, ratio(100.0))
         found = interval(metric)
         low, high = (found.low, found.high) if found else (math.nan, math.nan)
