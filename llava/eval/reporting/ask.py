@@ -14,17 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from llava.errors import ConfigError
-from llava.eval.reporting.diff import (
-    DECODING,
-    INPUTS,
-    NUMERIC_KEYS,
-    PIXELS,
-    PROMPTS,
-    SERVER,
-    UNKNOWN,
-    WEIGHTS,
-    Classes,
-)  # fmt: skip
+from llava.eval.reporting.diff import ASKABLE, DECODING, INPUTS, MODELS, NUMERIC_KEYS, PIXELS, PROMPTS, Classes
 from llava.eval.reporting.sides import Side
 from llava.eval.run.answers import read_complete_lines, row_error, row_key
 from llava.eval.run.files import Record
@@ -36,7 +26,6 @@ if TYPE_CHECKING:
     from llava.eval.run.runner import EvalModel
 
 STEPS: Final = (PROMPTS, PIXELS, DECODING)
-MODELS: Final = (WEIGHTS, f"{SERVER}{UNKNOWN}")
 
 
 def ask_hybrids(
@@ -46,7 +35,7 @@ def ask_hybrids(
 
     Raises `ConfigError` if the model of `args` is that of neither run.
     """
-    joint = [key for key, names in classes.items() if len(names) > 1 and {*names} <= {*STEPS, *MODELS}]
+    joint = [key for key, names in classes.items() if len(names) > 1 and ASKABLE.issuperset(names)]
     if not joint:
         return []
     names = [name for name in STEPS if any(name in classes[key] for key in joint)]

@@ -44,6 +44,8 @@ NOTHING: Final = "nothing recorded differs"
 INPUTS: Final = {PROMPTS: "prompt_hash", PIXELS: "image_hashes"}
 ORDER: Final = (PROMPTS, PIXELS, DECODING, UNREAD, NUMERICS, WEIGHTS, SERVER, NOTHING, SCORER)
 UNKNOWN: Final = " (not recorded)"
+MODELS: Final = (WEIGHTS, f"{SERVER}{UNKNOWN}")
+ASKABLE: Final = {PROMPTS, PIXELS, DECODING, *MODELS}  # causes that hybrids of both runs separate
 ASKED: Final = "asked again"
 Classes = Mapping[str, tuple[str, ...]]  # causes by question
 # hybrids in the order of substitution: the cause that each adds, and answers by question; the last is the second run

@@ -7,7 +7,7 @@ from html import escape
 from typing import Final
 
 from llava.eval.reporting.data import Run, format_score, markdown_table
-from llava.eval.reporting.diff import PIXELS, Explanation, Part, byte_diff, first_prompts
+from llava.eval.reporting.diff import ASKABLE, PIXELS, Explanation, Part, byte_diff, first_prompts
 from llava.eval.reporting.page import document, table, thumbnail
 from llava.eval.reporting.sides import Side
 from llava.eval.run.answers import final_answer
@@ -49,7 +49,8 @@ def how_known(part: Part) -> str:
     notes = [part.note] if part.note else []
     if part.bounds is not None:
         low, high = part.bounds
-        notes.append(f"not separable without asking again (--ask); each alone {low:+.1f} to {high:+.1f}")
+        how = "not separable without asking again (--ask)" if ASKABLE.issuperset(part.causes) else "not separable"
+        notes.append(f"{how}; each alone {low:+.1f} to {high:+.1f}")
     return "; ".join(notes) or "measured"
 
 
