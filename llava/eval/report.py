@@ -97,7 +97,7 @@ def explain_runs(first: Run, second: Run, ask: Ask | None = None) -> list[Explan
         sides = [load_side(run.folder, score or withheld) for run, score in zip((first, second), scores)]
         if sides[0].task.split != sides[1].task.split:
             raise ConfigError(f"{task}: the splits {sides[0].task.split} and {sides[1].task.split} are not comparable.")
-        found.append(explain(*sides, ask))
+        found.append(explain(sides[0], sides[1], ask))
     adjusted = holm({each.name: each.comparison.p_value for each in found if each.comparison})
     return [
         dataclasses.replace(each, comparison=dataclasses.replace(each.comparison, p_adjusted=adjusted[each.name]))
@@ -116,10 +116,11 @@ def write_diff(args: argparse.Namespace, runs: Sequence[Run]) -> list[Path]:
         from llava.eval.reporting.ask import ask_hybrids
 
         ask = partial(ask_hybrids, EvalArgs.from_cli_args(args), args.output_dir / "asked")
-    explanations = explain_runs(*runs, ask)
-    print(diff_markdown(*runs, explanations))
+    first, second = runs
+    explanations = explain_runs(first, second, ask)
+    print(diff_markdown(first, second, explanations))
     path = args.output_dir / "diff.html"
-    write_text(path, diff_page(*runs, explanations, args.samples))
+    write_text(path, diff_page(first, second, explanations, args.samples))
     return [path]
 
 

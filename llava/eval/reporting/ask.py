@@ -93,7 +93,7 @@ def _answer(
     params = SamplingParams(**{**decoding, "stop": tuple(decoding["stop"])})
     settings = replace(settings, params=params, images=pixels.task.images, follow_up=prompts.identity.get("follow_up"))
     run(model, questions, path, settings)
-    answers = {}
+    answers: dict[str, Record] = {}
     for key, row in zip(keys, read_complete_lines(path), strict=True):
         facts = row.get("metadata", {})
         if row_error(row) is None and all(facts.get(INPUTS[name]) == sources[name].facts(key).get(INPUTS[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,9 +37,9 @@ class _Pending:
     """
 
     position: int
-    facts: Mapping[str, object]
     request: Request | None = None
     first: str | None = None
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     def follow_up(self, first: str, text: str) -> tuple[Request, _Pending]:
         """The request that continues the prompt with the first answer and the follow-up text."""
@@ -48,7 +48,7 @@ class _Pending:
         prompt = RenderedPrompt.from_pieces([*self.request.prompt.pieces(), Piece(first, True), Piece(text)])
         params = dataclasses.replace(self.request.params, max_new_tokens=FOLLOW_UP_TOKENS)
         request = dataclasses.replace(self.request, prompt=prompt, params=params, cache_prefix=False)
-        return request, _Pending(self.position, self.facts, first=first)
+        return request, _Pending(self.position, first=first, facts=self.facts)
 
     def answer(self, completion: Completion) -> Answer:
         """The answer to record."""
@@ -130,7 +130,7 @@ class LocalModel:
                 request = Request(prompt, images, params, cache_prefix=has_follow_up)
                 handle = engine.submit(request)
                 facts = self._facts(prompt, images, handle.prompt_tokens, settings.is_first(position))
-                yield _Pending(position, facts, request if has_follow_up else None), handle
+                yield _Pending(position, request if has_follow_up else None, facts=facts), handle
             except LlavaError as error:
                 yield position, error
 
