@@ -7,6 +7,7 @@ and pixels of the runs; questions where it does not stay joint.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from llava.eval.options import EvalArgs
     from llava.eval.run.runner import EvalModel
 
+logger = logging.getLogger(__name__)
+
 STEPS: Final = (PROMPTS, PIXELS, DECODING)
 
 
@@ -37,6 +40,7 @@ def ask_hybrids(
     """
     joint = [key for key, names in classes.items() if len(names) > 1 and ASKABLE.issuperset(names)]
     if not joint:
+        logger.warning("%s: no questions with several recorded causes; nothing to ask.", first.task.name)
         return []
     names = [name for name in STEPS if any(name in classes[key] for key in joint)]
     rest = next((name for name in MODELS if any(name in classes[key] for key in joint)), None)
@@ -99,4 +103,7 @@ def _answer(
         if row_error(row) is None and all(facts.get(INPUTS[name]) == sources[name].facts(key).get(INPUTS[name])
                                           for name in (PROMPTS, PIXELS)):  # fmt: skip
             answers[key] = row
+    if len(answers) < len(keys):
+        logger.warning("%s: %d of %d questions have other prompts or pixels than recorded, or failed; they stay joint.",
+                       path, len(keys) - len(answers), len(keys))  # fmt: skip
     return answers

@@ -111,9 +111,9 @@ def load_side(folder: Path, score: Record) -> Side:
             raise DataError("a judge grades the answers")
         outcomes, readings, references = rescore(task, rows)
     except (LlavaError, KeyError, IndexError) as error:
-        asked, reason = [*recorded] or [str(row_key(row)) for row in lines], Exception.__str__(error).rstrip(".")
+        order, reason = [*recorded] or [str(row_key(row)) for row in lines], Exception.__str__(error).rstrip(".")
         reason = reason if isinstance(error, LlavaError) else f"the answers do not fit the labels ({error!r})"
-        return Side(folder, task, score, dict(zip(asked, lines)), 0, recorded, images=images, unscored=reason)
+        return Side(folder, task, score, dict(zip(order, lines)), 0, recorded, images=images, unscored=reason)
     keys = [outcome.id for outcome in outcomes]
     if not images:
         asked = {question.key: question.images for question in task.read_questions(task.question_path)}
