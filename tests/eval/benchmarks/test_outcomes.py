@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +13,11 @@ import pytest
 
 from llava.errors import DataError
 from llava.eval import main as evaluate
+from llava.eval import report
 from llava.eval.benchmarks.outcomes import FILE
 from llava.eval.benchmarks.registry import TASKS, make_task
 from llava.eval.outcomes import read_outcomes
+from llava.eval.reporting.chart import draw_chart
 from llava.eval.reporting.data import read_run
 from llava.eval.reporting.paired import compare_runs
 from tests.eval.benchdata import ASK, BENCHMARKS, dump, make_everything, save_image
@@ -137,6 +141,22 @@ def test_scores_are_printed_and_written_with_intervals(
     assert f"{interval['low']:.5g} to {interval['high']:.5g}" in text and "categories/random/yes_ratio" in text
     perfect = json.loads((runs[0] / "pope" / "score.json").read_text())["primary_interval"]
     assert perfect["high"] == 100 and 70 < perfect["low"] < 80  # 12 images, not 72 answers
+
+
+def test_reports_show_intervals_in_table_csv_chart_and_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert report.main([str(runs[1]), "--output-dir", str(tmp_path), "--samples", "0"]) == 0
+    interval = json.loads((runs[1] / "pope" / "score.json").read_text())["primary_interval"]
+    shown = f"{interval['low']:.1f}–{interval['high']:.1f}"
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert f"| {shown} " in text and f">{shown}<" in page and "95 % CI" in text
+    with (tmp_path / "report.csv").open(newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["task"] == "pope")
+    assert {key: float(row[key]) for key in interval if key != "value"} == {
+        key: value for key, value in interval.items() if key != "value"
+    }
+    run = read_run(runs[1])
+    without = {name: {**score, "primary_interval": None} for name, score in run.scores.items()}
+    assert draw_chart([run]) != draw_chart([dataclasses.replace(run, scores=without)])
 
 
 def test_runs_are_compared_task_by_task_with_a_correction(runs: tuple[Path, Path]) -> None:
