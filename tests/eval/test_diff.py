@@ -192,7 +192,7 @@ def test_joint_causes_have_bounds_until_hybrids_are_asked(
     scripted: Script, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the weights of either run; the parts are those of hybrids that were answered beside."""
-    data = make_gqa(tmp_path / "data", 0)
+    data = make_gqa(tmp_path / "data", 2)
     first = runs.make("first", data)
     hybrids = {"a": runs.make("prompts", data, template="llava_v1")}
     scripted(weights="b")
@@ -210,6 +210,7 @@ def test_joint_causes_have_bounds_until_hybrids_are_asked(
         assert report.main([*command, path]) == 0
         shown = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in capsys.readouterr().out.splitlines()
                  if ASKED in line}  # fmt: skip
+        assert len(shown) == 2 and "+0.00" not in shown.values()
         order = [first, hybrids[weights], second]
         names = [PROMPTS, WEIGHTS] if weights == "a" else [WEIGHTS, PROMPTS]
         assert shown == {
