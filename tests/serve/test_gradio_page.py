@@ -260,7 +260,7 @@ def test_a_conversation_is_stored_and_opened_again(tab: ChatTab, service: FakeSe
     assert json.loads(stored)["title"] == "What is this?"
     page.apply(asyncio.run(tab.list_past(json.dumps({"titles": [["What is this?", chat.chat_id]]}), chat)))
     assert asyncio.run(tab.name(0, chat)) == asyncio.run(tab.name_open(chat)) == chat.chat_id
-    assert page.now["past"].samples == [["What is this?"]]
+    assert page.now["past"].constructor_args["samples"] == [["What is this?"]]
     page.apply(asyncio.run(tab.reopen(other, stored)))
     assert page.now["model"]["value"] == "alpha" and page.answer == "A red circle."
     assert other.turns[0].images[0].data == chat.turns[0].images[0].data
