@@ -31,10 +31,14 @@ _TYPES: Final[tuple[tuple[type, str, tuple[str, ...]], ...]] = (
 
 @dataclass(frozen=True)
 class HashedImage:
-    """An image with the hash of its content; images with equal digests have equal features."""
+    """An image with the hash of its content; images with equal digests have equal features.
+
+    `size` is the width and height before preprocessing, where it is known.
+    """
 
     digest: bytes
     content: ImageInput
+    size: tuple[int, int] | None = None
 
 
 def hash_image(image: ImageInput | HashedImage) -> HashedImage:

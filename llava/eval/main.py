@@ -26,6 +26,7 @@ from llava.eval.benchmarks.registry import ALL, TASKS, make_tasks
 from llava.eval.options import EvalArgs
 from llava.eval.run import launch
 from llava.eval.run.files import write_json
+from llava.eval.run.manifest import scorer_record
 from llava.eval.run.questions import Question
 from llava.eval.run.runner import report, run
 from llava.eval.run.shards import merge, shard_path, shard_paths, shards_folder
@@ -92,7 +93,7 @@ class Evaluation:
                 self.args.run_settings(template, task.image_folder, task.max_new_tokens),
                 chunk=chunk,
                 images=task.images,
-                files=tuple(file.path for file in task.required_files() if file.path.is_file()),
+                files=task.label_files(),
             )
             path = self.answers_path(task, chunk)
             if self.args.overwrite:
@@ -142,6 +143,7 @@ class Evaluation:
             "limit": self.args.limit, "primary_metric": task.primary_metric(scores),
             "primary_interval": scores.get("intervals", {}).get(task.metric),
             "data_root": None if task.data_root is None else str(task.data_root),
+            "scorer": scorer_record(task, task.label_files(), answers),
         }  # fmt: skip
         write_json(self.score_path(task), {**facts, **scores}, indent=2)
         subset = f", {len(questions)} evenly spaced questions" if self.args.limit else ""

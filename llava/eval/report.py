@@ -4,9 +4,10 @@
     llava report --diff eval/MODEL eval/OTHER
     llava report eval/MODEL --format lmms-eval
 
-Prints the tables and writes them as report.md, report.csv, report.png and report.html; the page also shows sample
-answers with their images. `--diff` lists the differences between two runs: settings, versions, scores, and changed
-answers.
+Prints the tables and writes them as report.md, report.csv, report.png and report.html; the page also shows the error
+analysis and sample answers with their images. `--diff` explains the gap between two runs: how much of it comes from
+prompts, pixels, decoding, the scorer, missing and unread answers, and the weights; diff.html shows the questions that
+changed sides. `--ask --model-path CHECKPOINT` separates joint causes by asking again.
 """
 
 from __future__ import annotations
@@ -15,27 +16,31 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Final
 
 from llava.errors import ConfigError
 from llava.eval.benchmarks.registry import TASKS
 from llava.eval.reporting.chart import draw_chart
-from llava.eval.reporting.data import Run, compare, csv_text, format_score, markdown, markdown_table, read_run
+from llava.eval.reporting.data import Run, compare, csv_text, markdown, read_run
+from llava.eval.reporting.diff import Ask, Explanation, explain
+from llava.eval.reporting.diff_page import diff_markdown, diff_page
+from llava.eval.reporting.errors import analyse
 from llava.eval.reporting.export import export
 from llava.eval.reporting.page import collect_samples, render_page
-from llava.eval.run.answers import read_complete_lines, row_key
-from llava.eval.run.files import Record
-from llava.eval.run.manifest import read_manifest
+from llava.eval.reporting.panels import analysis_panel
+from llava.eval.reporting.sides import load_side
+from llava.eval.uncertainty import holm
 from llava.files import write_text
 from llava.utils import guarded
 
-EXAMPLES: Final = 5
 FORMATS: Final = ("report", "lmms-eval", "model-index")
-SKIPPED: Final = ("asked", "seconds", "keys", "shards", "environment.command", "status")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(*, ask: bool = False) -> argparse.ArgumentParser:
+    """The flags; with `ask`, also those of a model."""
     parser = argparse.ArgumentParser(
         prog="llava report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--published", metavar="NAME", help="published checkpoint to compare with (default: the model's name)")
     add("--samples", type=int, default=6, help="number of sample answers per benchmark (default %(default)s)")
     add("--format", choices=FORMATS, default=FORMATS[0], help="write these files (default %(default)s)")
-    add("--diff", action="store_true", help="print the differences between two runs and write no files")
+    add("--diff", action="store_true", help="explain the gap between two runs; writes diff.html")
+    add("--ask", action="store_true", help="with --diff: ask a model again where causes are joint (--ask --help)")
+    if ask:
+        from llava.eval.options import EvalArgs
+
+        EvalArgs.add_cli_args(parser, temperature=0.0, max_new_tokens=None)
     return parser
 
 
@@ -54,7 +64,7 @@ def write_report(runs: Sequence[Run], folder: Path, count: int) -> list[Path]:
     tasks = [task for task in TASKS if any(task in run.scores for run in runs)]
     chart = draw_chart(runs) if any(row.ours is not None for run in runs for row in compare(run)) else None
     samples = {task: collect_samples(runs, task, count) for task in tasks} if count else {}
-    page = render_page(runs, chart, samples)
+    page = render_page(runs, chart, samples, list(error_panels(runs)))
     texts = {"report.md": markdown(runs), "report.csv": csv_text(runs), "report.html": page}
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -63,72 +73,69 @@ def write_report(runs: Sequence[Run], folder: Path, count: int) -> list[Path]:
     return [folder / name for name in (*texts, *(["report.png"] if chart is not None else []))]
 
 
-def diff_runs(first: Run, second: Run) -> str:
-    """The differences as Markdown."""
-    parts = [f"# {first.folder} and {second.folder}"]
-    for task in first.scores:
-        if task in second.scores:
-            parts += _diff_task(task, first, second)
-    for run, other in ((first, second), (second, first)):
-        only = [task for task in run.scores if task not in other.scores]
-        if only:
-            parts.append(f"Only in {run.folder}: {', '.join(only)}.")
-    return "\n\n".join(parts)
+def error_panels(runs: Sequence[Run]) -> Iterator[str]:
+    """A panel with the error analysis of each task, or a note why it cannot be made here."""
+    for task in TASKS:
+        sides = {run.name: load_side(run.folder, run.scores[task]) for run in runs if task in run.scores}
+        found = {name: analyse(side.answers) for name, side in sides.items() if side.answers}
+        if found:
+            yield analysis_panel(f"Errors: {task}", found)
+        for name, side in sides.items():
+            if not side.answers:
+                yield f"<p>No error analysis of {escape(task)}, {escape(name)}: {escape(side.unscored)}.</p>"
 
 
-def _diff_task(task: str, first: Run, second: Run) -> Iterator[str]:
-    before, after = (run.scores[task].get("primary_metric") for run in (first, second))
-    change = None if before is None or after is None else after - before
-    yield f"## {task}: {format_score(before)} and {format_score(after)} ({format_score(change, signed=True)})"
-    paths = [run.folder / task / "answers.jsonl" for run in (first, second)]
-    left, right = (_flatten(read_manifest(path) or {}) for path in paths)
-    rows = [
-        [key, _shorten(left.get(key)), _shorten(right.get(key))]
-        for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key) and not key.startswith(SKIPPED)
-    ]
-    yield markdown_table(["setting", "first", "second"], rows) if rows else "Equal settings and versions."
-    yield _diff_answers(*paths)
+def explain_runs(first: Run, second: Run, ask: Ask | None = None) -> list[Explanation]:
+    """The gap of each task that both runs answered on the same split; p values are adjusted for their number."""
+    found = []
+    for task in TASKS:
+        scores = [run.scores.get(task) for run in (first, second)]
+        known = scores[0] or scores[1]
+        if known is None or not all((run.folder / task / "answers.jsonl").is_file() for run in (first, second)):
+            continue
+        withheld = {**known, "primary_metric": None, "scorer": None}  # answers are missing in this run
+        sides = [load_side(run.folder, score or withheld) for run, score in zip((first, second), scores)]
+        if sides[0].task.split != sides[1].task.split:
+            raise ConfigError(f"{task}: the splits {sides[0].task.split} and {sides[1].task.split} are not comparable.")
+        found.append(explain(sides[0], sides[1], ask))
+    adjusted = holm({each.name: each.comparison.p_value for each in found if each.comparison})
+    return [
+        dataclasses.replace(each, comparison=dataclasses.replace(each.comparison, p_adjusted=adjusted[each.name]))
+        if each.comparison else each
+        for each in found
+    ]  # fmt: skip
 
 
-def _diff_answers(first: Path, second: Path) -> str:
-    """The number of changed answers, and examples."""
-    before = {row_key(row): str(row["text"]) for row in read_complete_lines(first)}
-    after = {row_key(row): str(row["text"]) for row in read_complete_lines(second)}
-    common = [key for key in before if key in after]
-    changed = [key for key in common if before[key] != after[key]]
-    text = f"{len(changed)} of {len(common)} answers to the same questions differ."
-    if not changed:
-        return text
-    rows = [[_shorten(key[0]), _shorten(before[key]), _shorten(after[key])] for key in changed[:EXAMPLES]]
-    return f"{text}\n\n" + markdown_table(["question", "first", "second"], rows)
+def write_diff(args: argparse.Namespace, runs: Sequence[Run]) -> list[Path]:
+    """Print the explained gap and write its page."""
+    if len(runs) != 2:
+        raise ConfigError(f"--diff compares two runs, got {len(runs)}.")
+    ask = None
+    if args.ask:
+        from llava.eval.options import EvalArgs  # loads torch
+        from llava.eval.reporting.ask import ask_hybrids
 
-
-def _flatten(content: Record, prefix: str = "") -> dict[str, object]:
-    """A nested dictionary with its keys joined by periods."""
-    flat: dict[str, object] = {}
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
-
-
-def _shorten(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}…"
+        ask = partial(ask_hybrids, EvalArgs.from_cli_args(args), args.output_dir / "asked")
+    first, second = runs
+    explanations = explain_runs(first, second, ask)
+    print(diff_markdown(first, second, explanations))
+    path = args.output_dir / "diff.html"
+    write_text(path, diff_page(first, second, explanations, args.samples))
+    return [path]
 
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(ask="--ask" in words).parse_args(words)
     runs = [read_run(folder, args.published) for folder in args.runs]
-    if args.diff:
-        if len(runs) != 2:
-            raise ConfigError(f"--diff compares two runs, got {len(runs)}.")
-        print(diff_runs(*runs))
-        return 0
     if args.samples < 0:
         raise ConfigError(f"--samples must be at least 0, got {args.samples}.")
+    if args.ask and not args.diff:
+        raise ConfigError("--ask explains the gap between two runs; add --diff.")
+    if args.diff:
+        print("\n".join(map(str, write_diff(args, runs))), file=sys.stderr)
+        return 0
     names = [run.name for run in runs]
     runs = [
         run if names.count(run.name) == 1 else dataclasses.replace(run, name=f"{run.name} ({run.folder})")

@@ -113,6 +113,12 @@ def test_an_answer_without_text_withholds_the_score_and_thinking_is_kept_apart(
     rows = read_jsonl(tmp_path / "pope" / "answers.jsonl")
     assert len(rows) == count
     assert {(row["text"], row["metadata"]["thinking"]) for row in rows} == {("Yes", "no?")}
+    facts = [row["metadata"] for row in rows]
+    assert facts[0]["first_prompt"] == rows[0]["prompt"] and facts[0]["finish_reason"] == "stop"
+    assert (
+        len({row["prompt_hash"] for row in facts}) == 2
+        and len({*map(str, (row["image_hashes"] for row in facts))}) == 1
+    )
 
 
 def test_retries_are_only_for_what_may_pass(server: FakeServer) -> None:

@@ -104,14 +104,14 @@ def test_a_subset_of_the_published_questions_is_not_compared(runs: tuple[Path, P
     assert [line.verdict for line in compare(read_run(tmp_path))] == ["7 questions of 12578"]
 
 
-def test_two_runs_are_compared(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_are_compared(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def manifest(run: Path, **identity: Any) -> None:
         content = {"identity": {"chunk": [0, 1], **identity}, "environment": {"packages": {"torch": run.name}}}
         (run / "gqa" / "answers.jsonl.manifest.json").write_text(json.dumps(content))
 
     manifest(runs[0], dtype="float32", decoding={"temperature": 0})
     manifest(runs[1], dtype="bfloat16", decoding={"temperature": 0})
-    assert report.main(["--diff", *map(str, runs)]) == 0
+    assert report.main(["--diff", *map(str, runs), "--output-dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "## gqa: 60.0 and 60.5 (+0.5)" in text and "7 of 7 answers" in text
     assert "| identity.dtype " in text and "bfloat16" in text and "environment.packages.torch" in text

@@ -18,6 +18,7 @@ from llava.engine import Engine, Request, SamplingParams, load_engine
 from llava.engine.chat import render_question
 from llava.engine.sequence import HashedImage, hash_image
 from llava.errors import ConfigError, ImageError
+from llava.eval.run.answers import short_hash
 from llava.eval.run.images import prefetch
 from llava.eval.run.local_model import LocalModel
 from llava.eval.run.manifest import manifest_path
@@ -158,6 +159,30 @@ def test_the_manifest_records_the_settings(
     assert manifest["environment"]["packages"]["transformers"] == "4.36.2"
 
 
+def test_answers_record_their_inputs_and_how_they_ended(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    """Equal with and without workers; hashes follow the prompt and the pixels, and only those."""
+
+    def facts(name: str, **changes: Any) -> list[dict[str, Any]]:
+        run(engine, questions, tmp_path / name, dataclasses.replace(settings, **changes))
+        return [row["metadata"] for row in read_jsonl(tmp_path / name)]
+
+    first, again, other = facts("a"), facts("b", num_workers=0), facts("c", template="llava_v1")
+    assert first == again
+    prompt = render_question(get_template("v1"), questions[0].prompt, 1, engine.model.config)
+    assert [row.get("first_prompt") for row in first] == [prompt, *[None] * 20]
+    assert first[0]["prompt_hash"] == short_hash(prompt.encode()) and len({row["prompt_hash"] for row in first}) == 21
+    pixels = preprocess_image(
+        open_image(settings.image_folder / questions[0].images[0]), engine.image_processor, engine.image_aspect_ratio
+    )
+    assert first[0]["image_hashes"] == [hash_image(pixels).digest.hex()[:16]] and first[4]["image_hashes"] == []
+    assert first[0]["image_sizes"] == [[30, 20]] and first[0]["image_tokens"] < first[0]["prompt_tokens"]
+    assert first[4]["image_tokens"] == 0 and {row["finish_reason"] for row in first} <= {"stop", "length"}
+    for before, after in zip(first, other):
+        assert before["image_hashes"] == after["image_hashes"] and before["prompt_hash"] != after["prompt_hash"]
+
+
 def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1234")
@@ -272,9 +297,10 @@ def test_an_image_that_cannot_be_preprocessed_fails_only_its_question(settings: 
 
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """Image source that keeps weak references to its images."""
+    """Image source that keeps weak references to its images, and to their pixels once a test adds these."""
 
     opened: dict[str, weakref.ref[Image.Image]] = dataclasses.field(default_factory=dict)
+    pixels: dict[str, weakref.ref[torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def open(self, name: str) -> Image.Image:
         image = Image.new("RGB", (30, 30), (int(name), 0, 0))
@@ -285,7 +311,8 @@ class Tracked:
         raise NotImplementedError
 
     def alive(self) -> set[str]:
-        return {name for name, reference in self.opened.items() if reference() is not None}
+        references = [*self.opened.items(), *self.pixels.items()]
+        return {name for name, reference in references if reference() is not None}
 
 
 @pytest.mark.parametrize("follow_up", [None, " So:"])
@@ -300,7 +327,9 @@ def test_finished_questions_free_their_images(
     def tracking(request: Request) -> Any:
         handle = submit(request)
         assert isinstance(request.images[0], HashedImage)
-        handles[handle] = next(n for n, ref in source.opened.items() if ref() is request.images[0].content)
+        handles[handle] = max(source.opened, key=int)  # images are opened one by one
+        assert isinstance(request.images[0].content, torch.Tensor)
+        source.pixels[handles[handle]] = weakref.ref(request.images[0].content)
         submitted.append(handles[handle])
         return handle
 
@@ -309,7 +338,7 @@ def test_finished_questions_free_their_images(
     gc.disable()  # freed by their last reference, not at some later collection
     try:
         answered = set()
-        for position, _, error in LocalModel(engine).answer(questions, range(30), settings):
+        for position, _, error, *_ in LocalModel(engine).answer(questions, range(30), settings):
             assert error is None
             answered.add(str(position))
             latest = max(source.opened, key=int)

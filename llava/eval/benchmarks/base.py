@@ -54,6 +54,14 @@ def interval_lines(scores: Scores) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the rule of a benchmark reads in an answer, and whether that is counted as unread."""
+
+    label: str
+    is_unread: bool
+
+
+@dataclass(frozen=True)
 class RequiredFile:
     """A file or folder of a benchmark and its source."""
 
@@ -144,6 +152,10 @@ class Task(ABC):
         images = [RequiredFile(self.image_folder, layout.image_source)] if layout.images else []
         return [RequiredFile(self.question_path, layout.source), *labels, *images]
 
+    def label_files(self) -> tuple[Path, ...]:
+        """The files of questions and labels that are present."""
+        return tuple(file.path for file in self.required_files() if file.path.is_file())
+
     def questions(self, limit: int | None = None) -> Sequence[Question]:
         """The questions in official order, or `limit` evenly spaced ones.
 
@@ -219,6 +231,10 @@ class Task(ABC):
         """The published metric, None if only a server can compute it."""
         found = scores.get(self.metric)
         return None if found is None else float(found)
+
+    def readings(self, rows: Sequence[Row]) -> list[Reading]:
+        """The reading of each answer; by default its text, unread if empty."""
+        return [Reading(str(row["text"]).strip().rstrip(".").lower(), is_blank(row["text"])) for row in rows]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         """The reference answer to the question of each record, empty where it is unknown."""

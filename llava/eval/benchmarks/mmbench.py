@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread
+from llava.eval.benchmarks.base import Layout, Reading, Scores, Task, count_unread
 from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.benchmarks.xlsx import write_xlsx
@@ -241,6 +241,11 @@ class MMBench(Task):
     @classmethod
     def scored_units(cls, outcomes: Outcomes) -> Outcomes:
         return outcomes.by_unit()
+
+    def readings(self, rows: Sequence[Row]) -> list[Reading]:
+        by_index = {row["index"]: row for row in self.rows}
+        letters = [predicted_letter(by_index[str(row["question_id"])], {"round_id": 0, **row}) for row in rows]
+        return [Reading(letter or "", letter is None) for letter in letters]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         answers = {row["index"]: row.get("answer", "") for row in self.rows}

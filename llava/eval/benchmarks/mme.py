@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from llava.errors import ConfigError, DataError
-from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread
+from llava.eval.benchmarks.base import Layout, Reading, Scores, Task, count_unread
 from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, require_same
@@ -177,6 +177,10 @@ class Mme(Task):
             parts += [replace(of_images, name=f"{task}/acc+", value=ratio(1.0), bounds=(0.0, 1.0)), scores[task]]
         sums = [combine(group, [scores[f"tasks/{task}"] for task in members]) for group, members in GROUPS.items()]
         return [*sums, *parts]
+
+    def readings(self, rows: Sequence[Row]) -> list[Reading]:
+        labels = [parse(" ".join(row["text"].replace("\t", "\n").splitlines())) for row in rows]
+        return [Reading(label, label == "other") for label in labels]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         references = read_references(self.image_folder)

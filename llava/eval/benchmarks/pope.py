@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import COCO, Layout, Scores, Task, count_unread, is_blank
+from llava.eval.benchmarks.base import COCO, Layout, Reading, Scores, Task, count_unread, is_blank
 from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, by_key, read_rows, require_labels, require_same
@@ -181,6 +181,10 @@ class Pope(Task):
         counts["pooled"] = sum(others, first)
         parts = [(f"{name}/{rate}", counts[name], value) for name in counts for rate, value in rates.items()]
         return [*found, *(Metric(name, sums, value, (0.0, 1.0)) for name, sums, value in parts)]
+
+    def readings(self, rows: Sequence[Row]) -> list[Reading]:
+        texts = [row["text"] for row in rows]
+        return [Reading("" if is_blank(text) else parse(text), is_unread(text)) for text in texts]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         labels = read_labels(self.root / "coco")

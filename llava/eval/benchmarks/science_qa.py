@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import EVAL_ZIP, Layout, Scores, Task, count_unread
+from llava.eval.benchmarks.base import EVAL_ZIP, Layout, Reading, Scores, Task, count_unread
 from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.run.answers import read_results, read_texts
@@ -221,6 +221,11 @@ class ScienceQA(Task):
         answers = answers_by_problem(rows, problems, path)
         items = [Prediction(pid, problems[pid], row) for pid, row in answers.items()]
         return {**score_predictions(items), "outcomes": [item.outcome() for item in items]}
+
+    def readings(self, rows: Sequence[Row]) -> list[Reading]:
+        problems = read_problems(self.root, self.split)
+        items = [Prediction(row["question_id"], problems[row["question_id"]], row) for row in rows]
+        return [Reading("", True) if item.index < 0 else Reading(item.letter, False) for item in items]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         problems = read_problems(self.root, self.split)

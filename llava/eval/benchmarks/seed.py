@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import DataError
-from llava.eval.benchmarks.base import Layout, RequiredFile, Scores, Task, count_unread
+from llava.eval.benchmarks.base import Layout, Reading, RequiredFile, Scores, Task, count_unread
 from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.run.answers import read_results
@@ -112,6 +112,10 @@ class SeedBench(Task):
         return {
             **score_answers({**annotation, "questions": asked}, answers), "upload": str(target), "outcomes": outcomes
         }  # fmt: skip
+
+    def readings(self, rows: Sequence[Row]) -> list[Reading]:
+        texts = [row["text"] for row in rows]
+        return [Reading(text, False) if text in tuple("ABCD") else Reading("", True) for text in texts]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         questions = read_annotation(self.root / "SEED-Bench.json")["questions"]

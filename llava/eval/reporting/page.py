@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -17,12 +18,12 @@ from llava.eval.benchmarks.parsing import normalize
 from llava.eval.benchmarks.registry import make_task
 from llava.eval.reporting.data import HEADER, INSIDE, NOTES, OUTSIDE, Run, compare, model_zoo
 from llava.eval.run.files import Record, Row, read_rows
-from llava.eval.run.questions import Question, QuestionId, subsample
+from llava.eval.run.questions import QuestionId, subsample
 
 logger = logging.getLogger(__name__)
 
 THUMBNAIL: Final = 320  # pixels of the longer side
-TEXT_COLUMNS: Final = {"", "model", "tower", "LLM", "run", "task", "split", "verdict"}
+TEXT_COLUMNS: Final = {"", "model", "tower", "LLM", "run", "task", "split", "verdict", "setting", "first", "second"}
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,14 @@ def _references_and_images(score: Record, rows: Sequence[Record]) -> tuple[list[
     except (LlavaError, KeyError) as error:
         logger.warning("No images for %s: %s", score.get("task"), error)
         return [""] * len(rows), [""] * len(rows)
-    return references, [_thumbnail(task, questions.get(_key(row))) for row in rows]
+    names = [question.images if (question := questions.get(_key(row))) else () for row in rows]
+    return references, [thumbnail(task, each[0]) if each else "" for each in names]
 
 
-def _thumbnail(task: Task, question: Question | None) -> str:
-    if question is None or not question.images:
-        return ""
+def thumbnail(task: Task, name: str) -> str:
+    """A small JPEG of an image as a data URL, empty if it cannot be read."""
     try:
-        image = task.images.open(question.images[0])
+        image = task.images.open(name)
     except LlavaError as error:
         logger.warning("%s", error)
         return ""
@@ -96,30 +97,40 @@ def _thumbnail(task: Task, question: Question | None) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def render_page(runs: Sequence[Run], chart: bytes | None, samples: Mapping[str, Sequence[Sample]]) -> str:
-    """The page with the samples of each task; all texts are escaped."""
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page without requests to other files; all texts of `parts` are escaped."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{escape(title)}</title><style>{style}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def render_page(
+    runs: Sequence[Run], chart: bytes | None, samples: Mapping[str, Sequence[Sample]], panels: Sequence[str] = ()
+) -> str:
+    """The page with the samples of each task and the panels of the error analysis."""
     names = ", ".join(run.name for run in runs)
     parts = [f"<h1>Evaluation</h1><p>{escape(names)}</p>"]
     header, rows = model_zoo(runs)
     if any(run.by_column for run in runs):
-        parts.append(_table(header, rows, [row[0] for row in rows]))
+        parts.append(table(header, rows, [row[0] for row in rows]))
     if chart is not None:
         encoded = base64.b64encode(chart).decode()
         image = f'<img class="chart" alt="Scores" src="data:image/png;base64,{encoded}">'
         parts.append(f'<h2>Scores</h2><div class="wide">{image}</div>')
     compared = [row.cells() for run in runs for row in compare(run)]
     parts.append("<h2>Ours and published</h2>" + "".join(f"<p>{escape(note.replace('`', ''))}</p>" for note in NOTES))
-    parts.append(_table(HEADER, compared, [""] * len(compared)))
+    parts.append(table(HEADER, compared))
+    parts += panels
     for task, shown in samples.items():
         cards = "".join(map(_card, shown))
         parts.append(f'<h2>Answers: {escape(task)}</h2><div class="cards">{cards}</div>')
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>Evaluation: {escape(names)}</title><style>{style}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return document(f"Evaluation: {names}", parts)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+    """A table; `classes` are those of its rows."""
+
     def cell(tag: str, column: str, text: str) -> str:
         attribute = "" if column in TEXT_COLUMNS else ' class="number"'
         if text in (INSIDE, OUTSIDE):
@@ -129,7 +140,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequen
     head = "".join(cell("th", column, column) for column in header)
     body = "".join(
         f'<tr class="{escape(name)}">' + "".join(map(cell, ["td"] * len(row), header, row)) + "</tr>"
-        for name, row in zip(classes, rows)
+        for name, row in zip_longest(classes[: len(rows)], rows, fillvalue="")
     )
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 

@@ -1,7 +1,8 @@
 """Answers files: JSON Lines in question order, flushed after every answer and resumable after a crash.
 
 A failed question has an empty `text` and a reason in `metadata.error`. Scorers reject it; the next run retries it.
-`metadata.thinking` is what a server's model thought before its answer.
+`metadata.thinking` is what a server's model thought before its answer; other keys describe the inputs and the end of
+the answer (`input_facts`), so that `llava report --diff` can compare them.
 Scorers read `final_answer` of a text, which leaves out the model's thinking.
 """
 
@@ -11,7 +12,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +53,20 @@ def answer_row(model_id: str) -> MakeRow:
         }
 
     return make
+
+
+def input_facts(prompt: str, digests: Iterable[bytes], *, is_first: bool) -> Row:
+    """What an answer's `metadata` records about its inputs: hashes of the prompt and of the images.
+
+    The first question of a run also has the prompt itself.
+    """
+    facts = {"prompt_hash": short_hash(prompt.encode()), "image_hashes": [digest.hex()[:16] for digest in digests]}
+    return {**facts, "first_prompt": prompt} if is_first else facts
+
+
+def short_hash(content: bytes) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def row_error(row: Record) -> str | None:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # scoring programs import this module and must not load torch
 
     Loaded = Sequence[Image.Image | HashedImage] | LlavaError
     Preprocess = Callable[[Image.Image], torch.Tensor]
-    Packed = Sequence[Image.Image | tuple[bytes, np.ndarray]]  # images, or digests and pixels (3, S, S) float32
+    # images; or digests, pixels (3, S, S) float32, and widths and heights before preprocessing
+    Packed = Sequence[Image.Image | tuple[bytes, np.ndarray, tuple[int, int]]]
 
 _IMAGES_PER_WORKER = 8  # fewer images do not pay for another process
 _PREFETCH = 4  # questions per worker whose images are ready in advance
@@ -96,7 +97,8 @@ class _ImageDataset:
             images = [self.source.open(name) for name in self.names[index]]
             if self.preprocess is None:
                 return images
-            return [(hash_image(pixels).digest, pixels.numpy()) for pixels in map(self.preprocess, images)]
+            pixels = map(self.preprocess, images)
+            return [(hash_image(each).digest, each.numpy(), image.size) for each, image in zip(pixels, images)]
         except LlavaError as error:
             return error
 
@@ -107,14 +109,16 @@ def _unbatched(item: Packed | LlavaError) -> Packed | LlavaError:
 
 
 def _unpack(item: Packed | LlavaError) -> Loaded:
-    """Convert the arrays of a worker back to tensors; the digest comes with the pixels."""
+    """Convert the arrays of a worker back to tensors; digest and size come with the pixels."""
     import torch
 
     from llava.engine.sequence import HashedImage
 
     if isinstance(item, LlavaError):
         return item
-    return [HashedImage(each[0], torch.from_numpy(each[1])) if isinstance(each, tuple) else each for each in item]
+    return [
+        HashedImage(each[0], torch.from_numpy(each[1]), each[2]) if isinstance(each, tuple) else each for each in item
+    ]
 
 
 def prefetch(

@@ -6,14 +6,14 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from llava.errors import ConfigError, DataError
 from llava.eval.run.files import Row
 from llava.eval.run.questions import Question
 from llava.files import lock_file, write_text
-from llava.provenance import git_commit, installed_versions
+from llava.provenance import file_digest, git_commit, installed_versions
 
 
 def manifest_path(answers: Path) -> Path:
@@ -39,6 +39,19 @@ def environment() -> Row:
         "gpu": ", ".join(sorted(gpus)) or None,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
+    }
+
+
+def scorer_record(task: object, labels: Iterable[Path], answers: Path) -> Row:
+    """What determines a score: version and code of the scorer of `task`, and hashes of the labels and the answers."""
+    names = {each.__module__ for each in type(task).__mro__ if each.__module__.startswith("llava.")}
+    names |= {"llava.eval.benchmarks.parsing", "llava.eval.run.answers"}
+    code = b"".join(Path(str(sys.modules[name].__file__)).read_bytes() for name in sorted(names))
+    return {
+        "version": installed_versions(["llava"]).get("llava"),
+        "code": hashlib.sha256(code).hexdigest(),
+        "labels": {path.name: file_digest(path) for path in labels},
+        "answers": file_digest(answers),
     }
 
 

@@ -6,6 +6,7 @@ unchanged, others as PNG with the pixels of `open_image`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import requests
 
 from llava.errors import ConfigError, LlavaError, RequestError
+from llava.eval.run.answers import input_facts
 from llava.eval.run.questions import Question
 from llava.openai_protocol import ApiError, Dialect, Reply, read_error, read_reply
 
@@ -168,14 +170,20 @@ class RemoteModel:
     def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
         """Yield answers as replies arrive. Raises `RequestError` after `MAX_FAILURES` consecutive failures."""
         url_of = lru_cache(maxsize=64)(lambda name: data_url(settings.source.read(name)))
+        digest_of = lru_cache(maxsize=4096)(lambda name: hashlib.blake2b(url_of(name).encode(), digest_size=8).digest())
 
         def answer_one(position: int) -> Answer:
+            question = questions[position]
             try:
-                body = self.body(questions[position], url_of, settings)
+                body = self.body(question, url_of, settings)
+                digests = [digest_of(name) for name in question.images]
                 reply = complete(self.url, body, tries=self.tries, timeout=self.timeout)
             except LlavaError as error:
                 return position, "", str(error)
-            return position, reply.text.strip(), None, reply.thinking
+            facts = input_facts(question.text or question.prompt, digests, is_first=settings.is_first(position))
+            if reply.thinking:
+                facts["thinking"] = reply.thinking
+            return position, reply.text.strip(), None, {**facts, **reply.usage, "finish_reason": reply.finish_reason}
 
         failures = 0
         for answer in map_unordered(answer_one, order, self.batch_size):

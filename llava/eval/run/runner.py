@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,8 @@ from llava.provenance import file_digest
 
 WINDOW = 1024  # questions reordered at a time to bring questions about the same image together
 
-Answer = tuple[int, str, str | None] | tuple[int, str, str | None, str]  # position, text, error, thinking
+# position, text, error, and facts to record: inputs, thinking, why the answer ended
+Answer = tuple[int, str, str | None] | tuple[int, str, str | None, Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class RunSettings:
     @property
     def source(self) -> ImageSource:
         return self.images or ImageFolder(self.image_folder)
+
+    def is_first(self, position: int) -> bool:
+        """Whether a position of this chunk is the first question of the benchmark."""
+        return position == 0 and self.chunk[0] == 0
 
     def seed_for(self, question: Question) -> int | None:
         """Sampling seed of a question, independent of batch and shard; None for greedy decoding or without a seed."""
@@ -121,8 +126,8 @@ def run(
                 if error is not None:
                     failures.append((chunk[position].question_id, error))
                 row = make_row(chunk[position], text, error)
-                if len(answer) == 4 and answer[3]:
-                    row = {**row, "metadata": {**row["metadata"], "thinking": answer[3]}}
+                if len(answer) == 4:
+                    row = {**row, "metadata": {**row["metadata"], **answer[3]}}
                 writer.write(position, row)
                 bar.update()
         complete = True

@@ -1,0 +1,215 @@
+"""Explained gaps as Markdown and as a page: parts, prompts, settings, and the questions that changed sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Final
+
+from llava.eval.reporting.data import Run, format_score, markdown_table
+from llava.eval.reporting.diff import ASKABLE, PIXELS, Explanation, Part, byte_diff, first_prompts
+from llava.eval.reporting.page import document, table, thumbnail
+from llava.eval.reporting.sides import Side
+from llava.eval.run.answers import final_answer
+from llava.eval.run.files import Record
+
+HEADER: Final = ("part", "questions", "points", "gained", "lost", "unread", "how known")
+COLUMNS: Final = ("setting", "first", "second")
+SKIPPED: Final = ("asked", "seconds", "keys", "shards", "environment.command", "status")
+EXAMPLES: Final = 5
+
+
+def title(explanation: Explanation) -> str:
+    """Task, both recorded scores and their difference."""
+    before, after = explanation.first.metric, explanation.second.metric
+    change = None if before is None or after is None else after - before
+    scores = f"{format_score(before)} and {format_score(after)} ({format_score(change, signed=True)})"
+    return f"{explanation.first.task.name}: {scores}"
+
+
+def verdict(explanation: Explanation) -> str:
+    """Difference on the common questions with its interval, p values, and the smallest detectable difference."""
+    found = explanation.comparison
+    if found is None:
+        return f"The gap is not explained: {explanation.reason}."
+    change = found.difference
+    interval = "" if change is None else f" (95 % interval {change.low:+.2f} to {change.high:+.2f})"
+    text = (
+        f"On {found.questions:,} common questions: {found.second - found.first:+.2f}{interval}, p = {found.p_value:.2g}"
+    )
+    if found.p_adjusted != found.p_value:
+        text += f", {found.p_adjusted:.2g} after Holm's correction"
+    text += "" if found.mcnemar is None else f", McNemar's exact p = {found.mcnemar:.2g}"
+    text += "" if found.detectable is None else f"; smallest detectable difference {found.detectable:.2f}"
+    return f"{text}. {len(found.gained):,} gained, {len(found.lost):,} lost."
+
+
+def how_known(part: Part) -> str:
+    """Whether a part is measured, or the bounds of its causes."""
+    notes = [part.note] if part.note else []
+    if part.bounds is not None:
+        low, high = part.bounds
+        how = "not separable without asking again (--ask)" if ASKABLE.issuperset(part.causes) else "not separable"
+        notes.append(f"{how}; each alone {low:+.1f} to {high:+.1f}")
+    return "; ".join(notes) or "measured"
+
+
+def cells(part: Part) -> list[str]:
+    """The formatted values of `HEADER`."""
+    counts = [f"{part.gained:,}", f"{part.lost:,}", f"{part.unread[0]:,} → {part.unread[1]:,}"]
+    return [part.name, f"{part.questions:,}", f"{part.points:+.2f}", *counts, how_known(part)]
+
+
+def settings_rows(first: Side, second: Side) -> list[list[str]]:
+    """What differs between the manifests: setting, first, second."""
+    left, right = _flatten(first.manifest), _flatten(second.manifest)
+    return [
+        [key, shorten(left.get(key)), shorten(right.get(key))]
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key) and not key.startswith(SKIPPED)
+    ]
+
+
+def _flatten(content: Record, prefix: str = "") -> dict[str, object]:
+    """A nested dictionary with its keys joined by periods."""
+    flat: dict[str, object] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def shorten(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _prompt_lines(explanation: Explanation) -> list[str]:
+    """The byte differences of the first rendered prompts."""
+    prompts = first_prompts(explanation.first, explanation.second)
+    if prompts is None:
+        return []
+    return [f"byte {at}: {old.decode(errors='replace')!r} → {new.decode(errors='replace')!r}"
+            for at, old, new in byte_diff(*prompts)]  # fmt: skip
+
+
+def diff_markdown(first: Run, second: Run, explanations: Sequence[Explanation]) -> str:
+    """The report of all tasks, and the names of those of one run only."""
+    parts = [f"# {first.folder} and {second.folder}"]
+    for each in explanations:
+        parts += [f"## {title(each)}", verdict(each)]
+        if each.parts:
+            parts.append(markdown_table(HEADER, [cells(part) for part in each.parts]))
+        if lines := _prompt_lines(each):
+            parts.append("First prompt, what differs:\n\n" + "\n".join(f"    {line}" for line in lines))
+        rows = settings_rows(each.first, each.second)
+        parts.append(markdown_table(COLUMNS, rows) if rows else "Equal settings and versions.")
+        parts.append(_changed_answers(each))
+    for run, other in ((first, second), (second, first)):
+        only = [task for task in run.scores if task not in other.scores]
+        if only:
+            parts.append(f"Only in {run.folder}: {', '.join(only)}.")
+    return "\n\n".join(parts)
+
+
+def _changed_answers(explanation: Explanation) -> str:
+    """The number of changed answers, and examples: those that changed sides first."""
+    first, second = explanation.first.rows, explanation.second.rows
+    common = [key for key in first if key in second]
+    changed = [key for key in common if first[key]["text"] != second[key]["text"]]
+    text = f"{len(changed)} of {len(common)} answers to the same questions differ."
+    order = [*(key for key, _ in explanation.changed), *changed]
+    rows = [[shorten(key), shorten(first[key]["text"]), shorten(second[key]["text"])]
+            for key in list(dict.fromkeys(order))[:EXAMPLES]]  # fmt: skip
+    return f"{text}\n\n" + markdown_table(["question", "first", "second"], rows) if rows else text
+
+
+def diff_page(first: Run, second: Run, explanations: Sequence[Explanation], count: int) -> str:
+    """The page, with at most `count` lost and `count` gained questions of each task."""
+    parts = [f"<h1>Why they differ</h1><p>{escape(str(first.folder))} → {escape(str(second.folder))}</p>"]
+    for each in explanations:
+        content = f"<p>{escape(verdict(each))}</p>{_waterfall(each)}{_prompt_block(each)}"
+        if rows := settings_rows(each.first, each.second):
+            content += f"<details><summary>{len(rows)} settings differ</summary>{table(COLUMNS, rows)}</details>"
+        parts.append(f'<section><h2>{escape(title(each))}</h2><div class="panel">{content}</div></section>')
+        lost = [key for key, delta in each.changed if delta < 0]
+        gained = [key for key, delta in reversed(each.changed) if delta > 0]
+        for name, keys in (("Lost", lost), ("Gained", gained)):
+            if keys:
+                cards = "".join(_card(each, key) for key in keys[:count])
+                shown = "" if len(keys) <= count else f" ({count} shown)"
+                parts.append(f'<h3>{name}: {len(keys):,}{shown}</h3><div class="cards">{cards}</div>')
+    return document(f"{first.name} and {second.name}", parts)
+
+
+def _waterfall(explanation: Explanation) -> str:
+    """A bar for each part, from the score before it to the score after it."""
+    if not explanation.parts:
+        return ""
+    at = explanation.start
+    edges = [at]
+    for part in explanation.parts:
+        at += part.points
+        edges.append(at)
+    low, high = min(edges), max(edges)
+    margin = 0.08 * (high - low) or 1.0
+    low, width = low - margin, high - low + 2 * margin
+    rows = [_step("first run", "", edges[0], edges[0], low, width, format_score(edges[0]))]
+    for part, start, end in zip(explanation.parts, edges, edges[1:]):
+        rows.append(_step(part.name, _detail(part), start, end, low, width, f"{part.points:+.2f}"))
+    rows.append(_step("second run", "", edges[-1], edges[-1], low, width, format_score(edges[-1])))
+    return f'<div class="waterfall">{"".join(rows)}</div>'
+
+
+def _detail(part: Part) -> str:
+    sides = f", +{part.gained:,} −{part.lost:,}" if part.gained or part.lost else ""
+    unread = f", unread {part.unread[0]:,} → {part.unread[1]:,}" if any(part.unread) else ""
+    return f"{part.questions:,} questions{sides}{unread}; {how_known(part)}"
+
+
+def _step(name: str, detail: str, start: float, end: float, low: float, width: float, text: str) -> str:
+    kind = "total" if not detail else "up" if end >= start else "down"
+    left, size = 100 * (min(start, end) - low) / width, 100 * abs(end - start) / width
+    bar = f'<i class="{kind}" style="left:{left:.2f}%;width:{size:.2f}%"></i>'
+    return (
+        f'<div class="step"><div><b>{escape(name)}</b><small>{escape(detail)}</small></div>'
+        f'<div class="track">{bar}</div><em class="{kind}">{escape(text)}</em></div>'
+    )
+
+
+def _prompt_block(explanation: Explanation) -> str:
+    """The first prompt with removed and added bytes marked."""
+    prompts = first_prompts(explanation.first, explanation.second)
+    if prompts is None or prompts[0] == prompts[1]:
+        return ""
+    content, text, at = "", prompts[0].encode(), 0
+    for start, old, new in byte_diff(*prompts, limit=100):
+        content += escape(text[at:start].decode(errors="replace"))
+        for tag, piece in (("del", old), ("ins", new)):
+            content += f"<{tag}>{escape(piece.decode(errors='replace'))}</{tag}>" if piece else ""
+        at = start + len(old)
+    content += escape(text[at:].decode(errors="replace"))
+    return f'<figure><figcaption>First rendered prompt</figcaption><pre class="prompt">{content}</pre></figure>'
+
+
+def _card(explanation: Explanation, key: str) -> str:
+    first, second = explanation.first, explanation.second
+    row = first.rows[key]
+    sides = (first, second) if PIXELS in explanation.classes[key] else (first,)
+    names = [(side.task, side.images.get(key, "")) for side in sides]
+    sources = [thumbnail(task, name) for task, name in names if name]
+    frame = "".join(f'<img alt="" src="{escape(source)}">' for source in sources if source) or "no image"
+    scores = {True: "same", False: "differs"}
+    pairs = ""
+    for name, side in (("first", first), ("second", second)):
+        value = side.score_of(key)
+        style = scores[value >= 1] if value in (0, 1) else ""
+        pairs += f'<dt>{name}</dt><dd class="{style}">{escape(final_answer(side.rows[key]["text"])) or "(empty)"}</dd>'
+    if reference := first.references.get(key):
+        pairs += f"<dt>reference</dt><dd>{escape(reference)}</dd>"
+    causes = ", ".join(explanation.classes[key])
+    prompt = escape(str(row["prompt"]).removeprefix("<image>\n"))
+    return (
+        f'<div class="card"><div class="frame">{frame}</div><div class="words"><small>{escape(causes)}</small>'
+        f"<pre>{prompt}</pre><dl>{pairs}</dl></div></div>"
+    )
