@@ -116,9 +116,10 @@ def similarity(first: Image.Image, second: Image.Image) -> float:
                 starts.append((min(bits), fixed, view, _crop(box, int(np.argmin(bits)))))
     best = 0.0
     for _, fixed, view, crop in sorted(starts)[:_STARTS]:
-        target, other = planes[fixed].resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX, view), planes[1 - fixed]
-        box = _aligned(target.getchannel(0), other.getchannel(0), crop)
-        pixels, aligned = _pixels(target), _pixels(other, box)
+        target = planes[fixed].resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX, view)
+        image = planes[1 - fixed]
+        box = _aligned(target.getchannel(0), image.getchannel(0), crop)
+        pixels, aligned = _pixels(target), _pixels(image, box)
         luminance, color = correlation(pixels[..., 0], aligned[..., 0]), _color_agreement(pixels, aligned)
         best = max(best, luminance if color > _SAME_COLOR else min(luminance, color))
     return best

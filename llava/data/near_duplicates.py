@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import chain, combinations, repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,10 @@ from llava.images import open_image
 from llava.parent_process import VARIABLE, exit_with_parent
 
 Source = Path | bytes  # an image file, or its content
-Key = tuple[str, int, int]  # of an image in the cache
-C, T, R = TypeVar("C"), TypeVar("T"), TypeVar("R")
+Key = tuple[bytes, int, int]  # of an image in the cache
+C = TypeVar("C")
+T = TypeVar("T")
+R = TypeVar("R")
 Ints = npt.NDArray[np.int64]
 
 BLOCK: Final = 4096  # images matched at a time
@@ -47,7 +49,8 @@ _POPCOUNT: Final = np.array([value.bit_count() for value in range(2**16)], np.ui
 _MAX_PAIRS: Final = 2**21  # hash pairs held at a time
 
 
-class Images(NamedTuple):
+@dataclass(frozen=True)
+class Images:
     """Numbered images; `load` gives one by its number."""
 
     count: int
@@ -58,38 +61,46 @@ class HashCache:
     """Hashes of image files on disk, by path, size and modification time; those of image contents by SHA-256."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        self.path = path
+        with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60)
             if self._db.execute("PRAGMA user_version").fetchone()[0] != VERSION:
                 self._db.executescript(f"DROP TABLE IF EXISTS hashes; PRAGMA user_version = {VERSION}")
-            self._db.execute("CREATE TABLE IF NOT EXISTS hashes (name TEXT PRIMARY KEY, size, mtime, hashes BLOB)")
+            self._db.execute("CREATE TABLE IF NOT EXISTS hashes (name BLOB PRIMARY KEY, size, mtime, hashes BLOB)")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except (sqlite3.Error, OSError) as error:
-            raise ConfigError(f"Cannot use the cache {path}: {error}; remove it, or choose another one.") from error
+            raise ConfigError(f"Cannot use the cache {self.path}: {error}; remove it or choose another one.") from error
 
     @staticmethod
     def key(source: Source) -> Key:
+        """Key of an image; the name of a missing file is empty."""
         if isinstance(source, bytes):
-            return f"sha256:{hashlib.sha256(source).hexdigest()}", len(source), 0
+            return hashlib.sha256(source).digest(), len(source), 0
         try:
             status = source.stat()
         except (OSError, ValueError):
-            return "", 0, 0
-        return os.path.abspath(source), status.st_size, status.st_mtime_ns  # noqa: PTH100  # resolve() is slow
+            return b"", 0, 0
+        return os.fsencode(os.path.abspath(source)), status.st_size, status.st_mtime_ns  # noqa: PTH100  # resolve() is slow
 
     def get(self, key: Key) -> bytes | None:
-        row = self._db.execute("SELECT hashes FROM hashes WHERE name = ? AND size = ? AND mtime = ?", key).fetchone()
+        query = "SELECT hashes FROM hashes WHERE name = ? AND size = ? AND mtime = ?"
+        with self._errors():
+            row = self._db.execute(query, key).fetchone() if key[0] else None
         return None if row is None else bytes(row[0])
 
     def put(self, rows: Sequence[tuple[Key, bytes]]) -> None:
-        with self._db:
+        with self._errors(), self._db:
             self._db.executemany("REPLACE INTO hashes VALUES (?, ?, ?, ?)", [(*key, value) for key, value in rows])
 
 
 def _start_worker(parent: int) -> None:
     os.environ[VARIABLE] = str(parent)
     exit_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends its workers
 
 
 @contextmanager
@@ -98,6 +109,10 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     pool: Executor = ThreadPoolExecutor(1)
     if workers:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: at Ctrl-C this process ends the workers
+        for _ in range(workers):
+            pool.submit(int)  # starts a process
+        signal.signal(signal.SIGINT, handler)
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -153,7 +168,7 @@ def hash_images(images: Images, cache: HashCache, pool: Executor) -> Iterator[Ha
                     known.append((key, cache.get(key)))
                     missing += [source] if known[-1][1] is None else []
                 except DataError as error:
-                    known.append((("", 0, 0), str(error.args[0])))
+                    known.append(((b"", 0, 0), str(error.args[0])))
             yield known, missing
 
     for known, made in _in_order(pool, _hash_batch, jobs()):
@@ -282,7 +297,9 @@ def find_near_duplicates(
                 raise DataError(f"None of the first {index + 1} images can be read: {result}")
             candidates, skipped = against.candidates(block)
             found.skipped += skipped
-            _verify(found, candidates[:, :2] + [index + 1 - len(block), 0], training, benchmark, pool, threshold)
+            _verify(
+                found, candidates[:, :2] + np.array([index + 1 - len(block), 0]), training, benchmark, pool, threshold
+            )
             block = []
     return found
 

@@ -23,7 +23,7 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -56,7 +56,6 @@ from llava.utils import guarded
 THRESHOLD: Final = 0.9
 RARE_WORDS, RARE_RECORDS, RARE_IMAGES = 10, 3, 3
 SMALL: Final = 300  # images that do not pay for worker processes
-Near = Mapping[int, set[tuple[int, int]]]  # (benchmark, its image) of the near-duplicates of training images
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
 
 
 def test_hashes_of_another_version_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = ("a", 1, 2)
+    key = (b"a", 1, 2)
     HashCache(tmp_path / "cache").put([(key, b"x")])
     assert HashCache(tmp_path / "cache").get(key) == b"x"
     monkeypatch.setattr(near_duplicates, "VERSION", near_duplicates.VERSION + 1)

@@ -24,6 +24,7 @@ from llava.images import expand2square
 from tests.data.test_dataset import record
 from tests.eval import benchdata
 from tests.eval.conftest import write_jsonl
+from tests.serve.stubs import until
 
 RARE = "Which of the three sailors on the small wooden boat wears the striped shirt?"
 ASK = f"\n{SHORT_SUFFIX}"
@@ -61,6 +62,14 @@ def root(tmp_path: Path, scenes: list[Image.Image], monkeypatch: pytest.MonkeyPa
     rows = [{"question_id": index, "text": text + ASK, "image": image} for index, (text, image) in enumerate(questions)]
     write_jsonl(tmp_path / "questions.jsonl", rows)
     return tmp_path
+
+
+def is_running(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def run(root: Path, *argv: str) -> int:
@@ -195,18 +204,14 @@ def test_worker_processes_and_an_interrupt(root: Path, scenes: list[Image.Image]
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stderr is not None
-    while "image/s" not in process.stderr.read(20):
-        pass
+    seen = ""
+    while "image/s" not in seen and (char := process.stderr.read(1)):
+        seen += char
     os.killpg(process.pid, signal.SIGINT)
     output, error = process.communicate(timeout=60)
-    assert (
-        process.returncode == 130
-        and output == ""
-        and "the same command continues" in error
-        and "Traceback" not in error
-    )
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert (process.returncode, output) == (130, "")
+    assert "the same command continues" in error and "Traceback" not in error
+    assert until(lambda: not is_running(process.pid))
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1, done.stderr
     assert [Path(pair["training_image"]).name for pair in json.loads(done.stdout)["image_pairs"]] == ["0.jpg"]

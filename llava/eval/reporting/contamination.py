@@ -27,15 +27,16 @@ STYLE: Final = """
 .cards.pairs { grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1px; background: var(--line); }
 .pair figure { margin: 0; background: var(--frame); min-width: 0; }
-.pair figcaption { font-size: 12px; color: var(--soft); padding: 6px 10px; background: var(--page); }
+.pair figcaption { font-size: 12px; color: var(--soft); padding: 6px 12px; background: var(--page); overflow: hidden;
+                   white-space: nowrap; text-overflow: ellipsis; }
 .card .pair .frame img { min-height: 0; height: 200px; width: 100%; }
 .pair p { margin: 0; padding: 10px 12px; color: var(--ink); font-size: 14px; overflow-wrap: anywhere;
           max-height: 12em; overflow-y: auto; white-space: pre-wrap; }
 .score { display: flex; align-items: center; gap: 10px; margin: 0 0 10px; font-variant-numeric: tabular-nums; }
 .score b { font-size: 17px; } .score progress { flex: 1; height: 6px; min-width: 0; accent-color: var(--off); }
 .tag { font-size: 12px; border: 1px solid var(--line); border-radius: 10px; padding: 1px 9px; color: var(--soft); }
-mark { background: none; color: var(--off); font-weight: 600; }
-ul { margin: 0 0 12px; padding-left: 20px; font-size: 14px; overflow-wrap: anywhere; }
+.pair s { color: var(--soft); text-decoration: none; }
+li { margin: 0 0 6px 20px; font-size: 14px; overflow-wrap: anywhere; }
 """
 
 
@@ -203,7 +204,8 @@ def render_page(report: Report, limit: int, thumbnails: Callable[[ImagePair], tu
     ]
     if notes := report.notes():
         parts.append(
-            "<h2>Not compared</h2><ul>" + "".join(f"<li>{escape(note.strip())}</li>" for note in notes) + "</ul>"
+            "<h2>Not compared</h2>"
+            + "".join(f"<{(tag := 'li' if note[0] == ' ' else 'p')}>{escape(note.strip())}</{tag}>" for note in notes)
         )
     cards = "".join(_image_card(pair, *thumbnails(pair)) for pair in report.image_pairs[:limit])
     parts.append(_section("Images", len(report.image_pairs), limit, "most similar first", cards))
@@ -223,36 +225,46 @@ def _section(title: str, count: int, limit: int, order: str, cards: str) -> str:
 
 
 def _image_card(pair: ImagePair, training: str, benchmark: str) -> str:
-    figures = "".join(
-        f'<figure><figcaption>{name}</figcaption><div class="frame"><img alt="{name}" src="{url}"></div></figure>'
-        for name, url in (("training", training), (escape(pair.benchmark), benchmark))
-    )
+    frames = [f'<div class="frame"><img alt="" src="{url}"></div>' for url in (training, benchmark)]
     words = {
-        "training": pair.training_image,
-        "records": ", ".join(pair.records),
-        "benchmark": pair.benchmark_image,
-        "questions": ", ".join(pair.questions),
+        "training": [pair.training_image],
+        "records": pair.records,
+        "benchmark": [pair.benchmark_image],
+        "questions": pair.questions,
     }
-    return f'<div class="card"><div class="pair">{figures}</div>{_words(pair.similarity, "similarity", words)}</div>'
+    return _card(pair.benchmark, frames, pair.similarity, "similarity", words)
 
 
 def _question_card(pair: QuestionPair) -> str:
-    texts = {"training": _marked(pair.text, pair.question), escape(pair.benchmark): _marked(pair.question, pair.text)}
-    figures = "".join(f"<figure><figcaption>{name}</figcaption><p>{text}</p></figure>" for name, text in texts.items())
-    words = {"record": pair.record, "question": pair.question_id}
-    return f'<div class="card"><div class="pair">{figures}</div>{_words(pair.contained, pair.reason, words)}</div>'
+    texts = [f"<p>{_compared(*pair)}</p>" for pair in ((pair.text, pair.question), (pair.question, pair.text))]
+    return _card(
+        pair.benchmark, texts, pair.contained, pair.reason, {"record": [pair.record], "question": [pair.question_id]}
+    )
 
 
-def _words(value: float, label: str, rows: Mapping[str, str]) -> str:
-    pairs = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows.items() if text)
+def _card(benchmark: str, sides: Sequence[str], value: float, label: str, rows: Mapping[str, Sequence[str]]) -> str:
+    """Training and benchmark side by side, above a score and `rows` of paths and ids, shortened to two parts."""
+    figures = "".join(
+        f"<figure><figcaption>{name}</figcaption>{side}</figure>"
+        for name, side in zip(("training", escape(_short(benchmark))), sides)
+    )
+    pairs = "".join(
+        f'<dt>{name}</dt><dd title="{escape(", ".join(texts))}">{escape(", ".join(map(_short, texts)))}</dd>'
+        for name, texts in rows.items()
+        if texts
+    )
     score = f'<b>{value:.1%}</b><progress value="{value:.3f}"></progress><span class="tag">{label}</span>'
-    return f'<div class="words"><div class="score">{score}</div><dl>{pairs}</dl></div>'
+    words = f'<div class="words"><div class="score">{score}</div><dl>{pairs}</dl></div>'
+    return f'<div class="card"><div class="pair">{figures}</div>{words}</div>'
 
 
-def _marked(text: str, other: str) -> str:
-    """Escaped text with the words of `other` marked."""
+def _short(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
+
+
+def _compared(text: str, other: str) -> str:
+    """Escaped text in which the words that `other` does not have are faint."""
     shared = set(words_of(other))
     return " ".join(
-        f"<mark>{escape(word)}</mark>" if (found := words_of(word)) and shared.issuperset(found) else escape(word)
-        for word in text.split()
+        escape(word) if shared.issuperset(words_of(word)) else f"<s>{escape(word)}</s>" for word in text.split()
     )
