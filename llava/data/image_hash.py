@@ -28,6 +28,7 @@ _MIN_CONTRAST: Final = 2.0  # standard deviation of gray levels below which ther
 _BORDER_MEAN, _BORDER_MAX = 3.0, 40.0  # deviation from one color, in gray levels, of a line of a border
 _THUMBNAIL: Final = 32  # pixels of the luminance and color that are compared
 _STARTS: Final = 4  # alignments that are tried
+_REDUCE: Final = 2  # of the resolution while edges move
 _STEPS: Final = ((16, (0.03, 0.015)), (_THUMBNAIL, (0.01, 0.005)))  # resolutions, and moves of an edge at each
 _HOPELESS: Final = 0.5  # correlation of luminance before alignment below which images differ
 _SAME_COLOR: Final = 0.7  # agreement of color above which only luminance counts; JPEG keeps little of pale colors
@@ -105,13 +106,14 @@ def similarity(first: Image.Image, second: Image.Image) -> float:
 
     Aligned are views of one image and crops of the other whose hashes are close, by moving the edges of the crop.
     """
-    small = [image.resize(_within(image.size), Image.Resampling.BOX) for image in (first, second)]
-    views = [hashed_views(image) for image in small]
-    planes = [image.convert("YCbCr") for image in small]
+    views = [hashed_views(image) for image in (first, second)]
+    planes = [image.convert("YCbCr") for image in (first, second)]
     starts = []
     for fixed, other in ((0, 1), (1, 0)):
-        for view, hashes in views[fixed]:
-            for box, crops in views[other]:
+        for first_number, (view, hashes) in enumerate(views[fixed]):
+            for number, (box, crops) in enumerate(views[other]):
+                if first_number == number == 0 and len(views[0]) == len(views[1]) == 2:
+                    continue  # both have borders, whose contrast to the content would outweigh what is different
                 bits = [int(each).bit_count() for each in crops ^ hashes[0]]
                 starts.append((min(bits), fixed, view, _crop(box, int(np.argmin(bits)))))
     best = 0.0
@@ -123,12 +125,6 @@ def similarity(first: Image.Image, second: Image.Image) -> float:
         luminance, color = correlation(pixels[..., 0], aligned[..., 0]), _color_agreement(pixels, aligned)
         best = max(best, luminance if color > _SAME_COLOR else min(luminance, color))
     return best
-
-
-def _within(size: tuple[int, int]) -> tuple[int, int]:
-    """The size, or the largest of its shape whose shorter side is `DECODED_SIDE`."""
-    scale = min(1.0, DECODED_SIDE / min(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _crop(box: Box, index: int) -> Box:
@@ -149,6 +145,8 @@ def _aligned(target: Image.Image, image: Image.Image, box: Box) -> Box:
 
     Low resolutions come first, at which less precise boxes correlate.
     """
+    whole, image = image.size * 2, image.reduce(_REDUCE)
+    box = _scaled(box, whole, image.size * 2)
     size = image.size * 2
     for side, steps in _STEPS:
         reference = _pixels(target, None, side)
@@ -159,7 +157,12 @@ def _aligned(target: Image.Image, image: Image.Image, box: Box) -> Box:
             moved = (edges[0], edges[1], edges[2], edges[3])
             if (value := correlation(reference, _pixels(image, moved, side))) > best:
                 box, best = moved, value
-    return box
+    return _scaled(box, size, whole)
+
+
+def _scaled(box: Box, size: tuple[int, ...], other: tuple[int, ...]) -> Box:
+    left, top, right, bottom = (min(edge * new / old, new) for edge, old, new in zip(box, size, other))
+    return left, top, right, bottom
 
 
 def correlation(first: Floats, second: Floats) -> float:

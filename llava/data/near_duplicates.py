@@ -41,9 +41,9 @@ Ints = npt.NDArray[np.int64]
 BLOCK: Final = 4096  # images matched at a time
 BATCH: Final = 32  # images or pairs of a job
 AHEAD: Final = 4 * (os.cpu_count() or 1)  # jobs that wait for the first one
-RADIUS: Final = 11  # bits in which hashes of copies differ at most; all such pairs are found
+RADIUS: Final = 9  # bits in which hashes of copies differ at most; all such pairs are found
 MAX_CANDIDATES: Final = 16  # benchmark images that an image is compared with
-_CHUNKS: Final = 4  # of 16 bits: if 64 bits differ in at most 11, one of the chunks differs in at most 2
+_CHUNKS: Final = 4  # of 16 bits: if at most 11 of 64 bits differ, at most 2 differ in one of the chunks
 _MASKS: Final = (0, *(1 << a for a in range(16)), *(1 << a | 1 << b for a, b in combinations(range(16), 2)))
 _POPCOUNT: Final = np.array([value.bit_count() for value in range(2**16)], np.uint8)
 _MAX_PAIRS: Final = 2**21  # hash pairs held at a time
@@ -134,7 +134,8 @@ def _hash_batch(sources: Sequence[Source]) -> list[bytes | str]:
 
 @functools.lru_cache(maxsize=64)
 def _opened(source: Source) -> Image.Image:
-    return open_image(source, min_side=2 * DECODED_SIDE)
+    image = open_image(source, min_side=2 * DECODED_SIDE)
+    return image.reduce(max(1, min(image.size) // (2 * DECODED_SIDE)))
 
 
 def _compare_batch(pairs: Sequence[tuple[Source, Source]]) -> list[float]:

@@ -53,7 +53,7 @@ from llava.files import write_text
 from llava.images import open_image
 from llava.utils import guarded
 
-THRESHOLD: Final = 0.9
+THRESHOLD: Final = 0.92
 RARE_WORDS, RARE_RECORDS, RARE_IMAGES = 10, 3, 3
 SMALL: Final = 300  # images that do not pay for worker processes
 

@@ -73,9 +73,11 @@ def _find_task(path: Path) -> tuple[str, Path, str] | None:
     """Task, root and split of a task's folder or question file."""
     for name, task in TASKS.items():
         for split, layout in task.layouts.items():
-            root = path if path.is_dir() else path.absolute().parents[layout.questions.count("/")]
+            parents = path.absolute().parents
+            root = path if path.is_dir() else parents[min(layout.questions.count("/"), len(parents) - 1)]
             is_task = (root / layout.questions).is_file() and (path.is_dir() or path.samefile(root / layout.questions))
-            if is_task and (root.name == task.folder or (layout.images and (root / layout.images).is_dir())):
+            named = root.name == getattr(task, "folder", None)  # easy-VQA, a package, has none
+            if is_task and (named or (layout.images and (root / layout.images).is_dir())):
                 return name, root, split
     return None
 
