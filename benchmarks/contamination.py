@@ -285,7 +285,14 @@ def figures(root: Path, report: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def main() -> int:
-    given = {"images": 20_000, "copied": 1000, "seed": 0, "workers": os.cpu_count() or 1, "photos": "", "keep": ""}
+    given: dict[str, Any] = {
+        "images": 20_000,
+        "copied": 1000,
+        "seed": 0,
+        "workers": os.cpu_count() or 1,
+        "photos": "",
+        "keep": "",
+    }
     given |= json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     images, workers = given["images"], given["workers"]
     site = Path(Image.__file__).parents[1]

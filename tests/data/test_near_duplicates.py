@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from PIL import Image
 
 from benchmarks.contamination import KINDS, chart, cropped, landscape, leaves
 from llava.data import near_duplicates
-from llava.data.image_hash import CROPS, content_box, hash_image, similarity
+from llava.data.image_hash import CROPS, VERSION, content_box, hash_image, similarity
 from llava.data.near_duplicates import RADIUS, HashCache, HashIndex, Images, Source, find_near_duplicates, hash_images
 from llava.errors import ConfigError, DataError
 from llava.images import expand2square, open_image
 
 GRAY = (122, 116, 104)
+Scene = Callable[[np.random.Generator], Image.Image]
 
 
 @pytest.fixture
@@ -25,8 +27,21 @@ def pool() -> Executor:
     return ThreadPoolExecutor(1)
 
 
-def images_of(sources: list[Source]) -> Images:
+def images_of(sources: Sequence[Source]) -> Images:
     return Images(len(sources), sources.__getitem__)
+
+
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that receives the size of each batch that is hashed."""
+    made: list[int] = []
+    original = near_duplicates._hash_batch
+
+    def counted(batch: Sequence[Source]) -> list[bytes | str]:
+        made.append(len(batch))
+        return original(batch)
+
+    monkeypatch.setattr(near_duplicates, "_hash_batch", counted)
+    return made
 
 
 def noise(rng: np.random.Generator, side: int = 32) -> Image.Image:
@@ -41,12 +56,12 @@ def png(image: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize("scene", [leaves, landscape, chart])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_is_similar_and_another_image_is_not(scene: object, kind: str) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "combined"])
+def test_a_copy_is_similar_and_another_image_is_not(scene: Scene, kind: str) -> None:
     rng = np.random.default_rng(3)
-    image, other = scene(rng), scene(rng)  # type: ignore[operator]
+    image, other = scene(rng), scene(rng)
     copy = KINDS[kind](image, rng)
-    assert similarity(image, copy) > 0.9 and similarity(copy, image) > 0.9
+    assert similarity(image, copy) > 0.93 and similarity(copy, image) > 0.93
     assert similarity(image, other) < 0.8 and similarity(copy, other) < 0.8
 
 
@@ -104,9 +119,7 @@ def test_the_index_finds_exactly_the_pairs_within_the_radius(monkeypatch: pytest
 def test_hashes_are_read_from_the_cache_until_the_file_changes(
     tmp_path: Path, pool: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[int] = []
-    original = near_duplicates._hash_batch
-    monkeypatch.setattr(near_duplicates, "_hash_batch", lambda batch: made.append(len(batch)) or original(batch))
+    made = hashed(monkeypatch)
     rng = np.random.default_rng(0)
     sources: list[Source] = [tmp_path / f"{index}.png" for index in range(40)]
     for source in sources[:-1]:
@@ -138,9 +151,7 @@ def test_an_interrupted_check_keeps_what_was_hashed(
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    made: list[int] = []
-    original = near_duplicates._hash_batch
-    monkeypatch.setattr(near_duplicates, "_hash_batch", lambda batch: made.append(len(batch)) or original(batch))
+    made = hashed(monkeypatch)
     assert len(list(hash_images(images_of(sources), HashCache(tmp_path / "cache"), pool))) == 100
     assert 4 <= sum(made) < 40
 
@@ -155,7 +166,7 @@ def test_hashes_of_another_version_are_dropped(tmp_path: Path, monkeypatch: pyte
     key = (b"a", 1, 2)
     HashCache(tmp_path / "cache").put([(key, b"x")])
     assert HashCache(tmp_path / "cache").get(key) == b"x"
-    monkeypatch.setattr(near_duplicates, "VERSION", near_duplicates.VERSION + 1)
+    monkeypatch.setattr(near_duplicates, "VERSION", VERSION + 1)
     assert HashCache(tmp_path / "cache").get(key) is None
 
 

@@ -155,10 +155,10 @@ def summary(report: Report) -> str:
         f"({rate:,.0f} images/s)."
     ]
     for each in report.benchmarks:
-        _, images, found, share, _, questions, same, rare, common = each.cells()
-        text = f"{each.name}: {found} of {images} images have near-duplicates ({share})"
+        _, total, found, share, _, asked, same, rare, common = each.cells()
+        text = f"{each.name}: {found} of {total} images have near-duplicates ({share})"
         if each.questions:
-            text += f"; of {questions} questions, {same} occur with their image and {rare} have rare text that occurs"
+            text += f"; of {asked} questions, {same} occur with their image and {rare} have rare text that occurs"
             text += f" ({common} more share common text and are not reported)"
         lines.append(f"{text}.")
     images = [
