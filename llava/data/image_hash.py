@@ -31,7 +31,7 @@ _STARTS: Final = 4  # alignments that are tried
 _REDUCE: Final = 2  # of the resolution while edges move
 _STEPS: Final = ((16, (0.03, 0.015)), (_THUMBNAIL, (0.01, 0.005)))  # resolutions, and moves of an edge at each
 _HOPELESS: Final = 0.5  # correlation of luminance before alignment below which images differ
-_SAME_COLOR: Final = 0.7  # agreement of color above which only luminance counts; JPEG keeps little of pale colors
+_SAME_COLOR: Final = 0.8  # agreement of color above which only luminance counts; JPEG keeps little of pale colors
 _GRAY: Final = 6.0  # deviation of color from gray that counts as gray
 _MIN_CONTENT: Final = 0.3  # of the width and height, which a border must leave
 

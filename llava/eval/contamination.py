@@ -237,7 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the same command continues with the images that are not hashed yet.", file=sys.stderr)
         raise
-    print(json.dumps(report.to_json(), indent=1) if args.json else summary(report))
     if args.html:
 
         def thumbnails(pair: ImagePair) -> tuple[str, str]:
@@ -246,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return data_url(open_image(sources[0])), data_url(open_image(sources[1]))
 
         write_text(args.html, render_page(report, args.max_pairs, thumbnails))
+    print(json.dumps(report.to_json(), indent=1) if args.json else summary(report))
     return report.status
 
 

@@ -144,14 +144,15 @@ def test_several_benchmarks_and_another_annotation_file(root: Path, capsys: pyte
 @pytest.mark.parametrize("name", ["pope", "mmbench", "science_qa"])
 def test_a_task_is_read_by_name_folder_and_question_file(name: str, tmp_path: Path) -> None:
     """Labels are not needed."""
-    folder = tmp_path / {"science_qa": "scienceqa"}.get(name, name)
+    place, _, make = benchdata.BENCHMARKS[name]
+    folder = tmp_path / place
     folder.mkdir()
-    getattr(benchdata, f"make_{name}")(folder)
+    make(folder)
     for label in ("coco", "problems.json", "pid_splits.json"):
         if (folder / label).is_dir():
             (folder / label).rename(tmp_path / "elsewhere")
         (folder / label).unlink(missing_ok=True)
-    question_file = next(file for file in folder.iterdir() if file.is_file())
+    question_file = min(file for file in folder.iterdir() if file.is_file())
     found = [read_benchmark(word, None, tmp_path) for word in (name, str(folder), str(question_file))]
     assert len({(len(each.images), tuple(asked.text for asked in each.questions)) for each in found}) == 1
     assert found[0].questions and found[0].images
