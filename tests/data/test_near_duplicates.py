@@ -190,3 +190,16 @@ def test_a_wrong_folder_is_an_error_and_not_a_clean_result(tmp_path: Path, pool:
     missing: list[Source] = [tmp_path / f"{index}.jpg" for index in range(101)]
     with pytest.raises(DataError, match="None of the first 101 images can be read: .*no such file"):
         find_near_duplicates(images_of(missing), images_of([]), HashCache(tmp_path / "cache"), pool, 0.9)
+
+
+def test_bordered_images_are_compared_by_their_content() -> None:
+    """A black border around white pages outweighs all that is written on them."""
+    rng = np.random.default_rng(0)
+    pages = [Image.new("RGB", (240, 200), "black") for _ in range(2)]
+    for index, page in enumerate(pages):
+        content = Image.new("RGB", (160, 150), "white")
+        for line in range(12):
+            content.paste("gray", (5, 12 * line, int(rng.integers(20, 155)), 12 * line + 5 + 2 * index))
+        page.paste(content, (40, 25))
+    assert similarity(*pages) < 0.9
+    assert similarity(pages[0], pages[0].resize((180, 150))) > 0.98
