@@ -175,7 +175,7 @@ def test_blocks_and_the_limit_of_candidates(tmp_path: Path, pool: Executor, monk
     monkeypatch.setattr(near_duplicates, "BLOCK", 8)
     rng = np.random.default_rng(5)
     scenes = [noise(rng, 120) for _ in range(20)]
-    ours: list[Source] = [png(scene) for scene in scenes] + [png(Image.new("RGB", (50, 50), "red")), b"text"]
+    ours: list[Source] = [*map(png, scenes), png(Image.new("RGB", (50, 50), "red")), b"text"]
     theirs: list[Source] = [png(cropped(scenes[index], rng)) for index in (3, 12, 19)]
     cache = HashCache(tmp_path / "cache")
     found = find_near_duplicates(images_of(ours), images_of(theirs), cache, pool, 0.9)
