@@ -14,6 +14,7 @@ def test_the_index_finds_exactly_the_contained_questions() -> None:
     questions = [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(200)]
     texts = [" ".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(200)]
     texts += [f"so {question} now" for question in questions[:50]]
+    texts += [question[question.index(" ") + 1 :] for question in questions if " " in question]  # without a trigram
     index, count = QuestionIndex(questions), 0
     for text in texts:
         ours = _trigrams(text)
