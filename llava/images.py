@@ -68,16 +68,21 @@ SERVED: Final = ImageLimits(  # of requests to workers
 )
 
 
-def open_image(source: str | Path | bytes | BinaryIO, *, limits: ImageLimits = DEFAULT) -> Image.Image:
+def open_image(
+    source: str | Path | bytes | BinaryIO, *, limits: ImageLimits = DEFAULT, min_side: int | None = None
+) -> Image.Image:
     """Decode a file, bytes or a binary stream to an RGB image, see `to_rgb`.
 
-    The size is checked before pixels are decoded. URLs are not opened, see `fetch_image`. Raises `ImageError` unless
-    `source` is a complete image of a known format within `limits`.
+    The size is checked before pixels are decoded. URLs are not opened, see `fetch_image`. With `min_side`, a JPEG is
+    decoded at 1/2, 1/4 or 1/8 of its size if both sides keep so many pixels, which is faster. Raises `ImageError`
+    unless `source` is a complete image of a known format within `limits`.
     """
     name = f"image {shorten(source, 200)}" if isinstance(source, str | Path) else "the given image"
     data = _read(source, name, limits.max_bytes)
     with _decoding(name, limits), _open(data, name, limits) as image:
         _check_size(image, name, limits)
+        if min_side is not None:
+            image.draft(None, (min_side, min_side))
         _scale_transparency(image)
         return _to_rgb(image, name)
 
