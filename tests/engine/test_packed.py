@@ -41,7 +41,7 @@ def quantize(model: Any, bits: int, **scheme: Any) -> Any:
     quantizer = Quantizer(bits, model.dtype, CPU, **scheme)
     for name, parameter in list(model.named_parameters()):
         quantizer.quantize_on_load(model, name, parameter.data, CPU)
-    return model
+    return model.eval()
 
 
 def dequantize(layer: Any) -> Any:
