@@ -172,7 +172,7 @@ def verdict(feature: Feature, facts: Facts) -> tuple[bool, str]:
     if feature.name == "flash attention" and (not capabilities or min(capabilities) < (8, 0)):
         return False, "needs NVIDIA GPUs of compute capability 8.0 (Ampere) or newer; sdpa is used instead"
     if feature.name == "quantization" and not capabilities:
-        return True, "on the CPU: slow"
+        return True, f"on the CPU{'' if facts.compiler else ': slow without a C++ compiler; install g++ or clang'}"
     if feature.name in ("inference", "training"):
         return True, f"on {', '.join(device.name for device in facts.devices) or 'the CPU'}"
     return True, "available"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import agreement, decode, packing, peers, run, sampling, soak, soak_requests, speedrun
+from benchmarks import agreement, decode, packing, peers, quantized, run, sampling, soak, soak_requests, speedrun
 from benchmarks import eval as evaluation
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
 from tests.tiny import CHAT
@@ -86,6 +86,15 @@ def test_both_ways_answer_every_shape_alike(capsys: pytest.CaptureFixture[str]) 
 def test_one_stream_says_the_same_both_ways(tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert decode.main([str(tiny_dirs["base"]), "--turns", "1", "--tokens", "4", "--quick"]) == 0
     assert "| float32 (same tokens) |" in capsys.readouterr().out
+
+
+def test_every_precision_of_two_models_is_measured(
+    tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--width", "64", "--layers", "1", "--turns", "1", "--tokens", "3", "--quick"]
+    assert quantized.main([str(tiny_dirs["base"]), *sizes]) == 0
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if " bit |" in line]
+    assert names == [f"{name}, {bits} bit" for name in ("vicuna-tiny", "width 64") for bits in (16, 8, 4)]
 
 
 def test_both_ways_of_sampling_draw_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:

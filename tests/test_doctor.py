@@ -120,8 +120,11 @@ def test_a_bad_version_takes_its_feature_away() -> None:
     assert "EncoderDecoderCache" in why
 
 
-def test_quantization_on_the_cpu_is_slow() -> None:
-    assert features(dataclasses.replace(MACHINE, devices=()))["quantization"] == (True, "on the CPU: slow")
+def test_quantization_on_the_cpu_is_slow_without_a_compiler() -> None:
+    cpu = dataclasses.replace(MACHINE, devices=())
+    assert features(cpu)["quantization"] == (True, "on the CPU")
+    slow = "on the CPU: slow without a C++ compiler; install g++ or clang"
+    assert features(dataclasses.replace(cpu, compiler=None))["quantization"] == (True, slow)
 
 
 def test_the_page_shows_devices_and_absences() -> None:

@@ -37,10 +37,11 @@ EXACT = checks.Role(CPU, torch.float32)
 HALF = checks.Role(CPU, torch.bfloat16)
 EVERY = ("loader", "logits float32", "greedy tokens", "batch, shared image", "logits bfloat16")
 NATIVE = ("C++ kernel float32", "C++ kernel bfloat16")
+PACKED = ("C++ kernel 8-bit", "C++ kernel 4-bit")
 TRAINING = ("training float32", "training bfloat16")
 SAMPLING = ("sampling, same seed", "sampling, top_p")
 LINES = {
-    "llama": {*EVERY, *NATIVE, *TRAINING, *SAMPLING, "8-bit", "4-bit"},
+    "llama": {*EVERY, *NATIVE, *TRAINING, *SAMPLING, "8-bit", "4-bit", *PACKED},
     "clip": {*EVERY, *NATIVE},
     "mpt": {*EVERY, *TRAINING},
     "projector": set(EVERY),
@@ -118,7 +119,7 @@ def skip_quantization(name: str, extra: str) -> None:
 
 
 def failed(lines: dict[str, dict[str, tuple[str, str]]], kind: str, *, native: bool = True) -> set[str]:
-    assert lines[kind].keys() == (LINES[kind] if native else LINES[kind] - set(NATIVE))
+    assert lines[kind].keys() == (LINES[kind] if native else LINES[kind] - {*NATIVE, *PACKED})
     rest = {word for subject, checks in lines.items() if subject != kind for word, _ in checks.values()}
     assert rest == ({"ok"} if native else {"ok", "skip"})
     return {name for name, (word, _) in lines[kind].items() if word == "FAIL"}
@@ -294,7 +295,7 @@ def run_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, di
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_card_passes(kind: str, run_on_cuda: Any) -> None:
     lines = run_on_cuda(kind)
-    assert lines[kind].keys() == LINES[kind] - set(NATIVE)
+    assert lines[kind].keys() == LINES[kind] - {*NATIVE, *PACKED}
     left_out = {"training bfloat16", "8-bit", "4-bit"}
     assert {word for name, (word, _) in lines[kind].items() if name not in left_out} == {"ok"}
     assert lines["device"]["cuda"][1].startswith("Simulated H200, 139 GiB, compute capability 9.0, torch ")
@@ -343,6 +344,24 @@ def test_quantized_layers_with_a_wrong_scale(bits: int, case: checks.Case, monke
     monkeypatch.setattr(case, "load", lambda role, bits: load(role))
     with pytest.raises(CheckFailed, match="no layer was quantized"):
         checks.check_quantized(case, HALF, bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_with_a_wrong_scale(bits: int, case: checks.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    needs_native()
+    assert "limit" in hardware.check_native_logits(case, torch.bfloat16, 1, bits)
+    pack = layers.pack_linear
+
+    def scaled(layer: torch.nn.Module) -> Any:
+        linear: Any = pack(layer)
+        scales = linear.part.tensors["scales"] * 1.5
+        linear.part.tensors["scales"], linear.part.record.scales = scales, scales.data_ptr()
+        return linear
+
+    monkeypatch.setattr(layers, "pack_linear", scaled)
+    with pytest.raises(CheckFailed, match="relative error"):
+        hardware.check_native_logits(case, torch.bfloat16, 1, bits)
 
 
 def test_products_in_tf32_are_beyond_the_limit_of_float32(case: checks.Case) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava.engine.native.packed import PackedLinear, pack_linear
 from llava.model.language_model.lm_head import LMHead
 from llava.placement import prefers_matrix_vector, runs_fused_rms_norm
 
@@ -21,17 +22,18 @@ class FusedLinear:
 
     The parameters of plain linear layers become views of one tensor, so memory stays the same and transformers'
     forward (beam search) uses the same weights; `state_dict` returns separate tensors. Other layers (4 and 8 bit) are
-    called one by one, and `weight` is None.
+    called one by one, and `weight` is None; on the CPU, as `PackedLinear`.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        self.modules = modules
+        self.modules: tuple[nn.Module | PackedLinear, ...] = modules
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         plain = (nn.Linear, LMHead)
         linear = [module for module in modules if isinstance(module, nn.Linear) and type(module) in plain]
         biased = [module.bias is not None for module in linear]
         if len(linear) != len(modules) or any(biased) != all(biased):
+            self.modules = tuple(map(pack_linear, modules))
             return
         self.weight = fuse_weights(linear, "weight")
         self.bias = fuse_weights(linear, "bias") if all(biased) else None

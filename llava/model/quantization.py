@@ -86,6 +86,8 @@ class Quantizer:
             layer.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True,
                                              **scheme)  # fmt: skip
             layer.quant_state = state
+            # On some CPUs, its forward would repack the weights and round the scales.
+            vars(layer).update(support_avx512bf16_for_cpu=False)
         else:
             layer = bnb.nn.Linear8bitLt(width_in, width_out, bias=False, has_fp16_weights=False, threshold=6.0,
                                         device="meta")  # fmt: skip

@@ -61,9 +61,16 @@ def check_native(device: torch.device) -> str:
     return f"in use for up to {native_decode_rows(torch.float32)} rows, built by {compiler}"
 
 
-def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
-    """Several batch sizes through the C++ kernel, sharing an image, against the forward of transformers."""
-    loaded, errors, sizes = case.models[Role(REFERENCE.device, dtype)], [], [1, 3, native_decode_rows(dtype)]
+def check_native_logits(case: Case, dtype: torch.dtype, threads: int, bits: int = 0) -> str:
+    """Several batch sizes through the C++ kernel, sharing an image, against the forward of transformers.
+
+    With `bits`, layers are quantized, in both: the kernel must reproduce the matrix products of bitsandbytes.
+    """
+    role, errors, sizes = Role(REFERENCE.device, dtype), [], [1, 3, native_decode_rows(dtype)]
+    if bits:
+        checks.require_package("bitsandbytes", "quant")
+    loaded = case.load(role, bits=bits) if bits else case.models[role]
+    reference = loaded if bits else case.models[REFERENCE]
     for size in sizes:
         engine = checks.make_engine(loaded, max_batch_size=size)
         native = getattr(engine.model_runner, "native", None)
@@ -71,7 +78,7 @@ def check_native_logits(case: Case, dtype: torch.dtype, threads: int) -> str:
             raise CheckSkipped("the C++ kernel is not in use")
         requests = checks.make_requests(size, new_tokens=4)
         with using_threads(threads), patch.object(native, "step", wraps=native.step) as step:
-            errors.append(checks.engine_error(engine, case.models[REFERENCE], requests))
+            errors.append(checks.engine_error(engine, reference, requests))
         if step.call_count == 0:
             raise CheckFailed(f"a batch of {size} was not decoded by the C++ kernel")
     return f"{within(errors, checks.LIMITS[dtype])}, {', '.join(map(str, sizes))} rows"

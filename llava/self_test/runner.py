@@ -122,6 +122,8 @@ def check_kind(report: Report, kind: str, root: Path, exact: Role, half: Role, t
         run("sampling, top_p", lambda: checks.check_top_p(case, exact))
         for bits in (8, 4):
             run(f"{bits}-bit", partial(checks.check_quantized, case, half, bits))
+            if exact.device.type == "cpu":
+                run(f"C++ kernel {bits}-bit", partial(hardware.check_native_logits, case, half.dtype, threads, bits))
 
 
 def check_rates(report: Report, device: torch.device, half: torch.dtype) -> None:

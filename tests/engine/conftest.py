@@ -52,7 +52,11 @@ def engine(make_engine: Callable[..., Engine]) -> Engine:
 @pytest.fixture(scope="session")
 def solo(parts: tuple[Any, Any, Any]) -> Solo:
     """New tokens of greedy `model.generate` on one prompt alone."""
-    model = parts[0]
+    return greedy(parts[0])
+
+
+def greedy(model: Any) -> Solo:
+    """New tokens of greedy `model.generate` on one prompt alone."""
 
     @torch.no_grad()
     def generate(ids: Sequence[int], images: Sequence[Tensor], max_new_tokens: int) -> tuple[int, ...]:

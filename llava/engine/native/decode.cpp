@@ -1,36 +1,58 @@
 // One decode step of a LLaMA on the CPU: all threads read every weight once, in one parallel region.
 //
-// A step of a small batch is bound by memory bandwidth and by the overhead between operations. Weights, keys and values
-// are float32 or bfloat16, all arithmetic is float32. The sums of a row are computed in the same order for every batch
-// size, so its tokens do not depend on its neighbours. See `llava/engine/native/decoder.py`.
+// A step of a small batch is bound by memory bandwidth and by the overhead between operations. Keys and values are
+// float32 or bfloat16; weights are that too, or int8 or 4 bit as bitsandbytes packs them. All arithmetic is float32. The
+// sums of a row are computed in the same order for every batch size, so its tokens do not depend on its neighbours. See
+// `llava/engine/native/decoder.py`.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
 constexpr int64_t LANES = 16, ROWS = 4;  // floats per vector, weight rows per tile
+constexpr int64_t BLOCK = 64, SCALES = 256;  // 4-bit weights per scale, 8-bit scales per scale of their own
+constexpr int64_t AHEAD = 8192;              // bytes from packed weights to those that are prefetched
 using Floats = float __attribute__((vector_size(64)));
 using UInt32s = uint32_t __attribute__((vector_size(64)));
 using UInt16s = uint16_t __attribute__((vector_size(32)));
+using Int32s = int32_t __attribute__((vector_size(64)));
 struct BFloat16 { uint16_t bits; };
 
-// Sizes and strides are in elements. As in PyTorch a weight is (out, in); fused layers are concatenated along out.
+enum Kind : int64_t { PLAIN, INT8, FOUR_BIT };
+
+// Sizes and strides are in elements. As in PyTorch a weight is (out, in). A linear layer is one or several parts, which are
+// concatenated along out.
+struct Part {
+    int64_t kind, rows, width;
+    const void *data;            // PLAIN: of the model's dtype. FOUR_BIT: two codes per byte, the first in the high bits
+    const float *bias;           // may be null
+    const float *scales;         // INT8: 127 times those of the rows. FOUR_BIT: of blocks, or of groups of scale_codes
+    const float *values;         // FOUR_BIT: of the 16 codes
+    const uint8_t *scale_codes;  // FOUR_BIT: null unless the scales are quantized, too
+    const float *scale_values;   // of the 256 scale_codes
+    double scale_offset;
+};
+
 struct Layer {
-    const float *norm, *mlp_norm, *qkv_bias, *out_bias, *gate_up_bias, *down_bias;  // biases may be null
-    const void *qkv, *out, *gate_up, *down;
+    const float *norm, *mlp_norm;
+    const Part *qkv, *out, *gate_up, *down;
 };
 
 struct Model {
     int64_t is_bf16, num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
     double eps;
-    const float *norm, *head_bias;
-    const void *head;
+    const float *norm;
+    const Part *head;
     const Layer *layers;
 };
 
@@ -65,6 +87,29 @@ inline Floats load(const BFloat16 *at) {
     return found;
 }
 
+// 16 bytes as 32-bit integers. Compilers widen them badly on their own.
+template <class Wide, class Byte>
+inline Wide widen(const Byte *at) {
+    Wide found;
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
+    const __m512i wide = std::is_signed<Byte>::value ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+    std::memcpy(&found, &wide, sizeof found);
+#elif defined(__AVX2__)
+    __m256i halves[2];
+    for (int half = 0; half < 2; ++half) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(at + 8 * half));
+        halves[half] = std::is_signed<Byte>::value ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
+    }
+    std::memcpy(&found, halves, sizeof found);
+#else
+    for (int64_t lane = 0; lane < LANES; ++lane) found[lane] = at[lane];
+#endif
+    return found;
+}
+
+inline Floats load(const int8_t *at) { return __builtin_convertvector(widen<Int32s>(at), Floats); }
+
 inline void store(float *at, Floats value) { std::memcpy(at, &value, sizeof value); }
 
 inline void store(BFloat16 *at, Floats value) {  // rounds to nearest even; NaN stays NaN
@@ -94,50 +139,6 @@ inline float dot(const float *left, const T *right, int64_t width) {
     return sum(total);
 }
 
-// R weight rows times N inputs; prefetches the F rows that start at `ahead`.
-template <int R, int N, int F, class T>
-inline void tile(const float *x, int64_t width, const T *weight, const float *bias, float *out, int64_t stride, const T *ahead) {
-    Floats total[R][N] = {};
-    for (int64_t at = 0; at < width; at += LANES) {
-        Floats input[N];
-        for (int n = 0; n < N; ++n) input[n] = load(x + n * width + at);
-        for (int f = 0; f < F; ++f) __builtin_prefetch(ahead + f * width + at, 0, 2);  // into L2
-        for (int r = 0; r < R; ++r) {
-            const Floats row = load(weight + r * width + at);
-            for (int n = 0; n < N; ++n) total[r][n] += row * input[n];
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) out[n * stride + r] = sum(total[r][n]) + (bias ? bias[r] : 0);
-}
-
-// R weight rows times all inputs; each tile prefetches F of the next R rows.
-template <int R, int F, class T>
-inline void tiles(const float *x, int64_t count, int64_t width, const T *weight, const float *bias, float *out, int64_t stride) {
-    int64_t turn = 0;
-    for (int64_t n = 0; n < count; turn += F) {
-        const float *input = x + n * width;
-        const T *ahead = weight + (R + turn % R) * width;
-        if (count - n >= 4)
-            tile<R, 4, F>(input, width, weight, bias, out + n * stride, stride, ahead), n += 4;
-        else if (count - n >= 2)
-            tile<R, 2, F>(input, width, weight, bias, out + n * stride, stride, ahead), n += 2;
-        else
-            tile<R, 1, F>(input, width, weight, bias, out + n * stride, stride, ahead), n += 1;
-    }
-}
-
-template <class T>
-inline void multiply_rows(const float *x, int64_t count, int64_t width, const T *weight, const float *bias, float *out,
-                          int64_t stride) {
-    if (count <= 4)
-        tiles<ROWS, ROWS>(x, count, width, weight, bias, out, stride);
-    else if (count <= 8)
-        tiles<ROWS, ROWS / 2>(x, count, width, weight, bias, out, stride);
-    else
-        tiles<ROWS, 1>(x, count, width, weight, bias, out, stride);
-}
-
 // Outputs first .. last - 1.
 struct Range {
     int64_t first, last;
@@ -149,15 +150,182 @@ inline Range thread_range(int64_t count) {
     return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// out (count, stride) = x (count, width) weight^T + bias, for the outputs in `range`.
+// The rows of a part in the model's dtype or in int8. `tile` multiplies R of them, from `first` on, with N inputs, and
+// prefetches the F rows from `ahead` on, which are `distance` rows further.
 template <class T>
-void linear(const float *x, int64_t count, int64_t width, const void *weight, const float *bias, Range range, float *out,
-            int64_t stride) {
-    const T *rows = static_cast<const T *>(weight);
+struct PlainRows {
+    static constexpr bool packed = std::is_same<T, int8_t>::value;
+    const Part &part;
+
+    int64_t distance(int64_t rows) const { return packed ? std::max(rows, AHEAD / part.width) : rows; }
+
+    template <int R, int N, int F>
+    inline void tile(const float *x, int64_t first, int64_t ahead, float *out, int64_t stride) const {
+        const int64_t width = part.width;
+        const T *weight = static_cast<const T *>(part.data) + first * width;
+        const T *next = static_cast<const T *>(part.data) + ahead * width;
+        Floats total[R][N] = {};
+        for (int64_t at = 0; at < width; at += LANES) {
+            Floats input[N];
+            for (int n = 0; n < N; ++n) input[n] = load(x + n * width + at);
+            if (!packed || at % 64 == 0)  // once per cache line
+                for (int f = 0; f < F; ++f) __builtin_prefetch(next + f * width + at, 0, 2);  // into L2
+            for (int r = 0; r < R; ++r) {
+                const Floats row = load(weight + r * width + at);
+                for (int n = 0; n < N; ++n) total[r][n] += row * input[n];
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) out[n * stride + r] = scaled(sum(total[r][n]), first + r);
+    }
+
+    inline float scaled(float value, int64_t row) const {
+        if constexpr (packed) value *= part.scales[row] * (1 / 127.0f);
+        return value + (part.bias ? part.bias[row] : 0);
+    }
+};
+
+// The scales of `count` blocks of 4-bit weights from block `first` on.
+inline void block_scales(const Part &part, int64_t first, int64_t count, float *out) {
+    if (!part.scale_codes) {
+        std::copy(part.scales + first, part.scales + first + count, out);
+        return;
+    }
+    const float offset = static_cast<float>(part.scale_offset);
+    for (int64_t at = first, end = first + count; at < end;) {
+        const float scale = part.scales[at / SCALES];
+        for (const int64_t last = std::min(end, (at / SCALES + 1) * SCALES); at < last; ++at)
+            *out++ = part.scale_values[part.scale_codes[at]] * scale + offset;
+    }
+}
+
+// table[code % 16] of each code
+inline Floats lookup(Floats table, UInt32s codes) {
+    Floats found;
+#if defined(__AVX512F__)
+    const __m512 permuted = _mm512_permutexvar_ps((__m512i)codes, (__m512)table);
+    std::memcpy(&found, &permuted, sizeof found);
+#elif defined(__AVX2__)
+    __m256 tables[2], halves[2];
+    __m256i indices[2];
+    std::memcpy(tables, &table, sizeof tables), std::memcpy(indices, &codes, sizeof indices);
+    for (int half = 0; half < 2; ++half)
+        halves[half] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(tables[0], indices[half]),
+                                        _mm256_permutevar8x32_ps(tables[1], indices[half]),
+                                        _mm256_castsi256_ps(_mm256_slli_epi32(indices[half], 28)));
+    std::memcpy(&found, halves, sizeof found);
+#else
+    float values[LANES];
+    store(values, table);
+    for (int64_t lane = 0; lane < LANES; ++lane) found[lane] = values[codes[lane] % LANES];
+#endif
+    return found;
+}
+
+struct Pair { Floats even, odd; };
+
+// The 32 weights of 16 bytes: those of the high bits, which are at even places, and those of the low bits.
+inline Pair lookup_pair(Floats table, const uint8_t *codes) {
+    const UInt32s wide = widen<UInt32s>(codes);
+    return {lookup(table, wide >> 4), lookup(table, wide)};
+}
+
+// Buffers of one thread, for the inputs in the order of the codes and the scales of a tile.
+struct Scratch { std::vector<float> inputs, scales; };
+
+// The rows of a 4-bit part in float32. The weights equal those that bitsandbytes unpacks.
+struct FourBitRows {
+    const Part &part;
+    Scratch &scratch;
+
+    FourBitRows(const Part &part, Scratch &scratch) : part(part), scratch(scratch) {
+        scratch.scales.resize(ROWS * part.width / BLOCK);
+    }
+
+    int64_t distance(int64_t rows) const { return std::max(rows, 2 * AHEAD / part.width); }
+
+    // Every 32 inputs in two vectors, those at even and those at odd places.
+    const float *prepare(const float *x, int64_t count) const {
+        scratch.inputs.resize(count * part.width);
+        float *out = scratch.inputs.data();
+        for (int64_t at = 0; at < count * part.width; at += 2 * LANES)
+            for (int64_t lane = 0; lane < LANES; ++lane)
+                out[at + lane] = x[at + 2 * lane], out[at + LANES + lane] = x[at + 2 * lane + 1];
+        return out;
+    }
+
+    template <int R, int N, int F>
+    inline void tile(const float *x, int64_t first, int64_t ahead, float *out, int64_t stride) const {
+        const int64_t width = part.width, bytes = width / 2, blocks = width / BLOCK;
+        const uint8_t *data = static_cast<const uint8_t *>(part.data), *weight = data + first * bytes;
+        const Floats values = load(part.values);
+        float *scales = scratch.scales.data();
+        block_scales(part, first * blocks, R * blocks, scales);
+        Floats total[R][N] = {};
+        for (int64_t block = 0; block < blocks; ++block) {
+            if (block % 2 == 0)  // once per cache line
+                for (int f = 0; f < F; ++f) __builtin_prefetch(data + (ahead + f) * bytes + block * BLOCK / 2, 0, 2);
+            for (int r = 0; r < R; ++r) {
+                const Floats table = values * scales[r * blocks + block];
+                for (int half = 0; half < 2; ++half) {
+                    const int64_t at = block * BLOCK + half * 2 * LANES;
+                    const Pair pair = lookup_pair(table, weight + r * bytes + at / 2);
+                    for (int n = 0; n < N; ++n) {
+                        total[r][n] += pair.even * load(x + n * width + at);
+                        total[r][n] += pair.odd * load(x + n * width + at + LANES);
+                    }
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) out[n * stride + r] = sum(total[r][n]) + (part.bias ? part.bias[first + r] : 0);
+    }
+};
+
+// R rows times all inputs; each tile prefetches F of R rows further on.
+template <int R, int F, class Rows>
+inline void tiles(const Rows &rows, const float *x, int64_t count, int64_t first, float *out, int64_t stride) {
+    int64_t turn = 0;
+    for (int64_t n = 0; n < count; turn += F) {
+        const float *input = x + n * rows.part.width;
+        const int64_t ahead = first + rows.distance(R) + turn % R;
+        if (count - n >= 4)
+            rows.template tile<R, 4, F>(input, first, ahead, out + n * stride, stride), n += 4;
+        else if (count - n >= 2)
+            rows.template tile<R, 2, F>(input, first, ahead, out + n * stride, stride), n += 2;
+        else
+            rows.template tile<R, 1, F>(input, first, ahead, out + n * stride, stride), n += 1;
+    }
+}
+
+template <class Rows>
+void multiply(const Rows &rows, const float *x, int64_t count, Range range, float *out, int64_t stride) {
     int64_t at = range.first;
     for (; at + ROWS <= range.last; at += ROWS)
-        multiply_rows(x, count, width, rows + at * width, bias ? bias + at : bias, out + at, stride);
-    for (; at < range.last; ++at) tiles<1, 1>(x, count, width, rows + at * width, bias ? bias + at : bias, out + at, stride);
+        if (count <= 4)
+            tiles<ROWS, ROWS>(rows, x, count, at, out + at, stride);
+        else if (count <= 8)
+            tiles<ROWS, ROWS / 2>(rows, x, count, at, out + at, stride);
+        else
+            tiles<ROWS, 1>(rows, x, count, at, out + at, stride);
+    for (; at < range.last; ++at) tiles<1, 1>(rows, x, count, at, out + at, stride);
+}
+
+// out (count, stride) = x (count, width) weight^T + bias, for the outputs in `range`, which the parts have together.
+template <class T>
+void linear(const float *x, int64_t count, const Part *part, Range range, float *out, int64_t stride, Scratch &scratch) {
+    for (; range.last > 0; range.first -= part->rows, range.last -= part->rows, out += part->rows, ++part) {
+        const Range own = {std::max(range.first, int64_t{0}), std::min(range.last, part->rows)};
+        if (own.first >= own.last) continue;
+        if (part->kind == FOUR_BIT) {
+            const FourBitRows rows(*part, scratch);
+            multiply(rows, rows.prepare(x, count), count, own, out, stride);
+        } else if (part->kind == INT8) {
+            multiply(PlainRows<int8_t>{*part}, x, count, own, out, stride);
+        } else {
+            multiply(PlainRows<T>{*part}, x, count, own, out, stride);
+        }
+    }
 }
 
 void rms_norm(const float *x, int64_t count, int64_t width, const float *weight, double eps, float *out) {
@@ -223,9 +391,10 @@ void run(const Model &model, const Step &step) {
         std::vector<float> normed(rows * hidden), sums(rows * hidden), scores(step.longest), query(size);
         const Range hidden_range = thread_range(hidden), qkv_range = thread_range(qkv_size);
         const Range intermediate_range = thread_range(intermediate), vocab_range = thread_range(model.vocabulary);
+        Scratch scratch;
         // states += x weight^T + bias, for this thread's part of the outputs
-        const auto add = [&](const float *x, int64_t in, const void *weight, const float *bias) {
-            linear<T>(x, rows, in, weight, bias, hidden_range, sums.data(), hidden);
+        const auto add = [&](const float *x, const Part *parts) {
+            linear<T>(x, rows, parts, hidden_range, sums.data(), hidden, scratch);
             for (int64_t row = 0; row < rows; ++row)
                 for (int64_t at = hidden_range.first; at < hidden_range.last; ++at)
                     step.states[row * hidden + at] += sums[row * hidden + at];
@@ -233,7 +402,7 @@ void run(const Model &model, const Step &step) {
         for (int64_t index = 0; index < model.num_layers; ++index) {
             const Layer &layer = model.layers[index];
             rms_norm(step.states, rows, hidden, layer.norm, model.eps, normed.data());
-            linear<T>(normed.data(), rows, hidden, layer.qkv, layer.qkv_bias, qkv_range, qkv.data(), qkv_size);
+            linear<T>(normed.data(), rows, layer.qkv, qkv_range, qkv.data(), qkv_size, scratch);
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < rows * model.kv_heads; ++task) {  // write new keys and values to the cache
@@ -256,23 +425,71 @@ void run(const Model &model, const Step &step) {
                 attend<T>(query.data(), step.blocks + step.first[row], step.blocks + step.first[row + 1], index, head / group,
                           size, scores.data(), context.data() + row * inner + head * size);
             }
-            add(context.data(), inner, layer.out, layer.out_bias);
+            add(context.data(), layer.out);
 #pragma omp barrier
             rms_norm(step.states, rows, hidden, layer.mlp_norm, model.eps, normed.data());
             for (const int64_t at : {int64_t{0}, intermediate})  // gates, then ups
-                linear<T>(normed.data(), rows, hidden, layer.gate_up, layer.gate_up_bias,
-                          {at + intermediate_range.first, at + intermediate_range.last}, gate_up.data(), 2 * intermediate);
+                linear<T>(normed.data(), rows, layer.gate_up, {at + intermediate_range.first, at + intermediate_range.last},
+                          gate_up.data(), 2 * intermediate, scratch);
             for (int64_t row = 0; row < rows; ++row)
                 for (int64_t at = intermediate_range.first; at < intermediate_range.last; ++at) {
                     const float gate = gate_up[row * 2 * intermediate + at], up = gate_up[(row * 2 + 1) * intermediate + at];
                     activations[row * intermediate + at] = gate / (1 + std::exp(-gate)) * up;
                 }
 #pragma omp barrier
-            add(activations.data(), intermediate, layer.down, layer.down_bias);
+            add(activations.data(), layer.down);
 #pragma omp barrier
         }
         rms_norm(step.states, rows, hidden, model.norm, model.eps, normed.data());
-        linear<T>(normed.data(), rows, hidden, model.head, model.head_bias, vocab_range, step.logits, model.vocabulary);
+        linear<T>(normed.data(), rows, model.head, vocab_range, step.logits, model.vocabulary, scratch);
+    }
+}
+
+inline void store_weights(float *at, Floats value) { store(at, value); }
+
+inline void store_weights(BFloat16 *at, Floats value) {  // as `store`, but faster, and tiny values may become zero
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy(at, &rounded, sizeof rounded);
+#else
+    store(at, value);
+#endif
+}
+
+// Two vectors of the weights of a pair in their order.
+inline Pair in_order(Pair pair) {
+    Pair found;
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 even = (__m512)pair.even, odd = (__m512)pair.odd;
+    const __m512 mixed[2] = {_mm512_permutex2var_ps(even, low, odd), _mm512_permutex2var_ps(even, high, odd)};
+#else
+    float mixed[2 * LANES];
+    for (int64_t lane = 0; lane < LANES; ++lane) mixed[2 * lane] = pair.even[lane], mixed[2 * lane + 1] = pair.odd[lane];
+#endif
+    std::memcpy(&found, mixed, sizeof found);
+    return found;
+}
+
+// Weights of rows first .. last - 1 of an INT8 or FOUR_BIT part, as T.
+template <class T>
+void unpack(const Part &part, int64_t first, int64_t last, T *out) {
+    const int64_t width = part.width, blocks = width / BLOCK;
+    std::vector<float> scales(blocks);
+    for (int64_t row = first; row < last; ++row, out += width) {
+        if (part.kind == INT8) {
+            const Floats scale = Floats{} + part.scales[row] * (1 / 127.0f);
+            for (int64_t at = 0; at < width; at += LANES)
+                store_weights(out + at, load(static_cast<const int8_t *>(part.data) + row * width + at) * scale);
+            continue;
+        }
+        block_scales(part, row * blocks, blocks, scales.data());
+        const uint8_t *codes = static_cast<const uint8_t *>(part.data) + row * width / 2;
+        for (int64_t at = 0; at < width; at += 2 * LANES) {
+            const Pair pair = in_order(lookup_pair(load(part.values) * scales[at / BLOCK], codes + at / 2));
+            store_weights(out + at, pair.even), store_weights(out + at + LANES, pair.odd);
+        }
     }
 }
 
@@ -283,4 +500,15 @@ extern "C" void llava_decode_step(const Model *model, const Step *step) {
         run<BFloat16>(*model, *step);
     else
         run<float>(*model, *step);
+}
+
+extern "C" void llava_unpack(const Part *part, int64_t first, int64_t last, int64_t is_bf16, void *out, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const Range range = thread_range(last - first);
+        if (is_bf16)
+            unpack(*part, first + range.first, first + range.last, static_cast<BFloat16 *>(out) + range.first * part->width);
+        else
+            unpack(*part, first + range.first, first + range.last, static_cast<float *>(out) + range.first * part->width);
+    }
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -12,71 +11,64 @@ from torch import Tensor, nn
 from llava.engine.cache import CacheSpec, KVCache
 from llava.engine.layers import DecoderLayer, FusedLinear, RMSNorm
 from llava.engine.native.build import library
-
-LANES: Final = 16  # floats per vector of the kernel
-
-
-def _fields(kind: type, names: str) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
+from llava.engine.native.packed import DTYPES, LANES, Part, Record, fields, part_of, plain_part
 
 
 # The structs of `decode.cpp`, field by field; all fields have eight bytes, so there is no padding.
 class _Layer(ctypes.Structure):
-    _fields_ = _fields(ctypes.c_void_p, "norm mlp_norm qkv_bias out_bias gate_up_bias down_bias qkv out gate_up down")
+    _fields_ = fields(ctypes.c_void_p, "norm mlp_norm qkv out gate_up down")
 
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int64, "is_bf16 num_layers hidden heads kv_heads head_dim intermediate vocabulary"),
-        *_fields(ctypes.c_double, "eps"),
-        *_fields(ctypes.c_void_p, "norm head_bias head layers"),
+        *fields(ctypes.c_int64, "is_bf16 num_layers hidden heads kv_heads head_dim intermediate vocabulary"),
+        *fields(ctypes.c_double, "eps"),
+        *fields(ctypes.c_void_p, "norm head layers"),
     ]
 
 
 class _KVBlock(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_void_p, "data"),
-        *_fields(ctypes.c_int64, "tokens layer_stride kv_stride head_stride"),
+        *fields(ctypes.c_void_p, "data"),
+        *fields(ctypes.c_int64, "tokens layer_stride kv_stride head_stride"),
     ]
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int64, "rows threads longest"),
-        *_fields(ctypes.c_void_p, "states cos sin logits first blocks"),
+        *fields(ctypes.c_int64, "rows threads longest"),
+        *fields(ctypes.c_void_p, "states cos sin logits first blocks"),
     ]
 
 
 class NativeDecoder:
-    """The kernel with the weights of one model, float32 or bfloat16. All arithmetic is in float32."""
+    """The kernel with the weights of one model of float32 or bfloat16, whose linear layers may be in 8 or 4 bit."""
 
     def __init__(
-        self, spec: CacheSpec, heads: int, layers: Sequence[DecoderLayer], norm: RMSNorm, head: FusedLinear
+        self, spec: CacheSpec, heads: int, layers: Sequence[DecoderLayer], norm: RMSNorm, parts: Sequence[list[Part]]
     ) -> None:
-        self._tensors: list[Tensor] = []  # keeps the memory behind the pointers alive
+        self._alive: list[object] = []  # the memory behind the pointers
         self._run = library().llava_decode_step  # type: ignore[union-attr]
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_void_p], None
         self._layers = (_Layer * len(layers))()
-        for record, layer in zip(self._layers, layers, strict=True):
+        head, *projections = parts
+        for index, (record, layer) in enumerate(zip(self._layers, layers, strict=True)):
             record.norm, record.mlp_norm = self._float32(layer.norm.weight), self._float32(layer.mlp_norm.weight)
-            for name, linear in zip(("qkv", "out", "gate_up", "down"), layer.projections, strict=True):
-                setattr(record, name, self._pointer(linear.weight))
-                setattr(record, f"{name}_bias", self._float32(linear.bias))
-        assert head.weight is not None and layers[0].down.weight is not None
-        self.vocabulary, hidden = head.weight.shape
+            for name, found in zip(("qkv", "out", "gate_up", "down"), projections[4 * index :][:4], strict=True):
+                setattr(record, name, self._records(found))
+        self.vocabulary = sum(part.rows for part in head)
         self._model = _Model(
             is_bf16=spec.dtype == torch.bfloat16,
             num_layers=spec.layers,
-            hidden=hidden,
+            hidden=head[0].width,
             heads=heads,
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
-            intermediate=layers[0].down.weight.shape[1],
+            intermediate=projections[3][0].width,
             vocabulary=self.vocabulary,
             eps=norm.eps,
             norm=self._float32(norm.weight),
-            head=self._pointer(head.weight),
-            head_bias=self._float32(head.bias),
+            head=self._records(head),
             layers=ctypes.addressof(self._layers),
         )
 
@@ -86,18 +78,20 @@ class NativeDecoder:
     ) -> NativeDecoder | None:
         """The decoder, or None if the kernel is unavailable or does not support the model.
 
-        It supports unquantised float32 or bfloat16 weights on the CPU, SiLU, and sizes that are multiples of `LANES`.
+        It supports float32 and bfloat16 models on the CPU, with weights of that dtype or packed by bitsandbytes, SiLU,
+        and sizes that are multiples of `LANES`.
         """
-        weights = [linear.weight for linear in (head, *(part for layer in layers for part in layer.projections))]
         supported = (
             spec.device.type == "cpu"
-            and spec.dtype in (torch.float32, torch.bfloat16)
-            and all(isinstance(layer.activation, nn.SiLU) for layer in layers)
-            and all(weight is not None and weight.dtype == spec.dtype and weight.is_contiguous() for weight in weights)
-            and not any(size % LANES for weight in weights if weight is not None for size in weight.shape[1:])
+            and spec.dtype in DTYPES
             and spec.head_dim % LANES == 0
+            and all(isinstance(layer.activation, nn.SiLU) for layer in layers)
+            and library() is not None
         )
-        return cls(spec, heads, layers, norm, head) if supported and library() is not None else None
+        linears = [head, *(linear for layer in layers for linear in layer.projections)] if supported else []
+        parts = [_parts(linear, spec.dtype) for linear in linears]
+        complete = [part for part in parts if part is not None]
+        return cls(spec, heads, layers, norm, complete) if supported and len(complete) == len(parts) else None
 
     def step(self, embeds: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) float32 of embeddings (B, D), rotated by `cos` and signed `sin` (B, 1, head_dim).
@@ -124,15 +118,27 @@ class NativeDecoder:
         self._run(ctypes.byref(self._model), ctypes.byref(step))
         return logits
 
-    def _pointer(self, tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        self._tensors.append(tensor)
-        return tensor.data_ptr()
+    def _records(self, parts: list[Part]) -> int:
+        """Address of the records of a linear layer's parts."""
+        records = (Record * len(parts))(*(part.record for part in parts))
+        self._alive += [records, parts]
+        return ctypes.addressof(records)
 
-    def _float32(self, tensor: Tensor | None) -> int | None:
-        """Pointer to a float32 copy of a norm or bias."""
-        return None if tensor is None else self._pointer(tensor.detach().float().contiguous())
+    def _float32(self, tensor: Tensor) -> int:
+        """Pointer to a float32 copy of a norm."""
+        copy = tensor.detach().float().contiguous()
+        self._alive.append(copy)
+        return copy.data_ptr()
+
+
+def _parts(linear: FusedLinear, dtype: torch.dtype) -> list[Part] | None:
+    """The parts of a linear layer; None if the kernel does not support one."""
+    if linear.weight is not None:
+        parts = [plain_part(linear.weight, linear.bias, dtype)]
+    else:
+        parts = [part_of(module, dtype) for module in linear.modules]
+    complete = [part for part in parts if part is not None]
+    return complete if len(complete) == len(parts) else None
 
 
 def _kv_blocks(cache: KVCache) -> tuple[list[_KVBlock], list[int], int]:
