@@ -22,7 +22,16 @@ from llava.conversation import (
     with_image_token,
 )
 from llava.errors import TemplateError
-from llava.serve.common.protocol import MAX_STOPS, Body, ErrorType, Message, Role, ServeError
+from llava.serve.common.protocol import (
+    MAX_LOGPROBS,
+    MAX_STOPS,
+    Body,
+    ErrorType,
+    Message,
+    Role,
+    SamplingFields,
+    ServeError,
+)
 
 
 class TextPart(Body):
@@ -67,22 +76,15 @@ _IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifi
 # Keys of unsupported features, with the values that request nothing.
 _UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     "parallel_tool_calls": (True, False),
-    "n": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 
 
-class ChatBody(Body):
+class ChatBody(SamplingFields):
     """Body of `/v1/chat/completions`. Unsupported parameters that would change the answer are refused."""
 
     model: str = Field(min_length=1, max_length=256)
@@ -91,12 +93,11 @@ class ChatBody(Body):
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(default=None, strict=True, ge=1, le=1_000_000)
     max_completion_tokens: int | None = Field(default=None, strict=True, ge=1, le=1_000_000)
-    temperature: float = Field(default=1.0, strict=True, ge=0, le=100)
-    top_p: float = Field(default=1.0, strict=True, gt=0, le=1)
     stop: Annotated[list[Annotated[str, Field(max_length=256)]], BeforeValidator(_as_list)] = Field(
         default=[], max_length=MAX_STOPS - 2
     )
-    seed: int | None = Field(default=None, strict=True, ge=0, lt=2**63)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, strict=True, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="before")
     @classmethod
@@ -110,6 +111,16 @@ class ChatBody(Body):
                 name = key[:64].encode("ascii", "replace").decode()
                 raise PydanticCustomError("unsupported", "{param} is not supported; omit it", {"param": name})
         return data
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("invalid", "{param} needs logprobs: true", {"param": "top_logprobs"})
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def max_new_tokens(self) -> int | None:
