@@ -128,8 +128,8 @@ class Engine:
             max_new_tokens=new_tokens,
             end_ids=self.special.end_ids(params.stop),
             generator=make_generator(params),
-            detokenizer=Detokenizer(self.tokenizer, self.special),
-            stream=TextStream(params.stop),
+            detokenizer=Detokenizer(self.tokenizer, self.special, () if request.strip else prompt.ids),
+            stream=TextStream(params.stop, strip=request.strip),
             cache_prefix=request.cache_prefix,
             max_tokens=length + new_tokens,
         )
