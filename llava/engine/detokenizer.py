@@ -5,12 +5,16 @@ Streams, chat histories and answer files all contain this text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 6  # tokens decoded again before new ones, for the leading space of a word
 _WINDOW = 12  # most tokens decoded again
@@ -24,6 +28,7 @@ class SpecialTokens:
         self.vocabulary = len(tokenizer)  # slow to compute; the model's embeddings may have more rows
         self._by_text = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
         self._by_text.update(tokenizer.get_added_vocab())
+        self.never_text = self.ids | frozenset(self._by_text.values())  # added tokens among them
         configured = getattr(generation_config, "eos_token_id", None)
         ends = {*(configured if isinstance(configured, (list, tuple)) else [configured]), tokenizer.eos_token_id}
         self.end = frozenset(token for token in ends if token is not None)
@@ -34,6 +39,25 @@ class SpecialTokens:
         Special tokens (such as `<|im_end|>`) never appear in decoded text, so `TextStream` cannot find them.
         """
         return self.end | {self._by_text[text] for text in stop if text in self._by_text}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """Bytes of every token: of a byte-level BPE, or of SentencePiece, where "▁" is a space and "<0x0A>" a byte."""
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    by_character = {character: byte for byte, character in bytes_to_unicode().items()}
+    texts = tokenizer.get_added_vocab()
+    if by_character.keys() <= set(pieces):
+        return [
+            (piece or "").encode()
+            if piece in texts
+            else bytes(by_character[one] for one in piece or "" if one in by_character)
+            for piece in pieces
+        ]
+    found = [(piece or "").replace("\u2581", " ").encode() for piece in pieces]
+    for at, piece in enumerate(pieces):
+        if piece and (byte := _BYTE.fullmatch(piece)):
+            found[at] = bytes([int(byte[1], 16)])
+    return found
 
 
 class Detokenizer:

@@ -94,8 +94,7 @@ class Answer:
             reason = "length" if frame["finish_reason"] in ("length", "context_exceeded") else "stop"
             choice.finish_reason = reason
             for key, value in (frame.get("usage") or {}).items():
-                before = self.counts.get(key, 0) if key == "completion_tokens" else 0
-                self.counts[key] = before + int(value)
+                self.counts[key] = self.counts.get(key, 0) + int(value)  # only the first choice counts the prompt
         return Piece(choice, text, logprobs, reason)
 
     def _new_text(self, text: str) -> str:

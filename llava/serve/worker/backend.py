@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,17 +16,21 @@ from llava.serve.common.protocol import (
     ServeError,
     State,
     TokenizeBody,
+    TokenLogprob,
 )
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of an answer, empty while waiting. The last delta has a finish reason and the token counts."""
+    """New text of a choice, empty while waiting. Its last delta has a finish reason and the token counts, which include
+    the prompt for choice 0 only."""
 
     text: str = ""
     finish_reason: FinishReason | None = None
     usage: dict[str, int] = field(default_factory=dict)
     queue_position: int | None = None  # requests ahead of this one, while it waits
+    index: int = 0
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)
