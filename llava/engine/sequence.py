@@ -217,13 +217,14 @@ class Request:
     Control tokens are recognized in a string, except in the text of a `RenderedPrompt` (`Conversation.get_prompt`).
     An image is a PIL image, which the engine preprocesses, a preprocessed float tensor (3, S, S), or a `HashedImage`
     of either. With `cache_prefix` the prompt and its answer are stored in the prefix cache, for the next turn of the
-    conversation.
+    conversation. Without `strip` the answer keeps white space at both ends, and the space before its first word.
     """
 
     prompt: str | abc.Sequence[int]
     images: abc.Sequence[ImageInput | HashedImage] = ()
     params: SamplingParams = GREEDY
     cache_prefix: bool = True
+    strip: bool = True
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Annotated, Final, Literal, TypedDict, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import RenderedPrompt
 from llava.errors import LlavaError
 
@@ -185,7 +186,7 @@ class WorkerStatus(Body):
     state: State = "ready"
     loading: list[Name] = Field(default=[], max_length=64)  # names of the models being loaded
     progress: int | None = Field(default=None, ge=0, le=100)  # percent of the weights loaded
-    features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages", "sampling", "text_spans"
+    features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages", "sampling", "text_spans", …
     info: ModelInfo | None = None
 
 
@@ -309,7 +310,40 @@ def _invalid(param: str, text: str) -> PydanticCustomError:
     return PydanticCustomError("invalid", "{param} {text}", {"param": param, "text": text})
 
 
-class GenerateBody(SamplingFields):
+class PromptFields(Body):
+    """A prompt of a model, see `GenerateBody`."""
+
+    model: str = Field(default="", max_length=256)
+    prompt: str = Field(max_length=4_000_000)
+    text_spans: list[TextSpan] = Field(default=[], max_length=MAX_TEXT_SPANS)
+
+    @property
+    def rendered_prompt(self) -> RenderedPrompt:
+        return RenderedPrompt(self.prompt, self.text_spans)
+
+    @model_validator(mode="after")
+    def _check_text_spans(self) -> PromptFields:
+        bounds = [0, *chain.from_iterable(self.text_spans), len(self.prompt)]
+        if any(start > end for start, end in pairwise(bounds)):
+            raise ValueError("text_spans must be sorted, disjoint ranges [start, end) within the prompt")
+        return self
+
+
+class TokenizeBody(PromptFields):
+    """Body of `/worker_tokenize`. The reply has the token ids, -200 for each image, and their count with images."""
+
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    """Body of `/worker_detokenize`."""
+
+    model: str = Field(default="", max_length=256)
+    tokens: list[Annotated[int, Field(ge=IMAGE_TOKEN_INDEX, lt=2**31)]] = Field(max_length=1_000_000)
+
+
+class GenerateBody(SamplingFields, PromptFields):
     """Body of `/worker_generate_stream`.
 
     `images` are base64. `stream_mode` "delta" requests new text only; `messages` repeat the prompt as turns. The keys
@@ -322,25 +356,23 @@ class GenerateBody(SamplingFields):
     With `top_logprobs`, frames have the log probabilities of new tokens as `logprobs`; with `n` above 1, the `index` of
     their choice, and each choice has a finish reason. Workers with the feature "sampling" take these keys and those of
     `SamplingFields` beside the published `temperature`, `top_p` and `seed`.
+
+    Workers with the feature "completions" take `prompt_token_ids` in place of an empty `prompt`, and with `strip` false
+    keep white space at both ends of the answer.
     """
 
-    model: str = Field(default="", max_length=256)
-    prompt: str = Field(max_length=4_000_000)
     images: list[str] = Field(default=[], max_length=64)
     max_new_tokens: int = Field(default=256, strict=True, ge=1, le=1_000_000)
     stop: list[str] = Field(default=[], max_length=MAX_STOPS)
     top_logprobs: int | None = Field(default=None, strict=True, ge=0, le=MAX_LOGPROBS)
     stream_mode: Literal["cumulative", "delta"] = "cumulative"
     messages: list[Message] | None = Field(default=None, max_length=2048)
-    text_spans: list[TextSpan] = Field(default=[], max_length=MAX_TEXT_SPANS)
+    prompt_token_ids: list[TokenId] | None = Field(default=None, min_length=1, max_length=1_000_000)
+    strip: bool = True
 
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs
-
-    @property
-    def rendered_prompt(self) -> RenderedPrompt:
-        return RenderedPrompt(self.prompt, self.text_spans)
 
     @model_validator(mode="before")
     @classmethod
@@ -358,13 +390,6 @@ class GenerateBody(SamplingFields):
         if any(len(text) > 256 for text in stops):
             raise ValueError("a stop string has more than 256 characters")
         return [text for text in stops if text]
-
-    @model_validator(mode="after")
-    def _check_text_spans(self) -> GenerateBody:
-        bounds = [0, *chain.from_iterable(self.text_spans), len(self.prompt)]
-        if any(start > end for start, end in pairwise(bounds)):
-            raise ValueError("text_spans must be sorted, disjoint ranges [start, end) within the prompt")
-        return self
 
 
 class WorkerView(Body):

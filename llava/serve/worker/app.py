@@ -26,10 +26,12 @@ from llava.serve.common.middleware import (
 )
 from llava.serve.common.protocol import (
     FRAME_MEDIA_TYPE,
+    DetokenizeBody,
     ErrorType,
     Frame,
     GenerateBody,
     ServeError,
+    TokenizeBody,
     TokenLogprob,
     WorkerStatus,
     encode_frame,
@@ -210,6 +212,14 @@ def worker_routes(worker: Worker) -> FastAPI:
     async def worker_generate_stream(body: GenerateBody, request: Request) -> Response:
         release_body(request)
         return await worker.generate(body, request_id_of(request))
+
+    @app.post("/worker_tokenize")
+    async def worker_tokenize(body: TokenizeBody) -> dict[str, object]:
+        return await asyncio.to_thread(worker.backend.tokenize, body)
+
+    @app.post("/worker_detokenize")
+    async def worker_detokenize(body: DetokenizeBody) -> dict[str, object]:
+        return await asyncio.to_thread(worker.backend.detokenize, body)
 
     return app
 

@@ -8,12 +8,14 @@ from typing import Protocol
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.serve.common.protocol import (
+    DetokenizeBody,
     ErrorType,
     FinishReason,
     GenerateBody,
     ModelInfo,
     ServeError,
     State,
+    TokenizeBody,
     TokenLogprob,
 )
 
@@ -67,6 +69,12 @@ class Backend(Protocol):
 
     async def open(self, body: GenerateBody) -> Generation:
         """Admit and validate a request; raises `ServeError` before anything is streamed."""
+
+    def tokenize(self, body: TokenizeBody) -> dict[str, object]:
+        """The reply of `/worker_tokenize`. Thread-safe; raises `ServeError`, also when the engine has no tokenizer."""
+
+    def detokenize(self, body: DetokenizeBody) -> dict[str, object]:
+        """The reply of `/worker_detokenize`, like `tokenize`."""
 
     async def stop(self) -> None: ...
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from PIL import Image
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Piece, RenderedPrompt, template_for
 from llava.engine.arguments import EngineArgs
 from llava.engine.sequence import (
@@ -26,9 +26,18 @@ from llava.engine.sequence import (
 )
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
-from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State, TokenLogprob
+from llava.serve.common.protocol import (
+    DetokenizeBody,
+    ErrorType,
+    GenerateBody,
+    ModelInfo,
+    ServeError,
+    State,
+    TokenizeBody,
+    TokenLogprob,
+)
 from llava.serve.worker.backend import Delta, Generation, check_image_count
-from llava.serve.worker.preprocess import ImagePreprocessor, tokenizer_for
+from llava.serve.worker.preprocess import ImagePreprocessor, Vocabulary
 from llava.serve.worker.scheduler import EngineLike, Scheduler, Slot, StreamEvent, completion_error
 
 if TYPE_CHECKING:
@@ -76,6 +85,7 @@ class LoadedModel(NamedTuple):
     preprocess: Callable[[str], ImageInput | HashedImage] = ImagePreprocessor(lambda image: image)
     compile_grammar: Callable[[GuidedDecodingParams], object] = lambda params: None
     token_bytes: Sequence[bytes] = ()
+    vocabulary: Vocabulary | None = None
 
 
 LoadModel = Callable[[Callable[[float], None]], LoadedModel]  # argument: called with the fraction of weights loaded
@@ -97,14 +107,16 @@ def model_loader(
         def compile_grammar(params: GuidedDecodingParams) -> object:
             return engine.grammars.compile(params)
 
+        vocabulary = Vocabulary(engine)
         return LoadedModel(
             engine,
             info,
             wraps,
-            tokenizer_for(engine),
+            vocabulary.encode,
             ImagePreprocessor(preprocess),
             compile_grammar,
             engine.token_bytes,
+            vocabulary,
         )
 
     return load
@@ -114,10 +126,9 @@ def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSetti
     """Validate and preprocess a request; raises `ServeError` (400) or `RequestError` when it is invalid."""
     prompt = body.rendered_prompt
     check_image_count(prompt.num_images, len(body.images), loaded.info.max_images)
-    if loaded.wraps_images:
-        prompt = RenderedPrompt.from_pieces(
-            piece if piece.is_text else _wrap_images(piece) for piece in prompt.pieces()
-        )
+    tokens = body.prompt_token_ids
+    if tokens and prompt:
+        raise ServeError(ErrorType.BAD_REQUEST, "The request has a prompt and prompt_token_ids; send one of them.")
     params = SamplingParams(
         max_new_tokens=min(body.max_new_tokens, settings.max_new_tokens),
         temperature=body.temperature if body.temperature > _GREEDY_BELOW else 0.0,
@@ -136,9 +147,18 @@ def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSetti
     if params.guided_decoding is not None:
         loaded.compile_grammar(params.guided_decoding)  # takes the engine's thread no time then
     try:
-        return Request(loaded.tokenize(prompt), [loaded.preprocess(image) for image in body.images], params)
+        prompt_ids = tokens or loaded.tokenize(_as_trained(prompt, loaded))
+        images = [loaded.preprocess(image) for image in body.images]
+        return Request(prompt_ids, images, params, strip=body.strip)
     except ImageError as error:
         raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
+
+
+def _as_trained(prompt: RenderedPrompt, loaded: LoadedModel) -> RenderedPrompt:
+    """The prompt with the tags that the checkpoint puts around images."""
+    if not loaded.wraps_images:
+        return prompt
+    return RenderedPrompt.from_pieces(piece if piece.is_text else _wrap_images(piece) for piece in prompt.pieces())
 
 
 def _structure_of(body: GenerateBody) -> GuidedDecodingParams | None:
@@ -164,7 +184,7 @@ def _wrap_images(piece: Piece) -> Piece:
 class LocalBackend:
     """The `Backend` over `llava.engine`. `load` runs in a thread."""
 
-    features: Final = ["delta", "messages", "sampling", "text_spans"]
+    features: Final = ["completions", "delta", "messages", "sampling", "text_spans", "tokenize"]
 
     def __init__(self, load: LoadModel, settings: BackendSettings) -> None:
         self._load = load
@@ -240,6 +260,31 @@ class LocalBackend:
                 raise request_refusal(error) from error
             raise
         return Generation(self._deltas(slots, len(body.images) * (self._loaded.info.image_tokens or 0)), close)
+
+    def _require_vocabulary(self) -> tuple[LoadedModel, Vocabulary]:
+        if self._loaded is None:
+            raise ServeError(ErrorType.NOT_READY, "The model is still loading; try again shortly.", retry_after=5)
+        if self._loaded.vocabulary is None:
+            raise ServeError(ErrorType.BAD_REQUEST, "The engine of this model has no tokenizer.")
+        return self._loaded, self._loaded.vocabulary
+
+    def tokenize(self, body: TokenizeBody) -> dict[str, object]:
+        loaded, vocabulary = self._require_vocabulary()
+        prompt = _as_trained(body.rendered_prompt, loaded)
+        try:
+            ids = vocabulary.encode(prompt, add_special_tokens=body.add_special_tokens)
+        except RequestError as error:
+            raise request_refusal(error) from error
+        count = len(ids) + ids.count(IMAGE_TOKEN_INDEX) * ((loaded.info.image_tokens or 0) - 1)
+        reply = {"count": count, "max_model_len": loaded.info.context_length, "tokens": ids}
+        return {**reply, "token_strs": vocabulary.strings(ids)} if body.return_token_strs else reply
+
+    def detokenize(self, body: DetokenizeBody) -> dict[str, object]:
+        _, vocabulary = self._require_vocabulary()
+        try:
+            return {"prompt": vocabulary.decode(body.tokens)}
+        except RequestError as error:
+            raise request_refusal(error) from error
 
     async def _deltas(self, slots: Sequence[Slot], image_tokens: int) -> AsyncGenerator[Delta, None]:
         """Deltas of a request, an empty one after `keep_alive` seconds of silence; enforces both deadlines."""

@@ -88,6 +88,8 @@ class OpenAIBackend:
         await self._http.aclose()
 
     async def open(self, body: GenerateBody) -> Generation:
+        if body.prompt_token_ids:
+            raise ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker takes no token ids; send text.")
         if self.state != "ready":
             raise ServeError(ErrorType.NOT_READY, "The upstream engine is not ready.", retry_after=5)
         if self.in_use >= self.capacity:
@@ -104,6 +106,12 @@ class OpenAIBackend:
             raise
         deltas = _stop_at(_stop_strings(body), self._deltas(sending, body), body.n)
         return Generation(with_keep_alive(deltas, _KEEP_ALIVE, Delta()), close)
+
+    def tokenize(self, body: object) -> dict[str, object]:
+        """Refuse; the OpenAI API has no tokenizer."""
+        raise ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker offers no tokenizer.")
+
+    detokenize = tokenize
 
     async def _send(self, body: GenerateBody) -> httpx.Response:
         """The response to a request, which is repeated without the optional parameters that the engine refuses."""
