@@ -44,9 +44,10 @@ class SpecialTokens:
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """Bytes of every token: of a byte-level BPE, or of SentencePiece, where "▁" is a space and "<0x0A>" a byte."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    by_character = {character: byte for byte, character in bytes_to_unicode().items()}
+    by_byte = bytes_to_unicode()
+    by_character = {character: byte for byte, character in by_byte.items()}
     texts = tokenizer.get_added_vocab()
-    if by_character.keys() <= set(pieces):
+    if by_byte[ord(" ")] in pieces and "\u2581" not in pieces:
         return [
             (piece or "").encode()
             if piece in texts

@@ -25,8 +25,8 @@ _REASON: Final = 300  # characters
 _SAMPLE: Final = '{"a": [1, "é 漢"]}'
 _PLACE: Final = re.compile(r"^at \d+\(\d+\): ")  # in the grammar around what the client sent
 _ANCHORS: Final = re.compile(r"^\^|(?<!\\)\$$")  # implied, since the whole answer matches
-# White space between the values of JSON is bounded, since small models repeat line breaks up to the length limit.
-_JSON: Final = {"whitespace_pattern": r"[ \n\r\t]{1,20}"}
+# White space in JSON is at most a line break and an indentation, since small models repeat it up to the length limit.
+_JSON: Final = {"whitespace_pattern": r"\r?\n[ \t]{0,20}|[ \t]{1,20}"}
 
 
 class Guide:

@@ -123,8 +123,11 @@ def test_an_answer_ends_with_the_tokens_of_its_template(engines: dict[str, Engin
 
 
 def test_white_space_in_json_is_bounded(engines: dict[str, Engine]) -> None:
-    guide = engines["byte-level"].grammars.start(JSON, frozenset())
-    text = '{"color":' + 30 * " "
+    engine = engines["byte-level"]
+    for space, most in ((30 * " ", 20), ("\n" + 30 * "\t", 21), ("\n\n", 1), ("\r\n  ", 4)):
+        guide = engine.grammars.start(JSON, frozenset())
+        tokens = [engine.token_bytes.index(byte.encode()) for byte in '{"color":' + space]
+        assert guide.matcher.try_consume_tokens(tokens) == len('{"color":') + most
     allowed = guide.matcher.try_consume_tokens(
         [engines["byte-level"].token_bytes.index(byte.encode()) for byte in text]
     )

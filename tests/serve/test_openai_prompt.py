@@ -114,7 +114,7 @@ SAMPLING = {
     "logit_bias": {"12": -100},
     "n": 2,
 }
-FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "shape", "schema": SCHEMA, "strict": True}}
 
 
 @pytest.mark.parametrize(
