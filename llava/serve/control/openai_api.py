@@ -16,6 +16,7 @@ from functools import partial
 from typing import Final
 
 from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from llava.conversation import template_for
@@ -41,6 +42,7 @@ from llava.serve.control.responses import ResponseBody, ResponseReply
 _IMAGE_BYTES: Final = 20 * 2**20
 _CREATED: Final = 1_700_000_000  # constant, since models have no creation date
 _PUBLISHED: Final = ("temperature", "top_p", "seed")  # what workers of every version take
+_TOKEN_FIELDS: Final = {"tokens", "add_special_tokens", "return_token_strs"}
 
 MakeReply = Callable[[str, str, Sequence[Answer]], Reply]
 
@@ -128,10 +130,15 @@ class OpenAIServing:
     async def _text_of(self, model: str, prompt: str | list[int], request: Request) -> str:
         if isinstance(prompt, str):
             return prompt
-        content = json.dumps({"model": model, "tokens": prompt}).encode()
-        reply = await self.controller.call("/worker_detokenize", model, content, request_id_of(request))
+        reply = await self._ask("/worker_detokenize", {"model": model, "tokens": prompt}, request)
+        return str(reply.get("prompt", ""))
+
+    async def _ask(self, path: str, content: Json, request: Request) -> Json:
+        """The object that a worker replies."""
+        sent = json.dumps(content).encode()
+        reply = await self.controller.call(path, str(content["model"]), sent, request_id_of(request))
         with malformed_replies():
-            return str(json.loads(bytes(reply.body))["prompt"])
+            return dict(json.loads(bytes(reply.body)))
 
     async def tokenize(self, body: TokenizeRequest | DetokenizeRequest, request: Request) -> Response:
         """Respond to `/tokenize` and `/detokenize`. A request without a model is for the only one."""
@@ -139,16 +146,14 @@ class OpenAIServing:
         model = body.model or (models[0] if len(models) == 1 else "")
         status = self._admit(model, request)
         _require(status, "tokenize", "has no tokenizer")
-        content = body.model_dump(include={"tokens", "add_special_tokens", "return_token_strs"})
-        path = "/worker_detokenize"
-        if isinstance(body, TokenizeRequest):
-            path = "/worker_tokenize"
-            prompt = as_prompt(body.prompt or "")
-            if body.messages is not None:
-                prompt = self._render(body.messages, status, model).prompt
-            content |= {"prompt": prompt, "text_spans": prompt.text_spans}
-        sent = json.dumps({"model": model, **content}).encode()
-        return await self.controller.call(path, model, sent, request_id_of(request))
+        content: Json = {"model": model, **body.model_dump(include=_TOKEN_FIELDS)}
+        if isinstance(body, DetokenizeRequest):
+            return JSONResponse(await self._ask("/worker_detokenize", content, request))
+        prompt = as_prompt(body.prompt or "")
+        if body.messages is not None:
+            prompt = self._render(body.messages, status, model).prompt
+        content |= {"prompt": prompt, "text_spans": prompt.text_spans}
+        return JSONResponse(await self._ask("/worker_tokenize", content, request))
 
     @staticmethod
     def _render(messages: Sequence[ChatMessage], status: WorkerStatus, model: str) -> RenderedChat:
