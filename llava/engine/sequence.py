@@ -184,7 +184,7 @@ class SamplingParams:
             raise RequestError(f"guided_decoding must be GuidedDecodingParams, got {self.guided_decoding!r}.")
         biases: list[tuple[object, object]] = [*self.logit_bias.items()]
         for token, bias in biases:
-            if not isinstance(token, Integral) or not isinstance(bias, Real) or not -100.0 <= bias <= 100.0:
+            if not isinstance(token, Integral) or not isinstance(bias, Real) or not abs(float(bias)) <= 100.0:
                 raise RequestError(f"logit_bias must map token ids to numbers in [-100, 100], got {token!r}: {bias!r}.")
         if self.num_beams > 1 and (extra := set(self.as_dict()) - set(_PUBLISHED)):
             raise RequestError(f"num_beams above 1 cannot be combined with {', '.join(sorted(extra))}.")
