@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from llava.serve.common.protocol import WorkerStatus
 from llava.serve.worker.local_backend import BackendSettings
 from tests.serve.stubs import (
     MODEL,
@@ -335,6 +338,84 @@ def test_other_workers_are_asked_only_for_what_they_offer() -> None:
             assert (
                 "has no tokenizer" in post(controller.url, path, {"model": MODEL, **content}).json()["error"]["message"]
             )
+
+
+def token(text: str, logprob: float, **more: Any) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), **more}
+
+
+def frames(*contents: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps({"text": "", "error_code": 0, **content}).encode() + b"\0" for content in contents)
+
+
+@contextlib.contextmanager
+def scripted(reply: bytes) -> Iterator[openai.OpenAI]:
+    """A client of a controller whose only worker always sends `reply`."""
+    with live_controller() as controller, decoy(http_reply(reply)) as worker, client_of(controller.url) as api:
+        features = ["completions", "delta", "sampling"]
+        status = WorkerStatus(model_names=[MODEL], speed=1, queue_length=0, features=features)
+        controller.registry.put(worker.url, True, status, probed=True)
+        yield api
+
+
+TOPS = {"top_logprobs": [token("ab", -0.5), token("x", -math.inf)]}
+TWO = frames(
+    {"text": "ab", "index": 0, "logprobs": [token("ab", -0.5, **TOPS)]},
+    {"text": "q", "index": 1, "logprobs": [token("q", -2.0)]},
+    {"text": "c", "index": 0, "logprobs": [token("c", -1.0)], "finish_reason": "stop", "usage": {"prompt_tokens": 5}},
+    {"index": 1, "finish_reason": "length", "usage": {"completion_tokens": 1}},
+)
+
+
+def test_choices_and_log_probabilities_have_the_form_of_their_route() -> None:
+    with scripted(TWO) as api:
+        done = api.completions.create(model=MODEL, prompt="x", n=2, logprobs=2)
+        chunks = list(api.completions.create(model=MODEL, prompt="x", n=2, logprobs=2, stream=True))
+        chat = api.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x"}], n=2, logprobs=True, top_logprobs=2
+        )
+        plain = api.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], n=2)
+    assert [(c.text, c.finish_reason) for c in done.choices] == [("abc", "stop"), ("q", "length")]
+    first = done.choices[0].logprobs
+    assert first is not None and (first.tokens, first.token_logprobs, first.text_offset) == (
+        ["ab", "c"],
+        [-0.5, -1.0],
+        [0, 2],
+    )
+    assert first.top_logprobs == [{"ab": -0.5, "x": -9999.0}, {"c": -1.0}]
+    parts = [c.logprobs for chunk in chunks for c in chunk.choices if c.index == 0 and c.logprobs]
+    assert [part.text_offset for part in parts] == [[0], [2]]
+    assert done.usage is not None and (done.usage.prompt_tokens, done.usage.completion_tokens) == (5, 1)
+    content = chat.choices[0].logprobs.content  # type: ignore[union-attr]
+    assert content is not None and [(each.token, each.logprob, each.bytes) for each in content] == [
+        ("ab", -0.5, [97, 98]),
+        ("c", -1.0, [99]),
+    ]
+    assert [top.token for top in content[0].top_logprobs] == ["ab", "x"]
+    assert [choice.logprobs for choice in plain.choices] == [None, None]
+    one = frames({"text": "ab", "logprobs": [token("ab", -0.5, **TOPS)]}, {"finish_reason": "stop"})
+    with scripted(one) as api:
+        asked: dict[str, Any] = {"model": MODEL, "input": "x", "include": ["message.output_text.logprobs"]}
+        response = api.responses.create(**asked)
+        events = list(api.responses.create(**asked, stream=True))
+    assert response.output[0].content[0].logprobs[0].token == "ab"  # type: ignore[union-attr,index]
+    assert next(e for e in events if e.type == "response.output_text.delta").logprobs[0].logprob == -0.5
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        frames({"text": "a", "index": 0, "finish_reason": "stop"}),  # nothing of the second choice
+        frames({"text": "a", "index": 2}),
+        frames({"text": "a", "index": 0, "logprobs": [token("a", math.nan)]}),
+        frames({"text": "a", "index": 0, "logprobs": [7]}),
+    ],
+    ids=["missing choice", "index", "nan", "number"],
+)
+def test_malformed_choices_of_a_worker_are_an_error(bad: bytes) -> None:
+    with scripted(bad) as api, pytest.raises(openai.InternalServerError) as failed:
+        api.completions.create(model=MODEL, prompt="x", n=2)
+    assert (failed.value.status_code, failed.value.code) == (502, "worker_unavailable")
 
 
 # --- unknown routes and models --------------------------------------------------------------------------------------

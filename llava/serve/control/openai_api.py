@@ -27,7 +27,7 @@ from llava.serve.common.openai_chat import ApiBody, ChatBody, ChatMessage, Rende
 from llava.serve.common.protocol import ErrorType, ServeError, WorkerStatus
 from llava.serve.common.security import RateLimiter, bearer
 from llava.serve.common.streaming import DeferredResponse, StreamResponse
-from llava.serve.control.answers import Answer, ChatReply, Json, Reply, malformed_replies
+from llava.serve.control.answers import Answer, ChatReply, Json, Reply, Shown, malformed_replies
 from llava.serve.control.app import ControllerService
 from llava.serve.control.completions import (
     CompletionBody,
@@ -110,7 +110,7 @@ class OpenAIServing:
         """Respond to `/v1/chat/completions`."""
         status = self._admit(body.model, request)
         prompt = await self._chat_prompt(body, body.messages, status)
-        return await self._reply(body, request, status, [prompt], partial(ChatReply, **_options(body)))
+        return await self._reply(body, request, status, [prompt], partial(ChatReply, shown=_shown(body)))
 
     async def respond(self, body: ResponseBody, request: Request) -> Response:
         """Respond to `/v1/responses`."""
@@ -124,7 +124,7 @@ class OpenAIServing:
         _require(status, "completions", "has no text completions; use /v1/chat/completions")
         echo = [await self._text_of(body.model, prompt, request) for prompt in body.prompts] if body.echo else []
         prompts = [prompt_fields(prompt) for prompt in body.prompts]
-        make = partial(CompletionReply, echo=echo, **_options(body))
+        make = partial(CompletionReply, echo=echo, shown=_shown(body))
         return await self._reply(body, request, status, prompts, make)
 
     async def _text_of(self, model: str, prompt: str | list[int], request: Request) -> str:
@@ -234,9 +234,8 @@ def _unknown_model() -> ServeError:
     return ServeError(ErrorType.NOT_FOUND, "No worker serves this model; see /v1/models.", param="model")
 
 
-def _options(body: ChatBody | CompletionBody) -> dict[str, bool]:
-    """What the reply of a body shows beside the text."""
-    return {"include_usage": body.stream_options.include_usage, "has_logprobs": body.num_logprobs is not None}
+def _shown(body: ChatBody | CompletionBody) -> Shown:
+    return Shown(body.stream_options.include_usage, body.num_logprobs is not None)
 
 
 def _require(status: WorkerStatus, feature: str, text: str, param: str | None = None) -> None:
