@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from llava.serve.common.protocol import WorkerStatus
 from llava.serve.worker.local_backend import BackendSettings
 from tests.serve.stubs import (
     MODEL,
@@ -69,7 +72,7 @@ def test_a_completion_continues_the_text_as_it_is(
     request = parts[1].engine.history[-1].request
     assert request.prompt == "once <image> </s>" and request.images == []
     assert request.params.stop == ("zzz",)  # no separator of a template
-    assert [client.completions.create(model=MODEL, prompt="x").usage.completion_tokens] == [16]  # type: ignore[union-attr]
+    assert [client.completions.create(model=MODEL, prompt="x").usage.completion_tokens] == [16]
 
 
 def test_completions_of_several_prompts_stream_side_by_side(
@@ -139,8 +142,8 @@ def test_a_response_is_a_chat(client: openai.OpenAI, parts: tuple[LiveController
         truncation="disabled",
     )
     assert done.output_text == "w0 w1 " and done.output[0].id.startswith("msg_")
-    assert (done.status, done.incomplete_details.reason) == ("incomplete", "max_output_tokens")  # type: ignore[union-attr]
-    assert done.store is False and done.metadata == {"a": "b"} and done.user == "u"  # type: ignore[attr-defined]
+    assert (done.status, done.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert done.store is False and done.metadata == {"a": "b"} and done.user == "u"
     assert (done.instructions, done.temperature, done.max_output_tokens) == ("Be brief.", 0.5, 2)
     assert done.usage is not None and done.usage.output_tokens == 2
     assert done.usage.total_tokens == done.usage.input_tokens + 2
@@ -148,14 +151,14 @@ def test_a_response_is_a_chat(client: openai.OpenAI, parts: tuple[LiveController
     assert str(request.prompt) == "Be brief. USER: <image>\nWhat? ASSISTANT:"
     assert len(request.images) == 1 and request.params.stop == ("</s>",)
     follow_up = [MESSAGE, *(item.model_dump() for item in done.output), {"role": "user", "content": "Why?"}]
-    client.responses.create(model=MODEL, input=follow_up, max_output_tokens=1)  # type: ignore[arg-type]
+    client.responses.create(model=MODEL, input=follow_up, max_output_tokens=1)
     assert str(parts[1].engine.history[-1].request.prompt).endswith(
         "USER: What? ASSISTANT: w0 w1 </s>USER: Why? ASSISTANT:"
     )
 
 
 def test_a_response_streams_typed_events(client: openai.OpenAI) -> None:
-    with client.responses.stream(model=MODEL, input=[PICTURED], max_output_tokens=3) as stream:  # type: ignore[list-item]
+    with client.responses.stream(model=MODEL, input=[PICTURED], max_output_tokens=3) as stream:
         events = list(stream)
     kinds = [event.type.removeprefix("response.") for event in events]
     start = ["created", "in_progress", "output_item.added", "content_part.added"]
@@ -163,7 +166,7 @@ def test_a_response_streams_typed_events(client: openai.OpenAI) -> None:
     assert kinds == [*start, *["output_text.delta"] * 3, *end]
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "w0 w1 w2 "
-    final = events[-1].response  # type: ignore[union-attr]
+    final = events[-1].response
     assert final.output_text == "w0 w1 w2 " and final.usage.output_tokens == 3
     assert {event.response.id for event in events if hasattr(event, "response")} == {final.id}
 
@@ -337,6 +340,84 @@ def test_other_workers_are_asked_only_for_what_they_offer() -> None:
             )
 
 
+def token(text: str, logprob: float, **more: Any) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), **more}
+
+
+def frames(*contents: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps({"text": "", "error_code": 0, **content}).encode() + b"\0" for content in contents)
+
+
+@contextlib.contextmanager
+def scripted(reply: bytes) -> Iterator[openai.OpenAI]:
+    """A client of a controller whose only worker always sends `reply`."""
+    with live_controller() as controller, decoy(http_reply(reply)) as worker, client_of(controller.url) as api:
+        features = ["completions", "delta", "sampling"]
+        status = WorkerStatus(model_names=[MODEL], speed=1, queue_length=0, features=features)
+        controller.registry.put(worker.url, True, status, probed=True)
+        yield api
+
+
+TOPS = {"top_logprobs": [token("ab", -0.5), token("x", -math.inf)]}
+TWO = frames(
+    {"text": "ab", "index": 0, "logprobs": [token("ab", -0.5, **TOPS)]},
+    {"text": "q", "index": 1, "logprobs": [token("q", -2.0)]},
+    {"text": "c", "index": 0, "logprobs": [token("c", -1.0)], "finish_reason": "stop", "usage": {"prompt_tokens": 5}},
+    {"index": 1, "finish_reason": "length", "usage": {"completion_tokens": 1}},
+)
+
+
+def test_choices_and_log_probabilities_have_the_form_of_their_route() -> None:
+    with scripted(TWO) as api:
+        done = api.completions.create(model=MODEL, prompt="x", n=2, logprobs=2)
+        chunks = list(api.completions.create(model=MODEL, prompt="x", n=2, logprobs=2, stream=True))
+        chat = api.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x"}], n=2, logprobs=True, top_logprobs=2
+        )
+        plain = api.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], n=2)
+    assert [(c.text, c.finish_reason) for c in done.choices] == [("abc", "stop"), ("q", "length")]
+    first = done.choices[0].logprobs
+    assert first is not None and (first.tokens, first.token_logprobs, first.text_offset) == (
+        ["ab", "c"],
+        [-0.5, -1.0],
+        [0, 2],
+    )
+    assert first.top_logprobs == [{"ab": -0.5, "x": -9999.0}, {"c": -1.0}]
+    parts = [c.logprobs for chunk in chunks for c in chunk.choices if c.index == 0 and c.logprobs]
+    assert [part.text_offset for part in parts] == [[0], [2]]
+    assert done.usage is not None and (done.usage.prompt_tokens, done.usage.completion_tokens) == (5, 1)
+    content = chat.choices[0].logprobs.content
+    assert content is not None and [(each.token, each.logprob, each.bytes) for each in content] == [
+        ("ab", -0.5, [97, 98]),
+        ("c", -1.0, [99]),
+    ]
+    assert [top.token for top in content[0].top_logprobs] == ["ab", "x"]
+    assert [choice.logprobs for choice in plain.choices] == [None, None]
+    one = frames({"text": "ab", "logprobs": [token("ab", -0.5, **TOPS)]}, {"finish_reason": "stop"})
+    with scripted(one) as api:
+        asked: dict[str, Any] = {"model": MODEL, "input": "x", "include": ["message.output_text.logprobs"]}
+        response = api.responses.create(**asked)
+        events = list(api.responses.create(**asked, stream=True))
+    assert response.output[0].content[0].logprobs[0].token == "ab"
+    assert next(e for e in events if e.type == "response.output_text.delta").logprobs[0].logprob == -0.5
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        frames({"text": "a", "index": 0, "finish_reason": "stop"}),  # nothing of the second choice
+        frames({"text": "a", "index": 2}),
+        frames({"text": "a", "index": 0, "logprobs": [token("a", math.nan)]}),
+        frames({"text": "a", "index": 0, "logprobs": [7]}),
+    ],
+    ids=["missing choice", "index", "nan", "number"],
+)
+def test_malformed_choices_of_a_worker_are_an_error(bad: bytes) -> None:
+    with scripted(bad) as api, pytest.raises(openai.InternalServerError) as failed:
+        api.completions.create(model=MODEL, prompt="x", n=2)
+    assert (failed.value.status_code, failed.value.code) == (502, "worker_unavailable")
+
+
 # --- unknown routes and models --------------------------------------------------------------------------------------
 
 
@@ -367,7 +448,7 @@ def test_a_worker_says_who_serves_the_api(parts: tuple[LiveController, LiveWorke
 
 def test_models_tell_their_context(client: openai.OpenAI, parts: tuple[LiveController, LiveWorker]) -> None:
     (model,) = client.models.list()
-    assert client.models.retrieve(MODEL) == model and model.max_model_len == 100_000  # type: ignore[attr-defined]
+    assert client.models.retrieve(MODEL) == model and model.max_model_len == 100_000
     with pytest.raises(openai.NotFoundError) as unknown:
         client.models.retrieve("none")
     assert unknown.value.code == "model_not_found"

@@ -130,9 +130,9 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nothing", messages=[{"role": "user", "content": "hi"}])
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="body: n is not supported; omit it") as unserved:
-        client.chat.completions.create(model=NAME, n=2, messages=[{"role": "user", "content": "hi"}])
-    assert unserved.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="body: modalities is not supported; omit it") as unserved:
+        client.chat.completions.create(model=NAME, modalities=["audio"], messages=[{"role": "user", "content": "hi"}])
+    assert unserved.value.param == "modalities"
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model=NAME, top_p=2, messages=[{"role": "user", "content": "hi"}])
     assert bad.value.param == "top_p"

@@ -332,7 +332,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 def _api_routes(app: FastAPI) -> str:
     """What to request instead of an unknown route of the API."""
     routes = [route for route in app.routes if isinstance(route, APIRoute) and is_api(route.path)]
-    known = [f"{method} {route.path_format}" for route in routes for method in sorted(route.methods)]
+    known = [f"{method} {route.path_format}" for route in routes for method in sorted(route.methods or ())]
     return f"the routes of the API are {', '.join(known)}" if known else "the controller serves the API"
 
 

@@ -75,7 +75,14 @@ class StrictBody(Body):
     """Body that refuses unsupported parameters that would change the answer, by name; other bodies ignore them."""
 
     # Parameters that do not change the answer, and those of unsupported features with the values that request nothing.
-    ignored: ClassVar = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+    ignored: ClassVar[tuple[str, ...]] = (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+    )
     harmless: ClassVar[dict[str, tuple[object, ...]]] = {}
     remedies: ClassVar[dict[str, str]] = {}  # instead of "omit it"
 

@@ -215,24 +215,22 @@ class Reply(ABC):
         return usage
 
 
+class Shown(NamedTuple):
+    """What a reply with choices shows beside their text."""
+
+    stream_usage: bool
+    logprobs: bool
+
+
 class ChoicesReply(Reply):
     """Reply with a list of choices, of chat and of text completions. A chunk of a stream holds one choice."""
 
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(
-        self,
-        model: str,
-        request_id: str,
-        answers: Sequence[Answer],
-        *,
-        include_usage: bool = False,
-        has_logprobs: bool = False,
-    ) -> None:
+    def __init__(self, model: str, request_id: str, answers: Sequence[Answer], *, shown: Shown) -> None:
         super().__init__(model, request_id, answers)
-        self.include_usage = include_usage
-        self.has_logprobs = has_logprobs
+        self.shown = shown
 
     @abstractmethod
     def content(self, choice: Choice) -> Json:
@@ -257,7 +255,7 @@ class ChoicesReply(Reply):
             yield self.chunk(piece.choice, self.delta(""), piece.finish_reason)
 
     def closing(self) -> Iterator[Json]:
-        if self.include_usage:
+        if self.shown.stream_usage:
             yield {**self._head(self.chunk_kind), "choices": [], "usage": self.usage}
 
     def chunk(
@@ -272,7 +270,7 @@ class ChoicesReply(Reply):
     def _choice(
         self, choice: Choice, content: Json, finish_reason: str | None, logprobs: list[TokenLogprob] | None
     ) -> Json:
-        shown = self.logprobs(choice, logprobs) if self.has_logprobs and logprobs is not None else None
+        shown = self.logprobs(choice, logprobs) if self.shown.logprobs and logprobs is not None else None
         return {"index": choice.index, **content, "finish_reason": finish_reason, "logprobs": shown}
 
     def _head(self, kind: str) -> Json:

@@ -13,7 +13,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import RenderedPrompt
 from llava.serve.common.openai_chat import ApiBody, ChatMessage, StreamOptions, StrictBody
 from llava.serve.common.protocol import MAX_LOGPROBS, DetokenizeBody, TokenId, TokenLogprob
-from llava.serve.control.answers import Answer, Choice, ChoicesReply, Json
+from llava.serve.control.answers import Answer, Choice, ChoicesReply, Json, Shown
 
 MAX_ANSWERS: Final = 32
 _AtMost: Final = Field(min_length=1, max_length=MAX_ANSWERS)
@@ -93,16 +93,9 @@ class CompletionReply(ChoicesReply):
     kind = chunk_kind = "text_completion"
 
     def __init__(
-        self,
-        model: str,
-        request_id: str,
-        answers: Sequence[Answer],
-        *,
-        echo: Sequence[str] = (),
-        include_usage: bool = False,
-        has_logprobs: bool = False,
+        self, model: str, request_id: str, answers: Sequence[Answer], *, shown: Shown, echo: Sequence[str] = ()
     ) -> None:
-        super().__init__(model, request_id, answers, include_usage=include_usage, has_logprobs=has_logprobs)
+        super().__init__(model, request_id, answers, shown=shown)
         self._echo = {c.index: text for answer, text in zip(answers, echo) for c in answer.choices}
         self._offsets = dict.fromkeys((choice.index for choice in self.choices), 0)
 

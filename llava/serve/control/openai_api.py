@@ -16,6 +16,7 @@ from functools import partial
 from typing import Final
 
 from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from llava.conversation import template_for
@@ -26,7 +27,7 @@ from llava.serve.common.openai_chat import ApiBody, ChatBody, ChatMessage, Rende
 from llava.serve.common.protocol import ErrorType, ServeError, WorkerStatus
 from llava.serve.common.security import RateLimiter, bearer
 from llava.serve.common.streaming import DeferredResponse, StreamResponse
-from llava.serve.control.answers import Answer, ChatReply, Json, Reply, malformed_replies
+from llava.serve.control.answers import Answer, ChatReply, Json, Reply, Shown, malformed_replies
 from llava.serve.control.app import ControllerService
 from llava.serve.control.completions import (
     CompletionBody,
@@ -41,6 +42,7 @@ from llava.serve.control.responses import ResponseBody, ResponseReply
 _IMAGE_BYTES: Final = 20 * 2**20
 _CREATED: Final = 1_700_000_000  # constant, since models have no creation date
 _PUBLISHED: Final = ("temperature", "top_p", "seed")  # what workers of every version take
+_TOKEN_FIELDS: Final = {"tokens", "add_special_tokens", "return_token_strs"}
 
 MakeReply = Callable[[str, str, Sequence[Answer]], Reply]
 
@@ -108,7 +110,7 @@ class OpenAIServing:
         """Respond to `/v1/chat/completions`."""
         status = self._admit(body.model, request)
         prompt = await self._chat_prompt(body, body.messages, status)
-        return await self._reply(body, request, status, [prompt], partial(ChatReply, **_options(body)))
+        return await self._reply(body, request, status, [prompt], partial(ChatReply, shown=_shown(body)))
 
     async def respond(self, body: ResponseBody, request: Request) -> Response:
         """Respond to `/v1/responses`."""
@@ -122,16 +124,21 @@ class OpenAIServing:
         _require(status, "completions", "has no text completions; use /v1/chat/completions")
         echo = [await self._text_of(body.model, prompt, request) for prompt in body.prompts] if body.echo else []
         prompts = [prompt_fields(prompt) for prompt in body.prompts]
-        make = partial(CompletionReply, echo=echo, **_options(body))
+        make = partial(CompletionReply, echo=echo, shown=_shown(body))
         return await self._reply(body, request, status, prompts, make)
 
     async def _text_of(self, model: str, prompt: str | list[int], request: Request) -> str:
         if isinstance(prompt, str):
             return prompt
-        content = json.dumps({"model": model, "tokens": prompt}).encode()
-        reply = await self.controller.call("/worker_detokenize", model, content, request_id_of(request))
+        reply = await self._ask("/worker_detokenize", {"model": model, "tokens": prompt}, request)
+        return str(reply.get("prompt", ""))
+
+    async def _ask(self, path: str, content: Json, request: Request) -> Json:
+        """The object that a worker replies."""
+        sent = json.dumps(content).encode()
+        reply = await self.controller.call(path, str(content["model"]), sent, request_id_of(request))
         with malformed_replies():
-            return str(json.loads(bytes(reply.body))["prompt"])
+            return dict(json.loads(bytes(reply.body)))
 
     async def tokenize(self, body: TokenizeRequest | DetokenizeRequest, request: Request) -> Response:
         """Respond to `/tokenize` and `/detokenize`. A request without a model is for the only one."""
@@ -139,16 +146,14 @@ class OpenAIServing:
         model = body.model or (models[0] if len(models) == 1 else "")
         status = self._admit(model, request)
         _require(status, "tokenize", "has no tokenizer")
-        content = body.model_dump(include={"tokens", "add_special_tokens", "return_token_strs"})
-        path = "/worker_detokenize"
-        if isinstance(body, TokenizeRequest):
-            path = "/worker_tokenize"
-            prompt = as_prompt(body.prompt or "")
-            if body.messages is not None:
-                prompt = self._render(body.messages, status, model).prompt
-            content |= {"prompt": prompt, "text_spans": prompt.text_spans}
-        sent = json.dumps({"model": model, **content}).encode()
-        return await self.controller.call(path, model, sent, request_id_of(request))
+        content: Json = {"model": model, **body.model_dump(include=_TOKEN_FIELDS)}
+        if isinstance(body, DetokenizeRequest):
+            return JSONResponse(await self._ask("/worker_detokenize", content, request))
+        prompt = as_prompt(body.prompt or "")
+        if body.messages is not None:
+            prompt = self._render(body.messages, status, model).prompt
+        content |= {"prompt": prompt, "text_spans": prompt.text_spans}
+        return JSONResponse(await self._ask("/worker_tokenize", content, request))
 
     @staticmethod
     def _render(messages: Sequence[ChatMessage], status: WorkerStatus, model: str) -> RenderedChat:
@@ -229,9 +234,8 @@ def _unknown_model() -> ServeError:
     return ServeError(ErrorType.NOT_FOUND, "No worker serves this model; see /v1/models.", param="model")
 
 
-def _options(body: ChatBody | CompletionBody) -> dict[str, bool]:
-    """What the reply of a body shows beside the text."""
-    return {"include_usage": body.stream_options.include_usage, "has_logprobs": body.num_logprobs is not None}
+def _shown(body: ChatBody | CompletionBody) -> Shown:
+    return Shown(body.stream_options.include_usage, body.num_logprobs is not None)
 
 
 def _require(status: WorkerStatus, feature: str, text: str, param: str | None = None) -> None:

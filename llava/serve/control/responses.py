@@ -109,7 +109,7 @@ class ResponseBody(ApiBody):
 
     @property
     def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.include else None
+        return (self.top_logprobs or 0) if self.include or self.top_logprobs else None
 
     @property
     def max_new_tokens(self) -> int | None:
