@@ -128,10 +128,6 @@ def test_white_space_in_json_is_bounded(engines: dict[str, Engine]) -> None:
         guide = engine.grammars.start(JSON, frozenset())
         tokens = [engine.token_bytes.index(byte.encode()) for byte in '{"color":' + space]
         assert guide.matcher.try_consume_tokens(tokens) == len('{"color":') + most
-    allowed = guide.matcher.try_consume_tokens(
-        [engines["byte-level"].token_bytes.index(byte.encode()) for byte in text]
-    )
-    assert allowed == len('{"color":') + 20
 
 
 @pytest.mark.parametrize(
