@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
-
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -43,6 +41,8 @@ class SpecialTokens:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """Bytes of every token: of a byte-level BPE, or of SentencePiece, where "▁" is a space and "<0x0A>" a byte."""
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode  # takes seconds to import
+
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     by_byte = bytes_to_unicode()
     by_character = {character: byte for byte, character in by_byte.items()}

@@ -160,10 +160,8 @@ class OpenAIBackend:
                 kind = ErrorType.BAD_REQUEST if reply.finish_reason == "content_filter" else ErrorType.INTERNAL
                 raise ServeError(kind, f"The upstream engine gave no complete answer: {failure}.")
         for reader, reply in zip(readers, replies, strict=True):
-            text, usage = (
-                "" if reply.text else reply.refusal,
-                {} if reader.index else reply.usage,
-            )  # that of all choices
+            text = "" if reply.text else reply.refusal
+            usage = {} if reader.index else reply.usage  # counts all choices
             yield Delta(text, "length" if reply.finish_reason == "length" else "stop", usage, index=reader.index)
 
     def _serve_error(self, error: ApiError, *, refused: bool = False) -> ServeError:
