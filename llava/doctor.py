@@ -61,6 +61,7 @@ FEATURES: Final = (
     Feature("flash attention", ("flash-attn",), "flash"),
     Feature("serving", ("fastapi", "uvicorn", "httpx", "prometheus-client", "gradio"), "serve"),
     Feature("GGUF export", ("gguf",), "export"),
+    Feature("structured output", ("llguidance",), "serve"),
 )
 
 PACKAGES: Final = tuple(
