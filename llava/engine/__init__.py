@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llava.engine.engine import Engine, load_engine
-    from llava.engine.sequence import Completion, Request, RequestHandle, SamplingParams, Statistics
+    from llava.engine.sequence import Completion, Request, RequestHandle, SamplingParams
+    from llava.engine.statistics import Statistics
 
 __all__ = ["Completion", "Engine", "Request", "RequestHandle", "SamplingParams", "Statistics", "load_engine"]
 
@@ -18,5 +19,5 @@ __all__ = ["Completion", "Engine", "Request", "RequestHandle", "SamplingParams",
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'llava.engine' has no attribute {name!r}; it has {', '.join(__all__)}")
-    module = "engine" if name in ("Engine", "load_engine") else "sequence"
+    module = {"Engine": "engine", "load_engine": "engine", "Statistics": "statistics"}.get(name, "sequence")
     return getattr(importlib.import_module(f"llava.engine.{module}"), name)

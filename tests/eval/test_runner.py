@@ -229,7 +229,7 @@ def test_images_are_preprocessed_by_the_workers(
         assert not outcome.failures
         done = fresh.statistics()
         identity = json.loads(manifest_path(path).read_text())["identity"]
-        found.append((path.read_bytes(), identity, done.computed_tokens, done.shared_tokens, done.encoded_images))
+        found.append((path.read_bytes(), identity, done.computed_tokens, done.cached_tokens, done.encoded_images))
     assert found[0] == found[1]
 
 
