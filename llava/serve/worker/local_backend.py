@@ -16,6 +16,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import Piece, RenderedPrompt, template_for
 from llava.engine.arguments import EngineArgs
 from llava.engine.sequence import Completion, HashedImage, ImageInput, Request, SamplingParams
+from llava.engine.statistics import Statistics
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
 from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
@@ -143,6 +144,9 @@ class LocalBackend:
     @property
     def running(self) -> int:
         return 0 if self.scheduler is None else self.scheduler.running
+
+    def statistics(self) -> Statistics | None:
+        return None if self._loaded is None else self._loaded.engine.statistics()
 
     async def start(self, on_change: Callable[[], None]) -> None:
         self._loading = asyncio.ensure_future(self._start(on_change))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from llava.engine.sequence import Completion, Request, RequestHandle
+from llava.engine.statistics import Statistics
 from llava.serve.common.protocol import ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class EngineLike(Protocol):
     def submit(self, request: Request) -> RequestHandle: ...
     def step(self) -> bool: ...
     def abort(self, error: str) -> None: ...
+    def statistics(self) -> Statistics: ...
 
 
 class StreamEvent(NamedTuple):
