@@ -29,7 +29,7 @@ from llava.files import write_text
 from llava.utils import guarded
 
 EXAMPLES: Final = 5
-SKIPPED: Final = ("asked", "seconds", "keys", "shards", "environment.command", "status")
+SKIPPED: Final = ("asked", "engine", "seconds", "keys", "shards", "environment.command", "status")
 
 
 def build_parser() -> argparse.ArgumentParser:

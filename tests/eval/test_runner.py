@@ -158,6 +158,23 @@ def test_the_manifest_records_the_settings(
     assert manifest["environment"]["packages"]["transformers"] == "4.36.2"
 
 
+def test_the_manifest_and_the_last_line_have_the_statistics_of_the_run(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    """Those of this run only: the engine has answered before."""
+    path, lines = tmp_path / "a.jsonl", list[str]()
+    before = engine.statistics()
+    outcome = run(engine, questions, path, settings)
+    report(outcome, path, lines.append)
+    found = json.loads(manifest_path(path).read_text())["engine"]
+    assert outcome.statistics is not None and found == dataclasses.asdict(outcome.statistics)
+    assert before.requests > 0 and found["requests"] == 21 == engine.statistics().requests - before.requests
+    assert found["prompt_tokens"] == found["computed_tokens"] + found["cached_tokens"] > 21 * 16
+    assert found["images"] == sum(len(question.images) for question in questions)
+    assert 0 < sum(found["seconds"].values()) <= outcome.seconds + 1
+    assert lines[-1] == outcome.statistics.summary() and " of 4; time: tower " in lines[-1]
+
+
 def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1234")
