@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 _FATAL: Final = ("device-side assert", "cuda error", "acceleratorerror", "cublas_status", "illegal memory access")
 _GIVE_UP_AFTER: Final = 8  # consecutive failed steps
+_STOPPED: Final = "the worker was stopped"
 
 
 class EngineLike(Protocol):
-    """The methods of `llava.engine.Engine` that the scheduler calls."""
+    """The methods of `llava.engine.Engine` that a worker calls."""
 
     @property
     def running(self) -> int: ...
@@ -147,7 +148,7 @@ class Scheduler:
             for submission in submissions:
                 self._submit(submission)
             if stopping:
-                self.engine.abort("the worker is stopping")
+                self.engine.abort(_STOPPED)
                 self._deliver()
                 return
             busy = True
@@ -236,6 +237,9 @@ def _is_failed(handle: RequestHandle) -> bool:
 def completion_error(completion: Completion) -> ServeError:
     """The error of a failed completion, without the text of the exception, which may contain internals."""
     text = (completion.error or "").lower()
+    if text == _STOPPED:
+        message = "The worker was stopped before the answer was complete; send the request again."
+        return ServeError(ErrorType.WORKER_UNAVAILABLE, message)
     if "outofmemory" in text or "out of memory" in text:
         message = "The model ran out of memory on this request; send fewer or smaller images, or a shorter text."
         return ServeError(ErrorType.OUT_OF_MEMORY, message)
