@@ -60,6 +60,7 @@ FEATURES: Final = (
     Feature("quantization", ("bitsandbytes",), "quant"),
     Feature("flash attention", ("flash-attn",), "flash"),
     Feature("serving", ("fastapi", "uvicorn", "httpx", "prometheus-client", "gradio"), "serve"),
+    Feature("structured output", ("llguidance",), "serve"),
 )
 
 PACKAGES: Final = tuple(

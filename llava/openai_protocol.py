@@ -128,8 +128,22 @@ class ReplyMessage(BaseModel):
     function_call: object = None
 
 
+class TokenLogprob(BaseModel):
+    """Log probability of a token, and at its position those of the most probable tokens."""
+
+    token: Name
+    logprob: float = Field(allow_inf_nan=False)
+    bytes: Annotated[list[int], BeforeValidator(_as_list)] = []
+    top_logprobs: Annotated[list[TokenLogprob], BeforeValidator(_as_list)] = []
+
+
+class Logprobs(BaseModel):
+    content: Annotated[list[TokenLogprob], BeforeValidator(_as_list)] = []
+
+
 class Choice(BaseModel):
     index: Count = 0
+    logprobs: Annotated[Logprobs, BeforeValidator(lambda value: value if isinstance(value, dict) else {})] = Logprobs()
     message: ReplyMessage | None = None
     delta: ReplyMessage | None = None
     finish_reason: Text = None
@@ -205,9 +219,16 @@ class Reply:
 
 
 class ReplyReader:
-    """Builds a `Reply` from events; raises `ApiError` for error events, malformed ones, and an incomplete answer."""
+    """Builds the `Reply` of one choice from events.
 
-    def __init__(self) -> None:
+    Raises `ApiError` for error events, malformed ones, and an incomplete answer. `logprobs` are those since they were
+    last taken.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self.is_started = self.has_logprobs = False
+        self.logprobs: list[TokenLogprob] = []
         self._reply = Reply()
         self._finish = ""
         self._is_done = False
@@ -233,15 +254,18 @@ class ReplyReader:
             raise ApiError(f"malformed reply: {shorten(data, 200)}", structured=False) from error
         counts = chunk.usage.model_dump(exclude_none=True)
         self._reply.usage = counts or self._reply.usage
-        return "".join(self._read(choice) for choice in chunk.choices if not choice.index)
+        return "".join(self._read(choice) for choice in chunk.choices if (choice.index or 0) == self.index)
 
     def _read(self, choice: Choice) -> str:
         """The new text of a choice. A message beside or after deltas repeats them."""
-        reply, message = self._reply, choice.delta
+        reply, message, logprobs = self._reply, choice.delta, choice.logprobs.content
+        self.is_started = True
         if message is None and choice.message is not None:
             self._is_done = True
-            message = ReplyMessage() if reply.text else choice.message
+            message, logprobs = (ReplyMessage(), []) if reply.text else (choice.message, logprobs)
         message = message or ReplyMessage()
+        self.logprobs += logprobs
+        self.has_logprobs |= bool(logprobs)
         text = "".join(part.text or "" for part in message.content)
         thoughts = [part.text or "" for each in message.content for part in each.thinking]
         reply.thinking += "".join([message.reasoning_content or message.reasoning or "", *thoughts])
@@ -251,6 +275,11 @@ class ReplyReader:
         reason = (choice.finish_reason or "").lower()
         self._finish = self._finish if reason in ("", "null", "none") else reason
         return text
+
+    def take_logprobs(self) -> list[dict[str, object]]:
+        """The log probabilities since the last call, as JSON objects."""
+        found, self.logprobs = [one.model_dump() for one in self.logprobs], []
+        return found
 
     def finish(self) -> Reply:
         """The reply after the last event."""

@@ -37,6 +37,7 @@ GOOD = {
     "httpx": "0.28.1",
     "prometheus-client": "0.26.0",
     "gradio": "6.17.3",
+    "llguidance": "1.9.1",
 }
 A100 = doctor.Device("A100", 79.3, (8, 0))
 V100 = doctor.Device("V100", 31.7, (7, 0))

@@ -10,10 +10,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llava.engine.engine import Engine, load_engine
-    from llava.engine.sequence import Completion, Request, RequestHandle, SamplingParams
+    from llava.engine.sequence import (
+        Completion,
+        GuidedDecodingParams,
+        Request,
+        RequestHandle,
+        SamplingParams,
+        TokenLogprobs,
+    )
     from llava.engine.statistics import Statistics
 
-__all__ = ["Completion", "Engine", "Request", "RequestHandle", "SamplingParams", "Statistics", "load_engine"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "GuidedDecodingParams",
+    "Request",
+    "RequestHandle",
+    "SamplingParams",
+    "Statistics",
+    "TokenLogprobs",
+    "load_engine",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -125,7 +125,7 @@ class ChatSession:
             "system": self.conversation.system,
             "messages": [list(message) for message in self.conversation.messages[self.conversation.offset :]],
             "images": self.sources,
-            "settings": dataclasses.asdict(self.params),
+            "settings": self.params.as_dict(),
         }
         with write_errors(path):
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,12 +5,16 @@ Streams, chat histories and answer files all contain this text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 6  # tokens decoded again before new ones, for the leading space of a word
 _WINDOW = 12  # most tokens decoded again
@@ -24,6 +28,7 @@ class SpecialTokens:
         self.vocabulary = len(tokenizer)  # slow to compute; the model's embeddings may have more rows
         self._by_text = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
         self._by_text.update(tokenizer.get_added_vocab())
+        self.never_text = self.ids | frozenset(self._by_text.values())  # added tokens among them
         configured = getattr(generation_config, "eos_token_id", None)
         ends = {*(configured if isinstance(configured, (list, tuple)) else [configured]), tokenizer.eos_token_id}
         self.end = frozenset(token for token in ends if token is not None)
@@ -36,26 +41,53 @@ class SpecialTokens:
         return self.end | {self._by_text[text] for text in stop if text in self._by_text}
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """Bytes of every token: of a byte-level BPE, or of SentencePiece, where "▁" is a space and "<0x0A>" a byte."""
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    by_byte = bytes_to_unicode()
+    by_character = {character: byte for byte, character in by_byte.items()}
+    texts = tokenizer.get_added_vocab()
+    if by_byte[ord(" ")] in pieces and "\u2581" not in pieces:
+        return [
+            (piece or "").encode()
+            if piece in texts
+            else bytes(by_character[one] for one in piece or "" if one in by_character)
+            for piece in pieces
+        ]
+    found = [(piece or "").replace("\u2581", " ").encode() for piece in pieces]
+    for at, piece in enumerate(pieces):
+        if piece and (byte := _BYTE.fullmatch(piece)):
+            found[at] = bytes([int(byte[1], 16)])
+    return found
+
+
 class Detokenizer:
     """Incremental decoder: the pieces join to `tokenizer.decode(ids, skip_special_tokens=True)`.
 
     Each token decodes only a short window, so the cost of an answer is linear in its length. A character whose bytes
-    are spread over several tokens is held back until it is complete.
+    are spread over several tokens is held back until it is complete. After the tokens of `context`, the text of the
+    first token keeps the space before its word.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = special
-        self._ids: list[int] = []  # without special tokens
-        self._prefix_offset = self._read_offset = 0  # the window starts at the first; ids before the second are done
-        self._prefix_text = ""  # text between the two offsets
+        self._ids = [token for token in context[-_CONTEXT:] if self._is_text(token)]  # without special tokens
+        self._prefix_text = self._decode(self._ids) if self._ids else ""  # text between the two offsets
+        if self._prefix_text.endswith(_INCOMPLETE):
+            self._ids, self._prefix_text = [], ""
+        # The window starts at the first; ids before the second are done.
+        self._prefix_offset, self._read_offset = 0, len(self._ids)
+
+    def _is_text(self, token: int) -> bool:
+        return token not in self._special.ids and 0 <= token < self._special.vocabulary
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))  # skipping special tokens is slow
 
     def push(self, token: int) -> str:
         """Add a token and return the text it completes; empty for special tokens and incomplete characters."""
-        if token in self._special.ids or token >= self._special.vocabulary:
+        if not self._is_text(token):
             return ""
         self._ids.append(token)
         return self._advance(final=False)
@@ -82,10 +114,11 @@ class TextStream:
     """Incremental clean-up of text; the pieces that `push` returns join to `text`.
 
     It holds back a tail that may be the start of a stop string, and trailing white space, which is dropped unless more
-    text follows.
+    text follows. Without `strip`, white space at both ends stays.
     """
 
-    def __init__(self, stop: Iterable[str] = ()) -> None:
+    def __init__(self, stop: Iterable[str] = (), *, strip: bool = True) -> None:
+        self._strip = strip
         self._stop = tuple(text for text in stop if text)
         self._longest = max(map(len, self._stop), default=0)
         self._pending = ""
@@ -107,9 +140,10 @@ class TextStream:
             self.stopped = True
             self._pending = self._pending[: min(cuts)]
         ready = len(self._pending) if final or self.stopped else len(self._pending) - self._held()
-        ready = len(self._pending[:ready].rstrip())
+        if self._strip:
+            ready = len(self._pending[:ready].rstrip())
         out, self._pending = self._pending[:ready], self._pending[ready:]
-        if not self._pieces:
+        if self._strip and not self._pieces:
             out = out.lstrip()
         if out:
             self._pieces.append(out)

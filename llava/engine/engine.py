@@ -13,18 +13,21 @@ import threading
 import time
 from collections import abc, deque
 from dataclasses import replace
+from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.engine.cache import KVCache, cache_bounds, format_size
-from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream
+from llava.engine.detokenizer import Detokenizer, SpecialTokens, TextStream, token_bytes
 from llava.engine.features import FeatureEncoder
+from llava.engine.guided import GrammarCompiler
 from llava.engine.llama import build_model_runner
+from llava.engine.logits import TokenTable, download, token_logprobs
 from llava.engine.prefill import Prefiller
 from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
 from llava.engine.sequence import (
@@ -34,6 +37,7 @@ from llava.engine.sequence import (
     Request,
     RequestHandle,
     Sequence,
+    TokenLogprobs,
     hash_image,
 )
 from llava.engine.statistics import Clock, Statistics
@@ -43,8 +47,6 @@ from llava.placement import avoid_cudnn_attention, resolve_device
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
-
-_NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
 
 
 class Engine:
@@ -115,6 +117,7 @@ class Engine:
                 context_length=context,
             )
         params = request.params
+        self._check_ids(params.logit_bias, "logit_bias")
         new_tokens = min(params.max_new_tokens, context - length)
         needed = (length + new_tokens) * self.model_runner.spec.bytes_per_token
         if self.kv_cache_bytes is not None and needed > self.kv_cache_bytes:
@@ -131,11 +134,14 @@ class Engine:
             max_new_tokens=new_tokens,
             end_ids=self.special.end_ids(params.stop),
             generator=make_generator(params),
-            detokenizer=Detokenizer(self.tokenizer, self.special),
-            stream=TextStream(params.stop),
+            detokenizer=Detokenizer(self.tokenizer, self.special, () if request.strip else prompt.ids),
+            stream=TextStream(params.stop, strip=request.strip),
             cache_prefix=request.cache_prefix,
             max_tokens=length + new_tokens,
+            table=TokenTable.build(params, prompt.ids),
         )
+        if params.guided_decoding is not None:
+            sequence.guide = self.grammars.start(params.guided_decoding, sequence.end_ids)
         self._waiting.append(sequence)
         return handle
 
@@ -226,11 +232,28 @@ class Engine:
                 ids = tuple(map(index, prompt))
         except (TypeError, UnicodeEncodeError) as error:
             raise RequestError(f"The prompt must be text or token ids: {error}.") from error
-        rows = len(self.model_runner.core.get_input_embeddings().weight)
-        unknown = [token for token in ids if not 0 <= token < rows and token != IMAGE_TOKEN_INDEX]
-        if unknown:
-            raise RequestError(f"Token ids of the prompt must be in [0, {rows - 1}], got {unknown[0]}.")
+        self._check_ids((token for token in ids if token != IMAGE_TOKEN_INDEX), "the prompt")
         return ids
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Rows of the embeddings, at least the tokens of the tokenizer."""
+        return len(self.model_runner.core.get_input_embeddings().weight)
+
+    def _check_ids(self, ids: abc.Iterable[int], where: str) -> None:
+        unknown = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+        if unknown is not None:
+            raise RequestError(f"Token ids of {where} must be in [0, {self.vocabulary - 1}], got {unknown}.")
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiler of `SamplingParams.guided_decoding`. Raises `RequestError` if structured output is not available."""
+        return GrammarCompiler(self.tokenizer, self.token_bytes, self.special, self.vocabulary)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token; `Detokenizer` decodes an answer."""
+        return token_bytes(self.tokenizer)
 
     def _drop_cancelled(self) -> None:
         for sequence in [sequence for sequence in list(self._waiting) if sequence.handle.cancelled]:
@@ -319,7 +342,7 @@ class Engine:
                     self._cache.join(output.data, output.lengths, output.prefixes)
                     rows = [batch[index] for index in output.indices]
                     self._running.extend(rows)
-                    self._append(len(self._running) - len(rows), _sampler(rows), output.logits)
+                    self._append(len(self._running) - len(rows), Sampler.of(rows), output.logits)
         except Exception as error:
             for sequence in started:
                 if not sequence.handle.done and sequence not in self._running:
@@ -356,7 +379,7 @@ class Engine:
 
     def _decode(self) -> None:
         """Decode one token for every running row."""
-        sampler = _sampler(self._running)
+        sampler = Sampler.of(self._running)
         self.decode_steps += 1
         self.decode_rows += len(self._running)
         with self.clock.measure("decode"):
@@ -364,24 +387,25 @@ class Engine:
         self._append(0, sampler, logits)
 
     def _append(self, first: int, sampler: Sampler, logits: Tensor) -> None:
-        """Sample the next tokens of the rows from `first` on from `logits` (n, V), and free the rows that are finished.
+        """Sample tokens from `logits` (n, V), append them to the rows from `first` on, and free the finished rows.
 
         With `_on_cuda` the GPU is still computing them while the previous step's text is decoded; a row whose text
         ended with a stop string drops its new token.
         """
-        rows = self._running[first:]
+        rows, count = self._running[first:], sampler.num_logprobs
         with self.clock.measure("sampling"):
             tokens = sampler.sample(logits)
+            reported = None if count is None else token_logprobs(logits, tokens, count)
         if self._on_cuda:
             with self.clock.measure("detokenize"):
                 for sequence in rows:
                     sequence.detokenize()
         with self.clock.measure("sampling"):
-            found = tokens.tolist()
+            found, logprobs = download(tokens, reported, sampler.params)
         with self.clock.measure("detokenize"):
-            self._extend(first, found)
+            self._extend(first, found, logprobs)
 
-    def _extend(self, first: int, found: abc.Sequence[int]) -> None:
+    def _extend(self, first: int, found: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None]) -> None:
         """Append a new token to each of the rows from `first` on, and free the rows that are finished."""
         rows = self._running[first:]
         for offset in reversed(range(len(rows))):
@@ -390,10 +414,11 @@ class Engine:
             if not sequence.stream.stopped:
                 self.generated_tokens += 1
                 reason = "error" if found[offset] == NO_TOKEN else sequence.append(found[offset])
+                sequence.add_logprobs(logprobs[offset])
                 if reason is None and not self._on_cuda and sequence.detokenize():
                     reason = "stop"
             if reason is not None:
-                self._release(first + offset, reason, _NOT_FINITE if reason == "error" else None)
+                self._release(first + offset, reason, sequence.failure if reason == "error" else None)
 
     def _release(self, row: int, reason: FinishReason, error: str | None = None) -> None:
         """Free a row; the last row takes its index, in the cache and here."""
@@ -406,10 +431,6 @@ class Engine:
         self._running[row] = self._running[-1]
         self._running.pop()
         sequence.finish(reason, error)
-
-
-def _sampler(rows: abc.Sequence[Sequence]) -> Sampler:
-    return Sampler([sequence.params for sequence in rows], [sequence.generator for sequence in rows])
 
 
 def load_engine(

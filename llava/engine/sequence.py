@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import math
 import time
 from collections import abc, deque
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,14 +21,23 @@ from llava.engine.detokenizer import Detokenizer, TextStream
 from llava.errors import RequestError
 from llava.images import to_rgb
 
+if TYPE_CHECKING:
+    from llava.engine.guided import Guide
+    from llava.engine.logits import TokenTable
+
 ImageInput = Image.Image | torch.Tensor
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 CacheKeys = tuple[int, ...]
 
+GUIDE_FAILED: Final = "The structure of the answer is too complex; simplify the schema or expression: "
+_NOT_FINITE: Final = "The model computed NaN or infinity for this request; try another dtype, such as bfloat16."
+_MAX_LOGPROBS: Final = 20
+_PUBLISHED: Final = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "num_beams")
 _IMAGE_KEY: Final = 2**40  # cache keys of images start here, above every token id
+_PENALTIES: Final = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _TYPES: Final[tuple[tuple[type, str, tuple[str, ...]], ...]] = (
-    (Integral, "an integer", ("max_new_tokens", "num_beams", "seed")),
-    (Real, "a number", ("temperature", "top_p")),
+    (Integral, "an integer", ("max_new_tokens", "num_beams", "seed", "top_k", "logprobs")),
+    (Real, "a number", ("temperature", "top_p", "min_p", *_PENALTIES)),
 )
 
 
@@ -63,11 +74,60 @@ def hash_image(image: ImageInput | HashedImage) -> HashedImage:
 
 
 @dataclass(frozen=True)
+class GuidedDecodingParams:
+    """Structure of an answer: a JSON schema it is valid under, a regular expression it matches, or the texts it may be.
+
+    Exactly one is given. Needs the package llguidance (`pip install llava[serve]`). Raises `RequestError`.
+    """
+
+    json: str | abc.Mapping[str, object] | None = None
+    regex: str | None = None
+    choice: abc.Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RequestError(
+                f"guided_decoding takes one of json, regex and choice, got {' and '.join(given) or 'none'}."
+            )
+        texts = () if isinstance(self.choice, str) else self.choice
+        if texts is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
+            raise RequestError(f"choice must be a list of texts that are not empty, got {self.choice!r}.")
+        if not isinstance(self.regex, (str, type(None))):
+            raise RequestError(f"regex must be a string, got {self.regex!r}.")
+
+    @property
+    def name(self) -> str:
+        return "JSON schema" if self.json is not None else "regular expression" if self.regex is not None else "choice"
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """The kind of the structure, and its text."""
+        if self.regex is not None:
+            return "regex", self.regex
+        if self.choice is not None:
+            return "choice", json.dumps(list(self.choice))
+        try:
+            schema = json.loads(self.json) if isinstance(self.json, str) else self.json
+            if not isinstance(schema, (abc.Mapping, bool)):
+                raise ValueError("it is not an object")
+            return "json", json.dumps(schema)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"The JSON schema cannot be used: {error}.") from error
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """Decoding parameters of one request.
 
     A `temperature` of 0 decodes greedily. A `seed` makes a sampled answer reproducible, independent of the other
     requests in the batch. `num_beams` above 1 runs beam search outside the batch and streams only the final text.
+
+    `top_k` (0: off), then `top_p`, then `min_p` (relative to the most probable token) limit the tokens to sample from.
+    `presence_penalty` and `frequency_penalty` lower the logits of generated tokens, `repetition_penalty` divides those
+    of tokens of prompt and answer (multiplies negative ones); `logit_bias` is added first, by token id. `logprobs`
+    requests the log probability of each token and of so many of the most probable ones, from the logits before all of
+    these. `guided_decoding` restricts the answer to a structure.
     Raises `RequestError` for a value out of range.
     """
 
@@ -77,12 +137,20 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     num_beams: int = 1
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: abc.Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    guided_decoding: GuidedDecodingParams | None = None
 
     def __post_init__(self) -> None:
         for kind, wanted, names in _TYPES:
             for name in names:
                 value = getattr(self, name)
-                if not isinstance(value, kind) and not (name == "seed" and value is None):
+                if not isinstance(value, kind) and not (name in ("seed", "logprobs") and value is None):
                     raise RequestError(f"{name} must be {wanted}, got {value!r}.")
         stop: object = self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) for text in stop):
@@ -96,9 +164,51 @@ class SamplingParams:
             raise RequestError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise RequestError(f"seed must be in [0, 2^63), got {self.seed}.")
+        self._check_logits()
+
+    def _check_logits(self) -> None:
+        """Check the parameters that change or report logits."""
+        if self.top_k < 0:
+            raise RequestError(f"top_k must be at least 0 (0 is off), got {self.top_k}.")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise RequestError(f"min_p must be in [0, 1], got {self.min_p}.")
+        for name in _PENALTIES[:2]:
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise RequestError(f"{name} must be in [-2, 2], got {getattr(self, name)}.")
+        if not 0.0 < self.repetition_penalty <= 10.0:
+            raise RequestError(f"repetition_penalty must be in (0, 10], got {self.repetition_penalty}.")
+        if self.logprobs is not None and not 0 <= self.logprobs <= _MAX_LOGPROBS:
+            raise RequestError(f"logprobs must be in [0, {_MAX_LOGPROBS}], got {self.logprobs}.")
+        if not isinstance(self.logit_bias, abc.Mapping):
+            raise RequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}.")
+        if not isinstance(self.guided_decoding, (GuidedDecodingParams, type(None))):
+            raise RequestError(f"guided_decoding must be GuidedDecodingParams, got {self.guided_decoding!r}.")
+        biases: list[tuple[object, object]] = [*self.logit_bias.items()]
+        for token, bias in biases:
+            if not isinstance(token, Integral) or not isinstance(bias, Real) or not abs(float(bias)) <= 100.0:
+                raise RequestError(f"logit_bias must map token ids to numbers in [-100, 100], got {token!r}: {bias!r}.")
+        if self.num_beams > 1 and (extra := set(self.as_dict()) - set(_PUBLISHED)):
+            raise RequestError(f"num_beams above 1 cannot be combined with {', '.join(sorted(extra))}.")
+
+    def as_dict(self) -> dict[str, object]:
+        """The parameters to record beside answers: the published ones, and others that differ from their default.
+
+        So records of versions that had fewer parameters stay comparable.
+        """
+        values, defaults = dataclasses.asdict(self), {one.name: one.default for one in dataclasses.fields(self)}
+        defaults["logit_bias"] = {}
+        return {name: value for name, value in values.items() if name in _PUBLISHED or value != defaults[name]}
 
 
 GREEDY = SamplingParams()
+
+
+class TokenLogprobs(NamedTuple):
+    """Log probability of a generated token, and the ids and log probabilities of the most probable tokens there."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -108,13 +218,14 @@ class Request:
     Control tokens are recognized in a string, except in the text of a `RenderedPrompt` (`Conversation.get_prompt`).
     An image is a PIL image, which the engine preprocesses, a preprocessed float tensor (3, S, S), or a `HashedImage`
     of either. With `cache_prefix` the prompt and its answer are stored in the prefix cache, for the next turn of the
-    conversation.
+    conversation. Without `strip` the answer keeps white space at both ends, and the space before its first word.
     """
 
     prompt: str | abc.Sequence[int]
     images: abc.Sequence[ImageInput | HashedImage] = ()
     params: SamplingParams = GREEDY
     cache_prefix: bool = True
+    strip: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,7 +233,8 @@ class Completion:
     """The answer to a request.
 
     `text` contains no special tokens, ends before the first stop string, and is stripped. `token_ids` are the new
-    tokens as generated, including the end token; `prompt_tokens` counts image tokens.
+    tokens as generated, including the end token; `prompt_tokens` counts image tokens. `logprobs`, if requested, are
+    those of the new tokens without the end token.
     """
 
     text: str
@@ -130,6 +242,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -141,6 +254,7 @@ class RequestHandle:
     completion: Completion | None = None
     cancelled: bool = False
     _pieces: deque[str] = field(default_factory=deque)
+    _logprobs: deque[TokenLogprobs] = field(default_factory=deque)
 
     @property
     def done(self) -> bool:
@@ -150,10 +264,12 @@ class RequestHandle:
         """Stop this request at the engine's next step; its completion holds the tokens generated so far."""
         self.cancelled = True
 
-    def push(self, text: str) -> None:
-        """Add generated text; called by the engine."""
+    def push(self, text: str, logprobs: TokenLogprobs | None = None) -> None:
+        """Add generated text and the log probabilities of a token; called by the engine."""
         if text:
             self._pieces.append(text)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
 
     def take(self) -> str:
         """Return the text generated since the last call, without driving the engine."""
@@ -161,6 +277,10 @@ class RequestHandle:
         while self._pieces:
             pieces.append(self._pieces.popleft())
         return "".join(pieces)
+
+    def take_logprobs(self) -> list[TokenLogprobs]:
+        """Return the log probabilities since the last call, without driving the engine."""
+        return [self._logprobs.popleft() for _ in range(len(self._logprobs))]
 
     def __iter__(self) -> abc.Iterator[str]:
         while True:
@@ -214,16 +334,36 @@ class Sequence:
     stream: TextStream
     cache_prefix: bool
     max_tokens: int  # of prompt and answer
+    table: TokenTable | None = None
+    guide: Guide | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     detokenized: int = 0  # tokens decoded to text
     submitted: float = field(default_factory=time.perf_counter)
 
     def append(self, token: int) -> FinishReason | None:
-        """Append the next token; return the finish reason if it follows from the token alone."""
+        """Append the next token; return the finish reason if it follows from the tokens alone."""
         self.tokens.append(token)
         if token in self.end_ids:
             return "stop"
+        if self.table is not None:
+            self.table.append(token)
+        if self.guide is not None:
+            self.guide.append(token)
+            if self.guide.is_complete:
+                return "stop"
         return "length" if len(self.tokens) >= self.max_new_tokens else None
+
+    @property
+    def failure(self) -> str:
+        """Why no token could be sampled."""
+        return GUIDE_FAILED + self.guide.error if self.guide and self.guide.error else _NOT_FINITE
+
+    def add_logprobs(self, logprobs: TokenLogprobs | None) -> None:
+        """Report the log probabilities of the last token, unless it ends the answer."""
+        if logprobs is not None and logprobs.token not in self.end_ids:
+            self.logprobs.append(logprobs)
+            self.handle.push("", logprobs)
 
     def detokenize(self) -> bool:
         """Decode new tokens and push their text to the handle; true if a stop string has ended the answer."""
@@ -239,5 +379,10 @@ class Sequence:
             reason = "stop"
         self.handle.push(self.stream.push(self.detokenizer.flush(), final=True))
         self.handle.completion = Completion(
-            self.stream.text, tuple(self.tokens), reason, self.handle.prompt_tokens, error
+            self.stream.text,
+            tuple(self.tokens),
+            reason,
+            self.handle.prompt_tokens,
+            error,
+            None if self.params.logprobs is None else tuple(self.logprobs),
         )

@@ -120,7 +120,7 @@ def answer_prompts(
     identity: Row = {
         "model_id": settings.model_id,
         "conv_template": settings.template,
-        "decoding": dataclasses.asdict(settings.params) | {"stop": list(settings.params.stop)},
+        "decoding": settings.params.as_dict() | {"stop": list(settings.params.stop)},
         "checkpoint": checkpoint_fingerprint(settings.model_path),
         "base": None if settings.model_base is None else checkpoint_fingerprint(settings.model_base),
         "quantization": settings.quantization,

@@ -45,19 +45,19 @@ class ControllerArgs(ServeArgs):
     heart_beat_expiration: float = flag(30, "heartbeat timeout in seconds (default %(default)s)", type=positive)
     idle_seconds: float = flag(60, "timeout between bytes of a stream (default %(default)s)", type=positive)
     api_keys_file: Path | None = flag(
-        None, f"keys of /v1/, one per line (default: {API_KEYS_VARIABLE}, comma-separated)", type=Path
+        None, f"keys of the API, one per line (default: {API_KEYS_VARIABLE}, comma-separated)", type=Path
     )
     rate_limit: float | None = flag(
-        None, "requests per minute below /v1/, per key, or per address without keys", type=positive
+        None, "requests per minute to the API, per key, or per address without keys", type=positive
     )
     allowed_origins: Sequence[str] = flag(
         (),
-        "origins of web pages whose scripts may use /v1/, such as https://app.example.org, or *",
+        "origins of web pages whose scripts may use the API, such as https://app.example.org, or *",
         nargs="+",
         type=str,
         metavar="ORIGIN",
     )
-    allow_image_urls: bool = flag(False, "fetch https image URLs sent to /v1/, from public hosts only")
+    allow_image_urls: bool = flag(False, "fetch https image URLs sent to the API, from public hosts only")
 
 
 def build_parser() -> argparse.ArgumentParser:

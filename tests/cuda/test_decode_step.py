@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llava.engine import Engine, Request, SamplingParams
+from llava.engine.sequence import GuidedDecodingParams
 from tests import devices
 from tests.cuda.conftest import Parts, load
 from tests.cuda.events import Events
@@ -17,6 +18,12 @@ from tests.cuda.events import Events
 PIXELS = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
 COMMON = [1, *range(300, 330)]  # long enough to be shared
 SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9}}
+FIELDS = {
+    "filters": {"temperature": 0.8, "top_k": 20, "min_p": 0.05},
+    "penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.5, "logit_bias": {310: 2.0}},
+    "logprobs": {"logprobs": 5},
+    "all": {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "frequency_penalty": 0.5, "logprobs": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def requests(count: int, prefix: str, sampling: str) -> list[Request]:
     """`count` prompts of different lengths: separate, after one shared prefix, or after one of two images."""
     made = []
     for number in range(count):
-        params = SamplingParams(max_new_tokens=40, seed=number, **SAMPLING[sampling])
+        params = SamplingParams(max_new_tokens=40, seed=number, **{**SAMPLING, **FIELDS}[sampling])
         own = [200 + number, *range(40, 40 + 3 * (number % 5)), 50 + number]
         if prefix == "own":
             made.append(Request([1, *own], (), params))
@@ -69,6 +76,27 @@ def test_one_upload_and_one_download(parts: Parts, card: devices.Card, count: in
     for events in steps:
         counts = (len(events.uploads), len(events.downloads), len(events.syncs))
         assert counts == (1, 1, 0) and len(events.waits) <= 1, f"\n{events.table()}"
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_sampling_fields_share_the_upload_and_the_download(parts: Parts, card: devices.Card, fields: str) -> None:
+    """With a plain request in the batch, which has none of the fields."""
+    engine = Engine(*parts, max_batch_size=16)
+    steps = steady_steps(engine, [*requests(4, "text", fields), *requests(1, "own", "greedy")], card)
+    assert steps
+    for events in steps:
+        assert (len(events.uploads), len(events.downloads), len(events.syncs)) == (1, 1, 0), f"\n{events.table()}"
+
+
+def test_a_grammar_adds_one_upload_and_no_synchronisation(parts: Parts, card: devices.Card) -> None:
+    """Its masks are computed while the forward pass runs, so they are sent after it, for all rows together."""
+    engine = Engine(*parts, max_batch_size=16)
+    guide = GuidedDecodingParams(regex="[a-z]{60}")
+    guided = [Request([1, 300 + n], params=SamplingParams(50, guided_decoding=guide)) for n in range(3)]
+    steps = steady_steps(engine, [*guided, *requests(2, "own", "sampled")], card)
+    assert steps
+    for events in steps:
+        assert (len(events.uploads), len(events.downloads), len(events.syncs)) == (2, 1, 0), f"\n{events.table()}"
 
 
 @pytest.mark.parametrize("kind", ["llama eager", "mpt"])

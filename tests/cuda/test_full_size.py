@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from benchmarks.full_size import make_model
 from llava.engine.cache import KVCache
 from llava.engine.features import FeatureEncoder
 from llava.engine.llama import LlamaRunner
+from llava.engine.logits import TokenTable, token_logprobs
 from llava.engine.prefix_cache import Node, PrefixMatch
 from llava.engine.sampling import Sampler
 from llava.engine.sequence import HashedImage, SamplingParams
@@ -132,16 +134,23 @@ def test_a_decode_step_computes_and_reads_what_its_floor_says(card: Card, count:
     assert floor.seconds(H200) >= 0.98 * counter.seconds(H200)
 
 
-def test_sampling_stays_on_the_device(card: Card) -> None:
+@pytest.mark.parametrize(("fields", "most"), [({}, 40), ({"top_k": 20, "repetition_penalty": 1.1, "logprobs": 5}, 75)])
+def test_sampling_stays_on_the_device(card: Card, fields: dict[str, Any], most: int) -> None:
     """Rows are sampled together: as many launches for sixteen as for two, and no synchronisation."""
     launches = []
     for rows in (2, ROWS):
-        sampler = Sampler([SamplingParams(8, temperature=0.7, top_p=0.9)] * rows, [torch.Generator()] * rows)
+        params = [SamplingParams(8, temperature=0.7, top_p=0.9, **fields)] * rows
+        sampler = Sampler(params, [torch.Generator()] * rows, [TokenTable.build(one, range(9)) for one in params])
+        columns = [torch.as_tensor(column) for column in sampler.host_params()]
         with card.mode, OpCounter("cuda") as counter:
-            sampler.set_device_params([torch.empty(rows, device="cuda") for _ in range(3)])
-            assert sampler.sample(card.empty(rows, card.shape.vocabulary)).shape == (rows,)
+            sampler.set_device_params([torch.empty(one.shape, dtype=one.dtype, device="cuda") for one in columns])
+            logits = card.empty(rows, card.shape.vocabulary)
+            tokens = sampler.sample(logits)
+            assert tokens.shape == (rows,)
+            if sampler.num_logprobs is not None:
+                assert token_logprobs(logits, tokens, sampler.num_logprobs).shape == (rows, 11)
         launches.append(counter.launches)
-    assert launches[0] == launches[1] <= 40
+    assert launches[0] == launches[1] <= most
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 640), (1, 1088), (4, 640)])

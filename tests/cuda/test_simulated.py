@@ -15,11 +15,13 @@ from torch import Tensor
 from llava.engine import Engine, Request, SamplingParams, attention
 from llava.engine.chat import ChatSession
 from llava.engine.sampling import Sampler, sample_top_p
+from llava.engine.sequence import GuidedDecodingParams
 from llava.placement import FREE_FOR_WEIGHTS, is_ampere
 from tests import devices
 from tests.cuda.conftest import KINDS, load
 
 Checkpoints = dict[str, tuple[Path, Any]]
+GUIDE = GuidedDecodingParams(regex="[a-z ]{5,20}")
 PIXELS = [torch.randn(3, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 IMAGE = Image.new("RGB", (60, 40), (200, 30, 60))
 QUESTIONS = ("What color is the shape?", "Is there a circle?", "Why? Describe the image.", "What is it?", "Name it.")
@@ -27,9 +29,11 @@ QUESTIONS = ("What color is the shape?", "Is there a circle?", "Why? Describe th
 
 def sample_together(self: Sampler, logits: Tensor) -> Tensor:
     """A `Sampler` as on CUDA, where a seed does not return the tokens it returns on the CPU."""
-    columns = [torch.tensor(column) for column in self.host_params()]
+    columns = [torch.as_tensor(column) for column in self.host_params()]
+    logits = self._process(logits, columns)
+    sampled = columns[:-5] if self.tables else columns
     best = logits.argmax(dim=-1)
-    return torch.where(columns[0] > 0, sample_top_p(logits, *columns), best) if columns else best
+    return torch.where(sampled[0] > 0, sample_top_p(logits, *sampled), best) if sampled else best
 
 
 def on_both(run: Callable[[str], Any]) -> tuple[Any, Any]:
@@ -67,6 +71,10 @@ def answers(engine: Engine) -> dict[str, Any]:
     return {
         "greedy": [one.token_ids for one in engine.generate(batch())],
         "sampled": [one.token_ids for one in engine.generate(batch(temperature=0.9, top_p=0.8))],
+        "penalised": [one.token_ids for one in engine.generate(batch(repetition_penalty=1.5, logit_bias={330: 1.0}))],
+        "filtered": [one.token_ids for one in engine.generate(batch(temperature=0.9, top_k=9, min_p=0.1, logprobs=2))],
+        "guided": [one.token_ids for one in engine.generate(batch(temperature=0.9, guided_decoding=GUIDE))],
+        "logprobs": [[token.token for token in one.logprobs or ()] for one in engine.generate(batch(logprobs=1))],
         "stream": "".join(engine.stream(Request("<image> Say.", [PIXELS[2]], SamplingParams(max_new_tokens=8)))),
         "chat": two_turns(engine),
         "beams": [one.token_ids for one in engine.generate([beams])],

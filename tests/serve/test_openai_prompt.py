@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from llava.conversation import conv_templates
 from llava.serve.common.openai_chat import ChatBody, ChatMessage, parse_prompt, render_chat
-from llava.serve.common.protocol import ErrorType, FrameReader, Message, ServeError, encode_frame
+from llava.serve.common.protocol import ErrorType, FrameReader, GenerateBody, Message, ServeError, encode_frame
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:a"}}
 
@@ -82,25 +83,95 @@ def test_a_prompt_in_another_form_is_refused() -> None:
     assert parse_prompt("anything", "plain") == [Message(role="user", content="anything")]
 
 
+BASE = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+
 @pytest.mark.parametrize(
     "extra",
     [
-        {"n": 2},
         {"tools": [{}]},
         {"tool_choice": "required"},
-        {"logprobs": True},
-        {"response_format": {"type": "json_object"}},
-        {"top_k": 5},
+        {"modalities": ["audio"]},
+        {"best_of": 5},
         {"\ud800": None, "unheard_of": {}},
     ],
     ids=str,
 )
 def test_what_is_not_served_is_refused(extra: dict[str, Any]) -> None:
-    base = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
     with pytest.raises(ValidationError, match=f"{list(extra)[-1]} is not supported"):
-        ChatBody.model_validate({**base, **extra})
+        ChatBody.model_validate({**BASE, **extra})
     harmless = {"n": 1, "tools": None, "logprobs": False, "user": "u", "tool_choice": "auto", "metadata": {"a": "b"}}
-    assert ChatBody.model_validate({**base, **harmless}).stop == []
+    assert ChatBody.model_validate({**BASE, **harmless}).stop == []
+
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"const": None}}}
+SAMPLING = {
+    "top_k": 5,
+    "min_p": 0.1,
+    "presence_penalty": -1,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.2,
+    "logit_bias": {"12": -100},
+    "n": 2,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "shape", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [{"response_format": FORMAT}, {"guided_json": SCHEMA}, {"guided_regex": "[ab]+"}, {"guided_choice": ["yes", "no"]}],
+    ids=lambda guide: next(iter(guide)),
+)
+def test_sampling_fields_reach_the_worker(guide: dict[str, Any]) -> None:
+    body = ChatBody.model_validate({**BASE, **SAMPLING, **guide, "logprobs": True, "top_logprobs": 3, "seed": 7})
+    sent = body.worker_fields()
+    assert sent == {"temperature": 1.0, "top_p": 1.0, "seed": 7, **SAMPLING, **guide, "top_logprobs": 3}
+    received = GenerateBody.model_validate({"prompt": "x", **sent})
+    assert received.worker_fields() == sent and received.num_logprobs == 3
+    schema = received.schema_of_answer
+    assert schema is None if "guided_json" not in guide and "response_format" not in guide else schema == SCHEMA
+    assert schema is None or json.dumps(schema) == json.dumps(SCHEMA)  # the order of keys is that of the answer
+
+
+def test_defaults_send_the_published_fields_only() -> None:
+    nothing = {"top_k": -1, "min_p": 0, "n": None, "logit_bias": {}, "top_logprobs": 0, "response_format": None}
+    for body in ({}, {"logprobs": False, "response_format": {"type": "text"}}, nothing):
+        sent = ChatBody.model_validate({**BASE, **body}).worker_fields()
+        assert sent == {"temperature": 1.0, "top_p": 1.0, "seed": None}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": "1"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"guided_json": "[1]"}, "guided_json"),
+        ({"guided_json": {"const": 65_536 * "x"}}, "guided_json"),
+        ({"guided_regex": ""}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": ["a", ""]}, "guided_choice"),
+        ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice"),
+    ],
+    ids=str,
+)
+def test_fields_out_of_range_are_refused_by_name(wrong: dict[str, Any], param: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        ChatBody.model_validate({**BASE, **wrong})
+    error = refused.value.errors()[0]
+    assert error.get("ctx", {}).get("param", [*error["loc"], None][0]) == param
 
 
 @given(

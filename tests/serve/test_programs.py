@@ -12,8 +12,10 @@ import httpx
 import openai
 import pytest
 
+from llava.conversation import RenderedPrompt
 from llava.engine import Engine, Request, SamplingParams
 from llava.eval import main as evaluate
+from llava.mm_utils import encode_prompt
 from llava.serve.common.openai_chat import ChatMessage, render_chat
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import read_jsonl
@@ -128,9 +130,9 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nothing", messages=[{"role": "user", "content": "hi"}])
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="body: n is not supported; omit it") as unserved:
-        client.chat.completions.create(model=NAME, n=2, messages=[{"role": "user", "content": "hi"}])
-    assert unserved.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="body: modalities is not supported; omit it") as unserved:
+        client.chat.completions.create(model=NAME, modalities=["audio"], messages=[{"role": "user", "content": "hi"}])
+    assert unserved.value.param == "modalities"
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model=NAME, top_p=2, messages=[{"role": "user", "content": "hi"}])
     assert bad.value.param == "top_p"
@@ -138,6 +140,57 @@ def test_openai_gets_errors_as_its_own_exceptions(client: openai.OpenAI) -> None
     with pytest.raises(openai.BadRequestError, match="Cannot read the given image") as damaged:
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": [part]}])
     assert (damaged.value.code, damaged.value.body["error_type"]) == ("invalid_image", "bad_image")
+
+
+def test_openai_completes_texts_and_token_ids_as_the_engine_does(client: openai.OpenAI, engine: Engine) -> None:
+    prompt = "The  sky"
+    expected = engine.generate([Request(prompt, params=SamplingParams(8))])[0]
+    ids = encode_prompt(prompt, engine.tokenizer)
+    text = engine.tokenizer.decode([*ids, *expected.token_ids], skip_special_tokens=True)
+    for given in (prompt, ids):
+        settings = {"model": NAME, "prompt": given, "temperature": 0, "max_tokens": 8, "echo": True}
+        whole = client.completions.create(**settings)
+        chunks = client.completions.create(stream=True, **settings)
+        streamed = "".join(choice.text for chunk in chunks for choice in chunk.choices)
+        assert whole.choices[0].text.removeprefix("<s> ") == streamed.removeprefix("<s> ") == text
+        assert whole.usage.prompt_tokens == expected.prompt_tokens
+
+
+def test_openai_responses_are_those_of_the_chat(client: openai.OpenAI) -> None:
+    chat = [{"role": "user", "content": [image_part(), {"type": "text", "text": "What color?"}]}]
+    expected = client.chat.completions.create(model=NAME, messages=chat, temperature=0, max_tokens=10)
+    image = {"type": "input_image", "image_url": "data:image/png;base64," + b64(png()), "detail": "auto"}
+    content = [image, {"type": "input_text", "text": "What color?"}]
+    settings = {"model": NAME, "input": [{"role": "user", "content": content}], "temperature": 0}
+    whole = client.responses.create(**settings, max_output_tokens=10)
+    with client.responses.stream(**settings, max_output_tokens=10) as stream:
+        events = list(stream)
+    assert whole.output_text == events[-1].response.output_text == expected.choices[0].message.content
+    assert whole.usage == events[-1].response.usage
+    assert whole.usage.input_tokens == expected.usage.prompt_tokens
+    assert whole.usage.to_dict()["input_tokens_details"]["image_tokens"] == 16
+
+
+def test_tokens_are_those_of_the_engine(stack: tuple[Program, Program], client: openai.OpenAI, engine: Engine) -> None:
+    url = stack[0].url
+    text = "Hello  <image> </s> wörld 漢"
+    reply = post(url, "/tokenize", {"prompt": text, "return_token_strs": True}).json()
+    ids = encode_prompt(RenderedPrompt(text, [(7, 14)]), engine.tokenizer)
+    assert (reply["tokens"], reply["count"], reply["max_model_len"]) == (ids, len(ids), 2048)
+    assert reply["token_strs"] == engine.tokenizer.convert_ids_to_tokens(ids)
+    bare = post(url, "/tokenize", {"model": NAME, "prompt": text, "add_special_tokens": False}).json()
+    assert bare["tokens"] == ids[1:]
+    back = post(url, "/detokenize", {"model": NAME, "tokens": ids[1:]}).json()
+    assert back["prompt"] == engine.tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False)
+    messages = [{"role": "user", "content": [image_part(), {"type": "text", "text": "What color?"}]}]
+    counted = post(url, "/tokenize", {"model": NAME, "messages": messages}).json()
+    usage = client.chat.completions.create(model=NAME, messages=messages, max_tokens=1).usage
+    assert counted["count"] == usage.prompt_tokens and counted["tokens"].count(-200) == 1
+    assert "<image>\nWhat color?" in post(url, "/detokenize", {"tokens": counted["tokens"]}).json()["prompt"]
+    wrong = post(url, "/detokenize", {"model": NAME, "tokens": [10**6]})
+    assert wrong.status_code == 400 and "tokens must be in [0, " in wrong.json()["error"]["message"]
+    long = post(url, "/tokenize", {"prompt": "x" * 100_000})
+    assert long.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_llava_eval_asks_this_server_and_gets_the_answers_of_its_own_run(

@@ -149,7 +149,7 @@ def run_identity(model: EvalModel, questions: Sequence[Question], settings: RunS
         "model_id": settings.model_id,
         "questions": questions_fingerprint(questions),
         "chunk": settings.chunk,
-        "decoding": settings.params,
+        "decoding": settings.params.as_dict(),
         **model.identity(settings),
     }
 

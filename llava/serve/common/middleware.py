@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -29,11 +30,17 @@ logger = logging.getLogger(__name__)
 
 STREAM_PATH: Final = "/worker_generate_stream"
 API_PREFIX: Final = "/v1/"
+_API_PATHS: Final = ("/tokenize", "/detokenize")  # of the API, where vLLM has them
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 _SHAPE_ERRORS: Final = ("missing", "json_invalid", "model_attributes_type", "model_type", "dict_type")
 _INTERNAL: Final = "Internal error; see the log of this service for the request id."
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+def is_api(path: str) -> bool:
+    """Whether a path belongs to the OpenAI-compatible API, with its keys and its form of errors."""
+    return path.startswith(API_PREFIX) or path in _API_PATHS
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of a server: `cluster` protects every route except the open ones; `/v1/` also accepts `api`."""
+    """Keys of a server: `cluster` protects every route except the open ones; the API also accepts `api`."""
 
     cluster: ApiKeys = field(default_factory=ApiKeys)
     api: ApiKeys = field(default_factory=ApiKeys)
@@ -59,7 +66,7 @@ class Keys:
 
     def check(self, path: str, headers: Mapping[bytes, bytes]) -> None:
         """Raise `ServeError` (401) unless the credential is valid for the path."""
-        accepted = [keys for keys in (self.cluster, self.api if path.startswith(API_PREFIX) else None) if keys]
+        accepted = [keys for keys in (self.cluster, self.api if is_api(path) else None) if keys]
         if path in OPEN_PATHS or not accepted:
             return
         credential = bearer(headers.get(b"authorization", b""))
@@ -96,15 +103,15 @@ class Metrics:
 
 
 def error_response(error: ServeError, path: str, request_id: str) -> Response:
-    """Response to a refused request: OpenAI's error object below `/v1/`, else a frame."""
+    """Response to a refused request: OpenAI's error object in the API, else a frame."""
     headers = {"Cache-Control": "no-store"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if error.kind is ErrorType.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     frame: Frame = {**error.frame(request_id), "detail": error.message}
-    if path.startswith(API_PREFIX):
-        return JSONResponse({"error": openai_error(error, request_id)}, error.kind.status, headers)
+    if is_api(path):
+        return JSONResponse({"error": openai_error(error, request_id, path)}, error.kind.status, headers)
     if path == STREAM_PATH:
         # The published protocol sends the controller's errors (codes 2 and 3) with status 200.
         status = 200 if error.kind.error_code in (2, 3) else error.kind.status
@@ -118,20 +125,23 @@ _OPENAI_CODES: Final = {
     ErrorType.RATE_LIMITED: ("rate_limit_exceeded", "requests"),
     ErrorType.BAD_IMAGE: ("invalid_image", "invalid_request_error"),
 }
+_INPUTS: Final = {"/v1/completions": "prompt", "/v1/responses": "input", "/detokenize": "tokens"}
 
 
-def openai_error(error: ServeError, request_id: str) -> dict[str, object]:
+def openai_error(error: ServeError, request_id: str, path: str) -> dict[str, object]:
     """`error` as OpenAI's error object; `error_type` is this project's own code."""
     kind = "invalid_request_error" if error.kind.status < 500 else "server_error"
     code, kind = _OPENAI_CODES.get(error.kind, (error.kind.wire, kind))
     facts = {"param": None, **error.facts}
-    message = error.message
+    message, given = error.message, _INPUTS.get(path, "messages")
+    if facts["param"] == "messages":
+        facts["param"] = given
     if error.kind is ErrorType.CONTEXT_TOO_LONG:  # LiteLLM recognizes these words, LangChain the code in the message
-        facts["param"] = "messages"
+        facts["param"] = given
         start = "This model's maximum context length is"
         if "context_length" in facts and "prompt_tokens" in facts:
             start += f" {facts['context_length']} tokens. However, you requested {facts['prompt_tokens']} tokens"
-            message = f"{start} in the messages. {message}"
+            message = f"{start} in the {given}. {message}"
         elif start.lower() not in message.lower():
             message = f"{start} exceeded. {message}"
         message = message if code in message else f"{message} [{code}]"
@@ -190,7 +200,7 @@ class RequestMiddleware:
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         if encoding not in ("", "identity"):
             raise ServeError(ErrorType.UNSUPPORTED_ENCODING, "Compressed bodies are not supported; send plain JSON.")
-        has_images = scope["path"] == STREAM_PATH or scope["path"].startswith(API_PREFIX)
+        has_images = scope["path"] == STREAM_PATH or is_api(scope["path"])
         limit = self.limits.max_body if has_images else self.limits.max_small_body
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > limit:
@@ -217,7 +227,7 @@ def _normalized(scope: Scope) -> Scope:
 
 
 class CrossOrigin:
-    """Outermost ASGI layer of a controller with `--allowed-origins`: answers preflights, adds CORS headers to `/v1/`.
+    """Outermost ASGI layer of a controller with `--allowed-origins`: answers preflights, adds CORS headers to the API.
 
     A preflight has no key. Cookies are never used; all other routes stay closed to scripts of other origins.
     """
@@ -229,7 +239,7 @@ class CrossOrigin:
         self.api = CORSMiddleware(app, origins, methods, allow_headers=["*"], expose_headers=exposed, max_age=3600)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self.api if scope["type"] == "http" and scope["path"].startswith(API_PREFIX) else self.app
+        app = self.api if scope["type"] == "http" and is_api(scope["path"]) else self.app
         await app(scope, receive, send)
 
 
@@ -290,7 +300,7 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
         where += _received(request, found[0])
     refusal = ServeError(ErrorType.BAD_REQUEST, f"Invalid request: {where[:500]}.", param=param)
     response = error_response(refusal, request.url.path, request_id_of(request))
-    if not request.url.path.startswith(API_PREFIX) and any(e["type"] in _SHAPE_ERRORS for e in found):
+    if not is_api(request.url.path) and any(e["type"] in _SHAPE_ERRORS for e in found):
         response.status_code = 422
     return response
 
@@ -312,9 +322,18 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         refusal = ServeError(ErrorType.BAD_REQUEST, f"The JSON of the body is {fault}.")
         return error_response(refusal, request.url.path, request_id_of(request))
     body: dict[str, object] = {"detail": error.detail}
-    if request.url.path.startswith(API_PREFIX):
-        body = {"error": {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}}
+    if is_api(request.url.path):
+        code = {404: "unknown_url", 405: "method_not_supported"}.get(error.status_code)
+        message = f"{error.detail}; {_api_routes(request.app)}." if code else error.detail
+        body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
     return Response(json.dumps(body), error.status_code, error.headers, "application/json")
+
+
+def _api_routes(app: FastAPI) -> str:
+    """What to request instead of an unknown route of the API."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute) and is_api(route.path)]
+    known = [f"{method} {route.path_format}" for route in routes for method in sorted(route.methods or ())]
+    return f"the routes of the API are {', '.join(known)}" if known else "the controller serves the API"
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:

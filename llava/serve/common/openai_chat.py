@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,7 +22,16 @@ from llava.conversation import (
     with_image_token,
 )
 from llava.errors import TemplateError
-from llava.serve.common.protocol import MAX_STOPS, Body, ErrorType, Message, Role, ServeError
+from llava.serve.common.protocol import (
+    MAX_LOGPROBS,
+    MAX_STOPS,
+    Body,
+    ErrorType,
+    Message,
+    Role,
+    SamplingFields,
+    ServeError,
+)
 
 
 class TextPart(Body):
@@ -62,41 +71,20 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-# Keys that do not change the answer.
-_IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-# Keys of unsupported features, with the values that request nothing.
-_UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
-    "parallel_tool_calls": (True, False),
-    "n": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
+class StrictBody(Body):
+    """Body that refuses unsupported parameters that would change the answer, by name; other bodies ignore them."""
 
-
-class ChatBody(Body):
-    """Body of `/v1/chat/completions`. Unsupported parameters that would change the answer are refused."""
-
-    model: str = Field(min_length=1, max_length=256)
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    max_tokens: int | None = Field(default=None, strict=True, ge=1, le=1_000_000)
-    max_completion_tokens: int | None = Field(default=None, strict=True, ge=1, le=1_000_000)
-    temperature: float = Field(default=1.0, strict=True, ge=0, le=100)
-    top_p: float = Field(default=1.0, strict=True, gt=0, le=1)
-    stop: Annotated[list[Annotated[str, Field(max_length=256)]], BeforeValidator(_as_list)] = Field(
-        default=[], max_length=MAX_STOPS - 2
+    # Parameters that do not change the answer, and those of unsupported features with the values that request nothing.
+    ignored: ClassVar[tuple[str, ...]] = (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
     )
-    seed: int | None = Field(default=None, strict=True, ge=0, lt=2**63)
+    harmless: ClassVar[dict[str, tuple[object, ...]]] = {}
+    remedies: ClassVar[dict[str, str]] = {}  # instead of "omit it"
 
     @model_validator(mode="before")
     @classmethod
@@ -105,11 +93,63 @@ class ChatBody(Body):
             return data
         data = {key: value for key, value in data.items() if value is not None}
         for key, value in data.items():
-            supported = key in cls.model_fields or key in _IGNORED
-            if not (supported or value in _UNSUPPORTED.get(key, ())):
-                name = key[:64].encode("ascii", "replace").decode()
-                raise PydanticCustomError("unsupported", "{param} is not supported; omit it", {"param": name})
+            supported = key in cls.model_fields or key in cls.ignored
+            if not (supported or value in cls.harmless.get(key, ())):
+                facts = {
+                    "param": key[:64].encode("ascii", "replace").decode(),
+                    "remedy": cls.remedies.get(key, "omit it"),
+                }
+                raise PydanticCustomError("unsupported", "{param} is not supported; {remedy}", facts)
         return data
+
+
+class ApiBody(StrictBody, SamplingFields):
+    """Base of the bodies that request answers."""
+
+    harmless: ClassVar[dict[str, tuple[object, ...]]] = {
+        "parallel_tool_calls": (True, False),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+    }
+
+    model: str = Field(min_length=1, max_length=256)
+    stream: bool = False
+    stop: Annotated[list[Annotated[str, Field(max_length=256)]], BeforeValidator(_as_list)] = Field(
+        default=[], max_length=MAX_STOPS - 2
+    )
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Most tokens of an answer; None for the limit of the worker."""
+        return None
+
+
+class ChatBody(ApiBody):
+    """Body of `/v1/chat/completions`."""
+
+    harmless: ClassVar = {
+        **ApiBody.harmless,
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+    }
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: int | None = Field(default=None, strict=True, ge=1, le=1_000_000)
+    max_completion_tokens: int | None = Field(default=None, strict=True, ge=1, le=1_000_000)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, strict=True, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("invalid", "{param} needs logprobs: true", {"param": "top_logprobs"})
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def max_new_tokens(self) -> int | None:

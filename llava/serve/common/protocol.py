@@ -12,13 +12,18 @@ from enum import Enum
 from itertools import chain, pairwise
 from typing import Annotated, Final, Literal, TypedDict, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import RenderedPrompt
 from llava.errors import LlavaError
 
 MAX_STOPS: Final = 16
 MAX_TEXT_SPANS: Final = 8192
+MAX_CHOICES: Final = 16
+MAX_LOGPROBS: Final = 20
+MAX_GRAMMAR: Final = 65_536  # characters of a schema, a regular expression, or all choices
 FRAME_MEDIA_TYPE: Final = "application/octet-stream"
 
 FinishReason = Literal["stop", "length", "context_exceeded", "error", "cancelled"]
@@ -27,6 +32,17 @@ State = Literal["loading", "ready", "draining", "failed"]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31)]
 TextSpan = tuple[Count, Count]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(strict=True, ge=-100, le=100)]
+
+
+class TokenLogprob(TypedDict, total=False):
+    """Log probability of a token, as in the OpenAI API; `top_logprobs` are the most probable ones at its position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TokenLogprob]
 
 
 class Frame(TypedDict, total=False):
@@ -39,6 +55,8 @@ class Frame(TypedDict, total=False):
     queue_position: int
     error: dict[str, object]
     detail: str
+    index: int  # of the choice, if several were requested
+    logprobs: list[TokenLogprob]  # of the tokens since the last frame of this choice
 
 
 class ErrorType(Enum):
@@ -168,7 +186,7 @@ class WorkerStatus(Body):
     state: State = "ready"
     loading: list[Name] = Field(default=[], max_length=64)  # names of the models being loaded
     progress: int | None = Field(default=None, ge=0, le=100)  # percent of the weights loaded
-    features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages", "text_spans"
+    features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages", "sampling", "text_spans", …
     info: ModelInfo | None = None
 
 
@@ -212,7 +230,120 @@ class Message(Body):
     content: str
 
 
-class GenerateBody(Body):
+class JsonSchema(Body):
+    """A JSON schema with its name; `strict` makes no difference, since every schema is enforced."""
+
+    name: str = Field(default="answer", max_length=64)
+    schema_: dict[str, object] = Field(alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") is not (self.json_schema is not None):
+            raise ValueError("json_schema must be given with type json_schema, and only with it")
+        return self
+
+
+class SamplingFields(Body):
+    """Sampling and structured output of a request, by the names and in the ranges of the OpenAI API and vLLM.
+
+    The defaults change nothing; `top_k` is off at 0 and -1. `presence_penalty` and `frequency_penalty` count generated
+    tokens, `repetition_penalty` also the prompt's. `logit_bias` is by token id. `n` is the number of choices. The
+    answer follows `response_format`, or `guided_json` (a JSON schema), `guided_regex` or `guided_choice`.
+    """
+
+    temperature: float = Field(default=1.0, strict=True, ge=0, le=100)
+    top_p: float = Field(default=1.0, strict=True, gt=0, le=1)
+    top_k: Annotated[int, AfterValidator(lambda count: max(count, 0))] = Field(default=0, strict=True, ge=-1, lt=2**31)
+    min_p: float = Field(default=0.0, strict=True, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, strict=True, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, strict=True, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, strict=True, gt=0, le=10)
+    logit_bias: dict[TokenId, Bias] = Field(default={}, max_length=1024)
+    seed: int | None = Field(default=None, strict=True, ge=0, lt=2**63)
+    n: int = Field(default=1, strict=True, ge=1, le=MAX_CHOICES)
+    response_format: ResponseFormat = ResponseFormat()
+    guided_json: dict[str, object] | Json[dict[str, object]] | None = None
+    guided_regex: str | None = Field(default=None, min_length=1, max_length=MAX_GRAMMAR)
+    guided_choice: list[str] | None = Field(default=None, min_length=1, max_length=1024)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Most probable tokens to report for every generated one beside it; None for no log probabilities."""
+        return None
+
+    @property
+    def schema_of_answer(self) -> dict[str, object] | None:
+        """The JSON schema that the answer must follow."""
+        if self.response_format.json_schema is not None:
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if self.response_format.type == "json_object" else self.guided_json
+
+    def worker_fields(self) -> dict[str, object]:
+        """These fields for the body of a worker: the published ones, and the others if they change anything."""
+        names = set(SamplingFields.model_fields)
+        given = self.model_dump(mode="json", by_alias=True, include=names, exclude_defaults=True)
+        logprobs = {} if self.num_logprobs is None else {"top_logprobs": self.num_logprobs}
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, **given, **logprobs}
+
+    @model_validator(mode="after")
+    def _check_guides(self) -> SamplingFields:
+        given = [name for name in ("guided_json", "guided_regex", "guided_choice") if getattr(self, name) is not None]
+        given += ["response_format"] * (self.response_format.type != "text")
+        if len(given) > 1:
+            raise _invalid(given[0], f"excludes {given[1]}; give one of them")
+        if max(len(json.dumps(self.schema_of_answer)), len("".join(self.guided_choice or ()))) > MAX_GRAMMAR:
+            raise _invalid(given[0], f"is longer than {MAX_GRAMMAR} characters")
+        if self.guided_choice is not None and not all(self.guided_choice):
+            raise _invalid("guided_choice", "has an empty choice")
+        return self
+
+
+def _invalid(param: str, text: str) -> PydanticCustomError:
+    """The error of a validator that checks several fields; `param` is the one to name to clients."""
+    return PydanticCustomError("invalid", "{param} {text}", {"param": param, "text": text})
+
+
+class PromptFields(Body):
+    """A prompt of a model, see `GenerateBody`."""
+
+    model: str = Field(default="", max_length=256)
+    prompt: str = Field(max_length=4_000_000)
+    text_spans: list[TextSpan] = Field(default=[], max_length=MAX_TEXT_SPANS)
+
+    @property
+    def rendered_prompt(self) -> RenderedPrompt:
+        return RenderedPrompt(self.prompt, self.text_spans)
+
+    @model_validator(mode="after")
+    def _check_text_spans(self) -> PromptFields:
+        bounds = [0, *chain.from_iterable(self.text_spans), len(self.prompt)]
+        if any(start > end for start, end in pairwise(bounds)):
+            raise ValueError("text_spans must be sorted, disjoint ranges [start, end) within the prompt")
+        return self
+
+
+class TokenizeBody(PromptFields):
+    """Body of `/worker_tokenize`. The reply has the token ids, -200 for each image, and their count with images."""
+
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    """Body of `/worker_detokenize`."""
+
+    model: str = Field(default="", max_length=256)
+    tokens: list[Annotated[int, Field(ge=IMAGE_TOKEN_INDEX, lt=2**31)]] = Field(max_length=1_000_000)
+
+
+class GenerateBody(SamplingFields, PromptFields):
     """Body of `/worker_generate_stream`.
 
     `images` are base64. `stream_mode` "delta" requests new text only; `messages` repeat the prompt as turns. The keys
@@ -221,23 +352,27 @@ class GenerateBody(Body):
     `text_spans` are the ranges [start, end) of `prompt`, in Unicode code points, that hold the text of messages and of
     the system: sorted, disjoint, and 8,192 at most. Control tokens, role markers and `<image>` in them are text.
     Without the key, as from older clients, they are recognized anywhere in the prompt.
+
+    With `top_logprobs`, frames have the log probabilities of new tokens as `logprobs`; with `n` above 1, the `index` of
+    their choice, and each choice has a finish reason. Workers with the feature "sampling" take these keys and those of
+    `SamplingFields` beside the published `temperature`, `top_p` and `seed`.
+
+    Workers with the feature "completions" take `prompt_token_ids` in place of an empty `prompt`, and with `strip` false
+    keep white space at both ends of the answer.
     """
 
-    model: str = Field(default="", max_length=256)
-    prompt: str = Field(max_length=4_000_000)
     images: list[str] = Field(default=[], max_length=64)
-    temperature: float = Field(default=1.0, strict=True, ge=0, le=100)
-    top_p: float = Field(default=1.0, strict=True, gt=0, le=1)
     max_new_tokens: int = Field(default=256, strict=True, ge=1, le=1_000_000)
     stop: list[str] = Field(default=[], max_length=MAX_STOPS)
-    seed: int | None = Field(default=None, strict=True, ge=0, lt=2**63)
+    top_logprobs: int | None = Field(default=None, strict=True, ge=0, le=MAX_LOGPROBS)
     stream_mode: Literal["cumulative", "delta"] = "cumulative"
     messages: list[Message] | None = Field(default=None, max_length=2048)
-    text_spans: list[TextSpan] = Field(default=[], max_length=MAX_TEXT_SPANS)
+    prompt_token_ids: list[TokenId] | None = Field(default=None, min_length=1, max_length=1_000_000)
+    strip: bool = True
 
     @property
-    def rendered_prompt(self) -> RenderedPrompt:
-        return RenderedPrompt(self.prompt, self.text_spans)
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs
 
     @model_validator(mode="before")
     @classmethod
@@ -255,13 +390,6 @@ class GenerateBody(Body):
         if any(len(text) > 256 for text in stops):
             raise ValueError("a stop string has more than 256 characters")
         return [text for text in stops if text]
-
-    @model_validator(mode="after")
-    def _check_text_spans(self) -> GenerateBody:
-        bounds = [0, *chain.from_iterable(self.text_spans), len(self.prompt)]
-        if any(start > end for start, end in pairwise(bounds)):
-            raise ValueError("text_spans must be sorted, disjoint ranges [start, end) within the prompt")
-        return self
 
 
 class WorkerView(Body):

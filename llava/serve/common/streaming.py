@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Final, TypeVar
 
@@ -36,6 +36,29 @@ async def with_keep_alive(items: AsyncGenerator[T, None], seconds: float, filler
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
         await items.aclose()
+
+
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Items of all `sources` as they arrive. An exception of one of them ends the others."""
+    waiting = {asyncio.ensure_future(anext(source)): source for source in sources}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                try:
+                    item = future.result()
+                except StopAsyncIteration:
+                    del waiting[future]
+                    continue
+                source = waiting.pop(future)
+                waiting[asyncio.ensure_future(anext(source))] = source
+                yield item
+    finally:
+        for future in waiting:
+            future.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for source in sources:
+            await source.aclose()
 
 
 class StreamResponse(Response):

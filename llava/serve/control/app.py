@@ -15,12 +15,14 @@ from llava.serve.common.middleware import Metrics, make_app, release_body, reque
 from llava.serve.common.protocol import (
     FRAME_MEDIA_TYPE,
     AddressBody,
+    DetokenizeBody,
     ErrorType,
     GenerateBody,
     HeartBeatBody,
     NameBody,
     RegisterBody,
     ServeError,
+    TokenizeBody,
     WorkerStatus,
     WorkerView,
     encode_frame,
@@ -134,14 +136,23 @@ class ControllerService:
     async def open(self, model: str, content: bytes, request_id: str) -> WorkerStream:
         """Open a stream at a worker; a refusal is counted."""
         try:
-            if self.draining:
-                raise ServeError(ErrorType.NOT_READY, "The controller is stopping; try again shortly.", retry_after=2)
+            self._refuse_if_draining()
             upstream = await self.client.open(model, content, request_id)
         except ServeError as error:
             self.metrics.requests.labels(error.kind.wire).inc()
             raise
         self._upstreams.add(upstream)
         return upstream
+
+    async def call(self, path: str, model: str, content: bytes, request_id: str) -> Response:
+        """Reply of a worker to a request that generates nothing."""
+        self._refuse_if_draining()
+        stream = await self.client.open(model, content, request_id, path)
+        return Response(await stream.body(), media_type="application/json")
+
+    def _refuse_if_draining(self) -> None:
+        if self.draining:
+            raise ServeError(ErrorType.NOT_READY, "The controller is stopping; try again shortly.", retry_after=2)
 
     def close_callback(self, upstream: WorkerStream, outcome: list[str]) -> Callable[[], None]:
         """Function to call when the client's response has ended; it counts `outcome[0]`."""
@@ -212,13 +223,26 @@ def controller_routes(controller: ControllerService) -> FastAPI:
     async def worker_get_status() -> WorkerStatus:
         return registry.total()
 
-    @app.post("/worker_generate_stream", response_class=Response)
-    async def worker_generate_stream(body: GenerateBody, request: Request) -> Response:
+    async def content_of(body: GenerateBody | TokenizeBody | DetokenizeBody, request: Request) -> bytes:
         if not body.model:
             raise ServeError(ErrorType.BAD_REQUEST, "`model` is missing; send one of /list_models.")
         content = await request.body()
         release_body(request)
-        return await controller.stream(body, content, request_id_of(request))
+        return content
+
+    @app.post("/worker_generate_stream", response_class=Response)
+    async def worker_generate_stream(body: GenerateBody, request: Request) -> Response:
+        return await controller.stream(body, await content_of(body, request), request_id_of(request))
+
+    @app.post("/worker_tokenize", response_class=Response)
+    async def worker_tokenize(body: TokenizeBody, request: Request) -> Response:
+        content = await content_of(body, request)
+        return await controller.call("/worker_tokenize", body.model, content, request_id_of(request))
+
+    @app.post("/worker_detokenize", response_class=Response)
+    async def worker_detokenize(body: DetokenizeBody, request: Request) -> Response:
+        content = await content_of(body, request)
+        return await controller.call("/worker_detokenize", body.model, content, request_id_of(request))
 
     return app
 

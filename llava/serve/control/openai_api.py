@@ -1,4 +1,4 @@
-"""OpenAI-compatible API of the controller: `/v1/models` and `/v1/chat/completions`.
+"""OpenAI-compatible API of the controller: models, chat, responses, text completions and tokenization.
 
     client = openai.OpenAI(base_url="http://localhost:10000/v1", api_key="…")
 
@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from fastapi import FastAPI, Request
@@ -23,20 +22,33 @@ from starlette.responses import Response
 from llava.conversation import template_for
 from llava.download import download
 from llava.errors import ImageError
-from llava.serve.common.middleware import openai_error, release_body, request_id_of
-from llava.serve.common.openai_chat import ChatBody, RenderedChat, render_chat
-from llava.serve.common.protocol import ErrorType, Frame, ServeError
+from llava.serve.common.middleware import release_body, request_id_of
+from llava.serve.common.openai_chat import ApiBody, ChatBody, ChatMessage, RenderedChat, render_chat
+from llava.serve.common.protocol import ErrorType, ServeError, WorkerStatus
 from llava.serve.common.security import RateLimiter, bearer
-from llava.serve.common.streaming import DeferredResponse, StreamResponse, with_keep_alive
+from llava.serve.common.streaming import DeferredResponse, StreamResponse
+from llava.serve.control.answers import Answer, ChatReply, Json, Reply, Shown, malformed_replies
 from llava.serve.control.app import ControllerService
-from llava.serve.control.worker_client import WorkerStream
+from llava.serve.control.completions import (
+    CompletionBody,
+    CompletionReply,
+    DetokenizeRequest,
+    TokenizeRequest,
+    as_prompt,
+    prompt_fields,
+)
+from llava.serve.control.responses import ResponseBody, ResponseReply
 
 _IMAGE_BYTES: Final = 20 * 2**20
 _CREATED: Final = 1_700_000_000  # constant, since models have no creation date
+_PUBLISHED: Final = ("temperature", "top_p", "seed")  # what workers of every version take
+_TOKEN_FIELDS: Final = {"tokens", "add_special_tokens", "return_token_strs"}
+
+MakeReply = Callable[[str, str, Sequence[Answer]], Reply]
 
 
 class OpenAIServing:
-    """Converts chat requests to worker requests, and worker frames to OpenAI objects.
+    """Converts requests of the API to worker requests, and the workers' frames to OpenAI objects.
 
     `rate_limit` is in requests per minute and client; `allow_urls` permits fetching https images; a stream without a
     token for `keep_alive` seconds gets a comment, for proxies and clients that close silent connections.
@@ -59,9 +71,17 @@ class OpenAIServing:
         self._fetching = asyncio.Semaphore(4)
 
     def models(self) -> list[dict[str, object]]:
+        registry = self.controller.registry
+        info = {name: (status := registry.status_of(name)) and status.info for name in registry.models()}
         return [
-            {"id": name, "object": "model", "created": _CREATED, "owned_by": "llava"}
-            for name in self.controller.registry.models()
+            {
+                "id": name,
+                "object": "model",
+                "created": _CREATED,
+                "owned_by": "llava",
+                "max_model_len": each and each.context_length,
+            }
+            for name, each in info.items()
         ]
 
     def spend(self, request: Request) -> None:
@@ -77,40 +97,114 @@ class OpenAIServing:
             )
             raise ServeError(ErrorType.RATE_LIMITED, message, retry_after=wait)
 
-    async def complete(self, body: ChatBody, request: Request) -> Response:
-        """Respond to a chat request."""
+    def _admit(self, model: str, request: Request) -> WorkerStatus:
+        """The status of a worker of `model`, once the request is charged."""
         release_body(request)
         self.spend(request)
-        request_id = request_id_of(request)
-        status = self.controller.registry.status_of(body.model)
+        status = self.controller.registry.status_of(model)
         if status is None:
             raise _unknown_model()
-        info = status.info
-        template = (info.conv_template if info else None) or template_for(None, body.model)
-        rendered = render_chat(body.messages, template)
-        images = [await self._load_image(address) for address in rendered.images]
-        limit = info.max_new_tokens if info else 1024
-        content = json.dumps(
-            {
-                "model": body.model,
-                "prompt": rendered.prompt,
-                "text_spans": rendered.prompt.text_spans,
-                "messages": [message.model_dump() for message in rendered.messages],
-                "images": images,
-                "temperature": body.temperature,
-                "top_p": body.top_p,
-                "max_new_tokens": min(body.max_new_tokens or limit, limit),
-                "stop": [*rendered.stop, *body.stop],
-                "seed": body.seed,
-                "stream_mode": "delta",
-            }
-        ).encode()
-        upstream = await self.controller.open(body.model, content, request_id)
-        completion = ChatCompletion(body, rendered, upstream, request_id)
-        close = self.controller.close_callback(upstream, completion.outcome)
+        return status
+
+    async def chat(self, body: ChatBody, request: Request) -> Response:
+        """Respond to `/v1/chat/completions`."""
+        status = self._admit(body.model, request)
+        prompt = await self._chat_prompt(body, body.messages, status)
+        return await self._reply(body, request, status, [prompt], partial(ChatReply, shown=_shown(body)))
+
+    async def respond(self, body: ResponseBody, request: Request) -> Response:
+        """Respond to `/v1/responses`."""
+        status = self._admit(body.model, request)
+        prompt = await self._chat_prompt(body, body.messages, status)
+        return await self._reply(body, request, status, [prompt], partial(ResponseReply, settings=body.settings))
+
+    async def complete(self, body: CompletionBody, request: Request) -> Response:
+        """Respond to `/v1/completions`."""
+        status = self._admit(body.model, request)
+        _require(status, "completions", "has no text completions; use /v1/chat/completions")
+        echo = [await self._text_of(body.model, prompt, request) for prompt in body.prompts] if body.echo else []
+        prompts = [prompt_fields(prompt) for prompt in body.prompts]
+        make = partial(CompletionReply, echo=echo, shown=_shown(body))
+        return await self._reply(body, request, status, prompts, make)
+
+    async def _text_of(self, model: str, prompt: str | list[int], request: Request) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        reply = await self._ask("/worker_detokenize", {"model": model, "tokens": prompt}, request)
+        return str(reply.get("prompt", ""))
+
+    async def _ask(self, path: str, content: Json, request: Request) -> Json:
+        """The object that a worker replies."""
+        sent = json.dumps(content).encode()
+        reply = await self.controller.call(path, str(content["model"]), sent, request_id_of(request))
+        with malformed_replies():
+            return dict(json.loads(bytes(reply.body)))
+
+    async def tokenize(self, body: TokenizeRequest | DetokenizeRequest, request: Request) -> Response:
+        """Respond to `/tokenize` and `/detokenize`. A request without a model is for the only one."""
+        models = self.controller.registry.models()
+        model = body.model or (models[0] if len(models) == 1 else "")
+        status = self._admit(model, request)
+        _require(status, "tokenize", "has no tokenizer")
+        content: Json = {"model": model, **body.model_dump(include=_TOKEN_FIELDS)}
+        if isinstance(body, DetokenizeRequest):
+            return JSONResponse(await self._ask("/worker_detokenize", content, request))
+        prompt = as_prompt(body.prompt or "")
+        if body.messages is not None:
+            prompt = self._render(body.messages, status, model).prompt
+        content |= {"prompt": prompt, "text_spans": prompt.text_spans}
+        return JSONResponse(await self._ask("/worker_tokenize", content, request))
+
+    @staticmethod
+    def _render(messages: Sequence[ChatMessage], status: WorkerStatus, model: str) -> RenderedChat:
+        template = (status.info.conv_template if status.info else None) or template_for(None, model)
+        return render_chat(messages, template)
+
+    async def _chat_prompt(self, body: ApiBody, messages: Sequence[ChatMessage], status: WorkerStatus) -> Json:
+        """The keys of a worker request that hold a rendered chat."""
+        rendered = self._render(messages, status, body.model)
+        return {
+            "prompt": rendered.prompt,
+            "text_spans": rendered.prompt.text_spans,
+            "messages": [message.model_dump() for message in rendered.messages],
+            "images": [await self._load_image(address) for address in rendered.images],
+            "stop": rendered.stop,
+        }
+
+    async def _reply(
+        self, body: ApiBody, request: Request, status: WorkerStatus, prompts: Sequence[Json], make: MakeReply
+    ) -> Response:
+        """Open a stream for each prompt, and return the response that reads them."""
+        fields = body.worker_fields()
+        extra = next((name for name in fields if name not in _PUBLISHED), None)
+        if extra is not None:
+            name = "logprobs" if extra == "top_logprobs" else extra
+            _require(status, "sampling", f"does not support {name}; omit it", param=name)
+        limit = status.info.max_new_tokens if status.info else 1024
+        fields |= {"model": body.model, "stream_mode": "delta"}
+        fields["max_new_tokens"] = min(body.max_new_tokens or limit, limit)
+        request_id, answers = request_id_of(request), list[Answer]()
+        closers: list[Callable[[], None]] = []
+
+        def close() -> None:
+            for each in closers:
+                each()
+
+        try:
+            for prompt in prompts:
+                stops = prompt.get("stop")
+                content = {**fields, **prompt, "stop": [*(stops if isinstance(stops, list) else []), *body.stop]}
+                upstream = await self.controller.open(body.model, json.dumps(content).encode(), request_id)
+                shown = str(prompt["prompt"]) if "messages" in prompt else ""
+                answers.append(Answer(shown, upstream, body.n, len(answers) * body.n))
+                closers.append(self.controller.close_callback(upstream, answers[-1].outcome))
+        except BaseException:
+            close()
+            raise
+        reply = make(body.model, request_id, answers)
         if body.stream:
-            return StreamResponse(completion.events(self.keep_alive), close, media_type="text/event-stream")
-        return DeferredResponse(completion.response(), close)
+            return StreamResponse(reply.events(self.keep_alive), close, media_type="text/event-stream")
+        return DeferredResponse(reply.response(), close)
 
     async def _load_image(self, address: str) -> str:
         """Base64 of the image in a data URI or, where allowed, at an https address."""
@@ -140,105 +234,14 @@ def _unknown_model() -> ServeError:
     return ServeError(ErrorType.NOT_FOUND, "No worker serves this model; see /v1/models.", param="model")
 
 
-class ChatCompletion:
-    """One chat completion, as an object or as server-sent events. `outcome[0]` is its label in the metrics."""
-
-    def __init__(self, body: ChatBody, rendered: RenderedChat, upstream: WorkerStream, request_id: str) -> None:
-        self.model = body.model
-        self.include_usage = body.stream_options.include_usage
-        self.prompt = rendered.prompt
-        self.upstream = upstream
-        self.request_id = request_id
-        self.created = int(time.time())
-        self.finish_reason: str | None = None
-        self.usage: dict[str, object] | None = None  # absent from old workers
-        self.outcome = ["cancelled"]
-        self._shown = ""
-
-    async def _texts(self) -> AsyncGenerator[str, None]:
-        """New text of each frame. Cumulative frames of old workers are recognized by the prompt at their start."""
-        async with aclosing(self.upstream.frames()) as frames:
-            async for raw in frames:
-                frame = self._parse(raw)
-                text = str(frame.get("text", ""))
-                if self._shown or text.startswith(self.prompt):
-                    answer = text.removeprefix(self.prompt).lstrip()
-                    text, self._shown = answer[len(self._shown) :], answer or self._shown
-                if text:
-                    yield text
-                if frame.get("finish_reason"):
-                    with _malformed_frames():
-                        self._finish(frame)
-        self.finish_reason = self.finish_reason or "stop"
-        self.outcome[0] = self.finish_reason
-
-    def _parse(self, raw: bytes) -> Frame:
-        with _malformed_frames():
-            frame: Frame = json.loads(raw)
-            code, error = int(frame["error_code"]), dict(frame.get("error") or {})
-        if code:
-            raise ServeError(ErrorType.from_wire(error.get("type")), str(error.get("message") or frame.get("text", "")))
-        return frame
-
-    def _finish(self, frame: Frame) -> None:
-        reason = frame["finish_reason"]
-        self.finish_reason = "length" if reason in ("length", "context_exceeded") else "stop"
-        counts = {key: int(value) for key, value in (frame.get("usage") or {}).items()}
-        if not counts:
-            return
-        prompt, completion = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
-        self.usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        if "image_tokens" in counts:
-            self.usage["prompt_tokens_details"] = {"image_tokens": counts["image_tokens"]}
-
-    async def response(self) -> Response:
-        """The completion as one object; raises `ServeError`."""
-        try:
-            text = "".join([text async for text in self._texts()])
-        except ServeError as error:
-            self.outcome[0] = error.kind.wire
-            raise
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason, "logprobs": None}
-        return JSONResponse({**self._head("chat.completion"), "choices": [choice], "usage": self.usage})
-
-    async def events(self, keep_alive: float) -> AsyncGenerator[bytes, None]:
-        """The completion as server-sent events, terminated by `[DONE]` also after an error.
-
-        A comment is sent after every `keep_alive` seconds of silence.
-        """
-        yield self._chunk({"role": "assistant", "content": ""})
-        try:
-            async with aclosing(with_keep_alive(self._texts(), keep_alive, "")) as texts:
-                async for text in texts:
-                    yield self._chunk({"content": text}) if text else b": keep-alive\n\n"
-            yield self._chunk({}, self.finish_reason)
-            if self.include_usage:
-                yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage})
-        except ServeError as error:
-            self.outcome[0] = error.kind.wire
-            yield _event({"error": openai_error(error, self.request_id)})
-        yield b"data: [DONE]\n\n"
-
-    def _head(self, kind: str) -> dict[str, object]:
-        return {"id": f"chatcmpl-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
-
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return _event({**self._head("chat.completion.chunk"), "choices": [choice]})
+def _shown(body: ChatBody | CompletionBody) -> Shown:
+    return Shown(body.stream_options.include_usage, body.num_logprobs is not None)
 
 
-@contextmanager
-def _malformed_frames() -> Iterator[None]:
-    """Convert exceptions caused by a malformed frame to `ServeError`."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ServeError(ErrorType.WORKER_UNAVAILABLE, "The worker sent a malformed frame.") from error
-
-
-def _event(content: dict[str, object]) -> bytes:
-    return b"data: " + json.dumps(content).encode() + b"\n\n"
+def _require(status: WorkerStatus, feature: str, text: str, param: str | None = None) -> None:
+    """Raise `ServeError` (400) unless the worker has a feature."""
+    if feature not in status.features:
+        raise ServeError(ErrorType.BAD_REQUEST, f"The worker of this model {text}.", param=param)
 
 
 def add_api_routes(app: FastAPI, server: OpenAIServing) -> None:
@@ -257,4 +260,20 @@ def add_api_routes(app: FastAPI, server: OpenAIServing) -> None:
 
     @app.post("/v1/chat/completions", response_class=Response)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
+        return await server.chat(body, request)
+
+    @app.post("/v1/responses", response_class=Response)
+    async def responses(body: ResponseBody, request: Request) -> Response:
+        return await server.respond(body, request)
+
+    @app.post("/v1/completions", response_class=Response)
+    async def completions(body: CompletionBody, request: Request) -> Response:
         return await server.complete(body, request)
+
+    @app.post("/tokenize", response_class=Response)
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        return await server.tokenize(body, request)
+
+    @app.post("/detokenize", response_class=Response)
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        return await server.tokenize(body, request)

@@ -12,6 +12,7 @@ from typing import Final, cast
 import httpx
 from pydantic import ValidationError
 
+from llava.serve.common.middleware import STREAM_PATH
 from llava.serve.common.protocol import ErrorType, FrameReader, ServeError, WorkerStatus
 from llava.serve.common.security import authorization
 from llava.serve.control.registry import Registry
@@ -19,6 +20,7 @@ from llava.serve.control.registry import Registry
 logger = logging.getLogger(__name__)
 
 _STATUS_BYTES: Final = 2**18
+_REPLY_BYTES: Final = 2**25
 _REFUSAL_BYTES: Final = 2**16
 _MAX_TRIES: Final = 3
 
@@ -63,6 +65,18 @@ class WorkerStream:
         """Close the stream although the answer is not complete; `frames` raises `ServeError`."""
         self._stopped = True
         await self.aclose()
+
+    async def body(self) -> bytes:
+        """The body of a reply that is no stream; raises `ServeError` like `frames`."""
+        try:
+            content = await read_start(self._response, _REPLY_BYTES)
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            self._registry.report(self.address, ok=False)
+            raise _connection_error(error) from error
+        finally:
+            await self.aclose()
+        self._registry.report(self.address, ok=True)
+        return content
 
     async def aclose(self) -> None:
         await self._response.aclose()
@@ -109,7 +123,7 @@ class WorkerClient:
             response.raise_for_status()
             return WorkerStatus.model_validate_json(await read_start(response, _STATUS_BYTES))
 
-    async def open(self, model: str, content: bytes, request_id: str) -> WorkerStream:
+    async def open(self, model: str, content: bytes, request_id: str, path: str = STREAM_PATH) -> WorkerStream:
         """Send a request to a worker of `model`, and to the next one if it is unreachable or full.
 
         Raises the `ServeError` of the last worker tried.
@@ -121,22 +135,21 @@ class WorkerClient:
         while len(tried) < _MAX_TRIES and (address := self.registry.pick(model, exclude=tried)):
             tried.append(address)
             try:
-                return WorkerStream(address, await self._send(address, content, request_id), self.registry)
+                return WorkerStream(address, await self._send(address, path, content, request_id), self.registry)
             except ServeError as error:
                 refusal = error
                 if error.kind not in (ErrorType.WORKER_UNAVAILABLE, ErrorType.OVERLOADED, ErrorType.NOT_READY):
                     raise
         raise refusal
 
-    async def _send(self, address: str, content: bytes, request_id: str) -> httpx.Response:
+    async def _send(self, address: str, path: str, content: bytes, request_id: str) -> httpx.Response:
         headers = {
             "Content-Type": "application/json",
             "Content-Length": str(len(content)),
             "X-Request-Id": request_id,
             "User-Agent": "LLaVA Controller",
         }
-        url = f"{address}/worker_generate_stream"
-        request = self._http.build_request("POST", url, content=_ReleasedBody(content), headers=headers)
+        request = self._http.build_request("POST", address + path, content=_ReleasedBody(content), headers=headers)
         try:
             response = await self._http.send(request, stream=True)
             if response.status_code == 200:

@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
@@ -25,10 +26,13 @@ from llava.serve.common.middleware import (
 )
 from llava.serve.common.protocol import (
     FRAME_MEDIA_TYPE,
+    DetokenizeBody,
     ErrorType,
     Frame,
     GenerateBody,
     ServeError,
+    TokenizeBody,
+    TokenLogprob,
     WorkerStatus,
     encode_frame,
 )
@@ -119,6 +123,15 @@ class Worker:
         await self.backend.stop()
 
 
+@dataclass
+class _ChoiceFrames:
+    """What the next frame of a choice holds, and the number of deltas with text so far."""
+
+    text: str
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    count: int = 0
+
+
 class FrameStream:
     """Encodes one generation as frames: cumulative text with the prompt, or new text only in delta mode."""
 
@@ -127,32 +140,38 @@ class FrameStream:
         self.generation = generation
         self.request_id = request_id
         self.delta = body.stream_mode == "delta"
-        self.text = "" if self.delta else body.prompt  # of the next frame
+        self.choices = [_ChoiceFrames("" if self.delta else body.prompt) for _ in range(body.n)]
         self.outcome = "cancelled"
         self.started = time.monotonic()
         self.closed = False
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
-        count, interval = 0, self.worker.stream_interval
+        interval, waits_for_text, unfinished = self.worker.stream_interval, True, len(self.choices)
         try:
             async with contextlib.aclosing(self.generation.deltas):
                 async for delta in self.generation.deltas:
                     if self.closed:  # Python 3.11's wait_for may lose a cancellation
                         return
-                    self.text += delta.text
+                    choice = self.choices[delta.index]
+                    choice.text += delta.text
+                    choice.logprobs += delta.logprobs
                     if delta.text:
-                        count += 1
-                        if count == 1:
+                        choice.count += 1
+                        if waits_for_text:
                             self.worker.metrics.first_token.observe(time.monotonic() - self.started)
+                        waits_for_text = False
                     if delta.finish_reason is not None:
                         self._count_tokens(delta)
-                        yield self._frame({"finish_reason": delta.finish_reason, "usage": delta.usage})
-                        return
-                    if not delta.text:
+                        yield self._frame(delta.index, {"finish_reason": delta.finish_reason, "usage": delta.usage})
+                        unfinished -= 1
+                        if not unfinished:
+                            return
+                    elif delta.text:
+                        if choice.count % interval == 1 % interval:
+                            yield self._frame(delta.index, {})
+                    elif not delta.logprobs:
                         position = delta.queue_position
-                        yield self._frame({} if position is None else {"queue_position": position})
-                    elif count % interval == 1 % interval:
-                        yield self._frame({})
+                        yield self._frame(delta.index, {} if position is None else {"queue_position": position})
         except ServeError as error:
             self.outcome = error.kind.wire
             yield encode_frame(error.frame(self.request_id))
@@ -162,11 +181,15 @@ class FrameStream:
             internal = ServeError(ErrorType.INTERNAL, "The worker failed on this request; see its log.")
             yield encode_frame(internal.frame(self.request_id))
 
-    def _frame(self, extra: Frame) -> bytes:
-        frame = encode_frame({"text": self.text, "error_code": 0, **extra})
-        if self.delta:
-            self.text = ""
-        return frame
+    def _frame(self, index: int, extra: Frame) -> bytes:
+        choice = self.choices[index]
+        frame: Frame = {"text": choice.text, "error_code": 0, **extra}
+        if len(self.choices) > 1:
+            frame["index"] = index
+        if choice.logprobs:
+            frame["logprobs"] = choice.logprobs
+        choice.text, choice.logprobs = "" if self.delta else choice.text, []
+        return encode_frame(frame)
 
     def _count_tokens(self, last: Delta) -> None:
         self.outcome = str(last.finish_reason)
@@ -196,6 +219,14 @@ def worker_routes(worker: Worker) -> FastAPI:
     async def worker_generate_stream(body: GenerateBody, request: Request) -> Response:
         release_body(request)
         return await worker.generate(body, request_id_of(request))
+
+    @app.post("/worker_tokenize")
+    async def worker_tokenize(body: TokenizeBody) -> dict[str, object]:
+        return await asyncio.to_thread(worker.backend.tokenize, body)
+
+    @app.post("/worker_detokenize")
+    async def worker_detokenize(body: DetokenizeBody) -> dict[str, object]:
+        return await asyncio.to_thread(worker.backend.detokenize, body)
 
     return app
 

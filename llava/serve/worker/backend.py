@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.engine.statistics import Statistics
-from llava.serve.common.protocol import ErrorType, FinishReason, GenerateBody, ModelInfo, ServeError, State
+from llava.serve.common.protocol import (
+    DetokenizeBody,
+    ErrorType,
+    FinishReason,
+    GenerateBody,
+    ModelInfo,
+    ServeError,
+    State,
+    TokenizeBody,
+    TokenLogprob,
+)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of an answer, empty while waiting. The last delta has a finish reason and the token counts."""
+    """New text of a choice, empty while waiting. Its last delta has a finish reason and the token counts, which include
+    the prompt for choice 0 only."""
 
     text: str = ""
     finish_reason: FinishReason | None = None
     usage: dict[str, int] = field(default_factory=dict)
     queue_position: int | None = None  # requests ahead of this one, while it waits
+    index: int = 0
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,12 @@ class Backend(Protocol):
 
     async def open(self, body: GenerateBody) -> Generation:
         """Admit and validate a request; raises `ServeError` before anything is streamed."""
+
+    def tokenize(self, body: TokenizeBody) -> dict[str, object]:
+        """The reply of `/worker_tokenize`. Thread-safe; raises `ServeError`, also when the engine has no tokenizer."""
+
+    def detokenize(self, body: DetokenizeBody) -> dict[str, object]:
+        """The reply of `/worker_detokenize`, like `tokenize`."""
 
     async def stop(self) -> None: ...
 

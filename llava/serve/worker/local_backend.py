@@ -8,21 +8,38 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from PIL import Image
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Piece, RenderedPrompt, template_for
 from llava.engine.arguments import EngineArgs
-from llava.engine.sequence import Completion, HashedImage, ImageInput, Request, SamplingParams
+from llava.engine.sequence import (
+    Completion,
+    GuidedDecodingParams,
+    HashedImage,
+    ImageInput,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
 from llava.engine.statistics import Statistics
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
-from llava.serve.common.protocol import ErrorType, GenerateBody, ModelInfo, ServeError, State
+from llava.serve.common.protocol import (
+    DetokenizeBody,
+    ErrorType,
+    GenerateBody,
+    ModelInfo,
+    ServeError,
+    State,
+    TokenizeBody,
+    TokenLogprob,
+)
 from llava.serve.worker.backend import Delta, Generation, check_image_count
-from llava.serve.worker.preprocess import ImagePreprocessor, tokenizer_for
+from llava.serve.worker.preprocess import ImagePreprocessor, Vocabulary
 from llava.serve.worker.scheduler import EngineLike, Scheduler, Slot, StreamEvent, completion_error
 
 if TYPE_CHECKING:
@@ -31,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GREEDY_BELOW: Final = 0.001
+_LEAST: Final = -9999.0  # the log probability that the OpenAI API gives to impossible tokens; JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,9 @@ class LoadedModel(NamedTuple):
     wraps_images: bool = False  # with <im_start> and <im_end>
     tokenize: Callable[[str], str | Sequence[int]] = lambda text: text
     preprocess: Callable[[str], ImageInput | HashedImage] = ImagePreprocessor(lambda image: image)
+    compile_grammar: Callable[[GuidedDecodingParams], object] = lambda params: None
+    token_bytes: Sequence[bytes] = ()
+    vocabulary: Vocabulary | None = None
 
 
 LoadModel = Callable[[Callable[[float], None]], LoadedModel]  # argument: called with the fraction of weights loaded
@@ -85,7 +106,20 @@ def model_loader(
         def preprocess(image: Image.Image) -> ImageInput:
             return preprocess_image(image, engine.image_processor, engine.image_aspect_ratio)
 
-        return LoadedModel(engine, info, wraps, tokenizer_for(engine), ImagePreprocessor(preprocess))
+        def compile_grammar(params: GuidedDecodingParams) -> object:
+            return engine.grammars.compile(params)
+
+        vocabulary = Vocabulary(engine)
+        return LoadedModel(
+            engine,
+            info,
+            wraps,
+            vocabulary.encode,
+            ImagePreprocessor(preprocess),
+            compile_grammar,
+            engine.token_bytes,
+            vocabulary,
+        )
 
     return load
 
@@ -94,21 +128,54 @@ def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSetti
     """Validate and preprocess a request; raises `ServeError` (400) or `RequestError` when it is invalid."""
     prompt = body.rendered_prompt
     check_image_count(prompt.num_images, len(body.images), loaded.info.max_images)
-    if loaded.wraps_images:
-        prompt = RenderedPrompt.from_pieces(
-            piece if piece.is_text else _wrap_images(piece) for piece in prompt.pieces()
-        )
+    tokens = body.prompt_token_ids
+    if tokens and prompt:
+        raise ServeError(ErrorType.BAD_REQUEST, "The request has a prompt and prompt_token_ids; send one of them.")
     params = SamplingParams(
         max_new_tokens=min(body.max_new_tokens, settings.max_new_tokens),
         temperature=body.temperature if body.temperature > _GREEDY_BELOW else 0.0,
         top_p=body.top_p,
         seed=body.seed,
         stop=tuple(body.stop),
+        top_k=body.top_k,
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
+        logprobs=body.num_logprobs,
+        guided_decoding=_structure_of(body),
     )
+    if params.guided_decoding is not None:
+        loaded.compile_grammar(params.guided_decoding)  # takes the engine's thread no time then
     try:
-        return Request(loaded.tokenize(prompt), [loaded.preprocess(image) for image in body.images], params)
+        prompt_ids = tokens or loaded.tokenize(_as_trained(prompt, loaded))
+        images = [loaded.preprocess(image) for image in body.images]
+        return Request(prompt_ids, images, params, strip=body.strip)
     except ImageError as error:
         raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
+
+
+def _as_trained(prompt: RenderedPrompt, loaded: LoadedModel) -> RenderedPrompt:
+    """The prompt with the tags that the checkpoint puts around images."""
+    if not loaded.wraps_images:
+        return prompt
+    return RenderedPrompt.from_pieces(piece if piece.is_text else _wrap_images(piece) for piece in prompt.pieces())
+
+
+def _structure_of(body: GenerateBody) -> GuidedDecodingParams | None:
+    if body.schema_of_answer is not None:
+        return GuidedDecodingParams(json=body.schema_of_answer)
+    if body.guided_regex is not None:
+        return GuidedDecodingParams(regex=body.guided_regex)
+    return None if body.guided_choice is None else GuidedDecodingParams(choice=body.guided_choice)
+
+
+def choices_of(request: Request, count: int) -> list[Request]:
+    """A request for each of `count` choices; their seeds follow each other."""
+    seed = request.params.seed
+    seeds = [seed if seed is None else (seed + index) % 2**63 for index in range(count)]
+    return [replace(request, params=replace(request.params, seed=one)) for one in seeds]
 
 
 def _wrap_images(piece: Piece) -> Piece:
@@ -134,7 +201,7 @@ async def _load_in_thread(load: LoadModel, report_progress: Callable[[float], No
 class LocalBackend:
     """The `Backend` over `llava.engine`. `load` runs in a thread."""
 
-    features: Final = ["delta", "messages", "text_spans"]
+    features: Final = ["completions", "delta", "messages", "sampling", "text_spans", "tokenize"]
 
     def __init__(self, load: LoadModel, settings: BackendSettings) -> None:
         self._load = load
@@ -197,21 +264,51 @@ class LocalBackend:
     async def open(self, body: GenerateBody) -> Generation:
         if self.scheduler is None or self._loaded is None:
             raise ServeError(ErrorType.NOT_READY, "The model is still loading; try again shortly.", retry_after=5)
-        slot = self.scheduler.admit()
+        slots = self.scheduler.admit_choices(body.n)
+
+        def close() -> None:
+            for slot in slots:
+                slot.close()
+
         try:
             loop = asyncio.get_running_loop()
             request = await loop.run_in_executor(self._executor, make_request, body, self._loaded, self.settings)
-            await slot.submit(request)
+            await self.scheduler.submit(slots, choices_of(request, body.n))
         except BaseException as error:
-            slot.close()
+            close()
             if isinstance(error, RequestError):
                 raise request_refusal(error) from error
             raise
-        return Generation(self._deltas(slot, len(body.images) * (self._loaded.info.image_tokens or 0)), slot.close)
+        return Generation(self._deltas(slots, len(body.images) * (self._loaded.info.image_tokens or 0)), close)
 
-    async def _deltas(self, slot: Slot, image_tokens: int) -> AsyncGenerator[Delta, None]:
+    def _require_vocabulary(self) -> tuple[LoadedModel, Vocabulary]:
+        if self._loaded is None:
+            raise ServeError(ErrorType.NOT_READY, "The model is still loading; try again shortly.", retry_after=5)
+        if self._loaded.vocabulary is None:
+            raise ServeError(ErrorType.BAD_REQUEST, "The engine of this model has no tokenizer.")
+        return self._loaded, self._loaded.vocabulary
+
+    def tokenize(self, body: TokenizeBody) -> dict[str, object]:
+        loaded, vocabulary = self._require_vocabulary()
+        prompt = _as_trained(body.rendered_prompt, loaded)
+        try:
+            ids = vocabulary.encode(prompt, add_special_tokens=body.add_special_tokens)
+        except RequestError as error:
+            raise request_refusal(error) from error
+        count = len(ids) + ids.count(IMAGE_TOKEN_INDEX) * ((loaded.info.image_tokens or 0) - 1)
+        reply = {"count": count, "max_model_len": loaded.info.context_length, "tokens": ids}
+        return {**reply, "token_strs": vocabulary.strings(ids)} if body.return_token_strs else reply
+
+    def detokenize(self, body: DetokenizeBody) -> dict[str, object]:
+        _, vocabulary = self._require_vocabulary()
+        try:
+            return {"prompt": vocabulary.decode(body.tokens)}
+        except RequestError as error:
+            raise request_refusal(error) from error
+
+    async def _deltas(self, slots: Sequence[Slot], image_tokens: int) -> AsyncGenerator[Delta, None]:
         """Deltas of a request, an empty one after `keep_alive` seconds of silence; enforces both deadlines."""
-        loop = asyncio.get_running_loop()
+        loop, slot, unfinished = asyncio.get_running_loop(), slots[0], len(slots)
         started, got_text = loop.time(), False
         while True:
             event = None
@@ -221,7 +318,8 @@ class LocalBackend:
             if event is not None:
                 got_text = got_text or bool(event.text)
                 yield self._delta(event, image_tokens)
-                if event.completion is not None:
+                unfinished -= event.completion is not None
+                if not unfinished:
                     return
             elif waited > (self.settings.total_seconds if got_text else self.settings.queue_seconds):
                 raise ServeError(ErrorType.TIMEOUT, f"No answer within {waited:.0f} seconds.")
@@ -230,14 +328,28 @@ class LocalBackend:
             if waited > self.settings.total_seconds:
                 raise ServeError(ErrorType.TIMEOUT, f"The answer was not complete after {waited:.0f} seconds.")
 
-    @staticmethod
-    def _delta(event: StreamEvent, image_tokens: int) -> Delta:
-        completion = event.completion
+    def _delta(self, event: StreamEvent, image_tokens: int) -> Delta:
+        completion, tokens = event.completion, self._loaded.token_bytes if self._loaded else ()
+        delta = Delta(event.text, index=event.choice, logprobs=[_in_words(one, tokens) for one in event.logprobs])
         if completion is None:
-            return Delta(event.text)
+            return delta
         if completion.finish_reason == "error":
             raise completion_error(completion)
-        return Delta(event.text, completion.finish_reason, usage_of(completion, image_tokens))
+        usage = usage_of(completion, image_tokens)
+        if event.choice:
+            usage = {"completion_tokens": usage["completion_tokens"]}
+        return replace(delta, finish_reason=completion.finish_reason, usage=usage)
+
+
+def _in_words(logprobs: TokenLogprobs, tokens: Sequence[bytes]) -> TokenLogprob:
+    """Log probabilities in the form of the OpenAI API. Bytes that are no whole character become U+FFFD in `token`."""
+
+    def entry(token: int, logprob: float) -> TokenLogprob:
+        data = tokens[token] if token < len(tokens) else b""
+        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, _LEAST), "bytes": list(data)}
+
+    top = [entry(token, logprob) for token, logprob in logprobs.top]
+    return {**entry(logprobs.token, logprobs.logprob), "top_logprobs": top}
 
 
 def usage_of(completion: Completion, image_tokens: int) -> dict[str, int]:

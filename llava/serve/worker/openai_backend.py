@@ -17,7 +17,7 @@ from llava.engine.detokenizer import TextStream
 from llava.images import SERVED, image_data_url
 from llava.openai_protocol import ApiError, Dialect, ReplyReader, read_error, read_events
 from llava.serve.common.openai_chat import parse_prompt
-from llava.serve.common.protocol import ErrorType, GenerateBody, Message, ModelInfo, ServeError, State
+from llava.serve.common.protocol import ErrorType, GenerateBody, Message, ModelInfo, ServeError, State, TokenLogprob
 from llava.serve.common.security import authorization
 from llava.serve.common.streaming import with_keep_alive
 from llava.serve.control.worker_client import read_start
@@ -34,7 +34,7 @@ JsonObject = dict[str, object]
 class OpenAIBackend:
     """The `Backend` over the API at `upstream`, which ends in `/v1`; ready while `/models` lists the model."""
 
-    features: Final = ["delta", "messages", "text_spans"]
+    features: Final = ["delta", "messages", "sampling", "text_spans"]
     progress: Final = None
 
     def __init__(
@@ -91,6 +91,8 @@ class OpenAIBackend:
         await self._http.aclose()
 
     async def open(self, body: GenerateBody) -> Generation:
+        if body.prompt_token_ids:
+            raise ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker takes no token ids; send text.")
         if self.state != "ready":
             raise ServeError(ErrorType.NOT_READY, "The upstream engine is not ready.", retry_after=5)
         if self.in_use >= self.capacity:
@@ -105,8 +107,14 @@ class OpenAIBackend:
         except BaseException:
             close()
             raise
-        deltas = _stop_at(_stop_strings(body), self._deltas(sending))
+        deltas = _stop_at(_stop_strings(body), self._deltas(sending, body), body.n)
         return Generation(with_keep_alive(deltas, _KEEP_ALIVE, Delta()), close)
+
+    def tokenize(self, body: object) -> dict[str, object]:
+        """Refuse; the OpenAI API has no tokenizer."""
+        raise ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker offers no tokenizer.")
+
+    detokenize = tokenize
 
     async def _send(self, body: GenerateBody) -> httpx.Response:
         """The response to a request, which is repeated without the optional parameters that the engine refuses."""
@@ -128,26 +136,38 @@ class OpenAIBackend:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _connection_error(error) from error
 
-    async def _deltas(self, sending: asyncio.Future[httpx.Response]) -> AsyncGenerator[Delta, None]:
+    async def _deltas(self, sending: asyncio.Future[httpx.Response], body: GenerateBody) -> AsyncGenerator[Delta, None]:
         """Deltas of a response, which is a stream of server-sent events or a whole reply."""
-        response, reader = await sending, ReplyReader()
+        response, readers = await sending, [ReplyReader(index) for index in range(body.n)]
         try:
             chunks = cast(AsyncGenerator[bytes, None], response.aiter_bytes())
             async with aclosing(read_events(chunks)) as events:
                 async for event in events:
-                    text = reader.push(event)
-                    if text:
-                        yield Delta(text)
-            reply = reader.finish()
+                    for reader in readers:
+                        text = reader.push(event)
+                        logprobs = cast(list[TokenLogprob], reader.take_logprobs())
+                        if text or logprobs:
+                            yield Delta(text, index=reader.index, logprobs=logprobs)
+            replies = [reader.finish() for reader in readers]
         except ApiError as error:
             raise self._serve_error(error) from error
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise _connection_error(error) from error
-        if reply.failure:
-            kind = ErrorType.BAD_REQUEST if reply.finish_reason == "content_filter" else ErrorType.INTERNAL
-            raise ServeError(kind, f"The upstream engine gave no complete answer: {reply.failure}.")
-        text = "" if reply.text else reply.refusal
-        yield Delta(text, "length" if reply.finish_reason == "length" else "stop", reply.usage)
+        for reader, reply in zip(readers, replies, strict=True):
+            failure = reply.failure
+            if body.n > 1 and not reader.is_started:
+                failure = f"it has no choice {reader.index}, though {body.n} were requested"
+            elif body.num_logprobs is not None and reply.text and not reader.has_logprobs:
+                failure = "it has no log probabilities, though they were requested"
+            if failure:
+                kind = ErrorType.BAD_REQUEST if reply.finish_reason == "content_filter" else ErrorType.INTERNAL
+                raise ServeError(kind, f"The upstream engine gave no complete answer: {failure}.")
+        for reader, reply in zip(readers, replies, strict=True):
+            text, usage = (
+                "" if reply.text else reply.refusal,
+                {} if reader.index else reply.usage,
+            )  # that of all choices
+            yield Delta(text, "length" if reply.finish_reason == "length" else "stop", usage, index=reader.index)
 
     def _serve_error(self, error: ApiError, *, refused: bool = False) -> ServeError:
         """The error for clients and the log line of a refusal, or of a failure within a reply."""
@@ -182,13 +202,10 @@ class OpenAIBackend:
             "model": self.model,
             "messages": messages,
             "max_tokens": min(body.max_new_tokens, limit),
-            "temperature": body.temperature,
-            "top_p": body.top_p,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **_sampling(body),
         }
-        if body.seed is not None:
-            request["seed"] = body.seed
         stops = _stop_strings(body)[:4]  # the limit of the OpenAI API
         return {**request, "stop": stops} if stops else request
 
@@ -213,6 +230,20 @@ class OpenAIBackend:
 def _stop_strings(body: GenerateBody) -> list[str]:
     """The stop strings without special tokens, which the engine handles."""
     return [text for text in body.stop if not (text.startswith("<") and text.endswith(">"))]
+
+
+def _sampling(body: GenerateBody) -> JsonObject:
+    """The sampling fields by the names of OpenAI and vLLM; a JSON schema is sent as OpenAI's `response_format`."""
+    fields = {name: value for name, value in body.worker_fields().items() if value is not None}
+    if (count := fields.pop("top_logprobs", None)) is not None:
+        fields |= {"logprobs": True, "top_logprobs": count}
+    schema, given = body.schema_of_answer, body.response_format.json_schema
+    if schema is not None and body.response_format.type != "json_object":
+        fields.pop("guided_json", None)
+        strict = {} if given is None or given.strict is None else {"strict": given.strict}
+        named = {"name": given.name if given else "answer", "schema": schema, **strict}
+        fields["response_format"] = {"type": "json_schema", "json_schema": named}
+    return fields
 
 
 def _with_images(messages: list[Message], images: list[str], max_images: int) -> list[JsonObject]:
@@ -241,19 +272,24 @@ def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
     return {"role": message.role, "content": parts}
 
 
-async def _stop_at(stops: list[str], deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
-    """`deltas` up to the first stop string, for engines that ignore `stop`."""
-    stream = TextStream(stops)
+async def _stop_at(stops: list[str], deltas: AsyncGenerator[Delta, None], choices: int) -> AsyncGenerator[Delta, None]:
+    """`deltas` of every choice up to its first stop string, for engines that ignore `stop`."""
+    streams = [TextStream(stops) for _ in range(choices)]
+    stopped: set[int] = set()
     async with aclosing(deltas):
         async for delta in deltas:
             if not stops:
                 yield delta
+            if not stops or delta.index in stopped:
                 continue
+            stream = streams[delta.index]
             text = stream.push(delta.text, final=delta.finish_reason is not None)
             if stream.stopped:
-                yield Delta(text, "stop", delta.usage)
-                return
-            if text or not delta.text:
+                yield replace(delta, text=text, finish_reason="stop")
+                stopped.add(delta.index)
+                if len(stopped) == choices:
+                    return
+            elif text or delta.logprobs or not delta.text:
                 yield replace(delta, text=text)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from PIL import Image
 from torch import Tensor
 
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import HashedImage, ImageInput, hash_image
-from llava.errors import ContextLengthError
+from llava.errors import ContextLengthError, RequestError
 from llava.images import SERVED
-from llava.mm_utils import encode_prompt, load_image_from_base64
+from llava.mm_utils import bos_prefix, encode_prompt, load_image_from_base64
 
 if TYPE_CHECKING:
     from llava.engine import Engine
@@ -71,3 +73,35 @@ def tokenizer_for(engine: Engine) -> Callable[[str], Sequence[int]]:
         return encode_prompt(text, engine.tokenizer)
 
     return tokenize
+
+
+class Vocabulary:
+    """Token ids of prompts as the engine reads them, and the text of token ids; -200 stands for an image."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._encode = tokenizer_for(engine)
+        self._tokenizer = engine.tokenizer
+        self._size = len(engine.tokenizer)
+
+    def encode(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a prompt; raises `RequestError`."""
+        ids = list(self._encode(prompt))
+        return ids if add_special_tokens else ids[len(bos_prefix(self._tokenizer)) :]
+
+    def strings(self, ids: Sequence[int]) -> list[str]:
+        """The entry of each id in the vocabulary."""
+        return [DEFAULT_IMAGE_TOKEN if i < 0 else self._tokenizer.convert_ids_to_tokens(i) for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, with special tokens; raises `RequestError` for an id outside the vocabulary."""
+        unknown = [i for i in ids if i != IMAGE_TOKEN_INDEX and not 0 <= i < self._size]
+        if unknown:
+            raise RequestError(f"tokens must be in [0, {self._size - 1}], or -200 for an image, got {unknown[0]}.")
+        text = ""
+        for is_image, run in groupby(ids, lambda i: i < 0):
+            group = list(run)
+            if is_image:
+                text += DEFAULT_IMAGE_TOKEN * len(group)
+            else:
+                text += self._tokenizer.decode(group, clean_up_tokenization_spaces=False)
+        return text

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-from llava.engine.sequence import Completion, Request, RequestHandle
+from llava.engine.sequence import GUIDE_FAILED, Completion, Request, RequestHandle, TokenLogprobs
 from llava.engine.statistics import Statistics
 from llava.serve.common.protocol import ErrorType, ServeError
 
@@ -36,18 +36,24 @@ class EngineLike(Protocol):
 
 
 class StreamEvent(NamedTuple):
-    """New text of a request after an engine step, and its completion after the last one."""
+    """New text and log probabilities of a request after an engine step, and its completion after the last one."""
 
     text: str
     completion: Completion | None
+    logprobs: Sequence[TokenLogprobs] = ()
+    choice: int = 0  # index of the slot
 
 
 @dataclass(eq=False)
 class Slot:
-    """An admitted request. Read `events` on the event loop; call `close` when the client is done or disconnected."""
+    """An admitted request. Read `events` on the event loop; call `close` when the client is done or disconnected.
+
+    The slots of one request with several choices share `events`.
+    """
 
     scheduler: Scheduler
     events: asyncio.Queue[StreamEvent] = field(default_factory=asyncio.Queue)
+    index: int = 0
     handle: RequestHandle | None = None
     submitted: bool = False
     closed: bool = False
@@ -55,8 +61,8 @@ class Slot:
 
     async def submit(self, request: Request) -> RequestHandle:
         """Submit the request to the engine; raises the exceptions of `Engine.submit`."""
-        self.submitted = True
-        return await self.scheduler.submit(self, request)
+        (handle,) = await self.scheduler.submit([self], [request])
+        return handle
 
     def close(self) -> None:
         """Cancel the request; idempotent. The slot is released after the engine's next step."""
@@ -111,24 +117,35 @@ class Scheduler:
 
     def admit(self) -> Slot:
         """Take a slot; `ServeError` (503) when all are in use."""
+        return self.admit_choices(1)[0]
+
+    def admit_choices(self, count: int) -> list[Slot]:
+        """Take a slot for each choice of a request; `ServeError` when fewer are free (503), or can ever be (400)."""
         if self.failure:
             raise ServeError(ErrorType.NOT_READY, "The model has failed and is being restarted.", retry_after=10)
-        if self.in_use >= self.capacity:
+        if count > max(1, self.capacity):
+            text = f"The request has {count} choices, and this worker takes {self.capacity} at a time; lower n."
+            raise ServeError(ErrorType.BAD_REQUEST, text, param="n")
+        if self.in_use + count > self.capacity:
             raise ServeError(
                 ErrorType.OVERLOADED,
                 f"{self.limit} requests are running and {self.capacity - self.limit} are waiting; try again shortly.",
                 retry_after=2,
             )
-        self.in_use += 1
-        return Slot(self)
+        self.in_use += count
+        events: asyncio.Queue[StreamEvent] = asyncio.Queue()
+        return [Slot(self, events, index) for index in range(count)]
 
-    async def submit(self, slot: Slot, request: Request) -> RequestHandle:
-        """Submit the request of an admitted slot; see `Slot.submit`."""
-        submission = _Submission(slot, request, self._loop.create_future())
+    async def submit(self, slots: Sequence[Slot], requests: Sequence[Request]) -> list[RequestHandle]:
+        """Submit the requests of admitted slots before the engine's next step, so that they share their prefill."""
+        submissions = []
+        for slot, request in zip(slots, requests, strict=True):
+            slot.submitted = True
+            submissions.append(_Submission(slot, request, self._loop.create_future()))
         with self._condition:
-            self._inbox.append(submission)
+            self._inbox += submissions
             self._condition.notify()
-        return await submission.accepted
+        return await asyncio.gather(*(submission.accepted for submission in submissions))
 
     async def stop(self) -> None:
         """Abort the running requests and end the thread."""
@@ -189,9 +206,9 @@ class Scheduler:
         events = []
         for slot, handle in list(self._active):
             completion = handle.completion  # read first: once it is set, the text is complete
-            text = handle.take()
-            if text or completion is not None:
-                events.append((slot, StreamEvent(text, completion)))
+            text, logprobs = handle.take(), handle.take_logprobs()
+            if text or logprobs or completion is not None:
+                events.append((slot, StreamEvent(text, completion, logprobs, slot.index)))
             if completion is not None:
                 self._active.remove((slot, handle))
                 if completion.finish_reason != "error":
@@ -236,6 +253,8 @@ def _is_failed(handle: RequestHandle) -> bool:
 
 def completion_error(completion: Completion) -> ServeError:
     """The error of a failed completion, without the text of the exception, which may contain internals."""
+    if (completion.error or "").startswith(GUIDE_FAILED):
+        return ServeError(ErrorType.BAD_REQUEST, completion.error or "")
     text = (completion.error or "").lower()
     if text == _STOPPED:
         message = "The worker was stopped before the answer was complete; send the request again."
