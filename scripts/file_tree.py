@@ -59,6 +59,8 @@ GLOSSES = {
     "llava/eval/judging/page.html": "web page of reviews: styles, controls and script",
     "llava/eval/reporting/": "score tables, charts and comparisons of runs",
     "llava/eval/reporting/page.css": "styles of the report page",
+    "llava/serve/web/page.css": "styles of the web page",
+    "llava/serve/web/page.js": "history of conversations in the browser, and copies of messages",
     "llava/eval/run/": "answering questions: runner, answer files, manifests, sharding",
     "llava/eval/table/": "judge prompts",
     "llava/eval/table/rule.json": "grading instructions per category",

@@ -267,7 +267,7 @@ def test_lint_looks_at_every_script(checked: Machine) -> None:
 
 
 def test_the_test_command_measures_coverage(checked: Machine) -> None:
-    assert checked.start(["sh", "scripts/test.sh"]).returncode == 0
+    assert checked.start(["sh", "scripts/test.sh", "--coverage"]).returncode == 0
     calls = (checked.root / "calls").read_text(encoding="utf-8").splitlines()
     assert [call.split()[3] for call in calls if "-m coverage" in call] == ["run", "combine", "report"]
     assert calls.index("mypy ") < next(k for k, call in enumerate(calls) if "coverage run" in call)
@@ -281,8 +281,16 @@ def test_the_fast_test_command_leaves_out_slow_tests(checked: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", ["mypy", "python -m coverage run", "python -m coverage combine", "python -m coverage rep"]
+    ("flag", "step"),
+    [
+        ("", "mypy"),
+        ("", "python -m pytest -n"),
+        ("--coverage", "python -m coverage run"),
+        ("--coverage", "python -m coverage combine"),
+        ("--coverage", "python -m coverage rep"),
+    ],
 )
-def test_the_test_command_fails_with_each_of_its_steps(checked: Machine, step: str) -> None:
-    assert checked.start(["sh", "scripts/test.sh"], FAILS=step.replace(" ", "?")).returncode != 0
+def test_the_test_command_fails_with_each_of_its_steps(checked: Machine, flag: str, step: str) -> None:
+    command = ["sh", "scripts/test.sh", *flag.split()]
+    assert checked.start(command, FAILS=step.replace(" ", "?")).returncode != 0
     refused(checked.start(["sh", "scripts/test.sh", "--wrong"]), "Unknown argument --wrong")

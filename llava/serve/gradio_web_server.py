@@ -131,7 +131,7 @@ def build_app(
     import fastapi
     import gradio
 
-    from llava.serve.web.page import CSS, SecurityHeaders, build_page, theme
+    from llava.serve.web.page import CSS, HEAD, SecurityHeaders, build_page, theme
 
     no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -152,6 +152,7 @@ def build_app(
         enable_monitoring=False,
         theme=theme(),
         css=CSS,
+        head=HEAD,
     )
     mounted.add_middleware(SecurityHeaders)
     return mounted

@@ -1,4 +1,4 @@
-"""Take screenshots of the web page with a real model: images/web_page.png and images/web_compare.png.
+"""Take screenshots of the web page with a real model: images/web_page.png, web_phone.png and web_compare.png.
 
 python -m scripts.images.screenshots [--model CHECKPOINT] [--other CHECKPOINT]
 
@@ -45,23 +45,37 @@ def served(models: Sequence[str]) -> Iterator[str]:
             process.terminate()
 
 
+def attach(page: Page, box: str, image: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator(f"#{box} .upload-button").click()
+    chooser.value.set_files(image)
+    expect(page.locator(f"#{box} .thumbnail-item")).to_be_visible()
+
+
+def ask(page: Page, box: str, text: str) -> None:
+    page.fill(f"#{box} textarea", text)
+    page.locator(f"#{box} textarea").press("Enter")
+    expect(page.locator(f"#{box} .stop-button")).to_be_visible()
+    expect(page.locator(f"#{box} .submit-button")).to_be_visible()
+
+
 def chat(page: Page, image: Path) -> None:
-    page.set_input_files("#image_box input[type=file]", image)
-    expect(page.locator("#image_box img")).to_be_visible()
-    for count, question in enumerate(QUESTIONS, 1):
-        page.fill("#message textarea", question)
-        page.locator("#message textarea").press("Enter")
-        expect(page.locator("#chatbot .bot")).to_have_count(count)
-        expect(page.locator("#regenerate")).to_be_enabled()
+    attach(page, "message", image)
+    for question in QUESTIONS:
+        ask(page, "message", question)
 
 
 def compare(page: Page, image: Path) -> None:
     page.get_by_role("tab", name="Compare two models").click()
-    page.set_input_files("#compare_images input[type=file]", image)
-    expect(page.locator("#compare_images img")).to_be_visible()
-    page.fill("#compare_message textarea", "What is in the image?")
-    page.locator("#compare_message textarea").press("Enter")
-    expect(page.locator("#leftvote")).to_be_enabled()
+    attach(page, "compare_message", image)
+    ask(page, "compare_message", "What is in the image?")
+
+
+SHOTS = (
+    ("web_page", chat, (1280, 940), "light"),
+    ("web_phone", chat, (390, 844), "dark"),
+    ("web_compare", compare, (1280, 800), "light"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Image.open(args.image) as image:
             image.convert("RGB").resize((SIDE, SIDE)).save(enlarged)
         browser = driver.chromium.launch(executable_path=chromium, args=list(FLAGS))
-        for name, act in (("web_page", chat), ("web_compare", compare)):
+        for name, act, (width, height), scheme in SHOTS:
             if act is compare and not args.other:
                 continue
-            page = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=1.25)
+            look = {"viewport": {"width": width, "height": height}, "device_scale_factor": 1.25, "color_scheme": scheme}
+            page = browser.new_page(**look)
             page.set_default_timeout(PATIENCE)
             page.goto(address)
             expect(page.locator("#model_selector_row input")).to_have_value(re.compile(".+"))

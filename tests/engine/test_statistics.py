@@ -131,6 +131,7 @@ def test_the_parts_sum_to_the_age_of_the_engine(make_engine: MakeEngine, monkeyp
     assert set(seconds) == {"tower", "prefill", "decode", "sampling", "detokenize", "other", "idle"}
     assert all(value >= 1 for value in seconds.values())
     assert seconds["tower"] == 1 and seconds["decode"] == engine.decode_steps
+    assert seconds["idle"] == engine.decode_steps + 1  # before each of the steps, and now
 
 
 def test_a_failed_step_leaves_the_clock_idle(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+MODEL_BOX = "model_selector_row"
+
 
 class Visitor:
     """Gradio's protocol as the page's script speaks it: join the queue, then read server-sent events."""
@@ -26,13 +28,15 @@ class Visitor:
 
     def send(self, text: str) -> None:
         """Submit the message box."""
-        self._join("submit", {"message": text, "model_selector_row": self.model})
+        self._join("submit", {"message": {"text": text, "files": []}, MODEL_BOX: self.model})
 
-    def _join(self, event: str, values: Mapping[str, str]) -> None:
-        """Trigger the first handler of an event with inputs: `values` by `elem_id`, and the defaults of the others."""
-        handlers = [each for each in self.config["dependencies"] if event in {name for _, name in each["targets"]}]
-        chosen = next(each for each in handlers if each["inputs"])
-        inputs = [self.components[number] for number in chosen["inputs"]]
+    def _join(self, event: str, values: Mapping[str, object]) -> None:
+        """Trigger the handler of an event that reads the chat's model; `values` by `elem_id`, the others by default."""
+        for chosen in self.config["dependencies"]:
+            inputs = [self.components[number] for number in chosen["inputs"]]
+            names = {each["props"].get("elem_id") for each in inputs}
+            if event in {name for _, name in chosen["targets"]} and MODEL_BOX in names:
+                break
         data = [
             None if each["type"] == "state" else values.get(each["props"].get("elem_id"), each["props"].get("value"))
             for each in inputs

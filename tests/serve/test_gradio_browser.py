@@ -1,4 +1,4 @@
-"""The page in a real Chromium: upload, ask, stream, stop, regenerate, vote, save, clear, compare, and two widths."""
+"""The page in a real Chromium: attach, ask, stream, stop, regenerate, vote, save, history, compare, and two widths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ pytestmark = [
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing; pip install 'llava[dev]'")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 PATIENCE = 30_000  # milliseconds
-FIVE = ("upvote", "downvote", "flag", "regenerate", "clear")
 ATTACK = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 
@@ -60,8 +59,16 @@ def browser() -> Iterator[Any]:
 class Page:
     """A loaded page, with the actions of the tests."""
 
-    def __init__(self, browser: Any, address: str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    def __init__(
+        self,
+        browser: Any,
+        address: str,
+        size: tuple[int, int] = (1280, 900),
+        scheme: str = "light",
+        context: Any = None,
+    ) -> None:
+        look = {"viewport": {"width": size[0], "height": size[1]}, "color_scheme": scheme}
+        self.page = context.new_page() if context else browser.new_page(**look)
         self.page.set_default_timeout(PATIENCE)
         self.faults: list[str] = []
         self.elsewhere: list[str] = []
@@ -89,13 +96,18 @@ class Page:
             error.add_note(f"notice: {self.page.locator('#notice').inner_text()!r}; faults: {self.faults}")
             raise
 
-    def enabled(self, *names: str) -> None:
-        for name in (*FIVE, "stop"):
-            state = self.expect(f"#{name}")
-            if name in names:
-                state.to_be_enabled(timeout=PATIENCE)
-            else:
-                state.to_be_disabled(timeout=PATIENCE)
+    def attach(self, *paths: Path, where: str = "message") -> None:
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator(f"#{where}").get_by_role("button", name="Upload a file").click()
+        chooser.value.set_files(paths)
+        self.expect(f"#{where} .thumbnail-item").to_have_count(len(paths), timeout=PATIENCE)
+
+    def drawer(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def idle(self, where: str = "message") -> None:
+        """Wait until the answer has ended: Send is there again."""
+        self.expect(f"#{where} .submit-button").to_be_visible(timeout=PATIENCE)
 
     def close(self) -> None:
         self.page.close()
@@ -150,19 +162,22 @@ def elsewhere() -> Iterator[Elsewhere]:
 def test_upload_ask_and_stream(page: Page, service: FakeService, tmp_path: Path) -> None:
     (chart, _), *_ = draw_all(tmp_path)
     service.delay, service.answers["alpha"] = 0.3, ["It says ", "**six** ", f"models. {ATTACK}"]
-    page.page.set_input_files("#image_box input[type=file]", chart)
-    page.expect("#image_box img").to_be_visible(timeout=PATIENCE)
+    service.silence = 0.5
+    page.attach(chart)
     page.ask(f"What is this? {ATTACK}")
+    page.expect("#chatbot .skeleton").to_be_visible(timeout=PATIENCE)
     page.sees("▌")
-    page.enabled("stop")
+    page.expect("#message .stop-button").to_be_visible()
     page.sees("models. <script>window.hacked = 1</script>")
-    page.enabled(*FIVE)
+    page.idle()
+    page.expect("#chatbot .model-name").to_have_text("alpha")
     page.expect("#chatbot strong").to_have_text("six")
     page.expect("#chatbot").to_contain_text("What is this? <script>window.hacked = 1</script>")
     page.expect("#chatbot .message img").to_have_count(1)
     assert page.page.evaluate("window.hacked") is None
     assert base64.b64decode(service.requests[0]["images"][0]) == chart.read_bytes()
     page.expect("#message textarea").to_have_value("")
+    page.expect("#message .thumbnail-item").to_have_count(0)
     page.ask("And why?")
     page.expect("#chatbot .bot").to_have_count(2, timeout=PATIENCE)
     until(lambda: len(service.requests) == 2)
@@ -184,7 +199,7 @@ def test_no_text_makes_the_browser_ask_another_host(page: Page, service: FakeSer
     text = f"2*3*4 ![x]({elsewhere.url}/u)\n\n  two  spaces\n# a_b_c $$x$$ <b>"
     page.ask(text)
     page.sees("the end")
-    page.enabled(*FIVE)
+    page.idle()
     user = page.page.locator("#chatbot .user .message-content")
     assert user.inner_text() == text and user.locator("a, em, img, .katex").count() == 0
     page.expect("#chatbot .bot .katex").to_have_count(3, timeout=PATIENCE)
@@ -207,16 +222,16 @@ def test_no_text_makes_the_browser_ask_another_host(page: Page, service: FakeSer
 def test_a_file_that_is_no_image_keeps_the_message(page: Page, service: FakeService, tmp_path: Path) -> None:
     for name, content in (("résumé.pdf", b"%PDF-1.7"), ("bad.png", b"\x89PNG\r\n\x1a\nxxxx"), ("a.svg", b"<svg/>")):
         (tmp_path / name).write_bytes(content)
-        page.page.set_input_files("#image_box input[type=file]", tmp_path / name)
-        page.expect("#image_box .thumbnail-item").to_have_count(1, timeout=PATIENCE)
+        page.attach(tmp_path / name)
         page.ask("What does it say?")
         page.expect("#notice").to_contain_text(f"Cannot read image {name}: its content is not", timeout=PATIENCE)
         page.expect("#message textarea").to_have_value("What does it say?")
         assert "/" not in page.page.locator("#notice").inner_text() and service.requests == []
-        page.page.click("#image_box button[aria-label='Clear']")
-        page.expect("#image_box .thumbnail-item").to_have_count(0, timeout=PATIENCE)
+        page.page.locator("#message .thumbnail-item").hover()
+        page.page.locator("#message").get_by_role("button", name="Remove file").click()
+        page.expect("#message .thumbnail-item").to_have_count(0, timeout=PATIENCE)
     page.expect(".toast-body").to_have_count(0)
-    page.page.click("#send")
+    page.page.click("#message .submit-button")
     page.sees("A red circle.")
 
 
@@ -224,10 +239,12 @@ def test_stop_reaches_the_worker(page: Page, service: FakeService) -> None:
     service.answers["alpha"], service.delay = ["word "] * 2000, 0.02
     page.ask("Go on")
     page.sees("word word")
-    page.page.click("#stop")
+    page.page.fill("#message textarea", "typed meanwhile")
+    page.page.click("#message .stop-button")
     page.sees("Stopped.")
     until(lambda: service.broken_off == 1 and service.running == 0)
-    page.enabled(*FIVE)
+    page.idle()
+    page.expect("#message textarea").to_have_value("typed meanwhile")
 
 
 @pytest.mark.usefixtures("afresh")
@@ -240,36 +257,76 @@ def test_closing_the_page_reaches_the_worker(browser: Any, site: str, service: F
     until(lambda: service.broken_off == 1 and service.running == 0, seconds=60)
 
 
-def test_regenerate_vote_save_clear(page: Page, service: FakeService, logs: Path) -> None:
-    page.enabled()
+def test_regenerate_vote_save_new(page: Page, service: FakeService, logs: Path) -> None:
     page.ask("First?")
     page.sees("A red circle.")
-    service.answers["alpha"] = ["A blue square."]
-    page.page.click("#regenerate")
-    page.sees("A blue square.")
+    service.answers["alpha"] = ["A **blue** `a<b` square <x>."]
+    page.idle()
+    page.page.fill("#message textarea", "typed")
+    page.page.locator("#chatbot").get_by_role("button", name="Retry").click()
+    page.sees("A blue a<b square <x>.")
+    page.idle()
     page.expect("#chatbot").not_to_contain_text("A red circle.")
+    page.expect("#message textarea").to_have_value("typed")
     assert service.requests[0]["prompt"] == service.requests[1]["prompt"]
-    page.enabled(*FIVE)
-    page.page.click("#upvote")
-    page.enabled("regenerate", "clear")
+    page.page.locator("#chatbot").get_by_role("button", name="Like", exact=True).click()
+    page.expect("#notice").to_contain_text("Thank you for your vote.", timeout=PATIENCE)
     log = next(logs.glob("*-conv.json")).read_text(encoding="utf-8")
     vote = json.loads(log.splitlines()[-1])
-    assert vote["type"] == "upvote" and vote["state"]["messages"][-1][1] == "A blue square." and vote["ip"]
+    assert vote["type"] == "upvote" and vote["ip"]
+    assert vote["state"]["messages"][-1][1] == "A **blue** `a<b` square <x>."
+    page.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.page.locator("#chatbot .message-buttons-left").get_by_role("button", name="Copy message").click()
+    copied = "navigator.clipboard.readText().then((text) => text === 'A **blue** `a<b` square <x>.')"
+    page.page.wait_for_function(copied)
+    page.drawer("Conversations")
     with page.page.expect_download() as download:
         page.page.click("#save")
     saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
     assert download.value.suggested_filename == "conversation.json"
     assert saved["turns"][0]["text"] == "First?" and saved["model"] == "alpha"
-    page.page.click("#clear")
-    page.enabled()
+    page.page.click("#new")
     page.expect("#chatbot .message").to_have_count(0)
+
+
+@pytest.mark.usefixtures("afresh")
+def test_conversations_stay_in_the_browser(browser: Any, site: str, service: FakeService, tmp_path: Path) -> None:
+    (chart, _), *_ = draw_all(tmp_path)
+    context = browser.new_context()
+    first = Page(browser, site, context=context)
+    first.attach(chart)
+    first.ask("What is the first?")
+    first.sees("A red circle.")
+    first.idle()
+    first.drawer("Conversations")
+    first.expect("#past .gallery-item").to_have_text("What is the first?")
+    first.page.click("#new")
+    first.ask("What is the second?")
+    first.expect("#past .gallery-item").to_have_count(2, timeout=PATIENCE)
+    first.close()
+    second = Page(browser, site, context=context)
+    second.drawer("Conversations")
+    second.page.locator("#past .gallery-item", has_text="first").click()
+    second.sees("What is the first?")
+    second.expect("#chatbot .user img").to_be_visible()
+    second.ask("And then?")
+    until(lambda: len(service.requests) == 3)
+    assert service.requests[2]["images"] == service.requests[0]["images"]
+    assert service.requests[2]["prompt"].startswith(service.requests[0]["prompt"])
+    second.idle()
+    second.expect("#past .gallery-item").to_have_text(["What is the first?", "What is the second?"], timeout=PATIENCE)
+    second.page.click("#delete")
+    second.expect("#past .gallery-item").to_have_text(["What is the second?"])
+    second.expect("#chatbot .message").to_have_count(0)
+    second.close()
+    context.close()
 
 
 def test_an_example_fills_both_boxes(page: Page, service: FakeService) -> None:
     page.page.get_by_role("button", name="Extract the text as JSON.").click()
     page.expect("#message textarea").to_have_value("Extract the text as JSON.")
-    page.expect("#image_box img").to_be_visible(timeout=PATIENCE)
-    page.page.click("#send")
+    page.expect("#message .thumbnail-item img").to_be_visible(timeout=PATIENCE)
+    page.page.click("#message .submit-button")
     page.sees("A red circle.")
     assert len(service.requests[0]["images"]) == 1
 
@@ -277,9 +334,10 @@ def test_an_example_fills_both_boxes(page: Page, service: FakeService) -> None:
 def test_an_error_is_shown(page: Page, service: FakeService) -> None:
     service.answers["alpha"] = ["Half an ", ServeError(ErrorType.OUT_OF_MEMORY, "").frame("r-7")]
     page.ask("Hello")
-    page.sees("The worker ran out of memory;")
+    page.expect("#chatbot .error-card strong").to_have_text("The worker ran out of memory.", timeout=PATIENCE)
+    page.expect("#chatbot .error-card p").to_have_text("Send a shorter message or fewer images.")
     page.sees("Half an")
-    page.enabled("regenerate", "clear")
+    page.idle()
 
 
 def test_two_models_side_by_side(page: Page, service: FakeService, logs: Path) -> None:
@@ -293,6 +351,19 @@ def test_two_models_side_by_side(page: Page, service: FakeService, logs: Path) -
     page.expect("#rightvote").to_be_disabled(timeout=PATIENCE)
     lines = next(logs.glob("*-conv.json")).read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1])["type"] == "rightvote" and json.loads(lines[-1])["models"] == ["alpha", "beta"]
+    page.page.click("#compare_clear")
+    page.page.get_by_label("Blind").check()
+    page.expect("#model_left").to_be_hidden(timeout=PATIENCE)
+    page.ask("What now?", "compare_message")
+    page.sees("Model A", "chatbot_left")
+    page.sees("Model B", "chatbot_right")
+    page.idle("compare_message")
+    page.page.click("#tievote")
+    page.expect("#chatbot_left .model-name, #chatbot_right .model-name").to_have_text(
+        [re.compile("^(alpha|beta)$")] * 2, timeout=PATIENCE
+    )
+    page.page.get_by_role("button", name="Votes").click()
+    page.expect("#votes").to_contain_text("beta", timeout=PATIENCE)
 
 
 def test_models_come_and_go_without_a_reload(page: Page, service: FakeService) -> None:
@@ -320,24 +391,27 @@ def test_the_page_fits(
     """Nothing is cut off or scrolls sideways. LLAVA_SCREENSHOTS=FOLDER saves screenshots, light and dark."""
     (chart, _), *_ = draw_all(tmp_path)
     service.answers["alpha"] = ANSWER
-    other = Page(browser, site, width, height, scheme)
-    for view, box, images, tab in (
-        ("chatbot", "message", "image_box", "Chat"),
-        ("chatbot_left", "compare_message", "compare_images", "Compare two models"),
-    ):
+    other = Page(browser, site, (width, height), scheme)
+    for view, box, tab in (("chatbot", "message", "Chat"), ("chatbot_left", "compare_message", "Compare two models")):
         other.page.get_by_role("tab", name=tab).click()
-        other.page.set_input_files(f"#{images} input[type=file]", chart)
-        other.expect(f"#{images} img").to_be_visible(timeout=PATIENCE)
+        other.attach(chart, where=box)
+        if SHOTS:
+            other.page.screenshot(path=Path(SHOTS) / f"{tab.split()[0].lower()}-attached-{width}-{scheme}.png")
+        if view == "chatbot":  # without scrolling
+            other.expect(f"#{box} .thumbnail-item").to_be_in_viewport(ratio=1)
+            other.expect(f"#{box} .submit-button").to_be_in_viewport(ratio=1)
         other.ask("A rather long question about the image, with more words than one line of a phone can hold?", box)
         other.sees("the last at 2", view)
+        other.idle(box)
         assert other.page.evaluate("document.documentElement.scrollWidth") <= width
         specks = (
             """() => [...document.querySelectorAll('.message-buttons')].map(e => e.getBoundingClientRect().width)"""
         )
         assert all(width == 0 or width > 8 for width in other.page.evaluate(specks))
-        cut = """() => [...document.querySelectorAll('button, label, input, textarea')].filter(
-            e => e.offsetParent && e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80))"""
+        cut = """() => [...document.querySelectorAll('button, label, input, textarea')]
+            .filter(e => e.checkVisibility({visibilityProperty: true}) && e.getBoundingClientRect().right > innerWidth)
+            .map(e => e.outerHTML.slice(0, 80))"""
         assert other.page.evaluate(cut) == []
         if SHOTS:
-            other.page.screenshot(path=Path(SHOTS) / f"{tab.split()[0].lower()}-{width}-{scheme}.png", full_page=True)
+            other.page.screenshot(path=Path(SHOTS) / f"{tab.split()[0].lower()}-{width}-{scheme}.png")
     other.close()

@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +28,13 @@ from llava.serve.common.protocol import ErrorType, ServeError
 from llava.serve.common.security import AddressRule
 from llava.serve.control.registry import Registry
 from llava.serve.web import controls
-from llava.serve.web.chat import Chat
-from llava.serve.web.chat_tab import ChatTab
+from llava.serve.web.chat import SKELETON, Chat
+from llava.serve.web.chat_tab import RUNNING, ChatTab, History
 from llava.serve.web.client import ServiceClient
-from llava.serve.web.compare_tab import VOTES, CompareTab, merged
+from llava.serve.web.compare_tab import BLIND_NAMES, VOTES, CompareTab, merged
 from llava.serve.web.log import ConversationLog
 from llava.serve.web.models import Listing, ModelCatalog
+from llava.serve.web.ratings import Ratings
 from llava.serve.web.services import AppServices, unavailable_notice
 from llava.serve.worker.app import make_worker_app
 from llava.serve.worker.heartbeat import HeartBeat
@@ -42,7 +44,6 @@ from tests.serve.test_tools import adapter
 
 REQUEST: Any = SimpleNamespace(client=SimpleNamespace(host="10.0.0.9"))
 SLIDERS = (0.5, 0.9, 64, 12)
-FIVE = ["upvote", "downvote", "flag", "regenerate", "clear"]
 
 
 @pytest.fixture
@@ -62,25 +63,27 @@ def services(service: FakeService, tmp_path: Path) -> AppServices:
 @pytest.fixture
 def tab(services: AppServices) -> ChatTab:
     """The tab with names in place of components."""
-    names = ("state", "model", "images", "mode")
-    rest = ("view", "text", "send", "notice", "stop", ("upvote", "downvote", "flag"), "regenerate", "clear")
-    return ChatTab(services, *names, controls.Parameters("t", "p", "n", "k"), *rest, "save", "saved")
+    return make_tab(services)
+
+
+def make_tab(services: AppServices) -> ChatTab:
+    settings = controls.Settings("mode", "t", "p", "n", "k")
+    history = History("new", "save", "past", "delete")
+    return ChatTab(services, "state", "model", "view", "notice", "box", settings, history, "json")
 
 
 @pytest.fixture
 def pair(services: AppServices) -> CompareTab:
-    parameters = controls.Parameters("t", "p", "n", "k")
-    ends = (("left", "right"), ("model_left", "model_right"), ("view_left", "view_right"))
-    return CompareTab(
-        services, *ends, "images", "mode", parameters, "text", "send", "notice", tuple(VOTES), "stop", "clear"
-    )
+    settings = controls.Settings("mode", "t", "p", "n", "k")
+    ends = (("left", "right"), ("model_left", "model_right"), "blind", ("view_left", "view_right"))
+    return CompareTab(services, *ends, "notice", tuple(VOTES), "clear", "box", settings, "table")
 
 
 @pytest.fixture
-def chart(tmp_path: Path) -> list[tuple[str, None]]:
-    """The value of the image box."""
+def chart(tmp_path: Path) -> list[str]:
+    """The files of the message box."""
     (tmp_path / "chart.png").write_bytes(png(40, 30))
-    return [(str(tmp_path / "chart.png"), None)]
+    return [str(tmp_path / "chart.png")]
 
 
 class Page:
@@ -93,8 +96,8 @@ class Page:
     def apply(self, update: dict[str, Any]) -> None:
         for name, value in update.items():
             if isinstance(value, dict) and value.get("__type__") == "update":
-                if "interactive" in value:
-                    self.now[name] = value["interactive"]
+                known = self.now.get(name)
+                self.now[name] = {**(known if isinstance(known, dict) else {}), **value}
             else:
                 self.now[name] = value
         self.states.append(dict(self.now))
@@ -107,29 +110,47 @@ class Page:
         asyncio.run(go())
         return self
 
-    def enabled(self) -> list[str]:
-        return [name for name in FIVE if self.now.get(name)]
+    @property
+    def answer(self) -> str:
+        """Markdown of the last answer, without the model's name."""
+        return answer_of(self.now["view"]["value"])
+
+    @property
+    def running(self) -> bool:
+        """Whether the message box offers Stop."""
+        return bool(self.now["box"]["stop_btn"])
+
+
+def answer_of(messages: list[dict[str, Any]]) -> str:
+    _, *parts = messages[-1]["content"]
+    return "\n\n".join(parts)
 
 
 def send(tab: ChatTab, chat: Chat, text: str = "What?", files: Any = None, model: str | None = "alpha") -> Page:
-    return Page().play(tab.send(chat, REQUEST, text, files, model, "Default", *SLIDERS))
+    message: controls.Message = {"text": text, "files": files or []}
+    return Page().play(tab.send(chat, REQUEST, message, model, "Default", *SLIDERS))
+
+
+def like(index: int, liked: bool | str = True) -> gr.LikeData:
+    return gr.LikeData(None, {"index": index, "value": "", "liked": liked})
 
 
 # --- the chat -------------------------------------------------------------------------------------------------------
 
 
-def test_a_message_is_answered_and_every_button_follows(
-    tab: ChatTab, service: FakeService, chart: Any, tmp_path: Path
-) -> None:
+def test_a_message_is_answered(tab: ChatTab, service: FakeService, chart: Any, tmp_path: Path) -> None:
     service.delay = 0.15
     chat = Chat()
     page = send(tab, chat, " What is this? ", chart)
     first, last = page.states[0], page.states[-1]
-    assert first["text"] == "" and first["images"] is None and first["stop"] is True and first["send"] is False
-    assert not any(first[name] for name in FIVE)
-    assert [m["role"] for m in last["view"]] == ["user", "user", "assistant"]
-    assert last["view"][-1]["content"] == "A red circle." and page.enabled() == FIVE and last["stop"] is False
-    assert any("▌" in state["view"][-1]["content"] for state in page.states)
+    assert first["box"] == gr.update(value=controls.NO_MESSAGE, submit_btn=False, stop_btn=True)
+    assert first["new"]["interactive"] is first["save"]["interactive"] is False
+    assert SKELETON in answer_of(first["view"]["value"])
+    assert [m["role"] for m in last["view"]["value"]] == ["user", "assistant"]
+    assert last["view"]["value"][0]["content"][0]["path"] == chart[0]
+    assert last["view"]["value"][1]["content"] == ['<span class="model-name">alpha</span>', "A red circle."]
+    assert not page.running and last["box"]["submit_btn"] and last["save"]["interactive"]
+    assert any("▌" in answer_of(state["view"]["value"]) for state in page.states)
     sent = service.requests[0]
     assert sent["prompt"].endswith("USER: <image>\nWhat is this? ASSISTANT:") and len(sent["images"]) == 1
     assert (sent["temperature"], sent["top_p"], sent["max_new_tokens"]) == (0.5, 0.9, 64)
@@ -140,7 +161,8 @@ def test_a_message_is_answered_and_every_button_follows(
 @pytest.mark.parametrize("text", ["", "  \n", None])
 def test_nothing_to_send_changes_nothing(text: str | None, tab: ChatTab, service: FakeService) -> None:
     chat = Chat()
-    page = Page().play(tab.send(chat, REQUEST, text, None, "alpha", "Default", *SLIDERS))
+    message: Any = None if text is None else {"text": text, "files": []}
+    page = Page().play(tab.send(chat, REQUEST, message, "alpha", "Default", *SLIDERS))
     assert chat.turns == [] and page.now == {"notice": controls.EMPTY_MESSAGE} and service.calls == []
 
 
@@ -149,15 +171,16 @@ def test_an_image_alone_is_a_message(tab: ChatTab, service: FakeService, chart: 
     assert service.requests[0]["prompt"].endswith("USER: <image>\n ASSISTANT:")
 
 
-def test_an_error_leaves_regenerate_and_clear(tab: ChatTab, service: FakeService) -> None:
+def test_an_error_is_a_card_and_can_be_tried_again(tab: ChatTab, service: FakeService) -> None:
     service.answers["alpha"] = ["Half ", ServeError(ErrorType.OVERLOADED, "").frame()]
     chat = Chat()
     page = send(tab, chat)
-    assert page.enabled() == ["regenerate", "clear"]
-    assert page.now["view"][-1]["content"].startswith("Half\n\n*The model is busy (high traffic)")
+    card = '<div class="error-card" role="alert"><strong>The model is busy (high traffic).</strong>'
+    assert page.answer.startswith(f"Half\n\n{card}<p>Try again in a moment.</p><small>(error") and not page.running
     service.answers.clear()
     page = Page().play(tab.regenerate(chat, REQUEST, "beta", "Pad", *SLIDERS))
-    assert page.enabled() == FIVE and len(chat.turns) == 1 and chat.turns[0].mode == "Pad"
+    assert page.answer == "A red circle." and len(chat.turns) == 1 and chat.turns[0].mode == "Pad"
+    assert "value" not in page.states[0]["box"]  # a message that is being typed stays
     assert service.requests[0]["prompt"] == service.requests[1]["prompt"] and service.requests[1]["model"] == "beta"
 
 
@@ -166,8 +189,9 @@ def test_an_error_leaves_regenerate_and_clear(tab: ChatTab, service: FakeService
     [
         ("What?", None, None, "No model is selected"),
         ("look <image>", None, "alpha", "1 &lt;image&gt; placeholder(s) but 0 image(s) attached"),
-        ("What?", [("nowhere.png", None)], "alpha", "nowhere.png"),
-        ("What?", [("x.png", None)] * 9, "alpha", "at most 8"),
+        ("What?", ["nowhere.png"], "alpha", "nowhere.png"),
+        ("What?", ["x.png"] * 9, "alpha", "at most 8"),
+        ("x" * 20_001, None, "alpha", "at most 20,000 characters, got 20,001"),
     ],
 )
 def test_what_cannot_be_sent_stays_in_the_box(
@@ -175,7 +199,7 @@ def test_what_cannot_be_sent_stays_in_the_box(
 ) -> None:
     chat = Chat()
     page = send(tab, chat, text, files, model)
-    assert words in page.now["notice"] and "text" not in page.now and chat.turns == [] and service.requests == []
+    assert words in page.now["notice"] and "box" not in page.now and chat.turns == [] and service.requests == []
 
 
 def test_an_empty_list_is_explained_when_sending(tab: ChatTab, service: FakeService) -> None:
@@ -190,7 +214,7 @@ def test_moderation_keeps_the_text_from_the_model(services: AppServices, tab: Ch
     moderated = AppServices(services.client, services.catalog, services.log, SimpleNamespace(refusal=refusal))  # type: ignore[arg-type]
     object.__setattr__(tab, "services", moderated)
     assert "refused, because" in send(tab, Chat(), "bad words").now["notice"] and service.requests == []
-    assert send(tab, Chat(), "good words").enabled() == FIVE
+    assert send(tab, Chat(), "good words").answer == "A red circle."
 
 
 def test_stop_leaves_what_was_said(tab: ChatTab, service: FakeService) -> None:
@@ -198,41 +222,95 @@ def test_stop_leaves_what_was_said(tab: ChatTab, service: FakeService) -> None:
     chat, page = Chat(), Page()
 
     async def go() -> None:
-        async for update in tab.send(chat, REQUEST, "x", None, "alpha", "Default", *SLIDERS):
+        async for update in tab.send(chat, REQUEST, {"text": "x", "files": []}, "alpha", "Default", *SLIDERS):
             page.apply(update)
             if chat.turns[0].answer:
                 await tab.halt(chat)
 
     asyncio.run(go())
-    assert page.now["view"][-1]["content"].endswith("*Stopped.*") and page.enabled() == FIVE
+    assert page.answer.endswith('<div class="note">Stopped.</div>') and not page.running
 
 
 def test_a_vote_counts_once(tab: ChatTab, tmp_path: Path) -> None:
     chat, page = Chat(), Page()
     send(tab, chat)
-    for kind in ("upvote", "flag"):
-        page.apply(asyncio.run(tab.vote(kind, chat, REQUEST)))
+    send(tab, chat)
+    for index, kind in ((1, False), (1, True), (3, "Flag"), (9, True), (3, "Unknown")):
+        page.apply(asyncio.run(tab.vote(chat, REQUEST, like(index, kind))))
     lines = [json.loads(x) for x in next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines()]
-    assert [line["type"] for line in lines] == ["chat", "upvote"]
-    assert lines[0]["turn_id"] == lines[1]["turn_id"] and lines[1]["temperature"] == 0.5
-    assert page.now["upvote"] is page.now["flag"] is False and "regenerate" not in page.now
+    assert [line["type"] for line in lines] == ["chat", "chat", "downvote", "flag"]
+    assert [line["turn_id"] for line in lines[:2]] == [line["turn_id"] for line in lines[2:]]
+    assert lines[2]["temperature"] == 0.5 and page.now["view"]["feedback_value"] == ["Dislike", "Flag"]
 
 
-def test_clear_empties_everything(tab: ChatTab) -> None:
+def test_a_new_chat_is_empty(tab: ChatTab) -> None:
     chat = Chat()
-    page = send(tab, chat)
+    page, first = send(tab, chat), chat.chat_id
     page.apply(asyncio.run(tab.clear(chat)))
-    assert chat.turns == [] and page.now["view"] == [] and page.enabled() == [] and page.now["save"] is False
-    assert asyncio.run(tab.export(chat)) == ""
+    assert chat.turns == [] and chat.chat_id != first
+    assert page.now["view"]["value"] == [] and page.now["save"]["interactive"] is False
+    assert asyncio.run(tab.export(chat)) == asyncio.run(tab.store(chat)) == ""
+
+
+def test_a_conversation_is_stored_and_opened_again(tab: ChatTab, service: FakeService, chart: Any) -> None:
+    chat, other, page = Chat(), Chat(), Page()
+    send(tab, chat, "What is  this?", chart)
+    send(tab, chat, "two")
+    stored = asyncio.run(tab.store(chat))
+    assert json.loads(stored)["title"] == "What is this?"
+    page.apply(asyncio.run(tab.list_past(json.dumps({"titles": [["What is this?", chat.chat_id]]}), chat)))
+    assert asyncio.run(tab.name(0, chat)) == asyncio.run(tab.name_open(chat)) == chat.chat_id
+    assert page.now["past"].samples == [["What is this?"]]
+    page.apply(asyncio.run(tab.reopen(other, stored)))
+    assert page.now["model"]["value"] == "alpha" and page.answer == "A red circle."
+    assert other.turns[0].images[0].data == chat.turns[0].images[0].data
+    assert [replace(turn, started=0.0, turn_id="", images=()) for turn in other.turns] == [
+        replace(turn, started=0.0, turn_id="", images=()) for turn in chat.turns
+    ]
+    service.requests.clear()
+    for each in (chat, other):
+        send(tab, each, "three")
+    assert service.requests[0] == service.requests[1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda item: None,
+        lambda item: {**item, "id": "../x"},
+        lambda item: {**item, "turns": []},
+        lambda item: {**item, "images": []},
+        lambda item: {**item, "images": ["data:image/png;base64,AAAA"]},
+        lambda item: {**item, "images": ["file:///etc/passwd"]},
+        lambda item: {**item, "template": "nope"},
+        lambda item: {**item, "turns": [{**item["turns"][0], "mode": "nope"}]},
+    ],
+)
+def test_a_damaged_record_is_refused(damage: Any, tab: ChatTab, chart: Any) -> None:
+    chat, other = Chat(), Chat()
+    send(tab, chat, "What?", chart)
+    item = damage(json.loads(asyncio.run(tab.store(chat))))
+    update: Any = asyncio.run(tab.reopen(other, json.dumps(item)))
+    assert "record in the browser is damaged" in update["notice"] and other.turns == []
+
+
+def test_a_running_conversation_is_not_replaced(tab: ChatTab) -> None:
+    chat = Chat()
+    send(tab, chat)
+    stored = asyncio.run(tab.store(chat))
+    chat.turns[-1].running = True
+    update: Any = asyncio.run(tab.reopen(chat, stored))
+    assert RUNNING in update["notice"] and asyncio.run(tab.store(chat)) == ""
 
 
 def test_a_second_message_while_one_is_answered_is_ignored(tab: ChatTab, service: FakeService) -> None:
     chat = Chat()
 
     async def go() -> None:
-        first = tab.send(chat, REQUEST, "one", None, "alpha", "Default", *SLIDERS)
+        one, two = ({"text": text, "files": []} for text in ("one", "two"))
+        first = tab.send(chat, REQUEST, one, "alpha", "Default", *SLIDERS)
         await anext(first)
-        assert [u async for u in tab.send(chat, REQUEST, "two", None, "alpha", "Default", *SLIDERS)]
+        assert [u async for u in tab.send(chat, REQUEST, two, "alpha", "Default", *SLIDERS)]
         assert [u async for u in tab.regenerate(chat, REQUEST, "alpha", "Default", *SLIDERS)]
         await first.aclose()  # type: ignore[attr-defined]
 
@@ -260,58 +338,100 @@ def test_an_image_reaches_an_engine_behind_the_adapter(tmp_path: Path, chart: An
         transport = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
         client = ServiceClient(controller.url, transport=transport)
         services = AppServices(client, ModelCatalog(client), ConversationLog(tmp_path / "logs"))
-        names = ("state", "model", "images", "mode")
-        rest = (
-            "view",
-            "text",
-            "send",
-            "notice",
-            "stop",
-            ("up", "down", "flag"),
-            "regenerate",
-            "clear",
-            "save",
-            "saved",
-        )
-        tab = ChatTab(services, *names, controls.Parameters("t", "p", "n", "k"), *rest)
+        tab = make_tab(services)
         page = send(tab, Chat(), "What is this?", chart, "up")
         (job,) = worker.engine.history
-    assert page.now["view"][-1]["content"].startswith("w0 w1")
+    assert page.answer.startswith("w0 w1")
     assert [image.size for image in job.request.images] == [(40, 30)]
 
 
 # --- side by side ---------------------------------------------------------------------------------------------------
 
 
+def compare(
+    pair: CompareTab,
+    left: Chat,
+    right: Chat,
+    page: Page,
+    models: tuple[str | None, str | None] = ("alpha", "beta"),
+    *,
+    files: Any = (),
+    blind: bool = False,
+) -> Page:
+    message: controls.Message = {"text": "What?", "files": list(files)}
+    return page.play(pair.send(left, REQUEST, right, message, blind, *models, "Default", *SLIDERS))
+
+
 def test_two_models_are_compared(pair: CompareTab, service: FakeService, chart: Any, tmp_path: Path) -> None:
     service.answers["beta"] = ["A blue square."]
     left, right, page = Chat(), Chat(), Page()
-    page.play(pair.send(left, REQUEST, right, "What?", chart, "alpha", "beta", "Default", *SLIDERS))
-    assert page.now["view_left"][-1]["content"] == "A red circle."
-    assert page.now["view_right"][-1]["content"] == "A blue square."
-    assert all(page.now[name] for name in VOTES) and page.now["stop"] is False
+    page.play(
+        pair.send(left, REQUEST, right, {"text": "What?", "files": chart}, False, "alpha", "beta", "Default", *SLIDERS)
+    )
+    assert answer_of(page.now["view_left"]) == "A red circle."
+    assert answer_of(page.now["view_right"]) == "A blue square."
+    assert all(page.now[name]["interactive"] for name in VOTES) and not page.running
     first, second = service.requests
     assert first["prompt"] == second["prompt"] and first["images"] == second["images"]
-    page.apply(asyncio.run(pair.vote("leftvote", left, right, REQUEST)))
-    page.apply(asyncio.run(pair.vote("tievote", left, right, REQUEST)))
+    page.apply(asyncio.run(pair.vote("leftvote", left, right, False, REQUEST)))
+    page.apply(asyncio.run(pair.vote("tievote", left, right, False, REQUEST)))
     votes = [json.loads(x) for x in next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines()]
     votes = [line for line in votes if "vote" in line["type"]]
     assert len(votes) == 1 and votes[0]["models"] == ["alpha", "beta"] and len(votes[0]["states"]) == 2
+    assert page.now["table"] == [["alpha", 1, 1, 0, 0, 0, 100.0], ["beta", 1, 0, 1, 0, 0, 0.0]]
     page.apply(asyncio.run(pair.clear(left, right)))
-    assert left.turns == right.turns == [] and page.now["clear"] is False
+    assert left.turns == right.turns == [] and page.now["clear"]["interactive"] is False
+    again = AppServices(pair.services.client, pair.services.catalog, pair.services.log)
+    assert again.ratings.rows() == page.now["table"]  # read from the log
+
+
+def test_a_blind_comparison_names_the_models_after_the_vote(pair: CompareTab, tmp_path: Path) -> None:
+    left, right, page = Chat(), Chat(), Page()
+    for _ in range(2):
+        compare(pair, left, right, page, ("alpha", "alpha"), blind=True)
+    models = [{turn.model for turn in chat.turns} for chat in (left, right)]
+    assert sorted(next(iter(names)) for names in models) == ["alpha", "beta"]
+    assert [page.now[f"view_{side}"][1]["content"][0][25:32] for side in ("left", "right")] == list(BLIND_NAMES)
+    assert "alpha" not in str(page.now) and "beta" not in str(page.now)
+    page.apply(asyncio.run(pair.vote("tievote", left, right, True, REQUEST)))
+    assert left.turns[0].model in str(page.now["view_left"]) and right.turns[0].model in str(page.now["view_right"])
+    (line,) = [x for x in next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines() if "tievote" in x]
+    assert json.loads(line)["blind"] is True
+
+
+def test_a_blind_comparison_needs_two_models(pair: CompareTab, service: FakeService) -> None:
+    service.models = ["alpha"]
+    page = compare(pair, Chat(), Chat(), Page(), (None, None), blind=True)
+    assert "needs two models" in page.now["notice"] and service.requests == []
+
+
+def test_ratings_skip_what_is_no_vote(tmp_path: Path) -> None:
+    lines = [
+        {"type": "leftvote", "models": ["a", "b"]},
+        {"type": "bothbad_vote", "models": ["b", "a"]},
+        {"type": "tievote", "models": ["a", "a"]},
+        {"type": "upvote", "model": "a"},
+        {"type": "leftvote", "models": ["a"]},
+        ["x"],
+    ]
+    text = "\n".join([*map(json.dumps, lines), '{"type": "leftv'])
+    (tmp_path / "2026-01-01-conv.json").write_text(text)
+    assert Ratings(tmp_path).rows() == [["a", 2, 1, 0, 0, 1, 75.0], ["b", 2, 0, 1, 0, 1, 25.0]]
 
 
 def test_one_that_fails_does_not_hide_the_other(pair: CompareTab, service: FakeService) -> None:
     service.answers["alpha"] = [ServeError(ErrorType.OUT_OF_MEMORY, "").frame()]
     left, right = Chat(), Chat()
-    page = Page().play(pair.send(left, REQUEST, right, "What?", None, "alpha", "beta", "Default", *SLIDERS))
-    assert "ran out of memory" in page.now["view_left"][-1]["content"]
-    assert page.now["view_right"][-1]["content"] == "A red circle."
+    page = Page().play(
+        pair.send(left, REQUEST, right, {"text": "?", "files": []}, False, "alpha", "beta", "Default", *SLIDERS)
+    )
+    assert "ran out of memory" in answer_of(page.now["view_left"])
+    assert answer_of(page.now["view_right"]) == "A red circle."
 
 
 def test_a_comparison_needs_two_models(pair: CompareTab, service: FakeService) -> None:
     for models in ((None, "beta"), ("alpha", None)):
-        page = Page().play(pair.send(Chat(), REQUEST, Chat(), "What?", None, *models, "Default", *SLIDERS))
+        page = compare(pair, Chat(), Chat(), Page(), models)
         assert "No model is selected" in page.now["notice"] and service.requests == []
 
 

@@ -33,6 +33,7 @@ from tests.serve.stubs import (
     LiveWorker,
     StubEngine,
     b64,
+    decoy,
     live_controller,
     live_worker,
     png,
@@ -176,6 +177,19 @@ def test_streamed_tokens_arrive_one_by_one_and_a_disconnect_reaches_the_engine(
         stepped.gate.set()  # the client has left
         until(lambda: worker.in_use == 0)
         until(lambda: controller.metric("llava_requests_total", outcome="cancelled") == 1)
+
+
+def test_events_of_the_page_are_not_held_back(certificate: Path, tls: ssl.SSLContext, tmp_path: Path) -> None:
+    """An event smaller than nginx's buffers, of a server that, like Gradio, does not ask nginx not to buffer."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    with (
+        decoy(head + b"data: 1\n\n") as page,
+        nginx(certificate, tmp_path, "http://127.0.0.1:9", page.url) as url,
+        client(url, tls) as http,
+    ):
+        page.hold = True
+        with http.stream("GET", "/gradio_api/queue/data", timeout=10) as answer:
+            assert next(answer.iter_lines()) == "data: 1"
 
 
 def test_a_client_that_leaves_a_silent_answer_cancels_it(

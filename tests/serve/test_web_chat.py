@@ -21,7 +21,7 @@ from llava.errors import ImageError, RequestError
 from llava.images import PROCESS_MODES
 from llava.serve.common.protocol import ErrorType, ModelInfo, ServeError, WorkerStatus
 from llava.serve.web.answer import choose_template, request_body
-from llava.serve.web.chat import CURSOR, Chat, Sampling, Turn, escape, verbatim
+from llava.serve.web.chat import CURSOR, SKELETON, Chat, Sampling, Turn, escape, verbatim
 from llava.serve.web.examples import EXAMPLES, draw_all
 from llava.serve.web.images import MAX_IMAGES, UploadedImage, as_jpeg, load_image, load_images
 from llava.serve.web.log import ConversationLog
@@ -160,14 +160,26 @@ def test_the_template_comes_from_the_worker_not_from_the_name() -> None:
 
 def test_the_view_shows_images_cursor_and_notes(upload: Callable[..., UploadedImage]) -> None:
     one = upload()
-    turn = Turn("a <image> <script>", (one,), answer="It is")
+    turn = Turn("a <image> <script>", (one,), model="m<1>")
+    name = '<span class="model-name">m&lt;1&gt;</span>'
     assert Chat([turn]).shown() == [
-        {"role": "user", "content": {"path": one.path}},
-        {"role": "user", "content": "a 🖼 &lt;script&gt;"},
-        {"role": "assistant", "content": "It is" + CURSOR},
+        {"role": "user", "content": [{"path": one.path, "alt_text": "Attached image"}, "a 🖼 &lt;script&gt;"]},
+        {"role": "assistant", "content": [name, SKELETON]},
     ]
+    turn.answer = "It is"
+    assert turn.shown() == [name, f"It is{CURSOR}"] and turn.shown("Model A")[0].endswith(">Model A</span>")
     turn.running, turn.note = False, "Stopped."
-    assert Chat([turn]).shown()[-1]["content"] == "It is\n\n*Stopped.*"
+    assert turn.shown() == [name, "It is", '<div class="note">Stopped.</div>']
+
+
+def test_an_error_is_shown_as_a_card() -> None:
+    turn = turn_of("a", note="It failed; try <b>. (why) (error&code: 1)", finish_reason="error", model="m")
+    assert turn.shown()[1] == (
+        '<div class="error-card" role="alert"><strong>It failed.</strong><p>Try &lt;b&gt;.</p>'
+        "<small>(why) (error&amp;code&#58; 1)</small></div>"
+    )
+    turn.note = "The model returned an empty answer."
+    assert turn.shown()[1].endswith("><strong>The model returned an empty answer.</strong></div>")
 
 
 @settings(deadline=None)

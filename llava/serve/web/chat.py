@@ -17,6 +17,7 @@ from llava.serve.web.images import UploadedImage
 
 JsonObject = dict[str, object]
 CURSOR: Final = "▌"
+SKELETON: Final = '<div class="skeleton" role="status" aria-label="Reading the message"><i></i><i></i><i></i></div>'
 # Fenced blocks, also in lists and quotes; code spans, as in CommonMark; formulas.
 _LITERAL: Final = re.compile(
     r"^(?:[ \t>]|[-*+] |\d+[.)] )*(?P<fence>`{3,}|~{3,})[^`\n]*(?:\n(?:.*?\n)??[ \t>]*(?P=fence)[`~]*[ \t]*$|\n?.*\Z)"
@@ -65,6 +66,24 @@ class Turn:
     started: float = field(default_factory=time.time)
     turn_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    def shown(self, name: str | None = None) -> list[str]:
+        """Markdown of the answer: the model's name, the text, and a card with the note."""
+        parts = [f'<span class="model-name">{verbatim(name or self.model)}</span>']
+        if self.answer:
+            parts.append(escape(self.answer) + (CURSOR if self.running else ""))
+        elif self.running:
+            parts.append(SKELETON)
+        if self.note and self.finish_reason == "error":
+            what, _, details = self.note.partition(". (")
+            what, _, remedy = what.rstrip(".").partition("; ")
+            lines = [f"<strong>{verbatim(what)}.</strong>"]
+            lines += [f"<p>{verbatim(remedy[:1].upper() + remedy[1:])}.</p>"] if remedy else []
+            lines += [f"<small>({verbatim(details)}</small>"] if details else []
+            parts.append(f'<div class="error-card" role="alert">{"".join(lines)}</div>')
+        elif self.note:
+            parts.append(f'<div class="note">{verbatim(self.note)}</div>')
+        return parts
+
     def check(self) -> None:
         """Raise `RequestError` when the number of placeholders in the text differs from the number of images."""
         typed = self.text.count(DEFAULT_IMAGE_TOKEN)
@@ -84,10 +103,18 @@ class Chat:
     template: str = "vicuna_v1"
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     seen: object = None  # state of the model list on the page
+    chat_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # in the history in the browser
+    past: list[str] = field(default_factory=list)  # ids of the history, as listed on the page
 
     @property
     def running(self) -> bool:
         return bool(self.turns) and self.turns[-1].running
+
+    def clear(self) -> None:
+        """Start a new conversation; a running answer is stopped."""
+        self.stop.set()
+        self.turns.clear()
+        self.chat_id = uuid.uuid4().hex
 
     def conversation(self) -> tuple[Conversation, list[UploadedImage], list[str]]:
         """The conversation in the current template, its images in order, and the mode of each image.
@@ -111,30 +138,33 @@ class Chat:
         images = [image for turn in turns for image in turn.images]
         return conversation, images, [turn.mode for turn in turns for _ in turn.images]
 
-    def shown(self) -> list[JsonObject]:
-        """Messages of the chat view: the user's text verbatim, answers as Markdown without tags and images."""
+    def shown(self, name: str | None = None) -> list[JsonObject]:
+        """Messages of the chat view, two for each turn: the user's and the answer.
+
+        The user's text is shown verbatim, answers as Markdown without tags and images. `name` replaces the names of
+        the models.
+        """
         messages: list[JsonObject] = []
         for turn in self.turns:
-            messages += [{"role": "user", "content": {"path": image.path}} for image in turn.images]
             text = turn.text.replace(DEFAULT_IMAGE_TOKEN, "🖼").strip()
-            if text:
-                messages.append({"role": "user", "content": verbatim(text)})
-            answer = escape(turn.answer) + (CURSOR if turn.running else "")
-            if turn.note:
-                answer += ("\n\n" if answer else "") + f"*{verbatim(turn.note)}*"
-            if answer:
-                messages.append({"role": "assistant", "content": answer})
+            sent: list[object] = [{"path": image.path, "alt_text": "Attached image"} for image in turn.images]
+            messages.append({"role": "user", "content": [*sent, verbatim(text)] if text else sent})
+            messages.append({"role": "assistant", "content": turn.shown(name)})
         return messages
 
-    def export(self) -> JsonObject:
-        """The conversation with images as data URIs; the keys include those of the terminal chat's `/save`."""
+    def export(self, *, image_bytes: int | None = None) -> JsonObject:
+        """The conversation with images as data URIs; the keys include those of the terminal chat's `/save`.
+
+        Images of more than `image_bytes` are reduced.
+        """
         conversation, images, _ = self.conversation()
         return {
+            "id": self.chat_id,
             "model": self.model,
             "template": self.template,
             "system": conversation.system,
             "messages": conversation.dict()["messages"][conversation.offset :],
-            "images": [image.data_uri() for image in images],
+            "images": [image.data_uri(image_bytes) for image in images],
             "turns": [
                 {"text": turn.text, "answer": turn.answer, "note": turn.note, "finish_reason": turn.finish_reason}
                 | {"model": turn.model, "mode": turn.mode, "images": len(turn.images), **asdict(turn.sampling)}

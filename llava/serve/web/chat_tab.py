@@ -1,19 +1,34 @@
-"""Chat tab: a conversation with one model."""
+"""Chat tab: a conversation with one model, and the history in the browser."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Final
 
 import gradio as gr
 
 from llava.errors import LlavaError
 from llava.serve.web import controls
 from llava.serve.web.chat import Chat, Turn
-from llava.serve.web.services import AppServices, GalleryFile, export, visitor
+from llava.serve.web.history import Listed, restore, to_store
+from llava.serve.web.services import AppServices, export, visitor
 
 Updates = dict[gr.Component, object]
+RUNNING: Final = "The model is still answering; stop it first."
+FULL: Final = "This conversation is too large for the storage of the browser; save it as a file."
+_LABELS: Final = {name: label for label, name in controls.VOTES.items()}
+
+
+@dataclass(frozen=True)
+class History:
+    """Components of the drawer at the left of the page."""
+
+    new: gr.Button
+    save: gr.Button
+    past: gr.Dataset
+    delete: gr.Button
 
 
 @dataclass(frozen=True)
@@ -23,41 +38,33 @@ class ChatTab:
     services: AppServices
     state: gr.State
     model: gr.Dropdown
-    images: gr.Gallery
-    mode: gr.Radio
-    parameters: controls.Parameters
     view: gr.Chatbot
-    text: gr.Textbox
-    send_button: gr.Button
     notice: gr.Markdown
-    stop: gr.Button
-    votes: tuple[gr.Button, gr.Button, gr.Button]
-    again: gr.Button
-    clear_button: gr.Button
-    save: gr.Button
-    saved: gr.Textbox
+    box: gr.MultimodalTextbox
+    settings: controls.Settings
+    history: History
+    text: gr.Textbox  # JSON on its way to the browser, not shown
 
     async def send(
         self,
         chat: Chat,
         request: gr.Request,
-        text: str | None,
-        files: Sequence[GalleryFile] | None,
+        message: controls.Message | None,
         model: str | None,
         mode: str,
         *sampling: float,
     ) -> AsyncGenerator[Updates, None]:
         """Add the message to the conversation and answer it."""
-        text = (text or "").strip()
+        text, files = controls.parts(message)
         if chat.running or not (text or files):
             yield {self.notice: gr.skip() if chat.running else controls.EMPTY_MESSAGE}
             return
         try:
-            turn = await self.services.new_turn(model, text, files or (), mode, controls.sampling_from(sampling))
+            turn = await self.services.new_turn(model, text, files, mode, controls.sampling_from(sampling))
         except LlavaError as error:
             yield {self.notice: controls.warning(error)}
             return
-        async with aclosing(self._run(chat, turn, {self.text: "", self.images: None}, request)) as updates:
+        async with aclosing(self._run(chat, turn, request)) as updates:
             async for update in updates:
                 yield update
 
@@ -73,26 +80,30 @@ class ChatTab:
             return
         last = chat.turns.pop()
         turn = Turn(last.text, last.images, mode, controls.sampling_from(sampling), model)
-        async with aclosing(self._run(chat, turn, {}, request)) as updates:
+        async with aclosing(self._run(chat, turn, request, typed=True)) as updates:
             async for update in updates:
                 yield update
 
-    async def _run(self, chat: Chat, turn: Turn, first: Updates, request: gr.Request) -> AsyncGenerator[Updates, None]:
-        update = {**first, self.notice: "", **self.buttons(vote=False, again=False, running=True)}
+    async def _run(
+        self, chat: Chat, turn: Turn, request: gr.Request, *, typed: bool = False
+    ) -> AsyncGenerator[Updates, None]:
+        """Answer `turn`; `typed` keeps what is in the message box."""
+        update = {**controls.sending(self.box, keep=typed), self.notice: "", **self._idle(False)}
         async with aclosing(self.services.run(chat, turn, visitor(request))) as steps:
             async for _ in steps:
-                yield {**update, self.view: chat.shown()}
+                yield {**update, **self._shown(chat)}
                 update = {}
-        answered = turn.finish_reason != "error" and bool(turn.answer)
-        yield {self.view: chat.shown(), **self.buttons(vote=answered, again=True, running=False)}
+        yield {**self._shown(chat), **controls.idle(self.box), **self._idle(True)}
 
-    def buttons(self, *, vote: bool, again: bool, running: bool) -> Updates:
-        """Updates that enable or disable the buttons."""
-        states = {**dict.fromkeys(self.votes, vote), self.again: again, self.clear_button: again, self.save: again}
+    def _shown(self, chat: Chat) -> Updates:
         return {
-            **{button: gr.update(interactive=state) for button, state in states.items()},
-            self.stop: gr.update(interactive=running),
-            self.send_button: gr.update(interactive=not running),
+            self.view: gr.update(value=chat.shown(), feedback_value=[_LABELS.get(turn.vote) for turn in chat.turns])
+        }
+
+    def _idle(self, idle: bool) -> Updates:
+        """Updates of the buttons that change the conversation."""
+        return {
+            button: gr.update(interactive=idle) for button in (self.history.new, self.history.save, self.history.delete)
         }
 
     async def halt(self, chat: Chat) -> None:
@@ -100,70 +111,122 @@ class ChatTab:
         chat.stop.set()
 
     async def clear(self, chat: Chat) -> Updates:
-        chat.stop.set()
-        chat.turns.clear()
-        empty: Updates = {self.view: [], self.text: "", self.images: None, self.notice: ""}
-        return {**empty, **self.buttons(vote=False, again=False, running=False)}
+        """Start a new conversation; the last one stays in the history."""
+        chat.clear()
+        return {self.notice: "", **self._shown(chat), **controls.idle(self.box), **self._idle(False)}
 
-    async def vote(self, kind: str, chat: Chat, request: gr.Request) -> Updates:
-        """Record a vote on the last answer; further votes are ignored."""
-        if not chat.turns or chat.running or chat.turns[-1].vote:
-            return {self.notice: gr.skip()}
-        chat.turns[-1].vote = kind
-        notice = self.services.log.vote(kind, chat, visitor(request))
-        return {self.notice: notice, **{b: gr.update(interactive=False) for b in self.votes}}
+    async def vote(self, chat: Chat, request: gr.Request, data: gr.LikeData) -> Updates:
+        """Record a vote on an answer, once."""
+        index = data.index[0] if isinstance(data.index, (tuple, list)) else data.index
+        turn = chat.turns[index // 2] if index // 2 < len(chat.turns) else None
+        kind = controls.VOTES.get({True: "Like", False: "Dislike"}.get(data.liked, str(data.liked)))
+        if turn is None or kind is None or turn.running or not turn.answer or turn.vote:
+            return {self.notice: gr.skip(), **self._shown(chat)}
+        turn.vote = kind
+        return {self.notice: self.services.log.vote(kind, chat, visitor(request), turn=turn), **self._shown(chat)}
+
+    async def fill(self, data: gr.SelectData) -> Updates:
+        """Put an example into the message box."""
+        files = [file["path"] for file in data.value.get("files") or []]
+        return {self.box: {"text": data.value["text"], "files": files}}
 
     async def export(self, chat: Chat) -> str:
         return export(chat)
 
-    def connect(self) -> None:
+    async def store(self, chat: Chat) -> str:
+        return to_store(chat)
+
+    async def list_past(self, stored: str, chat: Chat) -> Updates:
+        """Show the titles in the browser's storage."""
+        listed = Listed.model_validate_json(stored)
+        chat.past = [name for _, name in listed.titles]
+        return {
+            self.history.past: gr.Dataset(samples=[[title] for title, _ in listed.titles]),
+            self.notice: controls.warning(FULL) if listed.full else gr.skip(),
+        }
+
+    async def name(self, index: int, chat: Chat) -> str:
+        """The id of the selected conversation, for the JavaScript that follows."""
+        return chat.past[index]
+
+    async def name_open(self, chat: Chat) -> str:
+        return chat.chat_id
+
+    async def reopen(self, chat: Chat, text: str) -> Updates:
+        """Show a conversation from the browser's storage, to be continued."""
+        if chat.running:
+            return {self.notice: controls.warning(RUNNING)}
+        try:
+            restore(chat, text)
+        except LlavaError as error:
+            return {self.notice: controls.warning(error)}
+        listing = await self.services.catalog.listing()
+        model = gr.update(value=chat.model) if chat.model in listing.models else gr.skip()
+        return {**self._shown(chat), self.notice: "", self.model: model, **self._idle(True)}
+
+    def connect(self, page: gr.Blocks) -> None:
         """Bind the events of the components; none becomes a public endpoint."""
-        settings = [self.model, self.mode, *self.parameters.all()]
-        changing = [self.view, self.text, self.images, self.notice, self.send_button, self.stop]
-        outputs = [*changing, *self.votes, self.again, self.clear_button, self.save]
-        inputs = [self.state, self.text, self.images, *settings]
-        gr.on([self.text.submit, self.send_button.click], self.send, inputs, outputs, **controls.PRIVATE)
-        self.again.click(self.regenerate, [self.state, *settings], outputs, **controls.PRIVATE)
-        self.stop.click(self.halt, [self.state], None, **controls.IMMEDIATE)
+        settings = [self.model, *self.settings.all()]
+        past, delete, new, save = self.history.past, self.history.delete, self.history.new, self.history.save
+        outputs = [self.view, self.box, self.notice, new, save, delete]
+        listed = [past, self.notice]
+        runs = [
+            self.box.submit(self.send, [self.state, self.box, *settings], outputs, **controls.PRIVATE),
+            self.view.retry(self.regenerate, [self.state, *settings], outputs, **controls.PRIVATE),
+        ]
+        for run in runs:
+            stored = run.then(self.store, [self.state], [self.text], **controls.IMMEDIATE)
+            js = "(text, state) => [window.llava.store(text), state]"
+            stored.then(self.list_past, [self.text, self.state], listed, js=js, **controls.IMMEDIATE)
+        self.box.stop(self.halt, [self.state], None, **controls.IMMEDIATE)
+        self.view.like(self.vote, [self.state], [self.notice, self.view], **controls.IMMEDIATE)
+        self.view.example_select(self.fill, None, [self.box], **controls.IMMEDIATE)
         # the trash icon of the view clears only the view
-        gr.on([self.clear_button.click, self.view.clear], self.clear, [self.state], outputs, **controls.IMMEDIATE)
-        for kind, button in zip(("upvote", "downvote", "flag"), self.votes, strict=True):
-            button.click(_vote_handler(self, kind), [self.state], outputs, **controls.IMMEDIATE)
-        saving = self.save.click(self.export, [self.state], [self.saved], **controls.IMMEDIATE)
-        saving.then(None, [self.saved], None, js=controls.SAVE_AS_FILE, **controls.IMMEDIATE)
+        gr.on([new.click, self.view.clear], self.clear, [self.state], outputs, **controls.IMMEDIATE)
+        saving = save.click(self.export, [self.state], [self.text], **controls.IMMEDIATE)
+        saving.then(None, [self.text], None, js="window.llava.save", **controls.IMMEDIATE)
+        js = "(state, id) => [state, window.llava.find(id)]"
+        named = past.click(self.name, [past, self.state], [self.text], **controls.IMMEDIATE)
+        named.then(self.reopen, [self.state, self.text], [*outputs, self.model], js=js, **controls.IMMEDIATE)
+        js = "(id, state) => [window.llava.remove(id), state]"
+        cleared = delete.click(self.name_open, [self.state], [self.text], **controls.IMMEDIATE)
+        cleared = cleared.then(self.list_past, [self.text, self.state], listed, js=js, **controls.IMMEDIATE)
+        cleared.then(self.clear, [self.state], outputs, **controls.IMMEDIATE)
+        js = "(text, state) => [window.llava.titles(), state]"
+        page.load(self.list_past, [self.text, self.state], listed, js=js, **controls.IMMEDIATE)
 
 
-def _vote_handler(tab: ChatTab, kind: str) -> Callable[[Chat, gr.Request], Awaitable[Updates]]:
-    async def vote(chat: Chat, request: gr.Request) -> Updates:
-        return await tab.vote(kind, chat, request)
+def history_drawer(icons: Mapping[str, str]) -> History:
+    with gr.Sidebar(label="Conversations", open=False, width=290, elem_id="history"):
+        with gr.Row(elem_classes="buttons"):
+            new, save, delete = (
+                controls.icon_button(name, elem_id, icons[elem_id])
+                for name, elem_id in (("New chat", "new"), ("Save", "save"), ("Delete", "delete"))
+            )
+        past = gr.Dataset(
+            components=["textbox"], samples=[], label="Conversations in this browser", type="index",
+            samples_per_page=1000, elem_id="past",
+        )  # fmt: skip
+    return History(new, save, past, delete)
 
-    return vote
 
-
-def build(services: AppServices, examples: Sequence[tuple[str, str]], icons: Mapping[str, str]) -> ChatTab:
-    """Create the tab; the controls are left of the chat, or above and below it on a narrow page."""
+def build(
+    services: AppServices,
+    page: gr.Blocks,
+    settings: controls.Settings,
+    history: History,
+    examples: Sequence[tuple[str, str]],
+) -> ChatTab:
+    """Create the tab: one column with the model, the conversation and the message box."""
     state = gr.State(Chat())
-    with gr.Row(elem_classes="page"):
-        with gr.Column(elem_classes="side", min_width=200):
-            model = gr.Dropdown([], label="Model", elem_id="model_selector_row", interactive=True)
-            images = controls.image_box("image_box")
-        with gr.Column(elem_classes="talk", min_width=200):
-            view = controls.chat_view("chatbot", "InternVL-Chat", "Add an image and ask about it.", height=550)
-            notice = gr.Markdown("", elem_id="notice")
-            text, send = controls.message_box("message", "send")
-            with gr.Row(elem_id="buttons", elem_classes="buttons"):
-                up, down, flag, again, stop, clear, save = (
-                    controls.action_button(name, name.lower(), icons[name.lower()])
-                    for name in ("Upvote", "Downvote", "Flag", "Regenerate", "Stop", "Clear", "Save")
-                )
-            saved = gr.Textbox(visible=False)
-        with gr.Column(elem_classes="more", min_width=200):
-            mode = controls.mode_choice()
-            controls.example_buttons(examples, images, text)
-            parameters = controls.parameter_sliders()
-    tab = ChatTab(
-        services, state, model, images, mode, parameters, view, text, send, notice, stop, (up, down, flag), again,
-        clear, save, saved,
-    )  # fmt: skip
-    tab.connect()
+    with gr.Column(elem_classes="talk"):
+        model = gr.Dropdown(
+            [], label="Model", show_label=False, container=False, elem_id="model_selector_row", interactive=True
+        )
+        view = controls.chat_view("chatbot", "Conversation", "## Ask about an image", votes=True, examples=examples)
+        notice = gr.Markdown("", elem_id="notice", elem_classes="notice")
+        box = controls.message_box("message")
+        text = gr.Textbox(visible=False)
+    tab = ChatTab(services, state, model, view, notice, box, settings, history, text)
+    tab.connect(page)
     return tab

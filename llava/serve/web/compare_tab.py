@@ -1,8 +1,9 @@
-"""Comparison tab: one message to two models, side by side, with a vote."""
+"""Comparison tab: one message to two models, side by side, with a vote; in blind mode, names are shown after it."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import Final
 
 import gradio as gr
 
-from llava.errors import LlavaError
+from llava.errors import LlavaError, RequestError
 from llava.serve.web import controls
 from llava.serve.web.chat import Chat, Turn
 from llava.serve.web.chat_tab import Updates
-from llava.serve.web.services import AppServices, GalleryFile, visitor
+from llava.serve.web.ratings import COLUMNS
+from llava.serve.web.services import AppServices, visitor
 
 VOTES: Final = {
     "leftvote": "Left is better",
@@ -22,6 +24,7 @@ VOTES: Final = {
     "tievote": "Equally good",
     "bothbad_vote": "Equally bad",
 }
+BLIND_NAMES: Final = ("Model A", "Model B")
 
 
 @dataclass(frozen=True)
@@ -31,65 +34,81 @@ class CompareTab:
     services: AppServices
     states: tuple[gr.State, gr.State]
     models: tuple[gr.Dropdown, gr.Dropdown]
+    blind: gr.Checkbox
     views: tuple[gr.Chatbot, gr.Chatbot]
-    images: gr.Gallery
-    mode: gr.Radio
-    parameters: controls.Parameters
-    text: gr.Textbox
-    send_button: gr.Button
     notice: gr.Markdown
     votes: tuple[gr.Button, ...]
-    stop: gr.Button
     clear_button: gr.Button
+    box: gr.MultimodalTextbox
+    settings: controls.Settings
+    table: gr.Dataframe
 
     async def send(
         self,
         left: Chat,
         request: gr.Request,
         right: Chat,
-        text: str | None,
-        files: Sequence[GalleryFile] | None,
+        message: controls.Message | None,
+        blind: bool,
         left_model: str | None,
         right_model: str | None,
         mode: str,
         *values: float,
     ) -> AsyncGenerator[Updates, None]:
         """Send one message to both models and show both answers as they grow."""
-        text = (text or "").strip()
+        text, files = controls.parts(message)
         running = left.running or right.running
         if running or not (text or files):
             yield {self.notice: gr.skip() if running else controls.EMPTY_MESSAGE}
             return
         sampling = controls.sampling_from(values)
         try:
-            turn = await self.services.new_turn(left_model, text, files or (), mode, sampling)
-            if not right_model:
+            models = await self._draw(left, right) if blind else (left_model, right_model)
+            turn = await self.services.new_turn(models[0], text, files, mode, sampling)
+            if not models[1]:
                 raise controls.no_model()
         except LlavaError as error:
             yield {self.notice: controls.warning(error)}
             return
-        other = Turn(text, turn.images, mode, sampling, right_model)
-        update = {self.text: "", self.images: None, self.notice: "", **self.buttons(vote=False, running=True)}
+        other = Turn(text, turn.images, mode, sampling, models[1])
+        update = {**controls.sending(self.box), self.notice: "", **self.buttons(vote=False, clear=False)}
         async with AsyncExitStack() as stack:
             runs = [
                 await stack.enter_async_context(aclosing(self.services.run(chat, new, visitor(request))))
                 for chat, new in ((left, turn), (right, other))
             ]
             async for _ in await stack.enter_async_context(aclosing(merged(runs))):
-                yield {**update, **self._shown(left, right)}
+                yield {**update, **self._shown(left, right, blind)}
                 update = {}
-        yield {**self._shown(left, right), **self.buttons(vote=bool(turn.answer or other.answer), running=False)}
+        answered = bool(turn.answer or other.answer)
+        yield {
+            **self._shown(left, right, blind),
+            **controls.idle(self.box),
+            **self.buttons(vote=answered, clear=True),
+        }
 
-    def _shown(self, left: Chat, right: Chat) -> Updates:
-        return {view: chat.shown() for view, chat in zip(self.views, (left, right), strict=True)}
+    async def _draw(self, left: Chat, right: Chat) -> tuple[str, str]:
+        """The models of a blind comparison: those of the conversation, else two drawn at random."""
+        if left.turns and right.turns:
+            return left.turns[-1].model, right.turns[-1].model
+        listing = await self.services.catalog.listing()
+        if len(listing.models) < 2:
+            raise RequestError(listing.reason or "A blind comparison needs two models; only one is served.")
+        first, second = random.sample(listing.models, 2)
+        return first, second
 
-    def buttons(self, *, vote: bool, running: bool, clear: bool = True) -> Updates:
-        """Updates that enable or disable the buttons."""
+    def _shown(self, left: Chat, right: Chat, blind: bool) -> Updates:
+        """Both conversations; names are hidden until a vote."""
+        hidden = blind and not any(turn.vote for turn in left.turns)
+        names = BLIND_NAMES if hidden else (None, None)
+        return {view: chat.shown(name) for view, chat, name in zip(self.views, (left, right), names, strict=True)}
+
+    def buttons(self, *, vote: bool, clear: bool) -> Updates:
+        """Updates that enable or disable the buttons. Blind mode is switched before the first message."""
         return {
             **{button: gr.update(interactive=vote) for button in self.votes},
-            self.stop: gr.update(interactive=running),
-            self.clear_button: gr.update(interactive=clear and not running),
-            self.send_button: gr.update(interactive=not running),
+            self.clear_button: gr.update(interactive=clear),
+            self.blind: gr.update(interactive=not clear and not vote),
         }
 
     async def halt(self, left: Chat, right: Chat) -> None:
@@ -98,39 +117,54 @@ class CompareTab:
         right.stop.set()
 
     async def clear(self, left: Chat, right: Chat) -> Updates:
-        await self.halt(left, right)
-        left.turns.clear()
-        right.turns.clear()
-        empty: Updates = {self.views[0]: [], self.views[1]: [], self.text: "", self.images: None, self.notice: ""}
-        return {**empty, **self.buttons(vote=False, running=False, clear=False)}
+        left.clear()
+        right.clear()
+        empty: Updates = {self.views[0]: [], self.views[1]: [], self.notice: ""}
+        return {**empty, **controls.idle(self.box), **self.buttons(vote=False, clear=False)}
 
-    async def vote(self, kind: str, left: Chat, right: Chat, request: gr.Request) -> Updates:
-        """Record the vote; further votes are ignored."""
+    async def switch(self, blind: bool) -> Updates:
+        """Hide the choice of models in blind mode."""
+        return {model: gr.update(visible=not blind) for model in self.models}
+
+    async def vote(self, kind: str, left: Chat, right: Chat, blind: bool, request: gr.Request) -> Updates:
+        """Record the vote and name the models; further votes are ignored."""
         if not (left.turns and right.turns) or left.running or right.running or left.turns[-1].vote:
             return {self.notice: gr.skip()}
         left.turns[-1].vote = right.turns[-1].vote = kind
         models = [chat.turns[-1].model for chat in (left, right)]
         states = [chat.conversation()[0].dict() for chat in (left, right)]
-        notice = self.services.log.vote(kind, left, visitor(request), models=models, states=states)
-        return {self.notice: notice, **{b: gr.update(interactive=False) for b in self.votes}}
+        log = self.services.log
+        notice = log.vote(kind, left, visitor(request), models=models, states=states, blind=blind)
+        self.services.ratings.add(kind, models)
+        return {
+            self.notice: notice,
+            self.table: self.services.ratings.rows(),
+            **self._shown(left, right, blind),
+            **{b: gr.update(interactive=False) for b in self.votes},
+        }
 
-    def connect(self) -> None:
+    async def show_table(self) -> Updates:
+        return {self.table: self.services.ratings.rows()}
+
+    def connect(self, page: gr.Blocks) -> None:
         """Bind the events of the components."""
         left, right = self.states
-        inputs = [left, right, self.text, self.images, *self.models, self.mode, *self.parameters.all()]
-        outputs = [*self.views, self.text, self.images, self.notice, self.send_button, self.stop, self.clear_button]
-        outputs += self.votes
-        gr.on([self.text.submit, self.send_button.click], self.send, inputs, outputs, **controls.PRIVATE)
-        self.stop.click(self.halt, [left, right], None, **controls.IMMEDIATE)
+        inputs = [left, right, self.box, self.blind, *self.models, *self.settings.all()]
+        outputs = [*self.views, self.box, self.notice, self.clear_button, self.blind, *self.votes]
+        self.box.submit(self.send, inputs, outputs, **controls.PRIVATE)
+        self.box.stop(self.halt, [left, right], None, **controls.IMMEDIATE)
         clearing = [self.clear_button.click, *(view.clear for view in self.views)]
         gr.on(clearing, self.clear, [left, right], outputs, **controls.IMMEDIATE)
+        self.blind.change(self.switch, [self.blind], list(self.models), **controls.IMMEDIATE)
+        changed = [*self.views, self.notice, self.table, *self.votes]
         for kind, button in zip(VOTES, self.votes, strict=True):
-            button.click(_vote_handler(self, kind), [left, right], outputs, **controls.IMMEDIATE)
+            button.click(_vote_handler(self, kind), [left, right, self.blind], changed, **controls.IMMEDIATE)
+        page.load(self.show_table, None, [self.table], **controls.IMMEDIATE)
 
 
-def _vote_handler(tab: CompareTab, kind: str) -> Callable[[Chat, Chat, gr.Request], Awaitable[Updates]]:
-    async def vote(left: Chat, right: Chat, request: gr.Request) -> Updates:
-        return await tab.vote(kind, left, right, request)
+def _vote_handler(tab: CompareTab, kind: str) -> Callable[[Chat, Chat, bool, gr.Request], Awaitable[Updates]]:
+    async def vote(left: Chat, right: Chat, blind: bool, request: gr.Request) -> Updates:
+        return await tab.vote(kind, left, right, blind, request)
 
     return vote
 
@@ -153,32 +187,43 @@ async def merged(iterators: Sequence[AsyncIterator[None]]) -> AsyncGenerator[Non
             await asyncio.wait(steps)
 
 
-def build(services: AppServices, icons: Mapping[str, str]) -> CompareTab:
+def build(services: AppServices, page: gr.Blocks, settings: controls.Settings, icons: Mapping[str, str]) -> CompareTab:
     """Create the tab; the two answers are stacked on a narrow page."""
     states = (gr.State(Chat()), gr.State(Chat()))
+    with gr.Row(elem_classes="choices"):
+        models = tuple(
+            gr.Dropdown(
+                [], label=f"Model, {side}", show_label=False, container=False, elem_id=f"model_{side}", min_width=120,
+                interactive=True,
+            )
+            for side in ("left", "right")
+        )  # fmt: skip
+        blind = gr.Checkbox(label="Blind", container=False, elem_id="blind", min_width=80, scale=0)
     with gr.Row(elem_classes="pair"):
-        columns = []
-        for side in ("left", "right"):
-            with gr.Column(min_width=300):
-                model = gr.Dropdown([], label=f"Model, {side}", elem_id=f"model_{side}", interactive=True)
-                columns.append((model, controls.chat_view(f"chatbot_{side}", side.capitalize(), "", height=420)))
-    notice = gr.Markdown("", elem_id="compare_notice")
-    text, send = controls.message_box("compare_message", "compare_send")
-    with gr.Row(elem_classes="buttons"):
-        votes = tuple(controls.action_button(name, kind, icons[kind], min_width=130) for kind, name in VOTES.items())
-        stop, clear = (
-            controls.action_button(name.capitalize(), f"compare_{name}", icons[name]) for name in ("stop", "clear")
+        placeholders = ("Both models answer the same message.", "Vote for the better answer.")
+        views = tuple(
+            controls.chat_view(f"chatbot_{side}", f"Conversation, {side}", placeholder)
+            for side, placeholder in zip(("left", "right"), placeholders, strict=True)
         )
-    with gr.Row(elem_classes="pair"):
-        with gr.Column(min_width=300):
-            images = controls.image_box("compare_images")
-        with gr.Column(min_width=300):
-            mode = controls.mode_choice()
-            parameters = controls.parameter_sliders()
-    (left_model, left_view), (right_model, right_view) = columns
+    notice = gr.Markdown("", elem_id="compare_notice", elem_classes="notice")
+    with gr.Row(elem_classes="buttons votes"):
+        votes = tuple(controls.icon_button(name, kind, icons[kind]) for kind, name in VOTES.items())
+        clear = controls.icon_button("New", "compare_clear", icons["new"])
+    box = controls.message_box("compare_message")
+    with gr.Accordion("Votes", open=False):
+        table = gr.Dataframe(headers=list(COLUMNS), interactive=False, elem_id="votes", show_label=False)
     tab = CompareTab(
-        services, states, (left_model, right_model), (left_view, right_view), images, mode, parameters, text, send,
-        notice, votes, stop, clear,
-    )  # fmt: skip
-    tab.connect()
+        services,
+        states,
+        (models[0], models[1]),
+        blind,
+        (views[0], views[1]),
+        notice,
+        votes,
+        clear,
+        box,
+        settings,
+        table,
+    )
+    tab.connect(page)
     return tab

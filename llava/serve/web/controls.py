@@ -1,11 +1,10 @@
-"""Components shared by both tabs: image box, preprocessing mode, parameters, examples, download."""
+"""Components of the web page: message box, chat view, settings drawer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Final
+from typing import Final, TypedDict
 
 import gradio as gr
 
@@ -15,32 +14,34 @@ from llava.serve.web.chat import LATEX_DELIMITERS, Sampling, verbatim
 
 DEFAULTS: Final = Sampling()
 PRIVATE: Final[dict[str, object]] = {"show_progress": "hidden", "api_visibility": "private"}  # no public endpoint
-EMPTY_MESSAGE: Final = "Enter a message or add an image."
-# Gradio refuses other files without a reason, and the message would go without them; `load_images` gives one.
-_FILE_TYPES: Final = ["image", "file", "application/*", "audio/*", "text/*", "video/*"]
+EMPTY_MESSAGE: Final = "Enter a message or attach an image."
+VOTES: Final = {"Like": "upvote", "Dislike": "downvote", "Flag": "flag"}  # of an answer, and their names in the log
 IMMEDIATE: Final[dict[str, object]] = {**PRIVATE, "queue": False}
-# Downloads the text of a hidden box as a file.
-SAVE_AS_FILE: Final = """(text) => {
-    if (!text) return;
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-    link.download = "conversation.json";
-    link.click();
-    URL.revokeObjectURL(link.href);
-}"""
+_MAX_PASTE: Final = 1_000_000  # characters; Gradio attaches longer texts as a file
+
+
+class Message(TypedDict):
+    """Value of the message box: text, and the paths of the attached files."""
+
+    text: str
+    files: list[str]
+
+
+NO_MESSAGE: Final[Message] = {"text": "", "files": []}
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """Sliders of the sampling settings, in the order of the handlers' arguments."""
+class Settings:
+    """Components of the settings drawer, in the order of the handlers' arguments."""
 
+    mode: gr.Radio
     temperature: gr.Slider
     top_p: gr.Slider
     max_new_tokens: gr.Slider
     max_input_tiles: gr.Slider
 
-    def all(self) -> list[gr.Slider]:
-        return [self.temperature, self.top_p, self.max_new_tokens, self.max_input_tiles]
+    def all(self) -> list[gr.Component]:
+        return [self.mode, self.temperature, self.top_p, self.max_new_tokens, self.max_input_tiles]
 
 
 def no_model() -> RequestError:
@@ -58,35 +59,17 @@ def sampling_from(values: Sequence[float]) -> Sampling:
     return Sampling(float(temperature), float(top_p), int(max_new_tokens), int(max_input_tiles))
 
 
-def image_box(elem_id: str) -> gr.Gallery:
-    return gr.Gallery(
-        label="Images",
-        elem_id=elem_id,
-        type="filepath",
-        file_types=_FILE_TYPES,
-        sources=["upload", "clipboard"],
-        columns=3,
-        fit_columns=False,
-        height=200,
-        object_fit="contain",
-        interactive=True,
-        buttons=[],
-    )
-
-
-def mode_choice() -> gr.Radio:
-    return gr.Radio(
-        list(PROCESS_MODES),
-        value=PROCESS_MODES[0],
-        label="Preprocessing of images that are not square",
-        info="Default: as in training. Pad: add margins. Crop: keep the center. Resize: stretch.",
-    )
-
-
-def parameter_sliders() -> Parameters:
-    """Create the sliders, closed by default."""
-    with gr.Accordion("Parameters", open=False):
-        return Parameters(
+def settings_drawer() -> Settings:
+    """The drawer at the right of the page, closed at first; both tabs use its settings."""
+    with gr.Sidebar(label="Settings", position="right", open=False, width=320, elem_id="settings"):
+        gr.Markdown("## Settings")
+        return Settings(
+            gr.Radio(
+                list(PROCESS_MODES),
+                value=PROCESS_MODES[0],
+                label="Preprocessing of images that are not square",
+                info="Default: as in training. Pad: add margins. Crop: keep the center. Resize: stretch.",
+            ),
             gr.Slider(0.0, 1.0, DEFAULTS.temperature, step=0.1, label="Temperature", info="0 is greedy"),
             gr.Slider(0.1, 1.0, DEFAULTS.top_p, step=0.1, label="Top P"),
             gr.Slider(64, 4096, DEFAULTS.max_new_tokens, step=64, label="Max output tokens"),
@@ -96,51 +79,62 @@ def parameter_sliders() -> Parameters:
         )
 
 
-def message_box(elem_id: str, send_id: str) -> tuple[gr.Textbox, gr.Button]:
-    """The text box (Enter submits) and its button, with widths 8 : 1."""
-    with gr.Row(elem_classes="ask", equal_height=True):
-        text = gr.Textbox(
-            label="Message",  # for screen readers
-            show_label=False,
-            placeholder="Ask about the image",
-            lines=1,
-            max_lines=8,
-            max_length=20_000,
-            scale=8,
-            container=False,
-            elem_id=elem_id,
-        )
-        return text, gr.Button("Send", variant="primary", scale=1, min_width=72, elem_id=send_id)
+def message_box(elem_id: str) -> gr.MultimodalTextbox:
+    """The box for a message and its images; Enter submits, Shift+Enter starts a new line.
+
+    It accepts every file: Gradio refuses files of other types without a reason, and `load_images` gives one.
+    """
+    return gr.MultimodalTextbox(
+        label="Message",  # for screen readers
+        show_label=False,
+        placeholder="Ask about an image: drop, paste or attach it",
+        file_count="multiple",
+        sources=["upload"],
+        lines=1,
+        max_lines=8,
+        max_plain_text_length=_MAX_PASTE,
+        container=False,
+        elem_id=elem_id,
+    )
 
 
-def action_button(name: str, elem_id: str, icon: str, *, min_width: int = 96) -> gr.Button:
-    """A button, disabled at first."""
-    return gr.Button(name, interactive=False, size="sm", min_width=min_width, elem_id=elem_id, icon=icon)
+def parts(message: Message | None) -> tuple[str, list[str]]:
+    """Text and paths of files of the message box."""
+    message = message or NO_MESSAGE
+    return (message["text"] or "").strip(), message["files"]
 
 
-def example_buttons(examples: Sequence[tuple[str, str]], images: gr.Gallery, text: gr.Textbox) -> None:
-    """A button for each (image path, question), which fills both boxes."""
-    gr.Markdown("Examples", elem_classes="heading")
-    with gr.Column(elem_classes="examples"):
-        for path, question in examples:
-            button = gr.Button(question, icon=path, size="sm")
-            button.click(partial(_example, path, question), None, [images, text], **IMMEDIATE)
+def sending(box: gr.MultimodalTextbox, *, keep: bool = False) -> dict[gr.Component, object]:
+    """Update of the message box while an answer runs: Stop takes the place of Send; it is emptied unless `keep`."""
+    emptied = {} if keep else {"value": NO_MESSAGE}
+    return {box: gr.update(submit_btn=False, stop_btn=True, **emptied)}
 
 
-def _example(path: str, question: str) -> tuple[list[str], str]:
-    return [path], question
+def idle(box: gr.MultimodalTextbox) -> dict[gr.Component, object]:
+    """Update of the message box when an answer has ended; what was typed meanwhile stays."""
+    return {box: gr.update(submit_btn=True, stop_btn=False)}
 
 
-def chat_view(elem_id: str, label: str, placeholder: str, *, height: int) -> gr.Chatbot:
+def icon_button(name: str, elem_id: str, icon: str, *, interactive: bool = False) -> gr.Button:
+    return gr.Button(name, interactive=interactive, size="sm", min_width=72, elem_id=elem_id, icon=icon)
+
+
+def chat_view(
+    elem_id: str, label: str, placeholder: str, *, votes: bool = False, examples: Sequence[tuple[str, str]] = ()
+) -> gr.Chatbot:
+    """The view of a conversation; `examples` (image path, question) are offered while it is empty."""
     return gr.Chatbot(
         label=label,
+        show_label=False,
         elem_id=elem_id,
-        height=height,
+        elem_classes="chat",
+        height="100%",
         placeholder=placeholder,
+        examples=[{"text": text, "icon": path, "files": [path]} for path, text in examples] or None,
         sanitize_html=True,
         allow_tags=False,
         latex_delimiters=LATEX_DELIMITERS,
-        feedback_options=None,
+        feedback_options=tuple(VOTES) if votes else None,
         buttons=["copy"],
         allow_file_downloads=False,
         layout="bubble",

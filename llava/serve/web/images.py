@@ -16,6 +16,7 @@ from llava.images import PROCESS_MODES, is_plain, open_image, process_upload
 
 MAX_IMAGES: Final = 8
 _MAX_SIDE: Final = 2048
+_REDUCED_SIDE: Final = 1024
 _MAX_BYTES: Final = 2 * 2**20
 _SENT_FORMATS: Final = ("JPEG", "PNG", "WEBP")
 
@@ -31,10 +32,15 @@ class UploadedImage:
         """The image in RGB."""
         return open_image(self.data)
 
-    def data_uri(self) -> str:
-        """The file as a data URI."""
-        kind = Image.open(io.BytesIO(self.data)).get_format_mimetype()
-        return f"data:{kind};base64,{base64.b64encode(self.data).decode()}"
+    def data_uri(self, max_bytes: int | None = None) -> str:
+        """The file as a data URI; a file of more than `max_bytes` as a JPEG of at most 1024 pixels a side."""
+        data = self.data
+        if max_bytes is not None and len(data) > max_bytes:
+            image = self.decode()
+            image.thumbnail((_REDUCED_SIDE, _REDUCED_SIDE), Image.Resampling.LANCZOS)
+            data = _encode(image, "JPEG", quality=85)
+        kind = Image.open(io.BytesIO(data)).get_format_mimetype()
+        return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
     def encode(self, mode: str) -> str:
         """Base64 of the file sent to workers; `mode` is one of `PROCESS_MODES`.
@@ -81,7 +87,7 @@ def as_jpeg(image: UploadedImage) -> bytes:
     return _encode(image.decode(), "JPEG")
 
 
-def _encode(image: Image.Image, kind: str) -> bytes:
+def _encode(image: Image.Image, kind: str, quality: int = 95) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
+    image.save(buffer, format=kind, **({"quality": quality} if kind == "JPEG" else {}))
     return buffer.getvalue()

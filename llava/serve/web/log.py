@@ -41,9 +41,9 @@ class ConversationLog:
             images = [self._save(as_jpeg(image)) for image in turn.images]
             self._write({"type": "chat", **_facts(chat, turn), **times, "images": images, "ip": address}, finish)
 
-    def vote(self, kind: str, chat: Chat, address: str, **more: object) -> str:
-        """Record a vote on the last answer; returns a message for the visitor."""
-        line = {"type": kind, **_facts(chat, chat.turns[-1]), **more}
+    def vote(self, kind: str, chat: Chat, address: str, *, turn: Turn | None = None, **more: object) -> str:
+        """Record a vote on an answer, by default the last one; returns a message for the visitor."""
+        line = {"type": kind, **_facts(chat, turn or chat.turns[-1]), **more}
         written = self._write({**line, "ip": address} if self.chats else line, time.time())
         return "Thank you for your vote." if written else "⚠️ The vote could not be recorded."
 

@@ -16,18 +16,13 @@ from llava.serve.web.examples import draw_all
 from llava.serve.web.models import Listing
 from llava.serve.web.services import AppServices, unavailable_notice
 
-_HEAD: Final = (
+_ICON: Final = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24" fill="none" stroke="#7c8594" stroke-width="2.2" '
     'stroke-linecap="round" stroke-linejoin="round">'
 )
-_THUMB: Final = '<path d="M3 11h4v9H3zM7 12l4-8c2 0 3 1 3 3l-1 3h6c1 0 2 1 2 2l-2 6c0 1-1 2-2 2H7"/>'
 SHAPES: Final = {
-    "upvote": _THUMB,
-    "downvote": f'<g transform="rotate(180 12 12)">{_THUMB}</g>',
-    "flag": '<path d="M5 21V4M5 4h13l-3 4 3 4H5"/>',
-    "regenerate": '<path d="M20 12a8 8 0 1 1-3-6.2M20 3v4h-4"/>',
-    "stop": '<rect x="6" y="6" width="12" height="12" rx="1" fill="#7c8594"/>',
-    "clear": '<path d="M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13M10 11v5M14 11v5"/>',
+    "new": '<path d="M12 5v14M5 12h14"/>',
+    "delete": '<path d="M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13M10 11v5M14 11v5"/>',
     "save": '<path d="M12 4v11M7 10l5 5 5-5M4 20h16"/>',
     "leftvote": '<path d="M20 12H4M10 6l-6 6 6 6"/>',
     "rightvote": '<path d="M4 12h16M14 6l6 6-6 6"/>',
@@ -48,38 +43,8 @@ RETENTION: Final = {
     True: "This server records conversations, with images and addresses, for {days} days.",
     False: "This server records no conversations.",
 }
-CSS: Final = """
-.gradio-container {max-width: 1400px !important; margin: auto;}
-.page {display: grid !important; grid-template-columns: minmax(0, 3fr) minmax(0, 8fr);
-  grid-template-areas: "side talk" "more talk"; grid-template-rows: auto 1fr; gap: 16px; align-items: start;}
-.page > .side {grid-area: side;} .page > .talk {grid-area: talk;} .page > .more {grid-area: more;}
-.page > * {min-width: 0 !important;}
-.buttons {gap: 8px !important;}
-.buttons button {padding-left: 6px; padding-right: 6px; white-space: nowrap; height: 100%;}
-.dark .buttons button img {filter: brightness(1.7);}
-.heading p {color: var(--block-label-text-color); font-size: var(--block-label-text-size);}
-.examples {gap: 6px !important;}
-.examples button {justify-content: flex-start; text-align: left; font-weight: normal; padding: 6px;}
-.examples button img {width: 52px; height: 40px; object-fit: cover; border-radius: 4px; margin-right: 8px;}
-.user-row .message p {white-space: pre-wrap;} .message-buttons-right {display: none;}
-.message img {max-height: 220px !important; width: auto !important;}
-#image_box .grid-wrap, #compare_images .grid-wrap {padding-top: 32px;}
-button[title="Share"], .message-buttons:not(:has(button:not([title="Share"]))) {display: none;}
-hr {border-color: var(--border-color-primary) !important;}
-#notice:empty, #compare_notice:empty, #banner:empty {display: none;}
-footer {display: none !important;}
-@media (max-width: 768px) {
-  .gradio-container {padding: 8px !important;}
-  .page {grid-template-columns: minmax(0, 1fr); grid-template-areas: "side" "talk" "more"; grid-template-rows: none;}
-  #image_box, #compare_images {height: 150px !important;}
-  #image_box .grid-wrap, #compare_images .grid-wrap {height: 150px !important;}
-  #chatbot {height: 420px !important;}
-  #chatbot_left, #chatbot_right {height: 300px !important;}
-  .buttons {display: grid !important; grid-template-columns: repeat(4, minmax(0, 1fr));}
-  .buttons button {flex-direction: column; min-width: 0 !important; padding: 4px 0; white-space: normal;
-    font-size: var(--text-xs);}
-}
-"""
+CSS: Final = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+HEAD: Final = f"<script>{(Path(__file__).parent / 'page.js').read_text(encoding='utf-8')}</script>"
 # Nothing on the page, also in a user's text or a model's answer, makes a browser send requests to another host.
 SECURITY_HEADERS: Final = (
     (
@@ -113,7 +78,7 @@ def write_icons(folder: Path) -> dict[str, str]:
     paths = {}
     for name, shape in SHAPES.items():
         path = folder / f"{name}.svg"
-        path.write_text(f"{_HEAD}{shape}</svg>\n", encoding="utf-8")
+        path.write_text(f"{_ICON}{shape}</svg>\n", encoding="utf-8")
         paths[name] = str(path)
     return paths
 
@@ -123,7 +88,9 @@ def theme() -> gr.Theme:
     return gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "Consolas", "monospace"], primary_hue="blue"
     ).set(
-        block_info_text_color="*neutral_500", input_placeholder_color="*neutral_500"
+        block_info_text_color="*neutral_500",
+        input_placeholder_color="*neutral_500",
+        body_text_color_subdued="*neutral_500",
     )  # Gradio's defaults lack contrast
 
 
@@ -133,13 +100,16 @@ def build_page(services: AppServices, *, embed: bool = False) -> gr.Blocks:
     examples = [(str(path), question) for path, question in draw_all(folder)]
     icons = write_icons(folder)
     with gr.Blocks(title="InternVL-Chat", analytics_enabled=False, delete_cache=(3600, _DAY)) as page:
+        history = chat_tab.history_drawer(icons)
+        settings = controls.settings_drawer()
         if not embed:
             gr.Markdown(TITLE, elem_id="title")
         banner = gr.Markdown("", elem_id="banner")
-        with gr.Tab("Chat"):
-            chat = chat_tab.build(services, examples, icons)
-        with gr.Tab("Compare two models"):
-            compare = compare_tab.build(services, icons)
+        with gr.Tabs(elem_classes="embedded" if embed else None):
+            with gr.Tab("Chat"):
+                chat = chat_tab.build(services, page, settings, history, examples)
+            with gr.Tab("Compare two models"):
+                compare = compare_tab.build(services, page, settings, icons)
         if not embed:
             retention = RETENTION[services.log.chats].format(days=services.log.keep_days)
             gr.Markdown(TERMS.format(retention=retention), elem_id="terms")

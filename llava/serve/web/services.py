@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Final
 
 import gradio as gr
 import httpx
@@ -21,10 +22,10 @@ from llava.serve.web.client import ServiceClient
 from llava.serve.web.images import load_images
 from llava.serve.web.log import ConversationLog
 from llava.serve.web.models import Listing, ModelCatalog
+from llava.serve.web.ratings import Ratings
 from llava.utils import MODERATION_URL
 
-# A file of the gallery: its path and caption.
-GalleryFile = tuple[str, str | None]
+MAX_TEXT: Final = 20_000  # characters of a message
 
 
 class Moderator:
@@ -63,8 +64,12 @@ class AppServices:
     log: ConversationLog
     moderator: Moderator | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    ratings: Ratings = field(init=False)
     answers: int = 0  # in progress
     draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.ratings = Ratings(self.log.directory)
 
     async def drain(self, grace: float) -> None:
         """Refuse new messages, let running answers finish for `grace` seconds, and close the connections."""
@@ -79,16 +84,16 @@ class AppServices:
         if self.moderator is not None:
             await self.moderator.close()
 
-    async def new_turn(
-        self, model: str | None, text: str, files: Sequence[GalleryFile], mode: str, sampling: Sampling
-    ) -> Turn:
+    async def new_turn(self, model: str | None, text: str, files: Sequence[str], mode: str, sampling: Sampling) -> Turn:
         """Create and validate a message; raises `LlavaError` when it cannot be sent."""
         if self.draining:
             raise RequestError("This server is restarting; send the message again in a minute.")
         if not model:
             listing = await self.catalog.listing()
             raise RequestError(listing.reason or "No model is selected; select one.")
-        turn = Turn(text, load_images([path for path, _ in files]), mode, sampling, model)
+        if len(text) > MAX_TEXT:
+            raise RequestError(f"A message may have at most {MAX_TEXT:,} characters, got {len(text):,}; shorten it.")
+        turn = Turn(text, load_images(files), mode, sampling, model)
         turn.check()
         if self.moderator is not None and text:
             refusal = await self.moderator.refusal(text)
