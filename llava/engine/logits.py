@@ -40,6 +40,9 @@ class TokenTable:
         table = cls(params, prompt)
         return table if table._counted or table._tokens else None
 
+    def __len__(self) -> int:
+        return len(self._tokens)
+
     def append(self, token: int) -> None:
         """Count a generated token."""
         if self._counted:
@@ -82,10 +85,14 @@ def mask_logits(logits: Tensor, guides: Sequence[Guide | None]) -> None:
     """
     rows = [row for row, guide in enumerate(guides) if guide is not None]
     masks = grammar_masks([guide for guide in guides if guide is not None])  # (n, ceil(V / 32)) int32
-    index, words = upload([torch.tensor(rows), masks], logits.device)
-    bits = words.unsqueeze(-1) >> torch.arange(32, device=logits.device, dtype=torch.int32)
-    forbidden = ((bits & 1) == 0).flatten(1)[:, : logits.shape[1]]
-    logits[index] = logits[index].masked_fill(forbidden, -torch.inf)
+    index, masks = upload([torch.tensor(rows), masks.view(torch.uint8)], logits.device)
+    steps = torch.arange(8, device=logits.device, dtype=torch.uint8)
+    forbidden = (masks.unsqueeze(-1) & (torch.ones_like(steps) << steps)) == 0  # (n, bytes, 8)
+    forbidden = forbidden.flatten(1)[:, : logits.shape[1]]
+    if len(rows) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        logits[index] = logits[index].masked_fill(forbidden, -torch.inf)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> Tensor:

@@ -51,7 +51,7 @@ class Sampler:
     ) -> None:
         self.params = params
         self.generators = generators
-        self.tables = tables if any(table is not None for table in tables) else ()
+        self.tables = tables if any(tables) else ()  # none before the first token if nothing but generated ones counts
         self.guides = guides if any(guide is not None for guide in guides) else ()
         self._device_params: Sequence[Tensor] = ()
 
@@ -170,8 +170,8 @@ def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) ->
     if 0 < params.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -torch.inf)
     tokens, probabilities = top_p_candidates(logits, params.temperature, params.top_p)
-    if params.min_p > 0.0:
-        inside = probabilities >= params.min_p * probabilities.max()
+    if params.min_p > 0.0 or params.guided_decoding is not None:  # few tokens remain
+        inside = (probabilities > 0) & (probabilities >= params.min_p * probabilities.max())
         tokens, probabilities = tokens[inside], probabilities[inside]
     uniform = torch.rand(len(logits), dtype=torch.float64, generator=generator)
     exponential = torch.log1p(-uniform[tokens]).neg_().float()

@@ -92,6 +92,7 @@ def test_a_grammar_adds_one_upload_and_no_synchronisation(parts: Parts, card: de
     """Its masks are computed while the forward pass runs, so they are sent after it, for all rows together."""
     engine = Engine(*parts, max_batch_size=16)
     guide = GuidedDecodingParams(regex="[a-z]{60}")
+    engine.grammars.compile(guide)  # while the engine has end tokens
     guided = [Request([1, 300 + n], params=SamplingParams(50, guided_decoding=guide)) for n in range(3)]
     steps = steady_steps(engine, [*guided, *requests(2, "own", "sampled")], card)
     assert steps

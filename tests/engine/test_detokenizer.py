@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -32,8 +32,8 @@ def byte_level() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>")
 
 
-def pieces_of(tokenizer: Any, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, SpecialTokens(tokenizer, None))
+def pieces_of(tokenizer: Any, ids: list[int], context: list[int] | None = None) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, SpecialTokens(tokenizer, None), context or [])
     return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
 
 
@@ -43,6 +43,24 @@ def test_pieces_join_to_the_decoded_whole(parts: tuple[Any, Any, Any], ids: list
     tokenizer = parts[1]
     kept = [token for token in ids if token not in tokenizer.all_special_ids]
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+
+
+@QUICK
+@given(context=st.lists(st.integers(3, 383), max_size=12), ids=st.lists(st.integers(3, 383), max_size=12))
+def test_pieces_after_a_context_continue_its_text(
+    parts: tuple[Any, Any, Any], context: list[int], ids: list[int]
+) -> None:
+    """In SentencePiece the first token of a text loses the space before its word, the others keep it."""
+    tokenizer = parts[1]
+    before, whole = (tokenizer.decode(some, clean_up_tokenization_spaces=False) for some in (context, [*context, *ids]))
+    assume(not before.endswith("\ufffd") and whole.startswith(before))
+    assert before + "".join(pieces_of(tokenizer, ids, context)) == whole
+
+
+def test_white_space_stays_at_both_ends_if_wanted() -> None:
+    for strip, text in ((True, "a b"), (False, " \n a b  ")):
+        stream = TextStream(["END"], strip=strip)
+        assert "".join(map(stream.push, (" ", "\n a", " b ", " EN", "D x"))) == stream.text == text
 
 
 @QUICK

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from llava.serve.common.protocol import WorkerStatus
+from llava.serve.common.protocol import ErrorType, ServeError, WorkerStatus
+from llava.serve.common.streaming import merged
 from llava.serve.worker.local_backend import BackendSettings
 from tests.serve.stubs import (
     MODEL,
@@ -416,6 +418,28 @@ def test_malformed_choices_of_a_worker_are_an_error(bad: bytes) -> None:
     with scripted(bad) as api, pytest.raises(openai.InternalServerError) as failed:
         api.completions.create(model=MODEL, prompt="x", n=2)
     assert (failed.value.status_code, failed.value.code) == (502, "worker_unavailable")
+
+
+def test_streams_that_are_read_together_end_together() -> None:
+    ended = []
+
+    async def silent() -> AsyncGenerator[int, None]:
+        try:
+            await asyncio.Event().wait()
+            yield 0
+        finally:
+            ended.append("silent")
+
+    async def failing() -> AsyncGenerator[int, None]:
+        yield 1
+        raise ServeError(ErrorType.TIMEOUT, "no answer")
+
+    async def scene() -> list[int]:
+        return [item async for item in merged([silent(), failing()])]
+
+    with pytest.raises(ServeError):
+        asyncio.run(scene())
+    assert ended == ["silent"]
 
 
 # --- unknown routes and models --------------------------------------------------------------------------------------

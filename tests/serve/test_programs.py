@@ -154,6 +154,10 @@ def test_openai_completes_texts_and_token_ids_as_the_engine_does(client: openai.
         streamed = "".join(choice.text for chunk in chunks for choice in chunk.choices)
         assert whole.choices[0].text.removeprefix("<s> ") == streamed.removeprefix("<s> ") == text
         assert whole.usage.prompt_tokens == expected.prompt_tokens
+    biased = {"model": NAME, "logit_bias": {str(engine.tokenizer.convert_tokens_to_ids("▁the")): 100}, "max_tokens": 2}
+    assert client.completions.create(prompt=prompt, **biased).choices[0].text == " the the"
+    chat = [{"role": "user", "content": prompt}]
+    assert client.chat.completions.create(messages=chat, **biased).choices[0].message.content == "the the"
 
 
 def test_openai_responses_are_those_of_the_chat(client: openai.OpenAI) -> None:
