@@ -140,6 +140,7 @@ class Evaluation:
         facts = {
             "model_id": self.args.model_name, "questions": len(questions), "published_questions": task.published_rows,
             "limit": self.args.limit, "primary_metric": task.primary_metric(scores),
+            "primary_interval": scores.get("intervals", {}).get(task.metric),
             "data_root": None if task.data_root is None else str(task.data_root),
         }  # fmt: skip
         write_json(self.score_path(task), {**facts, **scores}, indent=2)

@@ -2,6 +2,7 @@
 
     llava report eval/MODEL [eval/OTHER ...] [--output-dir report] [--samples 6]
     llava report --diff eval/MODEL eval/OTHER
+    llava report eval/MODEL --format lmms-eval
 
 Prints the tables and writes them as report.md, report.csv, report.png and report.html; the page also shows sample
 answers with their images. `--diff` lists the differences between two runs: settings, versions, scores, and changed
@@ -21,6 +22,7 @@ from llava.errors import ConfigError
 from llava.eval.benchmarks.registry import TASKS
 from llava.eval.reporting.chart import draw_chart
 from llava.eval.reporting.data import Run, compare, csv_text, format_score, markdown, markdown_table, read_run
+from llava.eval.reporting.export import export
 from llava.eval.reporting.page import collect_samples, render_page
 from llava.eval.run.answers import read_complete_lines, row_key
 from llava.eval.run.files import Record
@@ -29,6 +31,7 @@ from llava.files import write_text
 from llava.utils import guarded
 
 EXAMPLES: Final = 5
+FORMATS: Final = ("report", "lmms-eval", "model-index")
 SKIPPED: Final = ("asked", "engine", "seconds", "keys", "shards", "environment.command", "status")
 
 
@@ -41,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output-dir", type=Path, default=Path("report"), help="default: %(default)s")
     add("--published", metavar="NAME", help="published checkpoint to compare with (default: the model's name)")
     add("--samples", type=int, default=6, help="number of sample answers per benchmark (default %(default)s)")
+    add("--format", choices=FORMATS, default=FORMATS[0], help="write these files (default %(default)s)")
     add("--diff", action="store_true", help="print the differences between two runs and write no files")
     return parser
 
@@ -130,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run if names.count(run.name) == 1 else dataclasses.replace(run, name=f"{run.name} ({run.folder})")
         for run in runs
     ]
+    if args.format != FORMATS[0]:
+        print("\n".join(str(export(run, args.format, args.output_dir)) for run in runs))
+        return 0
     written = write_report(runs, args.output_dir, args.samples)
     print(markdown(runs))
     print("\n".join(map(str, written)), file=sys.stderr)

@@ -141,6 +141,7 @@ def metadata(run: Run) -> ModelCardData:
             dataset_name=score["task"],
             dataset_split=score.get("split"),
             metric_type="score",
+            metric_name=f"score, {interval_text(score)}" if interval_text(score) else None,
             metric_value=round(score["primary_metric"], 2),
         )
         for score in run.scores
@@ -276,12 +277,19 @@ def results_text(run: Run) -> str:
             str(score.get("split") or ""),
             f"{score.get('questions', 0):,}",
             f"{score['primary_metric']:.2f}",
+            interval_text(score),
         )
         for score in run.scores
     ]
     if scores:
-        parts.append(table(("benchmark", "split", "questions", "score"), scores))
+        parts.append(table(("benchmark", "split", "questions", "score", ""), scores))
     return "\n\n".join(parts)
+
+
+def interval_text(score: Mapping[str, Any]) -> str:
+    """The confidence interval of a score of `llava eval`, empty if it has none."""
+    found = score.get("primary_interval")
+    return f"95 % CI {found['low']:.1f}–{found['high']:.1f}" if found else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

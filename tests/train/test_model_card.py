@@ -82,12 +82,14 @@ def test_scores_of_an_evaluation_join_the_card(trained: Path, tmp_path: Path) ->
     for task, score in (("easy_vqa", 97.125), ("vqav2", None)):
         (out / "eval" / task).mkdir(parents=True)
         scores = {"task": task, "split": "test", "questions": 1000, "primary_metric": score}
+        scores["primary_interval"] = score and {"low": 96.04, "high": 98.0}
         (out / "eval" / task / "score.json").write_text(json.dumps(scores))
     assert model_card.main([str(out), "--name", "me/run"]) == 0
     card = ModelCard.load(out / "README.md")
     (result,) = card.data.eval_results
     assert (result.dataset_type, result.dataset_split, result.metric_value) == ("easy_vqa", "test", 97.12)
-    assert card.data.model_name == "me/run" and "| `easy_vqa` | test | 1,000 | 97.12 |" in card.text
+    row = "| `easy_vqa` | test | 1,000 | 97.12 | 95 % CI 96.0–98.0 |"
+    assert card.data.model_name == "me/run" and row in card.text and result.metric_name == "score, 95 % CI 96.0–98.0"
     assert "--model-path me/run" in card.text and "vqav2" not in card.text
 
 

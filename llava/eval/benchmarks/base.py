@@ -6,13 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from llava.errors import ConfigError, DataError
+from llava.eval.benchmarks.outcomes import FILE, Outcome, write_outcomes
 from llava.eval.run.answers import complete_answers
 from llava.eval.run.files import Record, Row
 from llava.eval.run.images import ImageFolder, ImageSource
 from llava.eval.run.questions import Question, read_questions, subsample
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Metric
 
 Scores = dict[str, Any]  # content of score.json
 EVAL_DATA: Final = Path("playground/data/eval")
@@ -35,6 +40,17 @@ def unread_line(scores: Scores) -> str:
     """The line about unread answers that follows every score."""
     missing = f", {scores['missing']} of them missing" if scores.get("missing") else ""
     return f"Unread answers: {scores['unread']} of {scores['answers']}{missing}"
+
+
+def interval_lines(scores: Scores) -> list[str]:
+    """The confidence interval of each metric; no lines if the scores have none."""
+    found = {name: each for name, each in scores.get("intervals", {}).items() if each is not None}
+    width = max(map(len, found), default=0)
+    lines = [
+        f"  {name:<{width}}  {each['value']:>8.5g}  {each['low']:.5g} to {each['high']:.5g}"
+        for name, each in found.items()
+    ]
+    return ["95 % confidence intervals, clustered by image:", *lines] if lines else []
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,8 @@ class Task(ABC):
         split: a key of `layouts`, whose first one has published scores.
 
     `column` is the name in the published table (`llava.eval.reporting.data`), `metric` the key of the published score.
-    `supports_limit` is false if scores depend on groups of questions.
+    `overall` names the accuracy over all answers in the scores. `supports_limit` is false if scores depend on groups of
+    questions.
     """
 
     name: ClassVar[str]
@@ -82,6 +99,7 @@ class Task(ABC):
     layouts: ClassVar[Mapping[str, Layout]]
     column: ClassVar[str | None] = None
     metric: ClassVar[str] = "accuracy"
+    overall: ClassVar[str] = "accuracy"
     max_new_tokens: ClassVar[int] = 128
     supports_limit: ClassVar[bool] = True
 
@@ -149,15 +167,43 @@ class Task(ABC):
         """Scores of a complete answers file. Raises `DataError` if an answer is missing or failed.
 
         Answers that a server has to score are written to a file, named under `upload`. `unread` counts the empty
-        answers, unless `score_rows` counts those that its rule cannot read (`count_unread`).
+        answers, unless `score_rows` counts those that its rule cannot read (`count_unread`). If `score_rows` gives
+        `outcomes`, they are written beside the answers, and `intervals` has the 95 % interval of each metric.
         """
-        rows = complete_answers(answers, self.questions(limit))
+        questions = self.questions(limit)
+        rows = complete_answers(answers, questions)
         unread = count_unread(is_blank(row["text"]) for row in rows)
-        return {"task": self.name, "split": self.split, **unread, **self.score_rows(rows, answers)}
+        scores = {"task": self.name, "split": self.split, **unread, **self.score_rows(rows, answers)}
+        outcomes: list[Outcome] = scores.pop("outcomes", [])
+        if not outcomes:
+            answers.with_name(FILE).unlink(missing_ok=True)
+            return scores
+        from llava.eval.outcomes import Outcomes  # needs numpy
+        from llava.eval.uncertainty import interval
+
+        images = [" ".join(question.images) for question in questions]
+        write_outcomes(answers.with_name(FILE), outcomes, images)
+        intervals = {each.name: interval(each) for each in self.metrics(Outcomes.of(outcomes, images))}
+        return {**scores, "intervals": {name: found and found.record() for name, found in intervals.items()}}
 
     @abstractmethod
     def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
-        """Scores of the complete answers in `path`; with `--limit`, these are answers to a part of the questions."""
+        """Scores of the complete answers in `path`; with `--limit`, these are answers to a part of the questions.
+
+        `outcomes` may list the `Outcome` of each row.
+        """
+
+    @classmethod
+    def metrics(cls, outcomes: Outcomes) -> list[Metric]:
+        """Metrics with an interval, named by their paths in the scores: means of all scores, of groups, of values."""
+        groups = [outcomes.mean(name, group=name) for name in outcomes.groups]
+        values = [outcomes.mean(name, column) for name, column in outcomes.values.items()]
+        return [outcomes.mean(cls.overall), *groups, *values]
+
+    @classmethod
+    def scored_units(cls, outcomes: Outcomes) -> Outcomes:
+        """What is right or wrong as a whole: each answer, unless the benchmark scores several together."""
+        return outcomes
 
     @staticmethod
     @abstractmethod
@@ -166,8 +212,8 @@ class Task(ABC):
 
     @classmethod
     def summary(cls, scores: Scores) -> str:
-        """The table and the number of unread answers."""
-        return f"{cls.table(scores).rstrip()}\n{unread_line(scores)}"
+        """The table, the number of unread answers, and the confidence intervals."""
+        return "\n".join((cls.table(scores).rstrip(), unread_line(scores), *interval_lines(scores)))
 
     def primary_metric(self, scores: Scores) -> float | None:
         """The published metric, None if only a server can compute it."""

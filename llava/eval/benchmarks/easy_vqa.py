@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
 from llava.errors import DataError
 from llava.eval.benchmarks.base import Layout, Scores, Task
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.run.files import Record, Row
 from llava.eval.run.questions import Question
 
@@ -28,8 +29,19 @@ class Prediction:
     answer: str
 
     @property
-    def is_yes_no(self) -> bool:
-        return self.reference in ("yes", "no")
+    def kind(self) -> str:
+        return "yes_no" if self.reference in ("yes", "no") else "open"
+
+    @property
+    def is_correct(self) -> bool:
+        return normalize(self.answer) == normalize(self.reference)
+
+    def outcome(self, key: str, baseline: Mapping[str, str]) -> Outcome:
+        """The outcome of the answer and of the baseline, in the groups of `score_predictions`."""
+        groups = [f"{self.kind}/accuracy", f"per_answer/{self.reference}/accuracy"]
+        known = float(baseline.get(self.question) == self.reference)
+        values = {f"question_only/{name}/accuracy": known for name in ("overall", self.kind)}
+        return Outcome(key, self.is_correct, groups, values)
 
 
 class Accuracy(TypedDict):
@@ -69,7 +81,7 @@ def score_predictions(predictions: Sequence[Prediction], training: Iterable[tupl
     baseline = question_only_baseline(training)
 
     def is_correct(item: Prediction) -> bool:
-        return normalize(item.answer) == normalize(item.reference)
+        return item.is_correct
 
     def baseline_is_correct(item: Prediction) -> bool:
         return baseline.get(item.question) == item.reference
@@ -89,8 +101,8 @@ def score_predictions(predictions: Sequence[Prediction], training: Iterable[tupl
 def _by_kind(items: Sequence[Prediction], is_correct: Callable[[Prediction], bool]) -> dict[str, Accuracy]:
     return {
         "overall": _accuracy(items, is_correct),
-        "yes_no": _accuracy([item for item in items if item.is_yes_no], is_correct),
-        "open": _accuracy([item for item in items if not item.is_yes_no], is_correct),
+        "yes_no": _accuracy([item for item in items if item.kind == "yes_no"], is_correct),
+        "open": _accuracy([item for item in items if item.kind == "open"], is_correct),
     }
 
 
@@ -112,6 +124,8 @@ class EasyVQA(Task):
     """The data is `package_data` unless `data_root` is given."""
 
     name: ClassVar[str] = "easy_vqa"
+    metric = "overall/accuracy"
+    overall = "overall/accuracy"
     max_new_tokens: ClassVar[int] = 16
     layouts: ClassVar = {
         "test": Layout("test/questions.json", "test/images", 9673, PYPI, {"train/questions.json": PYPI}, PYPI),
@@ -135,7 +149,10 @@ class EasyVQA(Task):
         references = self.references(rows)
         predictions = [Prediction(row["prompt"], reference, row["text"]) for row, reference in zip(rows, references)]
         training = [(question, answer) for question, answer, _ in read_items(self.root / "train" / "questions.json")]
-        return score_predictions(predictions, training)
+        baseline = question_only_baseline(training)
+        keys = (str(row["question_id"]) for row in rows)
+        outcomes = [item.outcome(key, baseline) for key, item in zip(keys, predictions)]
+        return {**score_predictions(predictions, training), "outcomes": outcomes}
 
     def primary_metric(self, scores: Scores) -> float | None:
         found = scores["overall"]["accuracy"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread, is_blank
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, read_json, require_labels, require_same, write_json
 from llava.eval.run.questions import QuestionId
@@ -25,6 +26,17 @@ def write_predictions(target: Path, answers: Mapping[QuestionId, str]) -> None:
     write_json(target, [{"questionId": key, "prediction": prediction(text)} for key, text in answers.items()])
 
 
+def is_correct(question: Record, text: str) -> bool:
+    """Whether an answer matches the annotated one."""
+    return prediction(text) == str(question["answer"]).lower()
+
+
+def outcome(key: str, question: Record, text: str) -> Outcome:
+    """The outcome of an answer, in the groups of `score_answers`."""
+    kinds = ["all", *filter(None, [question.get("types", {}).get("structural")])]
+    return Outcome(key, is_correct(question, text), [f"groups/{kind}/accuracy" for kind in kinds])
+
+
 def score_answers(questions: Mapping[str, Record], answers: Mapping[QuestionId, str]) -> Scores:
     """Accuracy in percent, in total and per structural type.
 
@@ -32,7 +44,7 @@ def score_answers(questions: Mapping[str, Record], answers: Mapping[QuestionId, 
     """
     groups: dict[str, list[bool]] = {"all": []}
     for key, question in questions.items():
-        correct = prediction(answers[key]) == question["answer"].lower()
+        correct = is_correct(question, answers[key])
         groups["all"].append(correct)
         structural = question.get("types", {}).get("structural")
         if structural is not None:
@@ -55,7 +67,9 @@ class Gqa(Task):
         require_labels(answers, labels, self.root / LABELS)
         groups = score_answers({key: labels[key] for key in answers}, answers)
         unread = count_unread(is_blank(prediction(text)) for text in answers.values())
-        return {"n": len(rows), "accuracy": groups["all"]["accuracy"], **unread, "groups": groups}
+        outcomes = [outcome(str(row["question_id"]), labels[row["question_id"]], row["text"]) for row in rows]
+        overall = {"n": len(rows), "accuracy": groups["all"]["accuracy"], **unread}
+        return {**overall, "groups": groups, "outcomes": outcomes}
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         labels = read_json(self.root / LABELS)

@@ -9,16 +9,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Final, TypedDict
+from typing import TYPE_CHECKING, ClassVar, Final, TypedDict
 
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import COCO, Layout, Scores, Task, is_blank
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.judging import reviews
 from llava.eval.judging.judge import Judge, base_url
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, read_json, read_rows, write_json, write_jsonl
 from llava.eval.run.questions import QuestionId
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Metric
 
 MM_VET_JUDGE: Final = "gpt-4-0613"
 LLAVA_BENCH_JUDGE: Final = "gpt-4-0314"
@@ -134,7 +140,11 @@ class MMVet(Task):
         judge = make_judge(path, MM_VET_JUDGE)
         grades = grade_answers(judge, read_json(self.root / "mm-vet.json"), rows)
         write_json(path.with_name("grades.json"), grades, indent=2)
-        return {**score_grades(grades), "judge": judge.settings(), "upload": str(target)}
+        outcomes = [
+            Outcome(key, item["grade"], [f"capabilities/{name}" for name in ("total", *item["capability"])])
+            for key, item in grades.items()
+        ]
+        return {**score_grades(grades), "judge": judge.settings(), "upload": str(target), "outcomes": outcomes}
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         annotations = read_json(self.root / "mm-vet.json")
@@ -169,13 +179,34 @@ class LlavaBench(Task):
         output.unlink(missing_ok=True)  # the judge's cache has the replies to unchanged answers
         files = reviews.ReviewFiles(questions, [subset, path], output, context)
         reviews.review_files(judge, self.review_type, files)
-        result = reviews.score_reviews(read_rows(output))
+        reviewed = read_rows(output)
+        result = reviews.score_reviews(reviewed)
         if result["n_failed"]:
             raise DataError(f"{output} has {result['n_failed']} judgements without scores; not scored. Run again.")
         first, second = result["means"]["all"]
         if not first:
             raise DataError(f"{output}: the mean score of the reference is 0, so the ratio is undefined.")
-        return {"n": len(rows), "accuracy": 100 * second / first, **result, "judge": judge.settings()}
+        outcomes = [
+            Outcome(str(row["question_id"]), row["tuple"][1] / 10, [row["category"]],
+                    dict(zip(("reference", "model"), row["tuple"])))
+            for row in reviewed
+        ]  # fmt: skip
+        accuracy = {"n": len(rows), "accuracy": 100 * second / first}
+        return {**accuracy, **result, "judge": judge.settings(), "outcomes": outcomes}
+
+    @classmethod
+    def metrics(cls, outcomes: Outcomes) -> list[Metric]:
+        """The printed ratio and means of all questions and of each category; they have no upper bound."""
+        from llava.eval.uncertainty import Metric, ratio
+
+        found = []
+        for name, members in {"all": outcomes.scores >= 0, **outcomes.groups}.items():
+            sums = outcomes.sums(members, *(members * outcomes.values[of] for of in ("model", "reference")))
+            found += [
+                Metric(f"means/{name}/{label}", sums[:, columns], ratio(scale), None)
+                for label, columns, scale in (("ratio", [1, 2], 100.0), ("0", [2, 0], 1.0), ("1", [1, 0], 1.0))
+            ]
+        return [replace(found[0], name="accuracy"), *found]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         reference = next(iter(self.layout.labels))

@@ -13,16 +13,21 @@ import string
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.benchmarks.xlsx import write_xlsx
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, by_key, require_same
 from llava.eval.run.images import Base64Images
 from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Metric
 
 COPY_OFFSET: Final = 1_000_000
 SUFFIXES: Final = {"en": LETTER_SUFFIX, "cn": LETTER_SUFFIX_CN}
@@ -127,6 +132,14 @@ def predicted_letter(row: Mapping[str, str], answer: Record) -> str | None:
     return None if found is None else str(original[letters.index(found)])
 
 
+def outcome(row: Mapping[str, str], answer: Record) -> Outcome:
+    """The outcome of the answer to a row; its unit are all rotations of the question."""
+    base, turn = int(row["index"]) % COPY_OFFSET, answer["round_id"]
+    correct = predicted_letter(row, answer) == row["answer"]
+    vanilla = {} if turn or int(row["index"]) >= COPY_OFFSET else {"vanilla": float(correct)}
+    return Outcome(f"{row['index']}/{turn}", correct, [f"categories/{row.get('category', '')}"], vanilla, str(base))
+
+
 def score_answers(rows: Table, predictions: Predictions) -> Scores:
     """Vanilla and circular accuracy in percent, and circular accuracy per category; copies count as one question.
 
@@ -211,7 +224,23 @@ class MMBench(Task):
         if self.split != "dev":
             unread = count_unread(predicted_letter(row, predictions[0][row["index"]]) is None for row in self.rows)
             return {"n": len(rows), **unread, "upload": str(target), "server": "OpenCompass (opencompass.org.cn)"}
-        return {**score_answers(self.rows, predictions), "upload": str(target)}
+        by_index = {row["index"]: row for row in self.rows}
+        outcomes = [
+            outcome(by_index[str(row["question_id"])], predictions[row.get("round_id", 0)][str(row["question_id"])])
+            for row in rows
+        ]
+        return {**score_answers(self.rows, predictions), "upload": str(target), "outcomes": outcomes}
+
+    @classmethod
+    def metrics(cls, outcomes: Outcomes) -> list[Metric]:
+        """Circular accuracies over questions, in total and per category, and vanilla accuracy over unrotated rows."""
+        units = outcomes.by_unit()
+        circular = [units.mean("circular"), *(units.mean(name, group=name) for name in units.groups)]
+        return [*circular, *(outcomes.mean(name, column) for name, column in outcomes.values.items())]
+
+    @classmethod
+    def scored_units(cls, outcomes: Outcomes) -> Outcomes:
+        return outcomes.by_unit()
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         answers = {row["index"]: row.get("answer", "") for row in self.rows}

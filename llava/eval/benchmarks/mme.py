@@ -6,16 +6,22 @@ The score of a task is 100·acc + 100·acc+, the accuracy over answers and over 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, require_same
 from llava.eval.run.questions import SHORT_SUFFIX
 from llava.files import write_text
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Metric
 
 GROUPS: Final = MappingProxyType(
     {
@@ -107,6 +113,13 @@ def parse(text: str) -> str:
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
+def outcome(key: Key, row: ResultRow) -> Outcome:
+    """The outcome of an answer; its unit are both questions about the image."""
+    values = {"yes": float(parse(row.answer) == "yes"), "label": float(row.reference == "Yes")}
+    correct = parse(row.answer) == row.reference.lower()
+    return Outcome("/".join(key), correct, [f"tasks/{key[0]}"], values, f"{key[0]}/{key[1]}")
+
+
 def score_task(rows: Sequence[ResultRow], name: str) -> Scores:
     """acc, acc+ and score of one task. Raises `DataError` unless every image has two rows."""
     if not rows:
@@ -145,7 +158,25 @@ class Mme(Task):
     layouts: ClassVar = {"test": Layout("llava_mme.jsonl", "MME_Benchmark_release_version", 2374, PAGE)}
 
     def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
-        return score_tasks(result_rows(self.image_folder, path))
+        found = result_rows(self.image_folder, path)
+        ordered = {task: iter(lines) for task, lines in found.items()}  # each in the order of the answers
+        keys = list(map(answer_key, rows))
+        outcomes = [outcome(key, next(ordered[key[0]])) for key in keys]
+        return {**score_tasks(found), "outcomes": outcomes}
+
+    @classmethod
+    def metrics(cls, outcomes: Outcomes) -> list[Metric]:
+        """Both sums, and acc, acc+ and score of every task: accuracies over answers and over images."""
+        from llava.eval.uncertainty import combine, ratio
+
+        pairs, scores, parts = outcomes.by_unit(), {}, []
+        for task in outcomes.groups:
+            of_answers, of_images = (each.mean(task, group=task) for each in (outcomes, pairs))
+            scores[task] = combine(f"{task}/score", [of_answers, of_images])
+            parts += [replace(of_answers, name=f"{task}/acc", value=ratio(1.0), bounds=(0.0, 1.0))]
+            parts += [replace(of_images, name=f"{task}/acc+", value=ratio(1.0), bounds=(0.0, 1.0)), scores[task]]
+        sums = [combine(group, [scores[f"tasks/{task}"] for task in members]) for group, members in GROUPS.items()]
+        return [*sums, *parts]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         references = read_references(self.image_folder)

@@ -9,13 +9,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from llava.errors import DataError
 from llava.eval.benchmarks.base import COCO, Layout, Scores, Task, count_unread, is_blank
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, by_key, read_rows, require_labels, require_same
 from llava.eval.run.questions import QuestionId
+
+if TYPE_CHECKING:
+    from llava.eval.outcomes import Outcomes
+    from llava.eval.uncertainty import Floats, Metric
 
 PREFIX, SUFFIX = "coco_pope_", ".json"
 YES, NO, OTHER = "yes", "no", "other"
@@ -65,6 +70,14 @@ def is_unread(text: str) -> bool:
         return first != parse(text) or BOTH.match(text) is not None
     words = set(re.findall(r"[a-z']+", text.lower()))
     return (YES in words) == bool(words & {NO, "not"}) or bool(words & UNSURE)
+
+
+def outcome(row: Record, label: str, text: str) -> Outcome:
+    """The outcome of an answer: an empty one is wrong, though the published rule reads `yes`."""
+    yes = parse(text) == YES
+    values = {"yes": float(yes), "label": float(label == YES)}
+    correct = not is_blank(text) and yes == (label == YES)
+    return Outcome(str(row["question_id"]), correct, [f"categories/{row['category']}"], values)
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,33 @@ class Pope(Task):
         labels, questions = read_labels(self.root / "coco"), self._question_rows(rows)
         labelled = {(category, *key) for category, keys in labels.items() for key in keys}
         require_labels([(row["category"], *label_key(row)) for row in questions], labelled, self.root / "coco")
-        return score_answers(labels, questions, answers)
+        outcomes = [
+            outcome(row, labels[row["category"]][label_key(row)], answers[row["question_id"]]) for row in questions
+        ]
+        return {**score_answers(labels, questions, answers), "outcomes": outcomes}
+
+    @classmethod
+    def metrics(cls, outcomes: Outcomes) -> list[Metric]:
+        """The mean F1 with empty answers as wrong and as published; published rates of each category and of all."""
+        from llava.eval.uncertainty import Metric, combine, confusion_rates
+
+        label, rates = outcomes.values["label"], confusion_rates()
+        judged = (outcomes.scores == label).astype(float)  # yes, if right about a present object or wrong about another
+
+        def cells(name: str, yes: Floats) -> Floats:
+            """tp, fp, tn, fn by image."""
+            pairs = ((yes, label), (yes, 1 - label), (1 - yes, 1 - label), (1 - yes, label))
+            return outcomes.sums(*(outcomes.groups[name] * ours * theirs for ours, theirs in pairs))
+
+        found, counts = [], {}
+        for mean, yes in (("mean_f1", judged), ("published_mean_f1", outcomes.values["yes"])):
+            counts = {name: cells(name, yes) for name in outcomes.groups}
+            scores = [Metric(mean, each, rates["f1"], (0.0, 1.0)) for each in counts.values()]
+            found.append(combine(mean, scores, 100 / len(scores)))
+        first, *others = counts.values()
+        counts["pooled"] = sum(others, first)
+        parts = [(f"{name}/{rate}", counts[name], value) for name in counts for rate, value in rates.items()]
+        return [*found, *(Metric(name, sums, value, (0.0, 1.0)) for name, sums, value in parts)]
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         labels = read_labels(self.root / "coco")

@@ -16,6 +16,7 @@ from typing import ClassVar, Final
 
 from llava.errors import DataError
 from llava.eval.benchmarks.base import EVAL_ZIP, Layout, Scores, Task, count_unread
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.run.answers import read_results, read_texts
 from llava.eval.run.files import Record, Row, by_key, read_json, write_json
@@ -136,6 +137,12 @@ class Prediction:
     def correct_lenient(self) -> bool:
         return self.correct or parse_lenient(self.text, self.problem, self.options) == self.problem["answer"]
 
+    def outcome(self) -> Outcome:
+        """The outcome of the answer, in the groups of `score_predictions`."""
+        groups = [f"subsets/{name}/accuracy" for name, contains in SUBSETS.items() if contains(self.problem)]
+        groups += ["img_accuracy"] if SUBSETS["IMG"](self.problem) else []
+        return Outcome(self.question_id, self.correct, groups, {"lenient_accuracy": float(self.correct_lenient)})
+
     def record(self) -> Row:
         """An item of `--output-file`."""
         return {
@@ -212,7 +219,8 @@ class ScienceQA(Task):
     def score_rows(self, rows: Sequence[Row], path: Path) -> Scores:
         problems = read_problems(self.root, self.split)
         answers = answers_by_problem(rows, problems, path)
-        return score_predictions([Prediction(pid, problems[pid], row) for pid, row in answers.items()])
+        items = [Prediction(pid, problems[pid], row) for pid, row in answers.items()]
+        return {**score_predictions(items), "outcomes": [item.outcome() for item in items]}
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         problems = read_problems(self.root, self.split)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import DataError
 from llava.eval.benchmarks.base import Layout, RequiredFile, Scores, Task, count_unread
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import parse_option
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, by_key, read_json, require_labels, require_same, write_jsonl
@@ -36,6 +37,24 @@ def upload_rows(questions: Sequence[Record], answers: Mapping[QuestionId, str]) 
     return [{"question_id": each, "prediction": answers[plain_id(each)]} for each in ids]
 
 
+def is_correct(question: Record, text: str) -> bool:
+    """The published rule."""
+    return bool(text == question["answer"])
+
+
+def is_correct_lenient(question: Record, text: str) -> bool:
+    """The rule of `parse_option`."""
+    options = {letter: str(question.get(f"choice_{letter.lower()}", "")) for letter in "ABCD"}
+    return bool(parse_option(text, options) == question["answer"])
+
+
+def outcome(question: Record, text: str, types: Mapping[int, str]) -> Outcome:
+    """The outcome of an answer, in the groups of `score_answers`; `types` are names of question types by number."""
+    groups = [f"types/{types[question['question_type_id']]}", f"kinds/{question['data_type']}"]
+    lenient = {"lenient": float(is_correct_lenient(question, text))}
+    return Outcome(str(question["question_id"]), is_correct(question, text), groups, lenient)
+
+
 def score_answers(annotation: Record, answers: Mapping[QuestionId, str]) -> Scores:
     """Accuracies in percent: per question type in the order of their ids, in total, and per data type.
 
@@ -45,17 +64,13 @@ def score_answers(annotation: Record, answers: Mapping[QuestionId, str]) -> Scor
     names = {number: name for name, number in annotation["question_type"].items()}
     questions = annotation["questions"]
 
-    def is_correct(question: Record) -> bool:
-        return bool(answers.get(plain_id(question["question_id"])) == question["answer"])
+    def text(question: Record) -> str:
+        return answers.get(plain_id(question["question_id"]), "")
 
-    def is_correct_lenient(question: Record) -> bool:
-        options = {letter: str(question.get(f"choice_{letter.lower()}", "")) for letter in "ABCD"}
-        return bool(parse_option(answers.get(plain_id(question["question_id"]), ""), options) == question["answer"])
+    def accuracy(group: Sequence[Record], rule: Callable[[Record, str], bool] = is_correct) -> float:
+        return 100 * sum(rule(question, text(question)) for question in group) / len(group)
 
-    def accuracy(group: Sequence[Record]) -> float:
-        return 100 * sum(map(is_correct, group)) / len(group)
-
-    unread = count_unread(answers.get(plain_id(q["question_id"]), "") not in tuple("ABCD") for q in questions)
+    unread = count_unread(text(question) not in tuple("ABCD") for question in questions)
     by_type = {number: [q for q in questions if q["question_type_id"] == number] for number in sorted(names)}
     by_kind = {kind: [q for q in questions if q["data_type"] == kind] for kind in ("image", "video")}
     return {
@@ -63,7 +78,7 @@ def score_answers(annotation: Record, answers: Mapping[QuestionId, str]) -> Scor
         **unread,
         "types": {names[number]: accuracy(group) for number, group in by_type.items() if group},
         "total": accuracy(questions),
-        "lenient": 100 * sum(map(is_correct_lenient, questions)) / len(questions),
+        "lenient": accuracy(questions, is_correct_lenient),
         "kinds": {kind: accuracy(group) for kind, group in by_kind.items() if group},
     }
 
@@ -74,6 +89,7 @@ class SeedBench(Task):
     name: ClassVar[str] = "seed"
     column = "SEED"
     metric = "total"
+    overall = "total"
     folder = "seed_bench"
     layouts: ClassVar = {"test": Layout("llava-seed-bench.jsonl", ".", 19242, PAGE, {"SEED-Bench.json": PAGE})}
 
@@ -90,7 +106,12 @@ class SeedBench(Task):
         asked = [question for question in annotation["questions"] if plain_id(question["question_id"]) in answers]
         target = path.with_name("upload.jsonl")
         write_jsonl(target, upload_rows(asked, answers))
-        return {**score_answers({**annotation, "questions": asked}, answers), "upload": str(target)}
+        types = {number: name for name, number in annotation["question_type"].items()}
+        by_id = {plain_id(question["question_id"]): question for question in asked}
+        outcomes = [outcome(by_id[plain_id(row["question_id"])], row["text"], types) for row in rows]
+        return {
+            **score_answers({**annotation, "questions": asked}, answers), "upload": str(target), "outcomes": outcomes
+        }  # fmt: skip
 
     def references(self, rows: Sequence[Record]) -> list[str]:
         questions = read_annotation(self.root / "SEED-Bench.json")["questions"]

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from llava.errors import ConfigError, DataError
 from llava.eval.benchmarks.base import Layout, Scores, Task, count_unread, is_blank
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import soft_accuracy
 from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, read_json, require_same
@@ -58,13 +59,14 @@ def answer_key(row: Record) -> tuple[str, str]:
 
 
 def score_answers(annotations: Sequence[Record], rows: Sequence[Record], path: Path) -> Scores:
-    """Mean soft accuracy in percent. Raises `DataError` if the answers of `path` are to other questions."""
+    """Mean soft accuracy in percent, and outcomes. Raises `DataError` if `path` answers other questions."""
     human_answers = {annotation_key(item): item["answers"] for item in annotations}
     keys = [answer_key(row) for row in rows]
     require_same(keys, map(annotation_key, annotations), path)
-    total = sum(soft_accuracy(row["text"], human_answers[key]) for key, row in zip(keys, rows, strict=True))
+    found = [soft_accuracy(row["text"], human_answers[key]) for key, row in zip(keys, rows, strict=True)]
     unread = count_unread(is_blank(row["text"]) for row in rows)
-    return {"n": len(rows), "accuracy": 100 * total / len(rows), **unread}
+    outcomes = [Outcome(" ".join(key), score) for key, score in zip(keys, found)]
+    return {"n": len(rows), "accuracy": 100 * sum(found) / len(rows), **unread, "outcomes": outcomes}
 
 
 class TextVQA(Task):

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from llava.errors import DataError
 from llava.eval.benchmarks.base import COCO, EVAL_ZIP, Layout, Scores, Task, count_unread, is_blank
+from llava.eval.benchmarks.outcomes import Outcome
 from llava.eval.benchmarks.parsing import normalize, official_soft_accuracy, soft_accuracy
 from llava.eval.run.answers import read_texts
 from llava.eval.run.files import Record, Row, read_json, read_rows, require_labels, require_same, write_json
@@ -34,23 +35,25 @@ def read_human_answers(path: Path) -> dict[QuestionId, list[str]]:
 
 
 def score_answers(human_answers: Mapping[QuestionId, Sequence[str]], answers: Mapping[QuestionId, str]) -> Scores:
-    """Mean soft accuracy in percent over the questions of `human_answers`.
+    """Mean soft accuracy in percent over the questions of `human_answers`, and outcomes.
 
     `accuracy` is that of the challenge's program for the normalized answers, which are what the converters submit;
     `as_written` is its accuracy for the answers themselves. Where all people agree, the program compares literally;
     `normalized` compares normalized answers there too.
     """
 
-    def mean(rule: Callable[[str, Sequence[str]], float], prepare: Callable[[str], str] = str) -> float:
-        return 100 * sum(rule(prepare(answers[key]), people) for key, people in human_answers.items()) / len(answers)
+    def each(rule: Callable[[str, Sequence[str]], float], prepare: Callable[[str], str] = str) -> list[float]:
+        return [rule(prepare(answers[key]), people) for key, people in human_answers.items()]
 
-    return {
-        "n": len(answers),
-        "accuracy": mean(official_soft_accuracy, normalize),
-        "as_written": mean(official_soft_accuracy),
-        "normalized": mean(soft_accuracy),
-        **count_unread(map(is_blank, answers.values())),
+    found = {
+        "accuracy": each(official_soft_accuracy, normalize),
+        "as_written": each(official_soft_accuracy),
+        "normalized": each(soft_accuracy),
     }
+    rows = zip(human_answers, *found.values())
+    outcomes = [Outcome(str(key), a, (), {"as_written": b, "normalized": c}) for key, a, b, c in rows]
+    means = {name: 100 * sum(values) / len(answers) for name, values in found.items()}
+    return {"n": len(answers), **means, **count_unread(map(is_blank, answers.values())), "outcomes": outcomes}
 
 
 def write_vqav2(join_list: Path, source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bar chart of a report: a bar per benchmark and run, with the published score and its noise band."""
+"""Bar chart of a report: a bar per benchmark and run with its confidence interval, and the published score's band."""
 
 from __future__ import annotations
 
@@ -55,16 +55,20 @@ def draw_chart(runs: Sequence[Run]) -> bytes:
 
 
 def _bar(axes: Axes, y: float, height: float, row: Comparison, color: str) -> None:
-    """A bar with its score, and the published score with its noise band."""
+    """A bar with its score and confidence interval, and the published score with its noise band."""
     scale = 100 / MAX_SCORES.get(row.task, 100.0)
     assert row.ours is not None
     width = end = row.ours * scale
     axes.barh(y, width, height * 0.88, color=color)
     text = f"{row.ours:,.1f}"
+    if row.interval:
+        low, high = (row.interval[key] * scale for key in ("low", "high"))
+        axes.plot([low, high], [y - height * 0.27] * 2, color=INK, linewidth=2.4, alpha=0.55, solid_capstyle="butt")
+        end = max(end, high)
     if row.published is not None and row.band is not None:
         band, center = row.band * scale, row.published * scale
         axes.errorbar(center, y, xerr=band, color=INK, capsize=3, linewidth=1.2, marker="|", markersize=9)
-        end, text = max(width, center + band), f"{text}  (published {row.published:,.1f})"
+        end, text = max(end, center + band), f"{text}  (published {row.published:,.1f})"
     elif row.limit is not None:
         text = f"{text}  ({row.limit:,} questions)"
     axes.text(end + 1.6, y, text, va="center", fontsize=8, color=INK)
@@ -76,6 +80,8 @@ def _legend(axes: Axes, runs: Sequence[Run]) -> None:
 
     names = [_shorten(run.name) for run in runs]
     handles: list[Artist] = [Patch(color=COLORS[at % len(COLORS)], label=name) for at, name in enumerate(names)]
+    if any(score.get("primary_interval") for run in runs for score in run.scores.values()):
+        handles.append(Line2D([], [], color=INK, linewidth=2.4, alpha=0.55, label="95 % confidence interval"))
     if any(run.published for run in runs):
         handles.append(Line2D([], [], color=INK, marker="|", markersize=9, label="published, with its noise band"))
     columns = 2 if max(map(len, names)) <= MAX_NAME // 2 else 1

@@ -32,6 +32,15 @@ MME_BAND: Final = 20.0
 INSIDE: Final = "inside"
 OUTSIDE: Final = "outside"
 FIELDS: Final = ("run", "task", "split", "questions", "unread", "ours", "published", "difference", "band", "verdict")
+HEADER: Final = (*FIELDS[:6], "95 % CI", "detectable", *FIELDS[6:])  # of the table
+UNCERTAINTY: Final = ("low", "high", "standard_error", "detectable", "clusters")  # columns of the CSV file
+NOTES: Final = (
+    "`95 % CI`: confidence interval of the score; questions about one image are one cluster (docs/Evaluation.md).",
+    "`detectable`: the smallest difference from another model, on other questions, that the benchmark finds with a "
+    "power of 80 %. Comparing answers to the same questions finds smaller ones.",
+    "`inside`: the score is within the noise band of the published one (docs/Evaluation.md defines the band).",
+    "`unread`: answers in which the rule of the benchmark finds no answer.",
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,10 @@ def read_run(folder: Path, against: str | None = None) -> Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The score of one task of a run; `published` and `band` are None if there is no published score."""
+    """The score of one task of a run; `published` and `band` are None if there is no published score.
+
+    `interval` is the record of the score's `Interval`, empty if the run has none.
+    """
 
     run: str
     task: str
@@ -124,6 +136,7 @@ class Comparison:
     band: float | None = None
     published_questions: int | None = None
     unread: int | None = None
+    interval: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def difference(self) -> float | None:
@@ -143,11 +156,14 @@ class Comparison:
         return INSIDE if abs(self.difference) <= self.band else OUTSIDE
 
     def cells(self) -> list[str]:
-        """The formatted values of `FIELDS`."""
+        """The formatted values of `HEADER`."""
         counts = ["–" if count is None else f"{count:,}" for count in (self.questions, self.unread)]
         band = "–" if self.band is None else f"±{self.band:.1f}"
-        scores = [format_score(self.ours), format_score(self.published), format_score(self.difference, signed=True)]
-        return [self.run, self.task, self.split, *counts, *scores, band, self.verdict]
+        scores = [format_score(self.published), format_score(self.difference, signed=True)]
+        ours = [format_score(self.ours), format_interval(self.interval), "–"]
+        if self.interval:
+            ours[2] = f"{self.interval['detectable']:.1f}"
+        return [self.run, self.task, self.split, *counts, *ours, *scores, band, self.verdict]
 
 
 def compare(run: Run) -> list[Comparison]:
@@ -160,13 +176,19 @@ def compare(run: Run) -> list[Comparison]:
         band = None if published is None or column is None else noise_band(column, published)
         questions, limit = score.get("questions"), score.get("limit")
         ours, counts = score.get("primary_metric"), (score.get("published_questions"), score.get("unread"))
-        rows.append(Comparison(run.name, task, split, questions, ours, limit, published, band, *counts))
+        interval = score.get("primary_interval") or {}
+        rows.append(Comparison(run.name, task, split, questions, ours, limit, published, band, *counts, interval))
     return rows
 
 
 def format_score(value: float | None, signed: bool = False) -> str:
     """One decimal as published, a dash for None."""
     return "–" if value is None else f"{value:+.1f}" if signed else f"{value:.1f}"
+
+
+def format_interval(interval: Mapping[str, float]) -> str:
+    """Both ends as printed scores, a dash without an interval."""
+    return f"{interval['low']:.1f}–{interval['high']:.1f}" if interval else "–"
 
 
 def model_zoo(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -201,10 +223,8 @@ def markdown(runs: Sequence[Run]) -> str:
     if any(run.by_column for run in runs):
         parts.append(markdown_table(*model_zoo(runs)))
     rows = [comparison.cells() for run in runs for comparison in compare(run)]
-    parts += ["## Ours and published", markdown_table(FIELDS, rows)]
-    note = "`inside`: the score is within the noise band of the published one (docs/Evaluation.md defines the band)."
-    note += "\n`unread`: answers in which the rule of the benchmark finds no answer."
-    return "\n\n".join([*parts, note]) + "\n"
+    parts += ["## Ours and published", markdown_table(HEADER, rows)]
+    return "\n\n".join([*parts, "\n".join(NOTES)]) + "\n"
 
 
 def csv_text(runs: Sequence[Run]) -> str:
@@ -212,6 +232,10 @@ def csv_text(runs: Sequence[Run]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     columns = (*FIELDS, "limit")
-    writer.writerow(columns)
-    writer.writerows([getattr(row, column) for column in columns] for run in runs for row in compare(run))
+    writer.writerow((*columns, *UNCERTAINTY))
+    writer.writerows(
+        [*(getattr(row, column) for column in columns), *map(row.interval.get, UNCERTAINTY)]
+        for run in runs
+        for row in compare(run)
+    )
     return buffer.getvalue()

@@ -15,7 +15,7 @@ from llava.errors import LlavaError
 from llava.eval.benchmarks.base import Task
 from llava.eval.benchmarks.parsing import normalize
 from llava.eval.benchmarks.registry import make_task
-from llava.eval.reporting.data import FIELDS, INSIDE, OUTSIDE, Run, compare, model_zoo
+from llava.eval.reporting.data import HEADER, INSIDE, NOTES, OUTSIDE, Run, compare, model_zoo
 from llava.eval.run.files import Record, Row, read_rows
 from llava.eval.run.questions import Question, QuestionId, subsample
 
@@ -108,11 +108,8 @@ def render_page(runs: Sequence[Run], chart: bytes | None, samples: Mapping[str, 
         image = f'<img class="chart" alt="Scores" src="data:image/png;base64,{encoded}">'
         parts.append(f'<h2>Scores</h2><div class="wide">{image}</div>')
     compared = [row.cells() for run in runs for row in compare(run)]
-    parts.append(
-        "<h2>Ours and published</h2><p>Inside: within the noise band of the published score. "
-        "Unread: answers in which the rule of the benchmark finds no answer.</p>"
-    )
-    parts.append(_table(FIELDS, compared, [""] * len(compared)))
+    parts.append("<h2>Ours and published</h2>" + "".join(f"<p>{escape(note.replace('`', ''))}</p>" for note in NOTES))
+    parts.append(_table(HEADER, compared, [""] * len(compared)))
     for task, shown in samples.items():
         cards = "".join(map(_card, shown))
         parts.append(f'<h2>Answers: {escape(task)}</h2><div class="cards">{cards}</div>')
