@@ -43,6 +43,10 @@ GLOSSES = {
     "compose.yaml": "controller, worker and web page as containers",
     "constraints.txt": "tested versions of all dependencies",
     "docs/": "documentation pages",
+    "docs/deployment/": "configuration files for docs/Deployment.md",
+    "docs/deployment/grafana.json": "Grafana dashboard",
+    "docs/deployment/kubernetes/": "Kubernetes manifests: kubectl apply -k docs/deployment/kubernetes",
+    "docs/deployment/systemd/": "systemd units",
     "docs/reference/": "API reference, generated from docstrings",
     "images/": "images of the documentation; images/README.md names the scripts that make them",
     "llava/": "the Python package",
@@ -116,7 +120,7 @@ def sentence(text: str) -> str:
 
 def first_words(path: Path) -> str | None:
     """A file's description of itself, or None: docstring, first comment, or first paragraph below a page's title."""
-    if path.suffix not in (".py", ".md", ".sh", ".cpp") or not path.is_file():
+    if path.suffix not in (".py", ".md", ".sh", ".cpp", ".conf", ".service", ".yml", ".yaml") or not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":

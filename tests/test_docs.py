@@ -24,7 +24,19 @@ PAGES += sorted((ROOT / "docs").rglob("*.md"))
 PAGES += [ROOT / name / "README.md" for name in ("benchmarks", "images", "playground", "playground/data", "pretrained")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:llava|sh|python|python -m) [a-z_][^`]*)`")
-PLAIN = {".", "apt-get", "cd", "curl", "docker", "git", "huggingface-cli", "python3", "xcode-select"}
+PLAIN = {
+    ".",
+    "apt-get",
+    "cd",
+    "curl",
+    "docker",
+    "git",
+    "huggingface-cli",
+    "kubectl",
+    "python3",
+    "systemctl",
+    "xcode-select",
+}
 MODEL = "pretrained/InternVL-Chat-ViT-6B-Vicuna-7B"
 # They run until stopped: tests/serve starts and stops them.
 SERVERS = {

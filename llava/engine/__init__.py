@@ -16,9 +16,9 @@ if TYPE_CHECKING:
         Request,
         RequestHandle,
         SamplingParams,
-        Statistics,
         TokenLogprobs,
     )
+    from llava.engine.statistics import Statistics
 
 __all__ = [
     "Completion",
@@ -36,5 +36,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'llava.engine' has no attribute {name!r}; it has {', '.join(__all__)}")
-    module = "engine" if name in ("Engine", "load_engine") else "sequence"
+    module = {"Engine": "engine", "load_engine": "engine", "Statistics": "statistics"}.get(name, "sequence")
     return getattr(importlib.import_module(f"llava.engine.{module}"), name)

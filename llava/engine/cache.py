@@ -257,7 +257,7 @@ class LRUCache:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.bytes = 0
+        self.bytes = self.evictions = 0
         self._items: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def __contains__(self, key: Hashable) -> bool:
@@ -278,6 +278,7 @@ class LRUCache:
             return
         while self.bytes + size > self.budget:
             self.bytes -= self._items.popitem(last=False)[1].nbytes
+            self.evictions += 1
         self._items[key] = value
         self.bytes += size
 

@@ -10,6 +10,7 @@ The engine has no thread: its user calls `step()`, or iterates a handle. Greedy 
 from __future__ import annotations
 
 import threading
+import time
 from collections import abc, deque
 from dataclasses import replace
 from functools import cached_property
@@ -36,9 +37,10 @@ from llava.engine.sequence import (
     Request,
     RequestHandle,
     Sequence,
-    Statistics,
+    TokenLogprobs,
     hash_image,
 )
+from llava.engine.statistics import Clock, Statistics
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import encode_prompt, get_model_name_from_path
 from llava.placement import avoid_cudnn_attention, resolve_device
@@ -91,8 +93,10 @@ class Engine:
         bounds = cache_bounds(spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens)
         self.kv_cache_bytes, self.max_prefill_tokens = bounds.kv, bounds.prefill_tokens
         self.features = FeatureEncoder(model, image_processor, self.image_aspect_ratio, bounds.features)
-        self.prefiller = Prefiller(self.model_runner, self.features, bounds.prefill_tokens, bounds.prefix)
-        self.generated_tokens = 0
+        self.clock = Clock()
+        self.prefiller = Prefiller(self.model_runner, self.features, bounds.prefill_tokens, bounds.prefix, self.clock)
+        self.generated_tokens = self.decode_steps = self.decode_rows = self.started = 0
+        self.waiting_seconds = 0.0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by row of the KV cache
         self._cache = KVCache(spec, budget=self.kv_cache_bytes)
@@ -144,7 +148,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Drop cancelled requests, prefill waiting ones, and decode one token per running one. False when idle."""
-        with self._lock:
+        with self._lock, self.clock.measure("other"):
             self._drop_cancelled()
             self._prefill()
             if self._running:
@@ -272,15 +276,27 @@ class Engine:
         """Counters, load and memory of the engine."""
         prefiller, features = self.prefiller, self.features
         return Statistics(
-            generated_tokens=self.generated_tokens,
+            requests=self.started,
+            waiting_seconds=self.waiting_seconds,
+            prompt_tokens=prefiller.prompt_tokens,
             computed_tokens=prefiller.computed_tokens,
-            shared_tokens=prefiller.shared_tokens,
+            cached_tokens=prefiller.cached_tokens,
+            prefix_hits=prefiller.hits,
+            prefix_evictions=prefiller.prefix_cache.evictions,
+            images=prefiller.images,
             encoded_images=features.encoded,
+            feature_hits=features.hits,
+            feature_evictions=features.store.evictions,
+            generated_tokens=self.generated_tokens,
+            decode_steps=self.decode_steps,
+            decode_rows=self.decode_rows,
             running=len(self._running),
             waiting=len(self._waiting),
+            max_batch_size=self.max_batch_size,
             kv_bytes=self._cache.data.nbytes,
             prefix_bytes=prefiller.prefix_cache.bytes,
             feature_bytes=features.store.bytes,
+            seconds=self.clock.seconds(),
         )
 
     def _schedule(self) -> list[Sequence]:
@@ -306,6 +322,8 @@ class Engine:
                 break
             started.append(self._waiting.popleft())
             previous = sequence.prompt
+        self.started += len(started)
+        self.waiting_seconds += sum(time.perf_counter() - sequence.submitted for sequence in started)
         return started
 
     def _prefill(self) -> None:
@@ -319,11 +337,12 @@ class Engine:
             for sequence in started:
                 if sequence.params.num_beams > 1:
                     self._beam_search(sequence)
-            for output in self.prefiller.run([sequence.prompt for sequence in batch], waiting):
-                self._cache.join(output.data, output.lengths, output.prefixes)
-                rows = [batch[index] for index in output.indices]
-                self._running.extend(rows)
-                self._append(len(self._running) - len(rows), Sampler.of(rows), output.logits)
+            with self.clock.measure("prefill"):
+                for output in self.prefiller.run([sequence.prompt for sequence in batch], waiting):
+                    self._cache.join(output.data, output.lengths, output.prefixes)
+                    rows = [batch[index] for index in output.indices]
+                    self._running.extend(rows)
+                    self._append(len(self._running) - len(rows), Sampler.of(rows), output.logits)
         except Exception as error:
             for sequence in started:
                 if not sequence.handle.done and sequence not in self._running:
@@ -337,7 +356,7 @@ class Engine:
         embeds = self.prefiller.embed(sequence.prompt)  # (L, D)
         # The default would initialise every GPU.
         devices = {device for device in (spec.device, *spec.layer_devices) if device.type == "cuda"}
-        with torch.random.fork_rng(devices, enabled=params.temperature > 0):
+        with torch.random.fork_rng(devices, enabled=params.temperature > 0), self.clock.measure("decode"):
             if params.seed is not None:
                 torch.manual_seed(params.seed)
             output = self.model.generate(
@@ -351,6 +370,7 @@ class Engine:
                 **(sampling if params.temperature > 0 else {"do_sample": False}),
             )
         for token in output[0, 1:].tolist():
+            self.generated_tokens += 1
             reason = sequence.append(token)
             if reason is not None or sequence.detokenize():
                 sequence.finish(reason or "stop")
@@ -360,7 +380,10 @@ class Engine:
     def _decode(self) -> None:
         """Decode one token for every running row."""
         sampler = Sampler.of(self._running)
-        logits = self.model_runner.decode([sequence.tokens[-1] for sequence in self._running], self._cache, sampler)
+        self.decode_steps += 1
+        self.decode_rows += len(self._running)
+        with self.clock.measure("decode"):
+            logits = self.model_runner.decode([sequence.tokens[-1] for sequence in self._running], self._cache, sampler)
         self._append(0, sampler, logits)
 
     def _append(self, first: int, sampler: Sampler, logits: Tensor) -> None:
@@ -369,12 +392,22 @@ class Engine:
         With `_on_cuda` the GPU is still computing them while the previous step's text is decoded; a row whose text
         ended with a stop string drops its new token.
         """
-        rows, tokens, count = self._running[first:], sampler.sample(logits), sampler.num_logprobs
-        reported = None if count is None else token_logprobs(logits, tokens, count)
+        rows, count = self._running[first:], sampler.num_logprobs
+        with self.clock.measure("sampling"):
+            tokens = sampler.sample(logits)
+            reported = None if count is None else token_logprobs(logits, tokens, count)
         if self._on_cuda:
-            for sequence in rows:
-                sequence.detokenize()
-        found, logprobs = download(tokens, reported, sampler.params)
+            with self.clock.measure("detokenize"):
+                for sequence in rows:
+                    sequence.detokenize()
+        with self.clock.measure("sampling"):
+            found, logprobs = download(tokens, reported, sampler.params)
+        with self.clock.measure("detokenize"):
+            self._extend(first, found, logprobs)
+
+    def _extend(self, first: int, found: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None]) -> None:
+        """Append a new token to each of the rows from `first` on, and free the rows that are finished."""
+        rows = self._running[first:]
         for offset in reversed(range(len(rows))):
             sequence = rows[offset]
             reason: FinishReason | None = "stop"
@@ -390,10 +423,11 @@ class Engine:
     def _release(self, row: int, reason: FinishReason, error: str | None = None) -> None:
         """Free a row; the last row takes its index, in the cache and here."""
         sequence = self._running[row]
-        if sequence.cache_prefix and reason in ("stop", "length"):
-            cached = sequence.tokens[: self._cache.position(row) - sequence.handle.prompt_tokens]
-            self.prefiller.cache(sequence.prompt, cached, self._cache.prefixes[row], self._cache.row(row))
-        self._cache.drop(row)
+        with self.clock.measure("other"):
+            if sequence.cache_prefix and reason in ("stop", "length"):
+                cached = sequence.tokens[: self._cache.position(row) - sequence.handle.prompt_tokens]
+                self.prefiller.cache(sequence.prompt, cached, self._cache.prefixes[row], self._cache.row(row))
+            self._cache.drop(row)
         self._running[row] = self._running[-1]
         self._running.pop()
         sequence.finish(reason, error)

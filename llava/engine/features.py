@@ -36,6 +36,7 @@ class FeatureEncoder:
         self.aspect_ratio = aspect_ratio
         self.store = LRUCache(budget)
         self.encoded = 0
+        self.hits = 0  # images whose features were cached or encoded for another image of the same call
 
     @property
     def tokens_per_image(self) -> int:
@@ -47,8 +48,10 @@ class FeatureEncoder:
 
     def encode(self, images: Iterable[HashedImage]) -> Features:
         """Features by digest; those not in the cache are computed, images of one size together."""
-        wanted = {image.digest: image for image in images}
+        asked = list(images)
+        wanted = {image.digest: image for image in asked}
         features = {digest: cached for digest in wanted if (cached := self.store.get(digest)) is not None}
+        self.hits += len(asked) - len(wanted) + len(features)
         by_shape: dict[torch.Size, list[tuple[bytes, Tensor]]] = {}
         for digest, image in wanted.items():
             if digest not in features:

@@ -7,7 +7,7 @@ common are computed once and cached. The remaining tokens run in batches of rows
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -28,6 +28,7 @@ from llava.engine.prefix_cache import (
     token_ends,
 )
 from llava.engine.sequence import CacheKeys, HashedImage, Prompt, is_image_key
+from llava.engine.statistics import Clock
 from llava.errors import RequestError
 
 MIN_SAVED: Final = 64  # tokens a shared prefix must save; it costs time in every decode step
@@ -52,7 +53,7 @@ class PrefillItem:
     """A prompt during a prefill; `prefix` covers its first `done` cache keys.
 
     `index` is its position in the batch, or None for a waiting prompt. `ends[i]` is the number of tokens of the first i
-    cache keys.
+    cache keys; `computed` counts the tokens of the prefix that were computed for this prompt.
     """
 
     index: int | None
@@ -60,6 +61,7 @@ class PrefillItem:
     ends: tuple[int, ...]
     prefix: Prefix = ()
     done: int = 0
+    computed: int = 0
 
     @property
     def images(self) -> tuple[HashedImage, ...]:
@@ -88,23 +90,26 @@ class PrefillItem:
 class Prefiller:
     """Prefill of batches of prompts, at most `max_tokens` in one forward pass, with a prefix cache."""
 
-    def __init__(self, runner: ModelRunner, features: FeatureEncoder, max_tokens: int, prefix_budget: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, features: FeatureEncoder, max_tokens: int, prefix_budget: int, clock: Clock
+    ) -> None:
         self.runner = runner
         self.features = features
         self.max_tokens = max_tokens
         self.prefix_cache = PrefixCache(prefix_budget)
-        self.computed_tokens = 0
-        self.shared_tokens = 0
+        self.clock = clock
+        self.prompt_tokens = self.computed_tokens = self.cached_tokens = 0
+        self.hits = self.images = 0  # prompts with cached tokens, and images of all prompts
 
     def run(self, prompts: Sequence[Prompt], waiting: Sequence[Prompt] = ()) -> Iterator[PrefillOutput]:
         """Prefill `prompts` and yield them in groups. Prefixes they share with `waiting` prompts are cached."""
         items = [self._item(index, prompt) for index, prompt in enumerate(prompts)]
-        features = self.features.encode(image for item in items for image in item.images)
+        features = self._encode(image for item in items for image in item.images)
         later = [self._item(None, prompt) for prompt in waiting]
         plan_shared_prefixes([*items, *later], lambda item, count: self._compute_node(item, count, features))
         for item in items:
             self._compute_chunks(item, features)
-            self.shared_tokens += num_tokens(item.prefix)
+            self._count(item)
         rows = [self._embed(item.prompt, features, item.done, len(item.prompt.ids)) for item in items]
         for batch in self._batches(items, [len(row) for row in rows]):
             yield self._prefill_rows(batch, [items[at] for at in batch], [rows[at] for at in batch])
@@ -127,7 +132,23 @@ class Prefiller:
 
     def embed(self, prompt: Prompt) -> Tensor:
         """Embeddings (L, D) of a whole prompt."""
-        return self._embed(prompt, self.features.encode(prompt.images), 0, len(prompt.ids))
+        embeds = self._embed(prompt, self._encode(prompt.images), 0, len(prompt.ids))
+        self.prompt_tokens += len(embeds)
+        self.computed_tokens += len(embeds)
+        self.images += len(prompt.images)
+        return embeds
+
+    def _encode(self, images: Iterable[HashedImage]) -> Features:
+        with self.clock.measure("tower"):
+            return self.features.encode(images)
+
+    def _count(self, item: PrefillItem) -> None:
+        """Count a prompt of the batch whose prefix is complete."""
+        cached = num_tokens(item.prefix) - item.computed
+        self.prompt_tokens += item.ends[-1]
+        self.cached_tokens += cached
+        self.hits += cached > 0
+        self.images += len(item.prompt.images)
 
     def _item(self, index: int | None, prompt: Prompt) -> PrefillItem:
         prefix, done = self.prefix_cache.match(prompt.cache_keys, len(prompt.cache_keys) - 1)
@@ -142,6 +163,7 @@ class Prefiller:
         embeds = self._embed(item.prompt, features, item.done, len(cache_keys))
         data = self.runner.prefill_kv(embeds, item.prefix)
         self.computed_tokens += len(embeds)
+        item.computed += len(embeds)
         return self.prefix_cache.insert(item.prefix, cache_keys, self._token_counts(cache_keys), data)
 
     def _compute_chunks(self, item: PrefillItem, features: Features) -> None:
@@ -199,7 +221,7 @@ class Prefiller:
 def plan_shared_prefixes(items: Sequence[PrefillItem], compute: Callable[[PrefillItem, int], Node]) -> None:
     """Compute the prefixes that at least two of `items` share behind their cached ones, and advance the items.
 
-    `compute(item, count)` returns a node of an item's next `count` cache keys.
+    `compute(item, count)` returns a node of an item's next `count` cache keys; the item is not a waiting one.
     """
     groups: dict[tuple[tuple[int, int], ...], list[PrefillItem]] = {}
     for item in items:
@@ -218,7 +240,7 @@ def _plan(group: list[PrefillItem], compute: Callable[[PrefillItem, int], Node])
     count = min(common)
     tokens = group[0].num_tokens(count)
     if tokens >= MIN_SHARED and tokens * (len(group) - 1) >= MIN_SAVED:
-        node = compute(group[0], count)
+        node = compute(next(item for item in group if item.index is not None), count)
         for item in group:
             item.advance(PrefixMatch(node, count))
     part = [group[0]]

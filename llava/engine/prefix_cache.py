@@ -71,7 +71,7 @@ class PrefixCache:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.bytes = 0
+        self.bytes = self.evictions = 0
         self._root = Node((), (0,), torch.empty(0), in_tree=True)
         self._nodes: OrderedDict[Node, None] = OrderedDict()  # by last use; every node after all of its descendants
 
@@ -132,6 +132,7 @@ class PrefixCache:
             if oldest in ancestors:
                 return False
             self._evict(oldest)
+            self.evictions += 1
         parent.children[edge] = node
         node.parent, node.edge, node.in_tree = parent, edge, True
         self._nodes[node] = None

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections import abc, deque
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -248,21 +249,6 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Counters of an engine since its creation, and its current load and memory in bytes."""
-
-    generated_tokens: int
-    computed_tokens: int  # prompt tokens that went through the model
-    shared_tokens: int  # prompt tokens taken from the prefix cache or computed once for several prompts
-    encoded_images: int
-    running: int
-    waiting: int
-    kv_bytes: int  # KV cache of the running requests
-    prefix_bytes: int
-    feature_bytes: int
-
-
 @dataclass(eq=False)
 class RequestHandle:
     """A submitted request. Iterate it for text as it is generated, or call `result()`; both drive the engine."""
@@ -357,6 +343,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     detokenized: int = 0  # tokens decoded to text
+    submitted: float = field(default_factory=time.perf_counter)
 
     def append(self, token: int) -> FinishReason | None:
         """Append the next token; return the finish reason if it follows from the tokens alone."""

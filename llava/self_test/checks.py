@@ -215,7 +215,7 @@ def check_batch(case: Case, role: Role) -> str:
     """All requests in one batch; those with the same image share its keys and values."""
     engine = make_engine(case.models[role])
     compare(case.answers, answer(engine, make_requests()), "the batch")
-    shared = engine.statistics().shared_tokens
+    shared = engine.statistics().cached_tokens
     if shared == 0:
         raise CheckFailed("no prompt tokens were shared")
     return f"{len(case.answers)} requests, {shared} prompt tokens shared"

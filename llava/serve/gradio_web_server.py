@@ -57,6 +57,7 @@ class WebArgs(CliArgs):
     token_file: Path | None = flag(None, f"file with the shared token (default: {TOKEN_VARIABLE})", type=Path)
     log_conversations: bool = flag(False, "record answers, images and visitors' addresses in LOGDIR")
     log_days: int = flag(30, "days after which records are deleted (default %(default)s)")
+    grace_seconds: float = flag(30, "shutdown timeout of running answers (default %(default)s)", type=float)
     idle_timeout: float = flag(120.0, "timeout of a silent worker in seconds (default %(default)s)")
 
     def __post_init__(self) -> None:
@@ -166,8 +167,8 @@ def add_probes(app: FastAPI, services: AppServices) -> None:
         return {"status": "ok"}
 
     async def ready() -> JSONResponse:
-        listing = await services.catalog.listing()
-        return JSONResponse({"models": list(listing.models)}, 200 if listing.models else 503)
+        models = [] if services.draining else list((await services.catalog.listing()).models)
+        return JSONResponse({"models": models}, 200 if models else 503)
 
     async def metrics() -> Response:
         return Response(services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -221,7 +222,11 @@ def run(args: WebArgs) -> int:
     app = build_app(services, embed=args.embed, concurrency=args.concurrency_count, logins=logins, port=port_of(sock))
     if args.share:
         share(port_of(sock))
-    return serve(app, sock, services.close)
+
+    async def drain() -> None:
+        await services.drain(args.grace_seconds)
+
+    return serve(app, sock, drain)
 
 
 def check_share(args: WebArgs, logins: Sequence[tuple[str, str]]) -> None:

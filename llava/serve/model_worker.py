@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import time
@@ -67,7 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = LocalBackend(model_loader(engine_args, name, args.conv_mode, settings), settings)
     worker = Worker(backend, name, stream_interval=args.stream_interval)
     worker.on_failure = lambda: signal.raise_signal(signal.SIGTERM)
-    return run_worker(worker, sock, token, args)
+    status = run_worker(worker, sock, token, args)
+    if backend.state == "loading":  # the end of the interpreter would wait for the loading thread, or crash it
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 class ModelWorker:

@@ -33,6 +33,7 @@ from llava.utils import guarded, require
 
 _LISTENING: Final = re.compile(r"Listening on (https?://\S+)")
 _POLL: Final = 0.1
+_EXIT_SECONDS: Final = 10  # for open connections, 5 at most, and the end of the process
 _API_PORT: Final = 21001
 _WEB_FLAGS: Final = ("host", "port", "auth_file", "default_model")
 _WEB_SWITCHES: Final = ("insecure", "embed", "moderate", "log_conversations")
@@ -111,7 +112,7 @@ class Supervisor:
         self.signals = 0  # received so far
 
     def start(self, name: str, module: str, argv: Sequence[str]) -> ChildProcess:
-        child = ChildProcess(name, module, argv, self.grace + 5)
+        child = ChildProcess(name, module, argv, self.grace + _EXIT_SECONDS)
         self.children.append(child)
         return child
 
@@ -132,7 +133,7 @@ class Supervisor:
     def stop(self) -> None:
         """Stop all children in reverse order of their start."""
         for child in reversed(self.children):
-            child.stop(self.grace + 5, force=lambda: self.signals > 1)
+            child.stop(self.grace + _EXIT_SECONDS, force=lambda: self.signals > 1)
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signals += 1
@@ -236,7 +237,7 @@ def run(args: argparse.Namespace, worker_flags: Sequence[str]) -> int:
             name = "worker" if len(args.model) == 1 else f"worker-{number}"
             flags = ["--model-path", model, "--port", "0", *link, *grace, *worker_flags]
             supervisor.start(name, "llava.serve.model_worker", flags)
-        flags = ["--model-list-mode", "reload", *link, *web_arguments(args)]
+        flags = ["--model-list-mode", "reload", *link, *grace, *web_arguments(args)]
         address = supervisor.address_of(supervisor.start("web", "llava.serve.gradio_web_server", flags))
         while len(models := listed_models(address)) < len(args.model):
             supervisor.check()

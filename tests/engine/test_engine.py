@@ -152,7 +152,7 @@ def test_shared_prefixes_are_computed_once(make_engine: MakeEngine, solo: Solo) 
     answers = engine.generate([Request(ids, [IMAGES[0]], SamplingParams(5)) for ids in prompts])
     assert [answer.token_ids for answer in answers] == [solo(ids, [IMAGES[0]], 5) for ids in prompts]
     assert engine.prefiller.computed_tokens == (4 + 16) + 6 * 1  # 320 belongs to all of them, too
-    assert engine.prefiller.shared_tokens == 6 * (4 + 16)
+    assert engine.prefiller.cached_tokens == 5 * (4 + 16)
 
 
 def test_streamed_pieces_join_to_the_text(make_engine: MakeEngine) -> None:
@@ -398,7 +398,7 @@ def test_the_next_turn_reuses_the_last(make_engine: MakeEngine, solo: Solo) -> N
     assert engine.generate([Request(second, IMAGES[:1], SamplingParams(8))])[0].token_ids == solo(second, IMAGES[:1], 8)
     after = engine.statistics()
     assert after.computed_tokens - before.computed_tokens == 3  # the last token of the answer, and the new ones
-    assert after.shared_tokens - before.shared_tokens == len(second) - 1 + 16 - 3 and after.encoded_images == 1
+    assert after.cached_tokens - before.cached_tokens == len(second) - 1 + 16 - 3 and after.encoded_images == 1
     other = make_engine()
     other.generate([Request(first, IMAGES[:1], SamplingParams(12), cache_prefix=False)])
     assert other.statistics().prefix_bytes == 0
@@ -461,7 +461,7 @@ def test_a_stop_string_ends_the_answer_and_the_cached_prefix_is_correct(
     again = [*prompt, *whole.token_ids[:30]]
     turn = engine.generate([Request(again, params=SamplingParams(5))])[0]
     assert turn.token_ids == make_engine().generate([Request(again, params=SamplingParams(5))])[0].token_ids
-    assert engine.statistics().shared_tokens > len(prompt)  # the tokens of the answer are cached, too
+    assert engine.statistics().cached_tokens > len(prompt)  # the tokens of the answer are cached, too
 
 
 def test_an_overlapped_stream_is_at_most_one_step_late(make_engine: MakeEngine) -> None:

@@ -183,6 +183,23 @@ def test_answers_record_their_inputs_and_how_they_ended(
         assert before["image_hashes"] == after["image_hashes"] and before["prompt_hash"] != after["prompt_hash"]
 
 
+def test_the_manifest_and_the_last_line_have_the_statistics_of_the_run(
+    engine: Engine, questions: list[Question], settings: RunSettings, tmp_path: Path
+) -> None:
+    """Those of this run only: the engine has answered before."""
+    path, lines = tmp_path / "a.jsonl", list[str]()
+    before = engine.statistics()
+    outcome = run(engine, questions, path, settings)
+    report(outcome, path, lines.append)
+    found = json.loads(manifest_path(path).read_text())["engine"]
+    assert outcome.statistics is not None and found == dataclasses.asdict(outcome.statistics)
+    assert before.requests > 0 and found["requests"] == 21 == engine.statistics().requests - before.requests
+    assert found["prompt_tokens"] == found["computed_tokens"] + found["cached_tokens"] > 21 * 16
+    assert found["images"] == sum(len(question.images) for question in questions)
+    assert 0 < sum(found["seconds"].values()) <= outcome.seconds + 1
+    assert lines[-1] == outcome.statistics.summary() and " of 4; time: tower " in lines[-1]
+
+
 def test_fingerprint_follows_weights_and_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1234")
@@ -254,7 +271,7 @@ def test_images_are_preprocessed_by_the_workers(
         assert not outcome.failures
         done = fresh.statistics()
         identity = json.loads(manifest_path(path).read_text())["identity"]
-        found.append((path.read_bytes(), identity, done.computed_tokens, done.shared_tokens, done.encoded_images))
+        found.append((path.read_bytes(), identity, done.computed_tokens, done.cached_tokens, done.encoded_images))
     assert found[0] == found[1]
 
 

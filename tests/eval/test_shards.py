@@ -154,6 +154,19 @@ def test_shards_are_merged_in_question_order(parts: list[Path], whole: bytes, tm
     assert shards.main(["--answers-dir", str(tmp_path), "--num-chunks", "0"]) == 2
 
 
+def test_the_engines_statistics_of_all_shards_are_added(parts: list[Path], tmp_path: Path) -> None:
+    def merged() -> Any:
+        merge_parts(parts, tmp_path / "all.jsonl")
+        return json.loads(manifest_path(tmp_path / "all.jsonl").read_text())["engine"]
+
+    assert merged() is None  # of a model without an engine
+    for number, path in enumerate(parts):
+        content = json.loads(manifest_path(path).read_text())
+        content["engine"] = {"requests": number, "seconds": {"decode": 0.5, "idle": number}}
+        manifest_path(path).write_text(json.dumps(content))
+    assert merged() == {"requests": 3, "seconds": {"decode": 1.5, "idle": 3}}
+
+
 def test_a_missing_shard_is_reported(parts: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     parts[1].unlink()
     assert "Shard 1 of 3" in join(parts, capsys)

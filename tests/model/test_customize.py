@@ -160,7 +160,7 @@ def test_the_projector_in_engine_estimate_and_worker(
         )
         assert answer.token_ids == tuple(alone[0, len(ids) :].tolist())
         counts.append(answer.prompt_tokens - len(ids))
-    assert engine.prefiller.shared_tokens > 2 * len(begin)  # later rounds were prefix hits
+    assert engine.prefiller.cached_tokens > 2 * len(begin)  # later rounds were prefix hits
     assert counts == [3, 3, 3]
     assert model_info(engine, "chat", None, BackendSettings()).image_tokens == 4
     flags: Any = SimpleNamespace(

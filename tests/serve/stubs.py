@@ -19,6 +19,7 @@ import uvicorn
 from PIL import Image
 
 from llava.engine.sequence import Completion, Request, RequestHandle
+from llava.engine.statistics import Statistics
 from llava.errors import ContextLengthError
 from llava.serve.common.middleware import CrossOrigin, Keys, Limits, RequestMiddleware
 from llava.serve.common.protocol import FrameReader, ModelInfo
@@ -62,6 +63,9 @@ class StubEngine:
     @property
     def running(self) -> int:
         return len(self.jobs)
+
+    def statistics(self) -> Statistics:
+        return Statistics(running=len(self.jobs), waiting=len(self.waiting), max_batch_size=self.batch)
 
     def submit(self, request: Request) -> RequestHandle:
         if self.submit_error is not None:

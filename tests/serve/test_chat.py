@@ -74,7 +74,7 @@ def test_a_second_turn_computes_its_new_tokens_only(session: ChatSession, engine
     new = after.computed_tokens - before.computed_tokens
     assert after.encoded_images == before.encoded_images
     assert (
-        new < 60 < whole.prompt_tokens / 2 and after.shared_tokens - before.shared_tokens >= whole.prompt_tokens - new
+        new < 60 < whole.prompt_tokens / 2 and after.cached_tokens - before.cached_tokens >= whole.prompt_tokens - new
     )
 
 

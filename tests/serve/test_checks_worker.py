@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -12,9 +14,11 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from llava.engine.statistics import Statistics
 from llava.serve.common.protocol import WorkerStatus
 from llava.serve.control.worker_client import Timeouts
 from llava.serve.worker.local_backend import BackendSettings
+from llava.serve.worker.metrics import EngineCollector
 from tests.serve.stubs import (
     MODEL,
     PATIENCE,
@@ -28,6 +32,7 @@ from tests.serve.stubs import (
     get,
     live_controller,
     live_worker,
+    make_worker,
     png,
     post,
     request_body,
@@ -335,6 +340,34 @@ def test_check_19_the_counters_are_exact() -> None:
         assert worker.metric("llava_requests_in_use") == worker.metric("llava_requests_running") == 0
         page = get(worker.url, "/metrics").text
         assert 'llava_requests_total{outcome="cancelled"} 3.0' in page
+
+
+def test_the_statistics_of_the_engine_are_exposed() -> None:
+    """Nothing is exposed of an engine that is not loaded, and every field of one that is."""
+    parts = {"tower": 0.5, "decode": 2.5}
+    fields = {item.name: 10 + at for at, item in enumerate(dataclasses.fields(Statistics)) if item.name != "seconds"}
+    engine = StubEngine()
+    engine.statistics = lambda: Statistics(**fields, seconds=parts)  # type: ignore[method-assign,arg-type]
+    backend = make_worker(engine).backend
+    assert backend.statistics() is None and list(EngineCollector(backend.statistics).collect()) == []
+    with live_worker(engine) as worker:
+        page = get(worker.url, "/metrics").text
+    shown = dict(re.findall(r"^(llava_\S+) (\S+)$", page, re.MULTILINE))
+    names = {
+        "requests": "queue_seconds_count", "waiting_seconds": "queue_seconds_sum", "max_batch_size": "max_batch_size",
+        "prompt_tokens": "prefix_cache_queries_total", "cached_tokens": "prefix_cache_hits_total",
+        "prefix_hits": "prefix_cache_hit_requests_total", "prefix_evictions": 'cache_evictions_total{cache="prefix"}',
+        "images": "prompt_images_total", "encoded_images": "encoded_images_total",
+        "feature_hits": "feature_cache_hits_total", "feature_evictions": 'cache_evictions_total{cache="feature"}',
+        "generated_tokens": "generation_tokens_total", "decode_steps": "decode_steps_total",
+        "decode_rows": "decode_rows_total", "kv_bytes": 'cache_bytes{cache="kv"}',
+        "prefix_bytes": 'cache_bytes{cache="prefix"}', "feature_bytes": 'cache_bytes{cache="feature"}',
+    }  # fmt: skip
+    assert {name: float(shown[f"llava_{shown_as}"]) for name, shown_as in names.items()} == {
+        name: fields[name] for name in names
+    }
+    assert set(fields) - set(names) == {"computed_tokens", "running", "waiting"}  # computed: queries without hits
+    assert {part: float(shown[f'llava_engine_seconds_total{{part="{part}"}}']) for part in parts} == parts
 
 
 def test_check_20_draining_finishes_what_runs_and_refuses_what_is_new() -> None:

@@ -15,7 +15,7 @@ from llava.eval.run.files import Record
 
 HEADER: Final = ("part", "questions", "points", "gained", "lost", "unread", "how known")
 COLUMNS: Final = ("setting", "first", "second")
-SKIPPED: Final = ("asked", "seconds", "keys", "shards", "environment.command", "status")
+SKIPPED: Final = ("asked", "engine", "seconds", "keys", "shards", "environment.command", "status")
 EXAMPLES: Final = 5
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from llava.engine import Engine, SamplingParams
+from llava.engine import Engine, SamplingParams, Statistics
 from llava.eval.run.answers import AnswersWriter, MakeRow, answer_row
 from llava.eval.run.images import ImageFolder, ImageSource
 from llava.eval.run.local_model import LocalModel
@@ -81,12 +81,16 @@ class EvalModel(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a run: questions asked, answers reused from earlier runs, failed questions with errors, seconds."""
+    """Result of a run: questions asked, answers reused from earlier runs, failed questions with errors, seconds.
+
+    `statistics` are those of the engine during the run, None for a server.
+    """
 
     asked: int
     reused: int
     failures: tuple[tuple[QuestionId, str], ...]
     seconds: float
+    statistics: Statistics | None = None
 
 
 def run(
@@ -102,6 +106,8 @@ def run(
     Raises `ConfigError` if `answers` belongs to other settings.
     """
     eval_model = LocalModel(model) if isinstance(model, Engine) else model
+    engine = eval_model.engine if isinstance(eval_model, LocalModel) else None
+    before = None if engine is None else engine.statistics()
     identity = run_identity(eval_model, questions, settings)
     check_resume(answers, identity, resume=settings.resume, overwrite=settings.overwrite)
     known = {} if settings.overwrite else earlier_rows(answers, to_json(identity), questions)
@@ -133,10 +139,11 @@ def run(
         complete = True
     finally:
         writer.close(complete=complete)
-    outcome = Outcome(len(todo), len(writer.finished), tuple(failures), time.monotonic() - started)
+    statistics = None if engine is None or before is None else engine.statistics().since(before)
+    outcome = Outcome(len(todo), len(writer.finished), tuple(failures), time.monotonic() - started, statistics)
     write_manifest(
         answers, identity, status="failed" if failures else "complete", failed=len(failures), asked=outcome.asked,
-        seconds=round(outcome.seconds, 3), **facts,
+        seconds=round(outcome.seconds, 3), engine=outcome.statistics, **facts,
     )  # fmt: skip
     return outcome
 
@@ -166,6 +173,8 @@ def report(outcome: Outcome, answers: Path, log: Callable[[str], None]) -> int:
     """Log a summary of a run and return the exit status: 1 if a question failed, else 0."""
     rate = outcome.asked / outcome.seconds if outcome.seconds else 0.0
     log(f"{outcome.asked} answered in {outcome.seconds:.1f} s ({rate:.1f}/s), {outcome.reused} reused: {answers}")
+    if outcome.statistics is not None:
+        log(outcome.statistics.summary())
     for question_id, error in outcome.failures[:10]:
         log(f"failed: question {question_id}: {error}")
     if outcome.failures:

@@ -117,6 +117,7 @@ def merge(paths: Sequence[Path], target: Path) -> int:
         "keys": keys_digest(map(row_key, rows)),
         "asked": sum(manifest.get("asked", 0) for _, manifest in shards),
         "seconds": max(manifest.get("seconds", 0) for _, manifest in shards),
+        "engine": total_statistics([manifest.get("engine") for _, manifest in shards]),
         "shards": [manifest["environment"] for _, manifest in shards],
     }
     # The manifest goes first: an answers file without one would not be resumed.
@@ -124,6 +125,20 @@ def merge(paths: Sequence[Path], target: Path) -> int:
     write_jsonl(target, rows)
     save_manifest(target, content)
     return len(rows)
+
+
+def total_statistics(statistics: Sequence[Row | None]) -> Row | None:
+    """The sum of the engines' statistics of all shards; None if one is missing, of a server or an earlier version."""
+    total: Row = {}
+    for found in statistics:
+        if found is None:
+            return None
+        for name, value in found.items():
+            if isinstance(value, dict):
+                total[name] = total_statistics([total.get(name, {}), value])
+            else:
+                total[name] = total.get(name, 0) + value
+    return total
 
 
 def merge_folder(answers_dir: Path, num_chunks: int, output: Path | None) -> str:

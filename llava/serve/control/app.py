@@ -48,13 +48,18 @@ class ControllerService:
         self.client = client
         self.rule = rule
         self.draining = False
-        self.streams = 0
+        self._upstreams: set[WorkerStream] = set()
         self.metrics = Metrics()
         self.metrics.gauge("llava_workers", "Number of registered workers", lambda: len(registry))
         self.metrics.gauge("llava_streams", "Number of proxied streams in progress", lambda: self.streams)
         self._check_interval = check_interval
         self._tasks: set[asyncio.Task[None]] = set()
         self._refreshed = -1e9
+
+    @property
+    def streams(self) -> int:
+        """Number of proxied streams in progress."""
+        return len(self._upstreams)
 
     def readiness(self) -> str:
         if self.draining:
@@ -136,7 +141,7 @@ class ControllerService:
         except ServeError as error:
             self.metrics.requests.labels(error.kind.wire).inc()
             raise
-        self.streams += 1
+        self._upstreams.add(upstream)
         return upstream
 
     async def call(self, path: str, model: str, content: bytes, request_id: str) -> Response:
@@ -153,7 +158,7 @@ class ControllerService:
         """Function to call when the client's response has ended; it counts `outcome[0]`."""
 
         def close() -> None:
-            self.streams -= 1
+            self._upstreams.discard(upstream)
             self.metrics.requests.labels(outcome[0]).inc()
             self.run_in_background(upstream.aclose())
 
@@ -173,10 +178,12 @@ class ControllerService:
             raise
 
     async def drain(self, grace: float) -> None:
+        """Refuse new requests, let running streams finish for `grace` seconds, and end the others with an error."""
         self.draining = True
         deadline = time.monotonic() + grace
         while self.streams and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        await asyncio.gather(*(stream.stop() for stream in self._upstreams))
 
 
 def controller_routes(controller: ControllerService) -> FastAPI:

@@ -41,6 +41,7 @@ class WorkerStream:
         self.address = address
         self._response = response
         self._registry = registry
+        self._stopped = False
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Unparsed frames without their NUL; raises `ServeError` when the connection fails or times out."""
@@ -53,9 +54,17 @@ class WorkerStream:
         except (httpx.HTTPError, httpx.StreamError, ValueError) as error:
             if b'"finish_reason"' in last:
                 return  # the answer was complete
+            if self._stopped:
+                message = "The controller was stopped before the answer was complete; send the request again."
+                raise ServeError(ErrorType.WORKER_UNAVAILABLE, message) from error
             self._registry.report(self.address, ok=False)
             raise _connection_error(error) from error
         self._registry.report(self.address, ok=True)
+
+    async def stop(self) -> None:
+        """Close the stream although the answer is not complete; `frames` raises `ServeError`."""
+        self._stopped = True
+        await self.aclose()
 
     async def body(self) -> bytes:
         """The body of a reply that is no stream; raises `ServeError` like `frames`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -54,7 +55,7 @@ class Moderator:
         await self._http.aclose()
 
 
-@dataclass(frozen=True)
+@dataclass
 class AppServices:
     """Client, model list, log, moderation and metrics; the state of visitors is kept in their sessions."""
 
@@ -64,9 +65,19 @@ class AppServices:
     moderator: Moderator | None = None
     metrics: Metrics = field(default_factory=Metrics)
     ratings: Ratings = field(init=False)
+    answers: int = 0  # in progress
+    draining: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratings", Ratings(self.log.directory))
+        self.ratings = Ratings(self.log.directory)
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new messages, let running answers finish for `grace` seconds, and close the connections."""
+        self.draining = True
+        deadline = time.monotonic() + grace
+        while self.answers and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        await self.close()
 
     async def close(self) -> None:
         await self.client.close()
@@ -75,6 +86,8 @@ class AppServices:
 
     async def new_turn(self, model: str | None, text: str, files: Sequence[str], mode: str, sampling: Sampling) -> Turn:
         """Create and validate a message; raises `LlavaError` when it cannot be sent."""
+        if self.draining:
+            raise RequestError("This server is restarting; send the message again in a minute.")
         if not model:
             listing = await self.catalog.listing()
             raise RequestError(listing.reason or "No model is selected; select one.")
@@ -92,10 +105,14 @@ class AppServices:
         """Add a turn and answer it, yielding immediately and after every update."""
         chat.turns.append(turn)
         chat.model = turn.model
-        yield
-        async with aclosing(answer(self.client, chat)) as steps:
-            async for _ in steps:
-                yield
+        self.answers += 1
+        try:
+            yield
+            async with aclosing(answer(self.client, chat)) as steps:
+                async for _ in steps:
+                    yield
+        finally:
+            self.answers -= 1
         finish = time.time()
         self.metrics.requests.labels(turn.finish_reason).inc()
         self.metrics.seconds.observe(finish - turn.started)

@@ -41,6 +41,7 @@ from llava.serve.common.server import port_of, serve
 from llava.serve.common.streaming import StreamResponse
 from llava.serve.worker.backend import Backend, Delta, Generation
 from llava.serve.worker.heartbeat import HeartBeat
+from llava.serve.worker.metrics import EngineCollector
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,12 @@ class Worker:
         self.on_failure: Callable[[], None] = lambda: None
         self.metrics = Metrics()
         self.metrics.gauge("llava_requests_running", "Number of requests in the batch", lambda: backend.running)
+        self.metrics.gauge(
+            "llava_requests_waiting",
+            "Number of requests waiting to be processed",
+            lambda: max(0, backend.in_use - backend.running),
+        )
+        self.metrics.registry.register(EngineCollector(backend.statistics))
         self.metrics.gauge("llava_requests_in_use", "Number of requests running or waiting", lambda: backend.in_use)
 
     def status(self) -> WorkerStatus:

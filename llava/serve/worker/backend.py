@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.engine.statistics import Statistics
 from llava.serve.common.protocol import (
     DetokenizeBody,
     ErrorType,
@@ -63,6 +64,9 @@ class Backend(Protocol):
     @property
     def progress(self) -> int | None:
         """Percent of the weights loaded, None when unknown."""
+
+    def statistics(self) -> Statistics | None:
+        """Statistics of the engine; None without one in this process."""
 
     async def start(self, on_change: Callable[[], None]) -> None:
         """Load or connect in the background; `on_change` is called after every change of `state` and `progress`."""

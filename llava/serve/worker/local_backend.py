@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -24,6 +25,7 @@ from llava.engine.sequence import (
     SamplingParams,
     TokenLogprobs,
 )
+from llava.engine.statistics import Statistics
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
 from llava.serve.common.protocol import (
@@ -181,6 +183,21 @@ def _wrap_images(piece: Piece) -> Piece:
     return Piece(piece.text.replace(wrapped, DEFAULT_IMAGE_TOKEN).replace(DEFAULT_IMAGE_TOKEN, wrapped))
 
 
+async def _load_in_thread(load: LoadModel, report_progress: Callable[[float], None]) -> LoadedModel:
+    """Like `asyncio.to_thread`, but the end of the process does not wait for the thread."""
+    loaded: Future[LoadedModel] = Future()
+    loaded.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            loaded.set_result(load(report_progress))
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await asyncio.wrap_future(loaded)
+
+
 class LocalBackend:
     """The `Backend` over `llava.engine`. `load` runs in a thread."""
 
@@ -211,6 +228,9 @@ class LocalBackend:
     def running(self) -> int:
         return 0 if self.scheduler is None else self.scheduler.running
 
+    def statistics(self) -> Statistics | None:
+        return None if self._loaded is None else self._loaded.engine.statistics()
+
     async def start(self, on_change: Callable[[], None]) -> None:
         self._loading = asyncio.ensure_future(self._start(on_change))
 
@@ -224,7 +244,7 @@ class LocalBackend:
                 loop.call_soon_threadsafe(on_change)
 
         try:
-            loaded = await asyncio.to_thread(self._load, report_progress)
+            loaded = await _load_in_thread(self._load, report_progress)
         except Exception as error:  # reported by `state`; the program then exits with status 1
             logger.error("Cannot load the model: %s", error, exc_info=not isinstance(error, LlavaError))
             self._load_failed = True

@@ -62,6 +62,9 @@ class OpenAIBackend:
     def running(self) -> int:
         return self.in_use
 
+    def statistics(self) -> None:
+        """None: the engine is another process, with metrics of its own."""
+
     async def start(self, on_change: Callable[[], None]) -> None:
         self._monitor_task = asyncio.ensure_future(self._monitor(on_change))
 

@@ -14,22 +14,25 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from llava.engine.sequence import GUIDE_FAILED, Completion, Request, RequestHandle, TokenLogprobs
+from llava.engine.statistics import Statistics
 from llava.serve.common.protocol import ErrorType, ServeError
 
 logger = logging.getLogger(__name__)
 
 _FATAL: Final = ("device-side assert", "cuda error", "acceleratorerror", "cublas_status", "illegal memory access")
 _GIVE_UP_AFTER: Final = 8  # consecutive failed steps
+_STOPPED: Final = "the worker was stopped"
 
 
 class EngineLike(Protocol):
-    """The methods of `llava.engine.Engine` that the scheduler calls."""
+    """The methods of `llava.engine.Engine` that a worker calls."""
 
     @property
     def running(self) -> int: ...
     def submit(self, request: Request) -> RequestHandle: ...
     def step(self) -> bool: ...
     def abort(self, error: str) -> None: ...
+    def statistics(self) -> Statistics: ...
 
 
 class StreamEvent(NamedTuple):
@@ -162,7 +165,7 @@ class Scheduler:
             for submission in submissions:
                 self._submit(submission)
             if stopping:
-                self.engine.abort("the worker is stopping")
+                self.engine.abort(_STOPPED)
                 self._deliver()
                 return
             busy = True
@@ -253,6 +256,9 @@ def completion_error(completion: Completion) -> ServeError:
     if (completion.error or "").startswith(GUIDE_FAILED):
         return ServeError(ErrorType.BAD_REQUEST, completion.error or "")
     text = (completion.error or "").lower()
+    if text == _STOPPED:
+        message = "The worker was stopped before the answer was complete; send the request again."
+        return ServeError(ErrorType.WORKER_UNAVAILABLE, message)
     if "outofmemory" in text or "out of memory" in text:
         message = "The model ran out of memory on this request; send fewer or smaller images, or a shorter text."
         return ServeError(ErrorType.OUT_OF_MEMORY, message)
