@@ -12,7 +12,8 @@ rare: ten or more words, in at most three records and asked of at most three ima
 records share, such as "Is there a dog in the image?", are only counted.
 
 Hashes of images are cached, and an interrupted check continues where it stopped. The exit status is 0 if nothing was
-found, 1 if near-duplicates were found, 3 if none were found but some images or records could not be read, 2 for errors.
+found, 1 if near-duplicates or questions were, 3 if nothing was but some images or records could not be read, 2 for
+errors.
 """
 
 from __future__ import annotations
