@@ -37,7 +37,6 @@ from llava.data.question_overlap import QuestionIndex, words_of
 from llava.data.training_set import TrainingSet
 from llava.errors import ConfigError
 from llava.eval.benchmarks.base import EVAL_DATA
-from llava.eval.benchmarks.contents import Asked, Benchmark, human_texts, read_benchmark
 from llava.eval.reporting.contamination import (
     RARE_TEXT,
     SAME_IMAGE,
@@ -49,6 +48,7 @@ from llava.eval.reporting.contamination import (
     render_page,
     summary,
 )  # fmt: skip
+from llava.eval.run.contents import Asked, Benchmark, human_texts, read_benchmark
 from llava.files import write_text
 from llava.images import open_image
 from llava.utils import guarded

@@ -75,7 +75,7 @@ def scripted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script
     def submit(request: Request) -> RequestHandle:
         assert all(isinstance(image, HashedImage) for image in request.images)
         pixels = [image.digest.hex() for image in request.images if isinstance(image, HashedImage)]
-        params = dataclasses.astuple(dataclasses.replace(request.params, stop=()))
+        params = dataclasses.replace(request.params, stop=()).as_dict()
         inputs = repr((str(request.prompt), pixels, params, script["weights"]))
         word = ("yes", "no", "no", "Yes.")[zlib.crc32(inputs.encode()) % 4]
         handle = RequestHandle(lambda: False, 10)
