@@ -63,7 +63,7 @@ class OpenAIBackend:
         return self.in_use
 
     def statistics(self) -> None:
-        """None: the engine is another process, with metrics of its own."""
+        """None: the engine is another process, which has its own metrics."""
 
     async def start(self, on_change: Callable[[], None]) -> None:
         self._monitor_task = asyncio.ensure_future(self._monitor(on_change))
@@ -271,7 +271,7 @@ def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
 
 
 async def _stop_at(stops: list[str], deltas: AsyncGenerator[Delta, None], choices: int) -> AsyncGenerator[Delta, None]:
-    """`deltas` of every choice up to its first stop string, for engines that ignore `stop`."""
+    """`deltas` of every choice, cut at its first stop string, for engines that ignore `stop`."""
     streams = [TextStream(stops) for _ in range(choices)]
     stopped: set[int] = set()
     async with aclosing(deltas):
