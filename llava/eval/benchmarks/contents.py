@@ -1,4 +1,4 @@
-"""Images and questions of a benchmark, given as a task, a question or annotation file, or a folder of images."""
+"""Images and questions of a benchmark: a task, a question file, an annotation file, or a folder of images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Asked:
 
 @dataclass
 class Benchmark:
-    """Names of images, and questions, that training data should not have; `load` gives the image of a name's number."""
+    """Names of images, and questions, that training data should not contain; `load` returns an image by its index."""
 
     name: str
     images: Sequence[str]

@@ -1,8 +1,8 @@
-"""Separate joint causes of a gap by asking hybrids of two runs: the weights of one, inputs of the other.
+"""Separate joint causes of a gap by running hybrids of two runs: the weights of one with inputs of the other.
 
 With the first run's weights, its prompts, pixels and decoding settings are replaced by the second's one after the
-other, and the weights last; with the second's weights, these come first. Hashes tell whether a hybrid has the prompts
-and pixels of the runs; questions where it does not stay joint.
+other, and the weights last; with the second's weights, these come first. Questions stay joint if the hashes of a
+hybrid's prompts and pixels are not those recorded by the runs.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _questions(side: Side, keys: Sequence[str]) -> list[Question]:
 def _answer(
     args: EvalArgs, model: EvalModel, path: Path, keys: Sequence[str], sources: Mapping[str, Side]
 ) -> dict[str, Record]:
-    """Answers by question whose recorded hashes are those of the sources."""
+    """Answers by question, if their recorded hashes are those of the sources."""
     from llava.engine import SamplingParams
     from llava.eval.run.runner import run
 
