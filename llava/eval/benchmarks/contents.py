@@ -49,7 +49,7 @@ def read_benchmark(word: str, image_folder: Path | None, eval_data: Path) -> Ben
     name, _, given = word.partition("=")
     path, folder = Path(name), Path(given) if given else None
     if folder is not None and not (path.is_file() and folder.is_dir()):
-        raise ConfigError(f"--against {word}: expected FILE=FOLDER, both of which exist.")
+        raise ConfigError(f"--against {word}: expected FILE=FOLDER with an existing file and folder.")
     if name in TASKS and not path.exists():
         return _read_task(name, TASKS[name].default_root(eval_data), next(iter(TASKS[name].layouts)))
     if not path.exists():

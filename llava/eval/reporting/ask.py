@@ -40,7 +40,7 @@ def ask_hybrids(
     """
     joint = [key for key, names in classes.items() if len(names) > 1 and ASKABLE.issuperset(names)]
     if not joint:
-        logger.warning("%s: no questions with several recorded causes; nothing to ask.", first.task.name)
+        logger.warning("%s: no question has several recorded causes; there is nothing to run.", first.task.name)
         return []
     names = [name for name in STEPS if any(name in classes[key] for key in joint)]
     rest = next((name for name in MODELS if any(name in classes[key] for key in joint)), None)
@@ -104,6 +104,6 @@ def _answer(
                                           for name in (PROMPTS, PIXELS)):  # fmt: skip
             answers[key] = row
     if len(answers) < len(keys):
-        logger.warning("%s: %d of %d questions have other prompts or pixels than recorded, or failed; they stay joint.",
+        logger.warning("%s: %d of %d questions failed or have prompts or pixels other than recorded; they stay joint.",
                        path, len(keys) - len(answers), len(keys))  # fmt: skip
     return answers
