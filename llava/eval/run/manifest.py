@@ -43,7 +43,7 @@ def environment() -> Row:
 
 
 def scorer_record(task: object, labels: Iterable[Path], answers: Path) -> Row:
-    """What determines a score: version and code of the scorer of `task`, and hashes of the labels and the answers."""
+    """Record of what determines a score: version and code of the scorer of `task`, hashes of labels and answers."""
     names = {each.__module__ for each in type(task).__mro__ if each.__module__.startswith("llava.")}
     names |= {"llava.eval.benchmarks.parsing", "llava.eval.run.answers"}
     code = b"".join(Path(str(sys.modules[name].__file__)).read_bytes() for name in sorted(names))
