@@ -4,7 +4,7 @@
     llava check playground/llava_v1_5_mix665k.json --images playground/data
     llava check playground/llava_v1_5_mix665k.json --image_folder playground/data --against pope mme
 
-The path is a checkpoint, adapter, language model or vision tower, or else an annotation file or a mixture of them.
+PATH is a checkpoint, adapter, language model or vision tower, or an annotation file or mixture.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONTAMINATION: Final = "llava.eval.contamination"
 
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the check for the kind of path given, or print the help of all."""
+    """Run the check for the kind of path given, or print the help of all checks."""
     words = list(sys.argv[1:] if argv is None else argv)
     against = any(word.partition("=")[0] == "--against" for word in words)
     if not words or "-h" in words or "--help" in words:

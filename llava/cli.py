@@ -27,7 +27,7 @@ COMMANDS: Final = {
     "report": Command("llava.eval.report", "compare scores of evaluated models with each other and the published ones"),
     "serve": Command("llava.serve.main", "serve models: web page, OpenAI-compatible API, workers"),
     "chat": Command("llava.serve.cli", "chat with a model about images, in the terminal"),
-    "check": Command("llava.check", "validate weights or an annotation file, or find benchmarks in training data"),
+    "check": Command("llava.check", "validate weights or an annotation file, or search training data for benchmarks"),
     "inspect-data": Command("llava.train.inspect_data", "show token ids, labels, images and truncation of records"),
     "export": Command("llava.model.export", "convert a checkpoint to the format of another program"),
     "extract-projector": Command("llava.model.extract_projector", "save the projector of a trained model"),

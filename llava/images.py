@@ -74,7 +74,7 @@ def open_image(
     """Decode a file, bytes or a binary stream to an RGB image, see `to_rgb`.
 
     The size is checked before pixels are decoded. URLs are not opened, see `fetch_image`. With `min_side`, a JPEG is
-    decoded at 1/2, 1/4 or 1/8 of its size if both sides keep so many pixels, which is faster. Raises `ImageError`
+    decoded at 1/2, 1/4 or 1/8 of its size, for speed, if both sides keep at least that many pixels. Raises `ImageError`
     unless `source` is a complete image of a known format within `limits`.
     """
     name = f"image {shorten(source, 200)}" if isinstance(source, str | Path) else "the given image"

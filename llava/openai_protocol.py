@@ -129,7 +129,7 @@ class ReplyMessage(BaseModel):
 
 
 class TokenLogprob(BaseModel):
-    """Log probability of a token, and at its position those of the most probable tokens."""
+    """Log probability of a token, and those of the most probable tokens at its position."""
 
     token: Name
     logprob: float = Field(allow_inf_nan=False)

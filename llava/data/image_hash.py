@@ -21,19 +21,19 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 VERSION: Final = 1  # of the hashes; increase it with any change to them
 DECODED_SIDE: Final = 120  # pixels of the shorter side that suffice
 CUTS: Final = ((0.0, 0.0), (0.075, 0.0), (0.0, 0.075), (0.04, 0.04))  # at the beginning and end of an axis
-CROPS: Final = len(CUTS) ** 2  # hashes of a view; the first one is not cropped
+CROPS: Final = len(CUTS) ** 2  # hashes per view; the first one is not cropped
 _SIDE: Final = 64  # pixels of the luminance that is hashed
 _FREQUENCIES: Final = 10  # per axis
-_MIN_CONTRAST: Final = 2.0  # standard deviation of gray levels below which there is nothing to compare
-_BORDER_MEAN, _BORDER_MAX = 3.0, 40.0  # deviation from one color, in gray levels, of a line of a border
+_MIN_CONTRAST: Final = 2.0  # standard deviation of gray levels below which an image counts as uniform
+_BORDER_MEAN, _BORDER_MAX = 3.0, 40.0  # mean and largest deviation from its color of a border's line, in gray levels
 _THUMBNAIL: Final = 32  # pixels of the luminance and color that are compared
 _STARTS: Final = 4  # alignments that are tried
-_REDUCE: Final = 2  # of the resolution while edges move
+_REDUCE: Final = 2  # factor of the resolution while edges move
 _STEPS: Final = ((16, (0.03, 0.015)), (_THUMBNAIL, (0.01, 0.005)))  # resolutions, and moves of an edge at each
-_HOPELESS: Final = 0.5  # correlation of luminance before alignment below which images differ
+_HOPELESS: Final = 0.5  # luminance correlation before alignment below which a pair is rejected
 _SAME_COLOR: Final = 0.8  # agreement of color above which only luminance counts; JPEG keeps little of pale colors
 _GRAY: Final = 6.0  # deviation of color from gray that counts as gray
-_MIN_CONTENT: Final = 0.3  # of the width and height, which a border must leave
+_MIN_CONTENT: Final = 0.3  # fraction of the width and height inside a border
 
 
 def _bases() -> Floats:
@@ -48,7 +48,7 @@ def _bases() -> Floats:
 
 
 def _lowest() -> npt.NDArray[np.intp]:
-    """Indices of the 64 lowest frequencies but the constant, in an order that spreads them over the bytes of a hash."""
+    """Indices of the 64 lowest frequencies except the constant, ordered to spread over the bytes of a hash."""
     v, u = np.divmod(np.arange(_FREQUENCIES**2), _FREQUENCIES)
     return np.argsort(u**2 + v**2, kind="stable")[1:65].reshape(16, 4).T.reshape(-1)
 
@@ -58,7 +58,7 @@ _LOWEST: Final = _lowest()
 
 
 def content_box(image: Image.Image) -> Box:
-    """The box inside the uniform border of an RGB image; the whole image if it has none, or little else."""
+    """The box inside the uniform border of an RGB image; the whole image if there is no border or little inside it."""
     pixels = np.asarray(image)
     width, height = image.size
     columns = pixels.transpose(1, 0, 2)
@@ -82,7 +82,7 @@ def _border(lines: npt.NDArray[np.uint8]) -> int:
 def hashed_views(image: Image.Image) -> list[tuple[Box, Hashes]]:
     """Boxes of the whole RGB image and of its content, if it has a border, with their hashes (16,).
 
-    Nothing for a uniform image.
+    Empty for a uniform image.
     """
     gray = image.convert("L")
     found: list[tuple[Box, Hashes]] = []
@@ -102,9 +102,9 @@ def hash_image(image: Image.Image) -> Hashes:
 
 
 def similarity(first: Image.Image, second: Image.Image) -> float:
-    """Similarity of two RGB images, at most 1: the correlation of luminance, once aligned, if their colors agree.
+    """Similarity of two RGB images, at most 1: their luminance correlation after alignment, if their colors agree.
 
-    Aligned are views of one image and crops of the other whose hashes are close, by moving the edges of the crop.
+    Views of one image are aligned with crops of the other that have close hashes, by moving the edges of the crop.
     """
     views = [hashed_views(image) for image in (first, second)]
     planes = [image.convert("YCbCr") for image in (first, second)]
@@ -113,7 +113,7 @@ def similarity(first: Image.Image, second: Image.Image) -> float:
         for first_number, (view, hashes) in enumerate(views[fixed]):
             for number, (box, crops) in enumerate(views[other]):
                 if first_number == number == 0 and len(views[0]) == len(views[1]) == 2:
-                    continue  # both have borders, whose contrast to the content would outweigh what is different
+                    continue  # both have borders, whose contrast to the content would dominate the correlation
                 bits = [int(each).bit_count() for each in crops ^ hashes[0]]
                 starts.append((min(bits), fixed, view, _crop(box, int(np.argmin(bits)))))
     best = 0.0
@@ -143,7 +143,7 @@ def _pixels(image: Image.Image, box: Box | None = None, side: int = _THUMBNAIL) 
 def _aligned(target: Image.Image, image: Image.Image, box: Box) -> Box:
     """The box near `box` of a gray image that correlates best with `target`, by moving one edge at a time.
 
-    Low resolutions come first, at which less precise boxes correlate.
+    Low resolutions come first, since they tolerate imprecise boxes.
     """
     whole, image = image.size * 2, image.reduce(_REDUCE)
     box = _scaled(box, whole, image.size * 2)
@@ -173,7 +173,7 @@ def correlation(first: Floats, second: Floats) -> float:
 
 
 def _color_agreement(first: Floats, second: Floats) -> float:
-    """1 less the relative squared difference of colors, with little weight on noise; 1 if either image is gray."""
+    """1 minus the relative squared difference of colors, with noise weighted down; 1 if either image is gray."""
     chroma = [each[..., 1:] - 128 for each in (first, second)]
     if min(float(np.abs(each).max()) for each in chroma) < _GRAY:
         return 1.0

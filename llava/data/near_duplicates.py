@@ -1,7 +1,7 @@
 """Near-duplicates between two sets of images: hashes cached on disk, candidates by multi-index hashing, verification.
 
-Memory is bounded by the smaller set, the benchmark: 128 bytes an image for hashes and 1 KB for their index. The images
-of the other set pass through in blocks.
+Memory is proportional to the benchmark: 128 bytes per image for hashes and 1 KB for their index. Training images are
+processed in blocks.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from llava.images import open_image
 from llava.parent_process import VARIABLE, exit_with_parent
 
 Source = Path | bytes  # an image file, or its content
-Key = tuple[bytes, int, int]  # of an image in the cache
+Key = tuple[bytes, int, int]  # name, size and modification time of an image in the cache
 C = TypeVar("C")
 T = TypeVar("T")
 R = TypeVar("R")
 Ints = npt.NDArray[np.int64]
 
 BLOCK: Final = 4096  # images matched at a time
-BATCH: Final = 32  # images or pairs of a job
-AHEAD: Final = 4 * (os.cpu_count() or 1)  # jobs that wait for the first one
-RADIUS: Final = 9  # bits in which hashes of copies differ at most; all such pairs are found
-MAX_CANDIDATES: Final = 16  # benchmark images that an image is compared with
+BATCH: Final = 32  # images or pairs per job
+AHEAD: Final = 4 * (os.cpu_count() or 1)  # jobs submitted ahead of the one whose result is next
+RADIUS: Final = 9  # largest Hamming distance of candidates; all such pairs are found
+MAX_CANDIDATES: Final = 16  # benchmark images that a training image is compared with
 _CHUNKS: Final = 4  # of 16 bits: if at most 11 of 64 bits differ, at most 2 differ in one of the chunks
 _MASKS: Final = (0, *(1 << a for a in range(16)), *(1 << a | 1 << b for a, b in combinations(range(16), 2)))
 _POPCOUNT: Final = np.array([value.bit_count() for value in range(2**16)], np.uint8)
@@ -51,7 +51,7 @@ _MAX_PAIRS: Final = 2**21  # hash pairs held at a time
 
 @dataclass(frozen=True)
 class Images:
-    """Numbered images; `load` gives one by its number."""
+    """Numbered images; `load` returns the image with a number."""
 
     count: int
     load: Callable[[int], Source]
@@ -109,7 +109,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
     pool: Executor = ThreadPoolExecutor(1)
     if workers:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),))
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: at Ctrl-C this process ends the workers
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: on Ctrl-C this process ends the workers
         for _ in range(workers):
             pool.submit(int)  # starts a process
         signal.signal(signal.SIGINT, handler)
@@ -122,7 +122,7 @@ def worker_pool(workers: int) -> Iterator[Executor]:
 
 
 def _hash_batch(sources: Sequence[Source]) -> list[bytes | str]:
-    """Hashes as bytes, or why the image cannot be read."""
+    """Hashes as bytes, or the reason why the image cannot be read."""
     results: list[bytes | str] = []
     for source in sources:
         try:
@@ -156,7 +156,7 @@ def _in_order(
 
 
 def hash_images(images: Images, cache: HashCache, pool: Executor) -> Iterator[Hashes | str]:
-    """The hashes of each image in order, or why it cannot be read; new ones are cached batch by batch."""
+    """The hashes of each image in order, or why it cannot be read; new hashes are cached after each batch."""
 
     def jobs() -> Iterator[tuple[list[tuple[Key, bytes | str | None]], list[Source]]]:
         for start in range(0, images.count, BATCH):
@@ -192,7 +192,7 @@ class HashIndex:
         self.starts = [np.searchsorted(chunk[order], np.arange(2**16 + 1)) for chunk, order in zip(chunks, self.order)]
 
     def search(self, queries: Hashes, owners: Ints) -> Ints:
-        """Rows (owner of the query, owner of the hash, bits), one for each pair of images with the fewest bits."""
+        """Rows (owner of the query, owner of the hash, distance in bits): the closest hashes of each pair of images."""
         found, held = [np.empty((0, 3), np.int64)], 0
         for chunk, order, starts in zip(_chunks(queries), self.order, self.starts):
             for mask in _MASKS:
@@ -224,7 +224,7 @@ def _chunks(hashes: Hashes) -> npt.NDArray[np.uint16]:
 
 
 def _closest(pairs: Ints) -> Ints:
-    """Each pair of owners once, with the fewest bits."""
+    """Each pair of owners once, with the smallest distance."""
     pairs = pairs[np.lexsort(pairs.T[::-1])]
     return pairs[np.append(True, (pairs[1:, :2] != pairs[:-1, :2]).any(1))] if len(pairs) else pairs
 
@@ -244,7 +244,7 @@ class BenchmarkIndex:
         self.index = HashIndex(*flatten(hashes))
 
     def candidates(self, block: Sequence[Hashes]) -> tuple[Ints, int]:
-        """Rows (image of the block, benchmark image, bits), and the number of those beyond `MAX_CANDIDATES`.
+        """Rows (image of the block, benchmark image, distance), and the number of those beyond `MAX_CANDIDATES`.
 
         Either image may be a crop of the other.
         """
@@ -260,8 +260,8 @@ class BenchmarkIndex:
 class NearDuplicates:
     """Pairs (training image, benchmark image, similarity) of two sets of images.
 
-    `unreadable` images are named by their index with the reason; `uniform` ones have nothing to compare. `skipped` is
-    the number of candidates beyond `MAX_CANDIDATES` of an image.
+    `unreadable` maps indices of images to reasons; `uniform` images have nothing to compare. `skipped` is the number
+    of candidates beyond `MAX_CANDIDATES` per image.
     """
 
     pairs: list[tuple[int, int, float]] = field(default_factory=list)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 CONTAINED: Final = 0.8  # of a question's trigrams
-SHARED: Final = 0.05  # of the questions: a line that so many have is an instruction, not part of a question
+SHARED: Final = 0.05  # of the questions: a line that so many share is an instruction, not part of a question
 _CJK: Final = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: each character counts as a word
 _WORD: Final = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 _LINE: Final = re.compile(r"(?<=[?？])\s+|\n+")
@@ -25,7 +25,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _trigrams(text: str) -> set[int]:
-    """Hashes of the runs of three words, of all words if there are fewer; none for a text without words."""
+    """Hashes of the word trigrams, or of all words if there are fewer than three; empty for a text without words."""
     words = words_of(text)
     if len(words) < 3:
         return {hash(tuple(words))} if words else set()
@@ -36,7 +36,7 @@ def drop_instructions(texts: Sequence[str]) -> list[str]:
     """Questions without the lines that many of them share, such as the format of the answer.
 
     A question ends at its question mark. Lines with a colon are compared up to it ("Reference OCR token: …"). The first
-    line always stays.
+    line is always kept.
     """
     split = [[line for line in _LINE.split(text.strip()) if line] or [""] for text in texts]
     counts = Counter(key for lines in split for key in {line.partition(":")[0] for line in lines[1:]})

@@ -1,4 +1,4 @@
-"""Records and distinct images of annotation files, for checks of whole training sets; 18 bytes are held per image."""
+"""Records and distinct images of annotation files, for checks of whole training sets; takes 18 bytes per image."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TrainingSet:
         return self._source(number, self.record(number).image[int(self._slots[reference])])
 
     def name(self, index: int) -> str:
-        """Path of an image; the place of its record if it is stored there."""
+        """Path of an image, or the place of its record if the record contains it."""
         source = self.load(index)
         return f"image of {self.place(self.records_of(index)[0])}" if isinstance(source, bytes) else str(source)
 

@@ -40,7 +40,7 @@ class SpecialTokens:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """Bytes of every token: of a byte-level BPE, or of SentencePiece, where "▁" is a space and "<0x0A>" a byte."""
+    """Bytes of every token: of byte-level BPE, or of SentencePiece, where "▁" is a space and "<0x0A>" a byte."""
     from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode  # takes seconds to import
 
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -114,7 +114,7 @@ class TextStream:
     """Incremental clean-up of text; the pieces that `push` returns join to `text`.
 
     It holds back a tail that may be the start of a stop string, and trailing white space, which is dropped unless more
-    text follows. Without `strip`, white space at both ends stays.
+    text follows. Without `strip`, leading and trailing white space is kept.
     """
 
     def __init__(self, stop: Iterable[str] = (), *, strip: bool = True) -> None:

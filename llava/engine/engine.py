@@ -237,7 +237,7 @@ class Engine:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Rows of the embeddings, at least the tokens of the tokenizer."""
+        """Number of rows of the embeddings, which is at least the number of tokens."""
         return len(self.model_runner.core.get_input_embeddings().weight)
 
     def _check_ids(self, ids: abc.Iterable[int], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Structured output: grammars of JSON schemas, regular expressions and choices as masks of tokens, by llguidance."""
+"""Structured output: token masks from JSON schemas, regular expressions and choices, computed by llguidance."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _REASON: Final = 300  # characters
 _SAMPLE: Final = '{"a": [1, "é 漢"]}'
 _PLACE: Final = re.compile(r"^at \d+\(\d+\): ")  # in the grammar around what the client sent
 _ANCHORS: Final = re.compile(r"^\^|(?<!\\)\$$")  # implied, since the whole answer matches
-# White space in JSON is at most a line break and an indentation, since small models repeat it up to the length limit.
+# Limit white space in JSON to a line break and an indentation: small models repeat it up to the token limit.
 _JSON: Final = {"whitespace_pattern": r"\r?\n[ \t]{0,20}|[ \t]{1,20}"}
 
 
 class Guide:
-    """State of the grammar of one answer."""
+    """Grammar state of one answer."""
 
     def __init__(self, matcher: Any, executor: Any, width: int, end_ids: frozenset[int]) -> None:
         self.matcher = matcher
@@ -53,7 +53,7 @@ class Guide:
         return one_line(self.matcher.get_error(), _REASON) if self.matcher.is_error() else ""
 
     def finish_mask(self, mask: np.ndarray) -> None:
-        """Allow the request's end tokens in a mask (width,) uint32 where the grammar allows an end."""
+        """Allow the request's end tokens in a mask (width,) uint32 if the grammar allows the answer to end."""
         if self.matcher.is_error():
             mask[:] = 0
         elif self.matcher.is_accepting():
@@ -79,7 +79,7 @@ def grammar_masks(guides: Sequence[Guide]) -> Tensor:
 class GrammarCompiler:
     """Compiles structures to grammars over the tokens of a tokenizer, for logits of `vocabulary` entries.
 
-    Raises `RequestError` if llguidance is not installed or the tokenizer is not of a known kind.
+    Raises `RequestError` if llguidance is not installed or the tokenizer is not supported.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class GrammarCompiler:
         return matcher
 
     def start(self, params: GuidedDecodingParams, end_ids: frozenset[int]) -> Guide:
-        """The guide of an answer that one of `end_ids` ends."""
+        """The grammar state of a new answer; `end_ids` are its end tokens."""
         return Guide(self.compile(params).deep_copy(), self._executor, self._width, end_ids)
 
     def _grammar(self, kind: str, text: str) -> str:
-        """A grammar in llguidance's Lark; the space that may precede a word belongs to no answer."""
+        """A grammar in llguidance's Lark syntax. A leading space is allowed, which is stripped from the answer."""
         if kind == "json":
             schema = json.loads(text)
             schema = schema if isinstance(schema, bool) else {"x-guidance": _JSON, **schema}
@@ -147,7 +147,7 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """A tokenizer in llguidance's interface. It only ever encodes bytes one by one."""
+    """A tokenizer with the interface that llguidance requires; llguidance encodes single bytes only."""
 
     bos_token_id = None
 

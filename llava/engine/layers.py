@@ -21,8 +21,8 @@ class FusedLinear:
     """Linear layers of one input as one matrix product: (N, in) to (N, sum of outs).
 
     The parameters of plain linear layers become views of one tensor, so memory stays the same and transformers'
-    forward (beam search) uses the same weights; `state_dict` returns separate tensors. Other layers (4 and 8 bit) are
-    called one by one, and `weight` is None; on the CPU, as `PackedLinear`.
+    forward (beam search) uses the same weights; `state_dict` returns separate tensors. Other layers (8-bit and
+    4-bit) are called one by one, on the CPU as `PackedLinear`, and `weight` is None.
     """
 
     def __init__(self, *modules: nn.Module) -> None:

@@ -31,12 +31,12 @@ class TokenTable:
         self._counts = array("f", [-1.0] * len(self._tokens))  # -1: has not occurred, 0: only in the prompt
         self._index = {token: at for at, token in enumerate(self._tokens)}
         if self._repetition != 1.0:
-            for token in {token for token in prompt if token >= 0}:  # without images
+            for token in {token for token in prompt if token >= 0}:  # image tokens are negative
                 self._add(token, 0.0)
 
     @classmethod
     def build(cls, params: SamplingParams, prompt: Iterable[int]) -> TokenTable | None:
-        """The table of a request, None if it changes no logits."""
+        """The table of a request, or None if it changes no logits."""
         table = cls(params, prompt)
         return table if table._counted or table._tokens else None
 
@@ -58,7 +58,7 @@ class TokenTable:
             self._counts.append(count)
 
     def columns(self, row: int) -> list[np.ndarray]:
-        """Row, token, bias, and the scale and shift of the penalties, of every entry."""
+        """Row, token, bias, and scale and shift of the penalties, for every entry."""
         tokens, bias = np.array(self._tokens, dtype=np.int32), np.array(self._biases, dtype=np.float32)
         counts = np.array(self._counts, dtype=np.float32)
         scale = np.where(counts >= 0, np.float32(self._repetition), np.float32(1))
@@ -67,21 +67,21 @@ class TokenTable:
 
 
 def table_columns(tables: Sequence[TokenTable | None]) -> list[Numbers]:
-    """The columns of the tables of a batch, for `adjust_logits`; empty if there is none."""
+    """The columns of the tables of a batch, for `adjust_logits`; empty without tables."""
     parts = [table.columns(row) for row, table in enumerate(tables) if table is not None]
     return [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
 
 
 def adjust_logits(logits: Tensor, rows: Tensor, tokens: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """Add `bias`, then apply penalties, in place: at distinct positions (rows, tokens) of `logits` (B, V)."""
+    """Add `bias`, then apply penalties, in place, at distinct positions (rows, tokens) of `logits` (B, V)."""
     biased = logits[rows, tokens] + bias
     logits[rows, tokens] = torch.where(biased > 0, biased / scale, biased * scale) - shift
 
 
 def mask_logits(logits: Tensor, guides: Sequence[Guide | None]) -> None:
-    """Set the tokens that a row's grammar forbids to -inf, in place. Rows without a grammar are not touched.
+    """Set the logits of tokens that a row's grammar forbids to -inf, in place. Rows without a grammar are unchanged.
 
-    On CUDA the masks are computed while the model's forward pass runs, and sent without waiting for it.
+    On CUDA, the masks are computed while the forward pass runs, and uploaded asynchronously.
     """
     rows = [row for row, guide in enumerate(guides) if guide is not None]
     masks = grammar_masks([guide for guide in guides if guide is not None])  # (n, ceil(V / 32)) int32
@@ -98,7 +98,7 @@ def mask_logits(logits: Tensor, guides: Sequence[Guide | None]) -> None:
 def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> Tensor:
     """Log-softmax of `logits` (B, V) at `tokens` (B,) and at the `count` most probable tokens.
 
-    Returns int32 (B, 1 + 2 * count): log probability, ids, log probabilities; the latter are float32 bits.
+    Returns int32 (B, 1 + 2 * count): log probability, ids, log probabilities; log probabilities are float32 bits.
     """
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, tokens.clamp(min=0).unsqueeze(-1))

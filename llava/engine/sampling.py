@@ -51,7 +51,7 @@ class Sampler:
     ) -> None:
         self.params = params
         self.generators = generators
-        self.tables = tables if any(tables) else ()  # none before the first token if nothing but generated ones counts
+        self.tables = tables if any(tables) else ()  # empty before the first token if only generated tokens count
         self.guides = guides if any(guide is not None for guide in guides) else ()
         self._device_params: Sequence[Tensor] = ()
 
@@ -67,7 +67,7 @@ class Sampler:
 
     @property
     def num_logprobs(self) -> int | None:
-        """Most probable tokens to report, the largest number of any row; None if no row wants log probabilities."""
+        """Number of most probable tokens to report, the maximum of the rows; None if no row requests any."""
         return max((one.logprobs for one in self.params if one.logprobs is not None), default=None)
 
     def host_params(self) -> list[Numbers]:
@@ -139,7 +139,7 @@ def sample_top_p(
 ) -> Tensor:
     """Sample one token (B,) per row of `logits` (B, V) by inverse transform sampling, on the device.
 
-    `temperature`, `top_p`, `draws`, uniform in [0, 1), and `min_p` are (B,) float32, `top_k` (0: off) is (B,) integer.
+    `temperature`, `top_p`, `min_p` and `draws` (uniform in [0, 1)) are (B,) float32; `top_k` (0: off) is (B,) integer.
     """
     probabilities = torch.softmax(logits.float() / temperature.clamp(min=_MIN_TEMPERATURE).unsqueeze(-1), dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -147,7 +147,7 @@ def sample_top_p(
     if top_k is not None and min_p is not None:
         size = ordered.shape[-1]
         last = torch.where(top_k > 0, top_k, size).clamp(max=size).long() - 1
-        filtered = ordered < ordered.gather(-1, last.unsqueeze(-1))  # tokens as probable as the last one stay
+        filtered = ordered < ordered.gather(-1, last.unsqueeze(-1))  # tokens as probable as the last one are kept
         ordered = ordered.masked_fill(filtered, 0.0)
         ordered = ordered / ordered.sum(-1, keepdim=True)
         filtered = filtered | (ordered < min_p.unsqueeze(-1) * ordered[:, :1])

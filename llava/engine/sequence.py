@@ -79,9 +79,9 @@ def hash_image(image: ImageInput | HashedImage) -> HashedImage:
 
 @dataclass(frozen=True)
 class GuidedDecodingParams:
-    """Structure of an answer: a JSON schema it is valid under, a regular expression it matches, or the texts it may be.
+    """Structure of an answer: a JSON schema, a regular expression that it matches as a whole, or a list of choices.
 
-    Exactly one is given. Needs the package llguidance (`pip install llava[serve]`). Raises `RequestError`.
+    Give exactly one. Needs the package llguidance (`pip install llava[serve]`). Raises `RequestError`.
     """
 
     json: str | abc.Mapping[str, object] | None = None
@@ -129,9 +129,9 @@ class SamplingParams:
 
     `top_k` (0: off), then `top_p`, then `min_p` (relative to the most probable token) limit the tokens to sample from.
     `presence_penalty` and `frequency_penalty` lower the logits of generated tokens, `repetition_penalty` divides those
-    of tokens of prompt and answer (multiplies negative ones); `logit_bias` is added first, by token id. `logprobs`
-    requests the log probability of each token and of so many of the most probable ones, from the logits before all of
-    these. `guided_decoding` restricts the answer to a structure.
+    of tokens in the prompt or answer (multiplies negative ones); `logit_bias` is added first, by token id. `logprobs`
+    returns the log probability of each token and of that many of the most probable ones, from the logits before all
+    of these. `guided_decoding` restricts the answer to a structure.
     Raises `RequestError` for a value out of range.
     """
 
@@ -195,9 +195,9 @@ class SamplingParams:
             raise RequestError(f"num_beams above 1 cannot be combined with {', '.join(sorted(extra))}.")
 
     def as_dict(self) -> dict[str, object]:
-        """The parameters to record beside answers: the published ones, and others that differ from their default.
+        """The parameters to record beside answers: the published ones, and others that differ from their defaults.
 
-        So records of versions that had fewer parameters stay comparable.
+        This keeps records of versions with fewer parameters comparable.
         """
         values, defaults = dataclasses.asdict(self), {one.name: one.default for one in dataclasses.fields(self)}
         defaults["logit_bias"] = {}
@@ -208,7 +208,7 @@ GREEDY = SamplingParams()
 
 
 class TokenLogprobs(NamedTuple):
-    """Log probability of a generated token, and the ids and log probabilities of the most probable tokens there."""
+    """Log probability of a generated token, and those of the most probable tokens at its position, with ids."""
 
     token: int
     logprob: float
@@ -222,7 +222,7 @@ class Request:
     Control tokens are recognized in a string, except in the text of a `RenderedPrompt` (`Conversation.get_prompt`).
     An image is a PIL image, which the engine preprocesses, a preprocessed float tensor (3, S, S), or a `HashedImage`
     of either. With `cache_prefix` the prompt and its answer are stored in the prefix cache, for the next turn of the
-    conversation. Without `strip` the answer keeps white space at both ends, and the space before its first word.
+    conversation. Without `strip` the answer keeps white space at both ends and the space before its first word.
     """
 
     prompt: str | abc.Sequence[int]
@@ -283,7 +283,7 @@ class RequestHandle:
         return "".join(pieces)
 
     def take_logprobs(self) -> list[TokenLogprobs]:
-        """Return the log probabilities since the last call, without driving the engine."""
+        """Return the log probabilities since the last call, without running the engine."""
         return [self._logprobs.popleft() for _ in range(len(self._logprobs))]
 
     def __iter__(self) -> abc.Iterator[str]:

@@ -1,4 +1,4 @@
-"""Statistics of an engine: tokens, cache hits, occupancy of the batch, waiting, and the time of each part of a step."""
+"""Engine statistics: tokens, cache hits, batch size, queueing, and the time of each part of a step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Statistics:
     its features are cached, or it is encoded. Running requests are never preempted: memory for the longest possible
     answer is reserved before a request starts.
 
-    `seconds` sums up to the age of the engine. `tower` includes preprocessing on the engine's thread, `other` is
-    scheduling and the bookkeeping of caches, and `idle` is the time outside `Engine.step`. All are times of the host:
-    on CUDA, where it runs ahead of the GPU, it waits for the GPU in `sampling`.
+    `seconds` adds up to the age of the engine. `tower` includes preprocessing on the engine's thread, `other` is
+    scheduling and cache bookkeeping, and `idle` is the time outside `Engine.step`. All are host times: on CUDA,
+    `sampling` includes waiting for the GPU.
     """
 
     requests: int = 0  # started
@@ -59,7 +59,7 @@ class Statistics:
         return replace(self, **counters, seconds=seconds)
 
     def summary(self) -> str:
-        """One line: tokens, images, occupancy of the batch and shares of the time."""
+        """One line: tokens, images, mean batch size and shares of the time."""
         cached = self.cached_tokens / max(1, self.prompt_tokens)
         batch = self.decode_rows / max(1, self.decode_steps)
         total = sum(self.seconds.values()) or 1.0
@@ -72,7 +72,7 @@ class Statistics:
 
 
 class Clock:
-    """Attributes the time since its creation to parts, at first to `idle`; never synchronises with a device."""
+    """Attributes the time since its creation to parts, initially `idle`; never synchronizes with a device."""
 
     def __init__(self) -> None:
         self._seconds = _no_seconds()
@@ -87,7 +87,7 @@ class Clock:
 
     @contextmanager
     def measure(self, part: Part) -> Iterator[None]:
-        """Attribute the time of the block to `part`, except that of blocks inside it."""
+        """Attribute the time of the block to `part`, except for nested blocks."""
         previous = self._switch(part)
         try:
             yield
@@ -95,7 +95,7 @@ class Clock:
             self._switch(previous)
 
     def seconds(self) -> dict[Part, float]:
-        """Seconds of each part so far; any thread may call it."""
+        """Seconds of each part so far; thread-safe."""
         found = dict(self._seconds)
         found[self._current] += max(0.0, time.perf_counter() - self._since)
         return found

@@ -7,12 +7,12 @@ DATA is an annotation file or a mixture. BENCHMARK is a task of `llava eval`, it
 question or annotation file (FILE=DIR names the folder of its images), or a folder of images.
 
 Images are near-duplicates if one is a resized, re-encoded, padded or cropped (up to 10 % of its width and height) copy
-of the other. A question is reported if a record has it together with a near-duplicate of its image, or if its text is
-rare: ten or more words, in at most three records and asked of at most three images. Other questions that training
-records share, such as "Is there a dog in the image?", are only counted.
+of the other. A question is reported if a record contains it together with a near-duplicate of its image, or if its text
+is rare: ten or more words, in at most three records and asked about at most three images. Other questions that occur in
+training records, such as "Is there a dog in the image?", are only counted.
 
-Hashes of images are cached, and an interrupted check continues where it stopped. The exit status is 0 if nothing was
-found, 1 if near-duplicates or questions were, 3 if nothing was but some images or records could not be read, 2 for
+Image hashes are cached, so an interrupted check resumes. The exit status is 0 if nothing was found, 1 if
+near-duplicates or questions were found, 3 if nothing was found but some images or records could not be read, 2 for
 errors.
 """
 
@@ -38,7 +38,6 @@ from llava.data.question_overlap import QuestionIndex, words_of
 from llava.data.training_set import TrainingSet
 from llava.errors import ConfigError
 from llava.eval.benchmarks.base import EVAL_DATA
-from llava.eval.benchmarks.contents import Asked, Benchmark, human_texts, read_benchmark
 from llava.eval.reporting.contamination import (
     RARE_TEXT,
     SAME_IMAGE,
@@ -50,13 +49,14 @@ from llava.eval.reporting.contamination import (
     render_page,
     summary,
 )  # fmt: skip
+from llava.eval.run.contents import Asked, Benchmark, human_texts, read_benchmark
 from llava.files import write_text
 from llava.images import open_image
 from llava.utils import guarded
 
 THRESHOLD: Final = 0.92
 RARE_WORDS, RARE_RECORDS, RARE_IMAGES = 10, 3, 3
-SMALL: Final = 300  # images that do not pay for worker processes
+SMALL: Final = 300  # images up to which worker processes are not worth starting
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class QuestionSearch:
         self.texts = list(self.owners)
         self.index = QuestionIndex(self.texts)
         self.counts: Counter[int] = Counter()  # records by text
-        self.first: defaultdict[int, list[Found]] = defaultdict(list)  # of each text, RARE_RECORDS at most
+        self.first: defaultdict[int, list[Found]] = defaultdict(list)  # by text, at most RARE_RECORDS each
         self.with_image: list[tuple[int, Asked, Found]] = []
 
     def add(self, number: int, texts: Sequence[str], near: set[tuple[int, int]]) -> None:
-        """Search the `texts` of a record, whose images are `near` those of benchmarks."""
+        """Search the `texts` of a record; `near` are the (benchmark, image) pairs that its images duplicate."""
         best: dict[int, Found] = {}
         for text in texts:
             for key, contained in self.index.find(text):
@@ -102,7 +102,7 @@ class QuestionSearch:
             ]
 
     def rare(self) -> list[tuple[int, Asked, Found]]:
-        """Questions of many words in few records, asked of few images."""
+        """Long questions that occur in few records and are asked about few images."""
         return [
             (benchmark, asked, found)
             for key, count in self.counts.items()
@@ -209,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", help="training data: an annotation file or a mixture")
     add("--against", nargs="+", action="extend", required=True, metavar="BENCHMARK", help="see above")
-    add("--image_folder", "--images", type=Path, metavar="DIR", help="folder of the images (default: of the file)")
+    add("--image_folder", "--images", type=Path, metavar="DIR", help="image folder (default: the folder of the file)")
     default = Path(os.environ.get("EVAL_DATA", EVAL_DATA))
     add("--eval-data", type=Path, default=default, help="parent folder of all tasks (EVAL_DATA; %(default)s)")
     add("--html", type=Path, metavar="FILE", help="write a page with the pairs side by side")

@@ -1,4 +1,4 @@
-"""Outcomes of a run as columns, from which metrics and intervals follow; apart from the scorers, as it needs numpy."""
+"""Outcomes of a run as numpy columns, from which metrics and intervals are computed; scorers do without numpy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Outcomes:
         )  # fmt: skip
 
     def by_unit(self) -> Outcomes:
-        """One outcome a unit, which is right if all its answers are; the rest is that of its first answer."""
+        """One outcome per unit: correct if all its answers are, with the other fields of its first answer."""
         _, first, codes = np.unique(self.units, return_index=True, return_inverse=True)
         right = np.bincount(codes, self.scores == 1) == np.bincount(codes)
         return replace(self.take(first), scores=right.astype(np.float64))

@@ -5,9 +5,9 @@
     llava report eval/MODEL --format lmms-eval
 
 Prints the tables and writes them as report.md, report.csv, report.png and report.html; the page also shows the error
-analysis and sample answers with their images. `--diff` explains the gap between two runs: how much of it comes from
-prompts, pixels, decoding, the scorer, missing and unread answers, and the weights; diff.html shows the questions that
-changed sides. `--ask --model-path CHECKPOINT` separates joint causes by asking again.
+analysis and sample answers with their images. `--diff` attributes the gap between two runs to the scorer,
+missing and unread answers, prompts, pixels, decoding and weights; diff.html shows the questions gained and lost.
+`--ask --model-path CHECKPOINT` separates joint causes by running the model again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def build_parser(*, ask: bool = False) -> argparse.ArgumentParser:
     add("--samples", type=int, default=6, help="number of sample answers per benchmark (default %(default)s)")
     add("--format", choices=FORMATS, default=FORMATS[0], help="write these files (default %(default)s)")
     add("--diff", action="store_true", help="explain the gap between two runs; writes diff.html")
-    add("--ask", action="store_true", help="with --diff: ask a model again where causes are joint (--ask --help)")
+    add("--ask", action="store_true", help="with --diff: run a model again to separate joint causes (--ask --help)")
     if ask:
         from llava.eval.options import EvalArgs
 
@@ -74,7 +74,7 @@ def write_report(runs: Sequence[Run], folder: Path, count: int) -> list[Path]:
 
 
 def error_panels(runs: Sequence[Run]) -> Iterator[str]:
-    """A panel with the error analysis of each task, or a note why it cannot be made here."""
+    """A panel with the error analysis of each task, or a note why it is not available."""
     for task in TASKS:
         sides = {run.name: load_side(run.folder, run.scores[task]) for run in runs if task in run.scores}
         found = {name: analyse(side.answers) for name, side in sides.items() if side.answers}

@@ -1,10 +1,10 @@
-"""Uncertainty of scores: clustered intervals, paired tests of two runs, and the smallest difference they could show.
+"""Uncertainty of scores: clustered intervals, paired tests of two runs, and smallest detectable differences.
 
-Questions about one image are not independent, so images are what is sampled: a metric is a function of sums over
+Questions about one image are not independent, so images are the sampling unit: a metric is a function of sums over
 images, and its standard error is the jackknife over images (Efron and Stein, 1981; MacKinnon, Nielsen and Webb, 2023,
 on clusters; Miller, 2024, arXiv:2411.00640, on evaluations of language models). Metrics with bounds get Wilson's
 interval (1927) at the effective sample size of their standard error (Korn and Graubard, 1998; Dean and Pagano, 2015),
-which stays inside the bounds and holds near them; others the t interval.
+which stays within the bounds and is accurate near them; others the t interval.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Floats: TypeAlias = NDArray[np.float64]
 LEVEL: Final = 0.95
 POWER: Final = 0.8
 RESAMPLES: Final = 9_999
-EXACT_UP_TO: Final = 13  # images with other answers, up to which all 2**n swaps are counted
+EXACT_UP_TO: Final = 13  # number n of differing images up to which all 2**n swaps are enumerated
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Interval:
     """A score with its confidence interval.
 
     `clusters` is the number of images. `detectable` is the smallest difference from the score of another run on other
-    images of this kind that a two-sided test at 5 % finds with a power of 80 % (Bloom, 1995); comparing answers to the
-    same questions finds smaller ones (`llava.eval.reporting.paired`).
+    images of this kind that a two-sided test at 5 % detects with a power of 80 % (Bloom, 1995); paired comparison on
+    the same questions detects smaller ones (`llava.eval.reporting.paired`).
     """
 
     value: float
@@ -100,7 +100,7 @@ def jackknife(metric: Metric) -> tuple[int, float]:
 
 
 def difference(first: Metric, second: Metric) -> Metric:
-    """Second minus first as a metric: its jackknife leaves an image out of both runs, which is what pairing gains."""
+    """Second minus first as a metric: the jackknife leaves an image out of both runs, which makes it paired."""
     columns = first.sums.shape[1]
 
     def value(sums: Floats) -> Floats:
@@ -110,14 +110,14 @@ def difference(first: Metric, second: Metric) -> Metric:
 
 
 def minimum_detectable(standard_error: float, clusters: int, power: float = POWER) -> float:
-    """The true difference that a two-sided 5 % test finds with this power, (t + z) standard errors (Bloom, 1995)."""
+    """The true difference that a two-sided 5 % test detects with this power, (t + z) standard errors (Bloom, 1995)."""
     return (t_quantile(0.5 + LEVEL / 2, clusters - 1) + NormalDist().inv_cdf(power)) * standard_error
 
 
 def permutation_test(first: Metric, second: Metric, seed: int = 0) -> float:
-    """Two-sided p value that two runs score alike: their answers to all questions of an image are swapped at random.
+    """Two-sided p value of the difference between two runs: their answers are swapped at random for whole images.
 
-    Exact for any metric, also F1 (approximate randomization: Noreen, 1989; Yeh, 2000), given images that are
+    Exact for any metric, including F1 (approximate randomization: Noreen, 1989; Yeh, 2000), given images that are
     independent. All swaps are counted if few images differ; else `RESAMPLES` random ones, where p counts the observed
     difference as well and so is never 0 (Phipson and Smyth, 2010).
     """
@@ -148,7 +148,7 @@ def _swapped(moved: Floats, totals: tuple[Floats, Floats], first: Metric, second
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided p value of McNemar's test (1947): a question that changed sides is as likely gained as lost.
 
-    It takes questions as independent; with several questions about an image, `permutation_test` holds instead.
+    It treats questions as independent; with several questions per image, use `permutation_test`.
     """
     total, term, tail = gained + lost, 1, 0
     for k in range(min(gained, lost) + 1):
@@ -158,7 +158,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """P values of several tests, adjusted so that any false one among them has the chance stated (Holm, 1979)."""
+    """P values of several tests, adjusted to control the family-wise error rate (Holm, 1979)."""
     adjusted, largest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda each: p_values[each])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))

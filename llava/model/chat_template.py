@@ -1,7 +1,7 @@
 """Chat templates: conversation templates as Jinja, in the `chat_template` of tokenizers.
 
-They hold no BOS token, as a conversation's prompt: programs add it when they tokenize the text (`tokenizer(text)`, the
-processor of transformers 5, llama.cpp).
+As in prompts, there is no BOS token: it is added when the text is tokenized (`tokenizer(text)`, the processor of
+transformers 5, llama.cpp).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.conversation import Conversation, SeparatorStyle, conv_templates, get_template, image_placeholder
 
-_SYSTEM, *_TURNS = map(chr, range(0xE000, 0xE005))  # stand for text; no template holds them
-# Preceded by the parts of the template. As in the chat API, one image comes before the text of its message, and several
-# stay between the parts.
+_SYSTEM, *_TURNS = map(chr, range(0xE000, 0xE005))  # placeholders for text, which no template contains
+# The parts of the template are set before it. As in the chat API, a single image is moved before the text of its
+# message, and several images stay in place.
 _BODY: Final = r"""
 {%- macro text(content) -%}
 {%- if content is string -%}
@@ -95,5 +95,5 @@ def chat_template_of(config: Mapping[str, object]) -> str | None:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Set the chat template of a tokenizer, see `chat_template_of`; without one it keeps its own."""
+    """Set the chat template of a tokenizer, see `chat_template_of`; without one, the tokenizer keeps its own."""
     tokenizer.chat_template = chat_template_of(vars(config)) or tokenizer.chat_template

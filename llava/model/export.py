@@ -1,9 +1,9 @@
 """Export a checkpoint for other programs: `llava export --format FORMAT --model-path DIR --output OUT`.
 
 `hf-llava` is the layout of transformers' `LlavaForConditionalGeneration`. The result is loaded with that class and must
-have the same logits as the source on a fixed image and prompt. `gguf` is the format of llama.cpp: `model-TYPE.gguf`,
-and `mmproj-TYPE.gguf` with tower and projector. Both take LLaMA with a CLIP tower and an `mlp2x_gelu` projector; gguf
-also takes a language model.
+give the logits of the source on a fixed image and prompt. `gguf` is the format of llama.cpp: `model-TYPE.gguf`,
+and `mmproj-TYPE.gguf` with tower and projector. Both support LLaMA with a CLIP tower and an `mlp2x_gelu` projector;
+gguf also supports language models.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ LLAVA_KEYS: Final = (
 
 
 def check_exportable(found: Checkpoint, target: str) -> None:
-    """Raise `ConfigError`, before weights are read, for a model that the reader of the format `target` cannot run.
+    """Raise `ConfigError`, before weights are read, for a model that programs reading the format `target` cannot run.
 
     Directories without a chat model are left to the loader.
     """
@@ -165,7 +165,7 @@ def hf_logits(
 def export(
     model_path: str | Path, output: str | Path, model_base: str | Path | None = None, conv_mode: str | None = None
 ) -> float:
-    """Write `hf-llava` to the new directory `output`, and return the largest difference of logits on the probe."""
+    """Write `hf-llava` to the new directory `output`, and return the largest difference between logits."""
     source = local_directory(model_path)
     check_exportable(inspect(source), "hf-llava")
     with atomic_directory(output) as directory:

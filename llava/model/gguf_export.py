@@ -1,7 +1,7 @@
 """Export to GGUF for llama.cpp: the language model as one file, CLIP tower and projector as another.
 
-Weights are read, converted and written one at a time. Matrices get the type of `--outtype`; vectors and position tables
-stay in float32, matrices whose rows q8_0 cannot divide into blocks in float16, and patch kernels in float16 or float32.
+Weights are read, converted and written one at a time. Matrices get the type of `--outtype`, or float16 if q8_0 cannot
+divide their rows into blocks; vectors and position embeddings are float32, and patch kernels float16 or float32.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def write_file(
 
 
 def interleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows (or biases) of q or k in the order of llama.cpp: the two halves of each rotary pair are neighbours."""
+    """Rows (or biases) of q or k in the order of llama.cpp, which interleaves the two halves of each rotary pair."""
     return rearrange(weight, "(h half d) ... -> (h d half) ...", h=heads, half=2)
 
 
@@ -197,7 +197,7 @@ def add_vision(writer: GGUFWriter, config: PretrainedConfig, tower: VisionTower)
     writer.add_vision_embedding_length(vision.hidden_size)
     writer.add_vision_feed_forward_length(vision.intermediate_size)
     writer.add_vision_block_count(tower.depth)
-    # Without this key, llama.cpp runs one layer less than the file has.
+    # Without this key, llama.cpp skips the last layer of the file.
     writer.add_array(FEATURE_LAYER, [tower.depth])
     writer.add_vision_head_count(vision.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
@@ -210,14 +210,14 @@ def add_vision(writer: GGUFWriter, config: PretrainedConfig, tower: VisionTower)
 
 
 class Exported(NamedTuple):
-    """Files of an export, and the stop string that is not in them because it is no token."""
+    """Files of an export, and the stop string if it is not a token and therefore not in the files."""
 
     files: list[Path]
     stop: str | None
 
 
 def refuse(found: Checkpoint, reason: str | None) -> None:
-    """Raise `ConfigError` if there is a `reason` why llama.cpp would compute something else than the model."""
+    """Raise `ConfigError` if there is a `reason` why llama.cpp would not compute the same as the model."""
     if reason:
         raise ConfigError(f"{found.path} cannot be exported as gguf, because {reason}. Serve it with llava instead.")
 
@@ -252,7 +252,7 @@ def export(
 ) -> Exported:
     """Write `model-OUTTYPE.gguf` and, for a chat model, `mmproj-OUTTYPE.gguf` to the new directory `output`.
 
-    Raises `ConfigError` for a model or tokenizer that llama.cpp does not have, before weights are read.
+    Raises `ConfigError` for a model or tokenizer that llama.cpp does not support, before weights are read.
     """
     require("gguf", "export")
     found = ckpt.inspect(builder.local_directory(model_path))

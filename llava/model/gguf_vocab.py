@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 SENTENCEPIECE_BPE: Final = 2  # `model_type` of its trainer
 BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 DIGITS: Final = {"type": "Digits", "individual_digits": True}
-# llama.cpp has pre-tokenizers by name; these are the ones whose ids were compared with those of tokenizers.
+# llama.cpp identifies pre-tokenizers by name; these are the ones whose ids were compared with those of tokenizers.
 PRE_TOKENIZERS: Final = {"gpt-2": [BYTE_LEVEL], "smollm": [DIGITS, BYTE_LEVEL]}
 ENDS: Final = ("eos", "eot", "eom")  # keys of tokens that end an answer
-ADDED_SCORE: Final = -1000.0  # no merge makes an added token
+ADDED_SCORE: Final = -1000.0  # so low that no merge produces an added token
 Entry = tuple[str, float, int]  # text, score, type
 
 
@@ -46,7 +46,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows:
     """Add tokenizer, special tokens and chat template to `writer` for a table of `rows` rows.
 
     Entries without a row are left out; rows without an entry are named `[PADn]` and never tokenized. Raises
-    `ConfigError` for a tokenizer that llama.cpp does not have.
+    `ConfigError` for a tokenizer that llama.cpp does not support.
     """
     if len(ends) > len(ENDS):
         raise refused(tokenizer, f"{len(ends)} tokens end an answer, and a GGUF file has {len(ENDS)}")
@@ -110,7 +110,7 @@ def _add_byte_level(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> C
     before = data["pre_tokenizer"] or {}
     steps = [{**step} for step in before.get("pretokenizers", [before])]
     for step in steps:
-        step.pop("trim_offsets", None)  # of no effect on ids
+        step.pop("trim_offsets", None)  # has no effect on ids
     name = next((name for name, known in PRE_TOKENIZERS.items() if known == steps), None)
     if name is None:
         raise refused(tokenizer, f"its pre-tokenizer is not {' or '.join(PRE_TOKENIZERS)}'s")

@@ -64,7 +64,7 @@ def check_native(device: torch.device) -> str:
 def check_native_logits(case: Case, dtype: torch.dtype, threads: int, bits: int = 0) -> str:
     """Several batch sizes through the C++ kernel, sharing an image, against the forward of transformers.
 
-    With `bits`, layers are quantized, in both: the kernel must reproduce the matrix products of bitsandbytes.
+    With `bits`, both use quantized layers: the kernel must reproduce the matrix products of bitsandbytes.
     """
     role, errors, sizes = Role(REFERENCE.device, dtype), [], [1, 3, native_decode_rows(dtype)]
     if bits:

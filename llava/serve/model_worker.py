@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     worker = Worker(backend, name, stream_interval=args.stream_interval)
     worker.on_failure = lambda: signal.raise_signal(signal.SIGTERM)
     status = run_worker(worker, sock, token, args)
-    if backend.state == "loading":  # the end of the interpreter would wait for the loading thread, or crash it
+    if backend.state == "loading":  # exiting the interpreter would wait for the loading thread or crash it
         logging.shutdown()
         os._exit(status)
     return status

@@ -33,7 +33,7 @@ from llava.utils import guarded, require
 
 _LISTENING: Final = re.compile(r"Listening on (https?://\S+)")
 _POLL: Final = 0.1
-_EXIT_SECONDS: Final = 10  # for open connections, 5 at most, and the end of the process
+_EXIT_SECONDS: Final = 10  # up to 5 for open connections, and the exit of the process
 _API_PORT: Final = 21001
 _WEB_FLAGS: Final = ("host", "port", "auth_file", "default_model")
 _WEB_SWITCHES: Final = ("insecure", "embed", "moderate", "log_conversations")

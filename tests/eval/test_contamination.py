@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks import contamination as measured
 from benchmarks.contamination import cropped, encode, leaves
 from llava.check import main
-from llava.eval.benchmarks.contents import read_benchmark
+from llava.eval.run.contents import read_benchmark
 from llava.eval.run.questions import SHORT_SUFFIX
 from llava.images import expand2square
 from tests.data.test_dataset import record

@@ -190,7 +190,7 @@ def test_what_is_not_supported_is_refused_everywhere_alike(tiny_dirs: Dirs, tmp_
         lambda: train_base(chat, tiny_dirs["tower"], tmp_path / "run"),
     ]
     if form != "more rows than weights":  # an export loads the weights after it has read the configuration
-        readers.append(lambda: check_exportable(inspect(chat)))
+        readers.append(lambda: check_exportable(inspect(chat), "hf-llava"))
     texts = set()
     for read in readers:
         with pytest.raises(CheckpointError, match=message) as caught:

@@ -1,7 +1,7 @@
 // One decode step of a LLaMA on the CPU: all threads read every weight once, in one parallel region.
 //
 // A step of a small batch is bound by memory bandwidth and by the overhead between operations. Keys and values are
-// float32 or bfloat16; weights are that too, or int8 or 4 bit as bitsandbytes packs them. All arithmetic is float32. The
+// float32 or bfloat16; weights are too, or int8 or 4-bit as packed by bitsandbytes. All arithmetic is float32. The
 // sums of a row are computed in the same order for every batch size, so its tokens do not depend on its neighbours. See
 // `llava/engine/native/decoder.py`.
 
@@ -20,8 +20,8 @@
 namespace {
 
 constexpr int64_t LANES = 16, ROWS = 4;  // floats per vector, weight rows per tile
-constexpr int64_t BLOCK = 64, SCALES = 256;  // 4-bit weights per scale, 8-bit scales per scale of their own
-constexpr int64_t AHEAD = 8192;              // bytes from packed weights to those that are prefetched
+constexpr int64_t BLOCK = 64, SCALES = 256;  // 4-bit weights per scale; 8-bit scales per second-level scale
+constexpr int64_t AHEAD = 8192;              // prefetch distance in packed weights, in bytes
 using Floats = float __attribute__((vector_size(64)));
 using UInt32s = uint32_t __attribute__((vector_size(64)));
 using UInt16s = uint16_t __attribute__((vector_size(32)));
@@ -233,7 +233,7 @@ inline Pair lookup_pair(Floats table, const uint8_t *codes) {
 // Buffers of one thread, for the inputs in the order of the codes and the scales of a tile.
 struct Scratch { std::vector<float> inputs, scales; };
 
-// The rows of a 4-bit part in float32. The weights equal those that bitsandbytes unpacks.
+// The rows of a 4-bit part in float32. The weights equal those that bitsandbytes dequantizes.
 struct FourBitRows {
     const Part &part;
     Scratch &scratch;
@@ -311,7 +311,7 @@ void multiply(const Rows &rows, const float *x, int64_t count, Range range, floa
     for (; at < range.last; ++at) tiles<1, 1>(rows, x, count, at, out + at, stride);
 }
 
-// out (count, stride) = x (count, width) weight^T + bias, for the outputs in `range`, which the parts have together.
+// out (count, stride) = x (count, width) weight^T + bias, for the outputs in `range`, counted over all parts.
 template <class T>
 void linear(const float *x, int64_t count, const Part *part, Range range, float *out, int64_t stride, Scratch &scratch) {
     for (; range.last > 0; range.first -= part->rows, range.last -= part->rows, out += part->rows, ++part) {

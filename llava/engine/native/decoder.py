@@ -42,7 +42,7 @@ class _Step(ctypes.Structure):
 
 
 class NativeDecoder:
-    """The kernel with the weights of one model of float32 or bfloat16, whose linear layers may be in 8 or 4 bit."""
+    """The kernel with the weights of one float32 or bfloat16 model, whose linear layers may be 8-bit or 4-bit."""
 
     def __init__(
         self, spec: CacheSpec, heads: int, layers: Sequence[DecoderLayer], norm: RMSNorm, parts: Sequence[list[Part]]

@@ -1,6 +1,6 @@
 """Linear layers as the C++ kernel reads them: parameters of PyTorch, or the packed weights of bitsandbytes in place.
 
-A packed weight is what bitsandbytes unpacks: int8 times a float32 scale per row (arXiv:2208.07339), or a value of NF4
+The values are as dequantized by bitsandbytes: int8 times a float32 scale per row (arXiv:2208.07339), or a value of NF4
 or FP4 times a scale per block of 64 (arXiv:2305.14314). Inputs are not quantized, unlike in LLM.int8.
 """
 
@@ -20,7 +20,7 @@ from llava.model.quantization import BLOCK, SCALES_BLOCK
 LANES: Final = 16  # floats per vector of the kernel
 DTYPES: Final = (torch.float32, torch.bfloat16)
 PLAIN, INT8, FOUR_BIT = 0, 1, 2
-SLICE: Final = 2**20  # weights unpacked at a time
+SLICE: Final = 2**20  # weights dequantized at a time
 
 
 def fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -55,7 +55,7 @@ class Part:
 
 
 def plain_part(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Part | None:
-    """The part of a weight (out, in) in the model's `dtype`; None if the kernel does not support it."""
+    """The `Part` of a weight (out, in) in the model's `dtype`; None if the kernel does not support it."""
     if weight.dtype != dtype or not weight.is_contiguous() or weight.shape[1] % LANES:
         return None
     rows, width = weight.shape
@@ -63,7 +63,7 @@ def plain_part(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Part 
 
 
 def packed_part(layer: Any) -> Part | None:
-    """The part of an 8-bit or 4-bit layer of bitsandbytes on the CPU; None for other layers and layouts."""
+    """The `Part` of an 8-bit or 4-bit layer of bitsandbytes on the CPU; None for other layers and layouts."""
     if not type(layer).__module__.startswith("bitsandbytes.") or layer.weight.device.type != "cpu":
         return None
     weight, bias, rows, width = (
@@ -98,7 +98,7 @@ def as_float32(tensor: Tensor | None) -> Tensor | None:
 class PackedLinear:
     """A bitsandbytes layer whose decode steps run in the kernel.
 
-    For many tokens, a call unpacks slices of its weight for PyTorch's matrix product.
+    For many tokens, a call dequantizes slices of its weight for PyTorch's matrix product.
     """
 
     def __init__(self, layer: Any, part: Part) -> None:

@@ -55,7 +55,7 @@ def interval_lines(scores: Scores) -> list[str]:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the rule of a benchmark reads in an answer, and whether that is counted as unread."""
+    """What the parsing rule of a benchmark reads in an answer, and whether the answer counts as unread."""
 
     label: str
     is_unread: bool
@@ -178,8 +178,8 @@ class Task(ABC):
     def score(self, answers: Path, limit: int | None = None) -> Scores:
         """Scores of a complete answers file. Raises `DataError` if an answer is missing or failed.
 
-        Answers that a server has to score are written to a file, named under `upload`. `unread` counts the empty
-        answers, unless `score_rows` counts those that its rule cannot read (`count_unread`). If `score_rows` gives
+        Answers that a server has to score are written to the file named under `upload`. `unread` counts the empty
+        answers, unless `score_rows` counts those that its rule cannot read (`count_unread`). If `score_rows` returns
         `outcomes`, they are written beside the answers, and `intervals` has the 95 % interval of each metric.
         """
         questions = self.questions(limit)
@@ -214,7 +214,7 @@ class Task(ABC):
 
     @classmethod
     def scored_units(cls, outcomes: Outcomes) -> Outcomes:
-        """What is right or wrong as a whole: each answer, unless the benchmark scores several together."""
+        """Outcomes of the units that are scored: single answers, unless the benchmark scores several together."""
         return outcomes
 
     @staticmethod

@@ -133,7 +133,7 @@ def predicted_letter(row: Mapping[str, str], answer: Record) -> str | None:
 
 
 def outcome(row: Mapping[str, str], answer: Record) -> Outcome:
-    """The outcome of the answer to a row; its unit are all rotations of the question."""
+    """The outcome of the answer to a row; its unit is all rotations of the question."""
     base, turn = int(row["index"]) % COPY_OFFSET, answer["round_id"]
     correct = predicted_letter(row, answer) == row["answer"]
     vanilla = {} if turn or int(row["index"]) >= COPY_OFFSET else {"vanilla": float(correct)}

@@ -114,7 +114,7 @@ def parse(text: str) -> str:
 
 
 def outcome(key: Key, row: ResultRow) -> Outcome:
-    """The outcome of an answer; its unit are both questions about the image."""
+    """The outcome of an answer; its unit is both questions about the image."""
     values = {"yes": float(parse(row.answer) == "yes"), "label": float(row.reference == "Yes")}
     correct = parse(row.answer) == row.reference.lower()
     return Outcome("/".join(key), correct, [f"tasks/{key[0]}"], values, f"{key[0]}/{key[1]}")

@@ -1,7 +1,7 @@
-"""What an answer scored, and the file of all of a run: `outcomes.jsonl` beside the answers.
+"""Scores of single answers, and their file `outcomes.jsonl` beside the answers.
 
-Line n of the file is about line n of the answers. It has the question's `id`, which is the same in every run whatever
-its prompt, its `image`, the `unit` of questions that are scored together (the rotations of MMBench, the pairs of MME),
+Line n of the file belongs to line n of the answers. It has the question's `id`, which does not depend on the prompt,
+its `image`, the `unit` of questions that are scored together (the rotations of MMBench, the pairs of MME),
 and the `score` of the answer from 0 to 1. `llava.eval.outcomes` reads it.
 """
 
@@ -21,8 +21,8 @@ FILE: Final = "outcomes.jsonl"
 class Outcome:
     """The score of one answer.
 
-    `groups` are the names of the metrics over a part of the questions to which it belongs, as paths in score.json.
-    `values` are other numbers of the answer, by the names of their metrics where the default `Task.metrics` reads them.
+    `groups` are the metrics over subsets of the questions that include this one, as paths in score.json. `values` are
+    other numbers of the answer, by the names of their metrics if the default `Task.metrics` reads them.
     """
 
     id: str

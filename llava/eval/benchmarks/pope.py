@@ -161,7 +161,7 @@ class Pope(Task):
 
     @classmethod
     def metrics(cls, outcomes: Outcomes) -> list[Metric]:
-        """The mean F1 with empty answers as wrong and as published; published rates of each category and of all."""
+        """Mean F1 with empty answers as wrong, and as published; published rates per category and over all."""
         from llava.eval.uncertainty import Metric, combine, confusion_rates
 
         label, rates = outcomes.values["label"], confusion_rates()

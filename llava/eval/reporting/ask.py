@@ -1,8 +1,8 @@
-"""Separate joint causes of a gap by asking hybrids of two runs: the weights of one, inputs of the other.
+"""Separate joint causes of a gap by running hybrids of two runs: the weights of one with inputs of the other.
 
 With the first run's weights, its prompts, pixels and decoding settings are replaced by the second's one after the
-other, and the weights last; with the second's weights, these come first. Hashes tell whether a hybrid has the prompts
-and pixels of the runs; questions where it does not stay joint.
+other, and the weights last; with the second's weights, these come first. Questions stay joint if the hashes of a
+hybrid's prompts and pixels are not those recorded by the runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def ask_hybrids(
     """
     joint = [key for key, names in classes.items() if len(names) > 1 and ASKABLE.issuperset(names)]
     if not joint:
-        logger.warning("%s: no questions with several recorded causes; nothing to ask.", first.task.name)
+        logger.warning("%s: no question has several recorded causes; there is nothing to run.", first.task.name)
         return []
     names = [name for name in STEPS if any(name in classes[key] for key in joint)]
     rest = next((name for name in MODELS if any(name in classes[key] for key in joint)), None)
@@ -85,7 +85,7 @@ def _questions(side: Side, keys: Sequence[str]) -> list[Question]:
 def _answer(
     args: EvalArgs, model: EvalModel, path: Path, keys: Sequence[str], sources: Mapping[str, Side]
 ) -> dict[str, Record]:
-    """Answers by question whose recorded hashes are those of the sources."""
+    """Answers by question, if their recorded hashes are those of the sources."""
     from llava.engine import SamplingParams
     from llava.eval.run.runner import run
 
@@ -104,6 +104,6 @@ def _answer(
                                           for name in (PROMPTS, PIXELS)):  # fmt: skip
             answers[key] = row
     if len(answers) < len(keys):
-        logger.warning("%s: %d of %d questions have other prompts or pixels than recorded, or failed; they stay joint.",
+        logger.warning("%s: %d of %d questions failed or have prompts or pixels other than recorded; they stay joint.",
                        path, len(keys) - len(answers), len(keys))  # fmt: skip
     return answers

@@ -16,7 +16,7 @@ from PIL import Image
 from llava.data.question_overlap import words_of
 from llava.errors import shorten
 
-NAMED: Final = 10  # pairs, and unreadable images, that the summary names
+NAMED: Final = 10  # pairs and unreadable images that the summary lists
 THUMBNAIL: Final = 288  # pixels of the longer side
 SAME_IMAGE, RARE_TEXT = "same image", "rare text"
 COLUMNS: Final = (
@@ -44,7 +44,7 @@ li { margin: 0 0 6px 20px; font-size: 14px; overflow-wrap: anywhere; }
 class ImagePair:
     """Near-duplicates, the records that have the training image, and the questions about the benchmark's image.
 
-    `numbers` are those of the training image, and of the benchmark and its image.
+    `numbers` are the indices of the training image, the benchmark, and its image.
     """
 
     benchmark: str
@@ -95,7 +95,7 @@ class BenchmarkReport:
 
 @dataclass
 class Report:
-    """Result of a check. `skipped_candidates` were beyond the number of comparisons of a training image."""
+    """Result of a check. `skipped_candidates` exceeded the number of comparisons per training image."""
 
     data: str
     records: int
@@ -124,7 +124,7 @@ class Report:
         return fields
 
     def notes(self) -> list[str]:
-        """What the check did not compare, a line each."""
+        """What the check did not compare, one line each."""
         lines = []
         groups = [("training", self.unreadable), *((each.name, each.unreadable) for each in self.benchmarks)]
         for name, unreadable in groups:
@@ -138,7 +138,7 @@ class Report:
         if uniform:
             lines.append(f"{uniform:,} image(s) of one color were not compared.")
         if self.skipped_candidates:
-            lines.append(f"{self.skipped_candidates:,} less similar candidates of images with many were not compared.")
+            lines.append(f"{self.skipped_candidates:,} candidates beyond the limit per image were not compared.")
         return lines
 
 
@@ -263,7 +263,7 @@ def _short(path: str) -> str:
 
 
 def _compared(text: str, other: str) -> str:
-    """Escaped text in which the words that `other` does not have are faint."""
+    """Escaped text in which the words missing from `other` are faint."""
     shared = set(words_of(other))
     return " ".join(
         escape(word) if shared.issuperset(words_of(word)) else f"<s>{escape(word)}</s>" for word in text.split()

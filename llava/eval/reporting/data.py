@@ -36,8 +36,8 @@ HEADER: Final = (*FIELDS[:6], "95 % CI", "detectable", *FIELDS[6:])  # of the ta
 UNCERTAINTY: Final = ("low", "high", "standard_error", "detectable", "clusters")  # columns of the CSV file
 NOTES: Final = (
     "`95 % CI`: confidence interval of the score; questions about one image are one cluster (docs/Evaluation.md).",
-    "`detectable`: the smallest difference from another model, on other questions, that the benchmark finds with a "
-    "power of 80 %. Comparing answers to the same questions finds smaller ones.",
+    "`detectable`: the smallest difference from another model, on other questions, that a test detects with a "
+    "power of 80 %. Paired comparison on the same questions detects smaller ones.",
     "`inside`: the score is within the noise band of the published one (docs/Evaluation.md defines the band).",
     "`unread`: answers in which the rule of the benchmark finds no answer.",
 )
@@ -187,7 +187,7 @@ def format_score(value: float | None, signed: bool = False) -> str:
 
 
 def format_interval(interval: Mapping[str, float]) -> str:
-    """Both ends as printed scores, a dash without an interval."""
+    """Both ends as printed scores; a dash without an interval."""
     return f"{interval['low']:.1f}–{interval['high']:.1f}" if interval else "–"
 
 

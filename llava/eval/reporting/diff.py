@@ -1,17 +1,17 @@
-"""Where the gap between two runs of a benchmark comes from.
+"""Attribution of the gap between two runs of a benchmark.
 
-The gap is the second run's recorded score minus the first's. It is the sum of parts, in this order:
+The gap is the second run's recorded score minus the first's. It is the sum of these parts, in this order:
 
-1. `scorer`: what is left of the gap after the answers of both runs are scored by the scorer of this version.
-2. `questions of one run`: what changes when the questions that only one run answered are left out.
-3. The other questions are divided by what differs in them, and the second run's answers replace the first's one class
+1. `scorer`: the gap minus the gap after the scorer of this version has scored the answers of both runs.
+2. `questions of one run`: the change when the questions that only one run answered are excluded.
+3. The other questions are grouped by what differs in them, and the second run's answers replace the first's one group
    after the other: `prompts` (hash of the rendered prompt), `pixels` (hash of the preprocessed images), `decoding`,
    `unread answers` (equal inputs, and the rule reads no answer in one of the two), and the rest, which is `weights` if
    the checkpoints differ.
 
-A class with one difference is measured. Where several things differ in the same questions, only their joint part is
-known; each of them alone, taken first, is within the bounds (all these answers wrong, or all right), unless hybrids of
-both runs are asked (`llava.eval.reporting.ask`).
+A group with one difference is measured. If several things differ in the same questions, only their joint part is known.
+The part of each alone is within the bounds (all these answers wrong, or all right); hybrids of both runs separate them
+(`llava.eval.reporting.ask`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Part:
 
 
 class _Step(NamedTuple):
-    """Questions whose outcomes are replaced, and what this measures."""
+    """Questions whose outcomes are replaced, and the causes that this measures."""
 
     causes: tuple[str, ...]
     outcomes: Outcomes
@@ -151,7 +151,7 @@ def _scorer_part(first: Side, second: Side, before: float, after: float) -> Part
 
 
 def _scorer_note(first: Side, second: Side) -> str:
-    """What is recorded about the scorers, and whether today's was used."""
+    """What is recorded about the scorers, and whether the current one was used."""
     notes = []
     for name, side in (("first", first), ("second", second)):
         scorer = side.score.get("scorer")
@@ -216,7 +216,7 @@ def _decoding_differs(first: Side, second: Side, before: Record, after: Record) 
 
 
 def _run_causes(first: Side, second: Side) -> list[str]:
-    """What differs in the whole runs beside the inputs: numerics, weights, and a scorer that cannot be run here."""
+    """What differs between the runs besides inputs: numerics, weights, and a scorer that cannot be run here."""
     before, after = first.identity, second.identity
     found = [NUMERICS] if before and after and any(before.get(k) != after.get(k) for k in NUMERIC_KEYS) else []
     if _server(first) or _server(second):
@@ -251,7 +251,7 @@ def substitute(first: Outcomes, second: Outcomes, mask: Mask) -> Outcomes:
 
 
 def _rank(names: tuple[str, ...]) -> tuple[int, list[int]]:
-    """Position of a class among the parts: single causes first, in the order of `ORDER`."""
+    """Sort key of a group of causes: single causes first, in the order of `ORDER`."""
     return min(len(names), 2), [ORDER.index(name.removesuffix(UNKNOWN)) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Explained gaps as Markdown and as a page: parts, prompts, settings, and the questions that changed sides."""
+"""Attributed gaps as Markdown and as a page: parts, prompts, settings, and the questions gained and lost."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def diff_markdown(first: Run, second: Run, explanations: Sequence[Explanation]) 
 
 
 def _changed_answers(explanation: Explanation) -> str:
-    """The number of changed answers, and examples: those that changed sides first."""
+    """The number of changed answers, and examples: first those whose score changed."""
     first, second = explanation.first.rows, explanation.second.rows
     common = [key for key in first if key in second]
     changed = [key for key in common if first[key]["text"] != second[key]["text"]]

@@ -28,7 +28,7 @@ MAX_LABELS: Final = 8  # of a confusion matrix
 MAX_GROUPS: Final = 12  # of a table; the others are joined
 NOT_RECORDED: Final = "not recorded"
 OTHERS: Final = "others"
-TOTALS: Final = ("all", "total", "img_accuracy")  # groups that are no question types
+TOTALS: Final = ("all", "total", "img_accuracy")  # groups that are not question types
 _REFUSAL: Final = re.compile(
     r"\b(?:i(?:['’]m| am)? (?:sorry|unable|not able)|i can(?:['’]?t|not)|i do(?:n['’]t| not) know"
     r"|cannot (?:be )?(?:determin|answer|see)|unable to (?:determin|answer|see)|as an ai"
@@ -146,9 +146,9 @@ class YesBias:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the answers of a run to a benchmark have in common. `tables` are groups by the name of the property.
+    """Error analysis of a run on a benchmark. `tables` maps the name of a property to its groups.
 
-    `missing` are the properties that the run did not record.
+    `missing` lists the properties that the run did not record.
     """
 
     total: Group
@@ -160,7 +160,7 @@ class Analysis:
 
 
 def analyse(answers: Sequence[Answer]) -> Analysis:
-    """The error analysis of a benchmark's answers, of which there is at least one."""
+    """The error analysis of a benchmark's answers; at least one is required."""
     counts = Counter(normalize(answer.reference) for answer in answers)
     tables = {
         "question type": _grouped(answers, _types),
@@ -184,7 +184,7 @@ def analyse(answers: Sequence[Answer]) -> Analysis:
 
 
 def confusion_matrix(answers: Sequence[Answer]) -> tuple[list[str], list[list[int]]]:
-    """Labels, and the answers with each reference (rows) that were read as each label or as none (columns).
+    """Labels, and counts of answers by reference (rows) and by the label they were read as, or none (columns).
 
     Empty unless the references are a closed set of at most `MAX_LABELS` labels.
     """
@@ -237,7 +237,7 @@ def _grouped(answers: Sequence[Answer], names_of: Callable[[Answer], Iterable[st
 def _ranged(
     answers: Sequence[Answer], value_of: Callable[[Answer], float | None], edges: Sequence[float]
 ) -> list[Group]:
-    """Groups by ranges of a number, which are closed above."""
+    """Groups by ranges of a number; upper bounds are inclusive."""
     names = [f"to {edges[0]:g}", *(f"to {edge:g}" for edge in edges[1:]), f"over {edges[-1]:g}"]
     members: dict[str, list[Answer]] = {name: [] for name in (*names, NOT_RECORDED)}
     for answer in answers:

@@ -1,4 +1,4 @@
-"""Results for leaderboards: a results file in the form of lmms-eval, and the `model-index` of a model card.
+"""Results for leaderboards: a results file in the format of lmms-eval, and the `model-index` of a model card.
 
 llava report eval/MODEL --format lmms-eval     MODEL/DATE_results.json, as written by lmms-eval
 llava report eval/MODEL --format model-index   MODEL/model-index.md, the metadata of a model card on the hub
@@ -59,7 +59,7 @@ LMMS_EVAL: Final[Mapping[str, Mapping[str, Target]]] = MappingProxyType(
         "mm_vet": {"mmvet": {"gpt_eval_score": ("accuracy", 1.0)}},
     }
 )  # fmt: skip
-# data sets on the hub with the questions of a task
+# datasets on the hub with the questions of a task
 HUB: Final = MappingProxyType(
     {
         "vqav2": "lmms-lab/VQAv2", "gqa": "lmms-lab/GQA", "science_qa": "lmms-lab/ScienceQA",

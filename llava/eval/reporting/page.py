@@ -98,7 +98,7 @@ def thumbnail(task: Task, name: str) -> str:
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A page without requests to other files; all texts of `parts` are escaped."""
+    """A self-contained page; the texts in `parts` must be escaped."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f"<title>{escape(title)}</title><style>{style}</style>"

@@ -1,7 +1,7 @@
-"""Paired comparison of two runs of `llava eval`: difference, interval, p values, and the smallest visible difference.
+"""Paired comparison of two runs of `llava eval`: difference, interval, p values, smallest detectable difference.
 
-Both runs answered the same questions, so their errors are compared question by question, which sees far smaller
-differences than the intervals of both scores.
+Both runs answered the same questions. Comparing them question by question detects far smaller differences than
+comparing the intervals of both scores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PairedComparison:
     `permutation_test`, `p_adjusted` that after Holm's correction for all tasks compared. `gained` and `lost` are the
     ids of questions (units of several, where they are scored together) whose score rose and fell. `mcnemar` is the p
     value of McNemar's exact test for them, None where scores are not only right or wrong. `detectable` is the smallest
-    true difference that this pairing finds with a power of 80 %, None if no image differs.
+    true difference that the paired test detects with a power of 80 %, None if no image differs.
     """
 
     task: str
@@ -50,7 +50,7 @@ class PairedComparison:
 
 
 def primary_metric(task: type[Task], outcomes: Outcomes) -> Metric:
-    """The metric of a task that is compared with published scores; its first one without its questions."""
+    """The metric of a task that is compared with published scores; without it, the first metric."""
     metrics = task.metrics(outcomes)
     return next((metric for metric in metrics if metric.name == task.metric), metrics[0])
 

@@ -58,7 +58,7 @@ def _group_rows(groups: Sequence[Group]) -> str:
 
 
 def _confusion(analysis: Analysis) -> str:
-    """The matrix with cells shaded by their share of the row; right answers are on the diagonal."""
+    """The matrix with cells shaded by their share of the row; correct answers are on the diagonal."""
     head = "".join(f"<th>{escape(label)}</th>" for label in (*analysis.labels, "none"))
     body = ""
     for at, (label, row) in enumerate(zip(analysis.labels, analysis.confusion)):

@@ -1,4 +1,4 @@
-"""A run of one benchmark as reports read it: answers, manifest, recorded outcomes, and outcomes by today's scorer."""
+"""A run of one benchmark as read by reports: answers, manifest, recorded outcomes, outcomes by the current scorer."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Side:
         return None if found is None else float(found)
 
     def outcomes(self, today: bool) -> Outcomes | None:
-        """The outcomes of today's scorer or the recorded ones, None if there are none."""
+        """The outcomes of the current scorer or the recorded ones, None if there are none."""
         found = self.rescored if today else self.recorded
         return Outcomes.of(list(found.values()), [self.images.get(key, "") for key in found]) if found else None
 
     @cached_property
     def answers(self) -> list[Answer]:
-        """The answers with what each scored; none if they cannot be scored here."""
+        """The answers with their scores; empty if they cannot be scored here."""
         groups = {key: [_plain(name) for name in outcome.groups] for key, outcome in self.rescored.items()}
         return [
             Answer(
@@ -79,7 +79,7 @@ class Side:
         return key in self.readings and self.readings[key].is_unread
 
     def score_of(self, key: str) -> float:
-        """What the answer scored, by today's scorer if it could be run."""
+        """The outcome of the answer, by the current scorer if it could be run."""
         return (self.rescored or self.recorded)[key].score
 
     def facts(self, key: str) -> Record:

@@ -1,8 +1,8 @@
 """Answers files: JSON Lines in question order, flushed after every answer and resumable after a crash.
 
 A failed question has an empty `text` and a reason in `metadata.error`. Scorers reject it; the next run retries it.
-`metadata.thinking` is what a server's model thought before its answer; other keys describe the inputs and the end of
-the answer (`input_facts`), so that `llava report --diff` can compare them.
+`metadata.thinking` is what a server's model thought before its answer; other keys describe the inputs (`input_facts`)
+and the end of the answer, so that `llava report --diff` can compare them.
 Scorers read `final_answer` of a text, which leaves out the model's thinking.
 """
 
@@ -56,9 +56,9 @@ def answer_row(model_id: str) -> MakeRow:
 
 
 def input_facts(prompt: str, digests: Iterable[bytes], *, is_first: bool) -> Row:
-    """What an answer's `metadata` records about its inputs: hashes of the prompt and of the images.
+    """Input facts in an answer's `metadata`: hashes of the prompt and of the images.
 
-    The first question of a run also has the prompt itself.
+    The first answer of a run also has the prompt itself.
     """
     facts = {"prompt_hash": short_hash(prompt.encode()), "image_hashes": [digest.hex()[:16] for digest in digests]}
     return {**facts, "first_prompt": prompt} if is_first else facts

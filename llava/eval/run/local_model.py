@@ -33,7 +33,7 @@ FOLLOW_UP_TOKENS = 64
 class _Pending:
     """A running question with the facts to record about it. `first` is the first answer if this is the follow-up.
 
-    `request` is kept only if a follow-up comes, because it holds the images.
+    `request` is kept only if there is a follow-up, because it holds the images.
     """
 
     position: int

@@ -47,7 +47,7 @@ def environment() -> Row:
 
 
 def scorer_record(task: Task, answers: Path) -> Row:
-    """What determines a score: version and code of the scorer of `task`, and hashes of the labels and the answers.
+    """Record of what determines a score: version and code of the scorer of `task`, hashes of labels and answers.
 
     Labels are named by their paths in the benchmark's folder.
     """

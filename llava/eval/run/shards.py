@@ -128,7 +128,7 @@ def merge(paths: Sequence[Path], target: Path) -> int:
 
 
 def total_statistics(statistics: Sequence[Row | None]) -> Row | None:
-    """The sum of the engines' statistics of all shards; None if one is missing, of a server or an earlier version."""
+    """Sum of the engine statistics of all shards; None if one has none, as with a server or an earlier version."""
     total: Row = {}
     for found in statistics:
         if found is None:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 STREAM_PATH: Final = "/worker_generate_stream"
 API_PREFIX: Final = "/v1/"
-_API_PATHS: Final = ("/tokenize", "/detokenize")  # of the API, where vLLM has them
+_API_PATHS: Final = ("/tokenize", "/detokenize")  # of the API, at the same paths as in vLLM
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 _SHAPE_ERRORS: Final = ("missing", "json_invalid", "model_attributes_type", "model_type", "dict_type")
@@ -39,7 +39,7 @@ _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 def is_api(path: str) -> bool:
-    """Whether a path belongs to the OpenAI-compatible API, with its keys and its form of errors."""
+    """Whether a path belongs to the OpenAI-compatible API, with its keys and error format."""
     return path.startswith(API_PREFIX) or path in _API_PATHS
 
 

@@ -72,9 +72,9 @@ def _as_list(value: object) -> object:
 
 
 class StrictBody(Body):
-    """Body that refuses unsupported parameters that would change the answer, by name; other bodies ignore them."""
+    """Body that rejects unsupported parameters that would change the answer, by name; other bodies ignore them."""
 
-    # Parameters that do not change the answer, and those of unsupported features with the values that request nothing.
+    # Parameters that do not change the answer, and unsupported features with the values that leave them off.
     ignored: ClassVar[tuple[str, ...]] = (
         "user",
         "metadata",
@@ -104,7 +104,7 @@ class StrictBody(Body):
 
 
 class ApiBody(StrictBody, SamplingFields):
-    """Base of the bodies that request answers."""
+    """Base class of the bodies of generating routes."""
 
     harmless: ClassVar[dict[str, tuple[object, ...]]] = {
         "parallel_tool_calls": (True, False),
@@ -120,7 +120,7 @@ class ApiBody(StrictBody, SamplingFields):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Most tokens of an answer; None for the limit of the worker."""
+        """Maximum number of tokens of an answer; None for the limit of the worker."""
         return None
 
 

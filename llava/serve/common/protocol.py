@@ -55,7 +55,7 @@ class Frame(TypedDict, total=False):
     queue_position: int
     error: dict[str, object]
     detail: str
-    index: int  # of the choice, if several were requested
+    index: int  # index of the choice, if several were requested
     logprobs: list[TokenLogprob]  # of the tokens since the last frame of this choice
 
 
@@ -275,7 +275,7 @@ class SamplingFields(Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Most probable tokens to report for every generated one beside it; None for no log probabilities."""
+        """Number of most probable tokens to report per generated token; None for no log probabilities."""
         return None
 
     @property
@@ -286,7 +286,7 @@ class SamplingFields(Body):
         return {"type": "object"} if self.response_format.type == "json_object" else self.guided_json
 
     def worker_fields(self) -> dict[str, object]:
-        """These fields for the body of a worker: the published ones, and the others if they change anything."""
+        """These fields for the body of a worker request: the published ones, and others that change anything."""
         names = set(SamplingFields.model_fields)
         given = self.model_dump(mode="json", by_alias=True, include=names, exclude_defaults=True)
         logprobs = {} if self.num_logprobs is None else {"top_logprobs": self.num_logprobs}
@@ -306,12 +306,12 @@ class SamplingFields(Body):
 
 
 def _invalid(param: str, text: str) -> PydanticCustomError:
-    """The error of a validator that checks several fields; `param` is the one to name to clients."""
+    """Error of a validator that checks several fields; `param` is the field named to clients."""
     return PydanticCustomError("invalid", "{param} {text}", {"param": param, "text": text})
 
 
 class PromptFields(Body):
-    """A prompt of a model, see `GenerateBody`."""
+    """A prompt for a model, see `GenerateBody`."""
 
     model: str = Field(default="", max_length=256)
     prompt: str = Field(max_length=4_000_000)

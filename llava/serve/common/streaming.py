@@ -39,7 +39,7 @@ async def with_keep_alive(items: AsyncGenerator[T, None], seconds: float, filler
 
 
 async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Items of all `sources` as they arrive. An exception of one of them ends the others."""
+    """Items of all `sources` as they arrive. An exception in one of them ends the others."""
     waiting = {asyncio.ensure_future(anext(source)): source for source in sources}
     try:
         while waiting:

@@ -1,4 +1,4 @@
-"""Answers of workers as the choices of a reply, in the objects of a route: whole, or as server-sent events."""
+"""Answers of workers as choices of a reply in the format of a route: one object, or server-sent events."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Piece(NamedTuple):
 class Answer:
     """The choices that a worker streams for one prompt. `outcome[0]` is the request's label in the metrics.
 
-    `prompt` recognizes the cumulative frames of old workers, which begin with it; empty where a worker sends none.
+    `prompt` is stripped from the cumulative frames of old workers, which begin with it; empty for other workers.
     """
 
     def __init__(self, prompt: str, upstream: WorkerStream, n: int = 1, first_index: int = 0) -> None:
         self.choices = [Choice(first_index + k) for k in range(n)]
-        self.counts: dict[str, int] = {}  # of tokens; absent from old workers
+        self.counts: dict[str, int] = {}  # token counts; old workers send none
         self.outcome = ["cancelled"]
         self._upstream = upstream
         self._prompt = prompt
@@ -72,7 +72,7 @@ class Answer:
                 text = "The worker closed the connection before the answer was complete."
                 raise ServeError(ErrorType.WORKER_UNAVAILABLE, text)
             for choice in unfinished:
-                choice.finish_reason = "stop"  # workers of other projects send no reason
+                choice.finish_reason = "stop"  # workers of other LLaVA versions send no reason
                 yield Piece(choice, "", [], "stop")
         except ServeError as error:
             self.outcome[0] = error.kind.wire
@@ -119,7 +119,7 @@ def _logprob(value: TokenLogprob) -> TokenLogprob:
 
 @contextmanager
 def malformed_replies() -> Iterator[None]:
-    """Convert exceptions caused by a malformed frame or reply of a worker to `ServeError`."""
+    """Convert exceptions from a malformed frame or reply of a worker to `ServeError`."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -127,9 +127,9 @@ def malformed_replies() -> Iterator[None]:
 
 
 class Reply(ABC):
-    """The reply of a route to one request: the choices of `answers` in OpenAI's objects.
+    """The reply of a route to one request: the choices of `answers` as OpenAI objects.
 
-    It keeps no images of the request, since it lives as long as the answer.
+    It holds no images of the request, since it lives as long as the answer.
     """
 
     path: ClassVar[str]
@@ -165,7 +165,7 @@ class Reply(ABC):
         yield {"error": error}
 
     def encode(self, event: Json) -> bytes:
-        """An event as a server-sent one."""
+        """An event as a server-sent event."""
         return b"data: " + json.dumps(event).encode() + b"\n\n"
 
     def _pieces(self) -> AsyncGenerator[Piece, None]:
@@ -216,7 +216,7 @@ class Reply(ABC):
 
 
 class Shown(NamedTuple):
-    """What a reply with choices shows beside their text."""
+    """Fields of a reply with choices besides their text."""
 
     stream_usage: bool
     logprobs: bool

@@ -145,7 +145,7 @@ class ControllerService:
         return upstream
 
     async def call(self, path: str, model: str, content: bytes, request_id: str) -> Response:
-        """Reply of a worker to a request that generates nothing."""
+        """Reply of a worker to a request without generation."""
         self._refuse_if_draining()
         stream = await self.client.open(model, content, request_id, path)
         return Response(await stream.body(), media_type="application/json")

@@ -1,4 +1,4 @@
-"""`/v1/completions`: texts continued without a conversation template, and `/tokenize` and `/detokenize`."""
+"""`/v1/completions`, text completion without a conversation template, and `/tokenize` and `/detokenize`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def prompt_fields(prompt: str | list[int]) -> Json:
 
 
 class CompletionReply(ChoicesReply):
-    """Reply of `/v1/completions`. `echo` are the texts of the prompts, to precede their answers."""
+    """Reply of `/v1/completions`. `echo` are the texts of the prompts, which precede their answers."""
 
     path = "/v1/completions"
     prefix = "cmpl-"

@@ -2,7 +2,7 @@
 
     client = openai.OpenAI(base_url="http://localhost:10000/v1", api_key="…")
 
-Supports streaming, text and several images (data URIs, and https addresses where allowed). Errors are OpenAI's error
+Supports streaming, text and several images (data URIs, and https URLs where allowed). Errors are OpenAI's error
 objects, also within streams.
 """
 
@@ -41,7 +41,7 @@ from llava.serve.control.responses import ResponseBody, ResponseReply
 
 _IMAGE_BYTES: Final = 20 * 2**20
 _CREATED: Final = 1_700_000_000  # constant, since models have no creation date
-_PUBLISHED: Final = ("temperature", "top_p", "seed")  # what workers of every version take
+_PUBLISHED: Final = ("temperature", "top_p", "seed")  # fields that workers of every version accept
 _TOKEN_FIELDS: Final = {"tokens", "add_special_tokens", "return_token_strs"}
 
 MakeReply = Callable[[str, str, Sequence[Answer]], Reply]
@@ -51,7 +51,7 @@ class OpenAIServing:
     """Converts requests of the API to worker requests, and the workers' frames to OpenAI objects.
 
     `rate_limit` is in requests per minute and client; `allow_urls` permits fetching https images; a stream without a
-    token for `keep_alive` seconds gets a comment, for proxies and clients that close silent connections.
+    token for `keep_alive` seconds gets a comment, since some proxies and clients close idle connections.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class OpenAIServing:
             raise ServeError(ErrorType.RATE_LIMITED, message, retry_after=wait)
 
     def _admit(self, model: str, request: Request) -> WorkerStatus:
-        """The status of a worker of `model`, once the request is charged."""
+        """The status of a worker of `model`, after the request is counted by the rate limit."""
         release_body(request)
         self.spend(request)
         status = self.controller.registry.status_of(model)
@@ -134,14 +134,14 @@ class OpenAIServing:
         return str(reply.get("prompt", ""))
 
     async def _ask(self, path: str, content: Json, request: Request) -> Json:
-        """The object that a worker replies."""
+        """The JSON object of a worker's reply."""
         sent = json.dumps(content).encode()
         reply = await self.controller.call(path, str(content["model"]), sent, request_id_of(request))
         with malformed_replies():
             return dict(json.loads(bytes(reply.body)))
 
     async def tokenize(self, body: TokenizeRequest | DetokenizeRequest, request: Request) -> Response:
-        """Respond to `/tokenize` and `/detokenize`. A request without a model is for the only one."""
+        """Respond to `/tokenize` and `/detokenize`. Without a model, the request is for the only one."""
         models = self.controller.registry.models()
         model = body.model or (models[0] if len(models) == 1 else "")
         status = self._admit(model, request)

@@ -68,7 +68,7 @@ class ResponseBody(ApiBody):
         "reasoning": ({}, {"effort": "none"}),
         "truncation": ("disabled",),
     }
-    ignored: ClassVar = (*ApiBody.ignored, "stream_options")  # which only pad the events
+    ignored: ClassVar = (*ApiBody.ignored, "stream_options")  # it only pads the events
     remedies: ClassVar = dict.fromkeys(
         ("previous_response_id", "conversation", "prompt"),
         "nothing is stored here; send the earlier messages in input and omit it",

@@ -62,12 +62,12 @@ class WorkerStream:
         self._registry.report(self.address, ok=True)
 
     async def stop(self) -> None:
-        """Close the stream although the answer is not complete; `frames` raises `ServeError`."""
+        """Close the stream before the answer is complete; `frames` raises `ServeError`."""
         self._stopped = True
         await self.aclose()
 
     async def body(self) -> bytes:
-        """The body of a reply that is no stream; raises `ServeError` like `frames`."""
+        """The body of a reply that is not streamed; raises `ServeError` like `frames`."""
         try:
             content = await read_start(self._response, _REPLY_BYTES)
         except (httpx.HTTPError, httpx.StreamError) as error:

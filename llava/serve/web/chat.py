@@ -103,8 +103,8 @@ class Chat:
     template: str = "vicuna_v1"
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     seen: object = None  # state of the model list on the page
-    chat_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # in the history in the browser
-    past: list[str] = field(default_factory=list)  # ids of the history, as listed on the page
+    chat_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # key in the browser's history
+    past: list[str] = field(default_factory=list)  # ids of the conversations listed on the page
 
     @property
     def running(self) -> bool:
@@ -155,7 +155,7 @@ class Chat:
     def export(self, *, image_bytes: int | None = None) -> JsonObject:
         """The conversation with images as data URIs; the keys include those of the terminal chat's `/save`.
 
-        Images of more than `image_bytes` are reduced.
+        Images of more than `image_bytes` are downsized.
         """
         conversation, images, _ = self.conversation()
         return {

@@ -23,7 +23,7 @@ _LABELS: Final = {name: label for label, name in controls.VOTES.items()}
 
 @dataclass(frozen=True)
 class History:
-    """Components of the drawer at the left of the page."""
+    """Components of the drawer on the left of the page."""
 
     new: gr.Button
     save: gr.Button
@@ -43,7 +43,7 @@ class ChatTab:
     box: gr.MultimodalTextbox
     settings: controls.Settings
     history: History
-    text: gr.Textbox  # JSON on its way to the browser, not shown
+    text: gr.Textbox  # hidden; JSON for the browser
 
     async def send(
         self,
@@ -111,7 +111,7 @@ class ChatTab:
         chat.stop.set()
 
     async def clear(self, chat: Chat) -> Updates:
-        """Start a new conversation; the last one stays in the history."""
+        """Start a new conversation; the previous one stays in the history."""
         chat.clear()
         return {self.notice: "", **self._shown(chat), **controls.idle(self.box), **self._idle(False)}
 
@@ -146,7 +146,7 @@ class ChatTab:
         }
 
     async def name(self, index: int, chat: Chat) -> str:
-        """The id of the selected conversation, for the JavaScript that follows."""
+        """The id of the selected conversation, for the JavaScript handler that follows."""
         return chat.past[index]
 
     async def name_open(self, chat: Chat) -> str:
@@ -181,7 +181,7 @@ class ChatTab:
         self.box.stop(self.halt, [self.state], None, **controls.IMMEDIATE)
         self.view.like(self.vote, [self.state], [self.notice, self.view], **controls.IMMEDIATE)
         self.view.example_select(self.fill, None, [self.box], **controls.IMMEDIATE)
-        # the trash icon of the view clears only the view
+        # the trash icon of the chat view clears only the view
         gr.on([new.click, self.view.clear], self.clear, [self.state], outputs, **controls.IMMEDIATE)
         saving = save.click(self.export, [self.state], [self.text], **controls.IMMEDIATE)
         saving.then(None, [self.text], None, js="window.llava.save", **controls.IMMEDIATE)

@@ -1,4 +1,4 @@
-"""Comparison tab: one message to two models, side by side, with a vote; in blind mode, names are shown after it."""
+"""Comparison tab: one message to two models, side by side, with a vote; blind mode hides the names until the vote."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class CompareTab:
         }
 
     async def _draw(self, left: Chat, right: Chat) -> tuple[str, str]:
-        """The models of a blind comparison: those of the conversation, else two drawn at random."""
+        """The models of a blind comparison: those of the conversation, or two chosen at random."""
         if left.turns and right.turns:
             return left.turns[-1].model, right.turns[-1].model
         listing = await self.services.catalog.listing()

@@ -60,7 +60,7 @@ def sampling_from(values: Sequence[float]) -> Sampling:
 
 
 def settings_drawer() -> Settings:
-    """The drawer at the right of the page, closed at first; both tabs use its settings."""
+    """The drawer on the right of the page, initially closed; both tabs use its settings."""
     with gr.Sidebar(label="Settings", position="right", open=False, width=320, elem_id="settings"):
         gr.Markdown("## Settings")
         return Settings(
@@ -82,7 +82,7 @@ def settings_drawer() -> Settings:
 def message_box(elem_id: str) -> gr.MultimodalTextbox:
     """The box for a message and its images; Enter submits, Shift+Enter starts a new line.
 
-    It accepts every file: Gradio refuses files of other types without a reason, and `load_images` gives one.
+    It accepts every file, because Gradio rejects other types without a reason; `load_images` gives one.
     """
     return gr.MultimodalTextbox(
         label="Message",  # for screen readers

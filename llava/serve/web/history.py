@@ -1,4 +1,4 @@
-"""History of conversations, which stays in the visitor's browser: what is stored there, and opening it again."""
+"""History of conversations, stored in the visitor's browser: its records, and reopening them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llava.images import PROCESS_MODES
 from llava.serve.web.chat import Chat, Sampling, Turn
 from llava.serve.web.images import UploadedImage, load_image
 
-IMAGE_BYTES: Final = 200_000  # larger images are reduced: a browser stores about 5 MB for a page
+IMAGE_BYTES: Final = 200_000  # larger images are downsized: a browser stores about 5 MB per site
 _TITLE: Final = 48  # characters
 _MAX_TURNS: Final = 500
 _DATA_URI: Final = re.compile(r"data:image/(\w+);base64,")
@@ -95,7 +95,7 @@ def _image(uri: str) -> UploadedImage:
     """Write a stored image to Gradio's folder, from which the browser loads it, and read it as an upload."""
     match = _DATA_URI.match(uri)
     if match is None:
-        raise ImageError("A stored image is no data URI.")
+        raise ImageError("A stored image is not a data URI.")
     data = base64.b64decode(uri[match.end() :], validate=True)
     folder = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.NamedTemporaryFile("wb", suffix=f".{match[1]}", dir=folder, delete=False) as file:

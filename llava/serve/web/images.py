@@ -33,7 +33,7 @@ class UploadedImage:
         return open_image(self.data)
 
     def data_uri(self, max_bytes: int | None = None) -> str:
-        """The file as a data URI; a file of more than `max_bytes` as a JPEG of at most 1024 pixels a side."""
+        """The file as a data URI; files of more than `max_bytes` become JPEG of at most 1024 pixels a side."""
         data = self.data
         if max_bytes is not None and len(data) > max_bytes:
             image = self.decode()

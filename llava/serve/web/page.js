@@ -11,7 +11,7 @@ window.llava = (() => {
   const titles = (full = false) => JSON.stringify({ titles: read().map((item) => [item.title, item.id]), full });
   const write = (items) => {
     for (let kept = items; ; kept = kept.slice(0, -1)) {
-      // a full storage loses its oldest conversations
+      // when the storage is full, the oldest conversations are deleted
       try {
         localStorage.setItem(KEY, JSON.stringify(kept));
         return kept.length;

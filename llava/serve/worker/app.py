@@ -125,7 +125,7 @@ class Worker:
 
 @dataclass
 class _ChoiceFrames:
-    """What the next frame of a choice holds, and the number of deltas with text so far."""
+    """Content of the next frame of a choice, and the number of deltas with text so far."""
 
     text: str
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -66,7 +66,7 @@ class Backend(Protocol):
         """Percent of the weights loaded, None when unknown."""
 
     def statistics(self) -> Statistics | None:
-        """Statistics of the engine; None without one in this process."""
+        """Statistics of the engine; None without an engine in this process."""
 
     async def start(self, on_change: Callable[[], None]) -> None:
         """Load or connect in the background; `on_change` is called after every change of `state` and `progress`."""

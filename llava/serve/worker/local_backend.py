@@ -147,7 +147,7 @@ def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSetti
         guided_decoding=_structure_of(body),
     )
     if params.guided_decoding is not None:
-        loaded.compile_grammar(params.guided_decoding)  # takes the engine's thread no time then
+        loaded.compile_grammar(params.guided_decoding)  # cached, so that the engine's thread does not compile it
     try:
         prompt_ids = tokens or loaded.tokenize(_as_trained(prompt, loaded))
         images = [loaded.preprocess(image) for image in body.images]
@@ -172,7 +172,7 @@ def _structure_of(body: GenerateBody) -> GuidedDecodingParams | None:
 
 
 def choices_of(request: Request, count: int) -> list[Request]:
-    """A request for each of `count` choices; their seeds follow each other."""
+    """A request for each of `count` choices, with consecutive seeds."""
     seed = request.params.seed
     seeds = [seed if seed is None else (seed + index) % 2**63 for index in range(count)]
     return [replace(request, params=replace(request.params, seed=one)) for one in seeds]
@@ -184,7 +184,7 @@ def _wrap_images(piece: Piece) -> Piece:
 
 
 async def _load_in_thread(load: LoadModel, report_progress: Callable[[float], None]) -> LoadedModel:
-    """Like `asyncio.to_thread`, but the end of the process does not wait for the thread."""
+    """Like `asyncio.to_thread`, but the process does not wait for the thread when it exits."""
     loaded: Future[LoadedModel] = Future()
     loaded.set_running_or_notify_cancel()
 
@@ -342,7 +342,7 @@ class LocalBackend:
 
 
 def _in_words(logprobs: TokenLogprobs, tokens: Sequence[bytes]) -> TokenLogprob:
-    """Log probabilities in the form of the OpenAI API. Bytes that are no whole character become U+FFFD in `token`."""
+    """Log probabilities in the form of the OpenAI API. Incomplete characters become U+FFFD in `token`."""
 
     def entry(token: int, logprob: float) -> TokenLogprob:
         data = tokens[token] if token < len(tokens) else b""

@@ -19,14 +19,14 @@ _COUNTERS: Final = (
     ("prompt_images", "Number of images in prefilled prompts", "images"),
     ("feature_cache_hits", "Image feature cache hits, in number of images", "feature_hits"),
     ("encoded_images", "Number of images that the vision tower has encoded", "encoded_images"),
-    ("generation_tokens", "Number of generation tokens processed", "generated_tokens"),
+    ("generation_tokens", "Number of generated tokens", "generated_tokens"),
     ("decode_steps", "Number of decode steps", "decode_steps"),
     ("decode_rows", "Number of requests in the batch, summed over the decode steps", "decode_rows"),
 )
 
 
 class EngineCollector(Collector):
-    """Collector of the engine's metrics; `read` returns None while there is no engine."""
+    """Collector of the engine's metrics; `read` returns None before the engine is loaded."""
 
     def __init__(self, read: Callable[[], Statistics | None]) -> None:
         self._read = read
@@ -52,7 +52,7 @@ class EngineCollector(Collector):
         for cache, size in (("kv", stats.kv_bytes), ("prefix", stats.prefix_bytes), ("feature", stats.feature_bytes)):
             held.add_metric([cache], size)
         yield held
-        text = "Seconds of the engine's thread, by part; on CUDA, waiting for the GPU is in sampling"
+        text = "Seconds of the engine's thread, by part; on CUDA, sampling includes waiting for the GPU"
         seconds = CounterMetricFamily("llava_engine_seconds", text, labels=["part"])
         for part, value in stats.seconds.items():
             seconds.add_metric([part], value)

@@ -63,7 +63,7 @@ class OpenAIBackend:
         return self.in_use
 
     def statistics(self) -> None:
-        """None: the engine is another process, with metrics of its own."""
+        """None: the engine is another process, which has its own metrics."""
 
     async def start(self, on_change: Callable[[], None]) -> None:
         self._monitor_task = asyncio.ensure_future(self._monitor(on_change))
@@ -92,7 +92,7 @@ class OpenAIBackend:
 
     async def open(self, body: GenerateBody) -> Generation:
         if body.prompt_token_ids:
-            raise ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker takes no token ids; send text.")
+            raise ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker accepts no token ids; send text.")
         if self.state != "ready":
             raise ServeError(ErrorType.NOT_READY, "The upstream engine is not ready.", retry_after=5)
         if self.in_use >= self.capacity:
@@ -112,7 +112,7 @@ class OpenAIBackend:
 
     def tokenize(self, body: object) -> dict[str, object]:
         """Refuse; the OpenAI API has no tokenizer."""
-        raise ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker offers no tokenizer.")
+        raise ServeError(ErrorType.BAD_REQUEST, "The engine behind this worker has no tokenizer.")
 
     detokenize = tokenize
 
@@ -161,7 +161,7 @@ class OpenAIBackend:
                 failure = "it has no log probabilities, though they were requested"
             if failure:
                 kind = ErrorType.BAD_REQUEST if reply.finish_reason == "content_filter" else ErrorType.INTERNAL
-                raise ServeError(kind, f"The upstream engine gave no complete answer: {failure}.")
+                raise ServeError(kind, f"The upstream engine returned an incomplete answer: {failure}.")
         for reader, reply in zip(readers, replies, strict=True):
             text = "" if reply.text else reply.refusal
             usage = {} if reader.index else reply.usage  # counts all choices
@@ -271,7 +271,7 @@ def _as_parts(message: Message, images: Iterator[str]) -> JsonObject:
 
 
 async def _stop_at(stops: list[str], deltas: AsyncGenerator[Delta, None], choices: int) -> AsyncGenerator[Delta, None]:
-    """`deltas` of every choice up to its first stop string, for engines that ignore `stop`."""
+    """`deltas` of every choice, cut at its first stop string, for engines that ignore `stop`."""
     streams = [TextStream(stops) for _ in range(choices)]
     stopped: set[int] = set()
     async with aclosing(deltas):

@@ -89,7 +89,7 @@ class Vocabulary:
         return ids if add_special_tokens else ids[len(bos_prefix(self._tokenizer)) :]
 
     def strings(self, ids: Sequence[int]) -> list[str]:
-        """The entry of each id in the vocabulary."""
+        """The vocabulary entry of each id."""
         return [DEFAULT_IMAGE_TOKEN if i < 0 else self._tokenizer.convert_ids_to_tokens(i) for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:

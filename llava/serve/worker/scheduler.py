@@ -120,7 +120,7 @@ class Scheduler:
         return self.admit_choices(1)[0]
 
     def admit_choices(self, count: int) -> list[Slot]:
-        """Take a slot for each choice of a request; `ServeError` when fewer are free (503), or can ever be (400)."""
+        """Take a slot for each choice of a request. `ServeError` if too few are free (503) or exist (400)."""
         if self.failure:
             raise ServeError(ErrorType.NOT_READY, "The model has failed and is being restarted.", retry_after=10)
         if count > max(1, self.capacity):
@@ -137,7 +137,7 @@ class Scheduler:
         return [Slot(self, events, index) for index in range(count)]
 
     async def submit(self, slots: Sequence[Slot], requests: Sequence[Request]) -> list[RequestHandle]:
-        """Submit the requests of admitted slots before the engine's next step, so that they share their prefill."""
+        """Submit the requests of admitted slots before the engine's next step, so that they share a prefill."""
         submissions = []
         for slot, request in zip(slots, requests, strict=True):
             slot.submitted = True

@@ -1,4 +1,4 @@
-"""Images and questions of a benchmark, given as a task, a question or annotation file, or a folder of images."""
+"""Images and questions of a benchmark: a task, a question file, an annotation file, or a folder of images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Asked:
 
 @dataclass
 class Benchmark:
-    """Names of images, and questions, that training data should not have; `load` gives the image of a name's number."""
+    """Names of images, and questions, that training data should not contain; `load` returns an image by its index."""
 
     name: str
     images: Sequence[str]
@@ -49,7 +49,7 @@ def read_benchmark(word: str, image_folder: Path | None, eval_data: Path) -> Ben
     name, _, given = word.partition("=")
     path, folder = Path(name), Path(given) if given else None
     if folder is not None and not (path.is_file() and folder.is_dir()):
-        raise ConfigError(f"--against {word}: expected FILE=FOLDER, both of which exist.")
+        raise ConfigError(f"--against {word}: expected FILE=FOLDER with an existing file and folder.")
     if name in TASKS and not path.exists():
         return _read_task(name, TASKS[name].default_root(eval_data), next(iter(TASKS[name].layouts)))
     if not path.exists():
