@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -83,10 +83,12 @@ class TrainingSet:
 
     def images_of(self, number: int) -> list[int]:
         """Images of a record."""
-        start, stop = np.searchsorted(self._records, [number, number + 1])
+        start, stop = bisect_left(self._records, number), bisect_right(self._records, number)
         return [int(each) for each in self._images[start:stop]]
 
     def records_of(self, index: int) -> list[int]:
         """Records that have an image."""
-        start, stop = np.searchsorted(self._images, [index, index + 1], sorter=self._by_image)
+        image_of = self._images.__getitem__
+        start = bisect_left(self._by_image, index, key=image_of)
+        stop = bisect_right(self._by_image, index, key=image_of)
         return [int(each) for each in np.unique(self._records[self._by_image[start:stop]])]

@@ -12,7 +12,8 @@ is rare: ten or more words, in at most three records and asked about at most thr
 training records, such as "Is there a dog in the image?", are only counted.
 
 Image hashes are cached, so an interrupted check resumes. The exit status is 0 if nothing was found, 1 if
-near-duplicates were found, 3 if none were found but some images or records could not be read, 2 for errors.
+near-duplicates or questions were found, 3 if nothing was found but some images or records could not be read, 2 for
+errors.
 """
 
 from __future__ import annotations

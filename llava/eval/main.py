@@ -22,6 +22,7 @@ from pathlib import Path
 from llava.errors import ConfigError, LlavaError
 from llava.eval.benchmarks import prepare
 from llava.eval.benchmarks.base import Task
+from llava.eval.benchmarks.outcomes import FILE
 from llava.eval.benchmarks.registry import ALL, TASKS, make_tasks
 from llava.eval.options import EvalArgs
 from llava.eval.run import launch
@@ -84,6 +85,11 @@ class Evaluation:
     def score_path(self, task: Task) -> Path:
         return self.output_dir / task.name / "score.json"
 
+    def drop_score(self, task: Task) -> None:
+        """Remove the score and the outcomes of answers that are replaced."""
+        for path in (self.score_path(task), self.answers_path(task).with_name(FILE)):
+            path.unlink(missing_ok=True)
+
     def answer(self, chunk: tuple[int, int]) -> list[int]:
         """Answer one chunk of every task and return the exit statuses. An only chunk is scored as well."""
         model, template = self.args.load_model()
@@ -97,7 +103,7 @@ class Evaluation:
             )
             path = self.answers_path(task, chunk)
             if self.args.overwrite:
-                self.score_path(task).unlink(missing_ok=True)  # the score of the overwritten answers
+                self.drop_score(task)
             status = report(run(model, questions, path, settings), path, log)
             if chunk == WHOLE:
                 status = status or self.score(task, questions)
@@ -133,7 +139,7 @@ class Evaluation:
         try:
             if count > 1:
                 merge(shard_paths(shards_folder(answers), count), answers)
-                self.score_path(task).unlink(missing_ok=True)
+                self.drop_score(task)
             scores = task.score(answers, self.args.limit)
         except LlavaError as error:
             log(f"error: {task.name}: {error}")
@@ -143,7 +149,7 @@ class Evaluation:
             "limit": self.args.limit, "primary_metric": task.primary_metric(scores),
             "primary_interval": scores.get("intervals", {}).get(task.metric),
             "data_root": None if task.data_root is None else str(task.data_root),
-            "scorer": scorer_record(task, task.label_files(), answers),
+            "scorer": scorer_record(task, answers),
         }  # fmt: skip
         write_json(self.score_path(task), {**facts, **scores}, indent=2)
         subset = f", {len(questions)} evenly spaced questions" if self.args.limit else ""

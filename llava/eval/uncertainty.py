@@ -70,8 +70,8 @@ class Interval:
 def interval(metric: Metric, level: float = LEVEL) -> Interval | None:
     """The confidence interval of a metric, None with fewer than two images.
 
-    If all images have the lowest or the highest score, the effective sample size is their number: answers about one
-    image then count as one.
+    If all images score alike, or the score is the lowest or the highest one, the effective sample size is the number of
+    images: answers about one image then count as one.
     """
     clusters, error = jackknife(metric)
     if clusters < 2:
@@ -81,7 +81,7 @@ def interval(metric: Metric, level: float = LEVEL) -> Interval | None:
     if metric.bounds is not None and metric.bounds[0] <= value <= metric.bounds[1]:
         base, width = metric.bounds[0], metric.bounds[1] - metric.bounds[0]
         share, spread = (value - base) / width, error / width
-        size = share * (1 - share) / spread**2 if spread else clusters
+        size = share * (1 - share) / spread**2 if spread and 0 < share < 1 else clusters
         center = (share + t**2 / (2 * size)) / (1 + t**2 / size)
         half = t / (1 + t**2 / size) * math.sqrt(share * (1 - share) / size + t**2 / (4 * size**2))
         low, high = base + width * max(0.0, center - half), base + width * min(1.0, center + half)

@@ -120,6 +120,7 @@ def test_the_summary_and_the_page_name_the_pairs(root: Path, capsys: pytest.Capt
 def test_exit_status_of_a_clean_and_of_an_incomplete_check(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("b0", "b1"):
         (root / "bench" / f"{name}.jpg").unlink()
+    assert run(root, "--against", f"{root}/questions.jsonl={root}/bench") == 1  # a rare question, no image
     assert run(root, "--against", str(root / "bench")) == 0
     assert "0 of 2 images have near-duplicates" in capsys.readouterr().out
     (root / "bench" / "b2.jpg").write_bytes(b"")
@@ -156,6 +157,7 @@ def test_a_task_is_read_by_name_folder_and_question_file(name: str, tmp_path: Pa
     found = [read_benchmark(word, None, tmp_path) for word in (name, str(folder), str(question_file))]
     assert len({(len(each.images), tuple(asked.text for asked in each.questions)) for each in found}) == 1
     assert found[0].questions and found[0].images
+    assert not any("<image>" in asked.text for asked in found[0].questions)
     source = found[0].load(0)
     assert isinstance(source, bytes) == (name == "mmbench")
 

@@ -19,6 +19,7 @@ from llava.engine.sequence import Completion, HashedImage, Request, RequestHandl
 from llava.eval import main as evaluate
 from llava.eval import report
 from llava.eval.benchmarks import gqa
+from llava.eval.benchmarks.outcomes import Outcome, write_outcomes
 from llava.eval.benchmarks.registry import make_task
 from llava.eval.reporting.data import read_run
 from llava.eval.reporting.diff import (
@@ -29,11 +30,15 @@ from llava.eval.reporting.diff import (
     PIXELS,
     PROMPTS,
     SCORER,
+    SERVER,
+    UNKNOWN,
     UNREAD,
     WEIGHTS,
     Explanation,
+    Part,
     byte_diff,
 )  # fmt: skip
+from llava.eval.reporting.diff_page import how_known
 from llava.eval.run.questions import SHORT_SUFFIX
 from llava.eval.run.runner import RunSettings, run
 from tests.eval.benchdata import BENCHMARKS, dump, make_everything
@@ -343,4 +348,35 @@ def test_byte_differences() -> None:
     assert byte_diff("ü a cat", "ü a dog") == [(5, b"cat", b"dog")]
     assert byte_diff("one two three four", "ONE two three FOUR") == [(0, b"one", b"ONE"), (14, b"four", b"FOUR")]
     assert byte_diff("same", "same") == []
+    assert byte_diff("一猫", "一狗") == [(3, "猫".encode(), "狗".encode())]  # their first bytes are equal
+
+
+def test_a_single_cause_is_not_asked_again() -> None:
+    for causes, can_ask in (((f"{SERVER}{UNKNOWN}",), False), ((PROMPTS, f"{SERVER}{UNKNOWN}"), True)):
+        assert ("--ask" in how_known(Part(causes, 3, 1.0, bounds=(-1.0, 2.0)))) == can_ask
+
+
+def test_joint_causes_of_a_judged_ratio_have_bounds(tmp_path: Path) -> None:
+    """The reference has 8 of 10; with prompts and weights, all grades rise from 4 to 6."""
+    root = make_everything(tmp_path / "data") / BENCHMARKS["llava_bench"][0]
+    task = make_task("llava_bench", root)
+    for name, grade in (("first", 0.4), ("second", 0.6)):
+        folder = tmp_path / name / "llava_bench"
+        rows = [
+            {"question_id": each.question_id, "prompt": each.prompt, "text": "So.",
+             "metadata": {"prompt_hash": name, "image_hashes": []}}
+            for each in task.questions()
+        ]  # fmt: skip
+        outcomes = [Outcome(str(row["question_id"]), grade, ["conv"], {"reference": 8}) for row in rows]
+        folder.mkdir(parents=True)
+        write_jsonl(folder / "answers.jsonl", rows)
+        write_outcomes(folder / "outcomes.jsonl", outcomes, ["001.jpg"] * len(rows))
+        identity = {"chunk": [0, 1], "checkpoint": name, "decoding": {"temperature": 0}}
+        dump(folder / "answers.jsonl.manifest.json", {"identity": identity})
+        score = {"task": "llava_bench", "split": "test", "judge": {"model": "j"}, "scorer": {"code": "c"}}
+        facts = {"model_id": "m", "data_root": str(root), "primary_metric": 100 * grade * 10 / 8}
+        dump(folder / "score.json", {**facts, **score})
+    (part,) = explain(tmp_path / "first", tmp_path / "second").parts
+    assert part.causes == (PROMPTS, WEIGHTS) and part.points == pytest.approx(25)
+    assert part.bounds == pytest.approx((-50, 75))
     assert byte_diff("x\n", "x") == [(1, b"\n", b"")]

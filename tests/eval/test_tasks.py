@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from llava.engine.sequence import SamplingParams
+from llava.errors import DataError
 from llava.eval import main as evaluate
 from llava.eval.benchmarks import science_qa
 from llava.eval.benchmarks.registry import TASKS, make_task, make_tasks
+from llava.eval.run.manifest import scorer_record
 from llava.eval.run.questions import LETTER_SUFFIX, LETTER_SUFFIX_CN, Question
 from llava.eval.run.runner import Answer, RunSettings
 from llava.eval.run.runner import run as answer_all
@@ -120,6 +122,33 @@ def test_missing_shards_and_answers_are_reported_and_not_scored(
     assert f"1 of them failed; not scored. The first question without an answer is {questions[-1].question_id!r}" in (
         refused()
     )
+
+
+def test_replaced_answers_leave_no_outcomes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a report would take those of the old answers for those of the new ones."""
+    task, answers = make_task("gqa", data / "gqa"), tmp_path / "gqa" / "answers.jsonl"
+    for index in (0, 1):
+        settings = RunSettings("yes", "yes", "", SamplingParams(4), chunk=(index, 2))
+        answer_all(Yes(), task.questions(), shard_path(shards_folder(answers), index, 2), settings)
+    flags = ["--tasks", "gqa", "--eval-data", str(data), "--output-dir", str(tmp_path), "--score-only"]
+    flags += ["--model-path", "yes", "--num-chunks", "2"]
+    written = [answers.with_name("score.json"), answers.with_name("outcomes.jsonl")]
+    assert evaluate.main(flags) == 0 and all(path.exists() for path in written)
+
+    def fail(*_: object) -> None:
+        raise DataError("no labels")
+
+    monkeypatch.setattr(type(task), "score_rows", fail)
+    assert evaluate.main(flags) == 2 and not any(path.exists() for path in written)
+    assert "no labels" in capsys.readouterr().err
+
+
+def test_labels_of_equal_names_are_recorded_apart(data: Path) -> None:
+    task = make_task("easy_vqa", data / "easy_vqa")
+    labels = scorer_record(task, task.question_path)["labels"]
+    assert labels.keys() == {"test/questions.json", "train/questions.json"} and len(set(labels.values())) == 2
 
 
 def test_uploads_are_written(run: Path) -> None:

@@ -90,6 +90,15 @@ def test_without_two_images_there_is_no_interval() -> None:
     assert found(accuracy([1, 0], [0, 1])).low == pytest.approx(0, abs=1)  # two images say next to nothing
 
 
+def test_a_full_score_that_hangs_on_one_image_has_an_interval() -> None:
+    """Without the only image that has an object, recall and F1 are 0, though both answers are right."""
+    rows = [Outcome(str(label), 1.0, ["categories/random"], {"yes": label, "label": label}) for label in (1.0, 0.0)]
+    metrics = {each.name: each for each in TASKS["pope"].metrics(Outcomes.of(rows, ["1", "2"]))}
+    for name, full in (("mean_f1", 100), ("pooled/recall", 1), ("categories/random/precision", 1)):
+        each = found(metrics[name])
+        assert each.value == each.high == full and 0 < each.low < full and each.standard_error > 0
+
+
 def test_unbounded_metrics_have_the_t_interval() -> None:
     sums = np.array([[9, 8.0], [7, 9], [8, 8], [9, 9]])
     each = found(Metric("ratio", sums, ratio(100), None))

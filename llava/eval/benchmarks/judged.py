@@ -187,8 +187,7 @@ class LlavaBench(Task):
         if not first:
             raise DataError(f"{output}: the mean score of the reference is 0, so the ratio is undefined.")
         outcomes = [
-            Outcome(str(row["question_id"]), row["tuple"][1] / 10, [row["category"]],
-                    dict(zip(("reference", "model"), row["tuple"])))
+            Outcome(str(row["question_id"]), row["tuple"][1] / 10, [row["category"]], {"reference": row["tuple"][0]})
             for row in reviewed
         ]  # fmt: skip
         accuracy = {"n": len(rows), "accuracy": 100 * second / first}
@@ -199,9 +198,9 @@ class LlavaBench(Task):
         """The printed ratio and means of all questions and of each category; they have no upper bound."""
         from llava.eval.uncertainty import Metric, ratio
 
-        found = []
+        found, model, reference = [], 10 * outcomes.scores, outcomes.values["reference"]
         for name, members in {"all": outcomes.scores >= 0, **outcomes.groups}.items():
-            sums = outcomes.sums(members, *(members * outcomes.values[of] for of in ("model", "reference")))
+            sums = outcomes.sums(members, members * model, members * reference)
             found += [
                 Metric(f"means/{name}/{label}", sums[:, columns], ratio(scale), None)
                 for label, columns, scale in (("ratio", [1, 2], 100.0), ("0", [2, 0], 1.0), ("1", [1, 0], 1.0))

@@ -111,7 +111,7 @@ class Report:
 
     @property
     def status(self) -> int:
-        """Exit status: 1 for near-duplicates, 3 for none in an incomplete check, 0 for none."""
+        """Exit status: 1 if something was found, 3 if nothing was in an incomplete check, 0 if nothing was."""
         if self.image_pairs or self.question_pairs:
             return 1
         return 3 if self.unreadable or self.bad_records or any(each.unreadable for each in self.benchmarks) else 0

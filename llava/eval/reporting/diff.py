@@ -52,6 +52,7 @@ Classes = Mapping[str, tuple[str, ...]]  # causes by question
 Ask = Callable[[Side, Side, Classes], Sequence[tuple[str, Mapping[str, Record]]]]
 NUMERIC_KEYS: Final = ("dtype", "attention", "device", "quantization")
 SEPARATE: Final = 8  # equal bytes between two changes of a prompt
+_WORDS: Final = re.compile(rb"\s+|\w+|[\xc0-\xff][\x80-\xbf]*|[^\w\s]")  # no character is split
 _NEUTRAL: Final[tuple[object, ...]] = (None, 0, 1, -1, [], {})
 _GREEDY: Final = ("top_p", "seed")  # do not matter at temperature 0
 
@@ -282,7 +283,7 @@ def first_prompts(first: Side, second: Side) -> tuple[str, str] | None:
 
 def byte_diff(before: str, after: str, limit: int = 6) -> list[tuple[int, bytes, bytes]]:
     """Byte offset, old and new bytes of each change between two prompts, at most `limit` of them."""
-    words: list[list[bytes]] = [re.findall(rb"\s+|\w+|[^\w\s]", text.encode()) for text in (before, after)]
+    words: list[list[bytes]] = [_WORDS.findall(text.encode()) for text in (before, after)]
     ends = [[0, *accumulate(map(len, each))] for each in words]
     found: list[list[int]] = []  # start and end in both prompts, in words
     for tag, a, b, c, d in SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes():

@@ -49,7 +49,8 @@ def how_known(part: Part) -> str:
     notes = [part.note] if part.note else []
     if part.bounds is not None:
         low, high = part.bounds
-        how = "not separable without asking again (--ask)" if ASKABLE.issuperset(part.causes) else "not separable"
+        can_ask = len(part.causes) > 1 and ASKABLE.issuperset(part.causes)
+        how = "not separable without asking again (--ask)" if can_ask else "not separable"
         notes.append(f"{how}; each alone {low:+.1f} to {high:+.1f}")
     return "; ".join(notes) or "measured"
 

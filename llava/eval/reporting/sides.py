@@ -120,7 +120,7 @@ def load_side(folder: Path, score: Record) -> Side:
         images = {key: " ".join(asked.get((row["question_id"], row["prompt"], row.get("round_id")), ()))
                   for key, row in zip(keys, rows)}  # fmt: skip
     return Side(
-        folder, task, {**score, "scorer_now": scorer_record(task, task.label_files(), path)}, dict(zip(keys, rows)),
+        folder, task, {**score, "scorer_now": scorer_record(task, path)}, dict(zip(keys, rows)),
         len(lines) - len(rows), recorded, dict(zip(keys, outcomes)), images, dict(zip(keys, readings)),
         dict(zip(keys, references)),
     )  # fmt: skip

@@ -99,7 +99,7 @@ def _read_task(name: str, root: Path | None, split: str) -> Benchmark:
 def _from_questions(name: str, questions: Sequence[Question], source: ImageSource) -> Benchmark:
     names = list(dict.fromkeys(image for question in questions for image in question.images))
     places = {image: index for index, image in enumerate(names)}
-    texts = drop_instructions([question.prompt for question in questions])
+    texts = drop_instructions([question.prompt.replace(DEFAULT_IMAGE_TOKEN, "").strip() for question in questions])
     asked = [
         Asked(str(question.question_id), text, tuple(places[image] for image in question.images))
         for question, text in zip(questions, texts)

@@ -6,14 +6,18 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.errors import ConfigError, DataError
 from llava.eval.run.files import Row
 from llava.eval.run.questions import Question
 from llava.files import lock_file, write_text
 from llava.provenance import file_digest, git_commit, installed_versions
+
+if TYPE_CHECKING:
+    from llava.eval.benchmarks.base import Task
 
 
 def manifest_path(answers: Path) -> Path:
@@ -42,15 +46,18 @@ def environment() -> Row:
     }
 
 
-def scorer_record(task: object, labels: Iterable[Path], answers: Path) -> Row:
-    """Record of what determines a score: version and code of the scorer of `task`, hashes of labels and answers."""
+def scorer_record(task: Task, answers: Path) -> Row:
+    """Record of what determines a score: version and code of the scorer of `task`, hashes of labels and answers.
+
+    Labels are named by their paths in the benchmark's folder.
+    """
     names = {each.__module__ for each in type(task).__mro__ if each.__module__.startswith("llava.")}
     names |= {"llava.eval.benchmarks.parsing", "llava.eval.run.answers"}
     code = b"".join(Path(str(sys.modules[name].__file__)).read_bytes() for name in sorted(names))
     return {
         "version": installed_versions(["llava"]).get("llava"),
         "code": hashlib.sha256(code).hexdigest(),
-        "labels": {path.name: file_digest(path) for path in labels},
+        "labels": {path.relative_to(task.root).as_posix(): file_digest(path) for path in task.label_files()},
         "answers": file_digest(answers),
     }
 
