@@ -130,6 +130,7 @@ class CompareTab:
         """Record the vote and name the models; further votes are ignored."""
         if not (left.turns and right.turns) or left.running or right.running or left.turns[-1].vote:
             return {self.notice: gr.skip()}
+        blind = blind and not any(turn.vote for turn in left.turns)  # names are shown since the first vote
         left.turns[-1].vote = right.turns[-1].vote = kind
         models = [chat.turns[-1].model for chat in (left, right)]
         states = [chat.conversation()[0].dict() for chat in (left, right)]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -95,16 +96,20 @@ class AppServices:
             raise RequestError(f"A message may have at most {MAX_TEXT:,} characters, got {len(text):,}; shorten it.")
         turn = Turn(text, load_images(files), mode, sampling, model)
         turn.check()
-        if self.moderator is not None and text:
-            refusal = await self.moderator.refusal(text)
-            if refusal:
-                raise RequestError(refusal)
+        await self.moderate(text)
         return turn
+
+    async def moderate(self, text: str) -> None:
+        """Raise `RequestError` for a text that the moderation service refuses."""
+        refusal = await self.moderator.refusal(text) if self.moderator is not None and text else None
+        if refusal:
+            raise RequestError(refusal)
 
     async def run(self, chat: Chat, turn: Turn, visitor: str) -> AsyncGenerator[None, None]:
         """Add a turn and answer it, yielding immediately and after every update."""
         chat.turns.append(turn)
         chat.model = turn.model
+        chat.chat_id = chat.chat_id or uuid.uuid4().hex
         self.answers += 1
         try:
             yield
