@@ -224,6 +224,14 @@ def test_moderation_keeps_the_text_from_the_model(services: AppServices, tab: Ch
     assert "refused, because" in update["notice"] and other.turns == []
 
 
+def test_a_server_that_drains_answers_nothing_again(tab: ChatTab, service: FakeService) -> None:
+    chat = Chat()
+    send(tab, chat)
+    tab.services.draining = True
+    page = Page().play(tab.regenerate(chat, REQUEST, "alpha", "Default", *SLIDERS))
+    assert "restarting" in page.now["notice"] and chat.turns[0].answer and len(service.requests) == 1
+
+
 def test_stop_leaves_what_was_said(tab: ChatTab, service: FakeService) -> None:
     service.answers["alpha"], service.delay = ["word "] * 500, 0.02
     chat, page = Chat(), Page()

@@ -77,8 +77,12 @@ class ChatTab:
         if chat.running or not chat.turns:
             yield {self.notice: gr.skip()}
             return
-        if not model:
-            yield {self.notice: controls.warning(controls.no_model())}
+        try:
+            self.services.refuse_if_draining()
+            if not model:
+                raise controls.no_model()
+        except LlavaError as error:
+            yield {self.notice: controls.warning(error)}
             return
         last = chat.turns.pop()
         turn = Turn(last.text, last.images, mode, controls.sampling_from(sampling), model)

@@ -87,8 +87,7 @@ class AppServices:
 
     async def new_turn(self, model: str | None, text: str, files: Sequence[str], mode: str, sampling: Sampling) -> Turn:
         """Create and validate a message; raises `LlavaError` when it cannot be sent."""
-        if self.draining:
-            raise RequestError("This server is restarting; send the message again in a minute.")
+        self.refuse_if_draining()
         if not model:
             listing = await self.catalog.listing()
             raise RequestError(listing.reason or "No model is selected; select one.")
@@ -98,6 +97,10 @@ class AppServices:
         turn.check()
         await self.moderate(text)
         return turn
+
+    def refuse_if_draining(self) -> None:
+        if self.draining:
+            raise RequestError("This server is restarting; send the message again in a minute.")
 
     async def moderate(self, text: str) -> None:
         """Raise `RequestError` for a text that the moderation service refuses."""
