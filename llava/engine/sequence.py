@@ -146,7 +146,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: abc.Mapping[int, float] = field(default_factory=dict)
+    logit_bias: abc.Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
     guided_decoding: GuidedDecodingParams | None = None
 
@@ -364,8 +364,8 @@ class Sequence:
         return GUIDE_FAILED + self.guide.error if self.guide and self.guide.error else _NOT_FINITE
 
     def add_logprobs(self, logprobs: TokenLogprobs | None) -> None:
-        """Report the log probabilities of the last token, unless it ends the answer."""
-        if logprobs is not None and logprobs.token not in self.end_ids:
+        """Report the log probabilities of the last token, unless it ends the answer or none could be sampled."""
+        if logprobs is not None and logprobs.token >= 0 and logprobs.token not in self.end_ids:
             self.logprobs.append(logprobs)
             self.handle.push("", logprobs)
 

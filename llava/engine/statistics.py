@@ -75,14 +75,12 @@ class Clock:
     """Attributes the time since its creation to parts, initially `idle`; never synchronizes with a device."""
 
     def __init__(self) -> None:
-        self._seconds = _no_seconds()
-        self._current: Part = "idle"
-        self._since = time.perf_counter()
+        # Seconds of the parts, the current part and its start; replaced as one, for the threads that read it.
+        self._state: tuple[dict[Part, float], Part, float] = (_no_seconds(), "idle", time.perf_counter())
 
     def _switch(self, part: Part) -> Part:
-        now = time.perf_counter()
-        self._seconds[self._current] += now - self._since
-        previous, self._current, self._since = self._current, part, now
+        now, (seconds, previous, since) = time.perf_counter(), self._state
+        self._state = ({**seconds, previous: seconds[previous] + now - since}, part, now)
         return previous
 
     @contextmanager
@@ -96,6 +94,5 @@ class Clock:
 
     def seconds(self) -> dict[Part, float]:
         """Seconds of each part so far; thread-safe."""
-        found = dict(self._seconds)
-        found[self._current] += max(0.0, time.perf_counter() - self._since)
-        return found
+        seconds, current, since = self._state
+        return {**seconds, current: seconds[current] + max(0.0, time.perf_counter() - since)}

@@ -154,6 +154,7 @@ def build_app(
         css=CSS,
         head=HEAD,
     )
+    page.has_launched = True  # otherwise Gradio accepts any path as that of an uploaded file
     mounted.add_middleware(SecurityHeaders)
     return mounted
 

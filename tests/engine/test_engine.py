@@ -265,9 +265,10 @@ def test_an_empty_batch_size_is_refused(make_engine: MakeEngine) -> None:
 
 
 def test_a_request_without_finite_logits_fails_alone(engine: Engine, solo: Solo) -> None:
-    broken = Request([1, -200, 3], [torch.full((3, 56, 56), float("nan"))], SamplingParams(4))
+    broken = Request([1, -200, 3], [torch.full((3, 56, 56), float("nan"))], SamplingParams(4, logprobs=2))
     done = engine.generate([broken, Request([1, 300], params=SamplingParams(6))])
     assert done[0].finish_reason == "error" and "NaN" in str(done[0].error)
+    assert done[0].logprobs == () and done[0].token_ids == ()
     assert done[1].token_ids == solo([1, 300], [], 6)
     assert engine.generate([Request([1, -200, 3], IMAGES[:1], SamplingParams(2))])[0].error is None
 

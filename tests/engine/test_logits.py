@@ -217,6 +217,7 @@ def test_records_have_the_new_parameters_only_where_they_are_set() -> None:
     """Answers of earlier versions can be resumed."""
     published = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": (), "num_beams": 1}
     assert SamplingParams(4).as_dict() == published
+    assert len({SamplingParams(4), SamplingParams(4), SamplingParams(5)}) == 2
     assert SamplingParams(4, top_k=3, logit_bias={1: 2}).as_dict() == {**published, "top_k": 3, "logit_bias": {1: 2}}
 
 

@@ -118,7 +118,7 @@ def test_the_parts_sum_to_the_age_of_the_engine(make_engine: MakeEngine, monkeyp
     engine, now = make_engine(), [0.0]
     clock = Clock()
     engine.clock = engine.prefiller.clock = clock
-    born = clock._since
+    _, _, born = clock._state
 
     def tick() -> float:
         now[0] += 1.0
@@ -139,7 +139,26 @@ def test_a_failed_step_leaves_the_clock_idle(make_engine: MakeEngine, monkeypatc
     monkeypatch.setattr(engine.model_runner, "prefill", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.generate([ask([1, 300])])
-    assert engine.clock._current == "idle"
+    _, current, _ = engine.clock._state
+    assert current == "idle"
+
+
+def test_a_reading_beside_a_step_loses_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape in another thread, during which the engine's thread starts a step, must not show an earlier time."""
+    clock, now = Clock(), [0.0]
+    _, _, born = clock._state
+
+    def reading() -> float:
+        if now[0] == 100.0:  # the scrape has begun
+            now[0] = 101.0
+            clock._switch("other")
+        return born + now[0]
+
+    monkeypatch.setattr("llava.engine.statistics.time.perf_counter", reading)
+    now[0] = 99.0
+    assert clock.seconds()["idle"] == pytest.approx(99.0)
+    now[0] = 100.0
+    assert clock.seconds()["idle"] >= 98.9
 
 
 def test_the_summary_has_the_totals() -> None:

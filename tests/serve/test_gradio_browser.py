@@ -322,6 +322,14 @@ def test_conversations_stay_in_the_browser(browser: Any, site: str, service: Fak
     context.close()
 
 
+def test_a_conversation_that_does_not_fit_costs_no_other(page: Page) -> None:
+    script = """() => [["a", 1], ["b", 2e7], ["c", 1], ["c", 2e7]].map(([id, size]) =>
+        JSON.parse(window.llava.store(JSON.stringify({ id, title: id, text: "x".repeat(size) }))))"""
+    small, large, later, grown = page.page.evaluate(script)
+    assert small == {"titles": [["a", "a"]], "full": False} and large == {**small, "full": True}
+    assert later == {"titles": [["c", "c"], ["a", "a"]], "full": False} and grown == {**later, "full": True}
+
+
 def test_an_example_fills_both_boxes(page: Page, service: FakeService) -> None:
     page.page.get_by_role("button", name="Extract the text as JSON.").click()
     page.expect("#message textarea").to_have_value("Extract the text as JSON.")

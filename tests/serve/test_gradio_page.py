@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import copy
 import itertools
 import json
 import re
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -27,8 +29,8 @@ from llava.serve.common.middleware import Keys, Limits, RequestMiddleware
 from llava.serve.common.protocol import ErrorType, ServeError
 from llava.serve.common.security import AddressRule
 from llava.serve.control.registry import Registry
-from llava.serve.web import controls
-from llava.serve.web.chat import SKELETON, Chat
+from llava.serve.web import chat_tab, controls
+from llava.serve.web.chat import SKELETON, Chat, Turn
 from llava.serve.web.chat_tab import RUNNING, ChatTab, History
 from llava.serve.web.client import ServiceClient
 from llava.serve.web.compare_tab import BLIND_NAMES, VOTES, CompareTab, merged
@@ -39,6 +41,7 @@ from llava.serve.web.services import AppServices, unavailable_notice
 from llava.serve.worker.app import make_worker_app
 from llava.serve.worker.heartbeat import HeartBeat
 from tests.serve.fake_service import FakeService, web_server
+from tests.serve.gradio_client import MODEL_BOX, Visitor
 from tests.serve.stubs import MODEL, Live, StubEngine, live_controller, live_worker, make_worker, png, post, until
 from tests.serve.test_tools import adapter
 
@@ -214,7 +217,19 @@ def test_moderation_keeps_the_text_from_the_model(services: AppServices, tab: Ch
     moderated = AppServices(services.client, services.catalog, services.log, SimpleNamespace(refusal=refusal))  # type: ignore[arg-type]
     object.__setattr__(tab, "services", moderated)
     assert "refused, because" in send(tab, Chat(), "bad words").now["notice"] and service.requests == []
-    assert send(tab, Chat(), "good words").answer == "A red circle."
+    chat, other = Chat(), Chat()
+    assert send(tab, chat, "good words").answer == "A red circle."
+    changed = asyncio.run(tab.store(chat)).replace("good words", "bad words")  # by the visitor, in the browser
+    update: Any = asyncio.run(tab.reopen(other, changed))
+    assert "refused, because" in update["notice"] and other.turns == []
+
+
+def test_a_server_that_drains_answers_nothing_again(tab: ChatTab, service: FakeService) -> None:
+    chat = Chat()
+    send(tab, chat)
+    tab.services.draining = True
+    page = Page().play(tab.regenerate(chat, REQUEST, "alpha", "Default", *SLIDERS))
+    assert "restarting" in page.now["notice"] and chat.turns[0].answer and len(service.requests) == 1
 
 
 def test_stop_leaves_what_was_said(tab: ChatTab, service: FakeService) -> None:
@@ -252,6 +267,45 @@ def test_a_new_chat_is_empty(tab: ChatTab) -> None:
     assert asyncio.run(tab.export(chat)) == asyncio.run(tab.store(chat)) == ""
 
 
+def test_every_conversation_has_its_own_record(tab: ChatTab) -> None:
+    """Gradio copies the initial state for every session, so a reload of the page must not bring an id back."""
+    initial = Chat()
+    first, second = copy.deepcopy(initial), copy.deepcopy(initial)
+    send(tab, first)
+    send(tab, second)
+    known = first.chat_id
+    assert re.fullmatch("[0-9a-f]{32}", known) and known != second.chat_id
+    send(tab, first)
+    Page().play(tab.regenerate(first, REQUEST, "beta", "Pad", *SLIDERS))
+    assert first.chat_id == known
+
+
+def test_a_message_without_an_answer_does_not_damage_the_record(tab: ChatTab, service: FakeService, chart: Any) -> None:
+    service.answers["alpha"] = [ServeError(ErrorType.OUT_OF_MEMORY, "").frame()]
+    chat, other = Chat(), Chat()
+    send(tab, chat, "one", chart)
+    service.answers.clear()
+    send(tab, chat, "two", chart)
+    stored = asyncio.run(tab.store(chat))
+    asyncio.run(tab.reopen(other, stored))
+    assert [turn.text for turn in other.turns] == ["two"] and json.loads(stored)["title"] == "two"
+    assert other.turns[0].images[0].data == chat.turns[1].images[0].data
+
+
+def test_images_are_reduced_outside_the_event_loop(tab: ChatTab, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def record(*_: object) -> str:
+        threads.append(threading.current_thread())
+        return ""
+
+    for name in ("to_store", "restore"):
+        monkeypatch.setattr(chat_tab, name, record)
+    asyncio.run(tab.store(Chat()))
+    asyncio.run(tab.reopen(Chat(), "{}"))
+    assert len(threads) == 2 and threading.main_thread() not in threads
+
+
 def test_a_conversation_is_stored_and_opened_again(tab: ChatTab, service: FakeService, chart: Any) -> None:
     chat, other, page = Chat(), Chat(), Page()
     send(tab, chat, "What is  this?", chart)
@@ -282,16 +336,24 @@ def test_a_conversation_is_stored_and_opened_again(tab: ChatTab, service: FakeSe
         lambda item: {**item, "images": []},
         lambda item: {**item, "images": ["data:image/png;base64,AAAA"]},
         lambda item: {**item, "images": ["file:///etc/passwd"]},
+        lambda item: {**item, "images": [*item["images"], "data:image/png;base64,AAAA"]},
+        lambda item: {**item, "images": [item["images"][0].replace("png", "html", 1)]},
         lambda item: {**item, "template": "nope"},
         lambda item: {**item, "turns": [{**item["turns"][0], "mode": "nope"}]},
     ],
 )
-def test_a_damaged_record_is_refused(damage: Any, tab: ChatTab, chart: Any) -> None:
+def test_a_damaged_record_is_refused(
+    damage: Any, tab: ChatTab, chart: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
     chat, other = Chat(), Chat()
     send(tab, chat, "What?", chart)
     item = damage(json.loads(asyncio.run(tab.store(chat))))
     update: Any = asyncio.run(tab.reopen(other, json.dumps(item)))
     assert "record in the browser is damaged" in update["notice"] and other.turns == []
+    assert list(folder.iterdir()) == []
 
 
 def test_a_running_conversation_is_not_replaced(tab: ChatTab) -> None:
@@ -316,6 +378,27 @@ def test_a_second_message_while_one_is_answered_is_ignored(tab: ChatTab, service
 
     asyncio.run(go())
     assert [turn.text for turn in chat.turns] == ["one"]
+
+
+def test_a_message_is_not_sent_twice_while_it_is_checked(tab: ChatTab, services: AppServices) -> None:
+    chat = Chat()
+
+    async def refusal(_: str) -> str | None:
+        await asyncio.sleep(0.05)
+        return None
+
+    slow = AppServices(services.client, services.catalog, services.log, SimpleNamespace(refusal=refusal))  # type: ignore[arg-type]
+    object.__setattr__(tab, "services", slow)
+
+    async def press() -> None:
+        async for _ in tab.send(chat, REQUEST, {"text": "one", "files": []}, "alpha", "Default", *SLIDERS):
+            pass
+
+    async def go() -> None:
+        await asyncio.gather(press(), press())
+
+    asyncio.run(go())
+    assert [turn.text for turn in chat.turns] == ["one"] and not chat.running
 
 
 def test_the_second_turn_carries_the_first(tab: ChatTab, service: FakeService) -> None:
@@ -397,6 +480,20 @@ def test_a_blind_comparison_names_the_models_after_the_vote(pair: CompareTab, tm
     assert left.turns[0].model in str(page.now["view_left"]) and right.turns[0].model in str(page.now["view_right"])
     (line,) = [x for x in next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines() if "tievote" in x]
     assert json.loads(line)["blind"] is True
+
+
+def test_only_the_first_vote_of_a_comparison_is_blind(pair: CompareTab, tmp_path: Path) -> None:
+    left, right, page = Chat(), Chat(), Page()
+    for _ in range(2):
+        compare(pair, left, right, page, (None, None), blind=True)
+        asyncio.run(pair.vote("tievote", left, right, True, REQUEST))
+    lines = map(json.loads, next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines())
+    assert [line["blind"] for line in lines if line["type"] == "tievote"] == [True, False]
+
+
+def test_a_note_hides_the_name_of_the_model() -> None:
+    turn = Turn("?", model="alpha", note="alpha accepts text only.", finish_reason="error", running=False)
+    assert "alpha" in "".join(turn.shown()) and "alpha" not in "".join(turn.shown("Model A"))
 
 
 def test_a_blind_comparison_needs_two_models(pair: CompareTab, service: FakeService) -> None:
@@ -555,6 +652,38 @@ def test_probes_and_closed_doors(service: FakeService, child_environment: dict[s
     assert config["dependencies"] and {d["api_visibility"] for d in config["dependencies"]} == {"private"}
     assert "google" not in json.dumps(config)  # no fonts from elsewhere
     assert "Terms of use" not in json.dumps(config)  # --embed
+
+
+@pytest.mark.slow
+def test_a_visitor_cannot_name_files_of_the_server(
+    service: FakeService, child_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Neither as an example nor as an upload: Gradio would copy them to where visitors can load them."""
+    folder, secret = tmp_path / "gradio", tmp_path / "secret.png"
+    folder.mkdir()
+    secret.write_bytes(png())
+    environment = {**child_environment, "GRADIO_TEMP_DIR": str(folder), "LOGDIR": str(tmp_path / "logs")}
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    # Gradio takes the event for a file at this address, and does not check those within.
+    example = {"path": "http://localhost", "index": 0, "value": {"text": "x", "files": [file]}}
+
+    def try_both() -> None:
+        with (
+            web_server(service, environment) as address,
+            httpx.Client(base_url=address, trust_env=False, timeout=60) as http,
+        ):
+            visitor = Visitor(http, "alpha")
+            filling = (each for each in visitor.config["dependencies"] if "example_select" in str(each["targets"]))
+            body = {"data": [], "event_data": example, "fn_index": next(filling)["id"], "session_hash": visitor.session}
+            reply = http.post("/gradio_api/run/predict", json=body).raise_for_status()
+            assert "What does this chart say?" in reply.text
+            visitor._join("submit", {"message": {"text": "x", "files": [file]}, MODEL_BOX: "alpha"})
+            with visitor.events() as events:
+                assert not next(event for event in events if event["msg"] == "process_completed")["success"]
+
+    with pytest.raises(AssertionError, match="InvalidPathError: Cannot move .*secret.png"):  # in the server's log
+        try_both()
+    assert service.requests == [] and list(folder.rglob(secret.name)) == []
 
 
 def reached(client: httpx.Client, path: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 
 from llava.serve.common.protocol import ErrorType, ServeError, WorkerStatus
 from llava.serve.common.streaming import merged
+from llava.serve.control.answers import Answer, ChatReply, Piece, Shown
 from llava.serve.worker.local_backend import BackendSettings
 from tests.serve.stubs import (
     MODEL,
@@ -100,6 +101,9 @@ def test_prompts_may_be_token_ids(client: openai.OpenAI, parts: tuple[LiveContro
     assert parts[1].engine.history[-1].request.prompt == [7, 8, 9]
     client.completions.create(model=MODEL, prompt=[[7], [8, 9]], max_tokens=1)
     assert [job.request.prompt for job in parts[1].engine.history[-2:]] == [[7], [8, 9]]
+    with pytest.raises(openai.BadRequestError, match="at least 100000 tokens long") as too_long:  # not by the engine
+        client.completions.create(model=MODEL, prompt=[7] * 100_000)
+    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "prompt")
 
 
 @pytest.mark.parametrize(
@@ -231,6 +235,22 @@ def test_errors_are_the_exceptions_of_the_client(route: str, client: openai.Open
     with pytest.raises(openai.BadRequestError) as wrong:
         ask(client, route, top_p=7)
     assert wrong.value.param == "top_p"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_schema_that_is_nested_too_deeply_is_refused(route: str, client: openai.OpenAI) -> None:
+    schema: dict[str, Any] = {"type": "array"}
+    for _ in range(300):
+        schema = {"type": "array", "items": schema}
+    fields: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"guided_json": schema},
+        "/v1/responses": {"text": {"format": {"type": "json_schema", "name": "a", "schema": schema}}},
+        "/v1/chat/completions": {
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        },
+    }
+    with pytest.raises(openai.BadRequestError, match="nested more than 100 levels deep"):
+        ask(client, route, **fields[route])
 
 
 @pytest.mark.parametrize("route", [*ROUTES, "/tokenize", "/detokenize"])
@@ -402,6 +422,22 @@ def test_choices_and_log_probabilities_have_the_form_of_their_route() -> None:
         events = list(api.responses.create(**asked, stream=True))
     assert response.output[0].content[0].logprobs[0].token == "ab"
     assert next(e for e in events if e.type == "response.output_text.delta").logprobs[0].logprob == -0.5
+
+
+def test_offsets_count_a_character_of_several_tokens_once() -> None:
+    halves = [{"token": "\ufffd", "logprob": -1.0, "bytes": [byte]} for byte in "é".encode()]
+    with scripted(frames({"text": "éb", "logprobs": [*halves, token("b", -1.0)], "finish_reason": "stop"})) as api:
+        (choice,) = api.completions.create(model=MODEL, prompt="x", logprobs=0).choices
+    assert choice.logprobs is not None and choice.logprobs.text_offset == [0, 1, 1]
+
+
+def test_a_stream_of_choices_keeps_nothing_it_has_sent() -> None:
+    answer: Any = Answer("", None)  # type: ignore[arg-type]
+    (choice,) = answer.choices
+    choice.texts, choice.logprobs = ["a"], [token("a", -1.0)]
+    reply = ChatReply(MODEL, "1", [answer], shown=Shown(False, True))
+    (chunk,) = reply.piece(Piece(choice, "a", [token("a", -1.0)]))  # type: ignore[list-item]
+    assert chunk["choices"][0]["delta"] == {"content": "a"} and (choice.text, choice.logprobs) == ("", [])  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,12 @@ def test_markup_without_an_end_takes_no_time(text: str) -> None:
     assert len(escape(text)) >= len(text)  # quadratic time would exceed the limit of the test
 
 
+def test_a_text_of_many_kinds_of_delimiters_has_no_code() -> None:
+    """Looking for the end of each kind would stop the server for minutes."""
+    kinds = " ".join("`" * count for count in range(1, 1_400))
+    assert escape(f"{kinds} `<b>`").endswith(" &#96;&lt;b&gt;&#96;")
+
+
 def test_a_users_text_is_shown_verbatim() -> None:
     shown = verbatim("2*3*4 ![x](http://e/u)\n\n  a__b www.e.org $$x$$")
     assert "\n" not in shown and not set("*_![]$") & set(shown) and "://" not in shown and "www." not in shown

@@ -24,6 +24,7 @@ MAX_TEXT_SPANS: Final = 8192
 MAX_CHOICES: Final = 16
 MAX_LOGPROBS: Final = 20
 MAX_GRAMMAR: Final = 65_536  # characters of a schema, a regular expression, or all choices
+MAX_NESTING: Final = 100  # levels of a schema; the libraries that read and write it have limits of their own
 FRAME_MEDIA_TYPE: Final = "application/octet-stream"
 
 FinishReason = Literal["stop", "length", "context_exceeded", "error", "cancelled"]
@@ -293,16 +294,34 @@ class SamplingFields(Body):
         return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, **given, **logprobs}
 
     @model_validator(mode="after")
-    def _check_guides(self) -> SamplingFields:
+    def _validate_structure(self) -> SamplingFields:
+        self.check_structure()
+        return self
+
+    def check_structure(self) -> None:
+        """Raise the error of a validator if the structure of the answer is given twice, too long or nested too deeply.
+
+        Called again by bodies that have it under other names.
+        """
         given = [name for name in ("guided_json", "guided_regex", "guided_choice") if getattr(self, name) is not None]
         given += ["response_format"] * (self.response_format.type != "text")
         if len(given) > 1:
             raise _invalid(given[0], f"excludes {given[1]}; give one of them")
+        if not _is_within(self.schema_of_answer, MAX_NESTING):
+            raise _invalid(given[0], f"is nested more than {MAX_NESTING} levels deep; simplify the schema")
         if max(len(json.dumps(self.schema_of_answer)), len("".join(self.guided_choice or ()))) > MAX_GRAMMAR:
             raise _invalid(given[0], f"is longer than {MAX_GRAMMAR} characters")
         if self.guided_choice is not None and not all(self.guided_choice):
             raise _invalid("guided_choice", "has an empty choice")
-        return self
+
+
+def _is_within(value: object, levels: int) -> bool:
+    """Whether objects and arrays in a JSON value are nested at most `levels` deep."""
+    inside = [value]
+    for _ in range(levels + 1):
+        parts = [part for part in inside if isinstance(part, (dict, list))]
+        inside = [each for part in parts for each in (part.values() if isinstance(part, dict) else part)]
+    return not inside
 
 
 def _invalid(param: str, text: str) -> PydanticCustomError:

@@ -253,6 +253,8 @@ class ChoicesReply(Reply):
             yield self.chunk(piece.choice, self.delta(piece.text), logprobs=piece.logprobs)
         if piece.finish_reason:
             yield self.chunk(piece.choice, self.delta(""), piece.finish_reason)
+        piece.choice.texts.clear()  # what is sent is not kept for the length of the answer
+        piece.choice.logprobs.clear()
 
     def closing(self) -> Iterator[Json]:
         if self.shown.stream_usage:

@@ -112,12 +112,18 @@ class CompletionReply(ChoicesReply):
 
     def logprobs(self, choice: Choice, entries: list[TokenLogprob]) -> object:
         tokens, offsets = [entry["token"] for entry in entries], []
-        for token in tokens:
+        for entry in entries:
             offsets.append(self._offsets[choice.index])
-            self._offsets[choice.index] += len(token)
+            self._offsets[choice.index] += _num_characters(entry)
         tops = [{top["token"]: top["logprob"] for top in [*entry.get("top_logprobs", []), entry]} for entry in entries]
         values = [entry["logprob"] for entry in entries]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _num_characters(entry: TokenLogprob) -> int:
+    """Characters that begin in a token. The bytes of one may be spread over several tokens, whose text is U+FFFD."""
+    starts = sum(byte & 0xC0 != 0x80 for byte in entry.get("bytes", ()))
+    return starts if entry.get("bytes") else len(entry["token"])
 
 
 class TokenizeRequest(StrictBody):

@@ -97,6 +97,7 @@ class ResponseBody(ApiBody):
             self.response_format = ResponseFormat(type="json_schema", json_schema=chosen)
         elif chosen.type != "text":
             self.response_format = ResponseFormat(type=chosen.type)
+        self.check_structure()
         return self
 
     @property

@@ -7,6 +7,8 @@ import html
 import re
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Final, cast
 
@@ -25,6 +27,8 @@ _LITERAL: Final = re.compile(
     r"|(?P<math>\$\$.+?\$\$|(?<!\\)\\\[(?:(?!\\\[).)+?\\\]|(?<!\\)\\\((?:(?!\\\().)+?\\\))",
     re.DOTALL | re.MULTILINE,
 )
+_RUN: Final = re.compile("`+")
+_MAX_KINDS: Final = 16  # lengths of runs of backticks; `_LITERAL` looks for the end of every kind
 # Tags, code and images, with the backslashes before them.
 _MARKUP: Final = re.compile(r"(\\*)([&<>`]|!(?=\[))")
 _MATH_MARK: Final = "\u2060"  # word joiner: marks formulas found by `escape`, so that those in code are not rendered
@@ -68,20 +72,21 @@ class Turn:
 
     def shown(self, name: str | None = None) -> list[str]:
         """Markdown of the answer: the model's name, the text, and a card with the note."""
+        note = self.note.replace(self.model, name) if name and self.model else self.note
         parts = [f'<span class="model-name">{verbatim(name or self.model)}</span>']
         if self.answer:
             parts.append(escape(self.answer) + (CURSOR if self.running else ""))
         elif self.running:
             parts.append(SKELETON)
-        if self.note and self.finish_reason == "error":
-            what, _, details = self.note.partition(". (")
+        if note and self.finish_reason == "error":
+            what, _, details = note.partition(". (")
             what, _, remedy = what.rstrip(".").partition("; ")
             lines = [f"<strong>{verbatim(what)}.</strong>"]
             lines += [f"<p>{verbatim(remedy[:1].upper() + remedy[1:])}.</p>"] if remedy else []
             lines += [f"<small>({verbatim(details)}</small>"] if details else []
             parts.append(f'<div class="error-card" role="alert">{"".join(lines)}</div>')
-        elif self.note:
-            parts.append(f'<div class="note">{verbatim(self.note)}</div>')
+        elif note:
+            parts.append(f'<div class="note">{verbatim(note)}</div>')
         return parts
 
     def check(self) -> None:
@@ -103,27 +108,41 @@ class Chat:
     template: str = "vicuna_v1"
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     seen: object = None  # state of the model list on the page
-    chat_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # key in the browser's history
+    chat_id: str = ""  # key in the browser's history, from the first message on; sessions begin as copies of one chat
     past: list[str] = field(default_factory=list)  # ids of the conversations listed on the page
+
+    preparing: bool = False  # a message, before it becomes a turn
 
     @property
     def running(self) -> bool:
-        return bool(self.turns) and self.turns[-1].running
+        return self.preparing or bool(self.turns) and self.turns[-1].running
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Count as running while a message is checked, so that it cannot be sent twice."""
+        self.preparing = True
+        try:
+            yield
+        finally:
+            self.preparing = False
+
+    @property
+    def sent(self) -> list[Turn]:
+        """The turns that a model reads: earlier ones without an answer are omitted, so that roles alternate."""
+        return [turn for turn in self.turns if turn.answer or turn is self.turns[-1]]
 
     def clear(self) -> None:
         """Start a new conversation; a running answer is stopped."""
         self.stop.set()
         self.turns.clear()
-        self.chat_id = uuid.uuid4().hex
+        self.chat_id = ""
 
     def conversation(self) -> tuple[Conversation, list[UploadedImage], list[str]]:
         """The conversation in the current template, its images in order, and the mode of each image.
 
-        Earlier turns without an answer are omitted, so that roles alternate. A first turn with one image uses the
-        template's image form.
+        A first turn with one image uses the template's image form.
         """
-        conversation = get_template(self.template)
-        turns = [turn for turn in self.turns if turn.answer or turn is self.turns[-1]]
+        conversation, turns = get_template(self.template), self.sent
         for index, turn in enumerate(turns):
             count = len(turn.images)
             content: Content = turn.text
@@ -168,7 +187,7 @@ class Chat:
             "turns": [
                 {"text": turn.text, "answer": turn.answer, "note": turn.note, "finish_reason": turn.finish_reason}
                 | {"model": turn.model, "mode": turn.mode, "images": len(turn.images), **asdict(turn.sampling)}
-                for turn in self.turns
+                for turn in self.sent
             ],
         }
 
@@ -176,11 +195,12 @@ class Chat:
 def escape(text: str) -> str:
     """Markdown for a view that loads nothing: tags and images are shown as text, formulas are marked for rendering.
 
-    Code, which the view escapes itself, is left as is.
+    Code, which the view escapes itself, is left as is, except in a text of very many kinds of delimiters.
     """
     parts, end = [], 0
     text = text.replace(_MATH_MARK, "")
-    for found in _LITERAL.finditer(text):
+    kinds = {len(run) for run in _RUN.findall(text)}
+    for found in _LITERAL.finditer(text) if len(kinds) <= _MAX_KINDS else ():
         literal = found[0]
         if found["math"]:
             literal = f"{_MATH_MARK}{html.escape(literal, quote=False)}{_MATH_MARK}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import gradio as gr
@@ -44,6 +45,7 @@ class ChatTab:
     settings: controls.Settings
     history: History
     text: gr.Textbox  # hidden; JSON for the browser
+    examples: Sequence[tuple[str, str]] = ()  # paths of images, and questions
 
     async def send(
         self,
@@ -60,7 +62,8 @@ class ChatTab:
             yield {self.notice: gr.skip() if chat.running else controls.EMPTY_MESSAGE}
             return
         try:
-            turn = await self.services.new_turn(model, text, files, mode, controls.sampling_from(sampling))
+            with chat.prepared():
+                turn = await self.services.new_turn(model, text, files, mode, controls.sampling_from(sampling))
         except LlavaError as error:
             yield {self.notice: controls.warning(error)}
             return
@@ -75,8 +78,12 @@ class ChatTab:
         if chat.running or not chat.turns:
             yield {self.notice: gr.skip()}
             return
-        if not model:
-            yield {self.notice: controls.warning(controls.no_model())}
+        try:
+            self.services.refuse_if_draining()
+            if not model:
+                raise controls.no_model()
+        except LlavaError as error:
+            yield {self.notice: controls.warning(error)}
             return
         last = chat.turns.pop()
         turn = Turn(last.text, last.images, mode, controls.sampling_from(sampling), model)
@@ -126,15 +133,15 @@ class ChatTab:
         return {self.notice: self.services.log.vote(kind, chat, visitor(request), turn=turn), **self._shown(chat)}
 
     async def fill(self, data: gr.SelectData) -> Updates:
-        """Put an example into the message box."""
-        files = [file["path"] for file in data.value.get("files") or []]
-        return {self.box: {"text": data.value["text"], "files": files}}
+        """Put an example into the message box, by its index: other data of the event could name any file."""
+        path, text = self.examples[int(data.index)]
+        return {self.box: {"text": text, "files": [path]}}
 
     async def export(self, chat: Chat) -> str:
         return export(chat)
 
     async def store(self, chat: Chat) -> str:
-        return to_store(chat)
+        return await asyncio.to_thread(to_store, replace(chat, turns=chat.turns[:]))  # reduces images
 
     async def list_past(self, stored: str, chat: Chat) -> Updates:
         """Show the titles in the browser's storage."""
@@ -153,13 +160,17 @@ class ChatTab:
         return chat.chat_id
 
     async def reopen(self, chat: Chat, text: str) -> Updates:
-        """Show a conversation from the browser's storage, to be continued."""
-        if chat.running:
-            return {self.notice: controls.warning(RUNNING)}
+        """Show a conversation from the browser's storage, where its visitor may have changed it, to be continued."""
+        found = Chat()
         try:
-            restore(chat, text)
+            await asyncio.to_thread(restore, found, text)
+            await self.services.moderate("\n".join(f"{turn.text}\n{turn.answer}" for turn in found.turns))
         except LlavaError as error:
             return {self.notice: controls.warning(error)}
+        if chat.running:
+            return {self.notice: controls.warning(RUNNING)}
+        chat.turns[:] = found.turns
+        chat.chat_id, chat.model, chat.template = found.chat_id, found.model, found.template
         listing = await self.services.catalog.listing()
         model = gr.update(value=chat.model) if chat.model in listing.models else gr.skip()
         return {**self._shown(chat), self.notice: "", self.model: model, **self._idle(True)}
@@ -227,6 +238,6 @@ def build(
         notice = gr.Markdown("", elem_id="notice", elem_classes="notice")
         box = controls.message_box("message")
         text = gr.Textbox(visible=False)
-    tab = ChatTab(services, state, model, view, notice, box, settings, history, text)
+    tab = ChatTab(services, state, model, view, notice, box, settings, history, text, examples)
     tab.connect(page)
     return tab

@@ -63,8 +63,9 @@ class CompareTab:
             return
         sampling = controls.sampling_from(values)
         try:
-            models = await self._draw(left, right) if blind else (left_model, right_model)
-            turn = await self.services.new_turn(models[0], text, files, mode, sampling)
+            with left.prepared():
+                models = await self._draw(left, right) if blind else (left_model, right_model)
+                turn = await self.services.new_turn(models[0], text, files, mode, sampling)
             if not models[1]:
                 raise controls.no_model()
         except LlavaError as error:
@@ -130,6 +131,7 @@ class CompareTab:
         """Record the vote and name the models; further votes are ignored."""
         if not (left.turns and right.turns) or left.running or right.running or left.turns[-1].vote:
             return {self.notice: gr.skip()}
+        blind = blind and not any(turn.vote for turn in left.turns)  # names are shown since the first vote
         left.turns[-1].vote = right.turns[-1].vote = kind
         models = [chat.turns[-1].model for chat in (left, right)]
         states = [chat.conversation()[0].dict() for chat in (left, right)]

@@ -23,7 +23,7 @@ from llava.serve.web.images import UploadedImage, load_image
 IMAGE_BYTES: Final = 200_000  # larger images are downsized: a browser stores about 5 MB per site
 _TITLE: Final = 48  # characters
 _MAX_TURNS: Final = 500
-_DATA_URI: Final = re.compile(r"data:image/(\w+);base64,")
+_DATA_URI: Final = re.compile(r"data:image/(jpeg|mpo|png|webp);base64,")  # what `UploadedImage` holds
 Text = Annotated[str, Field(max_length=1_000_000)]
 
 
@@ -49,7 +49,7 @@ class StoredChat(BaseModel):
     id: str = Field(pattern=r"^[0-9a-f]{32}$")
     model: str | None = None
     template: str = Chat.template
-    images: list[Text] = []
+    images: list[Text] = Field([], max_length=_MAX_TURNS)
     turns: list[StoredTurn] = Field(min_length=1, max_length=_MAX_TURNS)
 
 
@@ -64,19 +64,24 @@ def to_store(chat: Chat) -> str:
     """The conversation as JSON for the browser's storage, empty without an answer."""
     if not chat.turns or chat.running:
         return ""
-    text = " ".join(chat.turns[0].text.split()) or "Image"
+    text = " ".join(chat.sent[0].text.split()) or "Image"
     title = text if len(text) <= _TITLE else f"{text[: _TITLE - 1]}…"
     return json.dumps({"title": title, **chat.export(image_bytes=IMAGE_BYTES)}, ensure_ascii=False)
 
 
 def restore(chat: Chat, text: str) -> None:
     """Replace the turns of `chat` by a stored conversation; raises `RequestError` for anything else."""
+    loaded: list[UploadedImage] = []
     try:
         stored = StoredChat.model_validate_json(text)
-        images = iter([_image(uri) for uri in stored.images])
-        turns = [_turn(turn, [next(images) for _ in range(turn.images)]) for turn in stored.turns]
         get_template(stored.template)
+        for uri in stored.images:
+            loaded.append(_image(uri))
+        images = iter(loaded)
+        turns = [_turn(turn, [next(images) for _ in range(turn.images)]) for turn in stored.turns]
     except (ValidationError, ImageError, TemplateError, binascii.Error, StopIteration, RuntimeError) as error:
+        for image in loaded:
+            Path(image.path).unlink(missing_ok=True)
         raise RequestError("This conversation cannot be opened: its record in the browser is damaged.") from error
     chat.turns[:] = turns
     chat.chat_id, chat.model, chat.template = stored.id, stored.model, stored.template
@@ -101,7 +106,10 @@ def _image(uri: str) -> UploadedImage:
     with tempfile.NamedTemporaryFile("wb", suffix=f".{match[1]}", dir=folder, delete=False) as file:
         file.write(data)
     try:
-        return load_image(file.name)
+        image = load_image(file.name)
     except ImageError:
         Path(file.name).unlink(missing_ok=True)
         raise
+    if image.path != file.name:  # converted for the browser
+        Path(file.name).unlink(missing_ok=True)
+    return image

@@ -11,12 +11,12 @@ window.llava = (() => {
   const titles = (full = false) => JSON.stringify({ titles: read().map((item) => [item.title, item.id]), full });
   const write = (items) => {
     for (let kept = items; ; kept = kept.slice(0, -1)) {
-      // when the storage is full, the oldest conversations are deleted
+      // when the storage is full, the oldest conversations are deleted, but none for one that does not fit alone
       try {
         localStorage.setItem(KEY, JSON.stringify(kept));
-        return kept.length;
+        return true;
       } catch {
-        if (!kept.length) return 0;
+        if (kept.length < 2) return false;
       }
     }
   };
@@ -58,7 +58,7 @@ window.llava = (() => {
     store: (text) => {
       if (!text) return titles();
       const item = JSON.parse(text);
-      return titles(write([item, ...read().filter((other) => other.id !== item.id)]) === 0);
+      return titles(!write([item, ...read().filter((other) => other.id !== item.id)]));
     },
     find: (id) => JSON.stringify(read().find((item) => item.id === id) ?? null),
     remove: (id) => {

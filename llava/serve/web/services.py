@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -86,25 +87,32 @@ class AppServices:
 
     async def new_turn(self, model: str | None, text: str, files: Sequence[str], mode: str, sampling: Sampling) -> Turn:
         """Create and validate a message; raises `LlavaError` when it cannot be sent."""
-        if self.draining:
-            raise RequestError("This server is restarting; send the message again in a minute.")
+        self.refuse_if_draining()
         if not model:
             listing = await self.catalog.listing()
             raise RequestError(listing.reason or "No model is selected; select one.")
         if len(text) > MAX_TEXT:
             raise RequestError(f"A message may have at most {MAX_TEXT:,} characters, got {len(text):,}; shorten it.")
-        turn = Turn(text, load_images(files), mode, sampling, model)
+        turn = Turn(text, await asyncio.to_thread(load_images, files), mode, sampling, model)
         turn.check()
-        if self.moderator is not None and text:
-            refusal = await self.moderator.refusal(text)
-            if refusal:
-                raise RequestError(refusal)
+        await self.moderate(text)
         return turn
+
+    def refuse_if_draining(self) -> None:
+        if self.draining:
+            raise RequestError("This server is restarting; send the message again in a minute.")
+
+    async def moderate(self, text: str) -> None:
+        """Raise `RequestError` for a text that the moderation service refuses."""
+        refusal = await self.moderator.refusal(text) if self.moderator is not None and text else None
+        if refusal:
+            raise RequestError(refusal)
 
     async def run(self, chat: Chat, turn: Turn, visitor: str) -> AsyncGenerator[None, None]:
         """Add a turn and answer it, yielding immediately and after every update."""
         chat.turns.append(turn)
         chat.model = turn.model
+        chat.chat_id = chat.chat_id or uuid.uuid4().hex
         self.answers += 1
         try:
             yield

@@ -150,10 +150,24 @@ def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSetti
         loaded.compile_grammar(params.guided_decoding)  # cached, so that the engine's thread does not compile it
     try:
         prompt_ids = tokens or loaded.tokenize(_as_trained(prompt, loaded))
+        if not isinstance(prompt_ids, str):
+            _check_length(len(prompt_ids), loaded.info.context_length)
         images = [loaded.preprocess(image) for image in body.images]
         return Request(prompt_ids, images, params, strip=body.strip)
     except ImageError as error:
         raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
+
+
+def _check_length(least: int, context: int) -> None:
+    """Refuse a prompt that is too long without its images, so that the engine's thread does not read its tokens."""
+    if least >= context:
+        raise ContextLengthError(
+            f"The prompt is at least {least} tokens long, and the model's context holds {context} with the answer; "
+            "shorten it.",
+            prompt_tokens=least,
+            image_tokens=0,
+            context_length=context,
+        )
 
 
 def _as_trained(prompt: RenderedPrompt, loaded: LoadedModel) -> RenderedPrompt:
