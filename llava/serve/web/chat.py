@@ -115,7 +115,7 @@ class Chat:
 
     @property
     def running(self) -> bool:
-        return self.preparing or bool(self.turns) and self.turns[-1].running
+        return self.preparing or (bool(self.turns) and self.turns[-1].running)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
