@@ -16,7 +16,7 @@ from llava.engine.native import build, packed
 from llava.engine.native.packed import PackedLinear
 from llava.model.quantization import Quantizer
 from tests.engine.test_llama import VARIANTS, make_model
-from tests.engine.test_native import rows_of
+from tests.engine.test_native import check_rows_are_independent, rows_of
 
 bnb = pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
@@ -90,14 +90,7 @@ def test_logits_and_caches_equal_those_of_the_dequantized_weights(variant: str, 
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_its_neighbours(bits: int, dtype: torch.dtype) -> None:
     """Logits are bitwise equal for every batch size."""
-    runner = LlamaRunner(quantize(make_model().to(dtype), bits))
-    lengths, behind = [3] * 11, [True] * 11
-    together = runner.decode(list(range(100, 111)), rows_of(runner, lengths, behind))
-    for count in (1, 2, 5, 8):
-        cache = rows_of(runner, lengths, behind)
-        for row in range(10, count - 1, -1):
-            cache.drop(row)
-        assert torch.equal(runner.decode(list(range(100, 100 + count)), cache), together[:count])
+    check_rows_are_independent(LlamaRunner(quantize(make_model().to(dtype), bits)))
 
 
 @pytest.mark.parametrize(
