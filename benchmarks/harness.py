@@ -26,7 +26,7 @@ from llava.eval import report
 from llava.eval.benchmarks import prepare
 from llava.eval.benchmarks.easy_vqa import package_data, read_items
 from llava.eval.run.files import write_json, write_jsonl
-from llava.eval.run.questions import SHORT_SUFFIX
+from llava.eval.run.questions import SHORT_SUFFIX, subsample
 from llava.eval.run.remote_model import served_model
 from tests.serve.programs import program
 from tests.serve.stubs import until
@@ -37,10 +37,10 @@ COLORS = ("red", "green", "blue", "yellow")
 Item = tuple[str, str, int]  # question, answer, image
 
 
-def items(count: int) -> Iterator[Item]:
-    """Evenly spaced questions of the test split, each once per image."""
+def items(count: int, answers: Sequence[str] = ()) -> list[Item]:
+    """Evenly spaced questions of the test split, each once per image; with `answers`, those that have one of them."""
     found = list(dict.fromkeys(read_items(package_data() / "test" / "questions.json")))
-    return (found[index * len(found) // count] for index in range(count))
+    return list(subsample([item for item in found if not answers or item[1] in answers], count))
 
 
 def link_images(folder: Path) -> None:
@@ -51,7 +51,7 @@ def link_images(folder: Path) -> None:
 def make_pope(root: Path, asked: Sequence[Item]) -> None:
     rows: list[dict[str, Any]] = []
     labels: dict[str, list[dict[str, Any]]] = {name: [] for name in CATEGORIES}
-    for number, (text, answer, image) in enumerate(item for item in asked if item[1] in ("yes", "no")):
+    for number, (text, answer, image) in enumerate(asked):
         category, name = CATEGORIES[number % 3], f"{image}.png"
         labels[category].append({"image": name, "text": text, "label": answer})
         row = {"question_id": number, "image": name, "text": f"{text}\n{SHORT_SUFFIX}", "category": category}
@@ -110,7 +110,7 @@ def make_science_qa(root: Path, asked: Sequence[Item]) -> None:
     """Questions for a color, with four options."""
     problems: dict[str, Any] = {}
     questions = []
-    for number, (text, answer, image) in enumerate(item for item in asked if item[1] in COLORS):
+    for number, (text, answer, image) in enumerate(asked):
         pid = str(number)
         hint = "The shape has one color." if number % 2 else ""
         problem = {"question": text, "choices": list(COLORS), "answer": COLORS.index(answer), "hint": hint}
@@ -127,10 +127,10 @@ def make_science_qa(root: Path, asked: Sequence[Item]) -> None:
 
 def make_data(folder: Path, count: int) -> None:
     """Write the data of all benchmarks below `folder`."""
-    makers = (make_pope, make_gqa, make_vqav2, make_textvqa)
-    for name, make in zip(TASKS, makers):
-        make(folder / name, list(items(count)))
-    make_science_qa(folder / "scienceqa", list(items(3 * count)))
+    make_pope(folder / "pope", items(count, ("yes", "no")))
+    make_science_qa(folder / "scienceqa", items(count, COLORS))
+    for name, make in (("gqa", make_gqa), ("vqav2", make_vqav2), ("textvqa", make_textvqa)):
+        make(folder / name, items(count))
 
 
 def flags(task: str, data: Path) -> list[str]:

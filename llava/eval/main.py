@@ -5,6 +5,7 @@
     llava eval --tasks pope,mme --api-base http://127.0.0.1:8000/v1
     llava eval --tasks pope,gqa --prompt-profile lmms-eval  ask with the prompts of lmms-eval
     llava eval prepare [TASK ...]                           list missing files and their sources
+    llava eval prepare TASK ... --lmms-eval PYTHON          write local tasks for lmms-eval
 
 Each task writes DIR/TASK/answers.jsonl (one line per question), its manifest, and score.json. The same command resumes
 an interrupted run, also with another number of processes. On several nodes, start it with torchrun, or run each part

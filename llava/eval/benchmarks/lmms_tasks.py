@@ -17,11 +17,12 @@ from typing import Final
 from llava.errors import ConfigError
 from llava.eval.benchmarks.base import Task
 from llava.eval.benchmarks.mme import Mme, official_questions
+from llava.eval.benchmarks.profiles import plain_question
 from llava.eval.benchmarks.science_qa import read_problems
 from llava.eval.benchmarks.textvqa import ANNOTATIONS, annotation_key, answer_key, read_annotations
-from llava.eval.benchmarks.vqa import UNANSWERABLE, SoftAccuracyTask
+from llava.eval.benchmarks.vqa import SoftAccuracyTask
 from llava.eval.run.files import Record, Row, read_rows, write_jsonl
-from llava.eval.run.questions import SHORT_SUFFIX, Question
+from llava.eval.run.questions import Question
 from llava.files import write_text
 
 Columns = Callable[[Task, Sequence[Record]], Iterable[Row]]  # of answer records without answers
@@ -46,11 +47,6 @@ doc_to_visual: !function visuals.image
 """
 
 
-def plain_question(text: str) -> str:
-    """A question without the instructions for short answers."""
-    return text.removesuffix(f"\n{SHORT_SUFFIX}").removesuffix(f"\n{UNANSWERABLE}")
-
-
 def _pope(task: Task, rows: Sequence[Record]) -> Iterable[Row]:
     categories = {row["question_id"]: row["category"] for row in read_rows(task.question_path)}
     return [{"category": categories[row["question_id"]]} for row in rows]
@@ -65,8 +61,8 @@ def _people(task: Task, rows: Sequence[Record]) -> Iterable[Row]:
 
 
 def _answers(task: Task, texts: Sequence[str]) -> Sequence[object]:
-    """Human answers as in the datasets of lmms-eval: objects for VQAv2, texts for VizWiz."""
-    return [{"answer": text} for text in texts] if task.name == "vqav2" else texts
+    """Human answers as in the datasets of lmms-eval: for VQAv2 objects with an id, by which it tells them apart."""
+    return [{"answer": text, "answer_id": n} for n, text in enumerate(texts)] if task.name == "vqav2" else texts
 
 
 def _textvqa(task: Task, rows: Sequence[Record]) -> Iterable[Row]:

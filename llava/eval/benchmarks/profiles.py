@@ -17,6 +17,7 @@ from llava.eval.benchmarks.base import Task
 from llava.eval.benchmarks.mmbench import MMBench, options_of
 from llava.eval.benchmarks.mme import ENDING, official_questions
 from llava.eval.benchmarks.textvqa import prompt_processor
+from llava.eval.benchmarks.vqa import UNANSWERABLE
 from llava.eval.run.files import Record
 from llava.eval.run.questions import LETTER_SUFFIX, SHORT_SUFFIX, Question
 
@@ -43,8 +44,19 @@ def _mme(task: Task, questions: Sequence[Question]) -> Sequence[str]:
     return [f"{text.strip().replace(f' {ENDING}', '')}\n{SHORT_SUFFIX}" for text in asked]
 
 
+def plain_question(text: str) -> str:
+    """A question without the instructions for short answers."""
+    return text.removesuffix(f"\n{SHORT_SUFFIX}").removesuffix(f"\n{UNANSWERABLE}")
+
+
+def _vizwiz(task: Task, questions: Sequence[Question]) -> Sequence[str]:
+    """Only the first letter of the question is a capital."""
+    asked = (plain_question(each.prompt) for each in questions)
+    return [f"{text.capitalize()}\n{UNANSWERABLE}\n{SHORT_SUFFIX}" for text in asked]
+
+
 def _textvqa(task: Task, questions: Sequence[Question]) -> Sequence[str]:
-    """Without OCR words; only the first letter is a capital."""
+    """Without OCR words; only the first letter of the question is a capital."""
     return [f"{prompt_processor(each.prompt).capitalize()}\n{SHORT_SUFFIX}" for each in questions]
 
 
@@ -58,8 +70,9 @@ def _mmbench(suffix: str) -> Texts:
 
 
 def _mmbench_text(row: Record, suffix: str) -> str:
-    options = "\n".join(f"{letter}. {text}" for letter, text in options_of(row).items())
-    return "\n".join((*filter(None, [row.get("hint")]), row["question"], options, suffix))
+    options = "".join(f"{letter}. {text}\n" for letter, text in options_of(row).items())
+    hint = f"{row['hint']} " if row.get("hint") else ""
+    return f"{hint}{row['question']} There are several options:\n{options}\n{suffix}"
 
 
 def _mm_vet(task: Task, questions: Sequence[Question]) -> Sequence[str]:
@@ -71,7 +84,7 @@ PROFILES: Final[Mapping[str, Mapping[str, Prompts]]] = MappingProxyType(
         "lmms-eval": {
             "vqav2": Prompts(16),
             "gqa": Prompts(16),
-            "vizwiz": Prompts(1024),
+            "vizwiz": Prompts(1024, _vizwiz),
             "science_qa": Prompts(16),
             "textvqa": Prompts(1024, _textvqa),
             "pope": Prompts(128),

@@ -48,7 +48,7 @@ def test_rows_have_the_columns_of_lmms_eval(data: Path) -> None:
         "question_id": 0, "question": "Is there a cat in the image?", "answer": "yes", "category": "adversarial",
     }  # fmt: skip
     assert first("gqa", data) == {"question_id": "0", "question": "Q0?", "answer": "yes"}
-    assert first("vqav2", data, "val")["answers"] == [{"answer": "yes"}] * 10
+    assert first("vqav2", data, "val")["answers"] == [{"answer": "yes", "answer_id": n} for n in range(10)]
     found = first("vizwiz", data, "val")
     assert found["answers"] == ["yes"] * 10 and found["question"] == "What?"
     found = first("textvqa", data)

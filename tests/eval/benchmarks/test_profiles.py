@@ -6,6 +6,7 @@ and the prompt that the harness made of it. `python -m benchmarks.harness` compa
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -63,8 +64,9 @@ def mmbench(doc: dict[str, Any], root: Path) -> str:
     columns = ("index", "hint", "question", "A", "B", "C", "D")
     cells = ["" if doc.get(name) in (None, "nan") else str(doc[name]) for name in columns]
     for task in (TASKS["mmbench"], TASKS["mmbench_cn"]):
-        (root / task.layouts["dev"].questions).write_text("\t".join(columns) + "\n" + "\t".join(cells) + "\n")
-    return "overwritten"
+        with (root / task.layouts["dev"].questions).open("w", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows([columns, cells])
+    return "of the table"
 
 
 # the text of LLaVA's question file for a document of a harness
