@@ -140,9 +140,10 @@ def flags(task: str, data: Path) -> list[str]:
 
 def answer(checkpoint: str, profile: str, data: Path, output: Path) -> dict[str, Any]:
     """Results of `llava eval` in the format of lmms-eval, by task of lmms-eval."""
-    for task in TASKS:
-        words = ["--tasks", task, "--model-path", checkpoint, "--device", "cpu", "--prompt-profile", profile]
-        assert evaluate.main([*words, "--output-dir", str(output), *flags(task, data)]) == 0
+    words = ["--model-path", checkpoint, "--device", "cpu", "--prompt-profile", profile, "--output-dir", str(output)]
+    others = ",".join(task for task in TASKS if task != "vqav2")
+    for tasks in (others, "vqav2"):
+        assert evaluate.main(["--tasks", tasks, *words, *flags(tasks, data)]) == 0
     return read_results(report.main([str(output), "--format", "lmms-eval", "--output-dir", str(output)]), output)
 
 
