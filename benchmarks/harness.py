@@ -138,38 +138,38 @@ def flags(task: str, data: Path) -> list[str]:
     return [*split, "--eval-data", str(data)]
 
 
-def answer(checkpoint: str, profile: str, data: Path, output: Path) -> dict[str, Any]:
+def answer(checkpoint: str, tasks: Sequence[str], profile: str, data: Path, output: Path) -> dict[str, Any]:
     """Results of `llava eval` in the format of lmms-eval, by task of lmms-eval."""
     words = ["--model-path", checkpoint, "--device", "cpu", "--prompt-profile", profile, "--output-dir", str(output)]
-    others = ",".join(task for task in TASKS if task != "vqav2")
-    for tasks in (others, "vqav2"):
-        assert evaluate.main(["--tasks", tasks, *words, *flags(tasks, data)]) == 0
+    for task in tasks:
+        assert evaluate.main(["--tasks", task, *words, *flags(task, data)]) == 0
     return read_results(report.main([str(output), "--format", "lmms-eval", "--output-dir", str(output)]), output)
 
 
 def read_results(status: int, folder: Path) -> dict[str, Any]:
-    """`results` of the only results file below a folder."""
+    """`results` of the newest results file below a folder."""
     assert status == 0
-    (path,) = folder.rglob("*_results.json")
+    path = max(folder.rglob("*_results.json"), key=lambda path: path.stat().st_mtime)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"]
     return found
 
 
-def run_lmms_eval(checkpoint: str, python: str, data: Path, folder: Path) -> dict[str, Any]:
+def run_lmms_eval(checkpoint: str, tasks: Sequence[str], python: str, data: Path, folder: Path) -> dict[str, Any]:
     """Results of lmms-eval, which asks a server of the checkpoint."""
-    for task in TASKS:
+    for task in tasks:
         words = [task, "--lmms-eval", python, "--output-dir", str(folder / "tasks"), *flags(task, data)]
         assert prepare.main(words) == 0
     environment = {**os.environ, "NO_PROXY": "*", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     with program(environment, "controller", "--port", "0") as controller:
-        words = ["--model-path", checkpoint, "--model-names", "model", "--device", "cpu", "--port", "0"]
+        words = ["--model-path", checkpoint, "--model-name", "model", "--device", "cpu", "--port", "0"]
         with program(environment, "model_worker", *words, "--controller", controller.url) as worker:
-            assert until(lambda: is_served(f"{controller.url}/v1"), 300.0), worker.text
+            assert until(lambda: is_served(f"{controller.url}/v1") or worker.process.poll() is not None, 300.0)
+            assert worker.process.poll() is None, worker.text
             client = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
             client |= {"OPENAI_API_KEY": "none", "OPENAI_API_BASE": f"{controller.url}/v1"}
-            names = ",".join(f"local_{task}" for task in TASKS)
+            names = ",".join(f"local_{task}" for task in tasks)
             command = [python, "-m", "lmms_eval", "--model", "openai", "--model_args", "model_version=model"]
-            command += ["--include_path", str(folder / "tasks"), "--tasks", names, "--batch_size", "1"]
+            command += ["--include_path", str(folder / "tasks"), "--tasks", names, "--batch_size", "8"]
             command += ["--output_path", str(folder / "lmms"), "--log_samples"]
             done = subprocess.run(command, env=client, cwd=folder, check=False)
     return read_results(done.returncode, folder / "lmms")
@@ -187,6 +187,8 @@ def rows(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str, fl
     """Metric, our value and theirs, of every metric that both have."""
     names = {"pope": "pope", "gqa": "gqa", "vqav2": "vqav2_val", "textvqa": "textvqa_val", "science_qa": "scienceqa"}
     for task, name in names.items():
+        if f"local_{task}" not in theirs:
+            continue
         for metric, value in ours[name].items():
             if isinstance(value, float) and "_stderr" not in metric:
                 yield f"{task} {metric.partition(',')[0]}", value, theirs[f"local_{task}"][metric]
@@ -196,16 +198,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--lmms-eval", required=True, metavar="PYTHON", help="interpreter with lmms-eval")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
     parser.add_argument("--questions", type=int, default=300, help="per benchmark (default %(default)s)")
-    parser.add_argument("--folder", type=Path, help="an empty folder to keep data and results in")
+    parser.add_argument("--folder", type=Path, help="for data and results, which a repeated run continues")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).absolute()
-        make_data(folder / "data", args.questions)
+        if not (folder / "data").exists():
+            make_data(folder / "data", args.questions)
         started = time.monotonic()
-        ours = answer(args.checkpoint, "lmms-eval", folder / "data", folder / "ours")
-        plain = answer(args.checkpoint, "llava", folder / "data", folder / "plain")
-        theirs = run_lmms_eval(args.checkpoint, args.lmms_eval, folder / "data", folder)
+        tasks = args.tasks.split(",")
+        ours = answer(args.checkpoint, tasks, "lmms-eval", folder / "data", folder / "ours")
+        theirs = run_lmms_eval(args.checkpoint, tasks, args.lmms_eval, folder / "data", folder)
+        plain = answer(args.checkpoint, tasks, "llava", folder / "data", folder / "plain")
     print(f"{time.monotonic() - started:.0f} s\n")
     print("| metric | LLaVA's prompts | lmms-eval's prompts | lmms-eval | equal |\n|---|---|---|---|---|")
     before = {name: value for name, value, _ in rows(plain, theirs)}

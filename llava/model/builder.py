@@ -72,7 +72,7 @@ def load_pretrained_model(
     load_8bit: bool = False,
     load_4bit: bool = False,
     device_map: DeviceMap = "auto",
-    device: str | torch.device | None = "cuda",
+    device: str | torch.device | None = None,
     *,
     dtype: str | torch.dtype | None = None,
     vision_tower: str | None = None,
@@ -91,6 +91,7 @@ def load_pretrained_model(
         load_8bit, load_4bit: quantize the linear layers of the decoder.
         device_map: "auto" for `device`, or for several GPUs if `device` is "cuda" and one cannot hold the weights, or
             `num_gpus` or `max_memory` is given; the name of a device; or a mapping of module names to devices.
+        device: the device of "auto"; default CUDA if a GPU is visible, else MPS, else the CPU.
         dtype: of language model, projector and tower; default float32 on CPUs, 16 bit on GPUs.
         vision_tower: replaces the tower that the checkpoint names.
         num_gpus: the largest number of GPUs.

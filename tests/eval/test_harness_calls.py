@@ -55,4 +55,7 @@ def test_pixels_in_half_precision_are_answered(more: dict[str, Any], tiny_dirs: 
         max_new_tokens=6, use_cache=True, **more,
     )  # fmt: skip
     rounded = [each.to(torch.float32) for each in pixels]
-    assert torch.equal(output, model.generate(ids, images=rounded, do_sample=False, max_new_tokens=6))
+    whole = model.generate(ids, images=rounded, do_sample=False, max_new_tokens=6)
+    assert torch.equal(output, whole[:, ids.shape[1] :] if more else whole)
+    if more:  # all ids are text, without the index of the image
+        assert tokenizer.batch_decode(output) == [tokenizer.decode(whole[0, ids.shape[1] :])]

@@ -108,15 +108,16 @@ NEWER: list[dict[str, Any]] = [
 @torch.no_grad()
 @pytest.mark.parametrize("arguments", NEWER)
 def test_arguments_of_newer_callers_change_nothing(chat: LlavaLlamaForCausalLM, arguments: dict[str, Any]) -> None:
+    """Except that the ids of the prompt are not returned, as these callers expect."""
     ids, images = torch.tensor([[1, -200, 300, 301]]), torch.randn(1, 3, 56, 56)
     assert torch.equal(chat(ids, images=images, **arguments).logits, chat(ids, images=images).logits)
     mask = torch.ones_like(ids)
-    plain = chat.generate(ids, images=images, do_sample=False, max_new_tokens=6)
+    plain = chat.generate(ids, images=images, do_sample=False, max_new_tokens=6)[:, ids.shape[1] :]
     newer = chat.generate(inputs=ids, attention_mask=mask, images=images, do_sample=False, max_new_tokens=6,
                           use_cache=True, pad_token_id=0, **arguments)  # fmt: skip
     assert torch.equal(plain, newer)
     beams = {"num_beams": 2, "do_sample": False, "max_new_tokens": 4}
-    assert torch.equal(chat.generate(ids, images=images, **beams),
+    assert torch.equal(chat.generate(ids, images=images, **beams)[:, ids.shape[1] :],
                        chat.generate(ids, images=images, **beams, **arguments))  # fmt: skip
     first = chat.prepare_inputs_labels_for_multimodal(ids, None, mask, None, None, images)
     second = chat.prepare_inputs_labels_for_multimodal(ids, None, mask, None, None, images, arguments["image_sizes"])

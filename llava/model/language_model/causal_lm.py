@@ -117,7 +117,7 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
             attention_mask: `(B, T)`.
             labels: `(B, T)`, with -100 at unsupervised positions.
             images: in any layout of `splice.encode_slots`.
-            image_sizes, modalities, cache_position: accepted for compatibility and ignored.
+            image_sizes, modalities, cache_position: accepted for compatibility and ignored, but see `generate`.
             row_weights: `(B,)`; the loss is the sum over rows of the weight times the sum of the row's token losses.
 
         Returns:
@@ -183,6 +183,20 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
         supervised, targets, rows, columns = upload([supervised, targets[supervised], rows, columns], hidden.device)
         tokens = Tokens(hidden.index_select(0, supervised), targets, rows, columns, batch)
         return supervised_loss(self.lm_head, tokens, row_weights, self.loss_function)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, image_sizes: object = None, **kwargs: Any) -> Any:
+        """Generate as in transformers; with `image_sizes`, the returned ids are without those of the prompt.
+
+        Callers written for LLaVA 1.2 or newer, such as lmms-eval, pass `image_sizes` and decode all returned ids.
+        """
+        output = super().generate(inputs, *args, **kwargs)
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if image_sizes is None or prompt is None:
+            return output
+        if isinstance(output, Tensor):
+            return output[:, prompt.shape[1] :]
+        output.sequences = output.sequences[:, prompt.shape[1] :]
+        return output
 
     def prepare_inputs_for_generation(
         self,
