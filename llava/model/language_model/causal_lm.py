@@ -187,7 +187,7 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
     def generate(self, inputs: Tensor | None = None, *args: Any, image_sizes: object = None, **kwargs: Any) -> Any:
         """Generate as in transformers; with `image_sizes`, the returned ids are without those of the prompt.
 
-        Callers written for LLaVA 1.2 or newer, such as lmms-eval, pass `image_sizes` and decode all returned ids.
+        Newer callers, such as lmms-eval, pass `image_sizes` and decode all returned ids.
         """
         output = super().generate(inputs, *args, **kwargs)
         prompt = kwargs.get("input_ids") if inputs is None else inputs
