@@ -29,7 +29,7 @@ TOP = (
     "benchmarks/",
     "tests/",
 )
-FOLDED = ("images/", "tests/")
+FOLDED = ("images/", "llava/eval/reporting/templates/", "tests/")
 GLOSSES = {
     ".ci/run": "CI entry point: runs scripts/test.sh",
     ".dockerignore": "files left out of the container image",
@@ -58,7 +58,7 @@ GLOSSES = {
     "llava/eval/judging/": "LLM-as-a-judge reviews",
     "llava/eval/judging/page.html": "web page of reviews: styles, controls and script",
     "llava/eval/reporting/": "score tables, charts and comparisons of runs",
-    "llava/eval/reporting/page.css": "styles of the report page",
+    "llava/eval/reporting/templates/": "pages of reports: Jinja templates and styles",
     "llava/serve/web/page.css": "styles of the web page",
     "llava/serve/web/page.js": "history of conversations in the browser, and copies of messages",
     "llava/eval/run/": "answering questions: runner, answer files, manifests, sharding",
