@@ -28,12 +28,13 @@ from llava.serve.common.arguments import LOGINS_VARIABLE
 from llava.serve.common.middleware import Keys, Limits, RequestMiddleware
 from llava.serve.common.protocol import ErrorType, ServeError
 from llava.serve.common.security import AddressRule
+from llava.serve.common.streaming import merged
 from llava.serve.control.registry import Registry
 from llava.serve.web import chat_tab, controls
 from llava.serve.web.chat import SKELETON, Chat, Turn
 from llava.serve.web.chat_tab import RUNNING, ChatTab, History
 from llava.serve.web.client import ServiceClient
-from llava.serve.web.compare_tab import BLIND_NAMES, VOTES, CompareTab, merged
+from llava.serve.web.compare_tab import BLIND_NAMES, VOTES, CompareTab
 from llava.serve.web.log import ConversationLog
 from llava.serve.web.models import Listing, ModelCatalog
 from llava.serve.web.ratings import Ratings

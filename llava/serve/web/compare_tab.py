@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -12,6 +11,7 @@ from typing import Final
 import gradio as gr
 
 from llava.errors import LlavaError, RequestError
+from llava.serve.common.streaming import merged
 from llava.serve.web import controls
 from llava.serve.web.chat import Chat, Turn
 from llava.serve.web.chat_tab import Updates
@@ -169,24 +169,6 @@ def _vote_handler(tab: CompareTab, kind: str) -> Callable[[Chat, Chat, bool, gr.
         return await tab.vote(kind, left, right, blind, request)
 
     return vote
-
-
-async def merged(iterators: Sequence[AsyncIterator[None]]) -> AsyncGenerator[None, None]:
-    """Yield after every item of any iterator, until all are exhausted."""
-    steps = {asyncio.ensure_future(anext(each, False)): each for each in iterators}
-    try:
-        while steps:
-            done, _ = await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
-            for step in done:
-                each = steps.pop(step)
-                if step.result() is not False:
-                    steps[asyncio.ensure_future(anext(each, False))] = each
-            yield
-    finally:
-        for step in steps:
-            step.cancel()
-        if steps:
-            await asyncio.wait(steps)
 
 
 def build(services: AppServices, page: gr.Blocks, settings: controls.Settings, icons: Mapping[str, str]) -> CompareTab:
