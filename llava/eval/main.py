@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-chunks", type=int, help="number of processes (default: one per GPU of CUDA_VISIBLE_DEVICES)")
     add("--chunk-idx", type=int, help="answer only this chunk of --num-chunks, without scoring")
     add("--score-only", action="store_true", help="merge and score existing answers without loading a model")
-    EvalArgs.add_cli_args(parser, temperature=0.0, max_new_tokens=None)
+    EvalArgs.add_cli_args(parser)
     return parser
 
 

@@ -53,7 +53,7 @@ def build_parser(*, ask: bool = False) -> argparse.ArgumentParser:
     if ask:
         from llava.eval.options import EvalArgs
 
-        EvalArgs.add_cli_args(parser, temperature=0.0, max_new_tokens=None)
+        EvalArgs.add_cli_args(parser)
     return parser
 
 

@@ -20,12 +20,11 @@ from llava.serve.common.arguments import (
     API_KEYS_VARIABLE,
     DispatchMethod,
     ServeArgs,
-    flag,
     port_flag,
     positive,
     require_server,
 )
-from llava.utils import guarded
+from llava.utils import flag, guarded
 
 if TYPE_CHECKING:
     from llava.serve.control.registry import WorkerEntry

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Final
 
 from llava.constants import LOGDIR
 from llava.errors import ConfigError
-from llava.serve.common.arguments import CONTROLLER_URL, LOGINS_VARIABLE, TOKEN_VARIABLE, CliArgs, flag
-from llava.utils import build_logger, guarded, require
+from llava.serve.common.arguments import CONTROLLER_URL, LOGINS_VARIABLE, TOKEN_VARIABLE
+from llava.utils import CliArgs, build_logger, flag, guarded, require
 
 if TYPE_CHECKING:
     import gradio

@@ -19,8 +19,8 @@ from typing import Any
 from llava.constants import WORKER_HEART_BEAT_INTERVAL
 from llava.errors import ConfigError
 from llava.mm_utils import get_model_name_from_path
-from llava.serve.common.arguments import WorkerArgs, flag, positive, require_server
-from llava.utils import guarded
+from llava.serve.common.arguments import WorkerArgs, positive, require_server
+from llava.utils import flag, guarded
 
 logger = logging.getLogger(__name__)
 
