@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.multimodal_encoder.tower import TowerArguments, VisionTower
@@ -87,17 +87,6 @@ class ClipAttention(nn.Module):
         return cast("Tensor", self.out_proj(rearrange(out, "b h n d -> b n (h d)")))
 
 
-class ClipMLP(nn.Module):
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__()
-        self.act = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast("Tensor", self.fc2(self.act(self.fc1(x))))
-
-
 class CLIPEncoderLayer(nn.Module):
     """Encoder layer, named as in transformers for device maps and FSDP."""
 
@@ -105,7 +94,7 @@ class CLIPEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = ClipAttention(config, variant)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ClipMLP(config)
+        self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm_after = variant.norm_after
 
