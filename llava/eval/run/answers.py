@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +22,6 @@ from llava.eval.run.questions import Question, QuestionId, QuestionKey
 from llava.files import OrderedWriter, lock_file
 from llava.openai_protocol import Reply
 
-MakeRow = Callable[[Question, str, str | None], Row]
 FAILED_TEXT: Final = "#ERROR#"  # the answer of `qa_baseline_gpt35` if the server gave none
 _TAGGED: Final = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
@@ -33,26 +32,22 @@ def answer_id(*parts: object) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def answer_row(model_id: str) -> MakeRow:
-    """Return a function that builds the published record from a question, its answer, and an error or None."""
-
-    def make(question: Question, text: str, error: str | None) -> Row:
-        rounds, shown = {}, {}
-        if question.round_id is not None:
-            rounds = {"round_id": question.round_id}
-            shown = {"options": list(question.options), "option_char": list(question.option_char)}
-        return {
-            "question_id": question.question_id,
-            **rounds,
-            "prompt": question.prompt,
-            "text": text,
-            **shown,
-            "answer_id": answer_id(model_id, question.question_id, question.prompt, *rounds.values(), text),
-            "model_id": model_id,
-            "metadata": {} if error is None else {"error": error},
-        }
-
-    return make
+def answer_row(model_id: str, question: Question, text: str, error: str | None) -> Row:
+    """The published record of a question, its answer, and the reason why there is none."""
+    rounds, shown = {}, {}
+    if question.round_id is not None:
+        rounds = {"round_id": question.round_id}
+        shown = {"options": list(question.options), "option_char": list(question.option_char)}
+    return {
+        "question_id": question.question_id,
+        **rounds,
+        "prompt": question.prompt,
+        "text": text,
+        **shown,
+        "answer_id": answer_id(model_id, question.question_id, question.prompt, *rounds.values(), text),
+        "model_id": model_id,
+        "metadata": {} if error is None else {"error": error},
+    }
 
 
 def input_facts(prompt: str, digests: Iterable[bytes], *, is_first: bool) -> Row:
