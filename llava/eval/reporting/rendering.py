@@ -17,7 +17,10 @@ from llava.eval.reporting.errors import KINDS
 @functools.cache
 def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
-    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
     found.globals["KINDS"] = KINDS
     found.filters["number"] = lambda value: f"{value:,}"
     found.filters["short_path"] = lambda path: "/".join(Path(path).parts[-2:])
