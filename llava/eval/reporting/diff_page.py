@@ -180,7 +180,8 @@ def _prompt_pieces(explanation: Explanation) -> list[tuple[str, str]]:
     prompts = first_prompts(explanation.first, explanation.second)
     if prompts is None or prompts[0] == prompts[1]:
         return []
-    pieces, text, at = [], prompts[0].encode(), 0
+    pieces: list[tuple[str, bytes]] = []
+    text, at = prompts[0].encode(), 0
     for start, old, new in byte_diff(*prompts, limit=100):
         pieces += [("", text[at:start]), ("del", old), ("ins", new)]
         at = start + len(old)
@@ -193,7 +194,7 @@ def _card(explanation: Explanation, key: str) -> dict[str, object]:
     sides = (first, second) if PIXELS in explanation.classes[key] else (first,)
     names = [(side.task, side.images.get(key, "")) for side in sides]
     images = [thumbnail(task, name) for task, name in names if name]
-    styles = {0: "differs", 1: "same"}
+    styles = {0.0: "differs", 1.0: "same"}
     return {
         "images": [source for source in images if source],
         "causes": ", ".join(explanation.classes[key]),
