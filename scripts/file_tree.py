@@ -76,6 +76,7 @@ GLOSSES = {
     "llava/serve/web/": "Gradio web page",
     "llava/serve/worker/": "model worker: scheduling, preprocessing, local and OpenAI backends",
     "llava/train/inspect_data.html": "page of records as training sees them",
+    "llava/train/model_card.jinja": "template of the model card",
     "llava/train/": "training: setup, Trainer, checkpoints, estimates",
     "mkdocs.yml": "settings of the documentation site",
     "playground/": "training data, and the scripts that make the quickstart's data and weights",
