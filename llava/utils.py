@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import logging
@@ -20,6 +19,7 @@ from llava.errors import ConfigError, DependencyError, LlavaError
 from llava.files import write_errors
 
 if TYPE_CHECKING:
+    import argparse
     import asyncio
     from typing import Self
 
