@@ -60,7 +60,7 @@ from llava.train.model_setup import find_all_linear_names
 from llava.train.profiling import memory_history, profiling_callbacks
 from llava.train.reporting import LogFiles, isolate_reporters
 from llava.train.run_metadata import RunMetadata, check_changes, hardware, read_run, sources, to_json
-from llava.train.watchdog import DataCheck, Preempted, PreemptionHandler, Watchdog
+from llava.train.watchdog import DataCheck, Preempted, Watchdog
 from llava.utils import guarded
 
 __all__ = [
@@ -263,8 +263,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
 
 def train_with_watchdog(trainer: LLaVATrainer, checkpoint: Path | None) -> transformers.trainer_utils.TrainOutput:
     """Train; end the process if no step finishes within `--step_timeout`, and save before it ends by a signal."""
-    preemption = PreemptionHandler()
-    trainer.add_callback(preemption)
+    trainer.add_callback(trainer.preemption)
     watchdog = Watchdog(trainer.args.step_timeout, trainer.args.process_index)
     if trainer.args.step_timeout:
         trainer.add_callback(watchdog)
@@ -272,7 +271,7 @@ def train_with_watchdog(trainer: LLaVATrainer, checkpoint: Path | None) -> trans
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watchdog.stop()
-        preemption.restore()
+        trainer.preemption.restore()
 
 
 def finish(trainer: LLaVATrainer, dtype: torch.dtype) -> None:
