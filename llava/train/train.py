@@ -29,7 +29,7 @@ from llava.files import write_errors
 from llava.model.chat_template import set_chat_template
 from llava.model.registry import projector_factory
 from llava.model.verification import cast_parameters
-from llava.placement import avoid_cudnn_attention
+from llava.placement import avoid_cudnn_attention, limit_onednn_cache
 from llava.train import (
     checkpointing,
     estimate,
@@ -99,6 +99,7 @@ def prepare(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     avoid_cudnn_attention(args.device)
+    limit_onednn_cache(args.device)
     set_seed(args.seed)  # all ranks initialize the same projector
     template = model_setup.choose_template(model_args)
     if model_args.vision_tower is not None:
