@@ -139,6 +139,31 @@ def test_hooks_of_layers_are_called(models: dict[str, LlavaLlamaForCausalLM]) ->
         torch.testing.assert_close(hooked[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("supervised", [0, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_computes_the_supervised_tokens_only(
+    models: dict[str, LlavaLlamaForCausalLM], supervised: int, checkpointing: bool
+) -> None:
+    """All tokens without a supervised one: adapters and quantized layers need not take an empty batch."""
+    model, batch = models["eager"], batch_of([(9, 0), (4, 0)], 8)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    batch["labels"][0, 4 : 4 + supervised] = 7
+    sizes: list[list[int]] = [[] for _ in model.model.layers]
+    hooks = [
+        layer.mlp.down_proj.register_forward_hook(lambda _, given, out, size=size: size.append(len(given[0])))
+        for layer, size in zip(model.model.layers, sizes, strict=True)
+    ]
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        model(**batch).loss.backward()
+    finally:
+        model.gradient_checkpointing_disable()
+        for hook in hooks:
+            hook.remove()
+    assert [size[0] for size in sizes] == [13] * (len(sizes) - 1) + [supervised or 13]
+
+
 def test_weights_of_another_dtype_are_refused(models: dict[str, LlavaLlamaForCausalLM]) -> None:
     model, batch = models["sdpa"], batch_of([(4, 1)], 9)
     layer = model.model.layers[0].mlp.up_proj.bfloat16()
