@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from llava.model.language_model.fused import LlamaMLP, RMSNorm, Rotate, normalized_linear, normalized_mlp
+from llava.model.language_model.fused import Context, LlamaMLP, RMSNorm, Rotate, normalized_linear, normalized_mlp
 from llava.model.transfer import upload
 from llava.utils import require
 
@@ -48,7 +48,8 @@ class PackedBatch:
     """Sequences of `lengths` tokens, concatenated to N tokens, and their padded groups for attention.
 
     `cu_seqlens` `(sequences + 1,)` int32 are the boundaries. `pad_index` `(M,)` maps the M >= N tokens of all groups to
-    packed tokens (padding repeats the last token of its sequence), `unpad_index` `(N,)` maps packed tokens to theirs.
+    packed tokens (padding repeats the last token of its sequence), `unpad_index` `(N,)` maps packed tokens to theirs;
+    `real` `(M,)` is False for padding.
     Padding follows its sequence and attention is causal, so no real token attends to it.
     """
 
@@ -58,20 +59,23 @@ class PackedBatch:
         for length in self.lengths:
             starts.append(starts[-1] + length)
         self.groups: list[PaddedGroup] = []
-        padded: list[Tensor] = []
+        padded, real = [], []
         unpad_index = torch.empty(starts[-1], dtype=torch.long)
         offset = 0
         for members in attention_groups(self.lengths):
             longest = self.lengths[members[0]]
             for index in members:
                 length = self.lengths[index]
-                padded.append(torch.arange(longest).clamp(max=max(0, length - 1)) + starts[index])
+                within = torch.arange(longest)
+                padded.append(within.clamp(max=max(0, length - 1)) + starts[index])
+                real.append(within < length)
                 unpad_index[starts[index] : starts[index] + length] = torch.arange(offset, offset + length)
                 offset += longest
             self.groups.append(PaddedGroup(len(members), longest))
         positions = torch.cat([torch.arange(length) for length in self.lengths])  # (N,)
-        self.cu_seqlens, self.pad_index, self.unpad_index, self.positions = upload(
-            [torch.tensor(starts, dtype=torch.int32), torch.cat(padded), unpad_index, positions], device
+        self.cu_seqlens, self.pad_index, self.unpad_index, self.real, self.positions = upload(
+            [torch.tensor(starts, dtype=torch.int32), torch.cat(padded), unpad_index, torch.cat(real), positions],
+            device,
         )
         self.padded = starts[-1] != offset or len(self.groups) > 1
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -152,6 +156,25 @@ class LlamaModel(modeling_llama.LlamaModel):
         return self.norm(hidden)
 
 
+class _Select(torch.autograd.Function):
+    """Rows `index` of `x`; the gradient gathers rows `back`, or adds none where `keep` is False.
+
+    Where every row of `x` is selected, and the gradients of all but one of its copies are zero, this is the gradient of
+    `index_select`, which adds copies up, one number at a time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, index: Tensor, back: Tensor, keep: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, *(() if keep is None else (keep,)))
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        back, *keep = ctx.saved_tensors
+        grad = grads[0].index_select(0, back)
+        return grad.mul_(keep[0].view(-1, 1, 1)) if keep else grad, None, None, None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, kind: type[nn.Module], dropout: float = 0.0) -> Tensor:
     """Causal attention within the sequences of a packed batch.
 
@@ -166,7 +189,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, kind: type[nn.Mo
         return flash
     core = _sdpa if issubclass(kind, modeling_llama.LlamaSdpaAttention) else _eager
     if batch.padded:
-        q, k, v = (part.index_select(0, batch.pad_index) for part in (q, k, v))
+        q, k, v = (_Select.apply(part, batch.pad_index, batch.unpad_index, None) for part in (q, k, v))
     outputs, start = [], 0
     for group in batch.groups:
         end = start + group.count * group.length
@@ -174,7 +197,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, kind: type[nn.Mo
         outputs.append(rearrange(core(query, key, value, batch, dropout), "b h t d -> (b t) h d"))
         start = end
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return out.index_select(0, batch.unpad_index) if batch.padded else out
+    return _Select.apply(out, batch.unpad_index, batch.pad_index, batch.real) if batch.padded else out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, dropout: float) -> Tensor:
