@@ -11,7 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import LlamaFlashAttention2, LlamaMLP, LlamaRMSNorm, LlamaSdpaAttention
+from transformers.models.llama.modeling_llama import (
+    LLAMA_ATTENTION_CLASSES,
+    LlamaFlashAttention2,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaSdpaAttention,
+)
 
 from llava.errors import RequestError
 from llava.model.builder import load_pretrained_model
@@ -276,6 +282,22 @@ def test_rows_of_similar_length_share_an_attention_call() -> None:
     tokens = torch.arange(30)
     assert batch.pad_index[batch.unpad_index].tolist() == tokens.tolist()
     assert not PackedBatch([7, 7], torch.device("cpu")).padded
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_within_a_call_gets_and_gives_no_gradient(attention: str) -> None:
+    lengths = [10, 3, 9, 8]
+    batch = PackedBatch(lengths, torch.device("cpu"))
+    kind = LLAMA_ATTENTION_CLASSES[attention]
+    parts = [torch.randn(sum(lengths), heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(sum(lengths), 4, 4)  # also at the last tokens, which no loss reads
+    alone = [
+        attend(*rows, PackedBatch([len(rows[0])], torch.device("cpu")), kind)
+        for rows in zip(*(part.split(lengths) for part in parts))
+    ]
+    wanted = torch.autograd.grad((torch.cat(alone) * weights).sum(), parts)
+    found = torch.autograd.grad((attend(*parts, batch, kind) * weights).sum(), parts)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_flash_attention_gets_the_rows_by_their_borders(monkeypatch: pytest.MonkeyPatch) -> None:
