@@ -33,6 +33,7 @@ PLAIN = {
     "git",
     "huggingface-cli",
     "kubectl",
+    "lmms-eval",
     "python3",
     "systemctl",
     "xcode-select",

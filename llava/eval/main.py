@@ -3,7 +3,9 @@
     llava eval --tasks easy_vqa --model-path CHECKPOINT [--limit 1000] [--output-dir DIR]
     llava eval --tasks all --model-path CHECKPOINT          one process per visible GPU
     llava eval --tasks pope,mme --api-base http://127.0.0.1:8000/v1
+    llava eval --tasks pope,gqa --prompt-profile lmms-eval  ask with the prompts of lmms-eval
     llava eval prepare [TASK ...]                           list missing files and their sources
+    llava eval prepare TASK ... --lmms-eval PYTHON          write local tasks for lmms-eval
 
 Each task writes DIR/TASK/answers.jsonl (one line per question), its manifest, and score.json. The same command resumes
 an interrupted run, also with another number of processes. On several nodes, start it with torchrun, or run each part
@@ -23,11 +25,12 @@ from llava.errors import ConfigError, LlavaError
 from llava.eval.benchmarks import prepare
 from llava.eval.benchmarks.base import Task
 from llava.eval.benchmarks.outcomes import FILE
+from llava.eval.benchmarks.profiles import LLAVA, PROFILES, ask_as, recorded_profile, token_limit
 from llava.eval.benchmarks.registry import ALL, TASKS, make_tasks
 from llava.eval.options import EvalArgs
 from llava.eval.run import launch
 from llava.eval.run.files import write_json
-from llava.eval.run.manifest import scorer_record
+from llava.eval.run.manifest import read_manifest, scorer_record
 from llava.eval.run.questions import Question
 from llava.eval.run.runner import report, run
 from llava.eval.run.shards import merge, shard_path, shard_paths, shards_folder
@@ -49,6 +52,7 @@ class TaskArgs(EvalArgs):
     num_chunks: int | None = None
     chunk_idx: int | None = None
     score_only: bool = False
+    prompt_profile: str = LLAVA
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-chunks", type=int, help="number of processes (default: one per GPU of CUDA_VISIBLE_DEVICES)")
     add("--chunk-idx", type=int, help="answer only this chunk of --num-chunks, without scoring")
     add("--score-only", action="store_true", help="merge and score existing answers without loading a model")
+    help_text = "whose prompts and token limits to use (default %(default)s)"
+    add("--prompt-profile", choices=(LLAVA, *PROFILES), default=LLAVA, help=help_text)
     EvalArgs.add_cli_args(parser)
     return parser
 
@@ -95,11 +101,13 @@ class Evaluation:
         model, template = self.args.load_model()
         statuses = []
         for task, questions in self.tasks:
+            profile = self.args.prompt_profile
             settings = dataclasses.replace(
-                self.args.run_settings(template, task.image_folder, task.max_new_tokens),
+                self.args.run_settings(template, task.image_folder, token_limit(profile, task)),
                 chunk=chunk,
                 images=task.images,
                 files=task.label_files(),
+                prompt_profile=None if profile == LLAVA else profile,
             )
             path = self.answers_path(task, chunk)
             if self.args.overwrite:
@@ -149,6 +157,7 @@ class Evaluation:
             "limit": self.args.limit, "primary_metric": task.primary_metric(scores),
             "primary_interval": scores.get("intervals", {}).get(task.metric),
             "data_root": None if task.data_root is None else str(task.data_root),
+            "prompt_profile": recorded_profile((read_manifest(answers) or {}).get("identity", {})),
             "scorer": scorer_record(task, answers),
         }  # fmt: skip
         write_json(self.score_path(task), {**facts, **scores}, indent=2)
@@ -166,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_with_parent()
     args = TaskArgs.from_cli_args(namespace)
     tasks = make_tasks(args.tasks.split(","), args.data_root, args.split, args.eval_data)
-    questions = [(task, task.questions(args.limit)) for task in tasks]  # reports missing data before loading the model
+    # reports missing data before loading the model
+    questions = [(task, ask_as(args.prompt_profile, task, task.questions(args.limit))) for task in tasks]
     evaluation = Evaluation(args, questions, args.output_dir or Path("eval") / args.model_name)
     if (rank := launch.torchrun_rank()) is not None:
         return evaluation.answer_rank(*rank)

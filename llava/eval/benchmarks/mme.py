@@ -81,6 +81,12 @@ def answer_key(row: Record) -> Key:
     return path.parts[0] if path.parts else "", path.stem, " ".join(question.split())
 
 
+def official_questions(annotation_dir: Path, rows: Sequence[Record]) -> list[str]:
+    """The official question that each record answers, which ends with `ENDING`."""
+    references = read_references(annotation_dir)
+    return [references[answer_key(row)][0] for row in rows]
+
+
 def result_rows(annotation_dir: Path, result_file: Path) -> dict[str, list[ResultRow]]:
     """Rows of every task from an answers file. Raises `DataError` unless it answers exactly the official questions."""
     references = read_references(annotation_dir)

@@ -1,6 +1,7 @@
 """List the files of each benchmark, which of them are missing, and where to download them.
 
     llava eval prepare [TASK ...] [--eval-data DIR] [--checksums]
+    llava eval prepare TASK ... --lmms-eval PYTHON [--output-dir DIR]     write local tasks for lmms-eval
 
 Nothing is downloaded. The exit status is 1 if a file is missing or has an unexpected number of questions.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from llava.errors import LlavaError
 from llava.eval.benchmarks.base import EVAL_DATA, RequiredFile, Task
+from llava.eval.benchmarks.lmms_tasks import write_tasks
 from llava.eval.benchmarks.registry import ALL, TASKS, make_tasks
 from llava.provenance import file_digest
 from llava.utils import guarded
@@ -59,10 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("tasks", nargs="*", default=[ALL], metavar="TASK", help=f"of: {', '.join(TASKS)} (default all)")
     add_data_flags(parser)
     parser.add_argument("--checksums", action="store_true", help="print the sha256 of every file")
+    parser.add_argument("--lmms-eval", metavar="PYTHON", help="interpreter of the environment with lmms-eval")
+    parser.add_argument("--output-dir", type=Path, default=Path("lmms_tasks"), help="of the local tasks (%(default)s)")
+    parser.add_argument("--limit", type=int, help="number of questions in a local task, as in llava eval (default all)")
     args = parser.parse_args(argv)
     names = [name for word in args.tasks for name in word.split(",")]
+    tasks = make_tasks(names, args.data_root, args.split, args.eval_data)
+    if args.lmms_eval:
+        names = write_tasks(tasks, args.lmms_eval, args.output_dir, args.limit)
+        print(f"lmms-eval --include_path {args.output_dir} --tasks {','.join(names)}")
+        return 0
     all_ready = True
-    for task in make_tasks(names, args.data_root, args.split, args.eval_data):
+    for task in tasks:
         lines, ready = check_task(task, args.checksums)
         all_ready = all_ready and ready
         print("\n".join(lines))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from llava.errors import ConfigError
+from llava.eval.benchmarks.profiles import ask_as
 from llava.eval.reporting.diff import ASKABLE, DECODING, INPUTS, MODELS, NUMERIC_KEYS, PIXELS, PROMPTS, Classes
 from llava.eval.reporting.sides import Side
 from llava.eval.run.answers import read_complete_lines, row_error, row_key
@@ -76,7 +77,8 @@ def ask_hybrids(
 
 def _questions(side: Side, keys: Sequence[str]) -> list[Question]:
     """The questions of a run from its question file; one that is no longer in it has its recorded prompt."""
-    asked = {question.key: question for question in side.task.questions(side.score.get("limit"))}
+    questions = ask_as(side.prompt_profile, side.task, side.task.questions(side.score.get("limit")))
+    asked = {question.key: question for question in questions}
     rows = [side.rows[key] for key in keys]
     return [asked.get(row_key(row)) or Question(row["question_id"], row["prompt"], round_id=row.get("round_id"))
             for row in rows]  # fmt: skip

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Final
 
 from llava.errors import DataError
+from llava.eval.benchmarks.profiles import LLAVA
 from llava.eval.benchmarks.registry import TASKS
 from llava.eval.run.files import Record, read_json
 
@@ -137,6 +138,7 @@ class Comparison:
     published_questions: int | None = None
     unread: int | None = None
     interval: Mapping[str, float] = field(default_factory=dict, hash=False)
+    prompt_profile: str = LLAVA
 
     @property
     def difference(self) -> float | None:
@@ -147,6 +149,8 @@ class Comparison:
         """Inside or outside the noise band, or the reason why the scores cannot be compared."""
         if self.ours is None:
             return "scored by its server"
+        if self.prompt_profile != LLAVA:
+            return f"prompts of {self.prompt_profile}"
         if self.limit is not None:
             return f"only {self.limit} questions"
         if None not in (self.questions, self.published_questions) and self.questions != self.published_questions:
@@ -176,8 +180,8 @@ def compare(run: Run) -> list[Comparison]:
         band = None if published is None or column is None else noise_band(column, published)
         questions, limit = score.get("questions"), score.get("limit")
         ours, counts = score.get("primary_metric"), (score.get("published_questions"), score.get("unread"))
-        interval = score.get("primary_interval") or {}
-        rows.append(Comparison(run.name, task, split, questions, ours, limit, published, band, *counts, interval))
+        more = score.get("primary_interval") or {}, score.get("prompt_profile", LLAVA)
+        rows.append(Comparison(run.name, task, split, questions, ours, limit, published, band, *counts, *more))
     return rows
 
 

@@ -124,12 +124,13 @@ def explain(first: Side, second: Side, ask: Ask | None = None) -> Explanation:
     alone = len(before.ids) + len(after.ids) - 2 * len(left.ids)
     parts.append(Part((MISSING,), alone, scores[1] - scores[3] + scores[2] - scores[0]))
     steps = [
-        _Step(names, right, {key for key in classes if classes[key] == names} - asked)
+        _Step(names, right, {key for key in classes if classes[key] == names} - asked, _note(first, second, names))
         for names in sorted(set(classes.values()), key=_rank)
     ]
     for cause, rows in hybrids:
         outcomes = rescore(task, [{**first.rows[key], **(rows[key] if key in asked else {})} for key in left.ids])[0]
-        steps.append(_Step((cause,), pair(left, Outcomes.of(outcomes, left.ids))[1], asked, ASKED))
+        hybrid = pair(left, Outcomes.of(outcomes, left.ids))[1]
+        steps.append(_Step((cause,), hybrid, asked, _note(first, second, (cause,), ASKED)))
     parts += _class_parts(task, first, second, left, [step for step in steps if step.questions])
     change = (right.scores - left.scores).tolist()
     changed = sorted(((each, delta) for each, delta in zip(left.ids, change) if delta), key=lambda item: item[1])
@@ -163,6 +164,15 @@ def _scorer_note(first: Side, second: Side) -> str:
             now = side.score["scorer_now"]
             notes += [f"{key} of the {name} run differ from today's" for key in now if scorer.get(key) != now[key]]
     return "; ".join(notes)
+
+
+def _note(first: Side, second: Side, names: Sequence[str], how: str = "") -> str:
+    """`how` a part is known, and the prompt profiles if they differ and the prompts are among its causes."""
+    before, after = first.prompt_profile, second.prompt_profile
+    if PROMPTS not in names or before == after:
+        return how
+    how = how or ("measured" if len(names) == 1 else "")
+    return "; ".join(filter(None, (how, f"prompt profiles {before} and {after}")))
 
 
 def causes(first: Side, second: Side, question: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from llava.errors import DataError, LlavaError
 from llava.eval.benchmarks.base import Reading, Task
 from llava.eval.benchmarks.outcomes import FILE, Outcome
+from llava.eval.benchmarks.profiles import recorded_profile
 from llava.eval.benchmarks.registry import make_task
 from llava.eval.outcomes import Outcomes
 from llava.eval.reporting.errors import Answer
@@ -47,6 +48,10 @@ class Side:
     def identity(self) -> Record:
         found = self.manifest.get("identity", {})
         return found if isinstance(found, dict) else {}
+
+    @property
+    def prompt_profile(self) -> str:
+        return recorded_profile(self.identity)
 
     @property
     def metric(self) -> float | None:

@@ -33,7 +33,8 @@ class RunSettings:
     `template` is a registered conversation template. `params` apply to every question, except for the seed. `chunk`
     (k, n) selects chunk k of n. `images` replaces `image_folder`. The manifest records the hashes of `files` and the
     `quantization` of the weights. With `follow_up`, each question is asked a second time with the first answer and this
-    text appended to the prompt (`--answer-prompter` of ScienceQA).
+    text appended to the prompt (`--answer-prompter` of ScienceQA). `prompt_profile` names the prompts if they are not
+    LLaVA's.
     """
 
     model_path: str
@@ -49,6 +50,7 @@ class RunSettings:
     files: tuple[Path, ...] = ()
     quantization: str | None = None
     follow_up: str | None = None
+    prompt_profile: str | None = None
 
     @property
     def source(self) -> ImageSource:
@@ -148,6 +150,7 @@ def run_identity(model: EvalModel, questions: Sequence[Question], settings: RunS
         "questions": questions_fingerprint(questions),
         "chunk": settings.chunk,
         "decoding": settings.params.as_dict(),
+        **({} if settings.prompt_profile is None else {"prompt_profile": settings.prompt_profile}),
         **model.identity(settings),
     }
 
