@@ -31,6 +31,7 @@ from llava.serve.common.protocol import (
     Role,
     SamplingFields,
     ServeError,
+    invalid,
 )
 
 
@@ -122,6 +123,23 @@ class ApiBody(StrictBody, SamplingFields):
     def max_new_tokens(self) -> int | None:
         """Maximum number of tokens of an answer; None for the limit of the worker."""
         return None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_structured_outputs(cls, data: object) -> object:
+        """Read vLLM's `structured_outputs` as `guided_json`, `guided_regex` or `guided_choice`, its older names."""
+        if not isinstance(data, dict) or data.get("structured_outputs") is None:
+            return data
+        rest = dict(data)
+        given = rest.pop("structured_outputs")
+        given = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else {}
+        if not given or given.keys() - {"json", "regex", "choice"}:
+            raise invalid("structured_outputs", "must have one of the keys json, regex and choice")
+        named = {f"guided_{name}": value for name, value in given.items()}
+        for name, value in named.items():
+            if rest.get(name) not in (None, value):
+                raise invalid("structured_outputs", f"excludes {name}; give one of them")
+        return {**rest, **named}
 
 
 class ChatBody(ApiBody):
