@@ -89,7 +89,7 @@ BASE = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 @pytest.mark.parametrize(
     "extra",
     [
-        {"tools": [{}]},
+        {"tools": [{}], "tool_choice": {"type": "function", "function": {"name": "f"}}},
         {"tool_choice": "required"},
         {"modalities": ["audio"]},
         {"best_of": 5},

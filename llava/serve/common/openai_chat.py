@@ -143,11 +143,11 @@ class ApiBody(StrictBody, SamplingFields):
 
 
 class ChatBody(ApiBody):
-    """Body of `/v1/chat/completions`."""
+    """Body of `/v1/chat/completions`. Tools are accepted unless one must be called: the models answer with text."""
 
+    ignored: ClassVar = (*ApiBody.ignored, "tools", "functions")
     harmless: ClassVar = {
         **ApiBody.harmless,
-        "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
     }
