@@ -131,7 +131,7 @@ def build_app(
     import fastapi
     import gradio
 
-    from llava.serve.web.page import CSS, HEAD, SecurityHeaders, build_page, theme
+    from llava.serve.web.page import CSS, HEAD, PageGuard, build_page, theme
 
     no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -155,7 +155,7 @@ def build_app(
         head=HEAD,
     )
     page.has_launched = True  # otherwise Gradio accepts any path as that of an uploaded file
-    mounted.add_middleware(SecurityHeaders)
+    mounted.add_middleware(PageGuard)
     return mounted
 
 

@@ -306,13 +306,13 @@ class SamplingFields(Body):
         given = [name for name in ("guided_json", "guided_regex", "guided_choice") if getattr(self, name) is not None]
         given += ["response_format"] * (self.response_format.type != "text")
         if len(given) > 1:
-            raise _invalid(given[0], f"excludes {given[1]}; give one of them")
+            raise invalid(given[0], f"excludes {given[1]}; give one of them")
         if not _is_within(self.schema_of_answer, MAX_NESTING):
-            raise _invalid(given[0], f"is nested more than {MAX_NESTING} levels deep; simplify the schema")
+            raise invalid(given[0], f"is nested more than {MAX_NESTING} levels deep; simplify the schema")
         if max(len(json.dumps(self.schema_of_answer)), len("".join(self.guided_choice or ()))) > MAX_GRAMMAR:
-            raise _invalid(given[0], f"is longer than {MAX_GRAMMAR} characters")
+            raise invalid(given[0], f"is longer than {MAX_GRAMMAR} characters")
         if self.guided_choice is not None and not all(self.guided_choice):
-            raise _invalid("guided_choice", "has an empty choice")
+            raise invalid("guided_choice", "has an empty choice")
 
 
 def _is_within(value: object, levels: int) -> bool:
@@ -324,7 +324,7 @@ def _is_within(value: object, levels: int) -> bool:
     return not inside
 
 
-def _invalid(param: str, text: str) -> PydanticCustomError:
+def invalid(param: str, text: str) -> PydanticCustomError:
     """Error of a validator that checks several fields; `param` is the field named to clients."""
     return PydanticCustomError("invalid", "{param} {text}", {"param": param, "text": text})
 

@@ -31,7 +31,6 @@ async def answer(client: ServiceClient, chat: Chat) -> AsyncGenerator[None, None
     turn; the text received before it is kept.
     """
     turn = chat.turns[-1]
-    chat.stop.clear()
     try:
         async with aclosing(_stream(client, chat, turn)) as updates:
             drawn = 0.0

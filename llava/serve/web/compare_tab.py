@@ -62,31 +62,32 @@ class CompareTab:
             yield {self.notice: gr.skip() if running else controls.EMPTY_MESSAGE}
             return
         sampling = controls.sampling_from(values)
-        try:
-            with left.prepared():
-                models = await self._draw(left, right) if blind else (left_model, right_model)
-                turn = await self.services.new_turn(models[0], text, files, mode, sampling)
-            if not models[1]:
-                raise controls.no_model()
-        except LlavaError as error:
-            yield {self.notice: controls.warning(error)}
-            return
-        other = Turn(text, turn.images, mode, sampling, models[1])
-        update = {**controls.sending(self.box), self.notice: "", **self.buttons(vote=False, clear=False)}
         async with AsyncExitStack() as stack:
-            runs = [
-                await stack.enter_async_context(aclosing(self.services.run(chat, new, visitor(request))))
-                for chat, new in ((left, turn), (right, other))
-            ]
+            try:
+                with left.prepared():  # until both have their turn
+                    models = await self._draw(left, right) if blind else (left_model, right_model)
+                    turn = await self.services.new_turn(models[0], text, files, mode, sampling)
+                    if not models[1]:
+                        raise controls.no_model()
+                    other = Turn(text, turn.images, mode, sampling, models[1])
+                    turns, runs = left.turns, []
+                    for chat, new in ((left, turn), (right, other)):
+                        run = aclosing(self.services.run(chat, new, visitor(request)))
+                        runs.append(await stack.enter_async_context(run))
+                        await anext(runs[-1])
+            except LlavaError as error:
+                yield {self.notice: controls.warning(error)}
+                return
+            update = {**controls.sending(self.box), self.notice: "", **self.buttons(vote=False, clear=False)}
+            yield {**update, **self._shown(left, right, blind)}
             async for _ in await stack.enter_async_context(aclosing(merged(runs))):
-                yield {**update, **self._shown(left, right, blind)}
-                update = {}
-        answered = bool(turn.answer or other.answer)
-        yield {
-            **self._shown(left, right, blind),
-            **controls.idle(self.box),
-            **self.buttons(vote=answered, clear=True),
-        }
+                yield self._shown(left, right, blind)
+        if left.turns is turns:  # otherwise a new conversation has begun
+            yield {
+                **self._shown(left, right, blind),
+                **controls.idle(self.box),
+                **self.buttons(vote=turn.answered and other.answered, clear=True),
+            }
 
     async def _draw(self, left: Chat, right: Chat) -> tuple[str, str]:
         """The models of a blind comparison: those of the conversation, or two chosen at random."""
@@ -128,8 +129,9 @@ class CompareTab:
         return {model: gr.update(visible=not blind) for model in self.models}
 
     async def vote(self, kind: str, left: Chat, right: Chat, blind: bool, request: gr.Request) -> Updates:
-        """Record the vote and name the models; further votes are ignored."""
-        if not (left.turns and right.turns) or left.running or right.running or left.turns[-1].vote:
+        """Record the vote and name the models; further votes, and those on a failed answer, are ignored."""
+        last = [chat.turns[-1] for chat in (left, right) if chat.turns]
+        if len(last) < 2 or left.preparing or not all(turn.answered and not turn.vote for turn in last):
             return {self.notice: gr.skip()}
         blind = blind and not any(turn.vote for turn in left.turns)  # names are shown since the first vote
         left.turns[-1].vote = right.turns[-1].vote = kind
