@@ -70,8 +70,8 @@ class FeatureEncoder:
             by_shape.setdefault(pixels.shape, []).append((image.digest, pixels))
         for group in by_shape.values():
             for at in range(0, len(group), _BATCH_SIZE):
-                digests, pixels = zip(*group[at : at + _BATCH_SIZE])
-                encoded = self.model.encode_images(self._upload(pixels))  # (K, n, D)
+                digests, batch = zip(*group[at : at + _BATCH_SIZE], strict=True)
+                encoded = self.model.encode_images(self._upload(batch))  # (K, n, D)
                 features.update(self._store(digests, encoded))
         return features
 

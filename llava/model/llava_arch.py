@@ -24,7 +24,7 @@ from llava.constants import (
 from llava.errors import CheckpointError, RequestError
 from llava.model.checkpoint import EMBEDDINGS, compare_shapes, has_tensors, projector_state, read_tensors
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.tower import Features, VisionTower
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, projected_tokens
 from llava.model.splice import Images, SpliceLayout, encode_slots, encode_used_slots, splice_batch, splice_prompt
 from llava.model.transfer import to_host, upload
@@ -158,7 +158,7 @@ class LlavaMetaForCausalLM(Module):
         """As `encode_images` without gradients, in parts: yields after each layer of the tower."""
         return self._project((yield from self.get_model().vision_tower.encode_by_layer(images)))
 
-    def _project(self, features: Features) -> Tensor:
+    def _project(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
         projector = self.get_model().mm_projector
         parameter = next(projector.parameters(), None)
         if parameter is not None:

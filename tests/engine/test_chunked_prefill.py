@@ -111,24 +111,28 @@ def test_chunks_of_an_idle_engine_are_as_large_as_without_a_limit(
     assert sorted(sizes) == [51, 151] and engine.statistics().prefill_chunks == 0
 
 
-def test_short_prompts_overtake_a_long_one_that_still_finishes(make_engine: MakeEngine, solo: Solo) -> None:
+def test_a_long_prompt_finishes_although_short_ones_overtake_it(make_engine: MakeEngine, solo: Solo) -> None:
+    """Three short ones arrive at every step, and would fill it."""
     engine = make_engine(max_num_batched_tokens=15, max_batch_size=8)
-    running = busy(engine, 3)
-    long, second, later = engine.submit(ask(LONG, 4)), None, list[RequestHandle]()
-    for number in range(60):
-        later.append(engine.submit(ask([1, 340 + number % 40, 303], 1)))
-        if number == 1:
-            second = engine.submit(ask(LONG[::-1], 4))
+    busy(engine, 3)
+    long, later, steps = engine.submit(ask(LONG, 4)), list[RequestHandle](), 0
+    while not long.done and steps < 60:
+        later += [engine.submit(ask([1, 340 + (steps + n) % 40, 303], 1)) for n in range(3)]
         engine.step()
-        if long.done:
-            break
-        assert len(running) == 3 and len([one for one in later if not one.done]) <= 60
-    assert long.done and number < 40  # it has at least half of each step
-    assert second is not None and not second.done and sum(one.done for one in later) >= 1
-    assert later[0].result().token_ids == solo([1, 340, 303], [], 1)
+        steps += 1
+        assert later[0].done
+    assert steps < 30  # it has at least half of each step
     assert long.result().token_ids == solo(LONG, [], 4)
-    assert second.result().token_ids == solo(LONG[::-1], [], 4)
+    assert later[0].result().token_ids == solo([1, 340, 303], [], 1)
     assert all(one.result().finish_reason in ("stop", "length") for one in later)
+
+
+def test_several_long_prompts_run_one_after_the_other(make_engine: MakeEngine, solo: Solo) -> None:
+    engine = make_engine(max_num_batched_tokens=33, max_batch_size=8)
+    busy(engine, 3)
+    prompts = [LONG[n:] for n in range(4)]
+    handles = [engine.submit(ask(ids, 4)) for ids in prompts]
+    assert [one.result().token_ids for one in handles] == [solo(ids, [], 4) for ids in prompts]
 
 
 def test_a_prompt_can_be_cancelled_or_fail_between_two_chunks(

@@ -9,11 +9,11 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -309,11 +309,11 @@ class VisionTower(nn.Module):
         return features if queries is None else (features, queries.to(dtype))
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         """The loaded layers; empty for towers that are not a plain sequence of layers."""
         if not self.is_loaded or self.spec.layers is None:
-            return ()
-        return cast("nn.ModuleList", self.vision_tower.get_submodule(self.spec.layers.rstrip(".")))
+            return []
+        return list(self.vision_tower.get_submodule(self.spec.layers.rstrip(".")).children())
 
     def encode_by_layer(self, images: Tensor) -> Generator[None, None, Features]:
         """As `forward` of images `(K, 3, H, W)` without gradients, in parts: yields after each layer.
