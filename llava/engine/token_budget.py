@@ -42,7 +42,7 @@ class StepBudget:
 
     @property
     def spent(self) -> float:
-        return self.tokens * self.token + self.layers * self.layer
+        return self.cost(self.tokens, self.layers)
 
     def cost(self, tokens: int, layers: int) -> float:
         return tokens * self.token + layers * self.layer
@@ -118,7 +118,7 @@ class TokenBudget:
         if not self._token:  # small chunks are less efficient: start low
             self._token = 2 * prefill / (budget.tokens + budget.layers * self._features.layer_tokens)
             self._layer = self._token * self._features.layer_tokens
-        elif budget.is_limited:
+        elif budget.is_limited and budget.spent >= self._least * self._token:  # else the time is mostly overhead
             ratio = min(2.0, max(0.5, prefill / budget.spent))
             ratio = ratio if ratio > 1 else math.sqrt(ratio)  # grow slowly: a step that is too long is felt
             self._token *= ratio if budget.tokens else 1.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Rows
 
 from llava.engine.prefill import ChunkedPrefill, Prefiller
 from llava.engine.sequence import Prompt, Sequence
@@ -55,7 +54,7 @@ class WaitingQueue:
         """Prompts of the next requests to start."""
         return [sequence.prompt for sequence in list(self._queue)[:count]]
 
-    def schedule(self, running: Rows[Sequence], budget: StepBudget) -> list[Sequence]:
+    def schedule(self, running: list[Sequence], budget: StepBudget) -> list[Sequence]:
         """Remove and return the requests to prefill as a whole now; the next one may become `chunked`.
 
         With a backlog, none starts before a quarter of the batch is free, so that prompts run in batches. Without a
@@ -83,14 +82,13 @@ class WaitingQueue:
             if self.kv_cache_bytes is not None and bytes_needed > self.kv_cache_bytes:
                 break
             room -= budget.cost(new, layers)
-            sequence.needs_chunks = room < 0 and sequence.params.num_beams == 1
-            if not sequence.needs_chunks:
-                budget.spend(new, layers)
-                started.append(self._start())
-            elif self.chunked is None:
-                self.chunked = self._start(), self.prefiller.begin(sequence.prompt)
-            if sequence.needs_chunks:
+            if room < 0 and sequence.params.num_beams == 1:
+                sequence.needs_chunks = True
+                if self.chunked is None:
+                    self.chunked = self._start(), self.prefiller.begin(sequence.prompt)
                 break
+            budget.spend(new, layers)
+            started.append(self._start())
         return started
 
     def _start(self) -> Sequence:
