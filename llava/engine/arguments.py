@@ -15,6 +15,7 @@ from llava.utils import CliArgs, flag
 
 if TYPE_CHECKING:
     from llava.engine.engine import Engine
+    from llava.engine.token_budget import TokenLimit
 
 _LOADING: Final = ("vision_tower", "num_gpus", "max_memory", "attn_implementation", "text_only")
 
@@ -70,6 +71,7 @@ class EngineArgs(CliArgs):
         choices=("config", "pad", "crop"),
     )  # fmt: skip
     max_batch_size: int = 16
+    max_num_batched_tokens: TokenLimit = None
 
     @classmethod
     def add_cli_args(cls, parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -102,6 +104,7 @@ class EngineArgs(CliArgs):
             load_8bit=self.load_8bit,
             load_4bit=self.load_4bit,
             max_batch_size=self.max_batch_size,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             image_aspect_ratio=None if self.image_aspect_ratio == "config" else self.image_aspect_ratio,
             kv_cache_bytes=self.kv_cache_memory,
             prefix_cache_bytes=self.prefix_cache_memory,
@@ -134,3 +137,10 @@ def sampling_params(args: argparse.Namespace, max_new_tokens: int = 128) -> Samp
         seed=args.seed,
         num_beams=args.num_beams,
     )
+
+
+def token_limit(text: str) -> TokenLimit:
+    """Argument type of `--max-num-batched-tokens`: "auto", or a number of tokens."""
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f'expected a number of tokens, at least 1, or "auto", got {text!r}')
+    return "auto" if text == "auto" else int(text)

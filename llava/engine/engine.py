@@ -10,8 +10,8 @@ The engine has no thread: its user calls `step()`, or iterates a handle. Greedy 
 from __future__ import annotations
 
 import threading
-import time
-from collections import abc, deque
+from collections import abc
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from operator import index
@@ -28,7 +28,7 @@ from llava.engine.features import FeatureEncoder
 from llava.engine.guided import GrammarCompiler
 from llava.engine.llama import build_model_runner
 from llava.engine.logits import TokenTable, download, token_logprobs
-from llava.engine.prefill import Prefiller
+from llava.engine.prefill import Prefiller, PrefillOutput
 from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
 from llava.engine.sequence import (
     Completion,
@@ -41,6 +41,8 @@ from llava.engine.sequence import (
     hash_image,
 )
 from llava.engine.statistics import Clock, Statistics
+from llava.engine.token_budget import StepBudget, TokenBudget, TokenLimit
+from llava.engine.waiting import WaitingQueue
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import encode_prompt, get_model_name_from_path
 from llava.placement import avoid_cudnn_attention, resolve_device
@@ -53,9 +55,10 @@ class Engine:
     """Continuous batching over one model, which is set to evaluation mode.
 
     `image_aspect_ratio` defaults to the model's setting. `max_prefill_tokens` limits the prompt tokens of one forward
-    pass, and so the time running requests wait between two tokens. `kv_cache_bytes` limits the KV cache of running
-    requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image features cached
-    for later requests. The defaults are those of `llava.engine.cache.cache_bounds`.
+    pass, `max_num_batched_tokens` the tokens of a step in which requests decode, and so the time they wait between two
+    tokens: a number, "auto" (`llava.engine.token_budget`), or None for no limit. `kv_cache_bytes` limits the KV cache
+    of running requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image
+    features cached for later requests. The defaults are those of `llava.engine.cache.cache_bounds`.
 
     Threads may share an engine: they take turns in `step` and its callers (`generate`, `stream`, `result`), and all
     their requests share the batch. The engine fuses weights in memory (`llava.engine.layers`), so create it after the
@@ -70,6 +73,7 @@ class Engine:
         *,
         max_batch_size: int = 16,
         max_prefill_tokens: int | None = None,
+        max_num_batched_tokens: TokenLimit = None,
         image_aspect_ratio: str | None = None,
         kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
@@ -95,11 +99,11 @@ class Engine:
         self.features = FeatureEncoder(model, image_processor, self.image_aspect_ratio, bounds.features)
         self.clock = Clock()
         self.prefiller = Prefiller(self.model_runner, self.features, bounds.prefill_tokens, bounds.prefix, self.clock)
-        self.generated_tokens = self.decode_steps = self.decode_rows = self.started = 0
-        self.waiting_seconds = 0.0
-        self._waiting: deque[Sequence] = deque()
+        self.generated_tokens = self.decode_steps = self.decode_rows = 0
+        self._waiting = WaitingQueue(self.prefiller, max_batch_size, self.kv_cache_bytes, spec.bytes_per_token)
         self._running: list[Sequence] = []  # by row of the KV cache
-        self._cache = KVCache(spec, budget=self.kv_cache_bytes)
+        self._cache = KVCache(spec, budget=self.kv_cache_bytes, max_rows=max_batch_size)
+        self._budget = TokenBudget(max_num_batched_tokens, spec.device.type, self.features)
         self._lock = threading.RLock()
 
     def submit(self, request: Request) -> RequestHandle:
@@ -150,9 +154,13 @@ class Engine:
         """Drop cancelled requests, prefill waiting ones, and decode one token per running one. False when idle."""
         with self._lock, self.clock.measure("other"):
             self._drop_cancelled()
-            self._prefill()
-            if self._running:
+            budget = self._budget.begin(self._running, len(self._waiting))
+            self._prefill(budget)
+            self._budget.prefilled()
+            rows = len(self._running)
+            if rows:
                 self._decode()
+            self._budget.end(budget, rows)
             busy = bool(self._running or self._waiting)
             if not busy and self._on_cuda:  # on a CPU, allocating it again costs more than keeping it
                 self._cache.release()
@@ -171,7 +179,7 @@ class Engine:
                     sequence.finish("error", error)
             self._running.clear()
             self._waiting.clear()
-            self._cache = KVCache(self.model_runner.spec, budget=self.kv_cache_bytes)
+            self._cache = KVCache(self.model_runner.spec, budget=self.kv_cache_bytes, max_rows=self.max_batch_size)
 
     def generate(
         self, requests: abc.Sequence[Request], progress: abc.Callable[[int], None] | None = None
@@ -256,7 +264,7 @@ class Engine:
         return token_bytes(self.tokenizer)
 
     def _drop_cancelled(self) -> None:
-        for sequence in [sequence for sequence in list(self._waiting) if sequence.handle.cancelled]:
+        for sequence in [sequence for sequence in self._waiting if sequence.handle.cancelled]:
             self._waiting.remove(sequence)
             sequence.finish("cancelled")
         for row in reversed(range(len(self._running))):
@@ -276,10 +284,11 @@ class Engine:
         """Counters, load and memory of the engine."""
         prefiller, features = self.prefiller, self.features
         return Statistics(
-            requests=self.started,
-            waiting_seconds=self.waiting_seconds,
+            requests=self._waiting.started,
+            waiting_seconds=self._waiting.waiting_seconds,
             prompt_tokens=prefiller.prompt_tokens,
             computed_tokens=prefiller.computed_tokens,
+            prefill_chunks=prefiller.chunks,
             cached_tokens=prefiller.cached_tokens,
             prefix_hits=prefiller.hits,
             prefix_evictions=prefiller.prefix_cache.evictions,
@@ -293,61 +302,50 @@ class Engine:
             running=len(self._running),
             waiting=len(self._waiting),
             max_batch_size=self.max_batch_size,
-            kv_bytes=self._cache.data.nbytes,
+            kv_bytes=self._cache.nbytes,
             prefix_bytes=prefiller.prefix_cache.bytes,
             feature_bytes=features.store.bytes,
             seconds=self.clock.seconds(),
         )
 
-    def _schedule(self) -> list[Sequence]:
-        """Remove and return the waiting sequences to start now.
-
-        With a backlog, none starts before a quarter of the batch is free, so that prompts run in batches. While rows
-        are running, new prompts are limited to `max_prefill_tokens`, so that these do not wait long.
-        """
-        free = self.max_batch_size - len(self._running)
-        if self._running and free < min(len(self._waiting), self.max_batch_size // 4):
-            return []
-        started: list[Sequence] = []
-        longest = max((sequence.max_tokens for sequence in self._running), default=0)
-        tokens, previous = 0, None
-        while self._waiting and len(started) < free:
-            sequence = self._waiting[0]
-            tokens += self.prefiller.new_tokens(sequence.prompt, previous)
-            if started and self._running and tokens > self.max_prefill_tokens:
-                break
-            longest = max(longest, sequence.max_tokens)
-            bytes_needed = (len(self._running) + len(started) + 1) * longest * self.model_runner.spec.bytes_per_token
-            if self.kv_cache_bytes is not None and bytes_needed > self.kv_cache_bytes:
-                break
-            started.append(self._waiting.popleft())
-            previous = sequence.prompt
-        self.started += len(started)
-        self.waiting_seconds += sum(time.perf_counter() - sequence.submitted for sequence in started)
-        return started
-
-    def _prefill(self) -> None:
-        """Prefill the scheduled sequences and sample their first tokens."""
-        started = self._schedule()
-        if not started:
-            return
-        waiting = [sequence.prompt for sequence in list(self._waiting)[: 2 * self.max_batch_size]]
+    def _prefill(self, budget: StepBudget) -> None:
+        """Prefill the scheduled sequences and a chunk of a long prompt, and sample the first tokens."""
+        queue = self._waiting
+        started = queue.schedule(self._running, budget)
         batch = [sequence for sequence in started if sequence.params.num_beams == 1]
-        try:
+        prompts, later = [sequence.prompt for sequence in batch], queue.next_prompts(2 * self.max_batch_size)
+        with self._failing(started):
             for sequence in started:
                 if sequence.params.num_beams > 1:
                     self._beam_search(sequence)
             with self.clock.measure("prefill"):
-                for output in self.prefiller.run([sequence.prompt for sequence in batch], waiting):
-                    self._cache.join(output.data, output.lengths, output.prefixes)
-                    rows = [batch[index] for index in output.indices]
-                    self._running.extend(rows)
-                    self._append(len(self._running) - len(rows), Sampler.of(rows), output.logits)
+                for output in self.prefiller.run(prompts, later) if batch else ():
+                    self._join(output, [batch[index] for index in output.indices])
+        if queue.chunked is not None:
+            long, prefill = queue.chunked
+            with self._failing([long]), self.clock.measure("prefill"):
+                done = self.prefiller.advance(prefill, budget)
+                if done is not None:
+                    queue.remove(long)
+                    self._join(done, [long])
+
+    @contextmanager
+    def _failing(self, sequences: list[Sequence]) -> abc.Iterator[None]:
+        """Finish those of `sequences` that did not get into the batch with the exception that the block raises."""
+        try:
+            yield
         except Exception as error:
-            for sequence in started:
+            for sequence in sequences:
                 if not sequence.handle.done and sequence not in self._running:
+                    self._waiting.remove(sequence)
                     sequence.finish("error", f"{type(error).__name__}: {error}")
             raise
+
+    def _join(self, output: PrefillOutput, rows: list[Sequence]) -> None:
+        """Add prefilled rows to the batch and sample their first tokens."""
+        self._cache.join(output.data, output.lengths, output.prefixes)
+        self._running.extend(rows)
+        self._append(len(self._running) - len(rows), Sampler.of(rows), output.logits)
 
     def _beam_search(self, sequence: Sequence) -> None:
         """Answer one sequence with transformers' `generate` over its embeddings, outside the batch."""

@@ -53,6 +53,7 @@ class LlamaRunner(ModelRunner):
         self.head_device = next(model.lm_head.parameters()).device
         self.rotary = self.core.layers[0].self_attn.rotary_emb
         self.native = NativeDecoder.build(self.spec, self.heads, self.layers, self.norm, self.head)
+        self.reads_prefix_per_row = self.native is not None
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:

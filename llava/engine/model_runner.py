@@ -23,6 +23,7 @@ class ModelRunner:
     """Prefill and decode steps of the decoder and head of a causal language model, over a `KVCache`."""
 
     shares_prefixes: ClassVar[bool] = False  # whether rows read a common prefix in place instead of a copy
+    reads_prefix_per_row: bool = False  # whether a prefix costs a decode step no more than other tokens of its rows
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -152,7 +152,13 @@ class LlavaMetaForCausalLM(Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode and project images `(K, 3, S, S)` to features `(K, n, D)`."""
-        features = self.get_model().vision_tower(images)
+        return self._project(self.get_model().vision_tower(images))
+
+    def encode_images_by_layer(self, images: Tensor) -> Generator[None, None, Tensor]:
+        """As `encode_images` without gradients, in parts: yields after each layer of the tower."""
+        return self._project((yield from self.get_model().vision_tower.encode_by_layer(images)))
+
+    def _project(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
         projector = self.get_model().mm_projector
         parameter = next(projector.parameters(), None)
         if parameter is not None:

@@ -35,11 +35,19 @@ class ModelWorkerArgs(WorkerArgs):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from llava.engine.arguments import EngineArgs
+    from llava.engine.arguments import EngineArgs, token_limit
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ModelWorkerArgs.add_cli_args(parser)
     EngineArgs.add_cli_args(parser)
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=token_limit,
+        default="auto",
+        metavar="TOKENS",
+        help="tokens of a step in which requests decode, one for each of them; longer prompts are prefilled in chunks "
+        "(default: as many as take 0.6 of the time of the decode step, more if few requests run)",
+    )
     return parser
 
 
@@ -103,7 +111,13 @@ class ModelWorker:
         self.model_name = model_name or get_model_name_from_path(model_path)
         self.settings = BackendSettings()
         engine_args = EngineArgs(
-            model_path, model_base, device, load_8bit=load_8bit, load_4bit=load_4bit, max_batch_size=self.settings.limit
+            model_path,
+            model_base,
+            device,
+            load_8bit=load_8bit,
+            load_4bit=load_4bit,
+            max_batch_size=self.settings.limit,
+            max_num_batched_tokens="auto",
         )
         self.loaded = model_loader(engine_args, self.model_name, None, self.settings)(lambda fraction: None)
         self._requests = 0
