@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Final, Literal
 
 from tqdm import tqdm
@@ -49,6 +49,7 @@ class EngineArgs:
     feature_cache_memory: int | None = None
     image_aspect_ratio: Literal["config", "pad", "crop"] = "config"
     max_batch_size: int = 16
+    lora: Mapping[str, str] = field(default_factory=dict)  # directories of LoRA adapters by name
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -75,6 +76,12 @@ class EngineArgs:
             default="config",
             help="pad images to a square, or crop the centre (default: as the checkpoint was trained)",
         )
+
+    @staticmethod
+    def add_lora_arg(parser: argparse.ArgumentParser) -> None:
+        """Add `--lora`, for programs whose requests name an adapter."""
+        text = "serve the LoRA adapter of directory DIR beside the model, as model NAME; repeatable"
+        parser.add_argument("--lora", action=_AddLora, default={}, metavar="NAME=DIR", help=text)
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace, *, max_batch_size: int = 16) -> EngineArgs:
@@ -111,6 +118,7 @@ class EngineArgs:
             kv_cache_bytes=self.kv_cache_memory,
             prefix_cache_bytes=self.prefix_cache_memory,
             feature_cache_bytes=self.feature_cache_memory,
+            lora=self.lora,
             loading={**{name: getattr(self, name) for name in _LOADING}, "progress": progress},
         )
 
@@ -139,6 +147,20 @@ def sampling_params(args: argparse.Namespace, max_new_tokens: int = 128) -> Samp
         seed=args.seed,
         num_beams=args.num_beams,
     )
+
+
+class _AddLora(argparse.Action):
+    """Adds NAME=DIR to a mapping."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: object, option: str | None = None
+    ) -> None:
+        known: dict[str, str] = getattr(namespace, self.dest)
+        name, _, directory = str(value).partition("=")
+        if not name or not directory or name in known:
+            problem = "is given twice" if name in known else "must be NAME=DIR"
+            raise argparse.ArgumentError(self, f"{value!r} {problem}")
+        setattr(namespace, self.dest, {**known, name: directory})
 
 
 def _size(text: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import HashedImage, ImageInput
@@ -34,6 +34,7 @@ class FeatureEncoder:
         self.model = model
         self.image_processor = image_processor
         self.aspect_ratio = aspect_ratio
+        self.projectors: list[nn.Module | None] = [None]  # by `HashedImage.projector`; None is the model's
         self.store = LRUCache(budget)
         self.encoded = 0
         self.hits = 0  # images whose features were cached or encoded for another image of the same call
@@ -52,20 +53,21 @@ class FeatureEncoder:
         wanted = {image.digest: image for image in asked}
         features = {digest: cached for digest in wanted if (cached := self.store.get(digest)) is not None}
         self.hits += len(asked) - len(wanted) + len(features)
-        by_shape: dict[torch.Size, list[tuple[bytes, Tensor]]] = {}
+        by_shape: dict[tuple[int, torch.Size], list[tuple[bytes, Tensor]]] = {}
         for digest, image in wanted.items():
             if digest not in features:
                 pixels = self._pixels(image.content)  # (3, S, S)
-                by_shape.setdefault(pixels.shape, []).append((digest, pixels))
-        for group in by_shape.values():
+                by_shape.setdefault((image.projector, pixels.shape), []).append((digest, pixels))
+        for (projector, _), group in by_shape.items():
             for at in range(0, len(group), _BATCH_SIZE):
-                features.update(self._compute(group[at : at + _BATCH_SIZE]))
+                features.update(self._compute(group[at : at + _BATCH_SIZE], self.projectors[projector]))
         return features
 
-    def _compute(self, group: Sequence[tuple[bytes, Tensor]]) -> Features:
+    def _compute(self, group: Sequence[tuple[bytes, Tensor]], projector: nn.Module | None) -> Features:
         batch = torch.stack([pixels for _, pixels in group])  # (K, 3, S, S)
         sent = to_device(batch, self.model.device).to(self.model.dtype)
-        features = self.model.encode_images(sent)  # (K, n, D)
+        own = {} if projector is None else {"projector": projector}
+        features = self.model.encode_images(sent, **own)  # (K, n, D)
         self.encoded += len(group)
         computed = {digest: row.clone() for (digest, _), row in zip(group, features, strict=True)}
         for digest, row in computed.items():

@@ -150,10 +150,10 @@ class LlavaMetaForCausalLM(Module):
         """The number of embeddings one image becomes in the prompt, after the projector; 0 without a tower."""
         return self.get_model().num_image_tokens
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Encode and project images `(K, 3, S, S)` to features `(K, n, D)`."""
+    def encode_images(self, images: Tensor, projector: nn.Module | None = None) -> Tensor:
+        """Encode and project images `(K, 3, S, S)` to features `(K, n, D)`, by default with the model's projector."""
         features = self.get_model().vision_tower(images)
-        projector = self.get_model().mm_projector
+        projector = self.get_model().mm_projector if projector is None else projector
         parameter = next(projector.parameters(), None)
         if parameter is not None:
             features = features.to(parameter) if isinstance(features, Tensor) else tuple(
