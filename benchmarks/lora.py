@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for turn in range(args.pairs + 1):
             for mixed in (False, True) if turn % 2 else (True, False):
                 speeds[mixed].append(tokens_per_second(engine, requests(args.batch, args.tokens, turn, mixed=mixed)))
+            print(f"pair {turn}: {speeds[False][-1]:.1f} and {speeds[True][-1]:.1f} tokens/s", flush=True)
         agreeing = rows_agree(engine, requests(args.batch, args.tokens, 0, mixed=True))
     base, both = (found[1:] for found in speeds.values())  # the first pair warms up
     ratios = [mine / alone for mine, alone in zip(both, base, strict=True)]
