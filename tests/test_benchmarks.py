@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import agreement, decode, packing, peers, quantized, run, sampling, soak, soak_requests, speedrun
+from benchmarks import agreement, decode, lora, packing, peers, quantized, run, sampling, soak, soak_requests, speedrun
 from benchmarks import eval as evaluation
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
 from tests.tiny import CHAT
@@ -60,6 +61,14 @@ def test_quick_run_of_packing_prints_its_tables(capsys: pytest.CaptureFixture[st
 def test_the_written_table_is_whole() -> None:
     text = Path(run.README).read_text(encoding="utf-8")
     assert text.count(run.BEGIN) == text.count(run.END) == 1
+
+
+def test_adapters_beside_their_base(tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rank", "4", "--batch", "4", "--tokens", "3", "--pairs", "1"]
+    assert lora.main(["--model-path", str(tiny_dirs["base"]), "--text-only", "--device", "cpu", *sizes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"ratio, rank 4, batch 4: \d+\.\d+ \(.* 1 pairs\)", lines[-2])
+    assert lines[-1] == "rows with the tokens that they get alone: 4 of 4"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("easy_vqa") is None, reason="easy-vqa is not installed")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from tqdm import tqdm
@@ -72,6 +72,13 @@ class EngineArgs(CliArgs):
     )  # fmt: skip
     max_batch_size: int = 16
     max_num_batched_tokens: TokenLimit = None
+    lora: Mapping[str, str] = field(default_factory=dict)  # directories of LoRA adapters by name
+
+    @staticmethod
+    def add_lora_arg(parser: argparse.ArgumentParser) -> None:
+        """Add `--lora`, for programs whose requests name an adapter."""
+        text = "serve the LoRA adapter of directory DIR beside the model, as model NAME; repeatable"
+        parser.add_argument("--lora", action=_AddLora, default={}, metavar="NAME=DIR", help=text)
 
     @classmethod
     def add_cli_args(cls, parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -109,6 +116,7 @@ class EngineArgs(CliArgs):
             kv_cache_bytes=self.kv_cache_memory,
             prefix_cache_bytes=self.prefix_cache_memory,
             feature_cache_bytes=self.feature_cache_memory,
+            lora=self.lora,
             loading={**{name: getattr(self, name) for name in _LOADING}, "progress": progress},
         )
 
@@ -144,3 +152,17 @@ def token_limit(text: str) -> TokenLimit:
     if text != "auto" and not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f'expected a number of tokens, at least 1, or "auto", got {text!r}')
     return "auto" if text == "auto" else int(text)
+
+
+class _AddLora(argparse.Action):
+    """Adds NAME=DIR to a mapping."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: object, option: str | None = None
+    ) -> None:
+        known: dict[str, str] = getattr(namespace, self.dest)
+        name, _, directory = str(value).partition("=")
+        if not name or not directory or name in known:
+            problem = "is given twice" if name in known else "must be NAME=DIR"
+            raise argparse.ArgumentError(self, f"{value!r} {problem}")
+        setattr(namespace, self.dest, {**known, name: directory})

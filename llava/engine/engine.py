@@ -28,6 +28,7 @@ from llava.engine.features import FeatureEncoder
 from llava.engine.guided import GrammarCompiler
 from llava.engine.llama import build_model_runner
 from llava.engine.logits import TokenTable, download, token_logprobs
+from llava.engine.lora import LoraWeights
 from llava.engine.prefill import Prefiller, PrefillOutput
 from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
 from llava.engine.sequence import (
@@ -50,6 +51,8 @@ from llava.placement import avoid_cudnn_attention, resolve_device
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+    from llava.model.lora_adapter import LoraAdapter
+
 
 class Engine:
     """Continuous batching over one model, which is set to evaluation mode.
@@ -58,7 +61,8 @@ class Engine:
     pass, `max_num_batched_tokens` the tokens of a step in which requests decode, and so the time they wait between two
     tokens: a number, "auto" (`llava.engine.token_budget`), or None for no limit. `kv_cache_bytes` limits the KV cache
     of running requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image
-    features cached for later requests. The defaults are those of `llava.engine.cache.cache_bounds`.
+    features cached for later requests. The defaults are those of `llava.engine.cache.cache_bounds`. `lora` are adapters
+    of the model that requests may name.
 
     Threads may share an engine: they take turns in `step` and its callers (`generate`, `stream`, `result`), and all
     their requests share the batch. The engine fuses weights in memory (`llava.engine.layers`), so create it after the
@@ -78,6 +82,7 @@ class Engine:
         kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
         feature_cache_bytes: int | None = None,
+        lora: abc.Sequence[LoraAdapter] = (),
     ) -> None:
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size (--batch-size) must be at least 1, got {max_batch_size}.")
@@ -88,6 +93,10 @@ class Engine:
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
         self.model_runner = build_model_runner(model)
         spec = self.model_runner.spec
+        self.lora = {adapter.name: adapter for adapter in lora}
+        self._adapters = {name: number for number, name in enumerate(self.lora, 1)}
+        if self.lora:
+            self.model_runner.set_lora(LoraWeights(model, lora, spec.dtype))
         # On CUDA the previous step is detokenised while the GPU computes the current one.
         self._on_cuda = spec.device.type == "cuda"
         if self._on_cuda:
@@ -97,6 +106,7 @@ class Engine:
         bounds = cache_bounds(spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens)
         self.kv_cache_bytes, self.max_prefill_tokens = bounds.kv, bounds.prefill_tokens
         self.features = FeatureEncoder(model, image_processor, self.image_aspect_ratio, bounds.features)
+        self.features.projectors += [adapter.projector for adapter in self.lora.values()]
         self.clock = Clock()
         self.prefiller = Prefiller(self.model_runner, self.features, bounds.prefill_tokens, bounds.prefix, self.clock)
         self.generated_tokens = self.decode_steps = self.decode_rows = 0
@@ -228,7 +238,14 @@ class Engine:
             )
         if not ids:
             raise RequestError("The prompt is empty; send at least one token.")
-        return Prompt(ids, tuple(hash_image(image) for image in request.images))
+        images = tuple(hash_image(image) for image in request.images)
+        number = 0 if request.lora is None else self._adapters.get(request.lora)
+        if number is None:
+            known = ", ".join(self._adapters) or "none"
+            raise RequestError(f"The engine has no LoRA adapter {request.lora!r}; its adapters: {known}.")
+        if self.features.projectors[number] is not None:
+            images = tuple(image.projected_by(number) for image in images)
+        return Prompt(ids, images, number)
 
     def _ids(self, prompt: str | abc.Sequence[int]) -> tuple[int, ...]:
         """Token ids of a prompt. Raises `RequestError` for invalid text and for ids outside the vocabulary."""
@@ -354,7 +371,8 @@ class Engine:
         embeds = self.prefiller.embed(sequence.prompt)  # (L, D)
         # The default would initialise every GPU.
         devices = {device for device in (spec.device, *spec.layer_devices) if device.type == "cuda"}
-        with torch.random.fork_rng(devices, enabled=params.temperature > 0), self.clock.measure("decode"):
+        adapted = self.model_runner.adapted([sequence.prompt.adapter])
+        with torch.random.fork_rng(devices, enabled=params.temperature > 0), self.clock.measure("decode"), adapted:
             if params.seed is not None:
                 torch.manual_seed(params.seed)
             output = self.model.generate(
@@ -381,7 +399,9 @@ class Engine:
         self.decode_steps += 1
         self.decode_rows += len(self._running)
         with self.clock.measure("decode"):
-            logits = self.model_runner.decode([sequence.tokens[-1] for sequence in self._running], self._cache, sampler)
+            adapters = [sequence.prompt.adapter for sequence in self._running] if self.lora else ()
+            tokens = [sequence.tokens[-1] for sequence in self._running]
+            logits = self.model_runner.decode(tokens, self._cache, sampler, adapters)
         self._append(0, sampler, logits)
 
     def _append(self, first: int, sampler: Sampler, logits: Tensor) -> None:
@@ -440,13 +460,18 @@ def load_engine(
     load_8bit: bool = False,
     load_4bit: bool = False,
     loading: abc.Mapping[str, Any] | None = None,
+    lora: abc.Mapping[str, str | Path] | None = None,
     **options: Any,
 ) -> Engine:
     """Load a checkpoint into an engine; `options` are those of `Engine`, `loading` those of `load_pretrained_model`.
 
-    `device` and `dtype` default to the best available device and its dtype, see `llava.placement`.
+    `device` and `dtype` default to the best available device and its dtype, see `llava.placement`. `lora` are
+    directories of LoRA adapters by name, for `Request.lora`.
     """
     from llava.model.builder import load_pretrained_model
+    from llava.model.lora_adapter import load_lora_adapter, served_base
+
+    base = served_base(model_path, model_base) if lora else None
 
     tokenizer, model, image_processor, _ = load_pretrained_model(
         str(model_path),
@@ -458,4 +483,6 @@ def load_engine(
         dtype=dtype,
         **(loading or {}),
     )
-    return Engine(model, tokenizer, image_processor, **options)
+    ratio = options.get("image_aspect_ratio")
+    adapters = [load_lora_adapter(name, path, model, base, ratio) for name, path in (lora or {}).items()]
+    return Engine(model, tokenizer, image_processor, lora=adapters, **options)

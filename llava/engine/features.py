@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import HashedImage, ImageInput
@@ -35,6 +35,7 @@ class FeatureEncoder:
         self.model = model
         self.image_processor = image_processor
         self.aspect_ratio = aspect_ratio
+        self.projectors: list[nn.Module | None] = [None]  # by `HashedImage.projector`; None is the model's
         self.store = LRUCache(budget)
         self.encoded = 0
         self.hits = 0  # images whose features were cached or encoded for another image of the same call
@@ -64,14 +65,14 @@ class FeatureEncoder:
     def encode(self, images: Iterable[HashedImage]) -> Features:
         """Features by digest; those not in the cache are computed, images of one size together."""
         features, missing = self._look_up(images)
-        by_shape: dict[torch.Size, list[tuple[bytes, Tensor]]] = {}
+        by_shape: dict[tuple[int, torch.Size], list[tuple[bytes, Tensor]]] = {}
         for image in missing:
             pixels = self._pixels(image.content)  # (3, S, S)
-            by_shape.setdefault(pixels.shape, []).append((image.digest, pixels))
-        for group in by_shape.values():
+            by_shape.setdefault((image.projector, pixels.shape), []).append((image.digest, pixels))
+        for (number, _), group in by_shape.items():
             for at in range(0, len(group), _BATCH_SIZE):
                 digests, batch = zip(*group[at : at + _BATCH_SIZE], strict=True)
-                encoded = self.model.encode_images(self._upload(batch))  # (K, n, D)
+                encoded = self.model.encode_images(self._upload(batch), **self._projector(number))  # (K, n, D)
                 features.update(self._store(digests, encoded))
         return features
 
@@ -80,9 +81,16 @@ class FeatureEncoder:
         features, missing = self._look_up(images)
         for image in missing:
             sent = self._upload([self._pixels(image.content)])
-            encoded = yield from self.model.encode_images_by_layer(sent)  # (1, n, D)
+            encoded = yield from self.model.encode_images_by_layer(
+                sent, **self._projector(image.projector)
+            )  # (1, n, D)
             features.update(self._store([image.digest], encoded))
         return features
+
+    def _projector(self, number: int) -> dict[str, nn.Module]:
+        """The argument `projector` of `encode_images`, if it is not the model's."""
+        own = self.projectors[number]
+        return {} if own is None else {"projector": own}
 
     def _look_up(self, images: Iterable[HashedImage]) -> tuple[Features, list[HashedImage]]:
         """The cached features, and the distinct images without."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava.engine.lora import LoraLinear, LoraStep
 from llava.engine.native.packed import PackedLinear, pack_linear
 from llava.model.language_model.lm_head import LMHead
 from llava.placement import prefers_matrix_vector, runs_fused_rms_norm
@@ -27,6 +28,7 @@ class FusedLinear:
 
     def __init__(self, *modules: nn.Module) -> None:
         self.modules: tuple[nn.Module | PackedLinear, ...] = modules
+        self.lora: LoraLinear | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         plain = (nn.Linear, LMHead)
@@ -39,7 +41,10 @@ class FusedLinear:
         self.bias = fuse_weights(linear, "bias") if all(biased) else None
         self.vector = prefers_matrix_vector(self.weight.device, self.weight.dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: LoraStep | None = None) -> Tensor:
+        """With `step`, the terms of the adapters of its rows are added."""
+        if step is not None and self.lora is not None:
+            return self.lora.add(self(x), x, step)
         if self.weight is None:
             parts = [module(x) for module in self.modules]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -114,9 +119,9 @@ class DecoderLayer:
     def projections(self) -> tuple[FusedLinear, ...]:
         return (self.qkv, self.out, self.gate_up, self.down)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, lora: LoraStep | None = None) -> Tensor:
         """MLP with its residual, (N, D) to (N, D)."""
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(self.mlp_norm(x), lora).chunk(2, dim=-1)
         if self.in_place:  # allocating memory for a long prompt costs as much as the arithmetic
-            return self.down(F.silu(gate, inplace=True).mul_(up)).add_(x)
-        return x + self.down(self.activation(gate) * up)
+            return self.down(F.silu(gate, inplace=True).mul_(up), lora).add_(x)
+        return x + self.down(self.activation(gate) * up, lora)

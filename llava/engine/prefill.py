@@ -223,7 +223,7 @@ class Prefiller:
         """Compute and cache the next `count` cache keys of `item`."""
         cache_keys = item.prompt.cache_keys[: item.done + count]
         embeds = self._embed(item.prompt, features, item.done, len(cache_keys))
-        data = self.runner.prefill_kv(embeds, item.prefix)
+        data = self.runner.prefill_kv(embeds, item.prefix, item.prompt.adapter)
         self.computed_tokens += len(embeds)
         item.computed += len(embeds)
         return self.prefix_cache.insert(item.prefix, cache_keys, self._token_counts(cache_keys), data)
@@ -268,7 +268,7 @@ class Prefiller:
 
     def _prefill_rows(self, items: Sequence[PrefillItem], rows: Sequence[Tensor]) -> PrefillOutput:
         prefixes = [item.prefix for item in items]
-        data, last = self.runner.prefill(rows, prefixes)
+        data, last = self.runner.prefill(rows, prefixes, [item.prompt.adapter for item in items])
         self.computed_tokens += sum(map(len, rows))
         lengths = [len(row) for row in rows]
         if not self.runner.shares_prefixes:  # the rows contain their prefixes

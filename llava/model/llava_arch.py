@@ -150,16 +150,18 @@ class LlavaMetaForCausalLM(Module):
         """The number of embeddings one image becomes in the prompt, after the projector; 0 without a tower."""
         return self.get_model().num_image_tokens
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Encode and project images `(K, 3, S, S)` to features `(K, n, D)`."""
-        return self._project(self.get_model().vision_tower(images))
+    def encode_images(self, images: Tensor, projector: nn.Module | None = None) -> Tensor:
+        """Encode and project images `(K, 3, S, S)` to features `(K, n, D)`, by default with the model's projector."""
+        return self._project(self.get_model().vision_tower(images), projector)
 
-    def encode_images_by_layer(self, images: Tensor) -> Generator[None, None, Tensor]:
+    def encode_images_by_layer(
+        self, images: Tensor, projector: nn.Module | None = None
+    ) -> Generator[None, None, Tensor]:
         """As `encode_images` without gradients, in parts: yields after each layer of the tower."""
-        return self._project((yield from self.get_model().vision_tower.encode_by_layer(images)))
+        return self._project((yield from self.get_model().vision_tower.encode_by_layer(images)), projector)
 
-    def _project(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
-        projector = self.get_model().mm_projector
+    def _project(self, features: Tensor | tuple[Tensor, ...], projector: nn.Module | None) -> Tensor:
+        projector = self.get_model().mm_projector if projector is None else projector
         parameter = next(projector.parameters(), None)
         if parameter is not None:
             features = features.to(parameter) if isinstance(features, Tensor) else tuple(

@@ -2,6 +2,8 @@
 
 python -m llava.serve.model_worker --controller http://localhost:10000 --port 40000 \
     --worker http://localhost:40000 --model-path CHECKPOINT [--load-4bit] [--device cpu]
+
+With --lora NAME=DIR, LoRA adapters of the checkpoint are served beside it in the same batches, each as a model.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ModelWorkerArgs.add_cli_args(parser)
     EngineArgs.add_cli_args(parser)
+    EngineArgs.add_lora_arg(parser)
     parser.add_argument(
         "--max-num-batched-tokens",
         type=token_limit,
@@ -57,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(argv)
     args = ModelWorkerArgs.from_cli_args(parsed)
     from llava.engine.arguments import EngineArgs
+    from llava.serve.common.protocol import MAX_ADAPTERS
     from llava.serve.common.server import open_socket
     from llava.serve.worker.app import Worker, run_worker
     from llava.serve.worker.local_backend import BackendSettings, LocalBackend, model_loader
@@ -70,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     engine_args = EngineArgs.from_cli_args(parsed, max_batch_size=settings.limit)
     name = args.model_name or get_model_name_from_path(engine_args.model_path)
+    if name in engine_args.lora or len(engine_args.lora) > MAX_ADAPTERS:
+        raise ConfigError(
+            f"--lora must give at most {MAX_ADAPTERS} adapters, with other names than the base's ({name}); got "
+            f"{', '.join(engine_args.lora)}."
+        )
     sock, token = open_socket(args)
     if args.multi_modal:
         logger.warning("--multi-modal is ignored: the checkpoint determines the modalities.")

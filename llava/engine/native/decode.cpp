@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 #include <vector>
 
@@ -70,6 +71,21 @@ struct Step {
     float *logits;                   // (rows, vocabulary)
     const int64_t *first;
     const KVBlock *blocks;
+    int64_t num_adapted, max_rank;
+    const struct Adapted *adapted;
+};
+
+// LoRA adapter of a linear layer of `parts` parts: part k of its outputs gets up[k] (down[k] x). down[k] is (rank, width),
+// up[k] (rows, rank); both have no data where a part is not adapted.
+struct LowRank {
+    int64_t parts, rank;
+    const Part *down, *up;
+};
+
+// Rows first .. first + count - 1 of a step use an adapter: four linear layers per decoder layer.
+struct Adapted {
+    int64_t first, count;
+    const LowRank *layers;
 };
 
 inline Floats load(const float *at) {
@@ -231,7 +247,7 @@ inline Pair lookup_pair(Floats table, const uint8_t *codes) {
 }
 
 // Buffers of one thread, for the inputs in the order of the codes and the scales of a tile.
-struct Scratch { std::vector<float> inputs, scales; };
+struct Scratch { std::vector<float> inputs, scales, sums; };
 
 // The rows of a 4-bit part in float32. The weights equal those that bitsandbytes dequantizes.
 struct FourBitRows {
@@ -328,6 +344,40 @@ void linear(const float *x, int64_t count, const Part *part, Range range, float 
     }
 }
 
+// Inner products of the adapted rows of x (rows, width), for each adapter (parts, count, rank). All threads call it: it has
+// a barrier.
+template <class T>
+void low_rank_inputs(const Step &step, int64_t layer, const float *x, int64_t width, float *inner, Scratch &scratch) {
+    for (const Adapted *rows = step.adapted; rows != step.adapted + step.num_adapted; ++rows) {
+        const LowRank &terms = rows->layers[layer];
+        for (int64_t k = 0; k < terms.parts; ++k, inner += rows->count * terms.rank)
+            if (terms.down[k].data)
+                linear<T>(x + rows->first * width, rows->count, terms.down + k, thread_range(terms.rank), inner, terms.rank, scratch);
+    }
+#pragma omp barrier
+}
+
+// out (rows, stride) += the low-rank terms of the outputs in `range`, from their inner products.
+template <class T>
+void low_rank_outputs(const Step &step, int64_t layer, const float *inner, Range range, float *out, int64_t stride,
+                      Scratch &scratch) {
+    std::vector<float> &sums = scratch.sums;
+    for (const Adapted *rows = step.adapted; rows != step.adapted + step.num_adapted; ++rows) {
+        const LowRank &terms = rows->layers[layer];
+        int64_t offset = 0;
+        for (int64_t k = 0; k < terms.parts; offset += terms.up[k++].rows, inner += rows->count * terms.rank) {
+            const Part &up = terms.up[k];
+            const Range own = {std::max(range.first - offset, int64_t{0}), std::min(range.last - offset, up.rows)};
+            if (!up.data || own.first >= own.last) continue;
+            sums.resize(std::max<int64_t>(sums.size(), rows->count * up.rows));
+            linear<T>(inner, rows->count, &up, own, sums.data(), up.rows, scratch);
+            for (int64_t row = 0; row < rows->count; ++row)
+                for (int64_t at = own.first; at < own.last; ++at)
+                    out[(rows->first + row) * stride + offset + at] += sums[row * up.rows + at];
+        }
+    }
+}
+
 void rms_norm(const float *x, int64_t count, int64_t width, const float *weight, double eps, float *out) {
     for (int64_t n = 0; n < count; ++n, x += width, out += width) {
         const Floats scale = Floats{} + static_cast<float>(1 / std::sqrt(dot(x, x, width) / width + eps));
@@ -386,6 +436,7 @@ void run(const Model &model, const Step &step) {
     const float scale = 1 / std::sqrt(static_cast<float>(size));
     std::vector<float> qkv(rows * qkv_size), context(rows * inner);
     std::vector<float> gate_up(rows * 2 * intermediate), activations(rows * intermediate);
+    std::vector<float> terms(step.num_adapted ? 3 * rows * step.max_rank : 0);  // of a layer of at most three parts
 #pragma omp parallel num_threads(step.threads)
     {
         std::vector<float> normed(rows * hidden), sums(rows * hidden), scores(step.longest), query(size);
@@ -399,10 +450,18 @@ void run(const Model &model, const Step &step) {
                 for (int64_t at = hidden_range.first; at < hidden_range.last; ++at)
                     step.states[row * hidden + at] += sums[row * hidden + at];
         };
+        // out += the terms of the rows' adapters of linear layer `number`, for this thread's `ranges` of the outputs
+        const auto low_rank = [&](int64_t number, const float *x, int64_t width, std::initializer_list<Range> ranges,
+                                  float *out, int64_t stride) {
+            if (!step.num_adapted) return;
+            low_rank_inputs<T>(step, number, x, width, terms.data(), scratch);
+            for (const Range &range : ranges) low_rank_outputs<T>(step, number, terms.data(), range, out, stride, scratch);
+        };
         for (int64_t index = 0; index < model.num_layers; ++index) {
             const Layer &layer = model.layers[index];
             rms_norm(step.states, rows, hidden, layer.norm, model.eps, normed.data());
             linear<T>(normed.data(), rows, layer.qkv, qkv_range, qkv.data(), qkv_size, scratch);
+            low_rank(4 * index, normed.data(), hidden, {qkv_range}, qkv.data(), qkv_size);
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < rows * model.kv_heads; ++task) {  // write new keys and values to the cache
@@ -426,11 +485,13 @@ void run(const Model &model, const Step &step) {
                           size, scores.data(), context.data() + row * inner + head * size);
             }
             add(context.data(), layer.out);
+            low_rank(4 * index + 1, context.data(), inner, {hidden_range}, step.states, hidden);
 #pragma omp barrier
             rms_norm(step.states, rows, hidden, layer.mlp_norm, model.eps, normed.data());
-            for (const int64_t at : {int64_t{0}, intermediate})  // gates, then ups
-                linear<T>(normed.data(), rows, layer.gate_up, {at + intermediate_range.first, at + intermediate_range.last},
-                          gate_up.data(), 2 * intermediate, scratch);
+            const Range gates = intermediate_range, ups = {intermediate + gates.first, intermediate + gates.last};
+            for (const Range &range : {gates, ups})
+                linear<T>(normed.data(), rows, layer.gate_up, range, gate_up.data(), 2 * intermediate, scratch);
+            low_rank(4 * index + 2, normed.data(), hidden, {gates, ups}, gate_up.data(), 2 * intermediate);
             for (int64_t row = 0; row < rows; ++row)
                 for (int64_t at = intermediate_range.first; at < intermediate_range.last; ++at) {
                     const float gate = gate_up[row * 2 * intermediate + at], up = gate_up[(row * 2 + 1) * intermediate + at];
@@ -438,6 +499,7 @@ void run(const Model &model, const Step &step) {
                 }
 #pragma omp barrier
             add(activations.data(), layer.down);
+            low_rank(4 * index + 3, activations.data(), intermediate, {hidden_range}, step.states, hidden);
 #pragma omp barrier
         }
         rms_norm(step.states, rows, hidden, model.norm, model.eps, normed.data());

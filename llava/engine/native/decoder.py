@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from llava.engine.cache import CacheSpec, KVCache
 from llava.engine.layers import DecoderLayer, FusedLinear, RMSNorm
+from llava.engine.lora import LoraStep
 from llava.engine.native.build import library
+from llava.engine.native.lora import NativeLora
 from llava.engine.native.packed import DTYPES, LANES, Part, Record, fields, part_of, plain_part
 
 
@@ -38,6 +40,8 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *fields(ctypes.c_int64, "rows threads longest"),
         *fields(ctypes.c_void_p, "states cos sin logits first blocks"),
+        *fields(ctypes.c_int64, "num_adapted max_rank"),
+        *fields(ctypes.c_void_p, "adapted"),
     ]
 
 
@@ -48,6 +52,7 @@ class NativeDecoder:
         self, spec: CacheSpec, heads: int, layers: Sequence[DecoderLayer], norm: RMSNorm, parts: Sequence[list[Part]]
     ) -> None:
         self._alive: list[object] = []  # the memory behind the pointers
+        self.lora: NativeLora | None = None
         self._run = library().llava_decode_step  # type: ignore[union-attr]
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_void_p], None
         self._layers = (_Layer * len(layers))()
@@ -93,16 +98,19 @@ class NativeDecoder:
         complete = [part for part in parts if part is not None]
         return cls(spec, heads, layers, norm, complete) if supported and len(complete) == len(parts) else None
 
-    def step(self, embeds: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
+    def step(self, embeds: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, lora: LoraStep | None = None) -> Tensor:
         """Logits (B, V) float32 of embeddings (B, D), rotated by `cos` and signed `sin` (B, 1, head_dim).
 
-        Writes the keys and values of the new tokens to `cache`.
+        Writes the keys and values of the new tokens to `cache`. `lora` are the adapters of the rows.
         """
         count = len(embeds)
+        rows = None if lora is None or self.lora is None else self.lora.rows(lora)
+        if rows is not None:
+            embeds, cos, sin = embeds[rows.order], cos[rows.order], sin[rows.order]
         states = embeds.float().clone(memory_format=torch.contiguous_format)
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
         logits = torch.empty(count, self.vocabulary)
-        found, first, longest = _kv_blocks(cache)
+        found, first, longest = _kv_blocks(cache, range(count) if rows is None else rows.order.tolist())
         blocks, firsts = (_KVBlock * len(found))(*found), (ctypes.c_int64 * len(first))(*first)
         step = _Step(
             rows=count,
@@ -115,8 +123,10 @@ class NativeDecoder:
             first=ctypes.addressof(firsts),
             blocks=ctypes.addressof(blocks),
         )
+        if rows is not None:
+            step.num_adapted, step.max_rank, step.adapted = rows.count, rows.rank, rows.address
         self._run(ctypes.byref(self._model), ctypes.byref(step))
-        return logits
+        return logits if rows is None else logits[rows.inverse]
 
     def _records(self, parts: list[Part]) -> int:
         """Address of the records of a linear layer's parts."""
@@ -141,12 +151,13 @@ def _parts(linear: FusedLinear, dtype: torch.dtype) -> list[Part] | None:
     return complete if len(complete) == len(parts) else None
 
 
-def _kv_blocks(cache: KVCache) -> tuple[list[_KVBlock], list[int], int]:
-    """Contiguous blocks of keys and values of all rows, the index of each row's first one and the number of blocks, and
+def _kv_blocks(cache: KVCache, rows: Iterable[int]) -> tuple[list[_KVBlock], list[int], int]:
+    """Contiguous blocks of keys and values of `rows`, the index of each row's first one and the number of blocks, and
     the tokens of the longest row with its new one."""
     blocks: list[_KVBlock] = []
     first, longest = [0], 0
-    for row, (prefix, length) in enumerate(zip(cache.prefixes, cache.lengths, strict=True)):
+    for row in rows:
+        prefix, length = cache.prefixes[row], cache.lengths[row]
         parts: list[tuple[Tensor, int]] = [(match.data, match.num_tokens) for match in prefix]
         parts.append((cache.data[:, :, row, :, cache.end - length :], length))
         for data, tokens in parts:

@@ -72,16 +72,18 @@ class OpenAIServing:
 
     def models(self) -> list[dict[str, object]]:
         registry = self.controller.registry
-        info = {name: (status := registry.status_of(name)) and status.info for name in registry.models()}
+        statuses = [(name, status) for name in registry.models() if (status := registry.status_of(name))]
         return [
             {
                 "id": name,
                 "object": "model",
                 "created": _CREATED,
                 "owned_by": "llava",
-                "max_model_len": each and each.context_length,
+                "root": adapter.root if (adapter := status.adapter(name)) else name,
+                "parent": status.base if adapter else None,
+                "max_model_len": status.info and status.info.context_length,
             }
-            for name, each in info.items()
+            for name, status in statuses
         ]
 
     def spend(self, request: Request, answers: int = 1) -> None:
@@ -156,7 +158,7 @@ class OpenAIServing:
 
     @staticmethod
     def _render(messages: Sequence[ChatMessage], status: WorkerStatus, model: str) -> RenderedChat:
-        template = (status.info.conv_template if status.info else None) or template_for(None, model)
+        template = status.template_of(model) or template_for(None, model)
         return render_chat(messages, template)
 
     async def _chat_prompt(self, body: ApiBody, messages: Sequence[ChatMessage], status: WorkerStatus) -> Json:

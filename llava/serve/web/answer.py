@@ -109,7 +109,7 @@ async def _status(client: ServiceClient, address: str) -> WorkerStatus | None:
 
 def choose_template(status: WorkerStatus | None, model: str) -> str:
     """The worker's conversation template; the one for the model's name when it is absent or unknown."""
-    named = status.info.conv_template if status and status.info else None
+    named = status.template_of(model) if status else None
     try:
         return template_for(SimpleNamespace(conv_template=named), model)
     except TemplateError:
