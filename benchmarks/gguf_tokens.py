@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.measure import open_replies
-
 PROMPTS: Final = (
     "The capital of France is",
     "USER: What color is the shape?  Is it red\u2014or not?\n\n ASSISTANT:",
@@ -34,33 +32,25 @@ F32: Final = 0  # GGML_TYPE_F32
 
 
 class Peer:
-    """llama.cpp through the low-level API of llama-cpp-python; `settings` are those of `llama_cpp.Llama`."""
+    """llama.cpp through the low-level API of llama-cpp-python."""
 
-    def __init__(self, model: str, projector: str = "", **settings: Any) -> None:
+    def __init__(self, model: str) -> None:
         import llama_cpp
-        from llama_cpp import mtmd_cpp
 
-        threads = os.cpu_count() or 1
-        self.api, self.mtmd = llama_cpp, mtmd_cpp
-        self.llama = llama_cpp.Llama(model, n_ctx=2048, n_threads=threads, verbose=False, **settings)
-        self.greedy = llama_cpp.llama_sampler_init_greedy()
-        if projector:
-            options = mtmd_cpp.mtmd_context_params_default()
-            options.use_gpu, options.warmup, options.n_threads = False, False, threads
-            self.vision = mtmd_cpp.mtmd_init_from_file(projector.encode(), self.llama.model, options)
-            assert self.vision, f"{projector} cannot be loaded"
+        self.api = llama_cpp
+        self.llama = llama_cpp.Llama(model, n_ctx=2048, type_k=F32, type_v=F32, n_threads=2, verbose=False)
 
     def decode(self, ids: list[int]) -> None:
         array = (ctypes.c_int32 * len(ids))(*ids)  # the batch points to it
         assert self.api.llama_decode(self.llama.ctx, self.api.llama_batch_get_one(array, len(ids))) == 0
 
-    def tokens(self, count: int = TOKENS) -> list[int]:
+    def tokens(self) -> list[int]:
         """Greedy continuation of what was evaluated."""
         found: list[int] = []
-        for _ in range(count):
-            if found:
-                self.decode(found[-1:])
-            found.append(self.api.llama_sampler_sample(self.greedy, self.llama.ctx, -1))
+        for _ in range(TOKENS):
+            logits = self.api.llama_get_logits_ith(self.llama.ctx, -1)[: self.llama.n_vocab()]
+            found.append(max(range(len(logits)), key=logits.__getitem__))
+            self.decode(found[-1:])
         return found
 
     def clear(self) -> None:
@@ -72,47 +62,40 @@ class Peer:
         self.decode(ids)
         return {"ids": ids, "tokens": self.tokens()}
 
-    def chunks(self, text: str, pixels: bytes, size: int) -> Any:
-        """Text around a marker, and a square RGB image, as chunks for `evaluate`."""
-        bitmap = self.mtmd.mtmd_bitmap_init(size, size, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels))
-        chunks = self.mtmd.mtmd_input_chunks_init()
-        given = self.mtmd.mtmd_input_text(text.encode(), len(text.encode()), True, True)
-        bitmaps = (ctypes.c_void_p * 1)(bitmap)
-        assert self.mtmd.mtmd_tokenize(self.vision, chunks, ctypes.byref(given), bitmaps, 1) == 0
-        self.mtmd.mtmd_bitmap_free(bitmap)
-        return chunks
-
-    def evaluate(self, chunks: Any, past: int = 0) -> None:
-        """Encode the image of the chunks, and decode all of them after `past` tokens."""
-        end = self.api.llama_pos(0)
-        arguments = (self.vision, self.llama.ctx, chunks, past, 0, 512, True, ctypes.byref(end))
-        assert self.mtmd.mtmd_helper_eval_chunks(*arguments) == 0
-
-    def describe(self, pixels: bytes, size: int) -> dict[str, Any]:
+    def describe(self, projector: str, pixels: bytes, size: int) -> dict[str, Any]:
         """The image embeddings, and the answer to the question about a square RGB image."""
-        self.clear()
-        chunks = self.chunks(QUESTION.format(image=self.marker), pixels, size)
-        image = self.mtmd.mtmd_input_chunks_get(chunks, 1)
-        count = self.mtmd.mtmd_input_chunk_get_n_tokens(image)
-        assert self.mtmd.mtmd_encode_chunk(self.vision, image) == 0
-        width = self.llama.n_embd()
-        features = list(self.mtmd.mtmd_get_output_embd(self.vision)[: count * width])
-        self.evaluate(chunks)
-        return {"features": [features[k : k + width] for k in range(0, len(features), width)], "tokens": self.tokens()}
+        from llama_cpp import mtmd_cpp as mtmd
 
-    @property
-    def marker(self) -> str:
-        """The place of an image in a text."""
-        return str(self.mtmd.mtmd_default_marker().decode())
+        self.clear()
+        settings = mtmd.mtmd_context_params_default()
+        settings.use_gpu = settings.warmup = False
+        context = mtmd.mtmd_init_from_file(projector.encode(), self.llama.model, settings)
+        assert context, f"{projector} cannot be loaded"
+        bitmap = mtmd.mtmd_bitmap_init(size, size, (ctypes.c_uint8 * len(pixels)).from_buffer_copy(pixels))
+        text = QUESTION.format(image=mtmd.mtmd_default_marker().decode()).encode()
+        chunks = mtmd.mtmd_input_chunks_init()
+        given = mtmd.mtmd_input_text(text, len(text), True, True)
+        bitmaps = (ctypes.c_void_p * 1)(bitmap)
+        assert mtmd.mtmd_tokenize(context, chunks, ctypes.byref(given), bitmaps, 1) == 0
+        image = mtmd.mtmd_input_chunks_get(chunks, 1)
+        count = mtmd.mtmd_input_chunk_get_n_tokens(image)
+        assert mtmd.mtmd_encode_chunk(context, image) == 0
+        width = self.llama.n_embd()
+        features = list(mtmd.mtmd_get_output_embd(context)[: count * width])
+        past = self.api.llama_pos(0)
+        done = mtmd.mtmd_helper_eval_chunks(context, self.llama.ctx, chunks, 0, 0, 512, True, ctypes.byref(past))
+        assert done == 0
+        return {"features": [features[k : k + width] for k in range(0, len(features), width)], "tokens": self.tokens()}
 
 
 def serve(request: dict[str, Any]) -> None:
     """Answer in the environment of the peer; the reply is one line of JSON."""
-    replies = open_replies()
-    peer = Peer(request["model"], request.get("projector", ""), type_k=F32, type_v=F32)
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no reply
+    peer = Peer(request["model"])
     reply: dict[str, Any] = {"answers": [peer.answer(prompt) for prompt in request["prompts"]]}
     if "projector" in request:
-        reply["image"] = peer.describe(bytes(request["pixels"]), request["size"])
+        reply["image"] = peer.describe(request["projector"], bytes(request["pixels"]), request["size"])
     print(json.dumps(reply), file=replies, flush=True)
 
 
@@ -190,11 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = {"model": str(files[0]), "prompts": PROMPTS}
         if image:
             request |= {"projector": str(files[1]), **image.pop("request")}
-        command = [str(Path(args.peer).absolute()), "-m", "benchmarks.gguf_tokens", "--serve"]
-        root = Path(__file__).parents[1]
-        done = subprocess.run(
-            command, input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True, cwd=root
-        )
+        command = [args.peer, __file__, "--serve"]
+        done = subprocess.run(command, input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True)
     reply = json.loads(done.stdout)
     failed = False
     for prompt, mine, theirs in zip(PROMPTS, answers, reply["answers"]):

@@ -23,6 +23,8 @@ from llava.train.flops import Shape
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
 from tests.tiny import CHAT
 
+PYTHON = sys.executable  # tests replace it
+
 STUB_PEER = """\
 import json, sys
 given = json.loads(sys.argv[-1])
@@ -142,7 +144,7 @@ def environment(root: Path, program: str, *words: object) -> str:
     python = root / "bin" / "python"
     python.parent.mkdir(parents=True)
     (root / "program.py").write_text(program, encoding="utf-8")
-    command = " ".join(f"'{word}'" for word in (sys.executable, root / "program.py", *words))
+    command = " ".join(f"'{word}'" for word in (PYTHON, root / "program.py", *words))
     python.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     return str(python)
@@ -151,7 +153,7 @@ def environment(root: Path, program: str, *words: object) -> str:
 @pytest.fixture
 def case(tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> generate.Case:
     monkeypatch.setattr(process, "PAUSE", 0.0)
-    loads = [generate.small(load) for load in generate.IMAGE_LOADS]
+    loads = [generate.small(load) for load in generate.LOADS]
     return generate.Case("vllm", "float32", {}, {}, loads, generate.dimensions(tiny_dirs["chat"]))
 
 
@@ -185,8 +187,8 @@ def test_other_tokens_fail_in_float32_only(case: generate.Case, tmp_path: Path) 
 
 
 def test_too_few_tokens_fail_even_if_equal() -> None:
-    load = generate.ONE_CAPTION[0]
-    given = generate.Case("vllm", "float32", {}, {}, [load], Shape(8, 8, 1, 1, 1, 8))
+    load = generate.LOADS[3]
+    given = generate.Case("transformers", "float32", {}, {}, [load], Shape(8, 8, 1, 1, 1, 8))
     reply = {"seconds": 1.0, "tokens": [[5] * 63]}
     assert generate.report(load, given, [[reply] * 2] * 2, (0.5, "tower 100%")) == (True, False)
     reply["tokens"] = [[5] * 64]
@@ -196,19 +198,20 @@ def test_too_few_tokens_fail_even_if_equal() -> None:
 def test_a_peer_that_dies_is_named_and_the_others_are_measured(
     case: generate.Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """llama.cpp has no environment, vLLM dies in its third turn, transformers answers."""
+    """vLLM has no environment, then dies in its third turn; transformers answers."""
     monkeypatch.setattr(generate, "make_model", lambda *_, **__: (tmp_path, tmp_path))
     monkeypatch.setattr(generate, "make_cases", lambda peer, *_: [replace(case, peer=peer, loads=case.loads[:1])])
-    environment(tmp_path / "vllm", STUB_ENGINE, 1.0, 0, 2)
     environment(tmp_path / "transformers", STUB_ENGINE, 1.0, 0, -1)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "transformers/bin/python"))
     argv = ["generate", "--quick", "--environments", str(tmp_path)]
-    assert peers.main([*argv, "--peers", "llama.cpp", "transformers"]) == 0
-    assert "llama.cpp is left out" in capsys.readouterr().err
+    assert peers.main(argv) == 0
+    assert "vllm is left out" in capsys.readouterr().err
+    assert peers.main([*argv, "--peers", "vllm"]) == 1  # nothing was measured
+    capsys.readouterr()
+    environment(tmp_path / "vllm", STUB_ENGINE, 1.0, 0, 2)
     assert peers.main(argv) == 1
     said = capsys.readouterr()
     assert "vllm failed" in said.err and "the stub ran out of luck" in said.err and said.out.count("| POPE |") == 1
-    assert peers.main([*argv, "--peers", "llama.cpp"]) == 1  # nothing was measured
     assert peers.main([*argv, "--shapes", "VQA"]) == 1 and "VQA is unknown" in capsys.readouterr().err
 
 
@@ -236,7 +239,7 @@ engines.serve_answers(engines.Llava(chat, given["dtype"]), replies)
     argv = ["--peers", "vllm", "--dtypes", "float32", "--pairs", "1", "--environments", str(tmp_path)]
     assert peers.main(["generate", "--quick", *argv]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("%) |")]
-    assert [row.split("|")[1].strip() for row in rows] == [load.name for load in generate.IMAGE_LOADS]
+    assert [row.split("|")[1].strip() for row in rows] == [load.name for load in generate.LOADS]
 
 
 def serving(monkeypatch: pytest.MonkeyPatch, root: Path, ours: tuple[int, int], peer: tuple[int, int]) -> list[str]:

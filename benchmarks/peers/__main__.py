@@ -1,7 +1,7 @@
 """Our model against live peers with the same weights: `python -m benchmarks.peers train | generate | serve`.
 
 `train`: training steps, against `LlavaForConditionalGeneration` of transformers 5. `generate`: answers through the
-Python API, against vLLM, transformers 5 and llama.cpp. `serve`: HTTP with 16 clients, against vLLM.
+Python API, against vLLM and transformers 5. `serve`: HTTP with 16 clients, against vLLM.
 
 A peer runs in an environment of its own, made by --install, on the export of `llava export`. Both sides stay alive and
 take turns, and a ratio is the median over the pairs of turns. A peer without an environment is left out with a
@@ -17,11 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.decode import SMOLLM2
 from benchmarks.peers.process import PeerError
 
 DTYPES = ("float32", "bfloat16")
-INFERENCE_PEERS = ("vllm", "transformers", "llama.cpp")
+INFERENCE_PEERS = ("vllm", "transformers")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,8 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
                              help="vLLM runs eagerly in float32, compiled in bfloat16 (default: both)")  # fmt: skip
     generate.add_argument("--peers", nargs="+", choices=INFERENCE_PEERS, default=INFERENCE_PEERS, help="default: all")
     generate.add_argument("--shapes", nargs="+", metavar="SHAPE", help='such as POPE or "one image" (default: all)')
-    generate.add_argument("--smollm2", type=Path, default=SMOLLM2,
-                          help="language model of the text stream (default: %(default)s)")  # fmt: skip
     return parser
 
 

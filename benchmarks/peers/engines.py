@@ -136,34 +136,7 @@ class Transformers:
         return [self.token] * self.patches if token == IMAGE else [token]
 
 
-class LlamaCpp:
-    """llama.cpp, one stream."""
-
-    def __init__(self, model: str, projector: str = "") -> None:
-        import llama_cpp
-
-        from benchmarks.gguf_tokens import Peer
-
-        self.version = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
-        self.peer = Peer(model, projector)
-
-    def __call__(self, work: Work) -> list[list[int]]:
-        answers = []
-        for ids, image in zip(work.prompts, work.images):
-            self.peer.clear()
-            if image:
-                at = ids.index(IMAGE)
-                self.peer.decode(ids[:at])
-                chunks = self.peer.chunks(self.peer.marker, image.tobytes(), image.width)
-                self.peer.evaluate(chunks, at)
-                self.peer.mtmd.mtmd_input_chunks_free(chunks)
-                ids = ids[at + 1 :]
-            self.peer.decode(ids)
-            answers.append(self.peer.tokens(work.new_tokens))
-        return answers
-
-
-ENGINES = {"llava": Llava, "vllm": Vllm, "transformers": Transformers, "llama.cpp": LlamaCpp}
+ENGINES = {"llava": Llava, "vllm": Vllm, "transformers": Transformers}
 
 
 def main(engine: str, **options: Any) -> None:

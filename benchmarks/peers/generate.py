@@ -1,4 +1,4 @@
-"""Answers through the Python API: our engine against vLLM, `generate` of transformers 5, and llama.cpp.
+"""Answers through the Python API: our engine against vLLM and `generate` of transformers 5.
 
 Prompts are token ids of the published lengths, images have the tower's size, and answers a fixed length; each turn has
 new ones. Both sides hold at most 16 requests at a time. Rates are requests per second. In float32, all but one in
@@ -30,8 +30,6 @@ from benchmarks.peers.engines import BATCH
 from benchmarks.peers.models import make_model
 from benchmarks.peers.process import PeerError
 from benchmarks.synthetic import Size
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model import gguf_export
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.train.flops import Shape, shape_of
 
@@ -44,7 +42,6 @@ class Load:
 
     shape: evaluation.Shape
     cached: bool = False
-    image: bool = True
     phases: tuple[str, ...] = ("tower", "prefix", "questions", "decoding")
 
     @property
@@ -52,7 +49,7 @@ class Load:
         return self.shape.name
 
 
-IMAGE_LOADS: Final = (
+LOADS: Final = (
     Load(evaluation.Shape("POPE", 18, (25, 29), 2, 2)),
     Load(evaluation.Shape("caption", 1, (14, 14), 64, 8)),
     Load(evaluation.Shape("one image", 16, (20, 40), 64, 1)),
@@ -60,13 +57,9 @@ IMAGE_LOADS: Final = (
     Load(evaluation.Shape("MMBench", 4, (60, 90), 2, 4, options=4)),
     Load(evaluation.Shape("GQA", 31, (26, 40), 3, 1)),
 )
-ONE_CAPTION: Final = (Load(evaluation.Shape("one caption", 1, (14, 14), 64, 1)),)
-TEXT: Final = (Load(evaluation.Shape("text", 1, (8, 8), 64, 1), image=False, phases=("questions", "decoding")),)
 TARGETS: Final[dict[tuple[str, str], dict[str, float]]] = {
     ("vllm", "float32"): {"POPE": 2.5, "caption": 1.3, "one image": 1.5, "stream": 1.6},
     ("vllm", "bfloat16"): {"POPE": 2.0, "caption": 1.3, "one image": 1.3, "stream": 2.0},
-    ("llama.cpp", "bfloat16"): {"text": 1.1},
-    ("llama.cpp", "8 bit"): {"text": 1.0},
 }
 
 
@@ -83,36 +76,21 @@ class Case:
 
     @property
     def itemsize(self) -> int:
-        return {"float32": 4, "bfloat16": 2}.get(self.precision, 1)
+        return {"float32": 4, "bfloat16": 2}[self.precision]
 
 
 def dimensions(model: Path) -> Shape:
     config = AutoConfig.from_pretrained(model)
-    is_chat = hasattr(config, "mm_vision_tower")
-    return shape_of(config, build_vision_tower(config, model, delay_load=True) if is_chat else None)
+    return shape_of(config, build_vision_tower(config, model, delay_load=True))
 
 
-def make_cases(peer: str, args: argparse.Namespace, root: Path, chat: Path, exported: Path) -> Iterator[Case]:
-    """Comparisons with a peer; exports for llama.cpp are written to `root`."""
-    if peer != "llama.cpp":
-        for dtype in args.dtypes:
-            theirs = {"engine": peer, "model": str(exported), "dtype": dtype}
-            theirs |= {"eager": dtype == "float32"} if peer == "vllm" else {}
-            ours = {"engine": "llava", "model": str(chat), "dtype": dtype}
-            yield Case(peer, dtype, ours, theirs, IMAGE_LOADS, dimensions(chat))
-        return
-    files = gguf_export.export(chat, root / "chat-gguf", outtype="bf16").files
-    ours = {"engine": "llava", "model": str(chat), "dtype": "bfloat16"}
-    theirs = {"engine": peer, "model": str(files[0]), "projector": str(files[1])}
-    yield Case(peer, "bfloat16", ours, theirs, ONE_CAPTION, dimensions(chat))
-    if not (args.smollm2 / "config.json").is_file():
-        print(f"The text stream is left out: {args.smollm2} is no checkpoint; see --smollm2.", file=sys.stderr)
-        return
-    for precision, outtype, options in (("bfloat16", "bf16", {}), ("8 bit", "q8_0", {"load_8bit": True})):
-        files = gguf_export.export(args.smollm2, root / f"text-{outtype}", outtype=outtype).files
-        ours = {"engine": "llava", "model": str(args.smollm2.absolute()), "dtype": "bfloat16", "text_only": True}
-        theirs = {"engine": peer, "model": str(files[0])}
-        yield Case(peer, precision, {**ours, **options}, theirs, TEXT, dimensions(args.smollm2))
+def make_cases(peer: str, dtypes: Sequence[str], chat: Path, exported: Path) -> Iterator[Case]:
+    """Comparisons with a peer."""
+    for dtype in dtypes:
+        theirs = {"engine": peer, "model": str(exported), "dtype": dtype}
+        theirs |= {"eager": dtype == "float32"} if peer == "vllm" else {}
+        ours = {"engine": "llava", "model": str(chat), "dtype": dtype}
+        yield Case(peer, dtype, ours, theirs, LOADS, dimensions(chat))
 
 
 def small(load: Load) -> Load:
@@ -126,10 +104,10 @@ def write_work(folder: Path, load: Load, turn: int, pixels: int) -> str:
     files: dict[int, str] = {}
     prompts, images = [], []
     for ids, image in evaluation.prompts(load.shape, turn, pixels):
-        if id(image) not in files and load.image:
+        if id(image) not in files:
             files[id(image)] = str(folder / f"{load.name} {turn} {len(files)}.png")
             to_pil_image((image * 64 + 128).clamp(0, 255).byte()).save(files[id(image)])
-        prompts.append([token for token in ids if load.image or token != IMAGE_TOKEN_INDEX])
+        prompts.append(ids)
         images.append(files.get(id(image), ""))
     path = folder / f"{load.name} {turn}.json"
     given = {"prompts": prompts, "images": images, "new_tokens": load.shape.new_tokens, "cached": load.cached}
@@ -140,8 +118,6 @@ def write_work(folder: Path, load: Load, turn: int, pixels: int) -> str:
 def floor(load: Load, case: Case, ceilings: Ceilings, pixels: int) -> tuple[float, str]:
     """Seconds per turn at the ceilings, and the longest phase with its share."""
     work: Work = evaluation.work_of(load.shape, Size(pixels=pixels), BATCH)
-    if not load.image:
-        work = replace(work, prefix=0, own=work.own + evaluation.SYSTEM)
     found = phase_seconds(case.dimensions, work, ceilings, itemsize=case.itemsize)
     seconds = {name: load.shape.images * found[name] for name in load.phases}
     longest = max(seconds, key=lambda name: seconds[name])
@@ -194,7 +170,7 @@ def compare(case: Case, args: argparse.Namespace, python: str, folder: Path, cei
 
 
 def run(args: argparse.Namespace) -> int:
-    known = {load.name for load in (*IMAGE_LOADS, *ONE_CAPTION, *TEXT)}
+    known = {load.name for load in LOADS}
     if unknown := set(args.shapes or ()) - known:
         raise PeerError(f"--shapes {', '.join(sorted(unknown))} is unknown; expected {', '.join(sorted(known))}.")
     reached: list[bool] = []
@@ -212,8 +188,8 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{peer} is left out: {error}", file=sys.stderr)
                 continue
             try:
-                for case in make_cases(peer, args, root, chat, exported):
-                    reached += compare(case, args, python, root, ceilings[max(2, case.itemsize)])
+                for case in make_cases(peer, args.dtypes, chat, exported):
+                    reached += compare(case, args, python, root, ceilings[case.itemsize])
             except PeerError as error:
                 print(f"{peer} failed: {error}", file=sys.stderr)
                 reached.append(False)

@@ -34,7 +34,6 @@ PEERS: Final = {
         "install torch===2.13.0 torchvision===0.28.0 numpy==2.3.5 setuptools==78.1.1",
         "uninstall --yes torchaudio torchcodec",
     ),
-    "llama.cpp": ("install llama-cpp-python==0.3.36",),  # builds llama.cpp for this processor
 }
 VARIABLES: Final = {
     "HF_HUB_OFFLINE": "1",
