@@ -190,17 +190,22 @@ class Work:
     new_tokens: int
 
 
-def answers_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: int = 2) -> float:
-    """Seconds per image with its questions at the ceilings; phases run one after another."""
-    phases = [
-        tower_cost(shape, itemsize=itemsize),
-        prefill_cost(shape, work.prefix, itemsize=itemsize),
-        prefill_cost(shape, work.own / work.answers, work.answers, shared=work.prefix, itemsize=itemsize),
-    ]
+def phase_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: int = 2) -> dict[str, float]:
+    """Seconds per image with its questions at the ceilings, by phase."""
     tokens = work.new_tokens - 1  # the first comes from the prefill
     together = decode_cost(shape, work.answers, work.own / work.answers, work.prefix, itemsize=itemsize) * tokens
-    phases.append(together + Cost(0, (work.steps - tokens) * _read_weights(shape) * itemsize))
-    return sum(phase.seconds(ceilings) for phase in phases)
+    phases = {
+        "tower": tower_cost(shape, itemsize=itemsize),
+        "prefix": prefill_cost(shape, work.prefix, itemsize=itemsize),
+        "questions": prefill_cost(shape, work.own / work.answers, work.answers, shared=work.prefix, itemsize=itemsize),
+        "decoding": together + Cost(0, (work.steps - tokens) * _read_weights(shape) * itemsize),
+    }
+    return {name: cost.seconds(ceilings) for name, cost in phases.items()}
+
+
+def answers_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: int = 2) -> float:
+    """Seconds per image with its questions at the ceilings; phases run one after another."""
+    return sum(phase_seconds(shape, work, ceilings, itemsize=itemsize).values())
 
 
 def floor_seconds(size: Size, work: Work, peak: Peaks, dtype: torch.dtype) -> float:
