@@ -164,7 +164,7 @@ class Prefiller:
             self.chunks += count < len(embeds)
             if end == len(embeds):
                 return self._finish(chunked, rest)
-            data = self.runner.prefill_kv(rest, chunked.prefix)
+            data = self.runner.prefill_kv(rest, chunked.prefix, chunked.item.prompt.adapter)
             if chunked.node is None:  # each token counts as a cache key, so that a chunk may end within an image
                 whole = self.runner.spec.empty(1, len(embeds))[:, :, 0]
                 chunked.node = Node((), range(len(embeds) + 1), whole)
@@ -250,7 +250,7 @@ class Prefiller:
         self._count(item)
         if node is None:
             return self._prefill_rows([item], [rest])
-        data, last = self.runner.prefill([rest], [chunked.prefix])
+        data, last = self.runner.prefill([rest], [chunked.prefix], [item.prompt.adapter])
         node.data[..., chunked.filled :, :] = data[:, :, 0, :, -len(rest) :]
         total, first = len(node.ends) - 1, item.num_tokens(item.limit)
         self.computed_tokens += total

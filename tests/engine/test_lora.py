@@ -309,7 +309,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "image_aspect_ratio=crop, but the base has pad; pass --image-aspect-ratio",
     ),
     "embeddings": (more_rows, "replaces model.embed_tokens.weight; merge it with scripts/merge_lora_weights.py"),
-    "PiSSA": (lambda run: edit(run, init_lora_weights="pissa", use_rslora=False), "'pissa' has changed the weights.*merge it"),
+    "PiSSA": (
+        lambda run: edit(run, init_lora_weights="pissa", use_rslora=False),
+        "'pissa' has changed the weights.*merge it",
+    ),
 }
 
 
