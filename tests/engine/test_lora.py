@@ -100,9 +100,11 @@ def test_a_mixed_batch_equals_the_merged_checkpoints_alone(
     assert len({answer.token_ids for answer in engine.generate([Request([1, 300], lora=name) for name in NAMES])}) == 4
 
 
-def test_any_schedule_keeps_every_row(models: Models) -> None:
+@pytest.mark.parametrize("limit", [None, 20])
+def test_any_schedule_keeps_every_row(models: Models, limit: int | None) -> None:
     """Rows join, leave and are cancelled while others with other adapters run; later turns hit the prefix cache."""
-    engine, draw = models.engine(max_batch_size=5, max_prefill_tokens=60), random.Random(3)
+    engine = models.engine(max_batch_size=5, max_prefill_tokens=60, max_num_batched_tokens=limit)
+    draw = random.Random(3)
     waiting, submitted = requests(28, seed=1), []
     while waiting or engine.step():
         for _ in range(draw.randrange(3)):
