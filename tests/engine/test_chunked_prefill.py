@@ -120,7 +120,7 @@ def test_a_long_prompt_finishes_although_short_ones_overtake_it(make_engine: Mak
         later += [engine.submit(ask([1, 340 + (steps + n) % 40, 303], 1)) for n in range(3)]
         engine.step()
         steps += 1
-        assert later[0].done
+        assert steps == 1 or later[0].done  # in the first step, the long one takes all
     assert steps < 30  # it has at least half of each step
     assert long.result().token_ids == solo(LONG, [], 4)
     assert later[0].result().token_ids == solo([1, 340, 303], [], 1)
