@@ -154,4 +154,4 @@ def test_the_profile_is_recorded_and_named_as_the_cause_of_a_gap(
     assert report.main(["--diff", *map(str, runs), "--output-dir", str(tmp_path / "report")]) == 0
     shown = capsys.readouterr().out
     assert "measured; prompt profiles llava and lmms-eval" in shown and "identity.prompt_profile" in shown
-    assert "\\nReference OCR token: ST" in shown
+    assert "Reference OCR token: ST" in shown  # the changed bytes of the prompt
