@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import HashedImage, ImageInput
+from llava.engine.tower import TowerRunner
 from llava.errors import RequestError
 from llava.images import preprocess_image
 from llava.placement import to_device
@@ -34,6 +36,7 @@ class FeatureEncoder:
         self.model = model
         self.image_processor = image_processor
         self.aspect_ratio = aspect_ratio
+        self.tower = TowerRunner.build(model)
         self.store = LRUCache(budget)
         self.encoded = 0
         self.hits = 0  # images whose features were cached or encoded for another image of the same call
@@ -65,7 +68,8 @@ class FeatureEncoder:
     def _compute(self, group: Sequence[tuple[bytes, Tensor]]) -> Features:
         batch = torch.stack([pixels for _, pixels in group])  # (K, 3, S, S)
         sent = to_device(batch, self.model.device).to(self.model.dtype)
-        features = self.model.encode_images(sent)  # (K, n, D)
+        with nullcontext() if self.tower is None else self.tower.active():
+            features = self.model.encode_images(sent)  # (K, n, D)
         self.encoded += len(group)
         computed = {digest: row.clone() for (digest, _), row in zip(group, features, strict=True)}
         for digest, row in computed.items():

@@ -24,7 +24,6 @@ from llava.engine.packing import DecodeStep, VarlenBatch
 from llava.engine.prefix_cache import Prefix
 from llava.engine.sampling import Sampler
 from llava.model.language_model.packed import LlamaDecoderLayer
-from llava.placement import native_decode_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +81,7 @@ class LlamaRunner(ModelRunner):
     def decode(self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None) -> Tensor:
         step = DecodeStep(ids, cache, sampler)
         embeds, rotation = self.embed(step.ids), self._rotation(step.positions, step.end)
-        if self.native is not None and len(ids) <= native_decode_rows(embeds.dtype):
+        if self.native is not None and len(ids) <= self.native.max_rows:
             logits = self.native.step(embeds, *rotation, cache)
         else:
             logits = self.logits(self._run(embeds, rotation, step.attention, slice(None)))
@@ -108,7 +107,7 @@ class LlamaRunner(ModelRunner):
             if last:
                 wanted = wanted.to(x.device, non_blocking=True) if isinstance(wanted, Tensor) else wanted
                 query, x = query[wanted], x[wanted]
-            x = x + layer.out(attention(index, query, keys_values, last))
+            x = layer.out(attention(index, query, keys_values, last), residual=x)
             x = layer.feed_forward(x)
         return self.norm(x.to(self.norm.weight.device, non_blocking=True))
 
