@@ -99,6 +99,9 @@ GLOSSES = {
 }
 
 
+DESCRIBED = (".py", ".md", ".sh", ".cpp", ".h", ".conf", ".service", ".yml", ".yaml")  # files that describe themselves
+
+
 def tracked() -> list[str]:
     """Paths of every file that belongs to the project, in a checkout or in an unpacked archive."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -122,7 +125,7 @@ def sentence(text: str) -> str:
 
 def first_words(path: Path) -> str | None:
     """A file's description of itself, or None: docstring, first comment, or first paragraph below a page's title."""
-    if path.suffix not in (".py", ".md", ".sh", ".cpp", ".conf", ".service", ".yml", ".yaml") or not path.is_file():
+    if path.suffix not in DESCRIBED or not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
@@ -130,7 +133,7 @@ def first_words(path: Path) -> str | None:
     if path.suffix == ".md":
         prose = re.compile(r"[A-Z0-9*`\[]")
         return next((block for block in text.split("\n\n")[1:] if prose.match(block) and block[:3] != "```"), None)
-    mark = "// " if path.suffix == ".cpp" else "# (?!shellcheck)"
+    mark = "// " if path.suffix in (".cpp", ".h") else "# (?!shellcheck)"
     return next((line.lstrip("#/ ") for line in text.splitlines() if re.match(mark, line)), None)
 
 

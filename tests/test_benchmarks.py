@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import agreement, decode, lora, packing, quantized, run, sampling, soak, soak_requests, speedrun
+from benchmarks import agreement, decode, floor, lora, packing, quantized, run, sampling, soak, soak_requests, speedrun
 from benchmarks import eval as evaluation
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
 from tests.tiny import CHAT
@@ -25,6 +25,12 @@ def table_rows(capsys: pytest.CaptureFixture[str]) -> list[str]:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert all(float(line.split("|")[-2]) > 0 for line in lines)
     return lines
+
+
+def test_quick_run_of_the_floors_prints_a_share_for_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert floor.main(["--quick", "--turns", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("% |")]
+    assert len(lines) == 2 * 10 and all(float(line.split("|")[-2].rstrip("% ")) > 0 for line in lines)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from llava.engine.cache import LRUCache
 from llava.engine.sequence import HashedImage, ImageInput
+from llava.engine.tower import TowerRunner
 from llava.errors import RequestError
 from llava.images import preprocess_image
 from llava.placement import to_device
@@ -36,6 +38,7 @@ class FeatureEncoder:
         self.image_processor = image_processor
         self.aspect_ratio = aspect_ratio
         self.projectors: list[nn.Module | None] = [None]  # by `HashedImage.projector`; None is the model's
+        self.tower = TowerRunner.build(model)
         self.store = LRUCache(budget)
         self.encoded = 0
         self.hits = 0  # images whose features were cached or encoded for another image of the same call
@@ -72,17 +75,19 @@ class FeatureEncoder:
         for (number, _), group in by_shape.items():
             for at in range(0, len(group), _BATCH_SIZE):
                 digests, batch = zip(*group[at : at + _BATCH_SIZE], strict=True)
-                encoded = self.model.encode_images(self._upload(batch), **self._projector(number))  # (K, n, D)
+                with nullcontext() if self.tower is None else self.tower.active():
+                    encoded = self.model.encode_images(self._upload(batch), **self._projector(number))  # (K, n, D)
                 features.update(self._store(digests, encoded))
         return features
 
     def encode_by_layer(self, images: Iterable[HashedImage]) -> Generator[None, None, Features]:
         """As `encode`, image by image; yields after each layer of the tower."""
         features, missing = self._look_up(images)
+        layers = None if self.tower is None else self.tower.layers
         for image in missing:
             sent = self._upload([self._pixels(image.content)])
             encoded = yield from self.model.encode_images_by_layer(
-                sent, **self._projector(image.projector)
+                sent, layers=layers, **self._projector(image.projector)
             )  # (1, n, D)
             features.update(self._store([image.digest], encoded))
         return features

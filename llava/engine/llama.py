@@ -26,7 +26,6 @@ from llava.engine.packing import DecodeStep, VarlenBatch
 from llava.engine.prefix_cache import Prefix
 from llava.engine.sampling import Sampler
 from llava.model.language_model.packed import LlamaDecoderLayer
-from llava.placement import native_decode_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,7 +110,7 @@ class LlamaRunner(ModelRunner):
     ) -> Tensor:
         step, lora = DecodeStep(ids, cache, sampler), self.lora_step(adapters)
         embeds, rotation = self.embed(step.ids), self._rotation(step.positions, step.end)
-        if self.native is not None and len(ids) <= native_decode_rows(embeds.dtype):
+        if self.native is not None and len(ids) <= self.native.max_rows:
             logits = self.native.step(embeds, *rotation, cache, lora)
         else:
             logits = self.logits(self._run(embeds, rotation, step.attention, slice(None), lora))
@@ -145,7 +144,7 @@ class LlamaRunner(ModelRunner):
                 wanted = wanted.to(x.device, non_blocking=True) if isinstance(wanted, Tensor) else wanted
                 query, x = query[wanted], x[wanted]
                 lora = None if lora is None else lora.last
-            x = x + layer.out(attention(index, query, keys_values, last), lora)
+            x = layer.out(attention(index, query, keys_values, last), lora, residual=x)
             x = layer.feed_forward(x, lora)
         return self.norm(x.to(self.norm.weight.device, non_blocking=True))
 

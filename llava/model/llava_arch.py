@@ -24,7 +24,7 @@ from llava.constants import (
 from llava.errors import CheckpointError, RequestError
 from llava.model.checkpoint import EMBEDDINGS, compare_shapes, has_tensors, projector_state, read_tensors
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_encoder.tower import TowerLayers, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, projected_tokens
 from llava.model.splice import Images, SpliceLayout, encode_slots, encode_used_slots, splice_batch, splice_prompt
 from llava.model.transfer import to_host, upload
@@ -155,10 +155,10 @@ class LlavaMetaForCausalLM(Module):
         return self._project(self.get_model().vision_tower(images), projector)
 
     def encode_images_by_layer(
-        self, images: Tensor, projector: nn.Module | None = None
+        self, images: Tensor, projector: nn.Module | None = None, layers: TowerLayers | None = None
     ) -> Generator[None, None, Tensor]:
-        """As `encode_images` without gradients, in parts: yields after each layer of the tower."""
-        return self._project((yield from self.get_model().vision_tower.encode_by_layer(images)), projector)
+        """As `encode_images` without gradients, in parts: yields after each layer of the tower, or of `layers`."""
+        return self._project((yield from self.get_model().vision_tower.encode_by_layer(images, layers)), projector)
 
     def _project(self, features: Tensor | tuple[Tensor, ...], projector: nn.Module | None) -> Tensor:
         projector = self.get_model().mm_projector if projector is None else projector

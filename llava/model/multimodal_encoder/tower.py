@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ TIMM = "timm/"
 FEATURES = ("patch", "cls_patch")
 LONGEST_SIDE = 4096  # pixels
 Features = Tensor | tuple[Tensor, Tensor]
+TowerLayers = Sequence[Callable[[Tensor], Tensor]]  # (K, T, C) to (K, T, C) each
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -315,10 +316,11 @@ class VisionTower(nn.Module):
             return []
         return list(self.vision_tower.get_submodule(self.spec.layers.rstrip(".")).children())
 
-    def encode_by_layer(self, images: Tensor) -> Generator[None, None, Features]:
+    def encode_by_layer(self, images: Tensor, faster: TowerLayers | None = None) -> Generator[None, None, Features]:
         """As `forward` of images `(K, 3, H, W)` without gradients, in parts: yields after each layer.
 
-        Towers whose layers have other inputs beside the tokens run as a whole.
+        `faster` layers run in the place of the tower's. Towers whose layers have other inputs beside the tokens run as
+        a whole.
         """
         layers, tokens, output = self.layers, None, None
         if layers:
@@ -338,7 +340,7 @@ class VisionTower(nn.Module):
             features = self._encode(images) if output is None else self._features(output, images.dtype)
             yield
             return features
-        for layer in layers:
+        for layer in layers if faster is None else faster:
             tokens = layer(tokens)
             yield
         return self._features(tokens, images.dtype)
