@@ -246,10 +246,9 @@ class KVCache(Cache):
         if self.spec.context_length is not None:
             slots = max(width + 1, min(slots, self.spec.context_length))
         if rows > capacity:
-            roomy = self._max_rows * slots * self.spec.bytes_per_token <= min(
-                self.budget or math.inf, _UNCOMMITTED_BYTES
-            )
-            capacity = max(rows, self._max_rows if self._max_rows and roomy else 2 * capacity)
+            limit = min(self.budget or math.inf, _UNCOMMITTED_BYTES)
+            roomy = 0 < self._max_rows * slots * self.spec.bytes_per_token <= limit
+            capacity = max(rows, self._max_rows if roomy else 2 * capacity)
         if self.budget is not None and capacity * slots * self.spec.bytes_per_token > self.budget:
             capacity = max(rows, rows_now)
             slots = max(width + 1, min(slots, self.budget // (capacity * self.spec.bytes_per_token)))
