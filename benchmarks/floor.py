@@ -1,16 +1,29 @@
-"""Roofline lower bounds: device ceilings and the minimum FLOPs and bytes of a workload."""
+"""Roofline lower bounds: device ceilings and the minimum FLOPs and bytes of a workload.
+
+`python -m benchmarks.floor` measures the ceilings of this CPU and prints the share of its floor that each part of the
+engine reaches: the tower, prefill, and decoding by batch size, in bfloat16 and float32. Ceilings and parts take turns,
+and the best times count. Exits with status 1 below the targets in bfloat16.
+"""
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
 from benchmarks.synthetic import Size
+from llava.engine import load_engine
+from llava.engine.cache import KVCache
+from llava.engine.prefix_cache import PrefixCache, PrefixMatch
+from llava.engine.sequence import hash_image
 from llava.train.flops import Shape, Trainable, step_flops
+from tests.tiny import make_chat, make_clip_tower
 
 PATCH_PIXELS: Final = 3 * 14 * 14  # of the patch embedding
 
@@ -190,17 +203,22 @@ class Work:
     new_tokens: int
 
 
-def answers_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: int = 2) -> float:
-    """Seconds per image with its questions at the ceilings; phases run one after another."""
-    phases = [
-        tower_cost(shape, itemsize=itemsize),
-        prefill_cost(shape, work.prefix, itemsize=itemsize),
-        prefill_cost(shape, work.own / work.answers, work.answers, shared=work.prefix, itemsize=itemsize),
-    ]
+def phase_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: int = 2) -> dict[str, float]:
+    """Seconds per image with its questions at the ceilings, by phase."""
     tokens = work.new_tokens - 1  # the first comes from the prefill
     together = decode_cost(shape, work.answers, work.own / work.answers, work.prefix, itemsize=itemsize) * tokens
-    phases.append(together + Cost(0, (work.steps - tokens) * _read_weights(shape) * itemsize))
-    return sum(phase.seconds(ceilings) for phase in phases)
+    phases = {
+        "tower": tower_cost(shape, itemsize=itemsize),
+        "prefix": prefill_cost(shape, work.prefix, itemsize=itemsize),
+        "questions": prefill_cost(shape, work.own / work.answers, work.answers, shared=work.prefix, itemsize=itemsize),
+        "decoding": together + Cost(0, (work.steps - tokens) * _read_weights(shape) * itemsize),
+    }
+    return {name: cost.seconds(ceilings) for name, cost in phases.items()}
+
+
+def answers_seconds(shape: Shape, work: Work, ceilings: Ceilings, *, itemsize: int = 2) -> float:
+    """Seconds per image with its questions at the ceilings; phases run one after another."""
+    return sum(phase_seconds(shape, work, ceilings, itemsize=itemsize).values())
 
 
 def floor_seconds(size: Size, work: Work, peak: Peaks, dtype: torch.dtype) -> float:
@@ -220,3 +238,109 @@ def decode_floor(model: torch.nn.Module, peak: Peaks) -> float:
     embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     unread = 0 if embedding is head else embedding.nbytes
     return (sum(parameter.nbytes for parameter in model.parameters()) - unread) / peak.read
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the engine's work, its floor, and the least share of the floor it must reach."""
+
+    name: str
+    work: Callable[[], object]
+    cost: Cost
+    target: float
+
+
+def make_engine(root: Path, dtype: torch.dtype, quick: bool) -> tuple[Any, Shape]:
+    """An engine without caches, of random weights: CLIP at 336 px and LLaMA, and its shape."""
+    width, layers, words = (64, 2, 512) if quick else (768, 8, 32000)
+    tower_width, tower_layers, pixels = (64, 3, 56) if quick else (512, 12, 336)
+    tower = make_clip_tower(root / "tower", hidden_size=tower_width, intermediate_size=4 * tower_width,
+                            num_hidden_layers=tower_layers, num_attention_heads=tower_width // 64,
+                            image_size=pixels)  # fmt: skip
+    middle = width * 8 // 3 // 64 * 64
+    chat = make_chat(root / "chat", tower, vocab_size=words, hidden_size=width, intermediate_size=middle,
+                     num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=width // 64,
+                     mm_hidden_size=tower_width, mm_vision_image_size=pixels, mm_vision_select_layer=-2,
+                     max_position_embeddings=2048)  # fmt: skip
+    engine = load_engine(chat, device="cpu", dtype=str(dtype).removeprefix("torch."), feature_cache_bytes=0)
+    tokens = (pixels // 14) ** 2
+    shape = Shape(width, middle, layers, width // 64, width // 64, words, tower_hidden=tower_width,
+                  tower_intermediate=4 * tower_width, tower_layers=tower_layers - 1, tower_positions=tokens + 1,
+                  image_tokens=tokens)  # fmt: skip
+    return engine, shape
+
+
+def stages(engine: Any, shape: Shape, itemsize: int) -> list[Stage]:
+    """Tower of 1 and 8 images; prefill of prompts with an image and of questions behind one; decode steps."""
+    runner, image, words = engine.model_runner, shape.image_tokens, 64
+    images = [hash_image(torch.randn(3, *[round(image**0.5) * 14] * 2)) for _ in range(8)]
+    node = PrefixCache(2**40).insert(
+        (), tuple(range(image)), [1] * image, runner.prefill_kv(runner.embed([7] * image), ())
+    )
+    found = [
+        Stage(f"tower, {count} images", lambda count=count: engine.features.encode(images[:count]),  # type: ignore[misc]
+              tower_cost(shape, count, itemsize=itemsize), 0.55)
+        for count in (1, 8)
+    ]  # fmt: skip
+
+    def prefill(rows: int, tokens: int, shared: int) -> Stage:
+        prefix = (PrefixMatch(node, image),) if shared else ()
+        embeds = [runner.embed([9 + row] * tokens) for row in range(rows)]
+        cost = prefill_cost(shape, tokens, rows, shared=shared, itemsize=itemsize)
+        name = f"prefill, {rows} x {tokens} tokens" + (f" behind {shared}" if shared else "")
+        return Stage(name, lambda: runner.logits(runner.prefill(embeds, [prefix] * rows)[1]), cost, 0.55)
+
+    def decode(rows: int, shared: int) -> Stage:
+        prefix, own = ((PrefixMatch(node, image),), words) if shared else ((), image + words)
+        embeds = [runner.embed([9 + row] * own) for row in range(rows)]
+        cache = KVCache(runner.spec)
+        cache.join(runner.prefill(embeds, [prefix] * rows)[0], [own] * rows, [prefix] * rows)
+
+        def step() -> None:
+            runner.decode([5] * rows, cache)
+            cache.end -= 1  # take the step back
+            cache.lengths = [own] * rows
+
+        cost = decode_cost(shape, rows, own, shared, itemsize=itemsize)
+        return Stage(f"decode, {rows} rows" + (" of one image" if shared else ""), step, cost, 0.7)
+
+    found += [prefill(1, image + words, 0), prefill(8, image + words, 0), prefill(16, words // 2, image)]
+    return [*found, decode(1, 0), decode(8, 0), decode(8, image), decode(16, image), decode(32, image)]
+
+
+@torch.inference_mode()
+def measure(dtype: torch.dtype, turns: int, quick: bool) -> bool:
+    """Print a line per stage; true if all targets are reached."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine, shape = make_engine(Path(folder), dtype, quick)
+        parts = stages(engine, shape, dtype.itemsize)
+        best = dict.fromkeys((part.name for part in parts), float("inf"))
+        peak = Peaks(0, 0)
+        for _ in range(turns):
+            for part in parts:
+                best[part.name] = min(best[part.name], *(_seconds(part.work) for _ in range(3)))
+            now = peaks(dtype, 64 if quick else 2048, 3)
+            peak = Peaks(max(peak.operations, now.operations), max(peak.read, now.read))
+    name = str(dtype).removeprefix("torch.")
+    print(f"| {name}: {peak.operations / 1e12:.2f} TFLOP/s, {peak.read / 1e9:.1f} GB/s | | | |", flush=True)
+    reached = True
+    for part in parts:
+        floor = part.cost.seconds(Ceilings(peak.operations, peak.read, peak.read))
+        share = floor / best[part.name]
+        reached &= share >= part.target
+        print(f"| {name}, {part.name} | {1000 * floor:.2f} ms | {1000 * best[part.name]:.2f} ms | {share:.0%} |")
+    return reached
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: checks that it runs, measures nothing")
+    args = parser.parse_args(argv)
+    print(f"{torch.get_num_threads()} threads\n\n| part | floor | time | share |\n|---|---|---|---|")
+    reached = [measure(dtype, args.turns, args.quick) for dtype in (torch.bfloat16, torch.float32)]
+    return 0 if args.quick or reached[0] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

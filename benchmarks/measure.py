@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def measure(module: str, **settings: Any) -> dict[str, float]:
@@ -28,6 +28,13 @@ def settings() -> dict[str, Any]:
     """Settings from the command line of the measured process."""
     values: dict[str, Any] = json.loads(sys.argv[1])
     return values
+
+
+def open_replies() -> TextIO:
+    """The standard output for replies; what libraries print goes to standard error from now on."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
 
 
 def peak_mib() -> float:

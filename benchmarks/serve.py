@@ -17,19 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
-
 from benchmarks.eval import QUICK
 from benchmarks.serve_client import Clients, Seen, body, photo, prompt, question, rate
-from benchmarks.synthetic import Size, make_checkpoint
+from benchmarks.synthetic import Size, make_answers_differ, make_checkpoint
 from tests.serve.programs import program
 from tests.serve.stubs import get, until
 
 CLIENTS = 16
-# Answers of a random model hardly depend on the prompt; these factors make them differ by image and question.
-FACTORS = {"embed_tokens": 50.0, "mm_projector.2": 50.0, "q_proj": 4.0, "k_proj": 4.0, "o_proj": 8.0, "down_proj": 8.0}
 
 
 @dataclass(frozen=True)
@@ -46,23 +40,6 @@ class Plan:
 
 FULL = Plan(Size())
 SMALL = Plan(QUICK, tokens=4, conversations=1, short=2, limit=2, arrivals=8)
-
-
-def make_chat(root: Path, size: Size) -> Path:
-    """A random model whose answers are whole words, never end, and depend on the image and the question.
-
-    Such answers tokenize in the next turn as they were generated, as those of a trained model mostly do.
-    """
-    chat = make_checkpoint(root, size)
-    tokenizer = AutoTokenizer.from_pretrained(chat, use_fast=False)
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    silent = [at for at, piece in enumerate(pieces) if not (piece.startswith("▁") and piece.strip("▁"))]
-    state = load_file(chat / "model.safetensors")
-    for name, weight in state.items():
-        weight *= next((factor for part, factor in FACTORS.items() if f".{part}.weight" in name), 1.0)
-    state["lm_head.weight"][torch.tensor(silent)] = 0
-    save_file(state, chat / "model.safetensors", {"format": "pt"})
-    return chat
 
 
 @contextmanager
@@ -191,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     plan = SMALL if args.quick else FULL
     with tempfile.TemporaryDirectory() as directory:
-        chat = make_chat(Path(directory), plan.size)
+        chat = make_checkpoint(Path(directory), plan.size)
+        make_answers_differ(chat)
         threads = args.threads or best_threads(chat, plan)
         with serving("benchmarks.serve_reference", str(chat), threads=threads) as clients:
             theirs = measure(clients, plan)

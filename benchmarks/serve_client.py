@@ -35,12 +35,12 @@ class Seen:
     status: int = 200
 
 
-def photo(number: int) -> str:
-    """Image number `number`, 640x480, as a base64 JPEG."""
+def photo(number: int, size: tuple[int, int] = (640, 480)) -> str:
+    """Image number `number` as a base64 JPEG."""
     chance = np.random.default_rng(number)
     small = Image.fromarray(chance.integers(0, 255, (24, 32, 3), dtype=np.uint8))
     file = io.BytesIO()
-    small.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
+    small.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=92)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
 from tests.tiny import make_tokenizer
+
+# Answers of a random model hardly depend on the prompt; these factors make them differ by image and question.
+FACTORS = {"embed_tokens": 50.0, "mm_projector.2": 50.0, "q_proj": 4.0, "k_proj": 4.0, "o_proj": 8.0, "down_proj": 8.0}
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,19 @@ def make_checkpoint(root: Path, size: Size, dtype: torch.dtype = torch.float32) 
     finally:
         torch.set_default_dtype(torch.float32)
     return root / "chat"
+
+
+def make_answers_differ(chat: Path) -> None:
+    """Change a random checkpoint so that answers are whole words, never end, and depend on the image and the question.
+
+    Such answers tokenize in the next turn as they were generated, as those of a trained model mostly do.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(chat, use_fast=False)
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    silent = [at for at, piece in enumerate(pieces) if not (piece.startswith("▁") and piece.strip("▁"))]
+    state = load_file(chat / "model.safetensors")
+    for name, weight in state.items():
+        weight *= next((factor for part, factor in FACTORS.items() if f".{part}.weight" in name), 1.0)
+    state["lm_head.weight"][silent] = 0
+    state["lm_head.weight"][len(tokenizer) :] = 0
+    save_file(state, chat / "model.safetensors", {"format": "pt"})

@@ -420,17 +420,18 @@ def _json_object(text: str) -> dict[str, object]:
 
 
 def use_fused_adamw(args: TrainingArguments) -> None:
-    """Use fused AdamW instead of the default where possible: same update, no temporary copies.
+    """Use fused AdamW instead of the default where possible: same update in one pass, no temporary copies.
 
     On CUDA the default (foreach) updates all parameters at once through lists of temporaries, several bytes per
     parameter at the peak. DeepSpeed has its own flat partitions. float16 keeps the default: the gradient scaler passes
     overflowing steps on to a fused optimizer, and the learning rate schedule would count them.
     """
-    if args.optim != "adamw_torch" or args.device.type != "cuda" or args.fp16 or args.deepspeed_plugin is not None:
+    kind = args.device.type
+    if args.optim != "adamw_torch" or kind not in ("cuda", "cpu") or args.fp16 or args.deepspeed_plugin is not None:
         return
     args.optim = OptimizerNames.ADAMW_TORCH_FUSED
     if args.process_index == 0:
-        logger.info("Using --optim adamw_torch_fused on CUDA; pass --optim adamw_torch for the unfused optimizer.")
+        logger.info("Using --optim adamw_torch_fused; pass --optim adamw_torch for the unfused optimizer.")
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

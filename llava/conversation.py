@@ -413,7 +413,7 @@ _FEW_SHOT: Final = (
 )
 
 
-_SINGLE, _TWO, _MPT = SeparatorStyle.SINGLE, SeparatorStyle.TWO, SeparatorStyle.MPT
+_TWO, _MPT = SeparatorStyle.TWO, SeparatorStyle.MPT
 _HUMAN, _USER = ("Human", "Assistant"), ("USER", "ASSISTANT")
 _CHATML: Final = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -14,6 +15,8 @@ from typing import TextIO
 from safetensors import SafetensorError
 
 from llava.errors import ConfigError
+
+Row = Mapping[str, object]  # a JSON object
 
 
 @contextmanager
@@ -99,8 +102,13 @@ def drop_partial_line(path: Path) -> None:
 
 
 def lock_file(path: Path) -> TextIO:
-    """Lock a file until the returned handle is closed. Raises `ConfigError` if another process holds the lock."""
-    handle = path.open("a", encoding="utf-8")
+    """Lock a file, creating it and its directory, until the returned handle is closed.
+
+    Raises `ConfigError` if another process holds the lock, or the file cannot be written.
+    """
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a", encoding="utf-8")
     try:
         import fcntl
     except ImportError:  # Windows: no advisory locks
@@ -113,6 +121,57 @@ def lock_file(path: Path) -> TextIO:
     except OSError:  # a file system without locks
         return handle
     return handle
+
+
+class OrderedWriter:
+    """Writes a JSON Lines file in order, whatever order its rows arrive in, and continues an existing file.
+
+    `rows` are those of the file without a partial last line, `known` are other rows by position. If `is_failed` is true
+    of a row, the file is rewritten beside the old one and replaces it when complete. `finished` are the positions that
+    need no row. `lock` is the handle of `lock_file`, which `close` releases.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lock: TextIO,
+        rows: Sequence[Row],
+        is_failed: Callable[[Row], bool],
+        known: Mapping[int, Row] | None = None,
+    ) -> None:
+        self.path, self._lock = path, lock
+        own = {at: row for at, row in enumerate(rows) if not is_failed(row)}
+        retry = len(own) < len(rows)
+        self._next = 0 if retry else len(rows)
+        self._pending = {at: row for at, row in ({**(known or {}), **own}).items() if at >= self._next}
+        self.finished = frozenset((*own, *self._pending))
+        self._copy = path.with_name(f"{path.name}.retry") if retry else None
+        with write_errors(path):
+            if self._copy is None and path.is_file():  # not a device
+                drop_partial_line(path)
+            self._file = (self._copy or path).open("w" if retry else "a", encoding="utf-8", newline="\n")
+        self._flush()
+
+    def write(self, position: int, row: Row) -> None:
+        """Accept the row of a position. It reaches the file once all earlier positions have."""
+        self._pending[position] = row
+        self._flush()
+
+    def _flush(self) -> None:
+        start = self._next
+        with write_errors(self.path):
+            while self._next in self._pending:
+                self._file.write(json.dumps(self._pending.pop(self._next)) + "\n")
+                self._next += 1
+            if self._next > start:
+                self._file.flush()
+
+    def close(self, *, complete: bool) -> None:
+        """Close the file; if `complete`, a rewritten file replaces the old one."""
+        with self._lock, write_errors(self.path):
+            self._file.close()
+            if self._copy and complete:
+                self._copy.replace(self.path)
 
 
 def _set_mode(file: Path, mode: int) -> None:

@@ -1,4 +1,4 @@
-"""Helpers of all programs: exit statuses, optional packages, logging, moderation, faster model construction."""
+"""Helpers of all programs: exit statuses, optional packages, flags, logging, moderation, faster model construction."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ import logging.handlers
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from llava.constants import LOGDIR
-from llava.errors import DependencyError, LlavaError
+from llava.errors import ConfigError, DependencyError, LlavaError
 from llava.files import write_errors
 
 if TYPE_CHECKING:
+    import argparse
     import asyncio
+    from typing import Self
+
+T = TypeVar("T")
 
 LOG_FORMAT: Final = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 LOG_DATE_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
@@ -76,6 +81,43 @@ def require(module: str, extra: str) -> ModuleType:
                 f"run pip install --force-reinstall 'llava[{extra}]'"
             )
         raise DependencyError(message) from error
+
+
+def flag(default: T, text: str, *aliases: str, **options: object) -> T:
+    """Field of a `CliArgs` class: its default, help text, further flag names, and options of `add_argument`."""
+    return field(default=default, metadata={"help": text, "aliases": aliases, **options})
+
+
+@dataclass(frozen=True)
+class CliArgs:
+    """Base of the settings of a program: fields that are defined by `flag` are its flags."""
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the flags of the fields. A False default makes a switch; other defaults determine the type."""
+        for item in fields(cls):
+            options = dict(item.metadata)
+            if not options:
+                continue
+            names = (f"--{item.name.replace('_', '-')}", *options.pop("aliases"))
+            if item.default is False:
+                options["action"] = "store_true"
+            elif item.default is not None:
+                options = {"type": type(item.default), **options}
+            parser.add_argument(*names, dest=item.name, default=item.default, **options)
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace, **values: object) -> Self:
+        """Settings from the parsed flags of `add_cli_args` and further `values`; absent flags keep their defaults."""
+        given = {item.name: getattr(args, item.name) for item in fields(cls) if hasattr(args, item.name)}
+        return cls(**{**given, **values})
+
+    def check_at_least(self, minimum: int, *names: str) -> None:
+        """Raise `ConfigError` when one of the numeric fields `names` is below `minimum`; None is accepted."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}.")
 
 
 def disable_torch_init() -> None:

@@ -29,7 +29,7 @@ TOP = (
     "benchmarks/",
     "tests/",
 )
-FOLDED = ("images/", "tests/")
+FOLDED = ("images/", "llava/eval/reporting/templates/", "tests/")
 GLOSSES = {
     ".ci/run": "CI entry point: runs scripts/test.sh",
     ".dockerignore": "files left out of the container image",
@@ -58,7 +58,7 @@ GLOSSES = {
     "llava/eval/judging/": "LLM-as-a-judge reviews",
     "llava/eval/judging/page.html": "web page of reviews: styles, controls and script",
     "llava/eval/reporting/": "score tables, charts and comparisons of runs",
-    "llava/eval/reporting/page.css": "styles of the report page",
+    "llava/eval/reporting/templates/": "pages of reports: Jinja templates and styles",
     "llava/serve/web/page.css": "styles of the web page",
     "llava/serve/web/page.js": "history of conversations in the browser, and copies of messages",
     "llava/eval/run/": "answering questions: runner, answer files, manifests, sharding",
@@ -75,6 +75,8 @@ GLOSSES = {
     "llava/serve/control/": "controller: worker registry, request routing, OpenAI-compatible API",
     "llava/serve/web/": "Gradio web page",
     "llava/serve/worker/": "model worker: scheduling, preprocessing, local and OpenAI backends",
+    "llava/train/inspect_data.html": "page of records as training sees them",
+    "llava/train/model_card.jinja": "template of the model card",
     "llava/train/": "training: setup, Trainer, checkpoints, estimates",
     "mkdocs.yml": "settings of the documentation site",
     "playground/": "training data, and the scripts that make the quickstart's data and weights",
@@ -95,6 +97,9 @@ GLOSSES = {
     "scripts_internvl/meta/custom_data.json": "example mixture",
     "tests/": "unit, property, golden-value, attack and end-to-end tests, laid out like llava/",
 }
+
+
+DESCRIBED = (".py", ".md", ".sh", ".cpp", ".h", ".conf", ".service", ".yml", ".yaml")  # files that describe themselves
 
 
 def tracked() -> list[str]:
@@ -120,7 +125,7 @@ def sentence(text: str) -> str:
 
 def first_words(path: Path) -> str | None:
     """A file's description of itself, or None: docstring, first comment, or first paragraph below a page's title."""
-    if path.suffix not in (".py", ".md", ".sh", ".cpp", ".conf", ".service", ".yml", ".yaml") or not path.is_file():
+    if path.suffix not in DESCRIBED or not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
@@ -128,7 +133,7 @@ def first_words(path: Path) -> str | None:
     if path.suffix == ".md":
         prose = re.compile(r"[A-Z0-9*`\[]")
         return next((block for block in text.split("\n\n")[1:] if prose.match(block) and block[:3] != "```"), None)
-    mark = "// " if path.suffix == ".cpp" else "# (?!shellcheck)"
+    mark = "// " if path.suffix in (".cpp", ".h") else "# (?!shellcheck)"
     return next((line.lstrip("#/ ") for line in text.splitlines() if re.match(mark, line)), None)
 
 

@@ -7,16 +7,15 @@ import importlib
 import importlib.util
 import json
 import os
-import sys
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import agreement, decode, packing, peers, quantized, run, sampling, soak, soak_requests, speedrun
+from benchmarks import agreement, decode, floor, lora, packing, quantized, run, sampling, soak, soak_requests, speedrun
 from benchmarks import eval as evaluation
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
 from tests.tiny import CHAT
@@ -26,6 +25,12 @@ def table_rows(capsys: pytest.CaptureFixture[str]) -> list[str]:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert all(float(line.split("|")[-2]) > 0 for line in lines)
     return lines
+
+
+def test_quick_run_of_the_floors_prints_a_share_for_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert floor.main(["--quick", "--turns", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("% |")]
+    assert len(lines) == 2 * 10 and all(float(line.split("|")[-2].rstrip("% ")) > 0 for line in lines)
 
 
 @pytest.mark.slow
@@ -60,6 +65,14 @@ def test_quick_run_of_packing_prints_its_tables(capsys: pytest.CaptureFixture[st
 def test_the_written_table_is_whole() -> None:
     text = Path(run.README).read_text(encoding="utf-8")
     assert text.count(run.BEGIN) == text.count(run.END) == 1
+
+
+def test_adapters_beside_their_base(tiny_dirs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rank", "4", "--batch", "4", "--tokens", "3", "--pairs", "1"]
+    assert lora.main(["--model-path", str(tiny_dirs["base"]), "--text-only", "--device", "cpu", *sizes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"ratio, rank 4, batch 4: \d+\.\d+ \(.* 1 pairs\)", lines[-2])
+    assert lines[-1] == "rows with the tokens that they get alone: 4 of 4"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
@@ -138,81 +151,6 @@ def test_everything_malformed_in_a_soak_is_refused() -> None:
                 assert outcome.word.startswith("refused 4") and not outcome.fault, (wrong[0], outcome)
         good = soak_requests.Call("whole", soak_requests.STREAM, draw.body(soak_requests.STREAM, long=False))
         assert asyncio.run(soak_requests.send(worker.url, good)) == soak_requests.Outcome("answered")
-
-
-STUB_PEER = """\
-import json, sys
-given = json.loads(sys.argv[-1])
-assert set(given) == {"model", "batch", "bf16"}
-def say(**reply):
-    print(json.dumps(reply), flush=True)
-say(version="stub 5", learning=LEARNING, threads=1)
-for turn, _ in enumerate(sys.stdin):
-    if turn == FAILS:
-        sys.exit("the stub ran out of luck")
-    say(seconds=[9.0, 2.0, 4.0, 8.0][turn], loss=LOSS, peak_mib=1000.0, beyond_mib=500.0)
-"""
-
-
-def stub(path: Path, learning: int = 10, fails: int = -1, loss: float = 2.0, speed: float = 1.0) -> list[str]:
-    """The command of a program that replies as a peer does; `speed` divides its times."""
-    text = STUB_PEER.replace("LEARNING", str(learning)).replace("FAILS", str(fails)).replace("LOSS", str(loss))
-    path.write_text(text.replace("[turn]", f"[turn] / {speed}"), encoding="utf-8")
-    return [sys.executable, str(path), json.dumps({"model": "", "batch": "", "bf16": False})]
-
-
-def test_a_peer_takes_turns_and_is_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ours, peer = stub(tmp_path / "ours.py", speed=4.0), stub(tmp_path / "peer.py")
-    ready, replies = peers.take_turns(ours, peer, pairs=3)
-    assert ready["version"] == "stub 5"
-    assert [[reply["seconds"] for reply in side] for side in replies] == [[2.25, 0.5, 1, 2], [9, 2, 4, 8]]
-    assert not peers.report("images", "float32", replies)  # the same memory
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| images, time | 4.000 s | 1.000 s | 0.25 (0.25-0.25) | <= 0.7 |"
-    assert lines[1].endswith("| 1.00 | <= 0.6 |") and "differs by 0.0e+00" in lines[3]
-    for reply in replies[0]:
-        reply["peak_mib"] = 500.0
-    assert peers.report("images", "float32", replies)
-    replies[0][-1]["loss"] += 1e-3
-    assert not peers.report("images", "float32", replies) and peers.report("images", "bfloat16", replies)
-
-
-def test_a_peer_that_fails_or_trains_something_else_is_an_error(tmp_path: Path) -> None:
-    ours = stub(tmp_path / "ours.py")
-    with pytest.raises(peers.PeerError, match="the stub ran out of luck"):
-        peers.take_turns(ours, stub(tmp_path / "peer.py", fails=1), pairs=3)
-    with pytest.raises(peers.PeerError, match="different numbers of parameters"):
-        peers.take_turns(ours, stub(tmp_path / "peer.py", learning=11), pairs=1)
-
-
-def test_a_missing_environment_of_a_peer_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert peers.main(["train", "--quick", "--environment", str(tmp_path / "none")]) == 1
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and "make it with --install" in said.err
-    (tmp_path / "file").write_text("")
-    assert peers.main(["train", "--install", "--environment", str(tmp_path / "file")]) == 1
-    assert "cannot be made" in capsys.readouterr().err
-
-
-def test_both_batches_of_a_peer_hold_the_same_tokens(tmp_path: Path) -> None:
-    """Its rows have the expanded image where ours have one placeholder; texts never contain the image token."""
-    config = {
-        "model_type": "llava",
-        "image_token_index": 384,
-        "text_config": {"model_type": "llama", "vocab_size": 500},
-        "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    for case in peers.make_cases(tmp_path, tmp_path):
-        ours, theirs = torch.load(case.ours), torch.load(case.peer)
-        images = 4 * (case.name == "images")
-        assert (theirs["input_ids"] == 384).sum() == images * 4
-        kept = torch.ones(theirs["input_ids"].shape[1], dtype=torch.bool)
-        kept[peers.PLACE : peers.PLACE + images] = images == 0
-        for key in ("input_ids", "labels", "attention_mask"):
-            mine = torch.cat([ours[key][:, : peers.PLACE], ours[key][:, peers.PLACE + bool(images) :]], 1)
-            assert torch.equal(mine.long(), theirs[key][:, kept].long())
-        assert (ours["labels"] != -100).sum() == (theirs["labels"] != -100).sum()
 
 
 def test_a_speedrun_takes_turns_and_repeats_no_recorded_run(

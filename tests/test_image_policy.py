@@ -18,7 +18,6 @@ from llava.engine.chat import load_image as load_chat_image
 from llava.engine.sequence import hash_image
 from llava.errors import ImageError
 from llava.eval.run.images import Base64Images, ImageFolder
-from llava.eval.run.remote_model import data_url
 from llava.images import SERVED, image_data_url, is_plain, open_image, preprocess_image, process_upload, to_rgb
 from llava.mm_utils import load_image_from_base64
 from llava.serve.web.images import load_image as load_upload
@@ -120,7 +119,7 @@ def test_every_program_sees_the_same_pixels(name: str, tmp_path: Path) -> None:
         "MMBench": Base64Images({"x": text}).open("x"),
         "folder": ImageFolder(tmp_path).open(path.name),
         "page": load_upload(str(path)).decode(),
-        "remote": load_image_from_base64(data_url(ImageFolder(tmp_path).read(path.name)).partition(",")[2]),
+        "remote": load_image_from_base64(image_data_url(ImageFolder(tmp_path).read(path.name)).partition(",")[2]),
         "engine": hash_image(Image.open(path)).content,
         "mode of the page": process_upload(Image.open(path), "Crop").crop((0, 0, 2, 1)),
     }

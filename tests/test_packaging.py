@@ -52,7 +52,7 @@ def metadata(wheel: zipfile.ZipFile) -> email.message.EmailMessage:
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "llava").rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    assert "llava/engine/native/decode.cpp" in files
+    assert {f"llava/engine/native/{name}" for name in ("decode.cpp", "amx.h", "common.h")} <= set(files)
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == files
 
 

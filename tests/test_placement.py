@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -168,3 +169,15 @@ def test_spread_uses_few_devices_evenly() -> None:
     order = [placement.balanced_device_map(parts, budgets).of(names[0]).index for names, _ in parts]
     assert order == [0] * 5 + [1] * 6
     assert not placement.balanced_device_map(parts[:5], budgets).is_split
+
+
+@pytest.mark.parametrize(("device", "given", "found"), [(CPU, None, "128"), (CPU, "7", "7"), (CUDA, None, None)])
+def test_onednn_keeps_few_primitives(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, given: str | None, found: str | None
+) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    placement.limit_onednn_cache(device)
+    assert os.environ.get(name) == found

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import llava.engine.engine
 from llava import doctor
-from llava.engine import attention, layers, llama, sampling
+from llava.engine import attention, layers, sampling
 from llava.engine.native import decoder
 from llava.engine.native.build import library
 from llava.engine.sequence import SamplingParams, hash_image
@@ -219,7 +219,7 @@ def test_a_native_kernel_that_writes_nan(run: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_native_kernel_that_is_not_reached(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "native_decode_rows", lambda dtype: 0)
+    monkeypatch.setattr(decoder, "native_decode_rows", lambda dtype, tiles: 0)
     _, lines = run("clip")
     assert failed(lines, "clip") == set(NATIVE)
 

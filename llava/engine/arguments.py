@@ -3,84 +3,88 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from tqdm import tqdm
 
 from llava.engine.sequence import SamplingParams
 from llava.placement import ATTENTION, parse_size
+from llava.utils import CliArgs, flag
 
 if TYPE_CHECKING:
     from llava.engine.engine import Engine
+    from llava.engine.token_budget import TokenLimit
 
 _LOADING: Final = ("vision_tower", "num_gpus", "max_memory", "attn_implementation", "text_only")
-_CACHES: Final = {
-    "kv-cache-memory": "limit of the KV cache of running requests; others wait (default: 35 %% of the memory that is "
-    "free after loading, or one full context if that is more, on CUDA; unlimited elsewhere)",
-    "prefix-cache-memory": "limit of the prefix cache, 0 turns it off (default: 20 %% of the free memory on CUDA, else "
-    "512MiB)",
-    "feature-cache-memory": "limit of the image feature cache, 0 turns it off (default: 2 %% of the free memory, at "
-    "most 2GiB, on CUDA, else 512MiB)",
-}
+
+
+def _size(text: str) -> int:
+    size = parse_size(text)
+    if size is None:
+        raise argparse.ArgumentTypeError(f"expected a size such as 8GiB or 512MiB, got {text!r}")
+    return size
+
+
+def _cache(text: str) -> int | None:
+    return flag(None, f"such as 8GiB: {text}", type=_size, metavar="SIZE")
 
 
 @dataclass(frozen=True)
-class EngineArgs:
+class EngineArgs(CliArgs):
     """Settings of an engine: the checkpoint, its placement and precision, image preprocessing, and memory limits.
 
-    The fields are the flags of `add_cli_args`. Cache limits are bytes, None for the default of `cache_bounds`.
+    Cache limits are bytes, None for the default of `cache_bounds`.
     """
 
     model_path: str
-    model_base: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    load_8bit: bool = False
-    load_4bit: bool = False
-    vision_tower: str | None = None
-    num_gpus: int | None = None
-    max_memory: str | None = None
-    attn_implementation: str = "auto"
-    text_only: bool = False
-    kv_cache_memory: int | None = None
-    prefix_cache_memory: int | None = None
-    feature_cache_memory: int | None = None
-    image_aspect_ratio: Literal["config", "pad", "crop"] = "config"
+    model_base: str | None = flag(None, "base language model of a projector or LoRA checkpoint")
+    device: str | None = flag(None, "cuda, cuda:N, mps or cpu (default: the best available)")
+    dtype: str | None = flag(None, "float32, float16 or bfloat16 (default: float32 on CPU, else 16 bit)")
+    load_8bit: bool = flag(False, "quantize the language model to 8 bit")
+    load_4bit: bool = flag(False, "quantize the language model to 4 bit")
+    vision_tower: str | None = flag(None, "vision tower to use instead of the checkpoint's")
+    num_gpus: int | None = flag(
+        None, "split the weights over the first N GPUs (default: as few as hold them)", type=int
+    )
+    max_memory: str | None = flag(
+        None, "memory for weights: 20GiB per GPU, or 0=10GiB,1=20GiB (default: most of what is free)"
+    )
+    attn_implementation: str = flag(
+        "auto", "attention of the language model (default %(default)s)", "--attn_implementation", choices=ATTENTION
+    )
+    text_only: bool = flag(False, "load a language model, or an adapter of one, without a tower")
+    kv_cache_memory: int | None = _cache(
+        "limit of the KV cache of running requests; others wait (default: 35 %% of the memory that is free after "
+        "loading, or one full context if that is more, on CUDA; unlimited elsewhere)"
+    )
+    prefix_cache_memory: int | None = _cache(
+        "limit of the prefix cache, 0 turns it off (default: 20 %% of the free memory on CUDA, else 512MiB)"
+    )
+    feature_cache_memory: int | None = _cache(
+        "limit of the image feature cache, 0 turns it off (default: 2 %% of the free memory, at most 2GiB, on CUDA, "
+        "else 512MiB)"
+    )
+    image_aspect_ratio: Literal["config", "pad", "crop"] = flag(
+        "config", "pad images to a square, or crop the centre (default: as the checkpoint was trained)",
+        choices=("config", "pad", "crop"),
+    )  # fmt: skip
     max_batch_size: int = 16
+    max_num_batched_tokens: TokenLimit = None
+    lora: Mapping[str, str] = field(default_factory=dict)  # directories of LoRA adapters by name
 
     @staticmethod
-    def add_cli_args(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-        """Add the flags that load a model; `required` makes `--model-path` mandatory."""
-        add = parser.add_argument
-        add("--model-path", required=required, help="checkpoint directory")
-        add("--model-base", help="base language model of a projector or LoRA checkpoint")
-        add("--device", help="cuda, cuda:N, mps or cpu (default: the best available)")
-        add("--dtype", help="float32, float16 or bfloat16 (default: float32 on CPU, else 16 bit)")
-        add("--load-8bit", action="store_true", help="quantize the language model to 8 bit")
-        add("--load-4bit", action="store_true", help="quantize the language model to 4 bit")
-        add("--vision-tower", help="vision tower to use instead of the checkpoint's")
-        add("--num-gpus", type=int, help="split the weights over the first N GPUs (default: as few as hold them)")
-        add(
-            "--max-memory", help="memory for weights: 20GiB per GPU, or 0=10GiB,1=20GiB (default: most of what is free)"
-        )
-        add("--attn-implementation", "--attn_implementation", choices=ATTENTION, default="auto")
-        add("--text-only", action="store_true", help="load a language model, or an adapter of one, without a tower")
-        for name, text in _CACHES.items():
-            add(f"--{name}", type=_size, metavar="SIZE", help=f"such as 8GiB: {text}")
-        add(
-            "--image-aspect-ratio",
-            choices=("config", "pad", "crop"),
-            default="config",
-            help="pad images to a square, or crop the centre (default: as the checkpoint was trained)",
-        )
+    def add_lora_arg(parser: argparse.ArgumentParser) -> None:
+        """Add `--lora`, for programs whose requests name an adapter."""
+        text = "serve the LoRA adapter of directory DIR beside the model, as model NAME; repeatable"
+        parser.add_argument("--lora", action=_AddLora, default={}, metavar="NAME=DIR", help=text)
 
     @classmethod
-    def from_cli_args(cls, args: argparse.Namespace, *, max_batch_size: int = 16) -> EngineArgs:
-        """Settings from the parsed flags of `add_cli_args`; absent flags keep their defaults."""
-        given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
-        return cls(**{**given, "max_batch_size": max_batch_size})
+    def add_cli_args(cls, parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+        """Add the flags that load a model; `required` makes `--model-path` mandatory."""
+        parser.add_argument("--model-path", required=required, help="checkpoint directory")
+        super().add_cli_args(parser)
 
     @property
     def quantization(self) -> str | None:
@@ -107,10 +111,12 @@ class EngineArgs:
             load_8bit=self.load_8bit,
             load_4bit=self.load_4bit,
             max_batch_size=self.max_batch_size,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             image_aspect_ratio=None if self.image_aspect_ratio == "config" else self.image_aspect_ratio,
             kv_cache_bytes=self.kv_cache_memory,
             prefix_cache_bytes=self.prefix_cache_memory,
             feature_cache_bytes=self.feature_cache_memory,
+            lora=self.lora,
             loading={**{name: getattr(self, name) for name in _LOADING}, "progress": progress},
         )
 
@@ -141,8 +147,22 @@ def sampling_params(args: argparse.Namespace, max_new_tokens: int = 128) -> Samp
     )
 
 
-def _size(text: str) -> int:
-    size = parse_size(text)
-    if size is None:
-        raise argparse.ArgumentTypeError(f"expected a size such as 8GiB or 512MiB, got {text!r}")
-    return size
+def token_limit(text: str) -> TokenLimit:
+    """Argument type of `--max-num-batched-tokens`: "auto", or a number of tokens."""
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f'expected a number of tokens, at least 1, or "auto", got {text!r}')
+    return "auto" if text == "auto" else int(text)
+
+
+class _AddLora(argparse.Action):
+    """Adds NAME=DIR to a mapping."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: object, option: str | None = None
+    ) -> None:
+        known: dict[str, str] = getattr(namespace, self.dest)
+        name, _, directory = str(value).partition("=")
+        if not name or not directory or name in known:
+            problem = "is given twice" if name in known else "must be NAME=DIR"
+            raise argparse.ArgumentError(self, f"{value!r} {problem}")
+        setattr(namespace, self.dest, {**known, name: directory})

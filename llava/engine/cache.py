@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from llava.model.transfer import upload_columns
 
 _SLACK = 64  # token slots allocated beyond those in use
 _IDLE_BYTES = 64 * 2**20  # an idle cache up to this size keeps its buffer
+_UNCOMMITTED_BYTES: Final = 4 * 2**30
 _STORE_BYTES: Final = 512 * 2**20  # prefix cache and feature cache on other devices than CUDA
 _PREFILL_TOKENS: Final = 8192
 _LEAST_PREFILL_TOKENS: Final = 512
@@ -33,7 +35,7 @@ _LEAST_PREFIX_SHARE: Final = 0.05
 _CACHES_SHARE: Final = 0.85  # KV and prefix cache while the former grows
 _GROWTH: Final = 5 / 3
 
-Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
+Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType | None, ...]
 
 
 class ShardedKV:
@@ -115,10 +117,18 @@ class KVCache(Cache):
     the prefix. Models of transformers read the cache through `update`; `advance` commits a step after the last layer.
     """
 
-    def __init__(self, spec: CacheSpec, rows: int = 0, slots: int = 0, budget: int | None = None) -> None:
-        """`budget` limits the bytes of the buffer, as long as the rows themselves fit into it."""
+    def __init__(
+        self, spec: CacheSpec, rows: int = 0, slots: int = 0, budget: int | None = None, max_rows: int = 0
+    ) -> None:
+        """`budget` limits the bytes of the buffer, as long as the rows themselves fit into it.
+
+        On the CPU, where unused memory is not committed, the buffer has room for `max_rows`, if they take at most
+        4 GiB, so that a row that joins does not copy the others.
+        """
         self.spec = spec
         self.budget = budget
+        self._max_rows = max_rows if spec.device.type == "cpu" else 0
+        self._used_rows = 0  # most rows since the buffer was allocated
         self.data = spec.empty(rows, slots)
         self.lengths: list[int] = []
         self.prefixes: list[Prefix] = []
@@ -133,6 +143,12 @@ class KVCache(Cache):
         cache.prefixes = [()] * rows
         cache.end = filled
         return cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer; with `max_rows` on the CPU, of the rows used so far."""
+        rows = self.data.shape[2]
+        return self.data.nbytes * self._used_rows // rows if self._max_rows and rows else self.data.nbytes
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         return self.end - self.start
@@ -177,9 +193,12 @@ class KVCache(Cache):
         """Add rows from left-aligned keys and values (layers, 2, n, kv_heads, T, head_dim)."""
         first = len(self.lengths)
         self._reserve(first + len(lengths), max(lengths))
+        self._used_rows = max(self._used_rows, first + len(lengths))
+        start = min(self.start, self.end - max(lengths))
+        self.data[:, :, :first, :, start : self.start] = 0
         for index, length in enumerate(lengths):
             row = self.data[:, :, first + index]
-            row[..., : self.end - length, :] = 0
+            row[..., start : self.end - length, :] = 0
             row[..., self.end - length : self.end, :] = source[:, :, index, :, :length]
         self.lengths.extend(lengths)
         self.prefixes.extend(prefixes or [()] * len(lengths))
@@ -223,19 +242,20 @@ class KVCache(Cache):
         rows_now, live = len(self.lengths), self.end - self.start
         if not rows_now:
             self.data = self.spec.empty(0, 0)  # frees the old buffer before the new one is allocated
-        if rows > capacity:
-            capacity = max(rows, 2 * capacity)
         slots = width + max(_SLACK, width // 2)
         if self.spec.context_length is not None:
             slots = max(width + 1, min(slots, self.spec.context_length))
+        if rows > capacity:
+            limit = min(self.budget or math.inf, _UNCOMMITTED_BYTES)
+            roomy = 0 < self._max_rows * slots * self.spec.bytes_per_token <= limit
+            capacity = max(rows, self._max_rows if roomy else 2 * capacity)
         if self.budget is not None and capacity * slots * self.spec.bytes_per_token > self.budget:
             capacity = max(rows, rows_now)
             slots = max(width + 1, min(slots, self.budget // (capacity * self.spec.bytes_per_token)))
         grown = self.spec.empty(capacity, slots)
         if rows_now:
-            grown[:, :, :rows_now, :, : width - live] = 0
             grown[:, :, :rows_now, :, width - live : width] = self.data[:, :, :rows_now, :, self.start : self.end]
-        self.data, self.start, self.end = grown, width - live, width
+        self.data, self.start, self.end, self._used_rows = grown, width - live, width, rows_now
 
 
 def shared_prefixes(prefixes: Sequence[Prefix], device: torch.device) -> list[SharedPrefix]:

@@ -10,8 +10,8 @@ The engine has no thread: its user calls `step()`, or iterates a handle. Greedy 
 from __future__ import annotations
 
 import threading
-import time
-from collections import abc, deque
+from collections import abc
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from operator import index
@@ -28,7 +28,8 @@ from llava.engine.features import FeatureEncoder
 from llava.engine.guided import GrammarCompiler
 from llava.engine.llama import build_model_runner
 from llava.engine.logits import TokenTable, download, token_logprobs
-from llava.engine.prefill import Prefiller
+from llava.engine.lora import LoraWeights
+from llava.engine.prefill import Prefiller, PrefillOutput
 from llava.engine.sampling import NO_TOKEN, Sampler, make_generator
 from llava.engine.sequence import (
     Completion,
@@ -41,6 +42,8 @@ from llava.engine.sequence import (
     hash_image,
 )
 from llava.engine.statistics import Clock, Statistics
+from llava.engine.token_budget import StepBudget, TokenBudget, TokenLimit
+from llava.engine.waiting import WaitingQueue
 from llava.errors import ConfigError, ContextLengthError, ImageCountError, RequestError
 from llava.mm_utils import encode_prompt, get_model_name_from_path
 from llava.placement import avoid_cudnn_attention, resolve_device
@@ -48,14 +51,18 @@ from llava.placement import avoid_cudnn_attention, resolve_device
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+    from llava.model.lora_adapter import LoraAdapter
+
 
 class Engine:
     """Continuous batching over one model, which is set to evaluation mode.
 
     `image_aspect_ratio` defaults to the model's setting. `max_prefill_tokens` limits the prompt tokens of one forward
-    pass, and so the time running requests wait between two tokens. `kv_cache_bytes` limits the KV cache of running
-    requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image features cached
-    for later requests. The defaults are those of `llava.engine.cache.cache_bounds`.
+    pass, `max_num_batched_tokens` the tokens of a step in which requests decode, and so the time they wait between two
+    tokens: a number, "auto" (`llava.engine.token_budget`), or None for no limit. `kv_cache_bytes` limits the KV cache
+    of running requests, others wait; `prefix_cache_bytes` and `feature_cache_bytes` limit the prefixes and image
+    features cached for later requests. The defaults are those of `llava.engine.cache.cache_bounds`. `lora` are adapters
+    of the model that requests may name.
 
     Threads may share an engine: they take turns in `step` and its callers (`generate`, `stream`, `result`), and all
     their requests share the batch. The engine fuses weights in memory (`llava.engine.layers`), so create it after the
@@ -70,10 +77,12 @@ class Engine:
         *,
         max_batch_size: int = 16,
         max_prefill_tokens: int | None = None,
+        max_num_batched_tokens: TokenLimit = None,
         image_aspect_ratio: str | None = None,
         kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
         feature_cache_bytes: int | None = None,
+        lora: abc.Sequence[LoraAdapter] = (),
     ) -> None:
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size (--batch-size) must be at least 1, got {max_batch_size}.")
@@ -84,6 +93,10 @@ class Engine:
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
         self.model_runner = build_model_runner(model)
         spec = self.model_runner.spec
+        self.lora = {adapter.name: adapter for adapter in lora}
+        self._adapters = {name: number for number, name in enumerate(self.lora, 1)}
+        if self.lora:
+            self.model_runner.set_lora(LoraWeights(model, lora, spec.dtype))
         # On CUDA the previous step is detokenised while the GPU computes the current one.
         self._on_cuda = spec.device.type == "cuda"
         if self._on_cuda:
@@ -93,13 +106,14 @@ class Engine:
         bounds = cache_bounds(spec, kv_cache_bytes, prefix_cache_bytes, feature_cache_bytes, max_prefill_tokens)
         self.kv_cache_bytes, self.max_prefill_tokens = bounds.kv, bounds.prefill_tokens
         self.features = FeatureEncoder(model, image_processor, self.image_aspect_ratio, bounds.features)
+        self.features.projectors += [adapter.projector for adapter in self.lora.values()]
         self.clock = Clock()
         self.prefiller = Prefiller(self.model_runner, self.features, bounds.prefill_tokens, bounds.prefix, self.clock)
-        self.generated_tokens = self.decode_steps = self.decode_rows = self.started = 0
-        self.waiting_seconds = 0.0
-        self._waiting: deque[Sequence] = deque()
+        self.generated_tokens = self.decode_steps = self.decode_rows = 0
+        self._waiting = WaitingQueue(self.prefiller, max_batch_size, self.kv_cache_bytes, spec.bytes_per_token)
         self._running: list[Sequence] = []  # by row of the KV cache
-        self._cache = KVCache(spec, budget=self.kv_cache_bytes)
+        self._cache = KVCache(spec, budget=self.kv_cache_bytes, max_rows=max_batch_size)
+        self._budget = TokenBudget(max_num_batched_tokens, spec.device.type, self.features)
         self._lock = threading.RLock()
 
     def submit(self, request: Request) -> RequestHandle:
@@ -150,9 +164,13 @@ class Engine:
         """Drop cancelled requests, prefill waiting ones, and decode one token per running one. False when idle."""
         with self._lock, self.clock.measure("other"):
             self._drop_cancelled()
-            self._prefill()
-            if self._running:
+            budget = self._budget.begin(self._running, len(self._waiting))
+            self._prefill(budget)
+            self._budget.prefilled()
+            rows = len(self._running)
+            if rows:
                 self._decode()
+            self._budget.end(budget, rows)
             busy = bool(self._running or self._waiting)
             if not busy and self._on_cuda:  # on a CPU, allocating it again costs more than keeping it
                 self._cache.release()
@@ -171,7 +189,7 @@ class Engine:
                     sequence.finish("error", error)
             self._running.clear()
             self._waiting.clear()
-            self._cache = KVCache(self.model_runner.spec, budget=self.kv_cache_bytes)
+            self._cache = KVCache(self.model_runner.spec, budget=self.kv_cache_bytes, max_rows=self.max_batch_size)
 
     def generate(
         self, requests: abc.Sequence[Request], progress: abc.Callable[[int], None] | None = None
@@ -220,7 +238,14 @@ class Engine:
             )
         if not ids:
             raise RequestError("The prompt is empty; send at least one token.")
-        return Prompt(ids, tuple(hash_image(image) for image in request.images))
+        images = tuple(hash_image(image) for image in request.images)
+        number = 0 if request.lora is None else self._adapters.get(request.lora)
+        if number is None:
+            known = ", ".join(self._adapters) or "none"
+            raise RequestError(f"The engine has no LoRA adapter {request.lora!r}; its adapters: {known}.")
+        if self.features.projectors[number] is not None:
+            images = tuple(image.projected_by(number) for image in images)
+        return Prompt(ids, images, number)
 
     def _ids(self, prompt: str | abc.Sequence[int]) -> tuple[int, ...]:
         """Token ids of a prompt. Raises `RequestError` for invalid text and for ids outside the vocabulary."""
@@ -256,7 +281,7 @@ class Engine:
         return token_bytes(self.tokenizer)
 
     def _drop_cancelled(self) -> None:
-        for sequence in [sequence for sequence in list(self._waiting) if sequence.handle.cancelled]:
+        for sequence in [sequence for sequence in self._waiting if sequence.handle.cancelled]:
             self._waiting.remove(sequence)
             sequence.finish("cancelled")
         for row in reversed(range(len(self._running))):
@@ -276,10 +301,11 @@ class Engine:
         """Counters, load and memory of the engine."""
         prefiller, features = self.prefiller, self.features
         return Statistics(
-            requests=self.started,
-            waiting_seconds=self.waiting_seconds,
+            requests=self._waiting.started,
+            waiting_seconds=self._waiting.waiting_seconds,
             prompt_tokens=prefiller.prompt_tokens,
             computed_tokens=prefiller.computed_tokens,
+            prefill_chunks=prefiller.chunks,
             cached_tokens=prefiller.cached_tokens,
             prefix_hits=prefiller.hits,
             prefix_evictions=prefiller.prefix_cache.evictions,
@@ -293,61 +319,50 @@ class Engine:
             running=len(self._running),
             waiting=len(self._waiting),
             max_batch_size=self.max_batch_size,
-            kv_bytes=self._cache.data.nbytes,
+            kv_bytes=self._cache.nbytes,
             prefix_bytes=prefiller.prefix_cache.bytes,
             feature_bytes=features.store.bytes,
             seconds=self.clock.seconds(),
         )
 
-    def _schedule(self) -> list[Sequence]:
-        """Remove and return the waiting sequences to start now.
-
-        With a backlog, none starts before a quarter of the batch is free, so that prompts run in batches. While rows
-        are running, new prompts are limited to `max_prefill_tokens`, so that these do not wait long.
-        """
-        free = self.max_batch_size - len(self._running)
-        if self._running and free < min(len(self._waiting), self.max_batch_size // 4):
-            return []
-        started: list[Sequence] = []
-        longest = max((sequence.max_tokens for sequence in self._running), default=0)
-        tokens, previous = 0, None
-        while self._waiting and len(started) < free:
-            sequence = self._waiting[0]
-            tokens += self.prefiller.new_tokens(sequence.prompt, previous)
-            if started and self._running and tokens > self.max_prefill_tokens:
-                break
-            longest = max(longest, sequence.max_tokens)
-            bytes_needed = (len(self._running) + len(started) + 1) * longest * self.model_runner.spec.bytes_per_token
-            if self.kv_cache_bytes is not None and bytes_needed > self.kv_cache_bytes:
-                break
-            started.append(self._waiting.popleft())
-            previous = sequence.prompt
-        self.started += len(started)
-        self.waiting_seconds += sum(time.perf_counter() - sequence.submitted for sequence in started)
-        return started
-
-    def _prefill(self) -> None:
-        """Prefill the scheduled sequences and sample their first tokens."""
-        started = self._schedule()
-        if not started:
-            return
-        waiting = [sequence.prompt for sequence in list(self._waiting)[: 2 * self.max_batch_size]]
+    def _prefill(self, budget: StepBudget) -> None:
+        """Prefill the scheduled sequences and a chunk of a long prompt, and sample the first tokens."""
+        queue = self._waiting
+        started = queue.schedule(self._running, budget)
         batch = [sequence for sequence in started if sequence.params.num_beams == 1]
-        try:
+        prompts, later = [sequence.prompt for sequence in batch], queue.next_prompts(2 * self.max_batch_size)
+        with self._failing(started):
             for sequence in started:
                 if sequence.params.num_beams > 1:
                     self._beam_search(sequence)
             with self.clock.measure("prefill"):
-                for output in self.prefiller.run([sequence.prompt for sequence in batch], waiting):
-                    self._cache.join(output.data, output.lengths, output.prefixes)
-                    rows = [batch[index] for index in output.indices]
-                    self._running.extend(rows)
-                    self._append(len(self._running) - len(rows), Sampler.of(rows), output.logits)
+                for output in self.prefiller.run(prompts, later) if batch else ():
+                    self._join(output, [batch[index] for index in output.indices])
+        if queue.chunked is not None:
+            long, prefill = queue.chunked
+            with self._failing([long]), self.clock.measure("prefill"):
+                done = self.prefiller.advance(prefill, budget)
+                if done is not None:
+                    queue.remove(long)
+                    self._join(done, [long])
+
+    @contextmanager
+    def _failing(self, sequences: list[Sequence]) -> abc.Iterator[None]:
+        """Finish those of `sequences` that did not get into the batch with the exception that the block raises."""
+        try:
+            yield
         except Exception as error:
-            for sequence in started:
+            for sequence in sequences:
                 if not sequence.handle.done and sequence not in self._running:
+                    self._waiting.remove(sequence)
                     sequence.finish("error", f"{type(error).__name__}: {error}")
             raise
+
+    def _join(self, output: PrefillOutput, rows: list[Sequence]) -> None:
+        """Add prefilled rows to the batch and sample their first tokens."""
+        self._cache.join(output.data, output.lengths, output.prefixes)
+        self._running.extend(rows)
+        self._append(len(self._running) - len(rows), Sampler.of(rows), output.logits)
 
     def _beam_search(self, sequence: Sequence) -> None:
         """Answer one sequence with transformers' `generate` over its embeddings, outside the batch."""
@@ -356,7 +371,8 @@ class Engine:
         embeds = self.prefiller.embed(sequence.prompt)  # (L, D)
         # The default would initialise every GPU.
         devices = {device for device in (spec.device, *spec.layer_devices) if device.type == "cuda"}
-        with torch.random.fork_rng(devices, enabled=params.temperature > 0), self.clock.measure("decode"):
+        adapted = self.model_runner.adapted([sequence.prompt.adapter])
+        with torch.random.fork_rng(devices, enabled=params.temperature > 0), self.clock.measure("decode"), adapted:
             if params.seed is not None:
                 torch.manual_seed(params.seed)
             output = self.model.generate(
@@ -383,7 +399,9 @@ class Engine:
         self.decode_steps += 1
         self.decode_rows += len(self._running)
         with self.clock.measure("decode"):
-            logits = self.model_runner.decode([sequence.tokens[-1] for sequence in self._running], self._cache, sampler)
+            adapters = [sequence.prompt.adapter for sequence in self._running] if self.lora else ()
+            tokens = [sequence.tokens[-1] for sequence in self._running]
+            logits = self.model_runner.decode(tokens, self._cache, sampler, adapters)
         self._append(0, sampler, logits)
 
     def _append(self, first: int, sampler: Sampler, logits: Tensor) -> None:
@@ -442,13 +460,18 @@ def load_engine(
     load_8bit: bool = False,
     load_4bit: bool = False,
     loading: abc.Mapping[str, Any] | None = None,
+    lora: abc.Mapping[str, str | Path] | None = None,
     **options: Any,
 ) -> Engine:
     """Load a checkpoint into an engine; `options` are those of `Engine`, `loading` those of `load_pretrained_model`.
 
-    `device` and `dtype` default to the best available device and its dtype, see `llava.placement`.
+    `device` and `dtype` default to the best available device and its dtype, see `llava.placement`. `lora` are
+    directories of LoRA adapters by name, for `Request.lora`.
     """
     from llava.model.builder import load_pretrained_model
+    from llava.model.lora_adapter import load_lora_adapter, served_base
+
+    base = served_base(model_path, model_base) if lora else None
 
     tokenizer, model, image_processor, _ = load_pretrained_model(
         str(model_path),
@@ -460,4 +483,6 @@ def load_engine(
         dtype=dtype,
         **(loading or {}),
     )
-    return Engine(model, tokenizer, image_processor, **options)
+    ratio = options.get("image_aspect_ratio")
+    adapters = [load_lora_adapter(name, path, model, base, ratio) for name, path in (lora or {}).items()]
+    return Engine(model, tokenizer, image_processor, lora=adapters, **options)

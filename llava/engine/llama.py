@@ -8,7 +8,7 @@ tables are computed once per step, not once per layer. Results differ only by th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -18,19 +18,27 @@ from transformers.models.llama import modeling_llama
 
 from llava.engine.cache import KVCache
 from llava.engine.layers import DecoderLayer, FusedLinear, RMSNorm
+from llava.engine.lora import LoraStep, LoraWeights
 from llava.engine.model_runner import ModelRunner
 from llava.engine.native.decoder import NativeDecoder
+from llava.engine.native.lora import NativeLora
 from llava.engine.packing import DecodeStep, VarlenBatch
 from llava.engine.prefix_cache import Prefix
 from llava.engine.sampling import Sampler
 from llava.model.language_model.packed import LlamaDecoderLayer
-from llava.placement import native_decode_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Attention = Callable[[int, Tensor, Tensor, bool], Tensor]
 Rotation = tuple[Tensor, Tensor]
+# Modules of `DecoderLayer.projections`.
+PROJECTIONS: Final = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 SUPPORTED_LAYERS = (LlamaDecoderLayer, modeling_llama.LlamaDecoderLayer)
 
 
@@ -53,6 +61,7 @@ class LlamaRunner(ModelRunner):
         self.head_device = next(model.lm_head.parameters()).device
         self.rotary = self.core.layers[0].self_attn.rotary_emb
         self.native = NativeDecoder.build(self.spec, self.heads, self.layers, self.norm, self.head)
+        self.reads_prefix_per_row = self.native is not None
 
     @staticmethod
     def supports(model: PreTrainedModel) -> bool:
@@ -68,35 +77,61 @@ class LlamaRunner(ModelRunner):
     def logits(self, states: Tensor) -> Tensor:
         return self.head(states.to(self.head_device, non_blocking=True))
 
-    def prefill(self, rows: Sequence[Tensor], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
-        """As `ModelRunner.prefill`; keys and values exclude the prefixes, which may differ in length."""
-        batch = VarlenBatch(self.spec, [len(row) for row in rows], prefixes)
-        rotation = self._rotation(batch.positions, batch.end)
-        return batch.data, self._run(torch.cat(list(rows)), rotation, batch.attention, batch.last)
+    def set_lora(self, weights: LoraWeights) -> None:
+        super().set_lora(weights)
+        stack = self.spec.device.type == "cuda"
+        for index, layer in enumerate(self.layers):
+            for linear, names in zip(layer.projections, PROJECTIONS, strict=True):
+                modules = {
+                    f"model.layers.{index}.{name}": self.core.layers[index].get_submodule(name) for name in names
+                }
+                linear.lora = weights.fuse(list(modules), [one.out_features for one in modules.values()], stack=stack)
+        if self.native is not None:
+            linears = [linear.lora for layer in self.layers for linear in layer.projections if linear.lora]
+            self.native.lora = NativeLora(linears)
 
-    def prefill_kv(self, row: Tensor, prefix: Prefix) -> Tensor:
+    def prefill(
+        self, rows: Sequence[Tensor], prefixes: Sequence[Prefix], adapters: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """As `ModelRunner.prefill`; keys and values exclude the prefixes, which may differ in length."""
+        seqlens = [len(row) for row in rows]
+        batch = VarlenBatch(self.spec, seqlens, prefixes)
+        rotation, lora = self._rotation(batch.positions, batch.end), self.lora_step(adapters, seqlens)
+        return batch.data, self._run(torch.cat(list(rows)), rotation, batch.attention, batch.last, lora)
+
+    def prefill_kv(self, row: Tensor, prefix: Prefix, adapter: int = 0) -> Tensor:
         batch = VarlenBatch(self.spec, [len(row)], [prefix])
-        self._run(row, self._rotation(batch.positions, batch.end), batch.attention, None)
+        lora = self.lora_step([adapter], [len(row)])
+        self._run(row, self._rotation(batch.positions, batch.end), batch.attention, None, lora)
         return batch.data[:, :, 0]
 
-    def decode(self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None) -> Tensor:
-        step = DecodeStep(ids, cache, sampler)
+    def decode(
+        self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None, adapters: Sequence[int] = ()
+    ) -> Tensor:
+        step, lora = DecodeStep(ids, cache, sampler), self.lora_step(adapters)
         embeds, rotation = self.embed(step.ids), self._rotation(step.positions, step.end)
-        if self.native is not None and len(ids) <= native_decode_rows(embeds.dtype):
-            logits = self.native.step(embeds, *rotation, cache)
+        if self.native is not None and len(ids) <= self.native.max_rows:
+            logits = self.native.step(embeds, *rotation, cache, lora)
         else:
-            logits = self.logits(self._run(embeds, rotation, step.attention, slice(None)))
+            logits = self.logits(self._run(embeds, rotation, step.attention, slice(None), lora))
         cache.advance()
         return logits
 
-    def _run(self, x: Tensor, rotation: Rotation, attention: Attention, wanted: Tensor | slice | None) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        attention: Attention,
+        wanted: Tensor | slice | None,
+        lora: LoraStep | None,
+    ) -> Tensor:
         """Embeddings (N, D) to the final states of the `wanted` rows; None computes keys and values only."""
         heads, kv_heads, size = self.heads, self.spec.kv_heads, self.spec.head_dim
         cos, sin = (part.to(x.device, non_blocking=True) for part in rotation)
         for index, layer in enumerate(self.layers):
             if layer.device != x.device:
                 x, cos, sin = (part.to(layer.device, non_blocking=True) for part in (x, cos, sin))
-            qkv = layer.qkv(layer.norm(x)).view(len(x), heads + 2 * kv_heads, size)
+            qkv = layer.qkv(layer.norm(x), lora).view(len(x), heads + 2 * kv_heads, size)
             query_key = qkv[:, : heads + kv_heads]  # rotated in place
             swapped = query_key.roll(size // 2, -1)
             query_key.mul_(cos).addcmul_(swapped, sin)
@@ -108,8 +143,9 @@ class LlamaRunner(ModelRunner):
             if last:
                 wanted = wanted.to(x.device, non_blocking=True) if isinstance(wanted, Tensor) else wanted
                 query, x = query[wanted], x[wanted]
-            x = x + layer.out(attention(index, query, keys_values, last))
-            x = layer.feed_forward(x)
+                lora = None if lora is None else lora.last
+            x = layer.out(attention(index, query, keys_values, last), lora, residual=x)
+            x = layer.feed_forward(x, lora)
         return self.norm(x.to(self.norm.weight.device, non_blocking=True))
 
     def _rotation(self, positions: Tensor, end: int) -> Rotation:

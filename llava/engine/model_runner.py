@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llava.engine.cache import CacheSpec, KVCache
+from llava.engine.lora import LoraStep, LoraWeights
 from llava.engine.packing import DecodeStep
 from llava.engine.prefix_cache import Prefix, num_tokens
 from llava.engine.sampling import Sampler
@@ -23,10 +25,12 @@ class ModelRunner:
     """Prefill and decode steps of the decoder and head of a causal language model, over a `KVCache`."""
 
     shares_prefixes: ClassVar[bool] = False  # whether rows read a common prefix in place instead of a copy
+    reads_prefix_per_row: bool = False  # whether a prefix costs a decode step no more than other tokens of its rows
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.core: PreTrainedModel = model.get_decoder()
+        self.lora: LoraWeights | None = None
         config = model.config
         split = getattr(model, "hf_device_map", None)
         self.context_length = context_length(config)
@@ -51,11 +55,25 @@ class ModelRunner:
         logits: Tensor = self.model.lm_head(states)
         return logits
 
-    def prefill(self, rows: Sequence[Tensor], prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+    def set_lora(self, weights: LoraWeights) -> None:
+        """Set the adapters that rows may name by their number, from 1 on; without any, rows use the base."""
+        self.lora = weights
+
+    def lora_step(self, adapters: Sequence[int], seqlens: Sequence[int] | None = None) -> LoraStep | None:
+        return None if self.lora is None else self.lora.step(adapters, seqlens)
+
+    def adapted(self, adapters: Sequence[int]) -> AbstractContextManager[None]:
+        """Run transformers' forward with the adapters of its rows, or with one for all rows."""
+        step = self.lora_step(adapters)
+        return nullcontext() if step is None or self.lora is None else self.lora.hooked(step)
+
+    def prefill(
+        self, rows: Sequence[Tensor], prefixes: Sequence[Prefix], adapters: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings (L_i, D) behind cached prefixes to the rows' keys and values and last states (n, D).
 
         Keys and values are (layers, 2, n, kv_heads, T, head_dim), left-aligned. Here they include the prefixes, which
-        must be equally long.
+        must be equally long. `adapters` are the rows' LoRA adapters, 0 for the base.
         """
         filled = num_tokens(prefixes[0])
         last = upload_columns([[len(row) - 1 for row in rows]], self.spec.device)[0]
@@ -67,21 +85,26 @@ class ModelRunner:
                 cache.data[:, :, row, :, at : at + match.num_tokens] = match.data
                 at += match.num_tokens
         positions = torch.arange(filled, filled + embeds.shape[1], device=embeds.device).unsqueeze(0)
-        states = self._forward(embeds, cache, positions)
+        with self.adapted(adapters):
+            states = self._forward(embeds, cache, positions)
         return cache.data, states[torch.arange(len(rows), device=states.device), last.to(states.device)]
 
-    def prefill_kv(self, row: Tensor, prefix: Prefix) -> Tensor:
+    def prefill_kv(self, row: Tensor, prefix: Prefix, adapter: int = 0) -> Tensor:
         """Keys and values (layers, 2, kv_heads, L, head_dim) of embeddings (L, D) behind `prefix`."""
-        data, _ = self.prefill([row], [prefix])
+        data, _ = self.prefill([row], [prefix], [adapter])
         return data[:, :, 0, :, num_tokens(prefix) :].clone()
 
-    def decode(self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None) -> Tensor:
+    def decode(
+        self, ids: Sequence[int], cache: KVCache, sampler: Sampler | None = None, adapters: Sequence[int] = ()
+    ) -> Tensor:
         """Run one token per row: append its keys and values to the cache and return logits (B, V).
 
         The parameters of `sampler` share the host-to-device copy of the token ids.
         """
         step = DecodeStep(ids, cache, sampler)
-        states = self._forward(self.embed(step.ids).unsqueeze(1), cache, step.positions.unsqueeze(1), step.visible())
+        embeds, positions = self.embed(step.ids).unsqueeze(1), step.positions.unsqueeze(1)
+        with self.adapted(adapters):
+            states = self._forward(embeds, cache, positions, step.visible())
         cache.advance()
         return self.logits(states[:, -1])
 

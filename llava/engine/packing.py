@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llava.engine.attention import SharedPrefix, aligned_mask, attend, attention
 from llava.engine.cache import CacheSpec, KVCache, shared_prefixes
+from llava.engine.native.attention import KVBlock, PromptAttention
 from llava.engine.prefix_cache import Prefix, num_tokens
 from llava.engine.sampling import Sampler
 from llava.model.transfer import Numbers, upload_columns
@@ -59,6 +60,12 @@ class VarlenBatch:
             columns.append(torch.cat([steps[:length] + row * self.max_seqlen for row, length in enumerate(seqlens)]))
         self.positions, self.last, *self._uploaded = upload_columns(columns, spec.device)
         self._layouts: dict[torch.device, _Layout] = {}
+        self._native: PromptAttention | None = None
+        if PromptAttention.supports(spec.dtype, spec.device, spec.head_dim):
+            blocks = [[KVBlock.of(match.node.data, match.num_tokens) for match in prefix] for prefix in prefixes]
+            for row, length in enumerate(self.seqlens):
+                blocks[row].append(KVBlock.of(self.data[:, :, row], length))
+            self._native = PromptAttention(self.seqlens, blocks)
 
     def attention(self, layer: int, query: Tensor, keys_values: Tensor, last: bool) -> Tensor:
         """Attention of queries (N, heads, head_dim), or with `last` of the last tokens' (n, …): contexts (N, D).
@@ -77,6 +84,8 @@ class VarlenBatch:
             grouped = query.view(count, kv_heads, -1, size)
             mask = None if self.even else self._mask("padding", layout)
             return attend(grouped, keys, values, mask, layout.prefixes, layer).reshape(count, -1)
+        if self._native is not None:
+            return self._native(query, kv_heads, size, layer=layer, causal=True)
         query = self._pad(query, layout)  # (n, max_seqlen, heads, head_dim)
         group = query.shape[2] // kv_heads
         if layout.prefixes:

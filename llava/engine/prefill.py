@@ -1,13 +1,13 @@
 """Prefill: prompts to keys, values and first logits, with common prefixes computed once.
 
 Cached prefixes come from the prefix cache. Prefixes that several prompts of the batch, or of those waiting, have in
-common are computed once and cached. The remaining tokens run in batches of rows.
+common are computed once and cached. The remaining tokens run in batches of rows, or one prompt in chunks over several
+steps (Agrawal et al., "Sarathi-Serve", 2024).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -29,6 +29,7 @@ from llava.engine.prefix_cache import (
 )
 from llava.engine.sequence import CacheKeys, HashedImage, Prompt, is_image_key
 from llava.engine.statistics import Clock
+from llava.engine.token_budget import StepBudget
 from llava.errors import RequestError
 
 MIN_SAVED: Final = 64  # tokens a shared prefix must save; it costs time in every decode step
@@ -87,6 +88,26 @@ class PrefillItem:
         self.done += match.num_keys
 
 
+@dataclass(eq=False)
+class ChunkedPrefill:
+    """A prompt between two steps of its prefill: first its images are encoded, then its tokens run in chunks.
+
+    `embeds` (L, D) are the tokens behind the cached prefix of `item`. `node` holds their keys and values, of which
+    `filled` tokens are computed.
+    """
+
+    item: PrefillItem
+    encoding: Generator[None, None, Features] | None
+    embeds: Tensor | None = None
+    node: Node | None = None
+    filled: int = 0
+
+    @property
+    def prefix(self) -> Prefix:
+        """The cached prefix and the computed tokens."""
+        return (*self.item.prefix, PrefixMatch(self.node, self.filled)) if self.node else self.item.prefix
+
+
 class Prefiller:
     """Prefill of batches of prompts, at most `max_tokens` in one forward pass, with a prefix cache."""
 
@@ -100,6 +121,7 @@ class Prefiller:
         self.clock = clock
         self.prompt_tokens = self.computed_tokens = self.cached_tokens = 0
         self.hits = self.images = 0  # prompts with cached tokens, and images of all prompts
+        self.chunks = 0  # of prompts that take several passes
 
     def run(self, prompts: Sequence[Prompt], waiting: Sequence[Prompt] = ()) -> Iterator[PrefillOutput]:
         """Prefill `prompts` and yield them in groups. Prefixes they share with `waiting` prompts are cached."""
@@ -107,18 +129,58 @@ class Prefiller:
         features = self._encode(image for item in items for image in item.images)
         later = [self._item(None, prompt) for prompt in waiting]
         plan_shared_prefixes([*items, *later], lambda item, count: self._compute_node(item, count, features))
+        whole = []
         for item in items:
-            self._compute_chunks(item, features)
-            self._count(item)
-        rows = [self._embed(item.prompt, features, item.done, len(item.prompt.ids)) for item in items]
-        for batch in self._batches(items, [len(row) for row in rows]):
-            yield self._prefill_rows(batch, [items[at] for at in batch], [rows[at] for at in batch])
+            if item.num_tokens(item.limit) < max(self.max_tokens, MIN_SHARED):
+                self._count(item)
+                whole.append(item)
+                continue
+            embeds = self._embed(item.prompt, features, item.done)
+            output = self.advance(ChunkedPrefill(item, None, embeds), StepBudget())
+            assert output is not None
+            yield output
+        rows = [self._embed(item.prompt, features, item.done) for item in whole]
+        for batch in self._batches(whole, [len(row) for row in rows]):
+            yield self._prefill_rows([whole[at] for at in batch], [rows[at] for at in batch])
 
-    def new_tokens(self, prompt: Prompt, previous: Prompt | None) -> int:
-        """Tokens of `prompt` that are neither cached nor shared with `previous`, which is prefilled just before."""
+    def begin(self, prompt: Prompt) -> ChunkedPrefill:
+        """Start the prefill of a prompt that `advance` continues."""
+        item = self._item(0, prompt)
+        return ChunkedPrefill(item, self.features.encode_by_layer(item.images))
+
+    def advance(self, chunked: ChunkedPrefill, budget: StepBudget) -> PrefillOutput | None:
+        """Continue a prefill within `budget`; the output once it is complete.
+
+        Its keys and values become one node of the prefix cache, without the last cache key.
+        """
+        if chunked.encoding is not None and not self._encode_layers(chunked, budget):
+            return None
+        embeds, most = chunked.embeds, max(self.max_tokens, MIN_SHARED)
+        assert embeds is not None
+        while count := budget.chunk(min(len(embeds) - chunked.filled, most)):
+            budget.spend(tokens=count)
+            end = chunked.filled + count
+            rest = embeds[chunked.filled : end]
+            self.chunks += count < len(embeds)
+            if end == len(embeds):
+                return self._finish(chunked, rest)
+            data = self.runner.prefill_kv(rest, chunked.prefix, chunked.item.prompt.adapter)
+            if chunked.node is None:  # each token counts as a cache key, so that a chunk may end within an image
+                whole = self.runner.spec.empty(1, len(embeds))[:, :, 0]
+                chunked.node = Node((), range(len(embeds) + 1), whole)
+            chunked.node.data[..., chunked.filled : end, :] = data
+            chunked.filled = end
+            if budget.is_limited:
+                break
+        return None
+
+    def new_work(self, prompt: Prompt, previous: Prompt | None) -> tuple[int, int]:
+        """Tokens of `prompt` that are neither cached nor shared with `previous`, which is prefilled just before, and
+        the layers of the tower to run for its images."""
         item = self._item(None, prompt)
         shared = 0 if previous is None else common_prefix_length(previous.cache_keys, prompt.cache_keys)
-        return item.ends[-1] - item.ends[max(item.done, shared)]
+        tokens = item.ends[-1] - item.ends[max(item.done, shared)]
+        return tokens, self.features.missing(item.images) * self.features.layers if item.images else 0
 
     def cache(self, prompt: Prompt, tokens: Sequence[int], prefix: Prefix, data: Tensor) -> None:
         """Store a finished sequence in the prefix cache, for the next turn of its conversation.
@@ -132,7 +194,7 @@ class Prefiller:
 
     def embed(self, prompt: Prompt) -> Tensor:
         """Embeddings (L, D) of a whole prompt."""
-        embeds = self._embed(prompt, self._encode(prompt.images), 0, len(prompt.ids))
+        embeds = self._embed(prompt, self._encode(prompt.images), 0)
         self.prompt_tokens += len(embeds)
         self.computed_tokens += len(embeds)
         self.images += len(prompt.images)
@@ -161,30 +223,61 @@ class Prefiller:
         """Compute and cache the next `count` cache keys of `item`."""
         cache_keys = item.prompt.cache_keys[: item.done + count]
         embeds = self._embed(item.prompt, features, item.done, len(cache_keys))
-        data = self.runner.prefill_kv(embeds, item.prefix)
+        data = self.runner.prefill_kv(embeds, item.prefix, item.prompt.adapter)
         self.computed_tokens += len(embeds)
         item.computed += len(embeds)
         return self.prefix_cache.insert(item.prefix, cache_keys, self._token_counts(cache_keys), data)
 
-    def _compute_chunks(self, item: PrefillItem, features: Features) -> None:
-        """Chunked prefill of a prompt that is too long for one forward pass, up to its last chunk."""
-        size = max(self.max_tokens, MIN_SHARED)
-        while item.num_tokens(item.limit) >= size:
-            count = max(1, bisect_right(item.ends, item.ends[item.done] + size) - 1 - item.done)
-            count = min(count, item.limit)
-            item.advance(PrefixMatch(self._compute_node(item, count, features), count))
+    def _encode_layers(self, chunked: ChunkedPrefill, budget: StepBudget) -> bool:
+        """Encode the images of a prompt layer by layer; true if all are encoded and a chunk fits into the budget."""
+        assert chunked.encoding is not None
+        with self.clock.measure("tower"):
+            done = 0
+            while budget.least and (not done or budget.remaining >= budget.layer):
+                try:
+                    next(chunked.encoding)
+                except StopIteration as stop:
+                    chunked.encoding = None
+                    chunked.embeds = self._embed(chunked.item.prompt, stop.value, chunked.item.done)
+                    return not done or budget.remaining >= budget.least * budget.token
+                done += 1
+                budget.spend(layers=1)
+        return False
 
-    def _prefill_rows(self, indices: list[int], items: Sequence[PrefillItem], rows: Sequence[Tensor]) -> PrefillOutput:
+    def _finish(self, chunked: ChunkedPrefill, rest: Tensor) -> PrefillOutput:
+        """Prefill the last chunk `rest`; all but the last cache key of the prompt become a node of the prefix cache."""
+        item, node, keys = chunked.item, chunked.node, chunked.item.prompt.cache_keys
+        self._count(item)
+        if node is None:
+            return self._prefill_rows([item], [rest])
+        data, last = self.runner.prefill([rest], [chunked.prefix], [item.prompt.adapter])
+        node.data[..., chunked.filled :, :] = data[:, :, 0, :, -len(rest) :]
+        total, first = len(node.ends) - 1, item.num_tokens(item.limit)
+        self.computed_tokens += total
+        prefix = item.prefix
+        if item.limit:  # else the prompt ends with an image behind a cached prefix
+            counts = self._token_counts(keys[:-1])
+            known = self.prefix_cache.insert(item.prefix, keys[:-1], counts, node.data[..., :first, :])
+            prefix = (*prefix, PrefixMatch(known, item.limit))
+        logits, indices = self.runner.logits(last), [item.index or 0]
+        if not self.runner.shares_prefixes:
+            return PrefillOutput(indices, data, [data.shape[-2]], [()], logits)
+        if not self.runner.reads_prefix_per_row:
+            prefix, first = item.prefix, 0
+        return PrefillOutput(indices, node.data[:, :, None, :, first:], [total - first], [prefix], logits)
+
+    def _prefill_rows(self, items: Sequence[PrefillItem], rows: Sequence[Tensor]) -> PrefillOutput:
         prefixes = [item.prefix for item in items]
-        data, last = self.runner.prefill(rows, prefixes)
+        data, last = self.runner.prefill(rows, prefixes, [item.prompt.adapter for item in items])
         self.computed_tokens += sum(map(len, rows))
         lengths = [len(row) for row in rows]
         if not self.runner.shares_prefixes:  # the rows contain their prefixes
             lengths = [length + num_tokens(prefix) for length, prefix in zip(lengths, prefixes, strict=True)]
             prefixes = [()] * len(items)
+        indices = [item.index for item in items if item.index is not None]
         return PrefillOutput(indices, data, lengths, prefixes, self.runner.logits(last))
 
-    def _embed(self, prompt: Prompt, features: Features, start: int, stop: int) -> Tensor:
+    def _embed(self, prompt: Prompt, features: Features, start: int, stop: int | None = None) -> Tensor:
         """Embeddings (L, D) of ids `start` to `stop`. Raises `RequestError` if L is not the number of planned slots."""
         ids = prompt.ids[start:stop]
         first = prompt.ids[:start].count(IMAGE_TOKEN_INDEX)

@@ -30,7 +30,7 @@ class Node:
     """
 
     cache_keys: CacheKeys
-    ends: tuple[int, ...]
+    ends: Sequence[int]
     data: Tensor
     parent: Node | None = None
     edge: tuple[int, int] = (0, 0)
@@ -101,7 +101,7 @@ class PrefixCache:
         """Return a node of the `cache_keys` behind `prefix`, added to the tree if its parent is there and it fits.
 
         `cache_keys` start at the root; `data` (layers, 2, kv_heads, tokens, head_dim) is kept, and holds the tokens
-        behind `prefix`: pass a tensor that is not part of a larger one.
+        behind `prefix`: pass a tensor that is not part of a much larger one.
         """
         done = sum(match.num_keys for match in prefix)
         node = Node(cache_keys[done:], token_ends(token_counts[done:]), data)

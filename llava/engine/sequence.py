@@ -34,6 +34,7 @@ _NOT_FINITE: Final = "The model computed NaN or infinity for this request; try a
 _MAX_LOGPROBS: Final = 20
 _PUBLISHED: Final = ("max_new_tokens", "temperature", "top_p", "seed", "stop", "num_beams")
 _IMAGE_KEY: Final = 2**40  # cache keys of images start here, above every token id
+_ADAPTER_KEY: Final = 2**130  # above the cache keys of images
 _PENALTIES: Final = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _TYPES: Final[tuple[tuple[type, str, tuple[str, ...]], ...]] = (
     (Integral, "an integer", ("max_new_tokens", "num_beams", "seed", "top_k", "logprobs")),
@@ -45,12 +46,19 @@ _TYPES: Final[tuple[tuple[type, str, tuple[str, ...]], ...]] = (
 class HashedImage:
     """An image with the hash of its content; images with equal digests have equal features.
 
-    `size` is the width and height before preprocessing, where it is known.
+    `size` is the width and height before preprocessing, where it is known. `projector` is the number of a LoRA adapter
+    with its own projector, else 0.
     """
 
     digest: bytes
     content: ImageInput
     size: tuple[int, int] | None = None
+    projector: int = 0
+
+    def projected_by(self, projector: int) -> HashedImage:
+        """The image with the projector of another adapter, and a digest of both."""
+        own = hashlib.blake2b(self.digest, digest_size=16, salt=projector.to_bytes(8, "big")).digest()
+        return dataclasses.replace(self, digest=own, projector=projector)
 
 
 def hash_image(image: ImageInput | HashedImage) -> HashedImage:
@@ -222,7 +230,8 @@ class Request:
     Control tokens are recognized in a string, except in the text of a `RenderedPrompt` (`Conversation.get_prompt`).
     An image is a PIL image, which the engine preprocesses, a preprocessed float tensor (3, S, S), or a `HashedImage`
     of either. With `cache_prefix` the prompt and its answer are stored in the prefix cache, for the next turn of the
-    conversation. Without `strip` the answer keeps white space at both ends and the space before its first word.
+    conversation. Without `strip` the answer keeps white space at both ends and the space before its first word. `lora`
+    is the name of an adapter of the engine, None for its base.
     """
 
     prompt: str | abc.Sequence[int]
@@ -230,6 +239,7 @@ class Request:
     params: SamplingParams = GREEDY
     cache_prefix: bool = True
     strip: bool = True
+    lora: str | None = None
 
 
 @dataclass(frozen=True)
@@ -305,18 +315,26 @@ class RequestHandle:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt; `ids` contain -200 for every image."""
+    """A tokenized prompt; `ids` contain -200 for every image. `adapter` is the number of a LoRA adapter, 0 for none."""
 
     ids: tuple[int, ...]
     images: tuple[HashedImage, ...]
+    adapter: int = 0
 
     @cached_property
     def cache_keys(self) -> CacheKeys:
-        """The token ids, with one number derived from the digest for every image."""
-        if not self.images:
-            return self.ids
-        image_keys = iter([_IMAGE_KEY + int.from_bytes(image.digest, "big") for image in self.images])
-        return tuple(next(image_keys) if token == IMAGE_TOKEN_INDEX else token for token in self.ids)
+        """The token ids, with one number derived from the digest for every image.
+
+        The first one is different for every adapter, and so all paths in the prefix cache are.
+        """
+        keys = self.ids
+        if self.images:
+            image_keys = iter([_IMAGE_KEY + int.from_bytes(image.digest, "big") for image in self.images])
+            keys = tuple(next(image_keys) if token == IMAGE_TOKEN_INDEX else token for token in keys)
+        if self.adapter:
+            offset = self.adapter * (_ADAPTER_KEY if is_image_key(keys[0]) else -_IMAGE_KEY)
+            keys = (keys[0] + offset, *keys[1:])
+        return keys
 
 
 def is_image_key(cache_key: int) -> bool:
@@ -343,6 +361,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     detokenized: int = 0  # tokens decoded to text
+    needs_chunks: bool = False  # its prompt did not fit into the budget of a step
     submitted: float = field(default_factory=time.perf_counter)
 
     def append(self, token: int) -> FinishReason | None:

@@ -33,6 +33,7 @@ class Statistics:
     waiting_seconds: float = 0.0  # of the started requests, from submission to start
     prompt_tokens: int = 0  # of prefilled prompts, image tokens included
     computed_tokens: int = 0  # prompt tokens that went through the model
+    prefill_chunks: int = 0  # of prompts that took several forward passes
     cached_tokens: int = 0  # prompt tokens from the prefix cache, or computed for another prompt of the batch
     prefix_hits: int = 0  # requests with cached tokens
     prefix_evictions: int = 0  # nodes of the prefix cache

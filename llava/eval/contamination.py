@@ -45,10 +45,10 @@ from llava.eval.reporting.contamination import (
     ImagePair,
     QuestionPair,
     Report,
-    data_url,
     render_page,
     summary,
-)  # fmt: skip
+)
+from llava.eval.reporting.rendering import data_url
 from llava.eval.run.contents import Asked, Benchmark, human_texts, read_benchmark
 from llava.files import write_text
 from llava.images import open_image
@@ -56,6 +56,7 @@ from llava.utils import guarded
 
 THRESHOLD: Final = 0.92
 RARE_WORDS, RARE_RECORDS, RARE_IMAGES = 10, 3, 3
+THUMBNAIL: Final = 288  # pixels of the longer side
 SMALL: Final = 300  # images up to which worker processes are not worth starting
 
 
@@ -242,8 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def thumbnails(pair: ImagePair) -> tuple[str, str]:
             ours, (number, image) = pair.numbers
-            sources = training.load(ours), benchmarks[number].load(image)
-            return data_url(open_image(sources[0])), data_url(open_image(sources[1]))
+            first, second = map(open_image, (training.load(ours), benchmarks[number].load(image)))
+            return data_url(first, THUMBNAIL, quality=80), data_url(second, THUMBNAIL, quality=80)
 
         write_text(args.html, render_page(report, args.max_pairs, thumbnails))
     print(json.dumps(report.to_json(), indent=1) if args.json else summary(report))

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypedDict
+
+from markdown_it import MarkdownIt
 
 from llava.errors import ConfigError
 from llava.eval.judging.reviews import SCORES
@@ -23,65 +24,18 @@ from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, by_key, read_rows, require_same, write_json
 from llava.files import write_text
 
-_BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
-_ITALIC = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*]+?)(?<=[^\s*])\*(?![\w*])")
-_CODE = re.compile(r"`([^`]+)`")
-_ITEM = re.compile(r"\s*(?:[-*+]|(\d+)[.)])\s+(.*)")
-_HEADING = re.compile(r"#{1,6}\s+(.*)")
+# Links and images stay text, since the page has no external resources; nothing in an answer may disappear.
+_MARKDOWN: Final = MarkdownIt("commonmark", {"html": False, "breaks": True}).disable(
+    ["autolink", "code", "image", "lheading", "link", "reference"]
+)
 
 
 def to_html(text: str) -> str:
-    """Convert Markdown to HTML, escaping all other markup."""
-    return "".join(_blocks(text.replace("\r\n", "\n").split("\n")))
-
-
-def _inline(text: str) -> str:
-    """Convert bold, italics and code within a line."""
-    parts = re.split(_CODE, text)
-    return "".join(
-        f"<code>{escape(part)}</code>" if at % 2 else _emphasis(escape(part)) for at, part in enumerate(parts)
-    )
-
-
-def _emphasis(text: str) -> str:
-    return _ITALIC.sub(r"<em>\1</em>", _BOLD.sub(r"<strong>\1</strong>", text))
-
-
-def _blocks(lines: list[str]) -> Iterator[str]:
-    at = 0
-    while at < len(lines):
-        line = lines[at]
-        if line.strip().startswith("```"):
-            end = next((n for n in range(at + 1, len(lines)) if lines[n].strip().startswith("```")), len(lines))
-            code = "\n".join(lines[at + 1 : end])
-            yield f"<pre><code>{escape(code)}</code></pre>"
-            at = end + 1
-        elif not line.strip():
-            at += 1
-        elif match := _HEADING.match(line):
-            yield f"<h4>{_inline(match[1])}</h4>"
-            at += 1
-        else:
-            same = _ITEM.match if _ITEM.match(line) else _is_paragraph
-            end = next((n for n in range(at, len(lines)) if not same(lines[n])), len(lines))
-            yield _list(lines[at:end]) if same is not _is_paragraph else _paragraph(lines[at:end])
-            at = end
-
-
-def _is_paragraph(line: str) -> bool:
-    """Whether a line belongs to a paragraph."""
-    return bool(line.strip()) and not (_ITEM.match(line) or _HEADING.match(line) or line.strip().startswith("```"))
-
-
-def _paragraph(lines: list[str]) -> str:
-    return f"<p>{'<br>'.join(map(_inline, lines))}</p>"
-
-
-def _list(lines: list[str]) -> str:
-    found = [match for line in lines if (match := _ITEM.match(line))]
-    tag = "ol" if found[0][1] else "ul"
-    start = f' start="{int(found[0][1])}"' if tag == "ol" and int(found[0][1]) != 1 else ""
-    return f"<{tag}{start}>{''.join(f'<li>{_inline(match[2])}</li>' for match in found)}</{tag}>"
+    """Convert Markdown to HTML, with headings of one level; all other markup is escaped."""
+    tokens = _MARKDOWN.parse(text)
+    for token in tokens:
+        token.tag = "h4" if token.type.startswith("heading") else token.tag
+    return str(_MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {}))
 
 
 class PageData(TypedDict):

@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--score-only", action="store_true", help="merge and score existing answers without loading a model")
     help_text = "whose prompts and token limits to use (default %(default)s)"
     add("--prompt-profile", choices=(LLAVA, *PROFILES), default=LLAVA, help=help_text)
-    EvalArgs.add_cli_args(parser, temperature=0.0, max_new_tokens=None)
+    EvalArgs.add_cli_args(parser)
     return parser
 
 

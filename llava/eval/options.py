@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 from llava.conversation import get_template, template_for
 from llava.engine import Engine, SamplingParams
@@ -15,12 +15,14 @@ from llava.errors import ConfigError
 from llava.eval.run.remote_model import RemoteModel, normalize_url, served_model
 from llava.eval.run.runner import RunSettings
 from llava.mm_utils import get_model_name_from_path
+from llava.utils import CliArgs, flag
 
-Args = TypeVar("Args", bound="EvalArgs")
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True)
-class EvalArgs:
+class EvalArgs(CliArgs):
     """Settings of an evaluation: the model or server, decoding, and the processing of questions.
 
     `engine` is None if the server at `api_base` answers, `max_new_tokens` is None for the default of the benchmark. The
@@ -31,34 +33,32 @@ class EvalArgs:
     params: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int | None = None
     conv_mode: str | None = None
-    api_base: str | None = None
-    api_model: str | None = None
-    api_timeout: float = 600.0
-    batch_size: int = 16
-    num_workers: int = 4
-    limit: int | None = None
+    api_base: str | None = flag(
+        None, "OpenAI-compatible server to use instead of a model, as in http://127.0.0.1:8000/v1"
+    )
+    api_model: str | None = flag(None, "name of the server's model (default: the only one it lists)")
+    api_timeout: float = flag(600.0, "timeout of a reply in seconds (default %(default)s)")
+    batch_size: int = flag(16, "questions answered concurrently (default %(default)s)")
+    num_workers: int = flag(4, "image loading processes (default %(default)s)")
+    limit: int | None = flag(None, "number of questions to ask (default: all)", type=int)
     resume: bool = False
     overwrite: bool = False
 
-    @staticmethod
-    def add_cli_args(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int | None) -> None:
+    @classmethod
+    def add_cli_args(
+        cls, parser: argparse.ArgumentParser, *, temperature: float = 0.0, max_new_tokens: int | None = None
+    ) -> None:
         """Add the flags of the engine, the server, decoding and the processing of questions."""
-        add = parser.add_argument
         EngineArgs.add_cli_args(parser, required=False)
         add_conv_mode_arg(parser)
-        add("--api-base", help="OpenAI-compatible server to use instead of a model, as in http://127.0.0.1:8000/v1")
-        add("--api-model", help="name of the server's model (default: the only one it lists)")
-        add("--api-timeout", type=float, default=600.0, help="timeout of a reply in seconds (default %(default)s)")
+        super().add_cli_args(parser)
         add_sampling_args(parser, temperature=temperature, max_new_tokens=max_new_tokens)
-        add("--batch-size", type=int, default=16, help="questions answered concurrently (default %(default)s)")
-        add("--num-workers", type=int, default=4, help="image loading processes (default %(default)s)")
-        add("--limit", type=int, help="number of questions to ask (default: all)")
         group = parser.add_mutually_exclusive_group()
         group.add_argument("--resume", action="store_true", help="continue an answers file that has no manifest")
         group.add_argument("--overwrite", action="store_true", help="start the answers file over")
 
     @classmethod
-    def from_cli_args(cls: type[Args], args: argparse.Namespace) -> Args:
+    def from_cli_args(cls, args: argparse.Namespace, **values: object) -> Self:
         """Settings from the parsed flags of `add_cli_args`.
 
         Raises `ConfigError` for values out of range, an unknown template, or without exactly one of model and server.
@@ -75,8 +75,7 @@ class EvalArgs:
         if args.model_path is not None and args.api_base is not None:
             raise ConfigError("--model-path and --api-base exclude each other; give one of them.")
         engine = None if args.api_base else EngineArgs.from_cli_args(args, max_batch_size=args.batch_size)
-        given = {each.name: getattr(args, each.name) for each in fields(cls) if hasattr(args, each.name)}
-        return cls(**{**given, "engine": engine, "params": params})
+        return super().from_cli_args(args, engine=engine, params=params, **values)
 
     @cached_property
     def served_name(self) -> str:

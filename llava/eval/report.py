@@ -17,7 +17,6 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +28,7 @@ from llava.eval.reporting.diff import Ask, Explanation, explain
 from llava.eval.reporting.diff_page import diff_markdown, diff_page
 from llava.eval.reporting.errors import analyse
 from llava.eval.reporting.export import export
-from llava.eval.reporting.page import collect_samples, render_page
-from llava.eval.reporting.panels import analysis_panel
+from llava.eval.reporting.page import TaskErrors, collect_samples, render_page
 from llava.eval.reporting.sides import load_side
 from llava.eval.uncertainty import holm
 from llava.files import write_text
@@ -55,7 +53,7 @@ def build_parser(*, ask: bool = False) -> argparse.ArgumentParser:
     if ask:
         from llava.eval.options import EvalArgs
 
-        EvalArgs.add_cli_args(parser, temperature=0.0, max_new_tokens=None)
+        EvalArgs.add_cli_args(parser)
     return parser
 
 
@@ -64,7 +62,7 @@ def write_report(runs: Sequence[Run], folder: Path, count: int) -> list[Path]:
     tasks = [task for task in TASKS if any(task in run.scores for run in runs)]
     chart = draw_chart(runs) if any(row.ours is not None for run in runs for row in compare(run)) else None
     samples = {task: collect_samples(runs, task, count) for task in tasks} if count else {}
-    page = render_page(runs, chart, samples, list(error_panels(runs)))
+    page = render_page(runs, chart, samples, list(error_analyses(runs)))
     texts = {"report.md": markdown(runs), "report.csv": csv_text(runs), "report.html": page}
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -73,16 +71,12 @@ def write_report(runs: Sequence[Run], folder: Path, count: int) -> list[Path]:
     return [folder / name for name in (*texts, *(["report.png"] if chart is not None else []))]
 
 
-def error_panels(runs: Sequence[Run]) -> Iterator[str]:
-    """A panel with the error analysis of each task, or a note why it is not available."""
+def error_analyses(runs: Sequence[Run]) -> Iterator[TaskErrors]:
+    """The error analysis of each task, or the reason why it is not available."""
     for task in TASKS:
         sides = {run.name: load_side(run.folder, run.scores[task]) for run in runs if task in run.scores}
         found = {name: analyse(side.answers) for name, side in sides.items() if side.answers}
-        if found:
-            yield analysis_panel(f"Errors: {task}", found)
-        for name, side in sides.items():
-            if not side.answers:
-                yield f"<p>No error analysis of {escape(task)}, {escape(name)}: {escape(side.unscored)}.</p>"
+        yield task, found, {name: side.unscored for name, side in sides.items() if not side.answers}
 
 
 def explain_runs(first: Run, second: Run, ask: Ask | None = None) -> list[Explanation]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -24,7 +24,7 @@ from llava.constants import (
 from llava.errors import CheckpointError, RequestError
 from llava.model.checkpoint import EMBEDDINGS, compare_shapes, has_tensors, projector_state, read_tensors
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.tower import VisionTower
+from llava.model.multimodal_encoder.tower import TowerLayers, VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector, projected_tokens
 from llava.model.splice import Images, SpliceLayout, encode_slots, encode_used_slots, splice_batch, splice_prompt
 from llava.model.transfer import to_host, upload
@@ -150,10 +150,18 @@ class LlavaMetaForCausalLM(Module):
         """The number of embeddings one image becomes in the prompt, after the projector; 0 without a tower."""
         return self.get_model().num_image_tokens
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Encode and project images `(K, 3, S, S)` to features `(K, n, D)`."""
-        features = self.get_model().vision_tower(images)
-        projector = self.get_model().mm_projector
+    def encode_images(self, images: Tensor, projector: nn.Module | None = None) -> Tensor:
+        """Encode and project images `(K, 3, S, S)` to features `(K, n, D)`, by default with the model's projector."""
+        return self._project(self.get_model().vision_tower(images), projector)
+
+    def encode_images_by_layer(
+        self, images: Tensor, projector: nn.Module | None = None, layers: TowerLayers | None = None
+    ) -> Generator[None, None, Tensor]:
+        """As `encode_images` without gradients, in parts: yields after each layer of the tower, or of `layers`."""
+        return self._project((yield from self.get_model().vision_tower.encode_by_layer(images, layers)), projector)
+
+    def _project(self, features: Tensor | tuple[Tensor, ...], projector: nn.Module | None) -> Tensor:
+        projector = self.get_model().mm_projector if projector is None else projector
         parameter = next(projector.parameters(), None)
         if parameter is not None:
             features = features.to(parameter) if isinstance(features, Tensor) else tuple(

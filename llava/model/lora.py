@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -182,8 +183,9 @@ def _check_settings(settings: LoraConfig, found: Shapes, wanted: Shapes, directo
         _refuse_odd(odd, directory)
         for name, shape in found.items():
             module, _, rest = name.removeprefix(ADAPTER_PREFIX).partition(".lora_")
-            if rest.startswith("A.") and shape[0] != _rank(settings, module):
-                raise ValueError(f"{name} is {shape}, but adapter_config.json has rank {_rank(settings, module)}")
+            rank, _ = rank_and_scale(settings, module)
+            if rest.startswith("A.") and shape[0] != rank:
+                raise ValueError(f"{name} is {shape}, but adapter_config.json has rank {rank}")
 
 
 def _refuse_odd(names: set[str], directory: Path) -> None:
@@ -235,11 +237,12 @@ def _excluded(directory: Path, modules: set[str]) -> set[str]:
     return {name for name in modules if any(name == end or name.endswith(f".{end}") for end in ends)}
 
 
-def _rank(settings: LoraConfig, module: str) -> int:
-    """The rank of a module as PEFT determines it."""
+def rank_and_scale(settings: LoraConfig, module: str) -> tuple[int, float]:
+    """The rank of a module, and the factor of B A in its weight, as PEFT determines them."""
     patterns = [*settings.rank_pattern, *settings.alpha_pattern]
     key = next((key for key in patterns if re.match(rf".*\.{key}$", module)), module)
-    return int(settings.rank_pattern.get(key, settings.r))
+    rank, alpha = int(settings.rank_pattern.get(key, settings.r)), settings.alpha_pattern.get(key, settings.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if settings.use_rslora else rank) if rank else 0.0
 
 
 def read_settings(directory: Path) -> dict[str, object]:

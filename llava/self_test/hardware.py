@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 
 from llava.engine.attention import select_kernel
-from llava.engine.native.build import find_compiler, library
+from llava.engine.native.build import find_compiler, has_tiles, library
 from llava.placement import native_decode_rows, resolve_attention, resolve_dtype
 from llava.self_test import CheckFailed, CheckSkipped, checks, within
 from llava.self_test.checks import REFERENCE, Case, Role
@@ -58,7 +58,8 @@ def check_native(device: torch.device) -> str:
         raise CheckSkipped("not used: no C++ compiler found; install g++ or clang")
     if library() is None:
         raise CheckFailed(f"{compiler} could not build it; see the warning above")
-    return f"in use for up to {native_decode_rows(torch.float32)} rows, built by {compiler}"
+    tiles = ", with AMX for bfloat16" if has_tiles() else ""
+    return f"in use for up to {native_decode_rows(torch.float32)} rows{tiles}, built by {compiler}"
 
 
 def check_native_logits(case: Case, dtype: torch.dtype, threads: int, bits: int = 0) -> str:

@@ -13,7 +13,7 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -22,10 +22,11 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.conversation import get_template, stop_strings, with_image_token
+from llava.conversation import get_template, stop_strings
 from llava.engine import Engine, Request, RequestHandle, SamplingParams
+from llava.engine.chat import render_question
 from llava.errors import ConfigError, DataError, LlavaError, shorten
-from llava.files import drop_partial_line, lock_file, write_errors
+from llava.files import OrderedWriter, lock_file, write_errors
 from llava.images import open_image, preprocess_image
 from llava.provenance import checkpoint_fingerprint
 
@@ -133,7 +134,7 @@ def answer_prompts(
             for position, text, error in _generate(engine, prompts, pending, settings):
                 if error is not None:
                     failures.append((prompts[position].prompt_id, error))
-                file.write(position, text, error)
+                file.answer(position, text, error)
                 bar.update()
     return BatchResult(len(pending), len(file.finished), tuple(failures), time.monotonic() - start)
 
@@ -171,79 +172,45 @@ def _generate(
 
 def _request(engine: Engine, prompt: Prompt, images: list[Tensor], settings: BatchSettings) -> Request:
     """Render a single turn. The seed depends on the prompt, not on the batch, so that sampling is reproducible."""
-    conversation = get_template(settings.template)
-    text = with_image_token(prompt.text, conversation, engine.model.config, len(images)) if images else prompt.text
-    conversation.append_message(conversation.roles[0], text)
-    conversation.append_message(conversation.roles[1], None)
+    template = get_template(settings.template)
+    rendered = render_question(template, prompt.text, len(images), engine.model.config)
     params, seed = settings.params, None
     if params.temperature > 0 and params.seed is not None:
         seed = params.seed + zlib.crc32(f"{prompt.prompt_id}\n{prompt.text}".encode())
-    stop = (*params.stop, *stop_strings(conversation))
-    return Request(
-        conversation.get_prompt(), images, dataclasses.replace(params, stop=stop, seed=seed), cache_prefix=False
-    )
+    params = dataclasses.replace(params, stop=(*params.stop, *stop_strings(template)), seed=seed)
+    return Request(rendered, images, params, cache_prefix=False)
 
 
-class AnswerFile:
-    """Answers in the order of the prompts, flushed line by line; a context manager.
-
-    `finished` are the positions answered before; a partial last line is removed. When failed answers are to be retried,
-    a copy is written, which replaces the file at the end.
-    """
+class AnswerFile(OrderedWriter):
+    """Answers in the order of the prompts, continued and with failed ones retried; a context manager."""
 
     def __init__(self, path: Path, prompts: Sequence[Prompt], identity: Row, *, overwrite: bool = False) -> None:
-        self.path, self.prompts, self.model_id = path, prompts, identity["model_id"]
+        self.prompts, self.model_id = prompts, identity["model_id"]
         manifest = path.with_name(f"{path.name}.manifest.json")
-        with write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(path)
+        lock = lock_file(path)
         try:
             if overwrite:
                 os.truncate(path, 0)
             if path.stat().st_size:
                 _check_identity(path, manifest, identity)
-            rows = self._read()
+            rows = _read_answers(path, prompts)
         except BaseException:
-            self._lock.close()
+            lock.close()
             raise
-        self._rows = {position: row for position, row in enumerate(rows) if not _error_of(row)}
-        self.finished = frozenset(self._rows)
-        retry = len(self._rows) < len(rows)
-        self._copy = path.with_name(f"{path.name}.retry") if retry else None
-        self._next = 0 if retry else len(rows)
         with write_errors(path):
             manifest.write_text(json.dumps({"identity": identity}, indent=2) + "\n", encoding="utf-8")
-            self._file = self._copy.open("w", encoding="utf-8") if self._copy else path.open("a", encoding="utf-8")
-        self._flush()
+        super().__init__(path, lock, rows, _is_failed)
 
     def __enter__(self) -> AnswerFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._lock, write_errors(self.path):
-            self._file.close()
-            if self._copy and kind is None:
-                self._copy.replace(self.path)
+        self.close(complete=kind is None)
 
-    def _read(self) -> list[Row]:
-        """The complete rows; raises `DataError` when they do not answer the first prompts."""
-        drop_partial_line(self.path)
-        rows = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
-            row = _parse_row(line, f"{self.path} line {number}")
-            prompt = self.prompts[number - 1] if number <= len(self.prompts) else None
-            if prompt is None or (row.get("question_id"), row.get("prompt")) != (prompt.prompt_id, prompt.text):
-                raise DataError(
-                    f"{self.path} line {number} does not answer prompt {number} of the input; choose another output "
-                    "file, or pass --overwrite."
-                )
-            rows.append(row)
-        return rows
-
-    def write(self, position: int, text: str, error: str | None) -> None:
-        """Add the answer of a prompt; it is written once all previous prompts have one."""
+    def answer(self, position: int, text: str, error: str | None) -> None:
+        """Add the answer to a prompt."""
         prompt = self.prompts[position]
-        self._rows[position] = {
+        row = {
             "question_id": prompt.prompt_id,
             "prompt": prompt.text,
             "images": list(prompt.images),
@@ -251,14 +218,22 @@ class AnswerFile:
             "model_id": self.model_id,
             "metadata": {} if error is None else {"error": error},
         }
-        self._flush()
+        self.write(position, row)
 
-    def _flush(self) -> None:
-        with write_errors(self.path):
-            while self._next in self._rows:
-                self._file.write(json.dumps(self._rows.pop(self._next)) + "\n")
-                self._next += 1
-            self._file.flush()
+
+def _read_answers(path: Path, prompts: Sequence[Prompt]) -> list[Row]:
+    """The complete rows of a file; raises `DataError` when they do not answer the first prompts."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        row = _parse_row(line, f"{path} line {number}")
+        prompt = prompts[number - 1] if number <= len(prompts) else None
+        if prompt is None or (row.get("question_id"), row.get("prompt")) != (prompt.prompt_id, prompt.text):
+            raise DataError(
+                f"{path} line {number} does not answer prompt {number} of the input; choose another output file, or "
+                "pass --overwrite."
+            )
+        rows.append(row)
+    return rows
 
 
 def _check_identity(path: Path, manifest: Path, identity: Row) -> None:
@@ -273,6 +248,6 @@ def _check_identity(path: Path, manifest: Path, identity: Row) -> None:
         raise ConfigError(f"{path} has {key} {before[key]!r}, but this run has {identity[key]!r}; {remedy}")
 
 
-def _error_of(row: Row) -> object:
+def _is_failed(row: Mapping[str, object]) -> bool:
     metadata = row.get("metadata")
-    return metadata.get("error") if isinstance(metadata, dict) else None
+    return isinstance(metadata, dict) and bool(metadata.get("error"))

@@ -20,12 +20,11 @@ from llava.serve.common.arguments import (
     API_KEYS_VARIABLE,
     DispatchMethod,
     ServeArgs,
-    flag,
     port_flag,
     positive,
     require_server,
 )
-from llava.utils import guarded
+from llava.utils import flag, guarded
 
 if TYPE_CHECKING:
     from llava.serve.control.registry import WorkerEntry
@@ -48,7 +47,7 @@ class ControllerArgs(ServeArgs):
         None, f"keys of the API, one per line (default: {API_KEYS_VARIABLE}, comma-separated)", type=Path
     )
     rate_limit: float | None = flag(
-        None, "requests per minute to the API, per key, or per address without keys", type=positive
+        None, "answers per minute of the API, per key, or per address without keys", type=positive
     )
     allowed_origins: Sequence[str] = flag(
         (),

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Final
 
 from llava.constants import LOGDIR
 from llava.errors import ConfigError
-from llava.serve.common.arguments import CONTROLLER_URL, LOGINS_VARIABLE, TOKEN_VARIABLE, CliArgs, flag
-from llava.utils import build_logger, guarded, require
+from llava.serve.common.arguments import CONTROLLER_URL, LOGINS_VARIABLE, TOKEN_VARIABLE
+from llava.utils import CliArgs, build_logger, flag, guarded, require
 
 if TYPE_CHECKING:
     import gradio
@@ -131,7 +131,7 @@ def build_app(
     import fastapi
     import gradio
 
-    from llava.serve.web.page import CSS, HEAD, SecurityHeaders, build_page, theme
+    from llava.serve.web.page import CSS, HEAD, PageGuard, build_page, theme
 
     no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -155,7 +155,7 @@ def build_app(
         head=HEAD,
     )
     page.has_launched = True  # otherwise Gradio accepts any path as that of an uploaded file
-    mounted.add_middleware(SecurityHeaders)
+    mounted.add_middleware(PageGuard)
     return mounted
 
 

@@ -2,6 +2,8 @@
 
 python -m llava.serve.model_worker --controller http://localhost:10000 --port 40000 \
     --worker http://localhost:40000 --model-path CHECKPOINT [--load-4bit] [--device cpu]
+
+With --lora NAME=DIR, LoRA adapters of the checkpoint are served beside it in the same batches, each as a model.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import Any
 from llava.constants import WORKER_HEART_BEAT_INTERVAL
 from llava.errors import ConfigError
 from llava.mm_utils import get_model_name_from_path
-from llava.serve.common.arguments import WorkerArgs, flag, positive, require_server
-from llava.utils import guarded
+from llava.serve.common.arguments import WorkerArgs, positive, require_server
+from llava.utils import flag, guarded
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,20 @@ class ModelWorkerArgs(WorkerArgs):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from llava.engine.arguments import EngineArgs
+    from llava.engine.arguments import EngineArgs, token_limit
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ModelWorkerArgs.add_cli_args(parser)
     EngineArgs.add_cli_args(parser)
+    EngineArgs.add_lora_arg(parser)
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=token_limit,
+        default="auto",
+        metavar="TOKENS",
+        help="tokens of a step in which requests decode, one for each of them; longer prompts are prefilled in chunks "
+        "(default: as many as take 0.6 of the time of the decode step, more if few requests run)",
+    )
     return parser
 
 
@@ -49,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(argv)
     args = ModelWorkerArgs.from_cli_args(parsed)
     from llava.engine.arguments import EngineArgs
+    from llava.serve.common.protocol import MAX_ADAPTERS
     from llava.serve.common.server import open_socket
     from llava.serve.worker.app import Worker, run_worker
     from llava.serve.worker.local_backend import BackendSettings, LocalBackend, model_loader
@@ -62,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     engine_args = EngineArgs.from_cli_args(parsed, max_batch_size=settings.limit)
     name = args.model_name or get_model_name_from_path(engine_args.model_path)
+    if name in engine_args.lora or len(engine_args.lora) > MAX_ADAPTERS:
+        raise ConfigError(
+            f"--lora must give at most {MAX_ADAPTERS} adapters, with other names than the base's ({name}); got "
+            f"{', '.join(engine_args.lora)}."
+        )
     sock, token = open_socket(args)
     if args.multi_modal:
         logger.warning("--multi-modal is ignored: the checkpoint determines the modalities.")
@@ -103,7 +120,13 @@ class ModelWorker:
         self.model_name = model_name or get_model_name_from_path(model_path)
         self.settings = BackendSettings()
         engine_args = EngineArgs(
-            model_path, model_base, device, load_8bit=load_8bit, load_4bit=load_4bit, max_batch_size=self.settings.limit
+            model_path,
+            model_base,
+            device,
+            load_8bit=load_8bit,
+            load_4bit=load_4bit,
+            max_batch_size=self.settings.limit,
+            max_num_batched_tokens="auto",
         )
         self.loaded = model_loader(engine_args, self.model_name, None, self.settings)(lambda fraction: None)
         self._requests = 0

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.conversation import get_template
-from llava.serve.common.arguments import WorkerArgs, flag, require_server
-from llava.utils import guarded
+from llava.serve.common.arguments import WorkerArgs, require_server
+from llava.utils import flag, guarded
 
 
 @dataclass(frozen=True)

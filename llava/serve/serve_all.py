@@ -221,8 +221,9 @@ def check_arguments(args: argparse.Namespace, worker_flags: Sequence[str]) -> No
         raise ConfigError(
             f"{', '.join(sorted(reserved))} of a worker cannot be set here; omit it, or start the services one by one."
         )
-    if len(args.model) > 1 and any(word.startswith("--model-name") for word in worker_flags):
-        raise ConfigError(f"--model-name names a single model, but {len(args.model)} were given; omit it.")
+    for flag, meaning in (("--model-name", "names a single model"), ("--lora", "belongs to a single base")):
+        if len(args.model) > 1 and any(word.partition("=")[0] == flag for word in worker_flags):
+            raise ConfigError(f"{flag} {meaning}, but {len(args.model)} were given; omit it.")
 
 
 def run(args: argparse.Namespace, worker_flags: Sequence[str]) -> int:

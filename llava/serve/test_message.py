@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"No worker serves {model or 'a model'}; start one, or wait until it has loaded.")
         print(f"Worker of {model or 'the model'}: {address}")
         info = client.post(address, "/worker_get_status").get("info") or {}
+        info = next((one for one in info.get("adapters", ()) if one.get("name") == model), info)
         template = args.conv_mode or info.get("conv_template") or template_for(None, model)
         body = request_body(args, model, template)
         return print_stream(client.stream(address, body), len(str(body["prompt"])))

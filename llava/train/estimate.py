@@ -158,8 +158,11 @@ def saved_activation_bytes(run: RunConfig) -> float:
     shape, dtype_bytes = run.shape, run.dtype_bytes
     embeddings = run.positions * dtype_bytes * 3 * shape.hidden  # before and after the splice, and the last norm
     images = run.batch_size * run.images * shape.image_tokens * dtype_bytes * (shape.tower_hidden + 3 * shape.hidden)
-    layer = run.positions * dtype_bytes * shape.hidden if run.gradient_checkpointing else layer_activation_bytes(run)
-    return embeddings + images + shape.layers * layer
+    if run.gradient_checkpointing:
+        return embeddings + images + shape.layers * run.positions * dtype_bytes * shape.hidden
+    # the second norm and the MLP of the last layer, which only supervised positions pass
+    spared = run.positions * (1 - run.supervised) * (4 * shape.hidden + dtype_bytes * 2 * shape.intermediate)
+    return embeddings + images + shape.layers * layer_activation_bytes(run) - spared
 
 
 def activation_bytes(run: RunConfig) -> float:

@@ -10,7 +10,6 @@ With `--micro_batch_tokens T --global_batch_size G`, print how full and how bala
 from __future__ import annotations
 
 import argparse
-import html
 import itertools
 import os
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Final, cast
 
+from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -41,10 +41,6 @@ from llava.utils import guarded
 SUPERVISED, CONTEXT, IMAGE, TRUNCATED = "supervised", "context", "image", "truncated"
 COLORS: Final = {SUPERVISED: "\033[32m", CONTEXT: "", IMAGE: "\033[33m", TRUNCATED: "\033[31m"}
 MARKS: Final = {SUPERVISED: ("⟦", "⟧"), CONTEXT: ("", ""), IMAGE: ("‹", "›"), TRUNCATED: ("✂", "✂")}
-STYLE: Final = """body{font:15px/1.5 system-ui;max-width:60em;margin:2em auto;padding:0 1em;background:#fff;color:#222}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:1em;border-radius:6px}
-.supervised{background:#c8efc8}.image{background:#ffe08a}.truncated{background:#ffd0d0;text-decoration:line-through}
-.bad{color:#b00}i{font-style:normal}"""
 
 
 @dataclass(frozen=True)
@@ -100,19 +96,9 @@ def _printable(text: str) -> str:
 
 def as_html(views: Sequence[RecordView | str], title: str) -> str:
     """One page of all views; a string is the error of a bad record."""
-    body = []
-    for view in views:
-        if isinstance(view, str):
-            body.append(f'<p class="bad">{html.escape(view)}</p>')
-            continue
-        marks = "".join(
-            f'<i class="{kind}" title="{token}">{html.escape(_readable(piece))}</i>'
-            for token, kind, piece in view.tokens
-        )
-        body.append(f"<h2>{html.escape(view.title)}</h2><pre>{marks}</pre><p>{html.escape(view.summary)}</p>")
-    legend = " ".join(f'<i class="{kind}">{kind}</i>' for kind in COLORS)
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html>{head}<h1>{html.escape(title)}</h1><p>{legend}</p>{''.join(body)}\n"
+    source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    template = Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return f"{template.render(title=title, views=views, kinds=list(COLORS), readable=_readable)}\n"
 
 
 def _readable(piece: str) -> str:

@@ -57,7 +57,7 @@ from llava.train.steps import (
     tokens_of_groups,
 )
 from llava.train.throughput import ThroughputMeter, format_duration, peak_memory
-from llava.train.watchdog import Preempted, start_loader_worker
+from llava.train.watchdog import Preempted, PreemptionHandler, start_loader_worker
 
 __all__ = [
     "LLaVATrainer",
@@ -111,6 +111,7 @@ class LLaVATrainer(transformers.Trainer):
         self._group_names: list[list[str]] = []
         self._meter: ThroughputMeter | None = None
         self._first_log: tuple[int, float] | None = None
+        self.preemption = PreemptionHandler()
         super().__init__(*args, **kwargs)
         self.label_smoother = None  # the model's loss smooths labels
         self.saves = save_format(self.model)
@@ -226,6 +227,7 @@ class LLaVATrainer(transformers.Trainer):
                     loss = model(**inputs, row_weights=weight.to(self.args.device, non_blocking=True))["loss"]
                 losses.append(loss.detach())
                 if is_last:
+                    self.preemption.share(self.args)
                     self._check_losses(torch.stack(losses))
                 self.accelerator.backward(loss)
             if not is_last:

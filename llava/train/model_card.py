@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, Template
 
 from llava.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.data.mixture import read_mixture
@@ -106,9 +107,21 @@ def card_text(directory: Path, name: str | None = None) -> str:
     if text.strip() and MARKER not in text:
         return text
     run = Run.read(directory, name)
-    text = f"---\n{metadata(run).to_yaml()}\n---\n\n{MARKER}\n\n{body(run)}"
+    text = _template().render(
+        run=run, metadata=metadata(run).to_yaml(), marker=MARKER, recipe=recipe(run), flags=flags(run),
+        losses=losses(run), scores=list(map(score_row, run.scores)), has_curve=(directory / "loss.png").is_file(),
+    )  # fmt: skip
     ModelCard(text)  # raises for metadata that cannot be read back
     return text
+
+
+def _template() -> Template:
+    """The text of the card, `model_card.jinja`."""
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    found.filters |= {"code": _code, "quote": shlex.quote}
+    return found.get_template("model_card.jinja")
 
 
 def write_card(directory: Path, name: str | None = None) -> None:
@@ -159,41 +172,6 @@ def metadata(run: Run) -> ModelCardData:
         tags=["llava", "internvl-chat", *(("peft", "lora") if adapter else ())],
         **known,
     )
-
-
-def body(run: Run) -> str:
-    """The text of the card below its header."""
-    base = _code(run.source_name("model_name_or_path"))
-    tower = f" with the vision tower {_code(run.source_name('vision_tower'))}" if run.flag("vision_tower") else ""
-    what = {
-        "adapter": f"LoRA adapters and the projector of {base}{tower}",
-        "projector": f"The projector of {base}{tower} (stage 1)",
-        "model": f"A chat model made from {base}{tower}",
-    }[run.kind]
-    progress = "" if run.facts.get("steps") is not None else "\n\n**Training has not ended: this is a checkpoint.**"
-    known = run.source("model_name_or_path").get("license")
-    terms = f"{known}, as the base model" if known else "See the base model"
-    towers = run.source("vision_tower").get("license") if run.flag("vision_tower") else None
-    sections = [
-        f"# {run.name}\n\n{what}, trained by the package `llava`.{progress}",
-        f"## Use\n\n{usage(run)}",
-        f"## Training\n\n{table(('', ''), recipe(run))}\n\n"
-        f"Flags that differ from their defaults:\n\n```sh\n{flags(run)}\n```",
-        f"## Results\n\n{results_text(run)}",
-        f"## License\n\n{terms}." + (f" The vision tower: {towers}." if towers else ""),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def usage(run: Run) -> str:
-    """Commands that run the model."""
-    base = shlex.quote(run.source_name("model_name_or_path"))
-    model = f"--model-path {shlex.quote(run.name)}" + ("" if run.kind == "model" else f" --model-base {base}")
-    image = " --image-file photo.jpg" if run.flag("vision_tower") else " --text-only"
-    commands = [f"llava chat {model}{image}"]
-    if run.kind == "projector":
-        commands.append("llava train --pretrain_mm_mlp_adapter mm_projector.safetensors ...  # stage 2")
-    return "```sh\n" + "\n".join(commands) + "\n```"
 
 
 def recipe(run: Run) -> list[tuple[str, str]]:
@@ -254,50 +232,31 @@ def flags(run: Run) -> str:
     return "\n".join(changed)
 
 
-def results_text(run: Run) -> str:
-    """Losses, the loss curve, and the scores of benchmarks."""
-    losses = [entry["loss"] for entry in run.history if "loss" in entry]
+def losses(run: Run) -> list[tuple[str, str]]:
+    """Rows about the losses that were logged."""
+    training = [entry["loss"] for entry in run.history if "loss" in entry]
     validation = [entry["eval_loss"] for entry in run.history if "eval_loss" in entry]
     rows = []
     if run.facts.get("train_loss") is not None:
         rows += [("training loss, mean", f"{run.facts['train_loss']:.4f}")]
-    if losses:
-        rows += [("training loss, last", f"{losses[-1]:.4f}")]
+    if training:
+        rows += [("training loss, last", f"{training[-1]:.4f}")]
     if validation:
-        rows += [
-            ("validation loss, last", f"{validation[-1]:.4f}"),
-            ("validation loss, best", f"{min(validation):.4f}"),
-        ]
-    parts = [table(("", "nats per token"), rows)] if rows else ["No loss was logged yet."]
-    if (run.directory / "loss.png").is_file():
-        parts.append("![Loss curve](loss.png)")
-    scores = [
-        (
-            _code(score["task"]),
-            str(score.get("split") or ""),
-            f"{score.get('questions', 0):,}",
-            f"{score['primary_metric']:.2f}",
-            interval_text(score),
-        )
-        for score in run.scores
-    ]
-    if scores:
-        parts.append(table(("benchmark", "split", "questions", "score", ""), scores))
-    return "\n\n".join(parts)
+        rows += [("validation loss, last", f"{validation[-1]:.4f}")]
+        rows += [("validation loss, best", f"{min(validation):.4f}")]
+    return rows
+
+
+def score_row(score: Mapping[str, Any]) -> tuple[str, ...]:
+    """The row about a score of `llava eval`."""
+    value, questions = f"{score['primary_metric']:.2f}", f"{score.get('questions', 0):,}"
+    return _code(score["task"]), str(score.get("split") or ""), questions, value, interval_text(score)
 
 
 def interval_text(score: Mapping[str, Any]) -> str:
     """The confidence interval of a score of `llava eval`, empty if it has none."""
     found = score.get("primary_interval")
     return f"95 % CI {found['low']:.1f}–{found['high']:.1f}" if found else ""
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in lines
-    )
 
 
 def _code(text: object) -> str:

@@ -216,8 +216,13 @@ def _check_vision_settings(
 
 def target_modules(model: nn.Module) -> list[str]:
     """LoRA's target modules in the decoder, see `shortest_names`."""
+    return shortest_names(model, decoder_layers(model))
+
+
+def decoder_layers(model: nn.Module) -> set[str]:
+    """Names of the decoder's linear layers, also quantized ones; not of projector, vision tower and `lm_head`."""
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return shortest_names(model, {name for name in linear if not any(part in name for part in NOT_DECODER)})
+    return {name for name in linear if not any(part in name for part in NOT_DECODER)}
 
 
 def shortest_names(model: nn.Module, adapted: set[str]) -> list[str]:
@@ -231,17 +236,8 @@ def shortest_names(model: nn.Module, adapted: set[str]) -> list[str]:
 
 
 def find_all_linear_names(model: nn.Module) -> list[str]:
-    """Sorted last name components of the decoder's linear layers: LoRA's target modules.
-
-    Includes quantized layers; excludes projector, vision tower and `lm_head`.
-    """
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not any(part in name for part in NOT_DECODER)
-        }
-    )
+    """Sorted last name components of `decoder_layers`: LoRA's target modules as published."""
+    return sorted({name.rpartition(".")[2] for name in decoder_layers(model)})
 
 
 def add_lora(model: PreTrainedModel, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:

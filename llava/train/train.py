@@ -29,7 +29,7 @@ from llava.files import write_errors
 from llava.model.chat_template import set_chat_template
 from llava.model.registry import projector_factory
 from llava.model.verification import cast_parameters
-from llava.placement import avoid_cudnn_attention
+from llava.placement import avoid_cudnn_attention, limit_onednn_cache
 from llava.train import (
     checkpointing,
     estimate,
@@ -60,7 +60,7 @@ from llava.train.model_setup import find_all_linear_names
 from llava.train.profiling import memory_history, profiling_callbacks
 from llava.train.reporting import LogFiles, isolate_reporters
 from llava.train.run_metadata import RunMetadata, check_changes, hardware, read_run, sources, to_json
-from llava.train.watchdog import DataCheck, Preempted, PreemptionHandler, Watchdog
+from llava.train.watchdog import DataCheck, Preempted, Watchdog
 from llava.utils import guarded
 
 __all__ = [
@@ -99,6 +99,7 @@ def prepare(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     avoid_cudnn_attention(args.device)
+    limit_onednn_cache(args.device)
     set_seed(args.seed)  # all ranks initialize the same projector
     template = model_setup.choose_template(model_args)
     if model_args.vision_tower is not None:
@@ -263,8 +264,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArgu
 
 def train_with_watchdog(trainer: LLaVATrainer, checkpoint: Path | None) -> transformers.trainer_utils.TrainOutput:
     """Train; end the process if no step finishes within `--step_timeout`, and save before it ends by a signal."""
-    preemption = PreemptionHandler()
-    trainer.add_callback(preemption)
+    trainer.add_callback(trainer.preemption)
     watchdog = Watchdog(trainer.args.step_timeout, trainer.args.process_index)
     if trainer.args.step_timeout:
         trainer.add_callback(watchdog)
@@ -272,7 +272,7 @@ def train_with_watchdog(trainer: LLaVATrainer, checkpoint: Path | None) -> trans
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watchdog.stop()
-        preemption.restore()
+        trainer.preemption.restore()
 
 
 def finish(trainer: LLaVATrainer, dtype: torch.dtype) -> None:

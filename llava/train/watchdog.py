@@ -9,6 +9,7 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -100,11 +101,13 @@ class Preempted(SystemExit):
 class PreemptionHandler(TrainerCallback):
     """Saves a checkpoint at the end of the step in which any rank got a signal, then raises `Preempted` on all ranks.
 
-    A second signal ends the process at once. Signals before the first step and after the last end it as usual.
+    With several ranks, a signal after `share` counts for the next step. A second signal ends the process at once.
+    Signals before the first step and after the last end it as usual.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self._shared: torch.Tensor | None = None
         self._since = 0.0
         self._stopping = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -130,12 +133,17 @@ class PreemptionHandler(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def share(self, args: TrainingArguments) -> None:
+        """Start the exchange of signals; call before the host waits for the device, so that nothing else waits."""
+        if args.world_size > 1:
+            shared = any_rank(torch.tensor([self.received]), args.device)
+            self._shared = torch.empty_like(shared, device="cpu", pin_memory=shared.is_cuda)
+            self._shared.copy_(shared, non_blocking=True)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        received = self.received
-        if args.world_size > 1:
-            received = int(any_rank(torch.tensor([received]), args.device))
+        received = self.received if self._shared is None else int(self._shared)
         if received:
             self.received, self._stopping = received, True
             control.should_save, control.should_evaluate = True, False
@@ -154,9 +162,18 @@ class PreemptionHandler(TrainerCallback):
 def start_loader_worker(worker_id: int) -> None:
     """Initialize a data loader worker that outlives a signal to all processes of a job, until its trainer has saved.
 
-    It ignores the first SIGTERM only: the data loader ends a worker that hangs by another one.
+    It ignores the first SIGTERM only: the data loader ends a worker that hangs by another one. Its thread that hands
+    tensors over is silent about a trainer that ends meanwhile.
     """
     start_worker(worker_id)
+    report = sys.excepthook
+
+    def excepthook(kind: type[BaseException], *error: Any) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main or not issubclass(kind, (EOFError, ConnectionError)):
+            report(kind, *error)
+
+    sys.excepthook = excepthook
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -11,6 +11,7 @@ import torch
 
 from llava.engine import Engine, Request, SamplingParams
 from llava.engine.sequence import GuidedDecodingParams
+from llava.engine.token_budget import StepBudget
 from tests import devices
 from tests.cuda.conftest import Parts, load
 from tests.cuda.events import Events
@@ -129,6 +130,6 @@ def test_a_prefill_with_images_waits_for_nothing_but_its_tokens(
     engine = Engine(*parts, max_batch_size=16)
     handles = [engine.submit(request) for request in requests(count, "images", sampling)]
     with torch.no_grad(), card.record() as events:
-        engine._prefill()
+        engine._prefill(StepBudget())
     assert engine.running + sum(handle.done for handle in handles) == count
     assert not events.syncs and len(events.downloads) == 1, f"\n{events.table()}"

@@ -60,6 +60,7 @@ def test_any_schedule_equals_one_at_a_time(
     engine = make_engine(
         max_batch_size=data.draw(st.integers(1, 6)),
         max_prefill_tokens=data.draw(st.sampled_from([1, 100, 8192])),
+        max_num_batched_tokens=data.draw(st.sampled_from([None, "auto", 1, 9, 60])),
         **dict.fromkeys(("prefix_cache_bytes", "feature_cache_bytes"), data.draw(st.sampled_from([0, 20_000, 2**29]))),
         kv_cache_bytes=budget,
     )

@@ -113,9 +113,11 @@ def test_unpacked_weights_are_those_of_the_library(
     torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
     part = linear.unpack(7, 20, torch.empty(13, 128, dtype=torch.bfloat16))
     assert torch.equal(part, found[7:20].bfloat16())
-    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(linear(x), x @ whole.T + bias)
-    torch.testing.assert_close(linear(x.bfloat16()).float(), x @ whole.T + bias, rtol=0.02, atol=0.2)
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(2))
+    for count in (1, 5, packed.FEW_ROWS, 40):
+        some = x[:count]
+        torch.testing.assert_close(linear(some), some @ whole.T + bias)
+        torch.testing.assert_close(linear(some.bfloat16()).float(), some @ whole.T + bias, rtol=0.02, atol=0.2)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

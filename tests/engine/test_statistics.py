@@ -91,7 +91,7 @@ def test_occupancy_and_waiting(make_engine: MakeEngine, monkeypatch: pytest.Monk
     handles = [engine.submit(ask([1, 300 + n], new=5)) for n in range(3)]
     assert counted(engine.statistics(), "requests", "running", "waiting") == (0, 0, 3)
     submitted = [sequence.submitted for sequence in engine._waiting]
-    monkeypatch.setattr("llava.engine.engine.time.perf_counter", lambda: submitted[2] + 100.0)
+    monkeypatch.setattr("llava.engine.waiting.time.perf_counter", lambda: submitted[2] + 100.0)
     engine.step()
     stats = engine.statistics()
     assert counted(stats, "requests", "running", "waiting") == (2, 2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llava.eval.run.answers import AnswersWriter, answer_id, answer_row, complet
 from llava.eval.run.questions import Question
 
 QUESTIONS = [Question(number // 2, f"question {number} ü", ("x.png",)) for number in range(12)]
-MAKE = answer_row("model")
+MAKE = partial(answer_row, "model")
 
 
 def write(path: Path, order: list[int], *, failing: frozenset[int] = frozenset(), complete: bool = True) -> None:

@@ -43,6 +43,7 @@ from llava.eval.run.questions import SHORT_SUFFIX
 from llava.eval.run.runner import RunSettings, run
 from tests.eval.benchdata import BENCHMARKS, dump, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
+from tests.eval.fake_server import FakeServer
 
 PAIRS = 20
 Script = Callable[..., None]
@@ -224,6 +225,44 @@ def test_joint_causes_have_bounds_until_hybrids_are_asked(
         }
     assert report.main([*command, "third/weights"]) == 2
     assert "the model of one of the runs" in capsys.readouterr().err
+
+
+def test_joint_causes_on_a_server_are_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of runs with other prompts and another temperature, by a server that stays the same."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def answer(body: dict[str, Any]) -> tuple[int, str]:
+        inputs = repr((body["messages"], body["temperature"]))
+        return 200, ("yes", "no", "no", "Yes.")[zlib.crc32(inputs.encode()) % 4]
+
+    server = FakeServer(answer)
+    data, other = make_gqa(tmp_path / "data", 6), make_gqa(tmp_path / "other", 6)
+    rows = read_jsonl(other / GQA_QUESTIONS)
+    write_jsonl(other / GQA_QUESTIONS, [{**row, "text": f"Please: {row['text']}"} for row in rows])
+
+    def make(name: str, root: Path, temperature: float) -> Path:
+        flags = ["--tasks", "gqa", "--data-root", str(root), "--output-dir", str(tmp_path / name)]
+        assert evaluate.main([*flags, "--api-base", server.url, "--temperature", str(temperature)]) == 0
+        return tmp_path / name
+
+    first, second = make("first", data, 0.0), make("second", other, 0.5)
+    hybrid = make("hybrid", other, 0.0)
+    (part,) = explain(first, second).parts
+    assert part.causes == (PROMPTS, DECODING, f"{SERVER}{UNKNOWN}")
+    capsys.readouterr()
+    command = ["--diff", str(first), str(second), "--ask", "--output-dir", str(tmp_path / "out")]
+    assert report.main([*command, "--api-base", server.url]) == 0
+    shown = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in capsys.readouterr().out.splitlines()
+             if ASKED in line}  # fmt: skip
+    everything = set(scores(first))
+    changes = [mean_change(first, hybrid, everything), mean_change(hybrid, second, everything), 0.0]
+    assert shown == dict(zip((PROMPTS, DECODING, f"{SERVER}{UNKNOWN}"), (f"{change:+.2f}" for change in changes)))
+    server.models = ["another"]
+    assert report.main([*command, "--api-base", server.url]) == 2
+    assert "another differs" in capsys.readouterr().err
+    server.close()
 
 
 def test_decoding_and_unread_answers(scripted: Script, runs: Runs, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from llava.eval import report
 from llava.eval.benchmarks.base import Reading
 from llava.eval.benchmarks.registry import make_task
 from llava.eval.reporting.errors import KINDS, NOT_RECORDED, Analysis, Answer, YesBias, analyse, confusion_matrix
-from llava.eval.reporting.panels import analysis_panel
+from llava.eval.reporting.page import render_page
 from llava.eval.reporting.sides import load_side
 from tests.eval.benchdata import BENCHMARKS, make_everything
 from tests.eval.conftest import read_jsonl, write_jsonl
@@ -90,7 +90,7 @@ def test_yes_bias_is_that_of_signal_detection() -> None:
 
 def test_the_panel_escapes_names_and_shows_every_kind() -> None:
     answers = [answer("yes", "yes", 1.0), answer("no", "yes"), answer("", "no", unread=True, label="")]
-    panel = analysis_panel("<b>", {"<i>": analyse(answers)})
+    panel = render_page([], None, {}, [("<b>", {"<i>": analyse(answers)}, {})])
     assert "<b>" not in panel.replace("<b style", "").replace("<b>1</b>", "") and "&lt;i&gt;" in panel
     assert all(f"k-{kind}" in panel for kind in ("correct", "wrong", "empty")) and "Yes-bias" in panel
 

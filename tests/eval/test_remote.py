@@ -18,8 +18,9 @@ from llava.errors import ConfigError, ImageError, RequestError
 from llava.eval import main as evaluate
 from llava.eval import model_vqa_loader
 from llava.eval.run.manifest import manifest_path
-from llava.eval.run.remote_model import RemoteModel, chat_completion, data_url, map_unordered, served_model
+from llava.eval.run.remote_model import RemoteModel, complete, map_unordered, served_model
 from llava.eval.run.runner import RunSettings
+from llava.images import image_data_url
 from tests.eval.benchdata import BENCHMARKS
 from tests.eval.conftest import question_rows, read_jsonl, write_jsonl
 from tests.eval.fake_server import FakeServer
@@ -90,10 +91,10 @@ def test_a_server_that_always_streams_is_read(server: FakeServer) -> None:
     deltas = [{"choices": [{"delta": {"role": "assistant"}}]}, {"choices": [{"delta": {"content": "grün "}}]}]
     deltas += [{"choices": [{"delta": {"content": "ja"}}]}, {"choices": [], "usage": {}}]
     server.stream = "".join(f"data: {json.dumps(each, ensure_ascii=False)}\n\n" for each in deltas) + "data: [DONE]\n"
-    assert chat_completion(server.url, {"model": "m"}) == "grün ja" and server.bodies[0]["stream"] is False
+    assert complete(server.url, {"model": "m"}).text == "grün ja" and server.bodies[0]["stream"] is False
     server.stream = 'data: {"error": {"message": "broken"}}\n\n'
     with pytest.raises(RequestError, match=r"gave no reply \(broken\)"):
-        chat_completion(server.url, {"model": "m"}, tries=1)
+        complete(server.url, {"model": "m"}, tries=1)
 
 
 def test_an_answer_without_text_withholds_the_score_and_thinking_is_kept_apart(
@@ -125,7 +126,7 @@ def test_retries_are_only_for_what_may_pass(server: FakeServer) -> None:
     waits: list[float] = []
 
     def ask() -> str:
-        return chat_completion(server.url, {"model": "m", "max_tokens": 5}, sleep=waits.append)
+        return complete(server.url, {"model": "m", "max_tokens": 5}, sleep=waits.append).text
 
     server.answer = None
     server.headers = {"Retry-After": "9"}
@@ -148,7 +149,7 @@ def test_a_server_that_wants_the_newer_token_field_gets_it(server: FakeServer) -
 
     server.answer = newer
     for asked in (2, 3):
-        assert chat_completion(server.url, {"model": "o", "max_tokens": 5}, tries=1) == "yes"
+        assert complete(server.url, {"model": "o", "max_tokens": 5}, tries=1).text == "yes"
         assert len(server.bodies) == asked and server.bodies[-1]["max_completion_tokens"] == 5
 
 
@@ -235,12 +236,12 @@ def test_servers_do_not_support_follow_ups() -> None:
 
 def test_images_are_sent_unchanged_or_as_png(images: Path) -> None:
     content = (images / "red.png").read_bytes()
-    assert data_url(content) == f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    assert image_data_url(content) == f"data:image/png;base64,{base64.b64encode(content).decode()}"
     buffer = io.BytesIO()
     Image.new("RGB", (3, 3), "red").save(buffer, "BMP")
-    assert data_url(buffer.getvalue()).startswith("data:image/png;base64,")
+    assert image_data_url(buffer.getvalue()).startswith("data:image/png;base64,")
     buffer = io.BytesIO()
     Image.new("P", (3, 3)).save(buffer, "GIF", save_all=True, append_images=[Image.new("P", (3, 3), 1)])
-    assert data_url(buffer.getvalue()).startswith("data:image/png;base64,")
+    assert image_data_url(buffer.getvalue()).startswith("data:image/png;base64,")
     with pytest.raises(ImageError):
-        data_url(b"no image")
+        image_data_url(b"no image")

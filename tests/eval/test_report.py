@@ -69,6 +69,17 @@ def test_all_report_files_are_written(
         assert chart.width > 1000 and chart.height > 500
 
 
+def test_a_run_whose_question_file_is_gone_does_not_end_the_report(tmp_path: Path) -> None:
+    data = make_everything(tmp_path / "data")
+    folder = write_run(tmp_path / "a", data, "mine", {"pope": 80.0, "gqa": 60.5})
+    task = make_task("gqa", data / BENCHMARKS["gqa"][0])
+    task.question_path.unlink()
+    assert report.main([str(folder), "--output-dir", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Errors: pope" in page and "No error analysis of gqa, mine: Cannot read" in page
+    assert task.question_path.name in page
+
+
 def test_the_page_embeds_images_and_escapes_answers(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert report.main([*map(str, runs), "--output-dir", str(tmp_path), "--samples", "2"]) == 0
     page = (tmp_path / "report.html").read_text()

@@ -46,7 +46,7 @@ def test_the_page_is_complete_and_escaped(flags: list[str], tmp_path: Path) -> N
     page = (tmp_path / "page" / "index.html").read_text()
     assert "__DATA__" not in page and not re.search(r"https?://|<img", page)
     inside = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])  # type: ignore[index]
-    assert inside["questions"][0]["answers"]["A"] == "<p>one <strong>0</strong> &lt;img src=x&gt;</p>"
+    assert inside["questions"][0]["answers"]["A"] == "<p>one <strong>0</strong> &lt;img src=x&gt;</p>\n"
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,14 @@ def test_errors_are_reported_in_one_line(
 
 
 MARKDOWN = {
-    "a\nb\n\nc": "<p>a<br>b</p><p>c</p>",
-    "# T\n- x\n- *y*": "<h4>T</h4><ul><li>x</li><li><em>y</em></li></ul>",
-    "3. x\n4. y": '<ol start="3"><li>x</li><li>y</li></ol>',
-    "```py\n<b>\n```\nz": "<pre><code>&lt;b&gt;</code></pre><p>z</p>",
-    "`a*b*` 2 * 3 * 4": "<p><code>a*b*</code> 2 * 3 * 4</p>",
-    "[x](javascript:alert(1))": "<p>[x](javascript:alert(1))</p>",
-    "```\nopen": "<pre><code>open</code></pre>",
+    "a\nb\n\nc": "<p>a<br />\nb</p>\n<p>c</p>\n",
+    "# T\n- x\n- *y*": "<h4>T</h4>\n<ul>\n<li>x</li>\n<li><em>y</em></li>\n</ul>\n",
+    "3. x\n4. y": '<ol start="3">\n<li>x</li>\n<li>y</li>\n</ol>\n',
+    "```py\n<b>\n```\nz": '<pre><code class="language-py">&lt;b&gt;\n</code></pre>\n<p>z</p>\n',
+    "`a*b*` 2 * 3 * 4": "<p><code>a*b*</code> 2 * 3 * 4</p>\n",
+    "[x](javascript:alert(1))": "<p>[x](javascript:alert(1))</p>\n",
+    "[x]: https://a.b": "<p>[x]: https://a.b</p>\n",
+    "```\nopen": "<pre><code>open</code></pre>\n",
     "": "",
 }
 

@@ -21,6 +21,7 @@ from llava.model.multimodal_encoder.intern_vit_6b import InternVisionModel
 from llava.model.multimodal_encoder.internvl_14b import TOWER as INTERNVL
 from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from tests.model.test_towers_and_projectors import encode_by_layer
 
 Weights = dict[str, Tensor]
 EVA = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
@@ -121,6 +122,8 @@ def test_internvl_14b(tmp_path: Path) -> None:
     tower = write_tower(tmp_path, INTERNVL_14B, {**weights, **extra})
     pixels = torch.randn(2, 3, 28, 28)
     image, queries = tower(pixels)
+    in_parts, parts = encode_by_layer(tower, pixels)
+    assert parts == 1 and torch.equal(in_parts[0], image) and torch.equal(in_parts[1], queries)
 
     vit = InternVisionModel(INTERNVL.config(INTERNVL_14B).vision_config).eval()
     vit.load_state_dict(

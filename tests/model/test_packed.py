@@ -11,7 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import LlamaFlashAttention2, LlamaMLP, LlamaRMSNorm, LlamaSdpaAttention
+from transformers.models.llama.modeling_llama import (
+    LLAMA_ATTENTION_CLASSES,
+    LlamaFlashAttention2,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaSdpaAttention,
+)
 
 from llava.errors import RequestError
 from llava.model.builder import load_pretrained_model
@@ -139,6 +145,31 @@ def test_hooks_of_layers_are_called(models: dict[str, LlavaLlamaForCausalLM]) ->
         torch.testing.assert_close(hooked[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("supervised", [0, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_computes_the_supervised_tokens_only(
+    models: dict[str, LlavaLlamaForCausalLM], supervised: int, checkpointing: bool
+) -> None:
+    """All tokens without a supervised one: adapters and quantized layers need not take an empty batch."""
+    model, batch = models["eager"], batch_of([(9, 0), (4, 0)], 8)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    batch["labels"][0, 4 : 4 + supervised] = 7
+    sizes: list[list[int]] = [[] for _ in model.model.layers]
+    hooks = [
+        layer.mlp.down_proj.register_forward_hook(lambda _, given, out, size=size: size.append(len(given[0])))
+        for layer, size in zip(model.model.layers, sizes, strict=True)
+    ]
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        model(**batch).loss.backward()
+    finally:
+        model.gradient_checkpointing_disable()
+        for hook in hooks:
+            hook.remove()
+    assert [size[0] for size in sizes] == [13] * (len(sizes) - 1) + [supervised or 13]
+
+
 def test_weights_of_another_dtype_are_refused(models: dict[str, LlavaLlamaForCausalLM]) -> None:
     model, batch = models["sdpa"], batch_of([(4, 1)], 9)
     layer = model.model.layers[0].mlp.up_proj.bfloat16()
@@ -251,6 +282,22 @@ def test_rows_of_similar_length_share_an_attention_call() -> None:
     tokens = torch.arange(30)
     assert batch.pad_index[batch.unpad_index].tolist() == tokens.tolist()
     assert not PackedBatch([7, 7], torch.device("cpu")).padded
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_within_a_call_gets_and_gives_no_gradient(attention: str) -> None:
+    lengths = [10, 3, 9, 8]
+    batch = PackedBatch(lengths, torch.device("cpu"))
+    kind = LLAMA_ATTENTION_CLASSES[attention]
+    parts = [torch.randn(sum(lengths), heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(sum(lengths), 4, 4)  # also at the last tokens, which no loss reads
+    alone = [
+        attend(*rows, PackedBatch([len(rows[0])], torch.device("cpu")), kind)
+        for rows in zip(*(part.split(lengths) for part in parts))
+    ]
+    wanted = torch.autograd.grad((torch.cat(alone) * weights).sum(), parts)
+    found = torch.autograd.grad((attend(*parts, batch, kind) * weights).sum(), parts)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_flash_attention_gets_the_rows_by_their_borders(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from llava.model.check import examine
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.tower import VisionTower
 from tests import tiny
+from tests.model.test_towers_and_projectors import encode_by_layer
 
 # The published layouts, narrow and shallow. Keys, prefix tokens and positions are those of the full-size models.
 SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -101,6 +102,8 @@ def test_features_are_timms_own(name: str, layer: int, size: int | None, tmp_pat
     assert tower.feature_shapes == [tuple(features.shape[1:])] == [((side // 14) ** 2, 32)]
     expected = stock(name).forward_intermediates(images, [depth - 1], output_fmt="NLC", intermediates_only=True)[0]
     torch.testing.assert_close(features, expected)
+    in_parts, parts = encode_by_layer(tower, images)
+    assert torch.equal(in_parts, features) and parts in (1, depth)  # 1: its layers take more than the tokens
     assert (tower.spec.class_token, tower.spec.registers) == NAMES[name]
 
 

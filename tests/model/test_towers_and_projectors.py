@@ -47,6 +47,17 @@ def tower_of(path: Path, **overrides: Any) -> VisionTower:
     return tower
 
 
+def encode_by_layer(tower: VisionTower, images: torch.Tensor) -> tuple[Any, int]:
+    """Features of `images`, and the number of parts they were encoded in."""
+    encoding, parts = tower.encode_by_layer(images), 0
+    while True:
+        try:
+            next(encoding)
+        except StopIteration as stop:
+            return stop.value, parts
+        parts += 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("layer", "feature"), [(-2, "patch"), (-1, "cls_patch"), (0, "patch"), (3, "cls_patch")])
 def test_clip_features_are_the_selected_hidden_state(clip: Path, layer: int, feature: str) -> None:
@@ -55,6 +66,8 @@ def test_clip_features_are_the_selected_hidden_state(clip: Path, layer: int, fea
     whole = CLIPVisionModel.from_pretrained(clip)(images, output_hidden_states=True).hidden_states
     want = whole[layer][:, 1:] if feature == "patch" else whole[layer]
     torch.testing.assert_close(tower(images), want, atol=1e-5, rtol=1e-5)
+    found, parts = encode_by_layer(tower, images)
+    assert torch.equal(found, tower(images)) and parts == max(1, tower.depth)
     assert len(tower.vision_tower.vision_model.encoder.layers) == (layer if layer >= 0 else 5 + layer)
     assert tower.feature_shapes == [tuple(want.shape[1:])]
     assert tower.image_processor.crop_size == {"height": 56, "width": 56}

@@ -357,6 +357,7 @@ def test_the_statistics_of_the_engine_are_exposed() -> None:
         "requests": "queue_seconds_count", "waiting_seconds": "queue_seconds_sum", "max_batch_size": "max_batch_size",
         "prompt_tokens": "prefix_cache_queries_total", "cached_tokens": "prefix_cache_hits_total",
         "prefix_hits": "prefix_cache_hit_requests_total", "prefix_evictions": 'cache_evictions_total{cache="prefix"}',
+        "prefill_chunks": "prefill_chunks_total",
         "images": "prompt_images_total", "encoded_images": "encoded_images_total",
         "feature_hits": "feature_cache_hits_total", "feature_evictions": 'cache_evictions_total{cache="feature"}',
         "generated_tokens": "generation_tokens_total", "decode_steps": "decode_steps_total",

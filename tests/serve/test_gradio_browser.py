@@ -330,6 +330,15 @@ def test_a_conversation_that_does_not_fit_costs_no_other(page: Page) -> None:
     assert later == {"titles": [["c", "c"], ["a", "a"]], "full": False} and grown == {**later, "full": True}
 
 
+def test_a_login_does_not_see_the_conversations_of_another(page: Page) -> None:
+    script = """() => ["ann", "bob", "ann"].map((name) => {
+        window.gradio_config.username = name;
+        window.llava.store(JSON.stringify({ id: name, title: name }));
+        return JSON.parse(window.llava.titles()).titles.flat().concat(JSON.parse(window.llava.find("ann"))?.id);
+    })"""
+    assert page.page.evaluate(script) == [["ann", "ann", "ann"], ["bob", "bob", None], ["ann", "ann", "ann"]]
+
+
 def test_an_example_fills_both_boxes(page: Page, service: FakeService) -> None:
     page.page.get_by_role("button", name="Extract the text as JSON.").click()
     page.expect("#message textarea").to_have_value("Extract the text as JSON.")

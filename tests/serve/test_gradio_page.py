@@ -28,12 +28,13 @@ from llava.serve.common.arguments import LOGINS_VARIABLE
 from llava.serve.common.middleware import Keys, Limits, RequestMiddleware
 from llava.serve.common.protocol import ErrorType, ServeError
 from llava.serve.common.security import AddressRule
+from llava.serve.common.streaming import merged
 from llava.serve.control.registry import Registry
 from llava.serve.web import chat_tab, controls
 from llava.serve.web.chat import SKELETON, Chat, Turn
 from llava.serve.web.chat_tab import RUNNING, ChatTab, History
 from llava.serve.web.client import ServiceClient
-from llava.serve.web.compare_tab import BLIND_NAMES, VOTES, CompareTab, merged
+from llava.serve.web.compare_tab import BLIND_NAMES, VOTES, CompareTab
 from llava.serve.web.log import ConversationLog
 from llava.serve.web.models import Listing, ModelCatalog
 from llava.serve.web.ratings import Ratings
@@ -401,6 +402,31 @@ def test_a_message_is_not_sent_twice_while_it_is_checked(tab: ChatTab, services:
     assert [turn.text for turn in chat.turns] == ["one"] and not chat.running
 
 
+def test_a_message_right_after_new_stops_the_old_answer(tab: ChatTab, service: FakeService, tmp_path: Path) -> None:
+    service.answers, service.delay = {"alpha": ["word "] * 500, "beta": ["Done."]}, 0.02
+    chat, page = Chat(), Page()
+
+    async def go() -> None:
+        old, new = (
+            tab.send(chat, REQUEST, {"text": model, "files": []}, model, "Default", *SLIDERS)
+            for model in ("alpha", "beta")
+        )
+        while not (chat.turns and chat.turns[0].answer):
+            await anext(old)
+        await tab.clear(chat)
+        page.apply(await anext(new))  # before the old answer has seen that it was stopped
+        assert page.running and all("box" not in update for update in [update async for update in old])
+        async for update in new:
+            page.apply(update)
+
+    asyncio.run(go())
+    until(lambda: service.broken_off == 1)
+    assert [turn.text for turn in chat.turns] == ["beta"] and page.answer == "Done." and not page.running
+    lines = [json.loads(x) for x in next((tmp_path / "logs").glob("*-conv.json")).read_text().splitlines()]
+    reasons = {line["state"]["messages"][0][1]: line["finish_reason"] for line in lines}
+    assert reasons == {"alpha": "cancelled", "beta": "stop"}
+
+
 def test_the_second_turn_carries_the_first(tab: ChatTab, service: FakeService) -> None:
     chat = Chat()
     send(tab, chat, "one")
@@ -524,6 +550,35 @@ def test_one_that_fails_does_not_hide_the_other(pair: CompareTab, service: FakeS
     )
     assert "ran out of memory" in answer_of(page.now["view_left"])
     assert answer_of(page.now["view_right"]) == "A red circle."
+    assert not any(page.now[name]["interactive"] for name in VOTES)
+    page.apply(asyncio.run(pair.vote("rightvote", left, right, False, REQUEST)))
+    assert pair.services.ratings.rows() == [] and not left.turns[0].vote
+
+
+def test_two_enters_start_one_comparison(pair: CompareTab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the second one arrives after the message was checked, and before its answers start."""
+    left, right, presses = Chat(), Chat(), []
+    check = pair.services.new_turn
+
+    async def press() -> None:
+        message: controls.Message = {"text": "What?", "files": []}
+        async for _ in pair.send(left, REQUEST, right, message, False, "alpha", "beta", "Default", *SLIDERS):
+            pass
+
+    async def checked(*values: Any) -> Turn:
+        turn = await check(*values)
+        if len(presses) < 2:
+            presses.append(asyncio.ensure_future(press()))
+        return turn
+
+    async def go() -> None:
+        presses.append(asyncio.ensure_future(press()))
+        while pending := [press for press in presses if not press.done()]:
+            await asyncio.gather(*pending)
+
+    monkeypatch.setattr(pair.services, "new_turn", checked)
+    asyncio.run(go())
+    assert [len(left.turns), len(right.turns), len(presses)] == [1, 1, 2]
 
 
 def test_a_comparison_needs_two_models(pair: CompareTab, service: FakeService) -> None:
@@ -639,8 +694,14 @@ def test_probes_and_closed_doors(service: FakeService, child_environment: dict[s
         until(lambda: client.get("/ready").status_code == 503)
         assert "llava_requests" in client.get("/metrics").text
         assert client.get("/config").status_code == 401
+        large = {"data": ["x" * 2**25], "fn_index": 0, "session_hash": "s"}
+        assert client.post("/gradio_api/queue/join", json=large).status_code == 413
+        upload = {"files": ("large.png", b"x" * 2**25)}
+        assert client.post("/gradio_api/upload", files=upload).status_code == 401
         assert client.post("/login", data={"username": "ann", "password": "two"}).status_code == 400
         assert client.post("/login", data={"username": "ann", "password": "one"}).status_code == 200
+        assert client.post("/gradio_api/upload", files=upload).status_code == 200
+        assert '"username":"ann"' in client.get("/").text.replace(": ", ":")  # by which page.js keeps the history
         config = client.get("/config").json()
         assert client.get("/docs").status_code == client.get("/openapi.json").status_code == 404
         (folder,) = tmp_path.glob("llava-page-*")

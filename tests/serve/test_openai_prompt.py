@@ -89,7 +89,7 @@ BASE = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 @pytest.mark.parametrize(
     "extra",
     [
-        {"tools": [{}]},
+        {"tools": [{}], "tool_choice": {"type": "function", "function": {"name": "f"}}},
         {"tool_choice": "required"},
         {"modalities": ["audio"]},
         {"best_of": 5},
@@ -133,6 +133,13 @@ def test_sampling_fields_reach_the_worker(guide: dict[str, Any]) -> None:
     assert schema is None or json.dumps(schema) == json.dumps(SCHEMA)  # the order of keys is that of the answer
 
 
+@pytest.mark.parametrize(("name", "value"), [("json", SCHEMA), ("regex", "[ab]+"), ("choice", ["yes", "no"])])
+def test_the_newer_name_of_vllm_for_structured_output(name: str, value: object) -> None:
+    for both in ({}, {f"guided_{name}": value}):
+        body = ChatBody.model_validate({**BASE, "structured_outputs": {name: value, "grammar": None}, **both})
+        assert body.worker_fields()[f"guided_{name}"] == value
+
+
 def test_defaults_send_the_published_fields_only() -> None:
     nothing = {"top_k": -1, "min_p": 0, "n": None, "logit_bias": {}, "top_logprobs": 0, "response_format": None}
     for body in ({}, {"logprobs": False, "response_format": {"type": "text"}}, nothing):
@@ -164,6 +171,11 @@ def test_defaults_send_the_published_fields_only() -> None:
         ({"guided_choice": ["a", ""]}, "guided_choice"),
         ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_regex"),
         ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": ["a"]}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "root ::= x"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "b"}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "guided_regex"),
     ],
     ids=str,
 )

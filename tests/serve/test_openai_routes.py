@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from llava.serve.common.middleware import Limits
 from llava.serve.common.protocol import ErrorType, ServeError, WorkerStatus
 from llava.serve.common.streaming import merged
 from llava.serve.control.answers import Answer, ChatReply, Piece, Shown
@@ -431,6 +432,22 @@ def test_offsets_count_a_character_of_several_tokens_once() -> None:
     assert choice.logprobs is not None and choice.logprobs.text_offset == [0, 1, 1]
 
 
+def test_no_log_probability_is_lost_to_another_of_the_same_text() -> None:
+    def part(value: float, *data: int, **more: Any) -> dict[str, Any]:
+        return {"token": bytes(data).decode(errors="replace"), "logprob": value, "bytes": list(data), **more}
+
+    spaces = [part(-0.1, 32), part(-0.2, 32), part(-0.3, 32)]  # "▁", "<0x20>" and an added token
+    halves = [part(-0.1, 195), part(-0.2, 32, 226, 128), part(-0.3, 92)]
+    sent = [part(-0.2, 32, top_logprobs=spaces), part(-3.0, 196, top_logprobs=halves)]
+    with scripted(frames({"text": " x", "logprobs": sent, "finish_reason": "stop"})) as api:
+        found = api.completions.create(model=MODEL, prompt="x", logprobs=3).choices[0].logprobs
+    assert found is not None and found.tokens == [" ", "bytes:\\xc4"]
+    assert found.top_logprobs == [
+        {" #2": -0.1, " ": -0.2, " #3": -0.3},  # the generated token has its own text
+        {"bytes:\\xc3": -0.1, "bytes: \\xe2\\x80": -0.2, "\\": -0.3, "bytes:\\xc4": -3.0},
+    ]
+
+
 def test_a_stream_of_choices_keeps_nothing_it_has_sent() -> None:
     answer: Any = Answer("", None)  # type: ignore[arg-type]
     (choice,) = answer.choices
@@ -499,6 +516,20 @@ def test_an_unknown_route_is_told_the_known_ones(
     for route in [*ROUTES, "/tokenize", "/detokenize"]:
         assert f"POST {route}" in error["message"]
     assert "GET /v1/models, GET /v1/models/{name}" in error["message"] and "embeddings" not in error["message"]
+
+
+def test_a_body_that_the_controller_takes_is_taken_by_the_worker() -> None:
+    """Longer than the routes without prompts take, and much longer with ASCII escapes."""
+    limits = Limits(max_body=100_000, max_small_body=1000)
+    with live_controller(limits=limits) as controller, live_worker(controller=controller.url, limits=limits):
+        until(lambda: controller.registry.models() == [MODEL])
+        body = json.dumps({"model": MODEL, "prompt": "日" * 30_000, "max_tokens": 1}, ensure_ascii=False).encode()
+        typed = {"Content-Type": "application/json"}
+        reply = httpx.post(f"{controller.url}/v1/completions", content=body, headers=typed, trust_env=False)
+        assert reply.json()["usage"]["prompt_tokens"] == 30_000
+        for path, asked in (("/tokenize", {"prompt": "x" * 90_000}), ("/detokenize", {"tokens": [7] * 9000})):
+            reply = post(controller.url, path, asked)
+            assert "has no tokenizer" in reply.json()["error"]["message"]  # of the stub, not the size
 
 
 def test_a_worker_says_who_serves_the_api(parts: tuple[LiveController, LiveWorker]) -> None:

@@ -16,6 +16,7 @@ from llava.engine import Engine, Request, SamplingParams
 from llava.engine.arguments import EngineArgs
 from llava.engine.sequence import GuidedDecodingParams
 from llava.serve.worker.local_backend import BackendSettings, LocalBackend, model_loader
+from tests.eval.fake_server import FakeServer
 from tests.serve.stubs import (
     PATIENCE,
     LiveController,
@@ -283,6 +284,15 @@ def test_an_adapter_passes_the_fields_on() -> None:
             found = by_choice(frames_of(generate(url, request_body(ASKED, 2, n=2, seed=3, stream_mode="delta"))))
             assert ["".join(one["text"] for one in found[index]) for index in (0, 1)] == ["w0 w1 "] * 2
             assert [job.request.params.seed for job in worker.engine.history[-2:]] == [3, 4]
+
+
+@pytest.mark.parametrize(("kind", "value"), [("regex", "a+"), ("choice", ["a", "b"])])
+def test_an_adapter_asks_old_and_new_versions_of_vllm(kind: str, value: object) -> None:
+    engine = FakeServer()
+    with adapter(engine.url) as (url, _):
+        assert frames_of(generate(url, request_body(ASKED, **{f"guided_{kind}": value})))[-1]["finish_reason"] == "stop"
+    engine.close()
+    assert engine.bodies[0]["structured_outputs"] == {kind: value} and engine.bodies[0][f"guided_{kind}"] == value
 
 
 def chunk(index: int, text: str, reason: str | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from llava.serve.common.security import (
     is_loopback,
     read_secrets,
 )
-from tests.serve.stubs import get, live_controller
+from tests.serve.stubs import get, live_controller, post
 
 
 def test_keys_are_compared_whatever_they_hold() -> None:
@@ -90,6 +90,18 @@ def test_a_rate_is_an_average_with_a_burst() -> None:
     for client in (b"c", b"d", b"e"):
         limiter.spend(client)
     assert len(limiter._buckets) == 3
+
+
+def test_a_request_counts_as_many_as_its_answers() -> None:
+    body = {"model": "none", "prompt": ["x", "y"], "n": 2}
+    with live_controller(rate_limit=3) as controller:
+        replies = [post(controller.url, "/v1/completions", body) for _ in range(2)]
+        assert [reply.status_code for reply in replies] == [404, 429]  # four answers, and one wait for two
+        assert 30 <= int(replies[1].headers["Retry-After"]) <= 40
+    chat = {"model": "none", "messages": [{"role": "user", "content": "x"}], "n": 2}
+    with live_controller(rate_limit=3) as controller:
+        statuses = [post(controller.url, "/v1/chat/completions", chat).status_code for _ in range(3)]
+    assert statuses == [404, 404, 429]
 
 
 def test_the_api_refuses_a_key_that_asks_too_often() -> None:

@@ -97,6 +97,7 @@ def test_the_summary_is_a_request_to_paste(monkeypatch: pytest.MonkeyPatch) -> N
         (["--controller", "http://x"], "--controller of a worker cannot be set here"),
         (["--worker=http://x"], "--worker of a worker cannot be set here"),
         (["--model", "b", "--model-name", "x"], "--model-name names a single model"),
+        (["--model", "b", "--lora", "x=y"], "--lora belongs to a single base, but 2 were given"),
     ],
 )
 def test_contradictions_are_refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -112,25 +113,28 @@ def test_a_worker_that_is_loading_stops_at_once(child_environment: dict[str, str
 
 @pytest.mark.slow
 def test_a_page_completes_its_answers(child_environment: dict[str, str]) -> None:
+    """It does not wait for a browser that keeps its page open, nor logs an error for it."""
     engine = StubEngine()
     with live_controller() as controller, live_worker(engine, controller=controller.url):
         until(lambda: controller.registry.models() == [MODEL])
         words = ["--controller", controller.url, "--port", "0", "--model-list-mode", "reload"]
-        with program(child_environment, "gradio_web_server", *words) as page:
-            with httpx.Client(base_url=page.url, timeout=PATIENCE, trust_env=False) as http:
-                visitor, late = Visitor(http, MODEL), Visitor(http, MODEL)
-                engine.gate.clear()
-                visitor.send("hello")
-                with visitor.events() as events:
-                    until(lambda: engine.jobs)
-                    page.process.send_signal(signal.SIGTERM)
-                    until(lambda: "Stopping" in page.text)
-                    assert http.get("/ready").status_code == 503
-                    late.send("too late")
-                    with late.events() as others:
-                        assert any("restarting" in json.dumps(event) for event in others)
-                    assert page.process.poll() is None
-                    engine.gate.set()
-                    assert any("w1023" in json.dumps(event) for event in events)
+        with program(child_environment, "gradio_web_server", *words) as page, ExitStack() as stack:
+            http = stack.enter_context(httpx.Client(base_url=page.url, timeout=PATIENCE, trust_env=False))
+            visitor, late = Visitor(http, MODEL), Visitor(http, MODEL)
+            beats = stack.enter_context(http.stream("GET", f"/gradio_api/heartbeat/{visitor.session}"))
+            assert beats.is_success
+            engine.gate.clear()
+            visitor.send("hello")
+            with visitor.events() as events:
+                until(lambda: engine.jobs)
+                page.process.send_signal(signal.SIGTERM)
+                until(lambda: "Stopping" in page.text)
+                assert http.get("/ready").status_code == 503
+                late.send("too late")
+                with late.events() as others:
+                    assert any("restarting" in json.dumps(event) for event in others)
+                assert page.process.poll() is None
+                engine.gate.set()
+                assert any("w1023" in json.dumps(event) for event in events)
             assert page.process.wait(START) == 0
         assert "Traceback" not in page.text and "ERROR" not in page.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -60,7 +61,10 @@ class Hub:
     def batch(self, body: dict[str, Any]) -> dict[str, Any]:
         self.waiting.set()
         assert self.gate.wait(60)
-        objects = [{**o, "actions": {"upload": {"href": f"{self.url}/blobs/{o['oid']}"}}} for o in body["objects"]]
+        hrefs = ("upload", f"{self.url}/blobs/"), ("verify", f"{self.url}/verify/")
+        objects = [
+            {**o, "actions": {action: {"href": href + o["oid"]} for action, href in hrefs}} for o in body["objects"]
+        ]
         return {"transfer": "basic", "objects": objects}
 
     def commit(self, name: str, lines: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
@@ -112,7 +116,11 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.answer(404, {"error": "not found"})
 
         def do_PUT(self) -> None:
-            hub.blobs[self.path.removeprefix("/blobs/")] = self.read()
+            oid, data = self.path.removeprefix("/blobs/"), self.read()
+            if hashlib.sha256(data).hexdigest() != oid:
+                self.answer(400, {"error": "the content does not have this SHA-256"})
+                return
+            hub.blobs[oid] = data
             self.answer(200, {})
 
         def do_POST(self) -> None:
@@ -131,6 +139,10 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.answer(200, hub.preupload(json.loads(data)))
             elif path.endswith("/info/lfs/objects/batch"):
                 self.answer(200, hub.batch(json.loads(data)))
+            elif path.startswith("/verify/"):
+                asked = json.loads(data)
+                known = len(hub.blobs.get(asked["oid"], b"")) == asked["size"]
+                self.answer(200 if known else 404, {"error": "not uploaded"})
             elif "/commit/" in path:
                 name = path.removeprefix("/api/models/").partition("/commit/")[0]
                 self.answer(*hub.commit(name, [json.loads(line) for line in data.splitlines() if line]))

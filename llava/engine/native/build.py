@@ -22,6 +22,7 @@ from llava.files import atomic_write
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("decode.cpp")
+HEADERS = (SOURCE.with_name("amx.h"), SOURCE.with_name("common.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _TIMEOUT = 120  # seconds
 
@@ -46,6 +47,12 @@ def library() -> ctypes.CDLL | None:
         detail = str(getattr(error, "stderr", "") or error).strip()
         logger.warning("Decoding runs without the C++ kernel, which could not be built by %s: %s", compiler, detail)
         return None
+
+
+def has_tiles() -> bool:
+    """Whether the library multiplies bfloat16 on the tiles of Intel AMX, and Linux allows it to this process."""
+    found = library()
+    return found is not None and bool(found.llava_has_tiles())
 
 
 def load(path: Path, compiler: str) -> ctypes.CDLL:
@@ -76,7 +83,8 @@ def cache_directory() -> Path | None:
 def fingerprint(compiler: str) -> str:
     """Hash of the source, the flags, the compiler version and the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=_TIMEOUT)
-    parts = [SOURCE.read_text(), *FLAGS, version.stdout, platform.machine(), processor()]
+    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
+    parts = [*sources, *FLAGS, version.stdout, platform.machine(), processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 

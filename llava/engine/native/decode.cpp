@@ -1,47 +1,18 @@
 // One decode step of a LLaMA on the CPU: all threads read every weight once, in one parallel region.
 //
 // A step of a small batch is bound by memory bandwidth and by the overhead between operations. Keys and values are
-// float32 or bfloat16; weights are too, or int8 or 4-bit as packed by bitsandbytes. All arithmetic is float32. The
-// sums of a row are computed in the same order for every batch size, so its tokens do not depend on its neighbours. See
-// `llava/engine/native/decoder.py`.
+// float32 or bfloat16; weights are too, or int8 or 4-bit as packed by bitsandbytes. All arithmetic is float32, but the
+// products of bfloat16 weights, keys and values run on the tiles of Intel AMX where there are some, with inputs in
+// bfloat16 and float32 sums. The sums of a row are computed in the same order for every batch size, so its tokens do not
+// depend on its neighbours. See `llava/engine/native/decoder.py`.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
+#include <initializer_list>
+#include <optional>
 
-#include <omp.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "amx.h"
+#include "common.h"
 
 namespace {
-
-constexpr int64_t LANES = 16, ROWS = 4;  // floats per vector, weight rows per tile
-constexpr int64_t BLOCK = 64, SCALES = 256;  // 4-bit weights per scale; 8-bit scales per second-level scale
-constexpr int64_t AHEAD = 8192;              // prefetch distance in packed weights, in bytes
-using Floats = float __attribute__((vector_size(64)));
-using UInt32s = uint32_t __attribute__((vector_size(64)));
-using UInt16s = uint16_t __attribute__((vector_size(32)));
-using Int32s = int32_t __attribute__((vector_size(64)));
-struct BFloat16 { uint16_t bits; };
-
-enum Kind : int64_t { PLAIN, INT8, FOUR_BIT };
-
-// Sizes and strides are in elements. As in PyTorch a weight is (out, in). A linear layer is one or several parts, which are
-// concatenated along out.
-struct Part {
-    int64_t kind, rows, width;
-    const void *data;            // PLAIN: of the model's dtype. FOUR_BIT: two codes per byte, the first in the high bits
-    const float *bias;           // may be null
-    const float *scales;         // INT8: 127 times those of the rows. FOUR_BIT: of blocks, or of groups of scale_codes
-    const float *values;         // FOUR_BIT: of the 16 codes
-    const uint8_t *scale_codes;  // FOUR_BIT: null unless the scales are quantized, too
-    const float *scale_values;   // of the 256 scale_codes
-    double scale_offset;
-};
 
 struct Layer {
     const float *norm, *mlp_norm;
@@ -49,17 +20,11 @@ struct Layer {
 };
 
 struct Model {
-    int64_t is_bf16, num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
+    int64_t is_bf16, tiles, num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
     double eps;
     const float *norm;
     const Part *head;
     const Layer *layers;
-};
-
-// Keys and values (layers, 2, kv_heads, tokens, head_dim); kv_stride is the distance of values from keys.
-struct KVBlock {
-    void *data;
-    int64_t tokens, layer_stride, kv_stride, head_stride;
 };
 
 // Row r attends to blocks first[r] .. first[r + 1] - 1; the last is its own and has room for one more token.
@@ -70,84 +35,28 @@ struct Step {
     float *logits;                   // (rows, vocabulary)
     const int64_t *first;
     const KVBlock *blocks;
+    int64_t num_adapted, max_rank;
+    const struct Adapted *adapted;
 };
 
-inline Floats load(const float *at) {
-    Floats found;
-    std::memcpy(&found, at, sizeof found);
-    return found;
-}
+// LoRA adapter of a linear layer of `parts` parts: part k of its outputs gets up[k] (down[k] x). down[k] is (rank, width),
+// up[k] (rows, rank); both have no data where a part is not adapted.
+struct LowRank {
+    int64_t parts, rank;
+    const Part *down, *up;
+};
 
-inline Floats load(const BFloat16 *at) {
-    UInt16s bits;
-    std::memcpy(&bits, at, sizeof bits);
-    const UInt32s wide = __builtin_convertvector(bits, UInt32s) << 16;
-    Floats found;
-    std::memcpy(&found, &wide, sizeof found);
-    return found;
-}
+// Rows first .. first + count - 1 of a step use an adapter: four linear layers per decoder layer.
+struct Adapted {
+    int64_t first, count;
+    const LowRank *layers;
+};
 
-// 16 bytes as 32-bit integers. Compilers widen them badly on their own.
-template <class Wide, class Byte>
-inline Wide widen(const Byte *at) {
-    Wide found;
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
-    const __m512i wide = std::is_signed<Byte>::value ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
-    std::memcpy(&found, &wide, sizeof found);
-#elif defined(__AVX2__)
-    __m256i halves[2];
-    for (int half = 0; half < 2; ++half) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(at + 8 * half));
-        halves[half] = std::is_signed<Byte>::value ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes);
-    }
-    std::memcpy(&found, halves, sizeof found);
-#else
-    for (int64_t lane = 0; lane < LANES; ++lane) found[lane] = at[lane];
-#endif
-    return found;
-}
-
-inline Floats load(const int8_t *at) { return __builtin_convertvector(widen<Int32s>(at), Floats); }
-
-inline void store(float *at, Floats value) { std::memcpy(at, &value, sizeof value); }
-
-inline void store(BFloat16 *at, Floats value) {  // rounds to nearest even; NaN stays NaN
-    UInt32s bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const UInt32s rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const UInt16s bf16 = __builtin_convertvector(value == value ? rounded : (bits >> 16) | 0x40, UInt16s);
-    std::memcpy(at, &bf16, sizeof bf16);
-}
-
-inline float sum(Floats value) {
-    using Eight = float __attribute__((vector_size(32)));
-    using Four = float __attribute__((vector_size(16)));
-    Eight halves[2];
-    std::memcpy(halves, &value, sizeof halves);
-    const Eight eight = halves[0] + halves[1];
-    Four quarters[2];
-    std::memcpy(quarters, &eight, sizeof quarters);
-    const Four four = quarters[0] + quarters[1];
-    return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-template <class T>
-inline float dot(const float *left, const T *right, int64_t width) {
+template <class L, class R>
+inline float dot(const L *left, const R *right, int64_t width) {
     Floats total = {};
     for (int64_t at = 0; at < width; at += LANES) total += load(left + at) * load(right + at);
     return sum(total);
-}
-
-// Outputs first .. last - 1.
-struct Range {
-    int64_t first, last;
-};
-
-// The outputs of this thread among `count`.
-inline Range thread_range(int64_t count) {
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    return {count * thread / threads, count * (thread + 1) / threads};
 }
 
 // The rows of a part in the model's dtype or in int8. `tile` multiplies R of them, from `first` on, with N inputs, and
@@ -185,53 +94,13 @@ struct PlainRows {
     }
 };
 
-// The scales of `count` blocks of 4-bit weights from block `first` on.
-inline void block_scales(const Part &part, int64_t first, int64_t count, float *out) {
-    if (!part.scale_codes) {
-        std::copy(part.scales + first, part.scales + first + count, out);
-        return;
-    }
-    const float offset = static_cast<float>(part.scale_offset);
-    for (int64_t at = first, end = first + count; at < end;) {
-        const float scale = part.scales[at / SCALES];
-        for (const int64_t last = std::min(end, (at / SCALES + 1) * SCALES); at < last; ++at)
-            *out++ = part.scale_values[part.scale_codes[at]] * scale + offset;
-    }
-}
-
-// table[code % 16] of each code
-inline Floats lookup(Floats table, UInt32s codes) {
-    Floats found;
-#if defined(__AVX512F__)
-    const __m512 permuted = _mm512_permutexvar_ps((__m512i)codes, (__m512)table);
-    std::memcpy(&found, &permuted, sizeof found);
-#elif defined(__AVX2__)
-    __m256 tables[2], halves[2];
-    __m256i indices[2];
-    std::memcpy(tables, &table, sizeof tables), std::memcpy(indices, &codes, sizeof indices);
-    for (int half = 0; half < 2; ++half)
-        halves[half] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(tables[0], indices[half]),
-                                        _mm256_permutevar8x32_ps(tables[1], indices[half]),
-                                        _mm256_castsi256_ps(_mm256_slli_epi32(indices[half], 28)));
-    std::memcpy(&found, halves, sizeof found);
-#else
-    float values[LANES];
-    store(values, table);
-    for (int64_t lane = 0; lane < LANES; ++lane) found[lane] = values[codes[lane] % LANES];
-#endif
-    return found;
-}
-
-struct Pair { Floats even, odd; };
-
-// The 32 weights of 16 bytes: those of the high bits, which are at even places, and those of the low bits.
-inline Pair lookup_pair(Floats table, const uint8_t *codes) {
-    const UInt32s wide = widen<UInt32s>(codes);
-    return {lookup(table, wide >> 4), lookup(table, wide)};
-}
-
-// Buffers of one thread, for the inputs in the order of the codes and the scales of a tile.
-struct Scratch { std::vector<float> inputs, scales; };
+// Buffers of one thread: inputs in the order of the codes, the scales of a tile, sums of low-rank terms, and for AMX.
+struct Scratch {
+    bool tiles;
+    std::vector<float> inputs, scales, sums;
+    TileScratch rows;
+    TileInputs packed;
+};
 
 // The rows of a 4-bit part in float32. The weights equal those that bitsandbytes dequantizes.
 struct FourBitRows {
@@ -311,24 +180,79 @@ void multiply(const Rows &rows, const float *x, int64_t count, Range range, floa
     for (; at < range.last; ++at) tiles<1, 1>(rows, x, count, at, out + at, stride);
 }
 
-// out (count, stride) = x (count, width) weight^T + bias, for the outputs in `range`, counted over all parts.
+// The same on the tiles of AMX; `scratch.packed` keeps the inputs for the next part.
+inline void multiply_on_tiles(const float *x, int64_t count, const Part &part, Range range, float *out, int64_t stride,
+                              Scratch &scratch) {
+#if LLAVA_AMX
+    if (!scratch.packed.count) pack_inputs(x, count, part.width, scratch.packed);
+    tile_linear(scratch.packed, part, range, scratch.rows, [=](int64_t row, int64_t at, __m512 sums, __mmask16 mask) {
+        _mm512_mask_storeu_ps(out + row * stride + at, mask, sums);
+    });
+#endif
+}
+
+// out (count, stride) = x (count, width) weight^T + bias, for the outputs in `ranges`, counted over all parts.
 template <class T>
-void linear(const float *x, int64_t count, const Part *part, Range range, float *out, int64_t stride, Scratch &scratch) {
-    for (; range.last > 0; range.first -= part->rows, range.last -= part->rows, out += part->rows, ++part) {
-        const Range own = {std::max(range.first, int64_t{0}), std::min(range.last, part->rows)};
-        if (own.first >= own.last) continue;
-        if (part->kind == FOUR_BIT) {
-            const FourBitRows rows(*part, scratch);
-            multiply(rows, rows.prepare(x, count), count, own, out, stride);
-        } else if (part->kind == INT8) {
-            multiply(PlainRows<int8_t>{*part}, x, count, own, out, stride);
-        } else {
-            multiply(PlainRows<T>{*part}, x, count, own, out, stride);
+void linear(const float *x, int64_t count, const Part *parts, std::initializer_list<Range> ranges, float *out,
+            int64_t stride, Scratch &scratch) {
+    scratch.packed.count = 0;
+    for (Range range : ranges) {
+        float *to = out;
+        for (const Part *part = parts; range.last > 0; to += part++->rows) {
+            const Range own = {std::max(range.first, int64_t{0}), std::min(range.last, part->rows)};
+            range = {range.first - part->rows, range.last - part->rows};
+            if (own.first >= own.last) continue;
+            if (scratch.tiles && part->kind == PLAIN) {
+                multiply_on_tiles(x, count, *part, own, to, stride, scratch);
+            } else if (part->kind == FOUR_BIT) {
+                const FourBitRows rows(*part, scratch);
+                multiply(rows, rows.prepare(x, count), count, own, to, stride);
+            } else if (part->kind == INT8) {
+                multiply(PlainRows<int8_t>{*part}, x, count, own, to, stride);
+            } else {
+                multiply(PlainRows<T>{*part}, x, count, own, to, stride);
+            }
         }
     }
 }
 
-void rms_norm(const float *x, int64_t count, int64_t width, const float *weight, double eps, float *out) {
+// Inner products of the adapted rows of x (rows, width), for each adapter (parts, count, rank). All threads call it: it has
+// a barrier.
+template <class T>
+void low_rank_inputs(const Step &step, int64_t layer, const float *x, int64_t width, float *inner, Scratch &scratch) {
+    for (const Adapted *rows = step.adapted; rows != step.adapted + step.num_adapted; ++rows) {
+        const LowRank &terms = rows->layers[layer];
+        for (int64_t k = 0; k < terms.parts; ++k, inner += rows->count * terms.rank)
+            if (terms.down[k].data)
+                linear<T>(x + rows->first * width, rows->count, terms.down + k, {thread_range(terms.rank)}, inner, terms.rank,
+                          scratch);
+    }
+#pragma omp barrier
+}
+
+// out (rows, stride) += the low-rank terms of the outputs in `range`, from their inner products.
+template <class T>
+void low_rank_outputs(const Step &step, int64_t layer, const float *inner, Range range, float *out, int64_t stride,
+                      Scratch &scratch) {
+    std::vector<float> &sums = scratch.sums;
+    for (const Adapted *rows = step.adapted; rows != step.adapted + step.num_adapted; ++rows) {
+        const LowRank &terms = rows->layers[layer];
+        int64_t offset = 0;
+        for (int64_t k = 0; k < terms.parts; offset += terms.up[k++].rows, inner += rows->count * terms.rank) {
+            const Part &up = terms.up[k];
+            const Range own = {std::max(range.first - offset, int64_t{0}), std::min(range.last - offset, up.rows)};
+            if (!up.data || own.first >= own.last) continue;
+            sums.resize(std::max<int64_t>(sums.size(), rows->count * up.rows));
+            linear<T>(inner, rows->count, &up, {own}, sums.data(), up.rows, scratch);
+            for (int64_t row = 0; row < rows->count; ++row)
+                for (int64_t at = own.first; at < own.last; ++at)
+                    out[(rows->first + row) * stride + offset + at] += sums[row * up.rows + at];
+        }
+    }
+}
+
+template <class T>
+void rms_norm(const T *x, int64_t count, int64_t width, const T *weight, double eps, T *out) {
     for (int64_t n = 0; n < count; ++n, x += width, out += width) {
         const Floats scale = Floats{} + static_cast<float>(1 / std::sqrt(dot(x, x, width) / width + eps));
         for (int64_t at = 0; at < width; at += LANES) store(out + at, load(x + at) * scale * load(weight + at));
@@ -355,7 +279,7 @@ template <class T>
 void attend(const float *query, const KVBlock *block, const KVBlock *end, int64_t layer, int64_t head, int64_t size,
             float *scores, float *out) {
     int64_t count = 0;
-    float top = -INFINITY, total = 0;
+    float top = -INFINITY;
     for (const KVBlock *part = block; part != end; ++part) {
         const T *keys = static_cast<const T *>(part->data) + layer * part->layer_stride + head * part->head_stride;
         const int64_t tokens = part->tokens + (part + 1 == end);
@@ -364,7 +288,15 @@ void attend(const float *query, const KVBlock *block, const KVBlock *end, int64_
             top = std::max(top, scores[count++]);
         }
     }
-    for (int64_t at = 0; at < count; ++at) total += scores[at] = std::exp(scores[at] - top);
+    const int64_t padded = (count + LANES - 1) / LANES * LANES;
+    std::fill(scores + count, scores + padded, -INFINITY);
+    Floats sums = {};
+    for (int64_t at = 0; at < padded; at += LANES) {
+        const Floats found = exponential(load(scores + at) - top);
+        sums += found;
+        store(scores + at, found);
+    }
+    const float total = sum(sums);
     for (int64_t at = 0; at < count; ++at) scores[at] /= total;
     std::fill(out, out + size, 0.0f);
     for (const KVBlock *part = block; part != end; ++part) {
@@ -378,31 +310,96 @@ void attend(const float *query, const KVBlock *block, const KVBlock *end, int64_
     }
 }
 
+// First rows of the groups of adjacent rows with one prefix, and the number of rows. A row without a prefix is a group.
+std::vector<int64_t> prefix_groups(const Step &step) {
+    std::vector<int64_t> starts = {0};
+    for (int64_t row = 1; row < step.rows; ++row) {
+        const KVBlock *block = step.blocks + step.first[row], *before = step.blocks + step.first[row - 1];
+        const int64_t count = step.first[row + 1] - step.first[row] - 1;
+        bool same = count > 0 && count == step.first[row] - step.first[row - 1] - 1;
+        for (int64_t at = 0; same && at < count; ++at)
+            same = block[at].data == before[at].data && block[at].tokens == before[at].tokens;
+        if (!same) starts.push_back(row);
+    }
+    starts.push_back(step.rows);
+    return starts;
+}
+
+#if LLAVA_AMX
+// Attention of the rows of a group and one key head: their common prefix is read once. Writes to context (rows, inner).
+void attend_on_tiles(const Model &model, const Step &step, Range rows, int64_t layer, int64_t head, const float *qkv,
+                     float *context, TileAttention &attention) {
+    const int64_t size = model.head_dim, inner = model.heads * size, group = model.heads / model.kv_heads;
+    const int64_t count = rows.last - rows.first, row_size = group * size;
+    const float scale = 1 / std::sqrt(static_cast<float>(size));
+    std::vector<float> query(count * row_size), out(count * row_size), top(count * group, -INFINITY), total(count * group);
+    for (int64_t row = rows.first; row < rows.last; ++row)
+        for (int64_t at = 0; at < group; ++at) {
+            float *to = query.data() + (row - rows.first) * row_size + at * size;
+            rotate(qkv + row * (inner + 2 * model.kv_heads * size) + (head * group + at) * size, step.cos + row * size,
+                   step.sin + row * size, size, to);
+            for (int64_t lane = 0; lane < size; ++lane) to[lane] *= scale;
+        }
+    const auto add = [&](const KVBlock &block, int64_t tokens, int64_t first) {  // for the queries from `first` on
+        const auto *keys = static_cast<const uint16_t *>(block.data) + layer * block.layer_stride + head * block.head_stride;
+        attention.add(keys, keys + block.kv_stride, tokens, size, &out[first * size], &top[first], &total[first]);
+    };
+    pack_inputs(query.data(), count * group, size, attention.queries);
+    for (int64_t at = step.first[rows.first]; at + 1 < step.first[rows.first + 1]; ++at)
+        add(step.blocks[at], step.blocks[at].tokens, 0);
+    for (int64_t row = 0; row < count; ++row) {
+        const KVBlock &own = step.blocks[step.first[rows.first + row + 1] - 1];
+        pack_inputs(query.data() + row * row_size, group, size, attention.queries);
+        add(own, own.tokens + 1, row * group);
+        float *to = context + (rows.first + row) * inner + head * row_size;
+        for (int64_t at = 0; at < row_size; ++at) to[at] = out[row * row_size + at] / total[row * group + at / size];
+    }
+}
+#endif
+
 template <class T>
 void run(const Model &model, const Step &step) {
     const int64_t rows = step.rows, hidden = model.hidden, size = model.head_dim, inner = model.heads * size;
     const int64_t qkv_size = inner + 2 * model.kv_heads * size, group = model.heads / model.kv_heads;
     const int64_t intermediate = model.intermediate;
+    const bool tiles = LLAVA_AMX && model.tiles && std::is_same<T, BFloat16>::value;
+    const std::vector<int64_t> starts = prefix_groups(step);
+    [[maybe_unused]] const int64_t groups = static_cast<int64_t>(starts.size()) - 1;
     const float scale = 1 / std::sqrt(static_cast<float>(size));
     std::vector<float> qkv(rows * qkv_size), context(rows * inner);
     std::vector<float> gate_up(rows * 2 * intermediate), activations(rows * intermediate);
+    std::vector<float> terms(step.num_adapted ? 3 * rows * step.max_rank : 0);  // of a layer of at most three parts
 #pragma omp parallel num_threads(step.threads)
     {
-        std::vector<float> normed(rows * hidden), sums(rows * hidden), scores(step.longest), query(size);
-        const Range hidden_range = thread_range(hidden), qkv_range = thread_range(qkv_size);
-        const Range intermediate_range = thread_range(intermediate), vocab_range = thread_range(model.vocabulary);
-        Scratch scratch;
+        std::vector<float> normed(rows * hidden), sums(rows * hidden), scores(step.longest + LANES), query(size);
+        const auto own_range = [](int64_t count) { return thread_range(count, 2 * LANES); };
+        const Range hidden_range = own_range(hidden), qkv_range = own_range(qkv_size);
+        const Range intermediate_range = own_range(intermediate), vocab_range = own_range(model.vocabulary);
+        Scratch scratch{tiles};
+#if LLAVA_AMX
+        std::optional<TileRegisters> registers;
+        if (tiles) registers.emplace();
+        TileAttention on_tiles;
+#endif
         // states += x weight^T + bias, for this thread's part of the outputs
         const auto add = [&](const float *x, const Part *parts) {
-            linear<T>(x, rows, parts, hidden_range, sums.data(), hidden, scratch);
+            linear<T>(x, rows, parts, {hidden_range}, sums.data(), hidden, scratch);
             for (int64_t row = 0; row < rows; ++row)
                 for (int64_t at = hidden_range.first; at < hidden_range.last; ++at)
                     step.states[row * hidden + at] += sums[row * hidden + at];
         };
+        // out += the terms of the rows' adapters of linear layer `number`, for this thread's `ranges` of the outputs
+        const auto low_rank = [&](int64_t number, const float *x, int64_t width, std::initializer_list<Range> ranges,
+                                  float *out, int64_t stride) {
+            if (!step.num_adapted) return;
+            low_rank_inputs<T>(step, number, x, width, terms.data(), scratch);
+            for (const Range &range : ranges) low_rank_outputs<T>(step, number, terms.data(), range, out, stride, scratch);
+        };
         for (int64_t index = 0; index < model.num_layers; ++index) {
             const Layer &layer = model.layers[index];
             rms_norm(step.states, rows, hidden, layer.norm, model.eps, normed.data());
-            linear<T>(normed.data(), rows, layer.qkv, qkv_range, qkv.data(), qkv_size, scratch);
+            linear<T>(normed.data(), rows, layer.qkv, {qkv_range}, qkv.data(), qkv_size, scratch);
+            low_rank(4 * index, normed.data(), hidden, {qkv_range}, qkv.data(), qkv_size);
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < rows * model.kv_heads; ++task) {  // write new keys and values to the cache
@@ -416,90 +413,82 @@ void run(const Model &model, const Step &step) {
                     store(key + own.kv_stride + at, load(keys + model.kv_heads * size + at));
                 }
             }
+            if (tiles) {
+#if LLAVA_AMX
+#pragma omp for schedule(dynamic)
+                for (int64_t task = 0; task < groups * model.kv_heads; ++task) {
+                    const Range group = {starts[task % groups], starts[task % groups + 1]};
+                    attend_on_tiles(model, step, group, index, task / groups, qkv.data(), context.data(), on_tiles);
+                }
+#endif
+            } else {
 #pragma omp for schedule(static)
-            for (int64_t task = 0; task < rows * model.heads; ++task) {  // rows of one head are adjacent
-                const int64_t row = task % rows, head = task / rows;
-                const float *unrotated = qkv.data() + row * qkv_size + head * size;
-                rotate(unrotated, step.cos + row * size, step.sin + row * size, size, query.data());
-                for (float &value : query) value *= scale;
-                attend<T>(query.data(), step.blocks + step.first[row], step.blocks + step.first[row + 1], index, head / group,
-                          size, scores.data(), context.data() + row * inner + head * size);
+                for (int64_t task = 0; task < rows * model.heads; ++task) {  // rows of one head are adjacent
+                    const int64_t row = task % rows, head = task / rows;
+                    const float *unrotated = qkv.data() + row * qkv_size + head * size;
+                    rotate(unrotated, step.cos + row * size, step.sin + row * size, size, query.data());
+                    for (float &value : query) value *= scale;
+                    attend<T>(query.data(), step.blocks + step.first[row], step.blocks + step.first[row + 1], index,
+                              head / group, size, scores.data(), context.data() + row * inner + head * size);
+                }
             }
             add(context.data(), layer.out);
+            low_rank(4 * index + 1, context.data(), inner, {hidden_range}, step.states, hidden);
 #pragma omp barrier
             rms_norm(step.states, rows, hidden, layer.mlp_norm, model.eps, normed.data());
-            for (const int64_t at : {int64_t{0}, intermediate})  // gates, then ups
-                linear<T>(normed.data(), rows, layer.gate_up, {at + intermediate_range.first, at + intermediate_range.last},
-                          gate_up.data(), 2 * intermediate, scratch);
+            const Range gates = intermediate_range, ups = {intermediate + gates.first, intermediate + gates.last};
+            linear<T>(normed.data(), rows, layer.gate_up, {gates, ups}, gate_up.data(), 2 * intermediate, scratch);
+            low_rank(4 * index + 2, normed.data(), hidden, {gates, ups}, gate_up.data(), 2 * intermediate);
             for (int64_t row = 0; row < rows; ++row)
-                for (int64_t at = intermediate_range.first; at < intermediate_range.last; ++at) {
-                    const float gate = gate_up[row * 2 * intermediate + at], up = gate_up[(row * 2 + 1) * intermediate + at];
-                    activations[row * intermediate + at] = gate / (1 + std::exp(-gate)) * up;
+                for (int64_t at = intermediate_range.first; at < intermediate_range.last; at += LANES) {
+                    const Floats gate = load(&gate_up[row * 2 * intermediate + at]);
+                    const Floats up = load(&gate_up[(row * 2 + 1) * intermediate + at]);
+                    store(&activations[row * intermediate + at], gate / (1.0f + exponential(-gate)) * up);
                 }
 #pragma omp barrier
             add(activations.data(), layer.down);
+            low_rank(4 * index + 3, activations.data(), intermediate, {hidden_range}, step.states, hidden);
 #pragma omp barrier
         }
         rms_norm(step.states, rows, hidden, model.norm, model.eps, normed.data());
-        linear<T>(normed.data(), rows, model.head, vocab_range, step.logits, model.vocabulary, scratch);
-    }
-}
-
-inline void store_weights(float *at, Floats value) { store(at, value); }
-
-inline void store_weights(BFloat16 *at, Floats value) {  // as `store`, but faster, and tiny values may become zero
-#if defined(__AVX512BF16__)
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
-    std::memcpy(at, &rounded, sizeof rounded);
-#else
-    store(at, value);
-#endif
-}
-
-// Two vectors of the weights of a pair in their order.
-inline Pair in_order(Pair pair) {
-    Pair found;
-#if defined(__AVX512F__)
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const __m512 even = (__m512)pair.even, odd = (__m512)pair.odd;
-    const __m512 mixed[2] = {_mm512_permutex2var_ps(even, low, odd), _mm512_permutex2var_ps(even, high, odd)};
-#else
-    float mixed[2 * LANES];
-    for (int64_t lane = 0; lane < LANES; ++lane) mixed[2 * lane] = pair.even[lane], mixed[2 * lane + 1] = pair.odd[lane];
-#endif
-    std::memcpy(&found, mixed, sizeof found);
-    return found;
-}
-
-// Weights of rows first .. last - 1 of an INT8 or FOUR_BIT part, as T.
-template <class T>
-void unpack(const Part &part, int64_t first, int64_t last, T *out) {
-    const int64_t width = part.width, blocks = width / BLOCK;
-    std::vector<float> scales(blocks);
-    for (int64_t row = first; row < last; ++row, out += width) {
-        if (part.kind == INT8) {
-            const Floats scale = Floats{} + part.scales[row] * (1 / 127.0f);
-            for (int64_t at = 0; at < width; at += LANES)
-                store_weights(out + at, load(static_cast<const int8_t *>(part.data) + row * width + at) * scale);
-            continue;
-        }
-        block_scales(part, row * blocks, blocks, scales.data());
-        const uint8_t *codes = static_cast<const uint8_t *>(part.data) + row * width / 2;
-        for (int64_t at = 0; at < width; at += 2 * LANES) {
-            const Pair pair = in_order(lookup_pair(load(part.values) * scales[at / BLOCK], codes + at / 2));
-            store_weights(out + at, pair.even), store_weights(out + at + LANES, pair.odd);
-        }
+        linear<T>(normed.data(), rows, model.head, {vocab_range}, step.logits, model.vocabulary, scratch);
     }
 }
 
 }  // namespace
+
+extern "C" int64_t llava_has_tiles() { return request_amx(); }
 
 extern "C" void llava_decode_step(const Model *model, const Step *step) {
     if (model->is_bf16)
         run<BFloat16>(*model, *step);
     else
         run<float>(*model, *step);
+}
+
+#if LLAVA_AMX
+extern "C" void llava_linear(const LinearCall *call) { linear_on_tiles(*call); }
+
+extern "C" void llava_attention(const AttentionCall *call) { attend_prompts(*call); }
+#endif
+
+// RMS norm of x (count, width), in bfloat16 with float32 sums.
+extern "C" void llava_rms_norm(const BFloat16 *x, int64_t count, int64_t width, const BFloat16 *weight, double eps,
+                               BFloat16 *out, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const Range own = thread_range(count);
+        rms_norm(x + own.first * width, own.last - own.first, width, weight, eps, out + own.first * width);
+    }
+}
+
+// out (count, rows) = x (count, width) weight^T + bias in float32, for few rows of x.
+extern "C" void llava_few_rows(const Part *part, const float *x, int64_t count, float *out, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch scratch{};
+        linear<float>(x, count, part, {thread_range(part->rows, ROWS)}, out, part->rows, scratch);
+    }
 }
 
 extern "C" void llava_unpack(const Part *part, int64_t first, int64_t last, int64_t is_bf16, void *out, int64_t threads) {

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from llava.engine.cache import CacheSpec, KVCache
 from llava.engine.layers import DecoderLayer, FusedLinear, RMSNorm
-from llava.engine.native.build import library
-from llava.engine.native.packed import DTYPES, LANES, Part, Record, fields, part_of, plain_part
+from llava.engine.lora import LoraStep
+from llava.engine.native.attention import KVBlock
+from llava.engine.native.build import has_tiles, library
+from llava.engine.native.lora import NativeLora
+from llava.engine.native.packed import DTYPES, LANES, PLAIN, Part, Record, fields, part_of, plain_part
+from llava.placement import native_decode_rows
 
 
 # The structs of `decode.cpp`, field by field; all fields have eight bytes, so there is no padding.
@@ -21,16 +25,9 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [
-        *fields(ctypes.c_int64, "is_bf16 num_layers hidden heads kv_heads head_dim intermediate vocabulary"),
+        *fields(ctypes.c_int64, "is_bf16 tiles num_layers hidden heads kv_heads head_dim intermediate vocabulary"),
         *fields(ctypes.c_double, "eps"),
         *fields(ctypes.c_void_p, "norm head layers"),
-    ]
-
-
-class _KVBlock(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_void_p, "data"),
-        *fields(ctypes.c_int64, "tokens layer_stride kv_stride head_stride"),
     ]
 
 
@@ -38,6 +35,8 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *fields(ctypes.c_int64, "rows threads longest"),
         *fields(ctypes.c_void_p, "states cos sin logits first blocks"),
+        *fields(ctypes.c_int64, "num_adapted max_rank"),
+        *fields(ctypes.c_void_p, "adapted"),
     ]
 
 
@@ -48,6 +47,7 @@ class NativeDecoder:
         self, spec: CacheSpec, heads: int, layers: Sequence[DecoderLayer], norm: RMSNorm, parts: Sequence[list[Part]]
     ) -> None:
         self._alive: list[object] = []  # the memory behind the pointers
+        self.lora: NativeLora | None = None
         self._run = library().llava_decode_step  # type: ignore[union-attr]
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_void_p], None
         self._layers = (_Layer * len(layers))()
@@ -57,8 +57,12 @@ class NativeDecoder:
             for name, found in zip(("qkv", "out", "gate_up", "down"), projections[4 * index :][:4], strict=True):
                 setattr(record, name, self._records(found))
         self.vocabulary = sum(part.rows for part in head)
+        tiles = spec.dtype == torch.bfloat16 and has_tiles()
+        packed = any(part.kind != PLAIN for found in parts for part in found)  # their products do not run on tiles
+        self.max_rows = native_decode_rows(spec.dtype, tiles=tiles and not packed)
         self._model = _Model(
             is_bf16=spec.dtype == torch.bfloat16,
+            tiles=tiles,
             num_layers=spec.layers,
             hidden=head[0].width,
             heads=heads,
@@ -93,17 +97,20 @@ class NativeDecoder:
         complete = [part for part in parts if part is not None]
         return cls(spec, heads, layers, norm, complete) if supported and len(complete) == len(parts) else None
 
-    def step(self, embeds: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
+    def step(self, embeds: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, lora: LoraStep | None = None) -> Tensor:
         """Logits (B, V) float32 of embeddings (B, D), rotated by `cos` and signed `sin` (B, 1, head_dim).
 
-        Writes the keys and values of the new tokens to `cache`.
+        Writes the keys and values of the new tokens to `cache`. `lora` are the adapters of the rows.
         """
         count = len(embeds)
+        rows = None if lora is None or self.lora is None else self.lora.rows(lora)
+        if rows is not None:
+            embeds, cos, sin = embeds[rows.order], cos[rows.order], sin[rows.order]
         states = embeds.float().clone(memory_format=torch.contiguous_format)
         cos, sin = cos.float().contiguous(), sin.float().contiguous()
         logits = torch.empty(count, self.vocabulary)
-        found, first, longest = _kv_blocks(cache)
-        blocks, firsts = (_KVBlock * len(found))(*found), (ctypes.c_int64 * len(first))(*first)
+        found, first, longest = _kv_blocks(cache, range(count) if rows is None else rows.order.tolist())
+        blocks, firsts = (KVBlock * len(found))(*found), (ctypes.c_int64 * len(first))(*first)
         step = _Step(
             rows=count,
             threads=torch.get_num_threads(),
@@ -115,8 +122,10 @@ class NativeDecoder:
             first=ctypes.addressof(firsts),
             blocks=ctypes.addressof(blocks),
         )
+        if rows is not None:
+            step.num_adapted, step.max_rank, step.adapted = rows.count, rows.rank, rows.address
         self._run(ctypes.byref(self._model), ctypes.byref(step))
-        return logits
+        return logits if rows is None else logits[rows.inverse]
 
     def _records(self, parts: list[Part]) -> int:
         """Address of the records of a linear layer's parts."""
@@ -141,18 +150,19 @@ def _parts(linear: FusedLinear, dtype: torch.dtype) -> list[Part] | None:
     return complete if len(complete) == len(parts) else None
 
 
-def _kv_blocks(cache: KVCache) -> tuple[list[_KVBlock], list[int], int]:
-    """Contiguous blocks of keys and values of all rows, the index of each row's first one and the number of blocks, and
+def _kv_blocks(cache: KVCache, rows: Iterable[int]) -> tuple[list[KVBlock], list[int], int]:
+    """Contiguous blocks of keys and values of `rows`, the index of each row's first one and the number of blocks, and
     the tokens of the longest row with its new one."""
-    blocks: list[_KVBlock] = []
+    blocks: list[KVBlock] = []
     first, longest = [0], 0
-    for row, (prefix, length) in enumerate(zip(cache.prefixes, cache.lengths, strict=True)):
-        parts: list[tuple[Tensor, int]] = [(match.data, match.num_tokens) for match in prefix]
-        parts.append((cache.data[:, :, row, :, cache.end - length :], length))
-        for data, tokens in parts:
-            layer, kv, head, *inner = data.stride()
-            assert inner == [data.shape[-1], 1], "tokens are contiguous"
-            blocks.append(_KVBlock(data.data_ptr(), tokens, layer, kv, head))
+    layer, kv, row_stride, head, slot, one = cache.data.stride()
+    assert (slot, one) == (cache.data.shape[-1], 1), "tokens are contiguous"
+    start, size = cache.data.data_ptr(), cache.data.itemsize
+    for row in rows:
+        length = cache.lengths[row]
+        shared = [KVBlock.of(match.node.data, match.num_tokens) for match in cache.prefixes[row]]
+        own = start + (row * row_stride + (cache.end - length) * slot) * size
+        blocks += [*shared, KVBlock(own, length, layer, kv, head)]
         first.append(len(blocks))
-        longest = max(longest, sum(tokens for _, tokens in parts) + 1)
+        longest = max(longest, sum(block.tokens for block in shared) + length + 1)
     return blocks, first, longest

@@ -1,4 +1,4 @@
-"""Linear layers as the C++ kernel reads them: parameters of PyTorch, or the packed weights of bitsandbytes in place.
+"""Linear layers of the C++ kernels: parameters of PyTorch, or the packed weights of bitsandbytes, read in place.
 
 The values are as dequantized by bitsandbytes: int8 times a float32 scale per row (arXiv:2208.07339), or a value of NF4
 or FP4 times a scale per block of 64 (arXiv:2305.14314). Inputs are not quantized, unlike in LLM.int8.
@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava.engine.native.build import library
+from llava.engine.native.build import has_tiles, library
 from llava.model.quantization import BLOCK, SCALES_BLOCK
 
 LANES: Final = 16  # floats per vector of the kernel
 DTYPES: Final = (torch.float32, torch.bfloat16)
 PLAIN, INT8, FOUR_BIT = 0, 1, 2
 SLICE: Final = 2**20  # weights dequantized at a time
+NONE, QUICK_GELU, GELU, GATED_SILU = range(4)  # activations of a `TileLinear`
+TILE_WIDTH: Final = 32  # inputs of a tile
+FEW_ROWS: Final = 32  # in float32; for more, PyTorch's product of dequantized weights is faster
 
 
 def fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -95,24 +98,82 @@ def as_float32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().float().contiguous()
 
 
-class PackedLinear:
-    """A bitsandbytes layer whose decode steps run in the kernel.
+class _Call(ctypes.Structure):
+    """The struct `LinearCall` of `amx.h`."""
 
-    For many tokens, a call dequantizes slices of its weight for PyTorch's matrix product.
+    _fields_ = [
+        *fields(ctypes.c_void_p, "part"),
+        *fields(ctypes.c_int64, "count activation threads"),
+        *fields(ctypes.c_void_p, "x residual out"),
+    ]
+
+
+class TileLinear:
+    """A bfloat16 linear layer on the tiles of Intel AMX, with an activation and a residual sum in the same pass.
+
+    The weight is read in place and sums are float32. `GATED_SILU` halves the outputs: SiLU of the first half times the
+    second (Shazeer, "GLU Variants Improve Transformer", 2020).
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._run = library().llava_linear  # type: ignore[union-attr]
+        self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
+
+    @classmethod
+    def build(cls, part: Part | None) -> TileLinear | None:
+        """The layer, or None without tiles or for widths that do not fill them."""
+        supported = part is not None and has_tiles() and part.width % TILE_WIDTH == 0
+        return cls(part) if part is not None and supported else None
+
+    def __call__(self, x: Tensor, activation: int = NONE, residual: Tensor | None = None) -> Tensor:
+        """(..., in) to (..., out), bfloat16; `residual` (..., out) is added."""
+        x = x.contiguous()
+        outputs = self.part.rows // 2 if activation == GATED_SILU else self.part.rows
+        out = x.new_empty(*x.shape[:-1], outputs)
+        added = None if residual is None else residual.contiguous()
+        call = _Call(
+            part=ctypes.addressof(self.part.record),
+            count=x.numel() // self.part.width,
+            activation=activation,
+            threads=torch.get_num_threads(),
+            x=x.data_ptr(),
+            residual=None if added is None else added.data_ptr(),
+            out=out.data_ptr(),
+        )
+        self._run(ctypes.byref(call))
+        return out
+
+
+class PackedLinear:
+    """A bitsandbytes layer that runs in the kernels.
+
+    In float32 and without AMX, a call with many tokens dequantizes slices of its weight for PyTorch's matrix product.
     """
 
     def __init__(self, layer: Any, part: Part) -> None:
         self.layer, self.part = layer, part
-        self._unpack = library().llava_unpack  # type: ignore[union-attr]
+        self.tiles = TileLinear.build(part)
+        found: Any = library()
+        self._unpack, self._few = found.llava_unpack, found.llava_few_rows
         self._unpack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int64]
-        self._unpack.restype = None
+        self._few.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+        self._unpack.restype = self._few.restype = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
         if x.dtype not in DTYPES:
             out: Tensor = self.layer(x)
             return out
+        if x.dtype == torch.bfloat16 and self.tiles is not None:
+            return self.tiles(x)
         rows, bias = self.part.rows, self.layer.bias
+        if len(x) <= FEW_ROWS:
+            wide = x.float().contiguous()
+            few = wide.new_empty(len(x), rows)
+            part, threads = ctypes.addressof(self.part.record), torch.get_num_threads()
+            self._few(part, wide.data_ptr(), len(x), few.data_ptr(), threads)
+            return few.to(x.dtype)
         step = max(1, SLICE // self.part.width)
         buffer = x.new_empty(min(step, rows), self.part.width)
         outputs = []

@@ -16,7 +16,7 @@ from typing import Final
 
 from llava.errors import ConfigError
 from llava.eval.run.files import read_rows
-from llava.eval.run.remote_model import chat_completion, normalize_url
+from llava.eval.run.remote_model import complete, normalize_url
 from llava.files import drop_partial_line, write_errors
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
@@ -64,9 +64,8 @@ class Judge:
         }  # fmt: skip
         key = hashlib.sha256(json.dumps([self.url, body]).encode()).hexdigest()
         if not use_cache or key not in self._replies:
-            self._replies[key] = chat_completion(
-                self.url, body, tries=self.tries, timeout=self.timeout, sleep=self.sleep
-            )
+            reply = complete(self.url, body, tries=self.tries, timeout=self.timeout, sleep=self.sleep)
+            self._replies[key] = reply.text
             if self.cache is not None:
                 with write_errors(self.cache), self.cache.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": key, "reply": self._replies[key]}) + "\n")

@@ -287,10 +287,7 @@ def review_files(judge: Judge, review_type: ReviewType, files: ReviewFiles) -> N
     items = build_items(review_type, files)
     record = {**judge.settings(), "rule_sha256": hashlib.sha256(files.rule.read_bytes()).hexdigest()}
     judge_file = output.with_name(output.name + ".judge.json")
-    with write_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        held = lock_file(output)
-    with held:
+    with lock_file(output):
         finished = keep_finished(output, items)
         if finished:
             check_judge(judge_file, record)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Final
 
 from llava.eval.reporting.data import Run, format_score, markdown_table
 from llava.eval.reporting.diff import ASKABLE, PIXELS, Explanation, Part, byte_diff, first_prompts
-from llava.eval.reporting.page import document, table, thumbnail
+from llava.eval.reporting.page import thumbnail
+from llava.eval.reporting.rendering import render
 from llava.eval.reporting.sides import Side
 from llava.eval.run.answers import final_answer
 from llava.eval.run.files import Record
@@ -127,39 +128,45 @@ def _changed_answers(explanation: Explanation) -> str:
 
 def diff_page(first: Run, second: Run, explanations: Sequence[Explanation], count: int) -> str:
     """The page, with at most `count` lost and `count` gained questions of each task."""
-    parts = [f"<h1>Why they differ</h1><p>{escape(str(first.folder))} → {escape(str(second.folder))}</p>"]
-    for each in explanations:
-        content = f"<p>{escape(verdict(each))}</p>{_waterfall(each)}{_prompt_block(each)}"
-        if rows := settings_rows(each.first, each.second):
-            content += f"<details><summary>{len(rows)} settings differ</summary>{table(COLUMNS, rows)}</details>"
-        parts.append(f'<section><h2>{escape(title(each))}</h2><div class="panel">{content}</div></section>')
-        lost = [key for key, delta in each.changed if delta < 0]
-        gained = [key for key, delta in reversed(each.changed) if delta > 0]
-        for name, keys in (("Lost", lost), ("Gained", gained)):
-            if keys:
-                cards = "".join(_card(each, key) for key in keys[:count])
-                shown = "" if len(keys) <= count else f" ({count} shown)"
-                parts.append(f'<h3>{name}: {len(keys):,}{shown}</h3><div class="cards">{cards}</div>')
-    return document(f"{first.name} and {second.name}", parts)
+    return render(
+        "diff.html",
+        first=first,
+        second=second,
+        explanations=explanations,
+        count=count,
+        columns=COLUMNS,
+        heading=title,
+        verdict=verdict,
+        settings_rows=settings_rows,
+        waterfall=_waterfall,
+        prompt_pieces=_prompt_pieces,
+        changed_questions=_changed_questions,
+        card=_card,
+    )
 
 
-def _waterfall(explanation: Explanation) -> str:
-    """A bar for each part, from the score before it to the score after it."""
-    if not explanation.parts:
-        return ""
-    at = explanation.start
-    edges = [at]
-    for part in explanation.parts:
-        at += part.points
-        edges.append(at)
+def _changed_questions(explanation: Explanation) -> list[tuple[str, list[str]]]:
+    """The questions lost and those gained, the largest changes first."""
+    lost = [key for key, delta in explanation.changed if delta < 0]
+    return [("Lost", lost), ("Gained", [key for key, delta in reversed(explanation.changed) if delta > 0])]
+
+
+def _waterfall(explanation: Explanation) -> Iterator[dict[str, object]]:
+    """A bar for each part, from the score before it to the score after it; offset and width in percent."""
+    edges = list(accumulate((part.points for part in explanation.parts), initial=explanation.start))
     low, high = min(edges), max(edges)
     margin = 0.08 * (high - low) or 1.0
     low, width = low - margin, high - low + 2 * margin
-    rows = [_step("first run", "", edges[0], edges[0], low, width, format_score(edges[0]))]
+
+    def bar(name: str, detail: str, start: float, end: float, text: str) -> dict[str, object]:
+        kind = "total" if not detail else "up" if end >= start else "down"
+        left, size = 100 * (min(start, end) - low) / width, 100 * abs(end - start) / width
+        return {"name": name, "detail": detail, "kind": kind, "left": left, "width": size, "text": text}
+
+    yield bar("first run", "", edges[0], edges[0], format_score(edges[0]))
     for part, start, end in zip(explanation.parts, edges, edges[1:]):
-        rows.append(_step(part.name, _detail(part), start, end, low, width, f"{part.points:+.2f}"))
-    rows.append(_step("second run", "", edges[-1], edges[-1], low, width, format_score(edges[-1])))
-    return f'<div class="waterfall">{"".join(rows)}</div>'
+        yield bar(part.name, _detail(part), start, end, f"{part.points:+.2f}")
+    yield bar("second run", "", edges[-1], edges[-1], format_score(edges[-1]))
 
 
 def _detail(part: Part) -> str:
@@ -168,49 +175,33 @@ def _detail(part: Part) -> str:
     return f"{part.questions:,} questions{sides}{unread}; {how_known(part)}"
 
 
-def _step(name: str, detail: str, start: float, end: float, low: float, width: float, text: str) -> str:
-    kind = "total" if not detail else "up" if end >= start else "down"
-    left, size = 100 * (min(start, end) - low) / width, 100 * abs(end - start) / width
-    bar = f'<i class="{kind}" style="left:{left:.2f}%;width:{size:.2f}%"></i>'
-    return (
-        f'<div class="step"><div><b>{escape(name)}</b><small>{escape(detail)}</small></div>'
-        f'<div class="track">{bar}</div><em class="{kind}">{escape(text)}</em></div>'
-    )
-
-
-def _prompt_block(explanation: Explanation) -> str:
-    """The first prompt with removed and added bytes marked."""
+def _prompt_pieces(explanation: Explanation) -> list[tuple[str, str]]:
+    """The first prompt as texts with the tags `del` and `ins`, which are removed and added; others have no tag."""
     prompts = first_prompts(explanation.first, explanation.second)
     if prompts is None or prompts[0] == prompts[1]:
-        return ""
-    content, text, at = "", prompts[0].encode(), 0
+        return []
+    pieces: list[tuple[str, bytes]] = []
+    text, at = prompts[0].encode(), 0
     for start, old, new in byte_diff(*prompts, limit=100):
-        content += escape(text[at:start].decode(errors="replace"))
-        for tag, piece in (("del", old), ("ins", new)):
-            content += f"<{tag}>{escape(piece.decode(errors='replace'))}</{tag}>" if piece else ""
+        pieces += [("", text[at:start]), ("del", old), ("ins", new)]
         at = start + len(old)
-    content += escape(text[at:].decode(errors="replace"))
-    return f'<figure><figcaption>First rendered prompt</figcaption><pre class="prompt">{content}</pre></figure>'
+    return [(tag, piece.decode(errors="replace")) for tag, piece in (*pieces, ("", text[at:])) if piece]
 
 
-def _card(explanation: Explanation, key: str) -> str:
+def _card(explanation: Explanation, key: str) -> dict[str, object]:
+    """What the page shows of a question."""
     first, second = explanation.first, explanation.second
-    row = first.rows[key]
     sides = (first, second) if PIXELS in explanation.classes[key] else (first,)
     names = [(side.task, side.images.get(key, "")) for side in sides]
-    sources = [thumbnail(task, name) for task, name in names if name]
-    frame = "".join(f'<img alt="" src="{escape(source)}">' for source in sources if source) or "no image"
-    scores = {True: "same", False: "differs"}
-    pairs = ""
-    for name, side in (("first", first), ("second", second)):
-        value = side.score_of(key)
-        style = scores[value >= 1] if value in (0, 1) else ""
-        pairs += f'<dt>{name}</dt><dd class="{style}">{escape(final_answer(side.rows[key]["text"])) or "(empty)"}</dd>'
-    if reference := first.references.get(key):
-        pairs += f"<dt>reference</dt><dd>{escape(reference)}</dd>"
-    causes = ", ".join(explanation.classes[key])
-    prompt = escape(str(row["prompt"]).removeprefix("<image>\n"))
-    return (
-        f'<div class="card"><div class="frame">{frame}</div><div class="words"><small>{escape(causes)}</small>'
-        f"<pre>{prompt}</pre><dl>{pairs}</dl></div></div>"
-    )
+    images = [thumbnail(task, name) for task, name in names if name]
+    styles = {0.0: "differs", 1.0: "same"}
+    return {
+        "images": [source for source in images if source],
+        "causes": ", ".join(explanation.classes[key]),
+        "prompt": str(first.rows[key]["prompt"]).removeprefix("<image>\n"),
+        "answers": [
+            (name, styles.get(side.score_of(key), ""), final_answer(side.rows[key]["text"]))
+            for name, side in (("first", first), ("second", second))
+        ],
+        "reference": first.references.get(key),
+    }

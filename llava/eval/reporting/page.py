@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -16,14 +13,17 @@ from llava.errors import LlavaError
 from llava.eval.benchmarks.base import Task
 from llava.eval.benchmarks.parsing import normalize
 from llava.eval.benchmarks.registry import make_task
-from llava.eval.reporting.data import HEADER, INSIDE, NOTES, OUTSIDE, Run, compare, model_zoo
+from llava.eval.reporting.data import HEADER, NOTES, Run, compare, model_zoo
+from llava.eval.reporting.errors import Analysis
+from llava.eval.reporting.rendering import data_url, render
 from llava.eval.run.files import Record, Row, read_rows
 from llava.eval.run.questions import QuestionId, subsample
 
 logger = logging.getLogger(__name__)
 
 THUMBNAIL: Final = 320  # pixels of the longer side
-TEXT_COLUMNS: Final = {"", "model", "tower", "LLM", "run", "task", "split", "verdict", "setting", "first", "second"}
+# a task, the error analysis of each run by name, and the reason for each run that has none
+TaskErrors = tuple[str, Mapping[str, Analysis], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -91,70 +91,21 @@ def thumbnail(task: Task, name: str) -> str:
     except LlavaError as error:
         logger.warning("%s", error)
         return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def document(title: str, parts: Sequence[str]) -> str:
-    """A self-contained page; the texts in `parts` must be escaped."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{escape(title)}</title><style>{style}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return data_url(image, THUMBNAIL, quality=85)
 
 
 def render_page(
-    runs: Sequence[Run], chart: bytes | None, samples: Mapping[str, Sequence[Sample]], panels: Sequence[str] = ()
+    runs: Sequence[Run], chart: bytes | None, samples: Mapping[str, Sequence[Sample]], errors: Sequence[TaskErrors] = ()
 ) -> str:
-    """The page with the samples of each task and the panels of the error analysis."""
-    names = ", ".join(run.name for run in runs)
-    parts = [f"<h1>Evaluation</h1><p>{escape(names)}</p>"]
-    header, rows = model_zoo(runs)
-    if any(run.by_column for run in runs):
-        parts.append(table(header, rows, [row[0] for row in rows]))
-    if chart is not None:
-        encoded = base64.b64encode(chart).decode()
-        image = f'<img class="chart" alt="Scores" src="data:image/png;base64,{encoded}">'
-        parts.append(f'<h2>Scores</h2><div class="wide">{image}</div>')
-    compared = [row.cells() for run in runs for row in compare(run)]
-    parts.append("<h2>Ours and published</h2>" + "".join(f"<p>{escape(note.replace('`', ''))}</p>" for note in NOTES))
-    parts.append(table(HEADER, compared))
-    parts += panels
-    for task, shown in samples.items():
-        cards = "".join(map(_card, shown))
-        parts.append(f'<h2>Answers: {escape(task)}</h2><div class="cards">{cards}</div>')
-    return document(f"Evaluation: {names}", parts)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """A table; `classes` are those of its rows."""
-
-    def cell(tag: str, column: str, text: str) -> str:
-        attribute = "" if column in TEXT_COLUMNS else ' class="number"'
-        if text in (INSIDE, OUTSIDE):
-            attribute = f' class="{text}"'
-        return f"<{tag}{attribute}>{escape(text)}</{tag}>"
-
-    head = "".join(cell("th", column, column) for column in header)
-    body = "".join(
-        f'<tr class="{escape(name)}">' + "".join(map(cell, ["td"] * len(row), header, row)) + "</tr>"
-        for name, row in zip_longest(classes[: len(rows)], rows, fillvalue="")
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _card(sample: Sample) -> str:
-    frame = f'<img alt="" src="{escape(sample.image)}">' if sample.image else "no image"
-    pairs = []
-    for run, answer in sample.answers.items():
-        correct = sample.is_correct(answer)
-        attribute = "" if correct is None else ' class="same"' if correct else ' class="differs"'
-        pairs.append(f"<dt>{escape(run)}</dt><dd{attribute}>{escape(answer) or '(empty)'}</dd>")
-    if sample.reference:
-        pairs.append(f"<dt>reference</dt><dd>{escape(sample.reference)}</dd>")
-    return (
-        f'<div class="card"><div class="frame">{frame}</div>'
-        f'<div class="words"><pre>{escape(sample.prompt)}</pre><dl>{"".join(pairs)}</dl></div></div>'
+    """The page with the samples and the error analysis of each task."""
+    return render(
+        "report.html",
+        names=", ".join(run.name for run in runs),
+        zoo=model_zoo(runs) if any(run.by_column for run in runs) else None,
+        chart=None if chart is None else base64.b64encode(chart).decode(),
+        notes=NOTES,
+        header=HEADER,
+        compared=[row.cells() for run in runs for row in compare(run)],
+        samples=samples,
+        errors=errors,
     )

@@ -115,13 +115,14 @@ def load_side(folder: Path, score: Record) -> Side:
         if "judge" in score:
             raise DataError("a judge grades the answers")
         outcomes, readings, references = rescore(task, rows)
+        questions = [] if images else task.read_questions(task.question_path)
     except (LlavaError, KeyError, IndexError) as error:
         order, reason = [*recorded] or [str(row_key(row)) for row in lines], Exception.__str__(error).rstrip(".")
         reason = reason if isinstance(error, LlavaError) else f"the answers do not fit the labels ({error!r})"
         return Side(folder, task, score, dict(zip(order, lines)), 0, recorded, images=images, unscored=reason)
     keys = [outcome.id for outcome in outcomes]
     if not images:
-        asked = {question.key: question.images for question in task.read_questions(task.question_path)}
+        asked = {question.key: question.images for question in questions}
         images = {key: " ".join(asked.get((row["question_id"], row["prompt"], row.get("round_id")), ()))
                   for key, row in zip(keys, rows)}  # fmt: skip
     return Side(

@@ -12,17 +12,16 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from llava.errors import DataError
 from llava.eval.run.files import Record, Row, by_key, read_rows
 from llava.eval.run.questions import Question, QuestionId, QuestionKey
-from llava.files import drop_partial_line, lock_file, write_errors
+from llava.files import OrderedWriter, lock_file
 from llava.openai_protocol import Reply
 
-MakeRow = Callable[[Question, str, str | None], Row]
 FAILED_TEXT: Final = "#ERROR#"  # the answer of `qa_baseline_gpt35` if the server gave none
 _TAGGED: Final = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
@@ -33,26 +32,22 @@ def answer_id(*parts: object) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def answer_row(model_id: str) -> MakeRow:
-    """Return a function that builds the published record from a question, its answer, and an error or None."""
-
-    def make(question: Question, text: str, error: str | None) -> Row:
-        rounds, shown = {}, {}
-        if question.round_id is not None:
-            rounds = {"round_id": question.round_id}
-            shown = {"options": list(question.options), "option_char": list(question.option_char)}
-        return {
-            "question_id": question.question_id,
-            **rounds,
-            "prompt": question.prompt,
-            "text": text,
-            **shown,
-            "answer_id": answer_id(model_id, question.question_id, question.prompt, *rounds.values(), text),
-            "model_id": model_id,
-            "metadata": {} if error is None else {"error": error},
-        }
-
-    return make
+def answer_row(model_id: str, question: Question, text: str, error: str | None) -> Row:
+    """The published record of a question, its answer, and the reason why there is none."""
+    rounds, shown = {}, {}
+    if question.round_id is not None:
+        rounds = {"round_id": question.round_id}
+        shown = {"options": list(question.options), "option_char": list(question.option_char)}
+    return {
+        "question_id": question.question_id,
+        **rounds,
+        "prompt": question.prompt,
+        "text": text,
+        **shown,
+        "answer_id": answer_id(model_id, question.question_id, question.prompt, *rounds.values(), text),
+        "model_id": model_id,
+        "metadata": {} if error is None else {"error": error},
+    }
 
 
 def input_facts(prompt: str, digests: Iterable[bytes], *, is_first: bool) -> Row:
@@ -168,52 +163,17 @@ def read_texts(path: Path) -> dict[QuestionId, str]:
     return {key: row["text"] for key, row in by_key(read_results(path), path, "question_id").items()}
 
 
-class AnswersWriter:
-    """Write records in question order, whatever order they arrive in, and continue an existing file.
+class AnswersWriter(OrderedWriter):
+    """Writer of the answers to `questions`, which retries failed ones; `known` are answers of other files by position.
 
-    `known` are records of other files by position. `finished` are the positions that need no answer. If failed records
-    are retried, the file is rewritten beside the old one and replaces it when complete. The file is locked.
+    Raises `DataError` if the file answers other questions, `ConfigError` if another process is writing it.
     """
 
     def __init__(self, path: Path, questions: Sequence[Question], known: Mapping[int, Row] | None = None) -> None:
-        self.path = path
-        with write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(path)
+        lock = lock_file(path)
         try:
             rows = read_answers(path, questions)
         except DataError:
-            self._lock.close()
+            lock.close()
             raise
-        self._retry = any(row_error(row) is not None for row in rows)
-        self._next = 0 if self._retry else len(rows)
-        own = {at: row for at, row in enumerate(rows) if row_error(row) is None}
-        self._pending = {at: row for at, row in ({**(known or {}), **own}).items() if at >= self._next}
-        self.finished = frozenset((*own, *self._pending))
-        with write_errors(path):
-            if not self._retry and path.is_file():  # not a device
-                drop_partial_line(path)
-            self._target = path.with_name(path.name + ".retry") if self._retry else path
-            self._file = self._target.open("w" if self._retry else "a", encoding="utf-8", newline="\n")
-        self._flush()
-
-    def write(self, position: int, row: Row) -> None:
-        """Accept the record of a position. It reaches the file once all earlier positions have."""
-        self._pending[position] = row
-        self._flush()
-
-    def _flush(self) -> None:
-        start = self._next
-        with write_errors(self.path):
-            while self._next in self._pending:
-                self._file.write(json.dumps(self._pending.pop(self._next)) + "\n")
-                self._next += 1
-            if self._next > start:
-                self._file.flush()
-
-    def close(self, *, complete: bool) -> None:
-        """Close the file; if `complete`, a rewritten file replaces the old one."""
-        with self._lock, write_errors(self.path):
-            self._file.close()
-            if self._retry and complete:
-                self._target.replace(self.path)
+        super().__init__(path, lock, rows, lambda row: row_error(row) is not None, known)

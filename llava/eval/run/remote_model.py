@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import requests
 
@@ -89,11 +89,6 @@ def complete(
         sleep(min(2.0 ** (attempt - 1) if wait is None else wait, MAX_WAIT))
 
 
-def chat_completion(url: str, body: Mapping[str, object], **settings: Any) -> str:
-    """The text of `complete`."""
-    return complete(url, body, **settings).text
-
-
 def served_model(url: str, timeout: float = 30.0) -> str:
     """The name of the only model of a server. Raises `RequestError` if it lists several or none."""
     try:
@@ -106,13 +101,6 @@ def served_model(url: str, timeout: float = 30.0) -> str:
         listed = ", ".join(names) or "(none)"
         raise RequestError(f"The server at {url} has the models {listed}; choose one with --api-model.")
     return names[0]
-
-
-def data_url(content: bytes) -> str:
-    """The data URL of an image file, see `llava.images.image_data_url`. Raises `ImageError` for other files."""
-    from llava.images import image_data_url
-
-    return image_data_url(content)
 
 
 def map_unordered(function: Callable[[int], T], items: Iterable[int], threads: int) -> Iterator[T]:
@@ -169,7 +157,9 @@ class RemoteModel:
 
     def answer(self, questions: Sequence[Question], order: Iterable[int], settings: RunSettings) -> Iterator[Answer]:
         """Yield answers as replies arrive. Raises `RequestError` after `MAX_FAILURES` consecutive failures."""
-        url_of = lru_cache(maxsize=64)(lambda name: data_url(settings.source.read(name)))
+        from llava.images import image_data_url
+
+        url_of = lru_cache(maxsize=64)(lambda name: image_data_url(settings.source.read(name)))
         digest_of = lru_cache(maxsize=4096)(lambda name: hashlib.blake2b(url_of(name).encode(), digest_size=8).digest())
 
         def answer_one(position: int) -> Answer:

@@ -12,7 +12,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from llava.engine import Engine, SamplingParams, Statistics
-from llava.eval.run.answers import AnswersWriter, MakeRow, answer_row
+from llava.eval.run.answers import AnswersWriter, answer_row
 from llava.eval.run.images import ImageFolder, ImageSource
 from llava.eval.run.local_model import LocalModel
 from llava.eval.run.manifest import check_resume, questions_fingerprint, to_json, write_manifest
@@ -95,13 +95,7 @@ class Outcome:
     statistics: Statistics | None = None
 
 
-def run(
-    model: Engine | EvalModel,
-    questions: Sequence[Question],
-    answers: Path,
-    settings: RunSettings,
-    make_row: MakeRow | None = None,
-) -> Outcome:
+def run(model: Engine | EvalModel, questions: Sequence[Question], answers: Path, settings: RunSettings) -> Outcome:
     """Answer the questions of `settings.chunk` and write the answers file and its manifest.
 
     `questions` are those of all chunks. Answers of earlier runs with equal settings are reused, whatever their chunks.
@@ -126,14 +120,13 @@ def run(
     todo = [position for position in range(len(chunk)) if position not in writer.finished]
     failures: list[tuple[QuestionId, str]] = []
     complete = False
-    make_row = make_row or answer_row(settings.model_id)
     try:
         with tqdm(total=len(chunk), initial=len(writer.finished), unit="question", desc=answers.name) as bar:
             for answer in eval_model.answer(chunk, group_by_images(chunk, todo), settings):
                 position, text, error = answer[:3]
                 if error is not None:
                     failures.append((chunk[position].question_id, error))
-                row = make_row(chunk[position], text, error)
+                row = answer_row(settings.model_id, chunk[position], text, error)
                 if len(answer) == 4:
                     row = {**row, "metadata": {**row["metadata"], **answer[3]}}
                 writer.write(position, row)

@@ -172,16 +172,18 @@ class LlavaForCausalLMMixin(LlavaMetaForCausalLM):
 
     def _packed_loss(self, batch: dict[str, Any], labels: Tensor, row_weights: Tensor | None) -> Tensor:
         """Training loss over the real tokens of the batch."""
-        embeds, lengths, packed_labels = self.pack_inputs_and_labels(**batch, labels=labels)
-        hidden = self.get_model()(inputs_embeds=embeds, batch=PackedBatch(lengths, embeds.device))  # (N, D)
+        embeds, lengths, packed_labels = self.pack_inputs_and_labels(**batch, labels=labels)  # (N, D)
         ends = torch.tensor(lengths).cumsum(0)
         targets = F.pad(packed_labels[1:], (0, 1), value=IGNORE_INDEX)  # (N,), on the host
         targets[ends - 1] = IGNORE_INDEX  # the next token belongs to another sequence
         supervised = (targets != IGNORE_INDEX).nonzero().flatten()
         rows = torch.bucketize(supervised, ends, right=True)
         columns = supervised - F.pad(ends[:-1], (1, 0))[rows]
-        supervised, targets, rows, columns = upload([supervised, targets[supervised], rows, columns], hidden.device)
-        tokens = Tokens(hidden.index_select(0, supervised), targets, rows, columns, batch)
+        keep, targets, rows, columns = upload([supervised, targets[supervised], rows, columns], embeds.device)
+        # Adapters and quantized layers need not take an empty batch.
+        last = {"keep": keep} if len(supervised) else {}
+        hidden = self.get_model()(inputs_embeds=embeds, batch=PackedBatch(lengths, embeds.device), **last)
+        tokens = Tokens(hidden if last else hidden.index_select(0, keep), targets, rows, columns, batch)
         return supervised_loss(self.lm_head, tokens, row_weights, self.loss_function)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, image_sizes: object = None, **kwargs: Any) -> Any:

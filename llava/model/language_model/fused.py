@@ -22,6 +22,7 @@ class Context(Protocol):
 
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
+    shape: torch.Size
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 

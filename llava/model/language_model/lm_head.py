@@ -7,6 +7,7 @@ differentiates any other `TokenLoss` within its chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,10 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from llava.model.language_model.loss import CrossEntropy, TokenLoss, Tokens, reduce_losses, token_losses
 
-# Logits of a chunk in bytes, with their copies in 16 bits: 262 tokens of 32,000 words in float32 on the CPU. GPUs need
+# Limits of a chunk's logits, with their copies in 16 bits: 213 tokens of 32,000 words in float32 on the CPU. GPUs need
 # larger products to be busy.
-CHUNK_BYTES: Final = 32 * 2**20
-CHUNK_BYTES_CUDA: Final = 2 * CHUNK_BYTES
+CHUNK_BYTES: Final = 26 * 2**20
+CHUNK_BYTES_CUDA: Final = 64 * 2**20
 CROSS_ENTROPY: Final = CrossEntropy()
 BLOCK_BYTES: Final = 8 * 2**20  # rows of the weight's gradient that are finished at a time, in float32
 
@@ -104,7 +105,8 @@ class _Product:
         self.weight, self.bias = weight, bias
         dtypes = {exact, weight.dtype}
         limit = CHUNK_BYTES_CUDA if weight.device.type == "cuda" else CHUNK_BYTES
-        self.tokens = max(1, min(count, limit // (len(weight) * sum(dtype.itemsize for dtype in dtypes))))
+        most = max(1, limit // (len(weight) * sum(dtype.itemsize for dtype in dtypes)))
+        self.tokens = max(1, math.ceil(count / max(1, math.ceil(count / most))))  # chunks of equal size
         buffers = {dtype: weight.new_empty(self.tokens, len(weight), dtype=dtype) for dtype in dtypes}
         self.product, self.logits = buffers[weight.dtype], buffers[exact]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from llava.model.language_model.fused import LlamaMLP, RMSNorm, Rotate, normalized_linear, normalized_mlp
+from llava.model.language_model.fused import Context, LlamaMLP, RMSNorm, Rotate, normalized_linear, normalized_mlp
 from llava.model.transfer import upload
 from llava.utils import require
 
@@ -107,21 +108,29 @@ class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | PackedBatch | None = None, *args: Any, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | PackedBatch | None = None,
+        *args: Any,
+        keep: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, ...]:
+        """As in transformers; over a packed batch `(N, D)`, with `keep` `(S,)` the outputs `(S, D)` of these tokens."""
         if not isinstance(attention_mask, PackedBatch):
             return cast("tuple[Tensor, ...]", super().forward(hidden_states, attention_mask, *args, **kwargs))
-        hidden = hidden_states + self.attention(hidden_states, attention_mask)
+        kept = hidden_states if keep is None else hidden_states.index_select(0, keep)
+        hidden = kept + self.attention(hidden_states, attention_mask, keep)
         return (hidden + normalized_mlp(self.post_attention_layernorm, self.mlp, hidden),)
 
-    def attention(self, x: Tensor, batch: PackedBatch) -> Tensor:
-        """Norm and causal self-attention within sequences: `(N, D)` to `(N, D)`."""
+    def attention(self, x: Tensor, batch: PackedBatch, keep: Tensor | None = None) -> Tensor:
+        """Norm and causal self-attention within sequences: `(N, D)` to `(N, D)`, or to `(S, D)` with `keep` `(S,)`."""
         block = self.self_attn
         projected = normalized_linear(self.input_layernorm, (block.q_proj, block.k_proj, block.v_proj), x)
         q, k, v = (rearrange(part, "n (h d) -> n h d", d=block.head_dim) for part in projected)
         cos, sin = batch.rotary(block.rotary_emb, v)
         q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
         out = attend(q, k, v, batch, type(block), block.attention_dropout if self.training else 0.0)
+        out = out if keep is None else out.index_select(0, keep)
         return cast("Tensor", block.o_proj(rearrange(out, "n h d -> n (h d)")))
 
 
@@ -139,17 +148,49 @@ class LlamaModel(modeling_llama.LlamaModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, *args: Any, batch: PackedBatch | None = None, **kwargs: Any) -> Any:
-        """As in transformers; with `batch`, run over `inputs_embeds` `(N, D)` and return hidden states `(N, D)`."""
+    def forward(self, *args: Any, batch: PackedBatch | None = None, keep: Tensor | None = None, **kwargs: Any) -> Any:
+        """As in transformers; with `batch`, run over `inputs_embeds` `(N, D)` and return hidden states `(N, D)`.
+
+        With `keep` `(S,)`, return those of these tokens, `(S, D)`: the last layer computes the others' keys and values
+        only.
+        """
         if batch is None:
             return super().forward(*args, **kwargs)
         hidden = kwargs["inputs_embeds"]
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers, 1):
+            run = partial(layer, keep=keep if index == len(self.layers) else None)
             if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(layer.__call__, hidden, batch)[0]
+                hidden = self._gradient_checkpointing_func(run, hidden, batch)[0]
             else:
-                hidden = layer(hidden, batch)[0]
+                hidden = run(hidden, batch)[0]
         return self.norm(hidden)
+
+
+class _Pad(torch.autograd.Function):
+    """Packed tokens `(N, ...)` to those of the padded groups `(M, ...)`; the gradients of padding are zero."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, pad_index: Tensor, unpad_index: Tensor) -> Tensor:
+        ctx.save_for_backward(unpad_index)
+        return x.index_select(0, pad_index)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The inverse of `_Pad`; writes each gradient once, where that of `index_select` would be summed row by row."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, unpad_index: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        ctx.save_for_backward(unpad_index)
+        return x.index_select(0, unpad_index)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grads[0]), None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, kind: type[nn.Module], dropout: float = 0.0) -> Tensor:
@@ -166,7 +207,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, kind: type[nn.Mo
         return flash
     core = _sdpa if issubclass(kind, modeling_llama.LlamaSdpaAttention) else _eager
     if batch.padded:
-        q, k, v = (part.index_select(0, batch.pad_index) for part in (q, k, v))
+        q, k, v = (_Pad.apply(part, batch.pad_index, batch.unpad_index) for part in (q, k, v))
     outputs, start = [], 0
     for group in batch.groups:
         end = start + group.count * group.length
@@ -174,7 +215,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, kind: type[nn.Mo
         outputs.append(rearrange(core(query, key, value, batch, dropout), "b h t d -> (b t) h d"))
         start = end
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return out.index_select(0, batch.unpad_index) if batch.padded else out
+    return cast("Tensor", _Unpad.apply(out, batch.unpad_index)) if batch.padded else out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, dropout: float) -> Tensor:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, PretrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 from llava.errors import ConfigError
 from llava.model.registry import TowerSpec
@@ -225,17 +225,6 @@ class InternAttention(nn.Module):
         return cast("Tensor", self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)"))))
 
 
-class InternMLP(nn.Module):
-    def __init__(self, config: InternVisionConfig) -> None:
-        super().__init__()
-        self.act = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast("Tensor", self.fc2(self.act(self.fc1(x))))
-
-
 class InternVisionEncoderLayer(nn.Module):
     """`x + ls1 * attn(norm1(x))`, then `x + ls2 * mlp(norm2(x))`."""
 
@@ -243,7 +232,7 @@ class InternVisionEncoderLayer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.attn = InternAttention(config)
-        self.mlp = InternMLP(config)
+        self.mlp = CLIPMLP(config)
         self.norm1 = InternRMSNorm(width, eps=config.layer_norm_eps)
         self.norm2 = InternRMSNorm(width, eps=config.layer_norm_eps)
         self.ls1 = nn.Parameter(config.initializer_factor * torch.ones(width))

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,12 @@ TIMM = "timm/"
 FEATURES = ("patch", "cls_patch")
 LONGEST_SIDE = 4096  # pixels
 Features = Tensor | tuple[Tensor, Tensor]
+TowerLayers = Sequence[Callable[[Tensor], Tensor]]  # (K, T, C) to (K, T, C) each
 Shapes = dict[str, tuple[int, ...]]
+
+
+class _FirstLayer(Exception):
+    """Raised in place of the tower's first layer; its arguments are those of the layer, as (args, kwargs)."""
 
 
 class TowerArguments(Protocol):
@@ -297,10 +302,48 @@ class VisionTower(nn.Module):
             raise CheckpointError(f"The vision tower {self.name!r} is not loaded; call load_model() first.")
         trainable = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with nullcontext() if trainable else torch.no_grad():
-            output = self.vision_tower(images.to(self.device, self.dtype))
-            features = self.feature_select(output).to(images.dtype)  # (K, n, C)
-            queries = getattr(output, "query_features", None)
-            return features if queries is None else (features, queries.to(images.dtype))
+            return self._features(self.vision_tower(images.to(self.device, self.dtype)), images.dtype)
+
+    def _features(self, output: Any, dtype: torch.dtype) -> Features:
+        features = self.feature_select(output).to(dtype)  # (K, n, C)
+        queries = getattr(output, "query_features", None)
+        return features if queries is None else (features, queries.to(dtype))
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The loaded layers; empty for towers that are not a plain sequence of layers."""
+        if not self.is_loaded or self.spec.layers is None:
+            return []
+        return list(self.vision_tower.get_submodule(self.spec.layers.rstrip(".")).children())
+
+    def encode_by_layer(self, images: Tensor, faster: TowerLayers | None = None) -> Generator[None, None, Features]:
+        """As `forward` of images `(K, 3, H, W)` without gradients, in parts: yields after each layer.
+
+        `faster` layers run in the place of the tower's. Towers whose layers have other inputs beside the tokens run as
+        a whole.
+        """
+        layers, tokens, output = self.layers, None, None
+        if layers:
+
+            def stop(layer: nn.Module, *inputs: object) -> None:
+                raise _FirstLayer(*inputs)
+
+            hook = layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                output = self.vision_tower(images.to(self.device, self.dtype))
+            except _FirstLayer as reached:
+                (tokens, *more), kwargs = reached.args
+                tokens = None if more or kwargs else tokens
+            finally:
+                hook.remove()
+        if tokens is None:
+            features = self._encode(images) if output is None else self._features(output, images.dtype)
+            yield
+            return features
+        for layer in layers if faster is None else faster:
+            tokens = layer(tokens)
+            yield
+        return self._features(tokens, images.dtype)
 
     def feature_select(self, output: Any) -> Tensor:
         """Select features from the tokens `(K, T, C)` of the tower, given as such or as `last_hidden_state`.

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final
 
-from llava.errors import ConfigError
-from llava.utils import require
+from llava.utils import CliArgs, flag, require
 
-if TYPE_CHECKING:
-    from typing import Self
-
-T = TypeVar("T")
 TOKEN_VARIABLE: Final = "LLAVA_TOKEN"  # shared by controller, workers and web page; sent as `Authorization: Bearer`
 API_KEYS_VARIABLE: Final = "LLAVA_API_KEYS"
 LOGINS_VARIABLE: Final = "LLAVA_WEB_LOGINS"
@@ -48,42 +43,8 @@ def positive(text: str) -> float:
     return value
 
 
-def flag(default: T, text: str, *aliases: str, **options: object) -> T:
-    """Field of a `CliArgs` class: its default, help text, further flag names, and options of `add_argument`."""
-    return field(default=default, metadata={"help": text, "aliases": aliases, **options})
-
-
 def port_flag(default: int) -> int:
     return flag(default, "port to bind, 0 for any free one (default %(default)s)")
-
-
-@dataclass(frozen=True)
-class CliArgs:
-    """Base of the settings of a program; each field is a flag, defined by `flag`."""
-
-    @classmethod
-    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the flags of all fields. A False default makes a switch; other defaults determine the type."""
-        for item in fields(cls):
-            options = dict(item.metadata)
-            names = (f"--{item.name.replace('_', '-')}", *options.pop("aliases"))
-            if item.default is False:
-                options["action"] = "store_true"
-            elif item.default is not None:
-                options = {"type": type(item.default), **options}
-            parser.add_argument(*names, dest=item.name, default=item.default, **options)
-
-    @classmethod
-    def from_cli_args(cls, args: argparse.Namespace) -> Self:
-        """Settings from the parsed flags of `add_cli_args`."""
-        return cls(**{item.name: getattr(args, item.name) for item in fields(cls)})
-
-    def check_at_least(self, minimum: int, *names: str) -> None:
-        """Raise `ConfigError` when one of the numeric fields `names` is below `minimum`; None is accepted."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}.")
 
 
 @dataclass(frozen=True)

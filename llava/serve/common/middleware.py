@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 STREAM_PATH: Final = "/worker_generate_stream"
 API_PREFIX: Final = "/v1/"
 _API_PATHS: Final = ("/tokenize", "/detokenize")  # of the API, at the same paths as in vLLM
+_LARGE_PATHS: Final = (STREAM_PATH, "/worker_tokenize", "/worker_detokenize")  # take the prompts of the API
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 _SHAPE_ERRORS: Final = ("missing", "json_invalid", "model_attributes_type", "model_type", "dict_type")
@@ -48,7 +49,7 @@ class Limits:
     """Limits of request bodies, in bytes and in seconds until the body is complete."""
 
     max_body: int = 32 * 2**20
-    max_small_body: int = 2**20  # of routes without images
+    max_small_body: int = 2**20  # of routes without prompts
     body_seconds: float = 30.0
 
 
@@ -196,27 +197,16 @@ class RequestMiddleware:
             logger.info("request_id=%s route=%s status=%d ms=%.0f", request_id, route, status, milliseconds)
 
     async def _with_body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
-        """Read the whole body; returns a `receive` that yields it once and then waits for the disconnect."""
+        """Check the headers of the body, and read it, see `buffered`."""
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         if encoding not in ("", "identity"):
             raise ServeError(ErrorType.UNSUPPORTED_ENCODING, "Compressed bodies are not supported; send plain JSON.")
-        has_images = scope["path"] == STREAM_PATH or is_api(scope["path"])
-        limit = self.limits.max_body if has_images else self.limits.max_small_body
+        has_prompt = scope["path"] in _LARGE_PATHS or is_api(scope["path"])
+        limit = self.limits.max_body if has_prompt else self.limits.max_small_body
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > limit:
             raise _too_large(limit)
-        try:
-            body = await asyncio.wait_for(_read(receive, limit), self.limits.body_seconds)
-        except asyncio.TimeoutError as error:
-            raise ServeError(
-                ErrorType.BODY_TOO_SLOW, f"The body did not arrive within {self.limits.body_seconds:g} seconds."
-            ) from error
-        pending = [body]  # popped, so that no copy is kept
-
-        async def replay() -> Message:
-            return {"type": "http.request", "body": pending.pop(), "more_body": False} if pending else await receive()
-
-        return replay
+        return await buffered(receive, limit, self.limits.body_seconds)
 
 
 def _normalized(scope: Scope) -> Scope:
@@ -253,6 +243,23 @@ def check_origins(values: Sequence[str]) -> list[str]:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise ConfigError(f"--allowed-origins must be https://HOST, http://HOST:PORT or *, got {origin!r}.")
     return origins
+
+
+async def buffered(receive: Receive, limit: int, seconds: float) -> Receive:
+    """Read the whole body; returns a `receive` that yields it once and then waits for the disconnect.
+
+    Raises `ServeError` for a body of more than `limit` bytes, or one that takes longer than `seconds`.
+    """
+    try:
+        pending = [await asyncio.wait_for(_read(receive, limit), seconds)]  # popped, so that no copy is kept
+    except asyncio.TimeoutError as error:
+        text = f"The body did not arrive within {seconds:g} seconds."
+        raise ServeError(ErrorType.BODY_TOO_SLOW, text) from error
+
+    async def replay() -> Message:
+        return {"type": "http.request", "body": pending.pop(), "more_body": False} if pending else await receive()
+
+    return replay
 
 
 async def _read(receive: Receive, limit: int) -> bytes:

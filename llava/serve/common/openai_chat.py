@@ -31,6 +31,7 @@ from llava.serve.common.protocol import (
     Role,
     SamplingFields,
     ServeError,
+    invalid,
 )
 
 
@@ -123,13 +124,30 @@ class ApiBody(StrictBody, SamplingFields):
         """Maximum number of tokens of an answer; None for the limit of the worker."""
         return None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_structured_outputs(cls, data: object) -> object:
+        """Read vLLM's `structured_outputs` as `guided_json`, `guided_regex` or `guided_choice`, its older names."""
+        if not isinstance(data, dict) or data.get("structured_outputs") is None:
+            return data
+        rest = dict(data)
+        given = rest.pop("structured_outputs")
+        given = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else {}
+        if not given or given.keys() - {"json", "regex", "choice"}:
+            raise invalid("structured_outputs", "must have one of the keys json, regex and choice")
+        named = {f"guided_{name}": value for name, value in given.items()}
+        for name, value in named.items():
+            if rest.get(name) not in (None, value):
+                raise invalid("structured_outputs", f"excludes {name}; give one of them")
+        return {**rest, **named}
+
 
 class ChatBody(ApiBody):
-    """Body of `/v1/chat/completions`."""
+    """Body of `/v1/chat/completions`. Tools are accepted unless one must be called: the models answer with text."""
 
+    ignored: ClassVar = (*ApiBody.ignored, "tools", "functions")
     harmless: ClassVar = {
         **ApiBody.harmless,
-        "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
     }

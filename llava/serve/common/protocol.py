@@ -22,6 +22,7 @@ from llava.errors import LlavaError
 MAX_STOPS: Final = 16
 MAX_TEXT_SPANS: Final = 8192
 MAX_CHOICES: Final = 16
+MAX_ADAPTERS: Final = 63  # beside their base, in a status of at most 64 models
 MAX_LOGPROBS: Final = 20
 MAX_GRAMMAR: Final = 65_536  # characters of a schema, a regular expression, or all choices
 MAX_NESTING: Final = 100  # levels of a schema; the libraries that read and write it have limits of their own
@@ -168,14 +169,23 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
+class AdapterInfo(Body):
+    """A LoRA adapter that a worker serves as a model; `root` is the name of its directory."""
+
+    name: Name
+    root: str = Field(max_length=256)
+    conv_template: str | None = Field(default=None, max_length=64)
+
+
 class ModelInfo(Body):
-    """Properties of a served model; absent from workers of other projects."""
+    """Properties of a served model and its LoRA adapters; absent from workers of other projects."""
 
     conv_template: str | None = Field(default=None, max_length=64)
     context_length: Count = 2048
     image_tokens: Count | None = None  # per image; 0 for a text-only model, None when unknown
     max_new_tokens: Count = 1024
     max_images: Count = 16
+    adapters: list[AdapterInfo] = Field(default=[], max_length=MAX_ADAPTERS)
 
 
 class WorkerStatus(Body):
@@ -189,6 +199,20 @@ class WorkerStatus(Body):
     progress: int | None = Field(default=None, ge=0, le=100)  # percent of the weights loaded
     features: list[Name] = Field(default=[], max_length=32)  # "delta", "messages", "sampling", "text_spans", …
     info: ModelInfo | None = None
+
+    @property
+    def base(self) -> str | None:
+        """The model that the adapters adapt."""
+        return next((name for name in self.model_names if self.adapter(name) is None), None)
+
+    def adapter(self, model: str) -> AdapterInfo | None:
+        """The adapter that is served under the name `model`."""
+        return next((one for one in (self.info.adapters if self.info else ()) if one.name == model), None)
+
+    def template_of(self, model: str) -> str | None:
+        """The conversation template of one of the models."""
+        source = self.adapter(model) or self.info
+        return source.conv_template if source else None
 
 
 class RegisterBody(Body):
@@ -306,13 +330,13 @@ class SamplingFields(Body):
         given = [name for name in ("guided_json", "guided_regex", "guided_choice") if getattr(self, name) is not None]
         given += ["response_format"] * (self.response_format.type != "text")
         if len(given) > 1:
-            raise _invalid(given[0], f"excludes {given[1]}; give one of them")
+            raise invalid(given[0], f"excludes {given[1]}; give one of them")
         if not _is_within(self.schema_of_answer, MAX_NESTING):
-            raise _invalid(given[0], f"is nested more than {MAX_NESTING} levels deep; simplify the schema")
+            raise invalid(given[0], f"is nested more than {MAX_NESTING} levels deep; simplify the schema")
         if max(len(json.dumps(self.schema_of_answer)), len("".join(self.guided_choice or ()))) > MAX_GRAMMAR:
-            raise _invalid(given[0], f"is longer than {MAX_GRAMMAR} characters")
+            raise invalid(given[0], f"is longer than {MAX_GRAMMAR} characters")
         if self.guided_choice is not None and not all(self.guided_choice):
-            raise _invalid("guided_choice", "has an empty choice")
+            raise invalid("guided_choice", "has an empty choice")
 
 
 def _is_within(value: object, levels: int) -> bool:
@@ -324,7 +348,7 @@ def _is_within(value: object, levels: int) -> bool:
     return not inside
 
 
-def _invalid(param: str, text: str) -> PydanticCustomError:
+def invalid(param: str, text: str) -> PydanticCustomError:
     """Error of a validator that checks several fields; `param` is the field named to clients."""
     return PydanticCustomError("invalid", "{param} {text}", {"param": param, "text": text})
 

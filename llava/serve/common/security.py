@@ -169,7 +169,10 @@ LOOPBACK_HOSTS: Final = ("localhost", "127.0.0.0/8", "::1/128")
 
 
 class RateLimiter:
-    """Token bucket per client: `per_minute` requests on average and as burst, for the `remember` latest clients."""
+    """Token bucket per client: `per_minute` answers on average, for the `remember` latest clients.
+
+    A request passes while a token is left, also one for more answers than tokens; the client then waits for these.
+    """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic, remember: int = 10_000) -> None:
         self.per_minute = per_minute
@@ -177,13 +180,13 @@ class RateLimiter:
         self._remember = remember
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # client: (tokens, time)
 
-    def spend(self, client: bytes) -> float:
-        """Take a token; returns 0, or the seconds to wait when there is none."""
+    def spend(self, client: bytes, answers: int = 1) -> float:
+        """Take a token for each of `answers`; returns 0, or the seconds to wait when there is none."""
         now = self._clock()
         tokens, when = self._buckets.pop(client, (self.per_minute, now))
         tokens = min(self.per_minute, tokens + (now - when) * self.per_minute / 60)
         wait = 0.0 if tokens >= 1 else (1 - tokens) * 60 / self.per_minute
-        self._buckets[client] = (tokens if wait else tokens - 1, now)
+        self._buckets[client] = (tokens if wait else tokens - answers, now)
         while len(self._buckets) > self._remember:
             self._buckets.popitem(last=False)
         return wait

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from types import FrameType
+from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,6 +20,7 @@ from llava.serve.common.security import bind_host, cluster_token
 from llava.utils import build_logger
 
 logger = logging.getLogger(__name__)
+_LINGER: Final = 2.0  # seconds, for the last bytes of answers
 
 
 def open_socket(args: ServeArgs) -> tuple[socket.socket, str | None]:
@@ -76,6 +78,19 @@ class GracefulServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop; connections still in use after `_LINGER` seconds, such as a page's heartbeat, are closed.
+
+        Their applications see a disconnect, while uvicorn would cancel them and log a traceback for each.
+        """
+        closing = asyncio.get_running_loop().call_later(_LINGER, self._close_connections)
+        await super().shutdown(sockets)
+        closing.cancel()
+
+    def _close_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Log the address once connections are accepted and signal handlers are installed."""

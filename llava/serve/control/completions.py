@@ -111,13 +111,35 @@ class CompletionReply(ChoicesReply):
         return {"text": text}
 
     def logprobs(self, choice: Choice, entries: list[TokenLogprob]) -> object:
-        tokens, offsets = [entry["token"] for entry in entries], []
+        offsets = []
         for entry in entries:
             offsets.append(self._offsets[choice.index])
             self._offsets[choice.index] += _num_characters(entry)
-        tops = [{top["token"]: top["logprob"] for top in [*entry.get("top_logprobs", []), entry]} for entry in entries]
-        values = [entry["logprob"] for entry in entries]
+        tokens, values = [_text_of(entry) for entry in entries], [entry["logprob"] for entry in entries]
+        tops = [_by_text(entry) for entry in entries]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _text_of(entry: TokenLogprob) -> str:
+    """The text of a token; like OpenAI, `bytes:\\xe2\\x80` for parts of characters."""
+    data = bytes(entry.get("bytes", ()))
+    try:
+        return data.decode() or entry["token"]
+    except UnicodeDecodeError:
+        return f"bytes:{repr(data)[2:-1]}"
+
+
+def _by_text(entry: TokenLogprob) -> dict[str, float]:
+    """Log probabilities of the most probable tokens and the generated one; a number follows a text that repeats."""
+    table, tops = {_text_of(entry): entry["logprob"]}, list(entry.get("top_logprobs", []))
+    generated = next((top for top in tops if {_text_of(top): top["logprob"]} == table), None)
+    for top in tops:
+        text, copies = _text_of(top), 1
+        while top is not generated and text in table:
+            copies += 1
+            text = f"{_text_of(top)}#{copies}"
+        table[text] = top["logprob"]
+    return dict(sorted(table.items(), key=lambda item: -item[1]))
 
 
 def _num_characters(entry: TokenLogprob) -> int:

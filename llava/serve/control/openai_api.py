@@ -50,7 +50,7 @@ MakeReply = Callable[[str, str, Sequence[Answer]], Reply]
 class OpenAIServing:
     """Converts requests of the API to worker requests, and the workers' frames to OpenAI objects.
 
-    `rate_limit` is in requests per minute and client; `allow_urls` permits fetching https images; a stream without a
+    `rate_limit` is in answers per minute and client; `allow_urls` permits fetching https images; a stream without a
     token for `keep_alive` seconds gets a comment, since some proxies and clients close idle connections.
     """
 
@@ -72,35 +72,36 @@ class OpenAIServing:
 
     def models(self) -> list[dict[str, object]]:
         registry = self.controller.registry
-        info = {name: (status := registry.status_of(name)) and status.info for name in registry.models()}
+        statuses = [(name, status) for name in registry.models() if (status := registry.status_of(name))]
         return [
             {
                 "id": name,
                 "object": "model",
                 "created": _CREATED,
                 "owned_by": "llava",
-                "max_model_len": each and each.context_length,
+                "root": adapter.root if (adapter := status.adapter(name)) else name,
+                "parent": status.base if adapter else None,
+                "max_model_len": status.info and status.info.context_length,
             }
-            for name, each in info.items()
+            for name, status in statuses
         ]
 
-    def spend(self, request: Request) -> None:
-        """Charge the request to its key, or without keys to its address; `ServeError` (429) above the rate limit."""
+    def spend(self, request: Request, answers: int = 1) -> None:
+        """Charge a request to its key, or without keys to its address; `ServeError` (429) above the rate limit."""
         if self.limiter is None:
             return
         client = request.client.host if request.client else ""
         header = request.headers.get("authorization", "").encode("latin-1")
-        wait = self.limiter.spend(bearer(header) or client.encode())
+        wait = self.limiter.spend(bearer(header) or client.encode(), answers)
         if wait:
-            message = (
-                f"Rate limit of {self.limiter.per_minute:g} requests per minute exceeded; retry in {wait:.0f} seconds."
-            )
+            rate = f"{self.limiter.per_minute:g} answers per minute"
+            message = f"Rate limit of {rate} exceeded; retry in {wait:.0f} seconds."
             raise ServeError(ErrorType.RATE_LIMITED, message, retry_after=wait)
 
-    def _admit(self, model: str, request: Request) -> WorkerStatus:
-        """The status of a worker of `model`, after the request is counted by the rate limit."""
+    def _admit(self, model: str, request: Request, answers: int = 1) -> WorkerStatus:
+        """The status of a worker of `model`, after the answers are counted by the rate limit."""
         release_body(request)
-        self.spend(request)
+        self.spend(request, answers)
         status = self.controller.registry.status_of(model)
         if status is None:
             raise _unknown_model()
@@ -108,7 +109,7 @@ class OpenAIServing:
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Respond to `/v1/chat/completions`."""
-        status = self._admit(body.model, request)
+        status = self._admit(body.model, request, body.n)
         prompt = await self._chat_prompt(body, body.messages, status)
         return await self._reply(body, request, status, [prompt], partial(ChatReply, shown=_shown(body)))
 
@@ -120,7 +121,7 @@ class OpenAIServing:
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         """Respond to `/v1/completions`."""
-        status = self._admit(body.model, request)
+        status = self._admit(body.model, request, len(body.prompts) * body.n)
         _require(status, "completions", "has no text completions; use /v1/chat/completions")
         echo = [await self._text_of(body.model, prompt, request) for prompt in body.prompts] if body.echo else []
         prompts = [prompt_fields(prompt) for prompt in body.prompts]
@@ -135,7 +136,7 @@ class OpenAIServing:
 
     async def _ask(self, path: str, content: Json, request: Request) -> Json:
         """The JSON object of a worker's reply."""
-        sent = json.dumps(content).encode()
+        sent = _encoded(content)
         reply = await self.controller.call(path, str(content["model"]), sent, request_id_of(request))
         with malformed_replies():
             return dict(json.loads(bytes(reply.body)))
@@ -157,7 +158,7 @@ class OpenAIServing:
 
     @staticmethod
     def _render(messages: Sequence[ChatMessage], status: WorkerStatus, model: str) -> RenderedChat:
-        template = (status.info.conv_template if status.info else None) or template_for(None, model)
+        template = status.template_of(model) or template_for(None, model)
         return render_chat(messages, template)
 
     async def _chat_prompt(self, body: ApiBody, messages: Sequence[ChatMessage], status: WorkerStatus) -> Json:
@@ -194,7 +195,7 @@ class OpenAIServing:
             for prompt in prompts:
                 stops = prompt.get("stop")
                 content = {**fields, **prompt, "stop": [*(stops if isinstance(stops, list) else []), *body.stop]}
-                upstream = await self.controller.open(body.model, json.dumps(content).encode(), request_id)
+                upstream = await self.controller.open(body.model, _encoded(content), request_id)
                 shown = str(prompt["prompt"]) if "messages" in prompt else ""
                 answers.append(Answer(shown, upstream, body.n, len(answers) * body.n))
                 closers.append(self.controller.close_callback(upstream, answers[-1].outcome))
@@ -224,6 +225,11 @@ class OpenAIServing:
             except ImageError as error:
                 raise _bad_image("Cannot fetch the image; only https addresses of public hosts are allowed.") from error
         return base64.b64encode(content).decode()
+
+
+def _encoded(content: Json) -> bytes:
+    """JSON in UTF-8: ASCII could exceed the size limit of a body that has passed it."""
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _bad_image(message: str) -> ServeError:

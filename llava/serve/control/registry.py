@@ -162,13 +162,13 @@ class Registry:
         probed = [entry for entry in self.entries() if entry.probed]
         features = [set(entry.status.features) for entry in probed if entry.status.model_names]
         models = self.models()
-        first = self.status_of(models[0]) if len(models) == 1 else None
+        first = self.status_of(models[0]) if models else None
         return WorkerStatus(
             model_names=models[:64],
             speed=float(sum(entry.status.speed for entry in probed)),
             queue_length=sum(entry.queue_length for entry in probed),
             features=sorted(set.intersection(*features)) if features else [],
-            info=first.info if first is not None else None,
+            info=first.info if first is not None and {*first.model_names} == {*models} else None,
         )
 
     def views(self) -> list[WorkerView]:

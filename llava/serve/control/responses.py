@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,8 +11,6 @@ from pydantic_core import PydanticCustomError
 from llava.serve.common.openai_chat import ApiBody, ChatMessage
 from llava.serve.common.protocol import MAX_LOGPROBS, Body, JsonSchema, ResponseFormat
 from llava.serve.control.answers import Answer, Json, Piece, Reply
-
-_LOGPROBS: Final = "message.output_text.logprobs"
 
 
 class InputText(Body):

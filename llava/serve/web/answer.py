@@ -31,7 +31,6 @@ async def answer(client: ServiceClient, chat: Chat) -> AsyncGenerator[None, None
     turn; the text received before it is kept.
     """
     turn = chat.turns[-1]
-    chat.stop.clear()
     try:
         async with aclosing(_stream(client, chat, turn)) as updates:
             drawn = 0.0
@@ -110,7 +109,7 @@ async def _status(client: ServiceClient, address: str) -> WorkerStatus | None:
 
 def choose_template(status: WorkerStatus | None, model: str) -> str:
     """The worker's conversation template; the one for the model's name when it is absent or unknown."""
-    named = status.info.conv_template if status and status.info else None
+    named = status.template_of(model) if status else None
     try:
         return template_for(SimpleNamespace(conv_template=named), model)
     except TemplateError:

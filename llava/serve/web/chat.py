@@ -70,6 +70,11 @@ class Turn:
     started: float = field(default_factory=time.time)
     turn_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer, which may have been stopped or cut off, but has not failed."""
+        return bool(self.answer) and not self.running and self.finish_reason != "error"
+
     def shown(self, name: str | None = None) -> list[str]:
         """Markdown of the answer: the model's name, the text, and a card with the note."""
         note = self.note.replace(self.model, name) if name and self.model else self.note
@@ -106,7 +111,7 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
     model: str | None = None  # the last one selected, even if it is no longer served
     template: str = "vicuna_v1"
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)  # of the last answer
     seen: object = None  # state of the model list on the page
     chat_id: str = ""  # key in the browser's history, from the first message on; sessions begin as copies of one chat
     past: list[str] = field(default_factory=list)  # ids of the conversations listed on the page
@@ -132,10 +137,9 @@ class Chat:
         return [turn for turn in self.turns if turn.answer or turn is self.turns[-1]]
 
     def clear(self) -> None:
-        """Start a new conversation; a running answer is stopped."""
+        """Start a new conversation. A running answer is stopped; it keeps the turns and the event of the old one."""
         self.stop.set()
-        self.turns.clear()
-        self.chat_id = ""
+        self.turns, self.chat_id = [], ""
 
     def conversation(self) -> tuple[Conversation, list[UploadedImage], list[str]]:
         """The conversation in the current template, its images in order, and the mode of each image.

@@ -95,12 +95,13 @@ class ChatTab:
         self, chat: Chat, turn: Turn, request: gr.Request, *, typed: bool = False
     ) -> AsyncGenerator[Updates, None]:
         """Answer `turn`; `typed` keeps what is in the message box."""
-        update = {**controls.sending(self.box, keep=typed), self.notice: "", **self._idle(False)}
+        update, turns = {**controls.sending(self.box, keep=typed), self.notice: "", **self._idle(False)}, chat.turns
         async with aclosing(self.services.run(chat, turn, visitor(request))) as steps:
             async for _ in steps:
                 yield {**update, **self._shown(chat)}
                 update = {}
-        yield {**self._shown(chat), **controls.idle(self.box), **self._idle(True)}
+        if chat.turns is turns:  # otherwise a new conversation has begun
+            yield {**self._shown(chat), **controls.idle(self.box), **self._idle(True)}
 
     def _shown(self, chat: Chat) -> Updates:
         return {

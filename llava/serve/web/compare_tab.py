@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -12,6 +11,7 @@ from typing import Final
 import gradio as gr
 
 from llava.errors import LlavaError, RequestError
+from llava.serve.common.streaming import merged
 from llava.serve.web import controls
 from llava.serve.web.chat import Chat, Turn
 from llava.serve.web.chat_tab import Updates
@@ -62,31 +62,32 @@ class CompareTab:
             yield {self.notice: gr.skip() if running else controls.EMPTY_MESSAGE}
             return
         sampling = controls.sampling_from(values)
-        try:
-            with left.prepared():
-                models = await self._draw(left, right) if blind else (left_model, right_model)
-                turn = await self.services.new_turn(models[0], text, files, mode, sampling)
-            if not models[1]:
-                raise controls.no_model()
-        except LlavaError as error:
-            yield {self.notice: controls.warning(error)}
-            return
-        other = Turn(text, turn.images, mode, sampling, models[1])
-        update = {**controls.sending(self.box), self.notice: "", **self.buttons(vote=False, clear=False)}
         async with AsyncExitStack() as stack:
-            runs = [
-                await stack.enter_async_context(aclosing(self.services.run(chat, new, visitor(request))))
-                for chat, new in ((left, turn), (right, other))
-            ]
+            try:
+                with left.prepared():  # until both have their turn
+                    models = await self._draw(left, right) if blind else (left_model, right_model)
+                    turn = await self.services.new_turn(models[0], text, files, mode, sampling)
+                    if not models[1]:
+                        raise controls.no_model()
+                    other = Turn(text, turn.images, mode, sampling, models[1])
+                    turns, runs = left.turns, []
+                    for chat, new in ((left, turn), (right, other)):
+                        run = aclosing(self.services.run(chat, new, visitor(request)))
+                        runs.append(await stack.enter_async_context(run))
+                        await anext(runs[-1])
+            except LlavaError as error:
+                yield {self.notice: controls.warning(error)}
+                return
+            update = {**controls.sending(self.box), self.notice: "", **self.buttons(vote=False, clear=False)}
+            yield {**update, **self._shown(left, right, blind)}
             async for _ in await stack.enter_async_context(aclosing(merged(runs))):
-                yield {**update, **self._shown(left, right, blind)}
-                update = {}
-        answered = bool(turn.answer or other.answer)
-        yield {
-            **self._shown(left, right, blind),
-            **controls.idle(self.box),
-            **self.buttons(vote=answered, clear=True),
-        }
+                yield self._shown(left, right, blind)
+        if left.turns is turns:  # otherwise a new conversation has begun
+            yield {
+                **self._shown(left, right, blind),
+                **controls.idle(self.box),
+                **self.buttons(vote=turn.answered and other.answered, clear=True),
+            }
 
     async def _draw(self, left: Chat, right: Chat) -> tuple[str, str]:
         """The models of a blind comparison: those of the conversation, or two chosen at random."""
@@ -128,8 +129,9 @@ class CompareTab:
         return {model: gr.update(visible=not blind) for model in self.models}
 
     async def vote(self, kind: str, left: Chat, right: Chat, blind: bool, request: gr.Request) -> Updates:
-        """Record the vote and name the models; further votes are ignored."""
-        if not (left.turns and right.turns) or left.running or right.running or left.turns[-1].vote:
+        """Record the vote and name the models; further votes, and those on a failed answer, are ignored."""
+        last = [chat.turns[-1] for chat in (left, right) if chat.turns]
+        if len(last) < 2 or left.preparing or not all(turn.answered and not turn.vote for turn in last):
             return {self.notice: gr.skip()}
         blind = blind and not any(turn.vote for turn in left.turns)  # names are shown since the first vote
         left.turns[-1].vote = right.turns[-1].vote = kind
@@ -169,24 +171,6 @@ def _vote_handler(tab: CompareTab, kind: str) -> Callable[[Chat, Chat, bool, gr.
         return await tab.vote(kind, left, right, blind, request)
 
     return vote
-
-
-async def merged(iterators: Sequence[AsyncIterator[None]]) -> AsyncGenerator[None, None]:
-    """Yield after every item of any iterator, until all are exhausted."""
-    steps = {asyncio.ensure_future(anext(each, False)): each for each in iterators}
-    try:
-        while steps:
-            done, _ = await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
-            for step in done:
-                each = steps.pop(step)
-                if step.result() is not False:
-                    steps[asyncio.ensure_future(anext(each, False))] = each
-            yield
-    finally:
-        for step in steps:
-            step.cancel()
-        if steps:
-            await asyncio.wait(steps)
 
 
 def build(services: AppServices, page: gr.Blocks, settings: controls.Settings, icons: Mapping[str, str]) -> CompareTab:

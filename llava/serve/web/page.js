@@ -1,9 +1,10 @@
 // Conversations in this browser's local storage, and copies of messages without the page's own markup.
 window.llava = (() => {
-  const KEY = "llava-conversations";
+  // logins that share a browser do not see each other's conversations
+  const key = () => ["llava-conversations", window.gradio_config?.username].filter(Boolean).join(":");
   const read = () => {
     try {
-      return JSON.parse(localStorage.getItem(KEY)) ?? [];
+      return JSON.parse(localStorage.getItem(key())) ?? [];
     } catch {
       return [];
     }
@@ -13,7 +14,7 @@ window.llava = (() => {
     for (let kept = items; ; kept = kept.slice(0, -1)) {
       // when the storage is full, the oldest conversations are deleted, but none for one that does not fit alone
       try {
-        localStorage.setItem(KEY, JSON.stringify(kept));
+        localStorage.setItem(key(), JSON.stringify(kept));
         return true;
       } catch {
         if (kept.length < 2) return false;

@@ -10,6 +10,8 @@ from typing import Final
 import gradio as gr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava.serve.common.middleware import Limits, buffered, error_response
+from llava.serve.common.protocol import ServeError
 from llava.serve.web import chat_tab, compare_tab, controls
 from llava.serve.web.chat import Chat
 from llava.serve.web.examples import draw_all
@@ -45,6 +47,8 @@ RETENTION: Final = {
 }
 CSS: Final = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 HEAD: Final = f"<script>{(Path(__file__).parent / 'page.js').read_text(encoding='utf-8')}</script>"
+UPLOAD_PATH: Final = "/gradio_api/upload"
+LIMITS: Final = Limits()
 # Nothing on the page, also in a user's text or a model's answer, makes a browser send requests to another host.
 SECURITY_HEADERS: Final = (
     (
@@ -58,8 +62,11 @@ SECURITY_HEADERS: Final = (
 )
 
 
-class SecurityHeaders:
-    """ASGI middleware that adds `SECURITY_HEADERS` to every response."""
+class PageGuard:
+    """ASGI middleware that adds `SECURITY_HEADERS` to every response, and limits the bodies of requests.
+
+    Gradio reads them before it checks the login. Uploads it checks first, and writes to disk within its own limit.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -70,6 +77,12 @@ class SecurityHeaders:
                 message = {**message, "headers": [*message["headers"], *SECURITY_HEADERS]}
             await send(message)
 
+        if scope["type"] == "http" and scope["path"] != UPLOAD_PATH:
+            try:
+                receive = await buffered(receive, LIMITS.max_body, LIMITS.body_seconds)
+            except ServeError as error:
+                await error_response(error, scope["path"], "")(scope, receive, with_headers)
+                return
         await self.app(scope, receive, with_headers)
 
 

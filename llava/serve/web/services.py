@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import gradio as gr
@@ -111,20 +111,24 @@ class AppServices:
     async def run(self, chat: Chat, turn: Turn, visitor: str) -> AsyncGenerator[None, None]:
         """Add a turn and answer it, yielding immediately and after every update."""
         chat.turns.append(turn)
-        chat.model = turn.model
+        chat.model, chat.stop = turn.model, asyncio.Event()
         chat.chat_id = chat.chat_id or uuid.uuid4().hex
+        asked = replace(chat)  # the visitor may start a new conversation meanwhile
         self.answers += 1
         try:
             yield
-            async with aclosing(answer(self.client, chat)) as steps:
+            async with aclosing(answer(self.client, asked)) as steps:
                 async for _ in steps:
                     yield
         finally:
             self.answers -= 1
+            turn.running = False
+            if chat.turns is asked.turns:
+                chat.template = asked.template
         finish = time.time()
         self.metrics.requests.labels(turn.finish_reason).inc()
         self.metrics.seconds.observe(finish - turn.started)
-        self.log.chat(chat, turn, finish, visitor)
+        self.log.chat(asked, turn, finish, visitor)
 
     def update_dropdown(
         self, listing: Listing, chat: Chat, current: str | None, *, other_than: str | None = None

@@ -47,7 +47,10 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """One backend served under one model name. `stream_interval` is the number of deltas per frame."""
+    """One backend served under one model name, and its adapters under theirs.
+
+    `stream_interval` is the number of deltas per frame.
+    """
 
     def __init__(self, backend: Backend, model_name: str, *, stream_interval: int = 1) -> None:
         self.backend = backend
@@ -68,8 +71,9 @@ class Worker:
 
     def status(self) -> WorkerStatus:
         state = "draining" if self.draining else self.backend.state
+        adapters = self.backend.info.adapters if self.backend.info else []
         return WorkerStatus(
-            model_names=[self.model_name] if state == "ready" else [],
+            model_names=[self.model_name, *(one.name for one in adapters)] if state == "ready" else [],
             speed=1.0,
             queue_length=self.backend.in_use,
             state=state,

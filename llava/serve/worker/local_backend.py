@@ -28,7 +28,9 @@ from llava.engine.sequence import (
 from llava.engine.statistics import Statistics
 from llava.errors import ContextLengthError, ImageCountError, ImageError, LlavaError, RequestError
 from llava.images import preprocess_image
+from llava.mm_utils import get_model_name_from_path
 from llava.serve.common.protocol import (
+    AdapterInfo,
     DetokenizeBody,
     ErrorType,
     GenerateBody,
@@ -74,6 +76,14 @@ def model_info(engine: Engine, model_name: str, conv_mode: str | None, settings:
         image_tokens=image_tokens,
         max_new_tokens=settings.max_new_tokens,
         max_images=settings.max_images if image_tokens else 0,
+        adapters=[
+            AdapterInfo(
+                name=name,
+                root=get_model_name_from_path(str(adapter.path))[:256],
+                conv_template=template_for(adapter.config or model.config, name, conv_mode),
+            )
+            for name, adapter in engine.lora.items()
+        ],
     )
 
 
@@ -88,6 +98,14 @@ class LoadedModel(NamedTuple):
     compile_grammar: Callable[[GuidedDecodingParams], object] = lambda params: None
     token_bytes: Sequence[bytes] = ()
     vocabulary: Vocabulary | None = None
+    name: str = ""
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that is served under the name `model`; requests to a worker without adapters may have any."""
+        names = [adapter.name for adapter in self.info.adapters]
+        if names and model not in ("", self.name, *names):
+            raise ServeError(ErrorType.NOT_FOUND, f"This worker serves {', '.join([self.name, *names])} only.")
+        return model if model in names else None
 
 
 LoadModel = Callable[[Callable[[float], None]], LoadedModel]  # argument: called with the fraction of weights loaded
@@ -119,6 +137,7 @@ def model_loader(
             compile_grammar,
             engine.token_bytes,
             vocabulary,
+            model_name,
         )
 
     return load
@@ -153,7 +172,7 @@ def make_request(body: GenerateBody, loaded: LoadedModel, settings: BackendSetti
         if not isinstance(prompt_ids, str):
             _check_length(len(prompt_ids), loaded.info.context_length)
         images = [loaded.preprocess(image) for image in body.images]
-        return Request(prompt_ids, images, params, strip=body.strip)
+        return Request(prompt_ids, images, params, strip=body.strip, lora=loaded.adapter(body.model))
     except ImageError as error:
         raise ServeError(ErrorType.BAD_IMAGE, error.args[0]) from error
 

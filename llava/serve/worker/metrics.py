@@ -16,6 +16,7 @@ _COUNTERS: Final = (
     ("prefix_cache_queries", "Prefix cache queries, in number of prompt tokens", "prompt_tokens"),
     ("prefix_cache_hits", "Prefix cache hits, in number of cached prompt tokens", "cached_tokens"),
     ("prefix_cache_hit_requests", "Number of requests with cached prompt tokens", "prefix_hits"),
+    ("prefill_chunks", "Number of chunks of prompts that took several forward passes", "prefill_chunks"),
     ("prompt_images", "Number of images in prefilled prompts", "images"),
     ("feature_cache_hits", "Image feature cache hits, in number of images", "feature_hits"),
     ("encoded_images", "Number of images that the vision tower has encoded", "encoded_images"),

@@ -231,7 +231,10 @@ def _stop_strings(body: GenerateBody) -> list[str]:
 
 
 def _sampling(body: GenerateBody) -> JsonObject:
-    """The sampling fields by the names of OpenAI and vLLM; a JSON schema is sent as OpenAI's `response_format`."""
+    """The sampling fields by the names of OpenAI and vLLM; a JSON schema is sent as OpenAI's `response_format`.
+
+    vLLM reads `structured_outputs`, and versions before 0.12 `guided_regex` and `guided_choice`; both ignore the other.
+    """
     fields = {name: value for name, value in body.worker_fields().items() if value is not None}
     if (count := fields.pop("top_logprobs", None)) is not None:
         fields |= {"logprobs": True, "top_logprobs": count}
@@ -241,6 +244,9 @@ def _sampling(body: GenerateBody) -> JsonObject:
         strict = {} if given is None or given.strict is None else {"strict": given.strict}
         named = {"name": given.name if given else "answer", "schema": schema, **strict}
         fields["response_format"] = {"type": "json_schema", "json_schema": named}
+    for name in ("regex", "choice"):
+        if f"guided_{name}" in fields:
+            fields["structured_outputs"] = {name: fields[f"guided_{name}"]}
     return fields
 
 

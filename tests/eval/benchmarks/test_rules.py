@@ -206,6 +206,11 @@ def test_an_excel_file_keeps_any_text(tmp_path: Path) -> None:
         sheet = archive.read("xl/worksheets/sheet1.xml").decode()
     assert "a &amp; &lt;b&gt;" in sheet and ">007</t>" in sheet and "<v>-5</v>" in sheet and "xy\n" in sheet
     assert 'r="AD2"' in sheet and 'r="B1"' not in sheet
+    first = (tmp_path / "t.xlsx").read_bytes()
+    write_xlsx(tmp_path / "t.xlsx", [["a & <b>", "", "007", "-5", "x\x00y\n"], *[["z"] * 30]])
+    assert (tmp_path / "t.xlsx").read_bytes() == first
+    with pytest.raises(DataError, match="cannot hold a text of 32,768 characters; a cell of Excel has 32,767"):
+        write_xlsx(tmp_path / "long.xlsx", [["z" * 32_768]])
 
 
 def test_seed_counts_what_occurs() -> None:

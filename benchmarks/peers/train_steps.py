@@ -1,14 +1,12 @@
-"""Training steps of transformers' LLaVA on request, in the environment of the peer (`benchmarks.peers train`).
+"""Training steps on request, of our model or of transformers' LLaVA in its environment, which needs no llava.
 
-Needs torch and transformers 5, not llava. `serve_steps` is also the loop of the process with our model, so that both
-run the same optimizer, autocast and clock. Protocol: settings as JSON in the first argument; one JSON line on stdout
-when ready, then one for each line on stdin.
+Both run the same optimizer, autocast and clock. Protocol: settings as JSON in the first argument; one JSON line on
+stdout when ready, then one for each line on stdin.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import peak_mib, resident_mib, settings
+from benchmarks.measure import open_replies, peak_mib, resident_mib, settings
 
 LEARNING_RATE = 1e-5
 
@@ -33,8 +31,7 @@ def learning_state(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def serve_steps(model: Any, batch: dict[str, Any], bf16: bool, version: str) -> None:
     """One training step for each line on stdin, until it ends; replies with seconds, loss and peak memory."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not a reply
+    replies = open_replies()
     model.train()
     optimizer = learning_state(model)
     state = resident_mib()
@@ -55,14 +52,19 @@ def serve_steps(model: Any, batch: dict[str, Any], bf16: bool, version: str) -> 
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def main(model: str, batch: str, bf16: bool) -> None:
+def main(engine: str, model: str, batch: str, bf16: bool) -> None:
+    if engine == "llava":
+        from llava.model.builder import load_pretrained_model
+
+        ours: Any = load_pretrained_model(model, device="cpu", dtype=torch.float32)[1]
+        return serve_steps(ours, torch.load(batch), bf16, "ours")
     import transformers
 
     peer = transformers.LlavaForConditionalGeneration.from_pretrained(
         model, dtype=torch.float32, attn_implementation="sdpa"
     )
     peer.model.vision_tower.requires_grad_(False)
-    serve_steps(peer, torch.load(batch), bf16, f"transformers {transformers.__version__}")
+    return serve_steps(peer, torch.load(batch), bf16, f"transformers {transformers.__version__}")
 
 
 if __name__ == "__main__":
