@@ -4,8 +4,9 @@
 Python API, against vLLM and transformers 5. `serve`: HTTP with 16 clients, against vLLM.
 
 A peer runs in an environment of its own, made by --install, on the export of `llava export`. Both sides stay alive and
-take turns, and a ratio is the median over the pairs of turns. A peer without an environment is left out with a
-sentence. The exit status is 1 if a target is missed, tokens differ in float32, a peer fails, or none could be run.
+take turns, and a ratio is the median over the pairs of turns. A peer without an environment is skipped with a message.
+The exit status is 1 if a target is missed, more than 5 % of the answers differ in float32, a peer fails, or none could
+be run.
 """
 
 from __future__ import annotations

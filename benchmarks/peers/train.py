@@ -1,4 +1,4 @@
-"""Training steps (forward, backward, AdamW; frozen tower) against `LlavaForConditionalGeneration` of transformers 5.
+"""Training steps with a frozen tower against `LlavaForConditionalGeneration` of transformers 5.
 
 The peer has its defaults: sdpa attention, padded batches, logits at every position, no gradient checkpointing. Both
 processes use fused AdamW and, for bfloat16, autocast with float32 weights, as both Trainers do. Peaks are high-water

@@ -93,6 +93,8 @@ class Engine:
         self.image_aspect_ratio = image_aspect_ratio or getattr(model.config, "image_aspect_ratio", None)
         self.model_runner = build_model_runner(model)
         spec = self.model_runner.spec
+        if len({adapter.name for adapter in lora}) < len(lora):
+            raise ConfigError(f"LoRA adapters need different names, got {', '.join(one.name for one in lora)}.")
         self.lora = {adapter.name: adapter for adapter in lora}
         self._adapters = {name: number for number, name in enumerate(self.lora, 1)}
         if self.lora:

@@ -53,13 +53,13 @@ class LoraStep:
         first, stop = int(rows[0]), int(rows[-1]) + 1
         return slice(first, stop) if stop - first == len(rows) else upload_columns([rows], device)[0]
 
-    def mask(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """1 where a row (N, `stop` - `first`, 1) uses an adapter; None if all rows use the same one."""
+    def mask(self, device: torch.device) -> Tensor | None:
+        """True where a row (N, `stop` - `first`, 1) does not use an adapter; None if all rows use the same one."""
         if device not in self._masks:
             one = len({*self.adapters}) == 1
             owners = None if one else upload_columns([self._owners - self.first], device)[0]
             steps = torch.arange(self.stop - self.first, device=device)
-            self._masks[device] = None if owners is None else (owners[:, None] == steps).to(dtype).unsqueeze(-1)
+            self._masks[device] = None if owners is None else (owners[:, None] != steps).unsqueeze(-1)
         return self._masks[device]
 
 
@@ -93,9 +93,9 @@ class LoraLinear:
         assert self._stacked is not None
         chosen = slice(step.first - 1, step.stop - 1)
         inner = F.linear(x, self._stacked[0][chosen].flatten(0, 1))  # (N, adapters * K * R)
-        mask = step.mask(x.device, x.dtype)
+        mask = step.mask(x.device)
         if mask is not None:
-            inner.view(len(x), step.stop - step.first, -1).mul_(mask)
+            inner.view(len(x), step.stop - step.first, -1).masked_fill_(mask, 0)  # also where it is infinite
         return out.addmm_(inner, self._stacked[1][:, chosen].flatten(1).t())
 
     def _stack(self) -> Pair | None:

@@ -180,7 +180,9 @@ class Prefiller:
         item = self._item(None, prompt)
         shared = 0 if previous is None else common_prefix_length(previous.cache_keys, prompt.cache_keys)
         tokens = item.ends[-1] - item.ends[max(item.done, shared)]
-        return tokens, self.features.missing(item.images) * self.features.layers if item.images else 0
+        known = set() if previous is None else {image.digest for image in previous.images}
+        images = [image for image in item.images if image.digest not in known]
+        return tokens, self.features.missing(images) * self.features.layers if images else 0
 
     def cache(self, prompt: Prompt, tokens: Sequence[int], prefix: Prefix, data: Tensor) -> None:
         """Store a finished sequence in the prefix cache, for the next turn of its conversation.

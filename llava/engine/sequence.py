@@ -361,7 +361,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     detokenized: int = 0  # tokens decoded to text
-    needs_chunks: bool = False  # its prompt did not fit into the budget of a step
+    needs_chunks: bool = False  # its prompt does not fit into the budget of a whole step
     submitted: float = field(default_factory=time.perf_counter)
 
     def append(self, token: int) -> FinishReason | None:

@@ -61,13 +61,16 @@ class WaitingQueue:
         limit in `budget`, they have at most `max_prefill_tokens` while rows are running. With one, a prompt that does
         not fit runs in chunks; those that fit into half of the budget overtake it, and it has the rest of every step.
         """
+        if not budget.least:  # this step is timed without prompts
+            return []
         known = [*running, *([self.chunked[0]] if self.chunked else [])]
         free = self.max_batch_size - len(known)
         if running and free < min(len(self._queue), self.max_batch_size // 4):
             return []
         started: list[Sequence] = []
         longest = max((sequence.max_tokens for sequence in known), default=0)
-        room = budget.remaining / 2 if self.chunked else budget.remaining
+        share = budget.remaining / 2 if self.chunked else budget.remaining
+        room = share
         tokens = 0
         while self._queue and len(started) < free:
             sequence = self._queue[0]
@@ -81,9 +84,10 @@ class WaitingQueue:
             bytes_needed = (len(known) + len(started) + 1) * longest * self.bytes_per_token
             if self.kv_cache_bytes is not None and bytes_needed > self.kv_cache_bytes:
                 break
-            room -= budget.cost(new, layers)
+            cost = budget.cost(new, layers)
+            room -= cost
             if room < 0 and sequence.params.num_beams == 1:
-                sequence.needs_chunks = True
+                sequence.needs_chunks = cost > share  # else it fits into a later step
                 if self.chunked is None:
                     self.chunked = self._start(), self.prefiller.begin(sequence.prompt)
                 break

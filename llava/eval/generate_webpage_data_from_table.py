@@ -24,9 +24,9 @@ from llava.eval.run.answers import read_results
 from llava.eval.run.files import Record, Row, by_key, read_rows, require_same, write_json
 from llava.files import write_text
 
-# Links and images stay text, since the page has no external resources; nothing in an answer may disappear.
+# Links and images stay text, since the page has no external resources; so do backslashes, as in formulas, and entities.
 _MARKDOWN: Final = MarkdownIt("commonmark", {"html": False, "breaks": True}).disable(
-    ["autolink", "code", "image", "lheading", "link", "reference"]
+    ["autolink", "code", "entity", "escape", "image", "lheading", "link", "reference"]
 )
 
 

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-chunks", type=int, help="number of processes (default: one per GPU of CUDA_VISIBLE_DEVICES)")
     add("--chunk-idx", type=int, help="answer only this chunk of --num-chunks, without scoring")
     add("--score-only", action="store_true", help="merge and score existing answers without loading a model")
-    help_text = "whose prompts and token limits to use (default %(default)s)"
+    help_text = "prompts and token limits: LLaVA's or those of another harness (default %(default)s)"
     add("--prompt-profile", choices=(LLAVA, *PROFILES), default=LLAVA, help=help_text)
     EvalArgs.add_cli_args(parser)
     return parser

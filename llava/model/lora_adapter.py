@@ -153,7 +153,8 @@ def _check_settings(
         ours, theirs = (getattr(one, key, None) or DEFAULTS.get(key) for one in (trained, model.config))
         if key == "image_aspect_ratio":
             ours, theirs = ("pad" if one == "pad" else "crop" for one in (ours, image_aspect_ratio or theirs))
-        if key in VISION_SETTINGS and (model.get_vision_tower() is None or None in (ours, theirs)):
+        blind = model.get_vision_tower() is None or not getattr(trained, "mm_vision_tower", None)
+        if key in VISION_SETTINGS and (blind or None in (ours, theirs)):
             continue  # the tower's default
         if key == "mm_vision_tower":
             ours, theirs = Path(str(ours)).name, Path(str(theirs)).name

@@ -48,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=token_limit,
         default="auto",
         metavar="TOKENS",
-        help="tokens of a step in which requests decode, one for each of them; longer prompts are prefilled in chunks "
-        "(default: as many as take 0.6 of the time of the decode step, more if few requests run)",
+        help="most tokens of a step in which requests decode, one for each of these; longer prompts are prefilled "
+        "in chunks (default: auto, as many as take 0.6 times as long as decoding, or more if few requests run)",
     )
     return parser
 
@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.model_name or get_model_name_from_path(engine_args.model_path)
     if name in engine_args.lora or len(engine_args.lora) > MAX_ADAPTERS:
         raise ConfigError(
-            f"--lora must give at most {MAX_ADAPTERS} adapters, with other names than the base's ({name}); got "
-            f"{', '.join(engine_args.lora)}."
+            f"At most {MAX_ADAPTERS} adapters can be given with --lora, and none may be named like the base ({name}); "
+            f"got {', '.join(engine_args.lora)}."
         )
     sock, token = open_socket(args)
     if args.multi_modal:

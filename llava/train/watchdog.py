@@ -144,6 +144,8 @@ class PreemptionHandler(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         received = self.received if self._shared is None else int(self._shared)
+        if self._shared is not None and not received and control.should_evaluate:  # the next step may be far away
+            received = int(any_rank(torch.tensor([self.received]), args.device))
         if received:
             self.received, self._stopping = received, True
             control.should_save, control.should_evaluate = True, False

@@ -111,6 +111,17 @@ def test_chunks_of_an_idle_engine_are_as_large_as_without_a_limit(
     assert sorted(sizes) == [51, 151] and engine.statistics().prefill_chunks == 0
 
 
+def test_short_prompts_that_miss_one_step_take_the_next(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_batched_tokens=11, max_batch_size=16)
+    busy(engine, 3)
+    long = engine.submit(ask(LONG, 1))
+    engine.step()
+    short = [engine.submit(ask([1, 340 + number], 1)) for number in range(6)]  # half a step has room for two
+    while not all(handle.done for handle in short):
+        engine.step()
+    assert not long.done
+
+
 def test_a_long_prompt_finishes_although_short_ones_overtake_it(make_engine: MakeEngine, solo: Solo) -> None:
     """Three short ones arrive at every step, and would fill it."""
     engine = make_engine(max_num_batched_tokens=15, max_batch_size=8)

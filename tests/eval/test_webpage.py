@@ -65,6 +65,7 @@ def test_errors_are_reported_in_one_line(
 
 
 MARKDOWN = {
+    r"\(a\) \\ &lt;": "<p>\\(a\\) \\\\ &amp;lt;</p>\n",
     "a\nb\n\nc": "<p>a<br />\nb</p>\n<p>c</p>\n",
     "# T\n- x\n- *y*": "<h4>T</h4>\n<ul>\n<li>x</li>\n<li><em>y</em></li>\n</ul>\n",
     "3. x\n4. y": '<ol start="3">\n<li>x</li>\n<li>y</li>\n</ol>\n',

@@ -292,7 +292,8 @@ inline void linear_on_tiles(const LinearCall &call) {
     const bool gated = call.activation == GATED_SILU;
     const int64_t width = part.width, steps = width / DEPTH, outputs = gated ? part.rows / 2 : part.rows;
     const int64_t chunk = std::max<int64_t>(PAIR, (int64_t{1} << 19) / width / PAIR * PAIR);  // weight rows
-    const int64_t blocks = round_up(call.count, PAIR) / PAIR, slices = std::max<int64_t>(1, 32 * call.threads / blocks);
+    const int64_t blocks = round_up(call.count, PAIR) / PAIR;
+    const int64_t slices = std::clamp<int64_t>(32 * call.threads / blocks, 1, chunk / PAIR);  // none is empty in a full chunk
     std::vector<uint16_t> right(std::min(chunk, round_up(part.rows, PAIR)) * width);
 #pragma omp parallel num_threads(call.threads)
     {
@@ -320,6 +321,7 @@ inline void linear_on_tiles(const LinearCall &call) {
                 const int64_t count = std::min(PAIR, call.count - token);
                 const int64_t pairs = (groups + 1) / 2;
                 const Range own = {pairs * slice / slices * 2, std::min(groups, pairs * (slice + 1) / slices * 2)};
+                if (own.first >= own.last) continue;
                 const LeftRows left = left_rows(call.x + token * width, count, width, width, scratch.left);
                 const auto emit = [&](int64_t tile, int64_t group, const float *sums) {
                     group += own.first;

@@ -82,8 +82,11 @@ def answer_key(row: Record) -> Key:
 
 
 def official_questions(annotation_dir: Path, rows: Sequence[Record]) -> list[str]:
-    """The official question that each record answers, which ends with `ENDING`."""
+    """The official question that each record answers, which ends with `ENDING`. Raises `DataError` if there is none."""
     references = read_references(annotation_dir)
+    unknown = next((row for row in rows if answer_key(row) not in references), None)
+    if unknown is not None:
+        raise DataError(f"{annotation_dir} has no question {unknown['prompt']!r} of {unknown['question_id']}.")
     return [references[answer_key(row)][0] for row in rows]
 
 

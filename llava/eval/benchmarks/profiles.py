@@ -1,8 +1,8 @@
 """Prompt profiles: the prompts and token limits with which other harnesses ask the questions of a benchmark.
 
 A profile changes the text sent to the model and the token limit, nothing else: answers are recorded and scored as with
-LLaVA's prompts, so that `llava report --diff` attributes a gap to the prompts. The texts are byte for byte those of the
-harness: lmms-eval 0.7.3 (`default` prompts), and the LLaVA model of VLMEvalKit.
+LLaVA's prompts, so that `llava report --diff` attributes a gap to the prompts. The texts are byte for byte those of
+lmms-eval 0.7.3 (its `default` prompts).
 """
 
 from __future__ import annotations

@@ -112,11 +112,12 @@ def check_resume(answers: Path, identity: Mapping[str, object], *, resume: bool,
             "--resume to continue it."
         )
     before, now = content["identity"], to_json(identity)
-    differing = [key for key in now if before.get(key) != now[key]]
+    dropped = {"prompt_profile"} & before.keys() - now.keys()
+    differing = [key for key in (*now, *dropped) if before.get(key) != now.get(key)]
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"{answers} was made with {key} {_shorten(before.get(key))}, this run has {_shorten(now[key])}; use "
+            f"{answers} was made with {key} {_shorten(before.get(key))}, this run has {_shorten(now.get(key))}; use "
             "another answers file, or --overwrite."
         )
 

@@ -338,7 +338,7 @@ class VisionTower(nn.Module):
                 hook.remove()
         if tokens is None:
             features = self._encode(images) if output is None else self._features(output, images.dtype)
-            yield
+            yield from [None] * max(1, len(layers))  # the work of all layers, which the caller counts
             return features
         for layer in layers if faster is None else faster:
             tokens = layer(tokens)

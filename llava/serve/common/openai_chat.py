@@ -134,7 +134,7 @@ class ApiBody(StrictBody, SamplingFields):
         given = rest.pop("structured_outputs")
         given = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else {}
         if not given or given.keys() - {"json", "regex", "choice"}:
-            raise invalid("structured_outputs", "must have one of the keys json, regex and choice")
+            raise invalid("structured_outputs", "must be an object with exactly one of the keys json, regex and choice")
         named = {f"guided_{name}": value for name, value in given.items()}
         for name, value in named.items():
             if rest.get(name) not in (None, value):

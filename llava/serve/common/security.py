@@ -169,9 +169,9 @@ LOOPBACK_HOSTS: Final = ("localhost", "127.0.0.0/8", "::1/128")
 
 
 class RateLimiter:
-    """Token bucket per client: `per_minute` answers on average, for the `remember` latest clients.
+    """Token bucket per client: `per_minute` answers on average and as burst, for the `remember` latest clients.
 
-    A request passes while a token is left, also one for more answers than tokens; the client then waits for these.
+    A request passes while a token is left, even if it needs more; the client then waits until the debt is paid off.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic, remember: int = 10_000) -> None:
@@ -183,8 +183,9 @@ class RateLimiter:
     def spend(self, client: bytes, answers: int = 1) -> float:
         """Take a token for each of `answers`; returns 0, or the seconds to wait when there is none."""
         now = self._clock()
-        tokens, when = self._buckets.pop(client, (self.per_minute, now))
-        tokens = min(self.per_minute, tokens + (now - when) * self.per_minute / 60)
+        most = max(1.0, self.per_minute)
+        tokens, when = self._buckets.pop(client, (most, now))
+        tokens = min(most, tokens + (now - when) * self.per_minute / 60)
         wait = 0.0 if tokens >= 1 else (1 - tokens) * 60 / self.per_minute
         self._buckets[client] = (tokens if wait else tokens - answers, now)
         while len(self._buckets) > self._remember:

@@ -229,7 +229,7 @@ class OpenAIServing:
 
 def _encoded(content: Json) -> bytes:
     """JSON in UTF-8: ASCII could exceed the size limit of a body that has passed it."""
-    return json.dumps(content, ensure_ascii=False).encode()
+    return json.dumps(content, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def _bad_image(message: str) -> ServeError:

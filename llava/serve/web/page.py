@@ -65,7 +65,8 @@ SECURITY_HEADERS: Final = (
 class PageGuard:
     """ASGI middleware that adds `SECURITY_HEADERS` to every response, and limits the bodies of requests.
 
-    Gradio reads them before it checks the login. Uploads it checks first, and writes to disk within its own limit.
+    Gradio reads a body before it checks the login. Uploads are exempt: Gradio checks the login first and has its own
+    limit.
     """
 
     def __init__(self, app: ASGIApp) -> None:
