@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.intern_vit_6b import InternVisionConfig, InternVisionModel
@@ -81,6 +80,8 @@ def make_answers_differ(chat: Path) -> None:
 
     Such answers tokenize in the next turn as they were generated, as those of a trained model mostly do.
     """
+    from transformers import AutoTokenizer  # llava is imported first: it filters a warning of transformers
+
     tokenizer = AutoTokenizer.from_pretrained(chat, use_fast=False)
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     silent = [at for at, piece in enumerate(pieces) if not (piece.startswith("▁") and piece.strip("▁"))]

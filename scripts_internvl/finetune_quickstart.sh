@@ -15,11 +15,10 @@ finetune \
     --mm_vision_select_layer -1 \
     --data_path ./playground/data/easy_vqa/finetune.json \
     --image_folder ./playground/data/easy_vqa \
-    --max_steps 200 \
-    --save_steps 50 \
+    --max_steps 260 \
+    --save_steps 65 \
     --save_total_limit 1 \
-    --learning_rate 8e-5 \
-    --mm_projector_lr 1e-3 \
+    --learning_rate 3e-4 \
     --logging_steps 10 \
     --model_max_length 512 \
     --group_by_modality_length False \

@@ -67,7 +67,9 @@ def test_torchrun_ends_all_ranks_with_a_checkpoint(tiny_dirs: Dirs, small_data: 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_traceback(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
-    argv = runs.flags(tiny_dirs, small_data, tmp_path / "run", 1, **STEPS, dataloader_num_workers=2)
+    argv = runs.flags(
+        tiny_dirs, small_data, tmp_path / "run", 1, **{**STEPS, "num_train_epochs": 40}, dataloader_num_workers=2
+    )
     assert runs.kill_at(argv, tmp_path / "run", 3, tmp_path / "log", number=signal.SIGINT) == 130
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log and "Error" not in log, log
