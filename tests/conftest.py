@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 from tests import tiny
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; tests send Ctrl-C to programs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 SHARED = Path(os.environ.get("LLAVA_SHARED", Path(__file__).resolve().parents[2] / "shared"))

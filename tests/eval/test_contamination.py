@@ -194,7 +194,7 @@ def test_help_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def test_worker_processes_and_an_interrupt(root: Path, scenes: list[Image.Image]) -> None:
     """A check in worker processes ends with 130 at Ctrl-C, leaves no process, and the same command finishes it."""
     rng = np.random.default_rng(2)
-    names = [f"n{index}.jpg" for index in range(800)]
+    names = [f"n{index}.jpg" for index in range(400)]
     for name in names:
         (root / "images" / name).write_bytes(
             encode(Image.effect_noise((320, 240), float(rng.integers(20, 90))).convert("RGB"), rng)
