@@ -464,6 +464,8 @@ class LLaVATrainer(transformers.Trainer):
             # A mapped file costs no memory, but states on the CPU would stay in it.
             state = checkpointing.load_state(file, "optimizer state", mmap=self.args.device.type != "cpu")
             try:
+                if target is self.optimizer:
+                    optimizer_state.keep_kernels(state, target)
                 target.load_state_dict(state)
             except (ValueError, KeyError) as error:
                 raise CheckpointError(

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 WEIGHT: Final = "weight"
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 SETTINGS: Final = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+KERNELS: Final = ("foreach", "fused")  # settings of a group that say how a step is computed, not what it gives
 CONVERTED: Final = ("adamw_torch", "adamw_torch_fused", "adam", "adamw")  # of --optim, and of a ZeRO file
 SHARDS: Final = "*_optim_states.pt"
 SCALER: Final = "scaler.pt"
@@ -312,6 +313,12 @@ def to_optimizer(saved: SavedState, optimizer: torch.optim.Optimizer) -> None:
             for key in MOMENTS:
                 value = saved.moment(name, key, parameter.shape)
                 state[key] = value.to(parameter.device, torch.float32, copy=True)
+
+
+def keep_kernels(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Put the `KERNELS` of `optimizer` into a state dict to load: `--optim` is a flag of this run, not part of a state."""
+    for saved, group in zip(state["param_groups"], optimizer.param_groups):
+        saved.update({key: group[key] for key in KERNELS if key in group})
 
 
 def to_engine(saved: SavedState, engine: Any) -> None:

@@ -105,6 +105,21 @@ def test_what_a_run_cannot_resume_with_is_refused_in_one_sentence(
     assert all(torch.equal(value, weights[name]) for name, value in runs.tensors(out).items())
 
 
+def test_the_flag_chooses_how_a_resumed_optimizer_steps(tiny_dirs: Dirs, small_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = runs.flags(tiny_dirs, small_data, out, 1, save_strategy="steps", save_steps=4)
+
+    def is_fused() -> list[bool]:
+        state = torch.load(out / "checkpoint-8" / "optimizer.pt", weights_only=True)
+        return [bool(group["fused"]) for group in state["param_groups"]]
+
+    train([*argv, "--optim", "adamw_torch"])
+    assert not any(is_fused())
+    shutil.rmtree(out / "checkpoint-8")
+    train(argv)
+    assert all(is_fused())
+
+
 @pytest.mark.parametrize("given", ["True", "False", "checkpoint-4"])
 def test_the_forms_of_resume_from_checkpoint(
     tiny_dirs: Dirs, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str
