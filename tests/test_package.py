@@ -18,7 +18,7 @@ import llava
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "llava").rglob("*.py"))
-SOURCES = MODULES + sorted(p for d in ("scripts", "playground", "benchmarks") for p in (ROOT / d).glob("*.py"))
+SOURCES = MODULES + sorted(p for d in ("scripts", "playground", "benchmarks") for p in (ROOT / d).rglob("*.py"))
 # Files run by path put their folder first on sys.path: a sibling with one of these names would be imported instead.
 DEPENDENCIES = {"accelerate", "datasets", "deepspeed", "evaluate", "fastapi", "gradio", "matplotlib", "numpy", "peft"}
 DEPENDENCIES |= {"pydantic", "requests", "safetensors", "tokenizers", "torch", "tqdm", "transformers", "uvicorn"}

@@ -18,10 +18,10 @@ from llava.errors import ConfigError
 TokenLimit = int | Literal["auto"] | None
 
 _SHARE: Final = 0.6  # of the time of a decode step, for the prompts of one step: a token then takes 1.6 times as long
-_FEW: Final = 8  # fewer running requests per waiting one than this leave more time to prompts
-_SETTLED: Final = 8  # tokens; requests with fewer are still part of a burst of arrivals, which is prefilled as a batch
+_RUNNING_PER_WAITING: Final = 8  # with fewer running requests for each that waits, prompts get more time
+_BURST_TOKENS: Final = 8  # requests with at most as many belong to a burst of arrivals, which is prefilled as a batch
 _LEAST: Final = {"cpu": 16, "cuda": 128}  # tokens of a chunk; fewer take as long, since all weights are read
-_TIMED: Final = 32  # steps with prompts after which one without is timed, on devices other than the CPU
+_STEPS_BETWEEN_TIMINGS: Final = 32  # after as many steps with prompts, one without is timed; not on the CPU
 
 
 @dataclass(eq=False)
@@ -87,14 +87,14 @@ class TokenBudget:
             return StepBudget()
         if isinstance(self.limit, int):
             return StepBudget(max(1, self.limit - len(running)), layer=self._features.layer_tokens)
-        settled = sum(len(sequence.tokens) > _SETTLED for sequence in running)
+        settled = sum(len(sequence.tokens) > _BURST_TOKENS for sequence in running)
         if waiting >= settled:
             return StepBudget()
-        if not self._on_host and (not self._decode or self._mixed >= _TIMED):
+        if not self._on_host and (not self._decode or self._mixed >= _STEPS_BETWEEN_TIMINGS):
             return StepBudget(0.0, least=0)
         if not self._token:  # nothing has been timed yet
             return StepBudget(self._least, layer=self._features.layer_tokens, least=self._least)
-        seconds = self._decode * _SHARE * max(1.0, _FEW * waiting / settled)
+        seconds = self._decode * _SHARE * max(1.0, _RUNNING_PER_WAITING * waiting / settled)
         return StepBudget(seconds, self._token, self._layer, self._least)
 
     def prefilled(self) -> None:

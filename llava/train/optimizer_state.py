@@ -316,7 +316,7 @@ def to_optimizer(saved: SavedState, optimizer: torch.optim.Optimizer) -> None:
 
 
 def keep_kernels(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Put the `KERNELS` of `optimizer` into a state dict to load: `--optim` is a flag of this run, not part of a state."""
+    """Replace the `KERNELS` of a state dict by those of `optimizer`: `--optim` is a flag of this run, not state."""
     for saved, group in zip(state["param_groups"], optimizer.param_groups):
         saved.update({key: group[key] for key in KERNELS if key in group})
 

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from llava.model.language_model.loss import CrossEntropy, TokenLoss, Tokens, reduce_losses, token_losses
 
-# Limits of a chunk's logits, with their copies in 16 bits: 213 tokens of 32,000 words in float32 on the CPU. GPUs need
-# larger products to be busy.
+# Limits in bytes of a chunk's logits, with their copies in 16 bits: 213 tokens of 32,000 words in float32 on the CPU.
+# GPUs need larger products to be busy.
 CHUNK_BYTES: Final = 26 * 2**20
 CHUNK_BYTES_CUDA: Final = 64 * 2**20
 CROSS_ENTROPY: Final = CrossEntropy()

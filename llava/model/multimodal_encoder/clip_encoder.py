@@ -112,7 +112,7 @@ class ClipEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(CLIPEncoderLayer(config, variant) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
-        self.run: Callable[[Tensor], Tensor] | None = None  # runs all layers in their place
+        self.run: Callable[[Tensor], Tensor] | None = None  # replaces the layers if set
 
     def forward(self, x: Tensor) -> Tensor:
         if self.run is not None:

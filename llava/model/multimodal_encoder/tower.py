@@ -316,11 +316,13 @@ class VisionTower(nn.Module):
             return []
         return list(self.vision_tower.get_submodule(self.spec.layers.rstrip(".")).children())
 
-    def encode_by_layer(self, images: Tensor, faster: TowerLayers | None = None) -> Generator[None, None, Features]:
+    def encode_by_layer(
+        self, images: Tensor, replacements: TowerLayers | None = None
+    ) -> Generator[None, None, Features]:
         """As `forward` of images `(K, 3, H, W)` without gradients, in parts: yields after each layer.
 
-        `faster` layers run in the place of the tower's. Towers whose layers have other inputs beside the tokens run as
-        a whole.
+        `replacements` run in place of the tower's layers. Towers whose layers have other inputs beside the tokens run
+        as a whole.
         """
         layers, tokens, output = self.layers, None, None
         if layers:
@@ -340,7 +342,7 @@ class VisionTower(nn.Module):
             features = self._encode(images) if output is None else self._features(output, images.dtype)
             yield from [None] * max(1, len(layers))  # the work of all layers, which the caller counts
             return features
-        for layer in layers if faster is None else faster:
+        for layer in layers if replacements is None else replacements:
             tokens = layer(tokens)
             yield
         return self._features(tokens, images.dtype)
