@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_data_flags(parser)
     parser.add_argument("--checksums", action="store_true", help="print the sha256 of every file")
     parser.add_argument("--lmms-eval", metavar="PYTHON", help="interpreter of the environment with lmms-eval")
-    parser.add_argument("--output-dir", type=Path, default=Path("lmms_tasks"), help="of the local tasks (%(default)s)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("lmms_tasks"), help="folder for local tasks (%(default)s)"
+    )
     parser.add_argument("--limit", type=int, help="number of questions in a local task, as in llava eval (default all)")
     args = parser.parse_args(argv)
     names = [name for word in args.tasks for name in word.split(",")]
