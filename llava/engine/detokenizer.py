@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class SpecialTokens:
         configured = getattr(generation_config, "eos_token_id", None)
         ends = {*(configured if isinstance(configured, (list, tuple)) else [configured]), tokenizer.eos_token_id}
         self.end = frozenset(token for token in ends if token is not None)
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
 
     def end_ids(self, stop: Iterable[str]) -> frozenset[int]:
         """Ids that end an answer: end of sequence, and stop strings that are one special token.
@@ -37,6 +40,38 @@ class SpecialTokens:
         Special tokens (such as `<|im_end|>`) never appear in decoded text, so `TextStream` cannot find them.
         """
         return self.end | {self._by_text[text] for text in stop if text in self._by_text}
+
+    def text_of(self, token: int) -> str:
+        """Text that a token adds behind any word; empty if that depends on its neighbours, or is not known.
+
+        Tokenizers join the texts of such tokens, so they need no decoding: it takes longer than all else on the host.
+        """
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._find_text(token)
+        return text
+
+    def _find_text(self, token: int) -> str:
+        if token in self.never_text or self._word is None:
+            return ""
+        word, before = self._word
+        text = decode(self._tokenizer, [word, token])[len(before) :]
+        repeated = decode(self._tokenizer, [word, token, token, word])
+        return text if _INCOMPLETE not in text and repeated == before + text + text + before else ""
+
+    @cached_property
+    def _word(self) -> tuple[int, str] | None:
+        """A token that is a word, and its text."""
+        for token in range(self.vocabulary):
+            piece = self._tokenizer.convert_ids_to_tokens(token)
+            if piece and piece.isascii() and piece.isalnum() and token not in self.never_text:
+                return token, decode(self._tokenizer, [token])
+        return None
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of token ids, none of which is special."""
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))  # skipping special tokens is slow
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
@@ -64,9 +99,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
 class Detokenizer:
     """Incremental decoder: the pieces join to `tokenizer.decode(ids, skip_special_tokens=True)`.
 
-    Each token decodes only a short window, so the cost of an answer is linear in its length. A character whose bytes
-    are spread over several tokens is held back until it is complete. After the tokens of `context`, the text of the
-    first token keeps the space before its word.
+    A token behind a word adds the text that it always adds there. Others decode only a short window, so the cost of an
+    answer is linear in its length. A character whose bytes are spread over several tokens is held back until it is
+    complete. After the tokens of `context`, the text of the first token keeps the space before its word.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, context: Sequence[int] = ()) -> None:
@@ -83,14 +118,21 @@ class Detokenizer:
         return token not in self._special.ids and 0 <= token < self._special.vocabulary
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))  # skipping special tokens is slow
+        return decode(self._tokenizer, ids)
 
     def push(self, token: int) -> str:
         """Add a token and return the text it completes; empty for special tokens and incomplete characters."""
         if not self._is_text(token):
             return ""
+        complete = self._read_offset == len(self._ids) > 0
+        known = self._special.text_of(token) if complete and self._special.text_of(self._ids[-1]).strip() else ""
         self._ids.append(token)
-        return self._advance(final=False)
+        if not known:
+            return self._advance(final=False)
+        self._read_offset += 1
+        if self._read_offset - self._prefix_offset < _WINDOW:  # else `_advance` moves the window
+            self._prefix_text += known
+        return known
 
     def flush(self) -> str:
         """Return the text held back at the end of an answer; incomplete characters become U+FFFD."""

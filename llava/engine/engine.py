@@ -200,7 +200,8 @@ class Engine:
 
         If a request is refused, a step fails or the user interrupts, all of them are cancelled.
         """
-        hashed = {id(image): hash_image(image) for request in requests for image in request.images}
+        distinct = {id(image): image for request in requests for image in request.images}
+        hashed = {key: hash_image(image) for key, image in distinct.items()}
         handles: list[RequestHandle] = []
         try:
             for request in requests:

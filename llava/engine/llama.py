@@ -7,7 +7,7 @@ tables are computed once per step, not once per layer. Results differ only by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
@@ -22,7 +22,7 @@ from llava.engine.lora import LoraStep, LoraWeights
 from llava.engine.model_runner import ModelRunner
 from llava.engine.native.decoder import NativeDecoder
 from llava.engine.native.lora import NativeLora
-from llava.engine.packing import DecodeStep, VarlenBatch
+from llava.engine.packing import DecodeStep, Rotation, VarlenBatch
 from llava.engine.prefix_cache import Prefix
 from llava.engine.sampling import Sampler
 from llava.model.language_model.packed import LlamaDecoderLayer
@@ -30,8 +30,6 @@ from llava.model.language_model.packed import LlamaDecoderLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Attention = Callable[[int, Tensor, Tensor, bool], Tensor]
-Rotation = tuple[Tensor, Tensor]
 # Modules of `DecoderLayer.projections`.
 PROJECTIONS: Final = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -97,12 +95,12 @@ class LlamaRunner(ModelRunner):
         seqlens = [len(row) for row in rows]
         batch = VarlenBatch(self.spec, seqlens, prefixes)
         rotation, lora = self._rotation(batch.positions, batch.end), self.lora_step(adapters, seqlens)
-        return batch.data, self._run(torch.cat(list(rows)), rotation, batch.attention, batch.last, lora)
+        return batch.data, self._run(torch.cat(list(rows)), rotation, batch, batch.last, lora)
 
     def prefill_kv(self, row: Tensor, prefix: Prefix, adapter: int = 0) -> Tensor:
         batch = VarlenBatch(self.spec, [len(row)], [prefix])
         lora = self.lora_step([adapter], [len(row)])
-        self._run(row, self._rotation(batch.positions, batch.end), batch.attention, None, lora)
+        self._run(row, self._rotation(batch.positions, batch.end), batch, None, lora)
         return batch.data[:, :, 0]
 
     def decode(
@@ -113,7 +111,7 @@ class LlamaRunner(ModelRunner):
         if self.native is not None and len(ids) <= self.native.max_rows:
             logits = self.native.step(embeds, *rotation, cache, lora)
         else:
-            logits = self.logits(self._run(embeds, rotation, step.attention, slice(None), lora))
+            logits = self.logits(self._run(embeds, rotation, step, slice(None), lora))
         cache.advance()
         return logits
 
@@ -121,7 +119,7 @@ class LlamaRunner(ModelRunner):
         self,
         x: Tensor,
         rotation: Rotation,
-        attention: Attention,
+        batch: VarlenBatch | DecodeStep,
         wanted: Tensor | slice | None,
         lora: LoraStep | None,
     ) -> Tensor:
@@ -132,25 +130,21 @@ class LlamaRunner(ModelRunner):
             if layer.device != x.device:
                 x, cos, sin = (part.to(layer.device, non_blocking=True) for part in (x, cos, sin))
             qkv = layer.qkv(layer.norm(x), lora).view(len(x), heads + 2 * kv_heads, size)
-            query_key = qkv[:, : heads + kv_heads]  # rotated in place
-            swapped = query_key.roll(size // 2, -1)
-            query_key.mul_(cos).addcmul_(swapped, sin)
-            query, keys_values = qkv[:, :heads], qkv[:, heads:].view(len(x), 2, kv_heads, size)
+            query = batch.store(index, qkv, (cos, sin))
             last = index == len(self.layers) - 1
             if last and wanted is None:
-                attention(index, query[:0], keys_values, True)
                 return x
             if last:
                 wanted = wanted.to(x.device, non_blocking=True) if isinstance(wanted, Tensor) else wanted
                 query, x = query[wanted], x[wanted]
                 lora = None if lora is None else lora.last
-            x = layer.out(attention(index, query, keys_values, last), lora, residual=x)
+            x = layer.out(batch.attend(index, query, last), lora, residual=x)
             x = layer.feed_forward(x, lora)
         return self.norm(x.to(self.norm.weight.device, non_blocking=True))
 
     def _rotation(self, positions: Tensor, end: int) -> Rotation:
         """Cosines and signed sines (N, 1, head_dim) of `positions` (N,), all below `end`, from the model's own tables,
-        rope scaling included (Su et al., "RoFormer", 2021)."""
+        rope scaling included."""
         like = self.layers[0].norm.weight  # of the tables' device and dtype
         cos, sin = self.rotary(like, seq_len=end)
         index = positions.to(cos.device, non_blocking=True)

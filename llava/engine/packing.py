@@ -11,10 +11,12 @@ from torch import Tensor
 
 from llava.engine.attention import SharedPrefix, aligned_mask, attend, attention
 from llava.engine.cache import CacheSpec, KVCache, shared_prefixes
-from llava.engine.native.attention import KVBlock, PromptAttention
+from llava.engine.native.attention import KVBlock, PromptAttention, TokenStore
 from llava.engine.prefix_cache import Prefix, num_tokens
 from llava.engine.sampling import Sampler
 from llava.model.transfer import Numbers, upload_columns
+
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines (N, 1, head_dim) of the tokens' positions
 
 
 @dataclass
@@ -32,11 +34,21 @@ class _Layout:
     masks: dict[str, Tensor] = field(default_factory=dict)
 
 
+def rotate(qkv: Tensor, kv_heads: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Queries (N, heads, head_dim), and keys and values (N, 2, kv_heads, head_dim), of `qkv`, rotated in place
+    (Su et al., "RoFormer", 2021)."""
+    (cos, sin), size, heads = rotation, qkv.shape[-1], qkv.shape[1] - 2 * kv_heads
+    query_key = qkv[:, : heads + kv_heads]
+    swapped = query_key.roll(size // 2, -1)
+    query_key.mul_(cos).addcmul_(swapped, sin)
+    return qkv[:, :heads], qkv[:, heads:].view(len(qkv), 2, kv_heads, size)
+
+
 class VarlenBatch:
     """Prompts of `seqlens` tokens behind `prefixes`, packed into N tokens for a prefill.
 
     `data` (layers, 2, n, kv_heads, max_seqlen, head_dim) receives their keys and values; the slots behind a shorter
-    row repeat its last token: finite, and hidden by causality. `positions` (N,) are the tokens' positions, `last` (n,)
+    row are finite, and hidden by causality. `positions` (N,) are the tokens' positions, `last` (n,)
     the packed indices of the last tokens, `end` the largest position + 1. All indices are computed on the host and
     uploaded once.
     """
@@ -66,21 +78,28 @@ class VarlenBatch:
             for row, length in enumerate(self.seqlens):
                 blocks[row].append(KVBlock.of(self.data[:, :, row], length))
             self._native = PromptAttention(self.seqlens, blocks)
+        self._store = TokenStore.build(self.data, self.seqlens)
 
-    def attention(self, layer: int, query: Tensor, keys_values: Tensor, last: bool) -> Tensor:
-        """Attention of queries (N, heads, head_dim), or with `last` of the last tokens' (n, …): contexts (N, D).
+    def store(self, layer: int, qkv: Tensor, rotation: Rotation) -> Tensor:
+        """Rotated queries (N, heads, head_dim) of `qkv` (N, heads + 2 * kv_heads, head_dim), which may be overwritten.
 
-        Stores `keys_values` (N, 2, kv_heads, head_dim) in `data`.
+        Stores rotated keys, and values, in `data`.
         """
+        if self._store is not None:
+            return self._store(layer, qkv, rotation)
+        kv_heads = self.spec.kv_heads
+        query, keys_values = rotate(qkv, kv_heads, rotation)
+        padded = self._pad(keys_values, self._layout(qkv.device)).permute(2, 0, 3, 1, 4)
+        self.data[layer].copy_(padded)  # (2, n, kv_heads, max_seqlen, head_dim)
+        return query
+
+    def attend(self, layer: int, query: Tensor, last: bool) -> Tensor:
+        """Attention of queries (N, heads, head_dim), or with `last` of the last tokens' (n, …): contexts (N, D)."""
         layout = self._layout(query.device)
         count, max_seqlen = len(self.seqlens), self.max_seqlen
-        padded = self._pad(keys_values, layout).permute(2, 0, 3, 1, 4)  # (2, n, kv_heads, max_seqlen, head_dim)
-        stored = self.data[layer].copy_(padded)
-        keys, values = stored[0], stored[1]
+        keys, values = self.data[layer, 0], self.data[layer, 1]
         kv_heads, size = keys.shape[1], keys.shape[3]
         if last:
-            if not len(query):
-                return query
             grouped = query.view(count, kv_heads, -1, size)
             mask = None if self.even else self._mask("padding", layout)
             return attend(grouped, keys, values, mask, layout.prefixes, layer).reshape(count, -1)
@@ -147,13 +166,16 @@ class DecodeStep:
         self._hidden = padding[0] if padding else None
         self._masks: dict[torch.device, Tensor | None] = {}
 
-    def attention(self, layer: int, query: Tensor, keys_values: Tensor, last: bool) -> Tensor:
-        """Attention of queries (B, heads, head_dim): contexts (B, D). Stores `keys_values` (B, 2, kv_heads,
-        head_dim) in the cache."""
+    def store(self, layer: int, qkv: Tensor, rotation: Rotation) -> Tensor:
+        """As `VarlenBatch.store`, of the new tokens in the cache."""
+        query, keys_values = rotate(qkv, self.cache.spec.kv_heads, rotation)
+        self.cache.data[layer, :, : len(qkv), :, self.cache.end] = keys_values.transpose(0, 1)
+        return query
+
+    def attend(self, layer: int, query: Tensor, last: bool) -> Tensor:
+        """Attention of queries (B, heads, head_dim): contexts (B, D)."""
         cache, count = self.cache, len(query)
-        rows = cache.data[layer, :, :count]  # (2, B, kv_heads, slots, head_dim)
-        rows[:, :, :, cache.end] = keys_values.transpose(0, 1)
-        keys, values = rows[..., cache.start : cache.end + 1, :]
+        keys, values = cache.data[layer, :, :count, :, cache.start : cache.end + 1]  # (B, kv_heads, W, head_dim)
         grouped = query.view(count, keys.shape[1], -1, keys.shape[3])
         mask, prefixes = self._mask(query.device), cache.shared(query.device)
         return attend(grouped, keys, values, mask, prefixes, layer).reshape(count, -1)

@@ -99,7 +99,7 @@ class Sampler:
             params = self._device_params or upload_columns(self.host_params(), logits.device)
             on_device = [one.to(logits.device, non_blocking=True) for one in params]
         logits = self._process(logits, on_device)
-        best = logits.argmax(dim=-1)  # (B,); NaN counts as the largest
+        best = argmax(logits)
         finite = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1).isfinite()
         tokens = best
         if not self.is_greedy and logits.is_cuda:
@@ -127,6 +127,13 @@ class Sampler:
         if self.guides:
             mask_logits(logits, self.guides)
         return logits
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Index (B,) of the first largest logit of each row (B, V); NaN counts as the largest."""
+    if logits.device.type == "cpu":  # NumPy's is vectorized
+        return torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
 
 
 def sample_top_p(

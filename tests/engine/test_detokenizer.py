@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -68,6 +69,16 @@ def test_white_space_stays_at_both_ends_if_wanted() -> None:
 def test_pieces_join_with_a_byte_level_tokenizer(byte_level: PreTrainedTokenizerFast, ids: list[int]) -> None:
     expected = byte_level.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert "".join(pieces_of(byte_level, ids)) == expected
+
+
+def test_words_are_decoded_once(byte_level: PreTrainedTokenizerFast) -> None:
+    special, ids = SpecialTokens(byte_level, None), byte_level("a red circle is in the image, " * 5).input_ids
+    first = Detokenizer(byte_level, special)
+    text = "".join(map(first.push, ids))
+    with mock.patch.object(byte_level, "decode", wraps=byte_level.decode) as decode:
+        again = Detokenizer(byte_level, special)
+        assert "".join(map(again.push, ids)) == text
+    assert decode.call_count < len(ids) / 4  # behind white space, the window is decoded
 
 
 @QUICK

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from llava.engine.cache import KVCache
+from llava.engine.cache import CacheSpec, KVCache
 from llava.engine.llama import LlamaRunner
 from llava.engine.native import build
+from llava.engine.packing import VarlenBatch
 from llava.engine.prefix_cache import PrefixCache, PrefixMatch
 from tests.engine.test_llama import VARIANTS, make_model
 
@@ -65,6 +66,29 @@ def check_rows_are_independent(runner: LlamaRunner) -> None:
         for row in range(10, count - 1, -1):
             cache.drop(row)
         assert torch.equal(runner.decode(list(range(100, 100 + count)), cache), together[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@torch.inference_mode()
+def test_keys_and_values_of_prompts_equal_pytorchs(kv_heads: int, dtype: torch.dtype) -> None:
+    """Slots behind the shorter rows are finite, whatever was in that memory."""
+    spec = CacheSpec(2, kv_heads, 16, dtype, torch.device("cpu"))
+    lengths = [5, 1, 9]
+    native, plain = (VarlenBatch(spec, lengths, [()] * 3) for _ in range(2))
+    native.data.fill_(torch.nan)
+    assert native._store is not None
+    plain._store = None
+    generator = torch.Generator().manual_seed(kv_heads)
+    qkv = torch.randn(15, 4 + 2 * kv_heads, 16, generator=generator).to(dtype)
+    rotation = tuple(torch.randn(2, 15, 1, 16, generator=generator).to(dtype))
+    got, want = (batch.store(1, qkv.clone(), rotation) for batch in (native, plain))
+    error = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 0.02}
+    torch.testing.assert_close(got, want, **error)
+    for row, length in enumerate(lengths):
+        stored = (batch.data[1, :, row, :, :length] for batch in (native, plain))
+        torch.testing.assert_close(*stored, **error)
+    assert native.data[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -55,7 +55,7 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, re
 @torch.inference_mode()
 def test_linear_layers(data: st.DataObject) -> None:
     """Any numbers of rows and outputs; rows are bitwise independent of how many there are."""
-    width, count = 32 * data.draw(st.integers(1, 5)), data.draw(st.integers(1, 70))
+    width, count = 32 * data.draw(st.sampled_from([1, 2, 5, 12, 13, 29])), data.draw(st.integers(1, 70))
     activation = data.draw(st.sampled_from([NONE, QUICK_GELU, GELU, GATED_SILU]))
     outputs = 32 * data.draw(st.integers(1, 3)) if activation == GATED_SILU else data.draw(st.integers(1, 100))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -66,7 +66,7 @@ def test_linear_layers(data: st.DataObject) -> None:
     linear = TileLinear.build(plain_part(weight, bias, BF16))
     assert linear is not None
     got, want = linear(x, activation, residual), expected(x, weight, bias, activation, residual)
-    torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2e-3)
     first = data.draw(st.integers(1, count))
     assert torch.equal(linear(x[:first], activation, None if residual is None else residual[:first]), got[:first])
 
@@ -103,26 +103,32 @@ def test_packed_layers(bits: int) -> None:
 @given(st.data())
 @torch.inference_mode()
 def test_attention_of_prompts(data: st.DataObject) -> None:
-    """Rows of different lengths, some behind a common prefix, with any number of heads; a row is independent."""
+    """Rows of any lengths, groups of them behind a common prefix, with any number of heads; rows are independent."""
     size, kv_heads, group = (
         16 * data.draw(st.integers(1, 5)),
         data.draw(st.integers(1, 3)),
         data.draw(st.integers(1, 3)),
     )
-    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
+    lengths = data.draw(
+        st.one_of(
+            st.lists(st.integers(1, 70), min_size=1, max_size=3), st.lists(st.integers(1, 9), min_size=9, max_size=30)
+        )
+    )
+    behind = [data.draw(st.integers(0, 4)) > 0 for _ in lengths]
     shared, causal = data.draw(st.integers(0, 50)), data.draw(st.booleans())
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     query = bf16(generator, sum(lengths), kv_heads * group, size)
     prefix = bf16(generator, 1, 2, kv_heads, max(shared, 1), size)
     caches = [bf16(generator, 1, 2, kv_heads, length, size) for length in lengths]
     blocks = [
-        [*([KVBlock.of(prefix, shared)] if shared else []), KVBlock.of(cache, length)]
-        for cache, length in zip(caches, lengths, strict=True)
+        [*([KVBlock.of(prefix, shared)] if shared and follows else []), KVBlock.of(cache, length)]
+        for cache, length, follows in zip(caches, lengths, behind, strict=True)
     ]
     got = PromptAttention(lengths, blocks)(query, kv_heads, size, causal=causal).split(lengths)
     for row, (cache, queries, length) in enumerate(zip(caches, query.split(lengths), lengths, strict=True)):
-        both = torch.cat([prefix[..., :shared, :], cache], dim=-2)[0].double().repeat_interleave(group, 1)
-        seen = torch.ones(length, shared + length, dtype=torch.bool).tril(shared if causal else shared + length)
+        before = shared * behind[row]
+        both = torch.cat([prefix[..., :before, :], cache], dim=-2)[0].double().repeat_interleave(group, 1)
+        seen = torch.ones(length, before + length, dtype=torch.bool).tril(before if causal else before + length)
         want = F.scaled_dot_product_attention(queries.double().transpose(0, 1), *both, attn_mask=seen).transpose(0, 1)
         torch.testing.assert_close(got[row].double(), want.flatten(1), rtol=0.02, atol=0.02)
         alone = PromptAttention([length], [blocks[row]])(queries, kv_heads, size, causal=causal)

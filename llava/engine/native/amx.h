@@ -28,12 +28,17 @@ inline bool request_amx() {
 }
 
 constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // rows, and inputs of one row, of a tile; its elements
+constexpr int64_t NEXT = 2;                                    // right tiles to prefetch
+constexpr int64_t WIDE = 12;                                   // tiles of left rows that the first cache holds with others
 constexpr int64_t PAIR = 2 * SIDE;                             // rows of two tiles
 
 inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 // Buffers of one thread.
-struct TileScratch { std::vector<uint16_t> rows, left; };
+struct TileScratch {
+    std::vector<uint16_t> rows, left;
+    std::vector<float> sums;
+};
 
 // Inputs (count, width) of a linear layer, packed for the right.
 struct TileInputs {
@@ -100,17 +105,29 @@ struct LeftRows {
     const uint16_t *ahead;  // rows to prefetch meanwhile, or null
 };
 
-// sums (M, N, 16, 16) of M * 16 left rows and N groups of right rows, which are `pitch` tiles apart.
-template <int M, int N>
+// sums (M, N, 16, 16) of M * 16 left rows and N groups of right rows, which are `pitch` tiles apart. ADD adds to `sums`.
+template <int M, int N, bool ADD = false>
 inline void multiply_tiles(LeftRows left, const uint16_t *right, int64_t pitch, int64_t steps, float *sums) {
     const int64_t bytes = 2 * left.stride;
     const uint16_t *below = left.data + SIDE * left.stride;
-    read_by_tiles(left.data), read_by_tiles(right);
-    _tile_zero(0);
-    if (N > 1) _tile_zero(1);
-    if (M > 1) _tile_zero(2);
-    if (M > 1 && N > 1) _tile_zero(3);
+    read_by_tiles(left.data), read_by_tiles(right), read_by_tiles(sums);
+    if (ADD) {
+        _tile_loadd(0, sums, 64);
+        if (N > 1) _tile_loadd(1, sums + 256, 64);
+        if (M > 1) _tile_loadd(2, sums + N * 256, 64);
+        if (M > 1 && N > 1) _tile_loadd(3, sums + 768, 64);
+    } else {
+        _tile_zero(0);
+        if (N > 1) _tile_zero(1);
+        if (M > 1) _tile_zero(2);
+        if (M > 1 && N > 1) _tile_zero(3);
+    }
     for (int64_t step = 0; step < steps; ++step) {
+        if (M > 1 && N > 1)
+            for (int64_t line = 0; line < TILE; line += DEPTH) {
+                __builtin_prefetch(right + (step + NEXT) * TILE + line);
+                __builtin_prefetch(right + (pitch + step + NEXT) * TILE + line);
+            }
         _tile_loadd(6, right + step * TILE, 64);
         if (N > 1) _tile_loadd(7, right + (pitch + step) * TILE, 64);
         _tile_loadd(4, left.data + step * DEPTH, bytes);
@@ -143,6 +160,30 @@ inline void multiply_rows(LeftRows left, int64_t count, const uint16_t *right, i
                                      : (n == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
         multiply(left, tiles, pitch, steps, sums);
         for (int64_t at = 0; at < m * n; ++at) emit(at / n, group + at % n, sums + at * 256);
+    }
+}
+
+// The same for left rows too wide for the first cache: their products with all groups are summed over parts of the width.
+template <class Emit>
+inline void multiply_wide(LeftRows left, int64_t count, const uint16_t *right, int64_t groups, int64_t steps,
+                          std::vector<float> &sums, Emit emit) {
+    const int64_t parts = round_up(steps, WIDE) / WIDE, m = count > SIDE ? 2 : 1;
+    sums.resize(round_up(groups, 2) * m * 256);
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = part * steps / parts, some = (part + 1) * steps / parts - from;
+        const LeftRows own = {left.data + from * DEPTH, left.stride, nullptr};
+        for (int64_t group = 0; group < groups; group += 2) {
+            const bool both = groups - group > 1;
+            const uint16_t *tiles = right + (group * steps + from) * TILE;
+            float *to = sums.data() + group * m * 256;
+            const auto multiply = m == 2 ? (both ? (part ? multiply_tiles<2, 2, true> : multiply_tiles<2, 2>)
+                                                 : (part ? multiply_tiles<2, 1, true> : multiply_tiles<2, 1>))
+                                         : (both ? (part ? multiply_tiles<1, 2, true> : multiply_tiles<1, 2>)
+                                                 : (part ? multiply_tiles<1, 1, true> : multiply_tiles<1, 1>));
+            multiply(own, tiles, steps, some, to);
+            if (part + 1 < parts) continue;
+            for (int64_t n = both ? 2 : 1, at = 0; at < m * n; ++at) emit(at / n, group + at % n, to + at * 256);
+        }
     }
 }
 
@@ -349,7 +390,7 @@ inline void linear_on_tiles(const LinearCall &call) {
                     }
                 };
                 const uint16_t *tiles = right.data() + own.first * steps * TILE;
-                multiply_rows(left, count, tiles, own.last - own.first, steps, steps, emit);
+                multiply_wide(left, count, tiles, own.last - own.first, steps, scratch.sums, emit);
             }
         }
     }
@@ -381,37 +422,51 @@ struct PromptAttention {
     std::vector<uint16_t> keys, values, weights, copy;
     std::vector<float> scores;
     std::vector<Range> seen;  // tokens of the blocks, each from a multiple of 32 on
+    int64_t pitch = 0;        // tokens for which there is room
 
-    void run(int64_t row, int64_t head) {
-        const int64_t size = call.size, steps = round_up(size, DEPTH) / DEPTH, group = call.heads / call.kv_heads;
+    // Attention of the rows of a group for one key head: the blocks that they have in common are packed once.
+    void run(Range rows, int64_t head) {
+        const int64_t own = call.first[rows.first + 1] - 1, group = call.heads / call.kv_heads;
+        int64_t end = 0, longest = 0;
         seen.clear();
-        int64_t end = 0;
-        for (int64_t at = call.first[row]; at < call.first[row + 1]; ++at) {
+        for (int64_t at = call.first[rows.first]; at < own; end = round_up(seen.back().last, DEPTH), ++at)
             seen.push_back({end, end + call.blocks[at].tokens});
-            end = round_up(seen.back().last, DEPTH);
+        for (int64_t row = rows.first; row < rows.last; ++row)
+            longest = std::max(longest, call.blocks[call.first[row + 1] - 1].tokens);
+        pitch = round_up(end + longest, DEPTH);
+        keys.resize(pitch * round_up(call.size, DEPTH)), values.resize(pitch * call.size);
+        weights.resize(PAIR * pitch), scores.resize(PAIR * pitch);
+        for (size_t at = 0; at < seen.size(); ++at) pack(call.blocks[call.first[rows.first] + at], head, seen[at].first);
+        seen.push_back({end, end});
+        for (int64_t row = rows.first; row < rows.last; ++row) {
+            const KVBlock &block = call.blocks[call.first[row + 1] - 1];
+            seen.back().last = end + block.tokens;
+            pack(block, head, end);
+            const int64_t count = call.starts[row + 1] - call.starts[row];
+            for (int64_t at = head * group; at < (head + 1) * group; ++at)
+                for (int64_t first = 0; first < count; first += PAIR)
+                    attend(call.starts[row] + first, at, first, std::min(PAIR, count - first));
         }
-        keys.resize(end * steps * DEPTH), values.resize(end * size), weights.resize(PAIR * end), scores.resize(PAIR * end);
-        for (size_t at = 0; at < seen.size(); ++at) {
-            const KVBlock &block = call.blocks[call.first[row] + at];
-            const auto *data = static_cast<const uint16_t *>(block.data) + call.layer * block.layer_stride;
-            data += head * block.head_stride;
-            for (int64_t token = 0; token < round_up(block.tokens, DEPTH); token += SIDE)
-                pack_right(data + token * call.token_stride, std::max<int64_t>(0, std::min(SIDE, block.tokens - token)),
-                           call.token_stride, size, keys.data() + (seen[at].first + token) * steps * DEPTH);
-            pack_values(data + block.kv_stride, block.tokens, call.token_stride, size, end / DEPTH,
-                        values.data() + seen[at].first / DEPTH * TILE);
-        }
-        const int64_t count = call.starts[row + 1] - call.starts[row];
-        for (int64_t at = head * group; at < (head + 1) * group; ++at)
-            for (int64_t first = 0; first < count; first += PAIR)
-                attend(call.starts[row] + first, at, first, std::min(PAIR, count - first), steps, end);
     }
 
   private:
+    // Packs the keys and values of one head, as tokens from `first` on.
+    void pack(const KVBlock &block, int64_t head, int64_t first) {
+        const int64_t size = call.size, padded = round_up(size, DEPTH);
+        const auto *data = static_cast<const uint16_t *>(block.data) + call.layer * block.layer_stride;
+        data += head * block.head_stride;
+        for (int64_t token = 0; token < round_up(block.tokens, DEPTH); token += SIDE)
+            pack_right(data + token * call.token_stride, std::max<int64_t>(0, std::min(SIDE, block.tokens - token)),
+                       call.token_stride, size, keys.data() + (first + token) * padded);
+        pack_values(data + block.kv_stride, block.tokens, call.token_stride, size, pitch / DEPTH,
+                    values.data() + first / DEPTH * TILE);
+    }
+
     // Queries first .. first + count - 1 of a row, which are tokens from `token` on, for one head.
-    void attend(int64_t token, int64_t head, int64_t first, int64_t count, int64_t steps, int64_t end) {
-        const int64_t size = call.size, own = seen.back().first, known = seen.back().last - own;
-        const int64_t width = call.causal ? own + round_up(std::min(known, first + count), DEPTH) : end;
+    void attend(int64_t token, int64_t head, int64_t first, int64_t count) {
+        const int64_t size = call.size, steps = round_up(size, DEPTH) / DEPTH, end = pitch;
+        const int64_t own = seen.back().first, known = seen.back().last - own;
+        const int64_t width = own + round_up(call.causal ? std::min(known, first + count) : known, DEPTH);
         const uint16_t *query = call.query + token * call.query_stride + head * size;
         const LeftRows left = left_rows(query, count, call.query_stride, size, copy);
         const auto keep = [&](int64_t tile, int64_t group, const float *sums) {
@@ -451,13 +506,20 @@ struct PromptAttention {
 };
 
 inline void attend_prompts(const AttentionCall &call) {
+    std::vector<Range> groups;  // adjacent rows that differ in their last block only, so that every thread gets some
+    const int64_t most = std::max<int64_t>(1, call.rows * call.kv_heads / (4 * call.threads));
+    for (int64_t row = 0; row < call.rows; ++row)
+        if (row && row - groups.back().first < most && same_prefix(call.first, call.blocks, row - 1, row))
+            groups.back().last = row + 1;
+        else
+            groups.push_back({row, row + 1});
+    const int64_t tasks = static_cast<int64_t>(groups.size()) * call.kv_heads;
 #pragma omp parallel num_threads(call.threads)
     {
         const TileRegisters registers;
         PromptAttention attention{call};
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < call.rows * call.kv_heads; ++task)
-            attention.run(task / call.kv_heads, task % call.kv_heads);
+        for (int64_t task = 0; task < tasks; ++task) attention.run(groups[task / call.kv_heads], task % call.kv_heads);
     }
 }
 #endif

@@ -1,4 +1,5 @@
-"""Attention of prompts and of image tokens in the C++ kernel, in bfloat16 on the tiles of Intel AMX."""
+"""Attention of prompts and of image tokens in the C++ kernel, in bfloat16 on the tiles of Intel AMX, and the keys and
+values of prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llava.engine.native.build import has_tiles, library
-from llava.engine.native.packed import LANES, fields
+from llava.engine.native.packed import DTYPES, LANES, fields
 
 
 class KVBlock(ctypes.Structure):
@@ -81,3 +82,61 @@ class PromptAttention:
         )
         self._run(ctypes.byref(call))
         return out
+
+
+class _Store(ctypes.Structure):
+    """The struct `StoreCall` of `decode.cpp`."""
+
+    _fields_ = [
+        *fields(ctypes.c_int64, "is_bf16 rows heads kv_heads size slots row_stride kv_stride head_stride threads"),
+        *fields(ctypes.c_void_p, "starts cos sin qkv data"),
+    ]
+
+
+class TokenStore:
+    """Rotary embedding of packed rows, whose keys and values go to `data` (layers, 2, n, kv_heads, slots, head_dim).
+
+    PyTorch takes six passes over memory for both.
+    """
+
+    def __init__(self, data: Tensor, lengths: Sequence[int]) -> None:
+        self._data = data
+        self._starts = (ctypes.c_int64 * (len(lengths) + 1))(*accumulate(lengths, initial=0))
+        self._run = library().llava_store  # type: ignore[union-attr]
+        self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
+
+    @classmethod
+    def build(cls, data: Tensor, lengths: Sequence[int]) -> TokenStore | None:
+        """The store, or None if the kernel is unavailable or does not support `data`."""
+        supported = data.device.type == "cpu" and isinstance(data, Tensor) and data.dtype in DTYPES
+        found = supported and data.shape[-1] % LANES == 0 and library() is not None
+        return cls(data, lengths) if found else None
+
+    def __call__(self, layer: int, qkv: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries (N, heads, head_dim), rotated in place, of `qkv` (N, heads + 2 * kv_heads, head_dim)."""
+        data = self._data[layer]
+        _, rows, kv_heads, slots, size = data.shape
+        heads, qkv = qkv.shape[1] - 2 * kv_heads, qkv.contiguous()
+        cos, sin = (part.contiguous() for part in rotation)
+        assert cos.dtype == sin.dtype == qkv.dtype == data.dtype
+        kv_stride, row_stride, head_stride, *inner = data.stride()
+        assert inner == [size, 1], "tokens are contiguous"
+        call = _Store(
+            is_bf16=data.dtype == torch.bfloat16,
+            rows=rows,
+            heads=heads,
+            kv_heads=kv_heads,
+            size=size,
+            slots=slots,
+            row_stride=row_stride,
+            kv_stride=kv_stride,
+            head_stride=head_stride,
+            threads=torch.get_num_threads(),
+            starts=ctypes.addressof(self._starts),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            qkv=qkv.data_ptr(),
+            data=data.data_ptr(),
+        )
+        self._run(ctypes.byref(call))
+        return qkv[:, :heads]

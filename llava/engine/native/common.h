@@ -126,6 +126,24 @@ struct KVBlock {
     int64_t tokens, layer_stride, kv_stride, head_stride;
 };
 
+// Whether two rows attend to the same blocks, apart from the last of each; those of row r are first[r] .. first[r + 1] - 1.
+inline bool same_prefix(const int64_t *first, const KVBlock *blocks, int64_t row, int64_t other) {
+    const int64_t count = first[row + 1] - first[row] - 1;
+    bool same = count > 0 && count == first[other + 1] - first[other] - 1;
+    for (int64_t at = 0; same && at < count; ++at) {
+        const KVBlock &left = blocks[first[row] + at], &right = blocks[first[other] + at];
+        same = left.data == right.data && left.tokens == right.tokens;
+    }
+    return same;
+}
+
+// Rotary embedding: out (head_dim) = x rotated by its position; the first half of sin is negative.
+inline void rotate(const float *x, const float *cos, const float *sin, int64_t size, float *out) {
+    const int64_t half = size / 2;
+    for (int64_t at = 0; at < half; ++at) out[at] = x[at] * cos[at] + x[at + half] * sin[at];
+    for (int64_t at = half; at < size; ++at) out[at] = x[at] * cos[at] + x[at - half] * sin[at];
+}
+
 // The outputs of this thread among `count`, in whole units but for the last.
 inline Range thread_range(int64_t count, int64_t unit = 1) {
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), units = (count + unit - 1) / unit;

@@ -259,11 +259,6 @@ void rms_norm(const T *x, int64_t count, int64_t width, const T *weight, double 
     }
 }
 
-// Rotary embedding: out (head_dim) = x rotated by its position.
-inline void rotate(const float *x, const float *cos, const float *sin, int64_t size, float *out) {
-    for (int64_t at = 0; at < size; ++at) out[at] = x[at] * cos[at] + x[(at + size / 2) % size] * sin[at];
-}
-
 // out (N * LANES) += sum of rows[at * stride] * weights[at].
 template <int N, class T>
 inline void weighted_sum(const float *weights, const T *rows, int64_t count, int64_t stride, float *out) {
@@ -313,14 +308,8 @@ void attend(const float *query, const KVBlock *block, const KVBlock *end, int64_
 // First rows of the groups of adjacent rows with one prefix, and the number of rows. A row without a prefix is a group.
 std::vector<int64_t> prefix_groups(const Step &step) {
     std::vector<int64_t> starts = {0};
-    for (int64_t row = 1; row < step.rows; ++row) {
-        const KVBlock *block = step.blocks + step.first[row], *before = step.blocks + step.first[row - 1];
-        const int64_t count = step.first[row + 1] - step.first[row] - 1;
-        bool same = count > 0 && count == step.first[row] - step.first[row - 1] - 1;
-        for (int64_t at = 0; same && at < count; ++at)
-            same = block[at].data == before[at].data && block[at].tokens == before[at].tokens;
-        if (!same) starts.push_back(row);
-    }
+    for (int64_t row = 1; row < step.rows; ++row)
+        if (!same_prefix(step.first, step.blocks, row - 1, row)) starts.push_back(row);
     starts.push_back(step.rows);
     return starts;
 }
@@ -455,6 +444,50 @@ void run(const Model &model, const Step &step) {
     }
 }
 
+// Rotates the queries of qkv (tokens, heads + 2 kv_heads, size) in place and stores rotated keys, and values, in a layer of
+// the cache. Row r has tokens starts[r] .. starts[r + 1] - 1; the rest of its `slots` becomes zero.
+struct StoreCall {
+    int64_t is_bf16, rows, heads, kv_heads, size, slots, row_stride, kv_stride, head_stride, threads;
+    const int64_t *starts;
+    const void *cos, *sin;  // (tokens, size); the first half of sin is negative
+    void *qkv, *data;
+};
+
+template <class T>
+void store_tokens(const StoreCall &call) {
+    const int64_t size = call.size, heads = call.heads + call.kv_heads;
+#pragma omp parallel num_threads(call.threads)
+    {
+        std::vector<float> buffer(4 * size);
+        float *cos = buffer.data(), *sin = cos + size, *x = sin + size, *rotated = x + size;
+        const auto widen = [&](const void *from, int64_t row, float *to) {
+            for (int64_t at = 0; at < size; at += LANES) store(to + at, load(static_cast<const T *>(from) + row * size + at));
+        };
+        const Range own = thread_range(call.starts[call.rows]);
+        for (int64_t row = 0; row < call.rows; ++row)
+            for (int64_t token = std::max(own.first, call.starts[row]); token < std::min(own.last, call.starts[row + 1]); ++token) {
+                T *data = static_cast<T *>(call.data) + row * call.row_stride + (token - call.starts[row]) * size;
+                T *qkv = static_cast<T *>(call.qkv) + token * (heads + call.kv_heads) * size;
+                widen(call.cos, token, cos), widen(call.sin, token, sin);
+                for (int64_t head = 0; head < heads; ++head) {
+                    T *to = head < call.heads ? qkv + head * size : data + (head - call.heads) * call.head_stride;
+                    widen(qkv, head, x);
+                    rotate(x, cos, sin, size, rotated);
+                    for (int64_t at = 0; at < size; at += LANES) store(to + at, load(rotated + at));
+                }
+                for (int64_t head = 0; head < call.kv_heads; ++head)
+                    std::copy_n(qkv + (heads + head) * size, size, data + call.kv_stride + head * call.head_stride);
+            }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < call.rows * call.kv_heads; ++task) {
+            const int64_t row = task / call.kv_heads, used = call.starts[row + 1] - call.starts[row];
+            T *data = static_cast<T *>(call.data) + row * call.row_stride + task % call.kv_heads * call.head_stride;
+            for (T *rest : {data + used * size, data + call.kv_stride + used * size})
+                std::fill_n(rest, (call.slots - used) * size, T{});
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" int64_t llava_has_tiles() { return request_amx(); }
@@ -471,6 +504,13 @@ extern "C" void llava_linear(const LinearCall *call) { linear_on_tiles(*call); }
 
 extern "C" void llava_attention(const AttentionCall *call) { attend_prompts(*call); }
 #endif
+
+extern "C" void llava_store(const StoreCall *call) {
+    if (call->is_bf16)
+        store_tokens<BFloat16>(*call);
+    else
+        store_tokens<float>(*call);
+}
 
 // RMS norm of x (count, width), in bfloat16 with float32 sums.
 extern "C" void llava_rms_norm(const BFloat16 *x, int64_t count, int64_t width, const BFloat16 *weight, double eps,
