@@ -48,7 +48,7 @@ def test_logits_and_caches_equal_pytorchs(variant: str, dtype: torch.dtype) -> N
     assert kernel.native is not None
     lengths, behind = [1, 5, 2, 7, 3, 4, 6], [True, False, True, True, False, True, False]
     caches = [rows_of(runner, lengths, behind) for runner in (kernel, plain)]
-    close = {"atol": 2e-4, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 0.15, "rtol": 0.05}
+    close = {"atol": 2e-4, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 0.2, "rtol": 0.05}
     for step in range(4):
         ids = [100 + step + 5 * row for row in range(7)]
         got, want = (runner.decode(ids, cache) for runner, cache in zip((kernel, plain), caches, strict=True))

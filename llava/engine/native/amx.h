@@ -4,6 +4,8 @@
 // place, 16 at a time; right rows are packed first, 16 as a group of tiles. A sum depends on its two rows only, and not on
 // which of them is left: rows are independent of their neighbours, for every number of rows.
 #pragma once
+#include <memory>
+
 #include "common.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -28,17 +30,12 @@ inline bool request_amx() {
 }
 
 constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // rows, and inputs of one row, of a tile; its elements
-constexpr int64_t NEXT = 2;                                    // right tiles to prefetch
-constexpr int64_t WIDE = 12;                                   // tiles of left rows that the first cache holds with others
 constexpr int64_t PAIR = 2 * SIDE;                             // rows of two tiles
 
 inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 // Buffers of one thread.
-struct TileScratch {
-    std::vector<uint16_t> rows, left;
-    std::vector<float> sums;
-};
+struct TileScratch { std::vector<uint16_t> rows, left; };
 
 // Inputs (count, width) of a linear layer, packed for the right.
 struct TileInputs {
@@ -105,29 +102,17 @@ struct LeftRows {
     const uint16_t *ahead;  // rows to prefetch meanwhile, or null
 };
 
-// sums (M, N, 16, 16) of M * 16 left rows and N groups of right rows, which are `pitch` tiles apart. ADD adds to `sums`.
-template <int M, int N, bool ADD = false>
+// sums (M, N, 16, 16) of M * 16 left rows and N groups of right rows, which are `pitch` tiles apart.
+template <int M, int N>
 inline void multiply_tiles(LeftRows left, const uint16_t *right, int64_t pitch, int64_t steps, float *sums) {
     const int64_t bytes = 2 * left.stride;
     const uint16_t *below = left.data + SIDE * left.stride;
-    read_by_tiles(left.data), read_by_tiles(right), read_by_tiles(sums);
-    if (ADD) {
-        _tile_loadd(0, sums, 64);
-        if (N > 1) _tile_loadd(1, sums + 256, 64);
-        if (M > 1) _tile_loadd(2, sums + N * 256, 64);
-        if (M > 1 && N > 1) _tile_loadd(3, sums + 768, 64);
-    } else {
-        _tile_zero(0);
-        if (N > 1) _tile_zero(1);
-        if (M > 1) _tile_zero(2);
-        if (M > 1 && N > 1) _tile_zero(3);
-    }
+    read_by_tiles(left.data), read_by_tiles(right);
+    _tile_zero(0);
+    if (N > 1) _tile_zero(1);
+    if (M > 1) _tile_zero(2);
+    if (M > 1 && N > 1) _tile_zero(3);
     for (int64_t step = 0; step < steps; ++step) {
-        if (M > 1 && N > 1)
-            for (int64_t line = 0; line < TILE; line += DEPTH) {
-                __builtin_prefetch(right + (step + NEXT) * TILE + line);
-                __builtin_prefetch(right + (pitch + step + NEXT) * TILE + line);
-            }
         _tile_loadd(6, right + step * TILE, 64);
         if (N > 1) _tile_loadd(7, right + (pitch + step) * TILE, 64);
         _tile_loadd(4, left.data + step * DEPTH, bytes);
@@ -160,30 +145,6 @@ inline void multiply_rows(LeftRows left, int64_t count, const uint16_t *right, i
                                      : (n == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
         multiply(left, tiles, pitch, steps, sums);
         for (int64_t at = 0; at < m * n; ++at) emit(at / n, group + at % n, sums + at * 256);
-    }
-}
-
-// The same for left rows too wide for the first cache: their products with all groups are summed over parts of the width.
-template <class Emit>
-inline void multiply_wide(LeftRows left, int64_t count, const uint16_t *right, int64_t groups, int64_t steps,
-                          std::vector<float> &sums, Emit emit) {
-    const int64_t parts = round_up(steps, WIDE) / WIDE, m = count > SIDE ? 2 : 1;
-    sums.resize(round_up(groups, 2) * m * 256);
-    for (int64_t part = 0; part < parts; ++part) {
-        const int64_t from = part * steps / parts, some = (part + 1) * steps / parts - from;
-        const LeftRows own = {left.data + from * DEPTH, left.stride, nullptr};
-        for (int64_t group = 0; group < groups; group += 2) {
-            const bool both = groups - group > 1;
-            const uint16_t *tiles = right + (group * steps + from) * TILE;
-            float *to = sums.data() + group * m * 256;
-            const auto multiply = m == 2 ? (both ? (part ? multiply_tiles<2, 2, true> : multiply_tiles<2, 2>)
-                                                 : (part ? multiply_tiles<2, 1, true> : multiply_tiles<2, 1>))
-                                         : (both ? (part ? multiply_tiles<1, 2, true> : multiply_tiles<1, 2>)
-                                                 : (part ? multiply_tiles<1, 1, true> : multiply_tiles<1, 1>));
-            multiply(own, tiles, steps, some, to);
-            if (part + 1 < parts) continue;
-            for (int64_t n = both ? 2 : 1, at = 0; at < m * n; ++at) emit(at / n, group + at % n, to + at * 256);
-        }
     }
 }
 
@@ -320,33 +281,52 @@ struct LinearCall {
     uint16_t *out;
 };
 
+// 2 to the power of x, to 4e-5.
+inline __m512 power_of_two(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    __m512 series = _mm512_set1_ps(0.00961813f);
+    for (const float factor : {0.0555041f, 0.2402265f, 0.6931472f, 1.0f})
+        series = _mm512_fmadd_ps(series, rest, _mm512_set1_ps(factor));
+    return _mm512_scalef_ps(series, whole);
+}
+
+// SiLU of slope * x, divided by the slope, to 1e-4: bfloat16 has 4e-3.
+inline Floats sigmoid_linear(Floats x, float slope = 1) {
+    const __m512 power = power_of_two(_mm512_mul_ps((__m512)x, _mm512_set1_ps(-1.4426950f * slope)));
+    return x * (Floats)_mm512_rcp14_ps(_mm512_add_ps(power, _mm512_set1_ps(1)));
+}
+
 inline Floats activate(Floats x, int64_t kind) {
-    if (kind == QUICK_GELU) return x / (1.0f + exponential(x * -1.702f));
+    if (kind == QUICK_GELU) return sigmoid_linear(x, 1.702f);
     if (kind == GELU)
         for (int64_t lane = 0; lane < LANES; ++lane) x[lane] *= 0.5f * (1 + std::erf(x[lane] * 0.70710678f));
     return x;
 }
 
-// Multiplies many rows: weights are packed once for all of them, a mebibyte at a time.
+// Multiplies many rows: a thread packs some weight rows, and multiplies them with many rows of x.
 inline void linear_on_tiles(const LinearCall &call) {
     const Part &part = *call.part;
     const bool gated = call.activation == GATED_SILU;
     const int64_t width = part.width, steps = width / DEPTH, outputs = gated ? part.rows / 2 : part.rows;
-    const int64_t chunk = std::max<int64_t>(PAIR, (int64_t{1} << 19) / width / PAIR * PAIR);  // weight rows
-    const int64_t blocks = round_up(call.count, PAIR) / PAIR;
-    const int64_t slices = std::clamp<int64_t>(32 * call.threads / blocks, 1, chunk / PAIR);  // none is empty in a full chunk
-    std::vector<uint16_t> right(std::min(chunk, round_up(part.rows, PAIR)) * width);
+    const int64_t cached = std::max<int64_t>(PAIR, (int64_t{1} << 19) / width / PAIR * PAIR);  // rows of a mebibyte
+    // Weight rows of a task: few enough that no thread waits for long at the end.
+    const int64_t panel = std::min(cached, round_up((part.rows + 2 * call.threads - 1) / (2 * call.threads), PAIR));
+    const int64_t panels = (part.rows + panel - 1) / panel;
+    // Rows of x of a task: as many as the second cache holds, but enough for what packing costs.
+    const int64_t tokens = std::max<int64_t>(512, cached), chunks = (call.count + tokens - 1) / tokens;
 #pragma omp parallel num_threads(call.threads)
     {
         const TileRegisters registers;
         TileScratch scratch;
-        for (int64_t first = 0; first < part.rows; first += chunk) {
-            const int64_t groups = round_up(std::min(chunk, part.rows - first), SIDE) / SIDE;
+        const std::unique_ptr<uint16_t[]> right(new uint16_t[panel * width]);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < chunks * panels; ++task) {
+            const int64_t first = task % panels * panel, groups = round_up(std::min(panel, part.rows - first), SIDE) / SIDE;
             const auto row_of = [&](int64_t group) {  // gates and what they multiply take turns
                 const int64_t at = first / SIDE + group;
                 return SIDE * (gated ? at / 2 + at % 2 * (outputs / SIDE) : at);
             };
-#pragma omp for schedule(static)
             for (int64_t group = 0; group < groups; ++group) {
                 const int64_t row = row_of(group), some = std::min(SIDE, part.rows - row);
                 const uint16_t *rows = static_cast<const uint16_t *>(part.data) + row * width;
@@ -354,18 +334,13 @@ inline void linear_on_tiles(const LinearCall &call) {
                     scratch.rows.resize(SIDE * width), rows = scratch.rows.data();
                     unpack(part, row, row + some, reinterpret_cast<BFloat16 *>(scratch.rows.data()));
                 }
-                pack_right(rows, some, width, width, right.data() + group * steps * TILE);
+                pack_right(rows, some, width, width, right.get() + group * steps * TILE);
             }
-#pragma omp for schedule(static)
-            for (int64_t task = 0; task < blocks * slices; ++task) {
-                const int64_t token = task / slices * PAIR, slice = task % slices;
-                const int64_t count = std::min(PAIR, call.count - token);
-                const int64_t pairs = (groups + 1) / 2;
-                const Range own = {pairs * slice / slices * 2, std::min(groups, pairs * (slice + 1) / slices * 2)};
-                if (own.first >= own.last) continue;
+            const int64_t start = task / panels * tokens, end = std::min(call.count, start + tokens);
+            for (int64_t token = start; token < end; token += PAIR) {
+                const int64_t count = std::min(PAIR, end - token);
                 const LeftRows left = left_rows(call.x + token * width, count, width, width, scratch.left);
                 const auto emit = [&](int64_t tile, int64_t group, const float *sums) {
-                    group += own.first;
                     if (gated && group % 2 == 0) return;
                     const int64_t row = row_of(group), output = gated ? row - outputs : row;
                     const __mmask16 mask = first_lanes(outputs - output);
@@ -377,7 +352,7 @@ inline void linear_on_tiles(const LinearCall &call) {
                         Floats found = load(sums + at * SIDE) + own_bias;
                         if (gated) {
                             const Floats gate = load(sums - SIDE * SIDE + at * SIDE) + gate_bias;
-                            found *= gate / (1.0f + exponential(-gate));
+                            found *= sigmoid_linear(gate);
                         } else if (call.activation != NONE) {
                             found = activate(found, call.activation);
                         }
@@ -389,8 +364,7 @@ inline void linear_on_tiles(const LinearCall &call) {
                         _mm256_mask_storeu_epi16(call.out + place, mask, (__m256i)_mm512_cvtneps_pbh((__m512)found));
                     }
                 };
-                const uint16_t *tiles = right.data() + own.first * steps * TILE;
-                multiply_wide(left, count, tiles, own.last - own.first, steps, scratch.sums, emit);
+                multiply_rows(left, count, right.get(), groups, steps, steps, emit);
             }
         }
     }
@@ -406,16 +380,6 @@ struct AttentionCall {
     const uint16_t *query;
     uint16_t *out;  // (tokens, heads, size)
 };
-
-// 2 to the power of x, to 4e-5.
-inline __m512 power_of_two(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 series = _mm512_set1_ps(0.00961813f);
-    for (const float factor : {0.0555041f, 0.2402265f, 0.6931472f, 1.0f})
-        series = _mm512_fmadd_ps(series, rest, _mm512_set1_ps(factor));
-    return _mm512_scalef_ps(series, whole);
-}
 
 struct PromptAttention {
     const AttentionCall &call;
