@@ -30,6 +30,7 @@ inline bool request_amx() {
 }
 
 constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // rows, and inputs of one row, of a tile; its elements
+constexpr int64_t FETCHED = 4096;                              // values to prefetch: the processor goes on by itself
 constexpr int64_t PAIR = 2 * SIDE;                             // rows of two tiles
 
 inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
@@ -102,9 +103,11 @@ struct LeftRows {
     const uint16_t *ahead;  // rows to prefetch meanwhile, or null
 };
 
-// sums (M, N, 16, 16) of M * 16 left rows and N groups of right rows, which are `pitch` tiles apart.
+// sums (M, N, 16, 16) of M * 16 left rows and N groups of right rows, which are `pitch` tiles apart; or with `stride`, sums of
+// rows that are so far apart.
 template <int M, int N>
-inline void multiply_tiles(LeftRows left, const uint16_t *right, int64_t pitch, int64_t steps, float *sums) {
+inline void multiply_tiles(LeftRows left, const uint16_t *right, int64_t pitch, int64_t steps, float *sums,
+                           int64_t stride = 0) {
     const int64_t bytes = 2 * left.stride;
     const uint16_t *below = left.data + SIDE * left.stride;
     read_by_tiles(left.data), read_by_tiles(right);
@@ -127,10 +130,16 @@ inline void multiply_tiles(LeftRows left, const uint16_t *right, int64_t pitch, 
             for (int64_t row = 0; row < M * SIDE; ++row)
                 __builtin_prefetch(left.ahead + row * left.stride + step * DEPTH, 0, 2);
     }
-    _tile_stored(0, sums, 64);
-    if (N > 1) _tile_stored(1, sums + 256, 64);
-    if (M > 1) _tile_stored(2, sums + N * 256, 64);
-    if (M > 1 && N > 1) _tile_stored(3, sums + 768, 64);
+    const int64_t beside = stride ? SIDE : 256, under = stride ? SIDE * stride : N * 256, line = stride ? 4 * stride : 64;
+    _tile_stored(0, sums, line);
+    if (N > 1) _tile_stored(1, sums + beside, line);
+    if (M > 1) _tile_stored(2, sums + under, line);
+    if (M > 1 && N > 1) _tile_stored(3, sums + under + beside, line);
+}
+
+inline auto multiplier(int64_t rows, int64_t groups) {
+    return rows > SIDE ? (groups > 1 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                       : (groups > 1 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
 }
 
 // Calls emit(left tile, group, sums (16, 16)) for all products of `count` <= 32 left rows and `groups` groups of right rows.
@@ -140,10 +149,7 @@ inline void multiply_rows(LeftRows left, int64_t count, const uint16_t *right, i
     alignas(64) float sums[4 * 256];
     for (int64_t group = 0; group < groups; group += 2, left.ahead = nullptr) {
         const int64_t m = count > SIDE ? 2 : 1, n = std::min<int64_t>(2, groups - group);
-        const uint16_t *tiles = right + group * pitch * TILE;
-        const auto multiply = m == 2 ? (n == 2 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                                     : (n == 2 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-        multiply(left, tiles, pitch, steps, sums);
+        multiplier(count, n)(left, right + group * pitch * TILE, pitch, steps, sums, 0);
         for (int64_t at = 0; at < m * n; ++at) emit(at / n, group + at % n, sums + at * 256);
     }
 }
@@ -218,6 +224,20 @@ inline void pack_values(const uint16_t *rows, int64_t tokens, int64_t stride, in
         }
 }
 
+// Sums of the lanes of 16 vectors.
+inline __m512 sums_of(__m512 (&rows)[16]) {
+    for (int at = 0; at < 16; at += 2)
+        rows[at / 2] = _mm512_add_ps(_mm512_unpacklo_ps(rows[at], rows[at + 1]), _mm512_unpackhi_ps(rows[at], rows[at + 1]));
+    for (int at = 0; at < 8; at += 2) {
+        const __m512d left = (__m512d)rows[at], right = (__m512d)rows[at + 1];
+        rows[at / 2] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(left, right), (__m512)_mm512_unpackhi_pd(left, right));
+    }
+    for (int at = 0; at < 4; at += 2)
+        rows[at / 2] = _mm512_add_ps(_mm512_shuffle_f32x4(rows[at], rows[at + 1], 0x88),
+                                     _mm512_shuffle_f32x4(rows[at], rows[at + 1], 0xDD));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(rows[0], rows[1], 0x88), _mm512_shuffle_f32x4(rows[0], rows[1], 0xDD));
+}
+
 // Softmax attention of the queries of one key head over blocks of keys and values, one after the other.
 struct TileAttention {
     TileScratch scratch;
@@ -250,7 +270,57 @@ struct TileAttention {
         }
     }
 
+    // The same for one query (size), rounded to bfloat16, without tiles: these read few rows of memory at a time.
+    void add_one(const uint16_t *keys, const uint16_t *block, int64_t tokens, int64_t size, const float *query, float *out,
+                 float &top, float &total) {
+        const int64_t stride = round_up(tokens, DEPTH);
+        for (int64_t at = 0; at < std::min(tokens * size, FETCHED); at += DEPTH) __builtin_prefetch(block + at, 0, 2);
+        scores.resize(stride), weights.resize(stride), rounded.resize(round_up(size, DEPTH));
+        for (int64_t at = 0; at < size; at += LANES)
+            store_weights(reinterpret_cast<BFloat16 *>(rounded.data()) + at, load(query + at));
+        const auto mask = [&](int64_t at) { return size - at < DEPTH ? 0xFFFFu : ~0u; };
+        const auto pairs = [&](const uint16_t *rows, int64_t token, int64_t at) {
+            if (token >= tokens) return _mm512_setzero_si512();
+            return _mm512_maskz_loadu_epi16(mask(at), rows + token * size + at);
+        };
+        for (int64_t token = 0; token < tokens; token += LANES) {
+            __m512 products[LANES] = {};
+            for (int64_t at = 0; at < size; at += DEPTH) {
+                const __m512bh input = (__m512bh)_mm512_maskz_loadu_epi16(mask(at), rounded.data() + at);
+                for (int64_t lane = 0; lane < LANES; ++lane)
+                    products[lane] = _mm512_dpbf16_ps(products[lane], (__m512bh)pairs(keys, token + lane, at), input);
+            }
+            _mm512_storeu_ps(scores.data() + token, sums_of(products));
+        }
+        softmax(scores.data(), tokens, stride, size, weights.data(), out, top, total);
+        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        for (int64_t at = 0; at < size; at += 2 * DEPTH) {
+            __m512 low[2] = {}, high[2] = {};  // 4 of every 8 values each
+            const int64_t halves = size - at > DEPTH ? 2 : 1;
+            for (int64_t token = 0; token < tokens; token += 2) {
+                int32_t both;
+                std::memcpy(&both, weights.data() + token, sizeof both);
+                const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+                for (int64_t half = 0; half < halves; ++half) {
+                    const __m512i left = pairs(block, token, at + half * DEPTH);
+                    const __m512i right = pairs(block, token + 1, at + half * DEPTH);
+                    low[half] = _mm512_dpbf16_ps(low[half], (__m512bh)_mm512_unpacklo_epi16(left, right), weight);
+                    high[half] = _mm512_dpbf16_ps(high[half], (__m512bh)_mm512_unpackhi_epi16(left, right), weight);
+                }
+            }
+            for (int64_t half = 0; half < halves; ++half) {
+                float *to = out + at + half * DEPTH;
+                store(to, load(to) + (Floats)_mm512_permutex2var_ps(low[half], first, high[half]));
+                if (size - at - half * DEPTH < DEPTH) continue;
+                store(to + LANES, load(to + LANES) + (Floats)_mm512_permutex2var_ps(low[half], second, high[half]));
+            }
+        }
+    }
+
   private:
+    std::vector<uint16_t> rounded;
+
     // Weights of the tokens relative to the largest score so far, to which `out` and `total` are rescaled.
     static void softmax(float *row, int64_t tokens, int64_t stride, int64_t size, uint16_t *to, float *out, float &top,
                         float &total) {
@@ -304,8 +374,51 @@ inline Floats activate(Floats x, int64_t kind) {
     return x;
 }
 
+// Writes 16 outputs of row `token`, from `output` on, given their sums and, for GATED_SILU, those of their gates.
+inline void write(const LinearCall &call, int64_t token, int64_t output, __mmask16 mask, Floats sums, Floats gates) {
+    const bool gated = call.activation == GATED_SILU;
+    Floats found = gated ? sums * sigmoid_linear(gates) : activate(sums, call.activation);
+    const int64_t place = token * (gated ? call.part->rows / 2 : call.part->rows) + output;
+    if (call.residual) {
+        const __m256i bits = _mm256_maskz_loadu_epi16(mask, call.residual + place);
+        found += (Floats)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    _mm256_mask_storeu_epi16(call.out + place, mask, (__m256i)_mm512_cvtneps_pbh((__m512)found));
+}
+
+// Multiplies at most 32 rows, which are packed; weights are read in place.
+inline void few_rows_on_tiles(const LinearCall &call) {
+    constexpr int64_t SOME = 4 * PAIR;
+    const Part &part = *call.part;
+    const bool gated = call.activation == GATED_SILU;
+    const int64_t width = part.width, outputs = gated ? part.rows / 2 : part.rows;
+    const int64_t groups = round_up(call.count, SIDE) / SIDE, steps = width / DEPTH;
+    TileInputs x = {call.count, groups, steps, std::vector<uint16_t>(groups * steps * TILE), {}};
+    for (int64_t row = 0; row < call.count; row += SIDE)
+        pack_right(call.x + row * width, std::min(SIDE, call.count - row), width, width, x.tiles.data() + row * width);
+#pragma omp parallel num_threads(call.threads)
+    {
+        const TileRegisters registers;
+        TileScratch scratch;
+        std::vector<float> gates(gated ? call.count * SOME : 0);
+#pragma omp for schedule(dynamic)
+        for (int64_t first = 0; first < outputs; first += SOME) {
+            const int64_t last = std::min(outputs, first + SOME), up = gated ? outputs : 0;
+            const auto keep = [&](int64_t row, int64_t at, __m512 sums, __mmask16 mask) {
+                _mm512_mask_storeu_ps(&gates[row * SOME + at - first], mask, sums);
+            };
+            if (gated) tile_linear(x, part, {first, last}, scratch, keep);
+            const auto finish = [&](int64_t row, int64_t at, __m512 sums, __mmask16 mask) {
+                const float *gate = gates.data() + row * SOME + at - up - first;
+                write(call, row, at - up, mask, (Floats)sums, gated ? load(gate) : Floats{});
+            };
+            tile_linear(x, part, {up + first, up + last}, scratch, finish);
+        }
+    }
+}
+
 // Multiplies many rows: a thread packs some weight rows, and multiplies them with many rows of x.
-inline void linear_on_tiles(const LinearCall &call) {
+inline void many_rows_on_tiles(const LinearCall &call) {
     const Part &part = *call.part;
     const bool gated = call.activation == GATED_SILU;
     const int64_t width = part.width, steps = width / DEPTH, outputs = gated ? part.rows / 2 : part.rows;
@@ -349,25 +462,21 @@ inline void linear_on_tiles(const LinearCall &call) {
                     };
                     const Floats own_bias = bias(row), gate_bias = bias(gated ? output : row);
                     for (int64_t at = 0; at < std::min(SIDE, count - tile * SIDE); ++at) {
-                        Floats found = load(sums + at * SIDE) + own_bias;
-                        if (gated) {
-                            const Floats gate = load(sums - SIDE * SIDE + at * SIDE) + gate_bias;
-                            found *= sigmoid_linear(gate);
-                        } else if (call.activation != NONE) {
-                            found = activate(found, call.activation);
-                        }
-                        const int64_t place = (token + tile * SIDE + at) * outputs + output;
-                        if (call.residual) {
-                            const __m256i bits = _mm256_maskz_loadu_epi16(mask, call.residual + place);
-                            found += (Floats)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-                        }
-                        _mm256_mask_storeu_epi16(call.out + place, mask, (__m256i)_mm512_cvtneps_pbh((__m512)found));
+                        const Floats gate = gated ? load(sums - SIDE * SIDE + at * SIDE) + gate_bias : Floats{};
+                        write(call, token + tile * SIDE + at, output, mask, load(sums + at * SIDE) + own_bias, gate);
                     }
                 };
                 multiply_rows(left, count, right.get(), groups, steps, steps, emit);
             }
         }
     }
+}
+
+inline void linear_on_tiles(const LinearCall &call) {
+    if (call.count <= PAIR)
+        few_rows_on_tiles(call);
+    else
+        many_rows_on_tiles(call);
 }
 
 // Attention of rows of queries (tokens, heads, size) over the blocks first[row] .. first[row + 1] - 1 of keys and values, of
@@ -433,11 +542,8 @@ struct PromptAttention {
         const int64_t width = own + round_up(call.causal ? std::min(known, first + count) : known, DEPTH);
         const uint16_t *query = call.query + token * call.query_stride + head * size;
         const LeftRows left = left_rows(query, count, call.query_stride, size, copy);
-        const auto keep = [&](int64_t tile, int64_t group, const float *sums) {
-            for (int64_t row = 0; row < SIDE; ++row)
-                store(scores.data() + (tile * SIDE + row) * end + group * SIDE, load(sums + row * SIDE));
-        };
-        multiply_rows(left, count, keys.data(), width / SIDE, steps, steps, keep);
+        for (int64_t at = 0; at < width; at += PAIR)  // which is a multiple of 32
+            multiplier(count, 2)(left, keys.data() + at * steps * DEPTH, steps, steps, scores.data() + at, end);
         float totals[PAIR];
         for (int64_t row = 0; row < count; ++row) {
             float *at = scores.data() + row * end;

@@ -329,17 +329,21 @@ void attend_on_tiles(const Model &model, const Step &step, Range rows, int64_t l
                    step.sin + row * size, size, to);
             for (int64_t lane = 0; lane < size; ++lane) to[lane] *= scale;
         }
-    const auto add = [&](const KVBlock &block, int64_t tokens, int64_t first) {  // for the queries from `first` on
-        const auto *keys = static_cast<const uint16_t *>(block.data) + layer * block.layer_stride + head * block.head_stride;
-        attention.add(keys, keys + block.kv_stride, tokens, size, &out[first * size], &top[first], &total[first]);
+    const auto keys_of = [&](const KVBlock &block) {
+        return static_cast<const uint16_t *>(block.data) + layer * block.layer_stride + head * block.head_stride;
     };
     pack_inputs(query.data(), count * group, size, attention.queries);
-    for (int64_t at = step.first[rows.first]; at + 1 < step.first[rows.first + 1]; ++at)
-        add(step.blocks[at], step.blocks[at].tokens, 0);
+    for (int64_t at = step.first[rows.first]; at + 1 < step.first[rows.first + 1]; ++at) {
+        const KVBlock &block = step.blocks[at];
+        const uint16_t *keys = keys_of(block);
+        attention.add(keys, keys + block.kv_stride, block.tokens, size, out.data(), top.data(), total.data());
+    }
     for (int64_t row = 0; row < count; ++row) {
         const KVBlock &own = step.blocks[step.first[rows.first + row + 1] - 1];
-        pack_inputs(query.data() + row * row_size, group, size, attention.queries);
-        add(own, own.tokens + 1, row * group);
+        const uint16_t *keys = keys_of(own);
+        for (int64_t at = row * group; at < (row + 1) * group; ++at)
+            attention.add_one(keys, keys + own.kv_stride, own.tokens + 1, size, &query[at * size], &out[at * size], top[at],
+                              total[at]);
         float *to = context + (rows.first + row) * inner + head * row_size;
         for (int64_t at = 0; at < row_size; ++at) to[at] = out[row * row_size + at] / total[row * group + at / size];
     }
@@ -473,7 +477,7 @@ void store_tokens(const StoreCall &call) {
                     T *to = head < call.heads ? qkv + head * size : data + (head - call.heads) * call.head_stride;
                     widen(qkv, head, x);
                     rotate(x, cos, sin, size, rotated);
-                    for (int64_t at = 0; at < size; at += LANES) store(to + at, load(rotated + at));
+                    for (int64_t at = 0; at < size; at += LANES) store_weights(to + at, load(rotated + at));
                 }
                 for (int64_t head = 0; head < call.kv_heads; ++head)
                     std::copy_n(qkv + (heads + head) * size, size, data + call.kv_stride + head * call.head_stride);
