@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from llava.engine.lora import LoraLinear, LoraStep
 from llava.engine.native.build import library
-from llava.engine.native.packed import GATED_SILU, LANES, NONE, PackedLinear, TileLinear, pack_linear, plain_part
+from llava.engine.native.packed import (
+    DTYPES,
+    FEW_ROWS,
+    GATED_SILU,
+    LANES,
+    NONE,
+    FewRows,
+    PackedLinear,
+    TileLinear,
+    pack_linear,
+    plain_part,
+)
 from llava.model.language_model.lm_head import LMHead
 from llava.placement import prefers_matrix_vector, runs_fused_rms_norm
 
@@ -34,6 +45,7 @@ class FusedLinear:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.tiles: TileLinear | None = None  # runs all but single rows, if there is one
+        self.few: FewRows | None = None  # runs up to `FEW_ROWS` rows, if there is one
         plain = (nn.Linear, LMHead)
         linear = [module for module in modules if isinstance(module, nn.Linear) and type(module) in plain]
         biased = [module.bias is not None for module in linear]
@@ -45,6 +57,8 @@ class FusedLinear:
         self.vector = prefers_matrix_vector(self.weight.device, self.weight.dtype)
         if self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16:
             self.tiles = TileLinear.build(plain_part(self.weight, self.bias, torch.bfloat16))
+        elif self.weight.device.type == "cpu":
+            self.few = FewRows.build(plain_part(self.weight, self.bias, torch.float32))
 
     def __call__(
         self, x: Tensor, step: LoraStep | None = None, *, activation: int = NONE, residual: Tensor | None = None
@@ -66,6 +80,8 @@ class FusedLinear:
         if self.weight is None:
             parts = [module(x) for module in self.modules]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if self.few is not None and x.dtype == torch.float32 and len(x) <= FEW_ROWS:
+            return self.few(x)
         if self.vector and len(x) == 1:
             out = torch.mv(self.weight, x[0])
             return (out if self.bias is None else out + self.bias).unsqueeze(0)
@@ -103,16 +119,14 @@ def _clone_state(module: nn.Module, state: dict[str, Tensor], prefix: str, metad
 class RMSNorm:
     """Root mean square norm (Zhang and Sennrich, 2019), in float32 and scaled in the model's dtype, as in transformers.
 
-    On CUDA it is torch's fused kernel, and in bfloat16 on the CPU a C++ kernel, which scale before rounding: one pass
-    instead of six, and a smaller error.
+    On CUDA it is torch's fused kernel, on the CPU a C++ kernel, which scale before rounding: one pass instead of six,
+    and a smaller error.
     """
 
     def __init__(self, module: LlamaRMSNorm) -> None:
         self.weight: Tensor = module.weight
         self.eps: float = module.variance_epsilon
-        fits = (
-            self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16 and len(self.weight) % LANES == 0
-        )
+        fits = self.weight.device.type == "cpu" and self.weight.dtype in DTYPES and len(self.weight) % LANES == 0
         self.native: Any = library() if fits else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -126,10 +140,15 @@ class RMSNorm:
 
     def _run_native(self, x: Tensor) -> Tensor:
         out, (*_, width) = torch.empty_like(x), x.shape
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, self.weight, out)]
-        sizes = [ctypes.c_int64(size) for size in (x.numel() // width, width, torch.get_num_threads())]
-        self.native.llava_rms_norm(
-            pointers[0], *sizes[:2], pointers[1], ctypes.c_double(self.eps), pointers[2], sizes[2]
+        run = self.native.llava_rms_norm if x.dtype == torch.bfloat16 else self.native.llava_rms_norm_float32
+        run(
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(x.numel() // width),
+            ctypes.c_int64(width),
+            ctypes.c_void_p(self.weight.data_ptr()),
+            ctypes.c_double(self.eps),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(torch.get_num_threads()),
         )
         return out
 

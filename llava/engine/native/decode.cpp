@@ -40,7 +40,7 @@ struct Step {
 };
 
 // LoRA adapter of a linear layer of `parts` parts: part k of its outputs gets up[k] (down[k] x). down[k] is (rank, width),
-// up[k] (rows, rank); both have no data where a part is not adapted.
+// the data of up[k] (rank, rows); both have no data where a part is not adapted.
 struct LowRank {
     int64_t parts, rank;
     const Part *down, *up;
@@ -94,10 +94,10 @@ struct PlainRows {
     }
 };
 
-// Buffers of one thread: inputs in the order of the codes, the scales of a tile, sums of low-rank terms, and for AMX.
+// Buffers of one thread: inputs in the order of the codes, the scales of a tile, and for AMX.
 struct Scratch {
     bool tiles;
-    std::vector<float> inputs, scales, sums;
+    std::vector<float> inputs, scales;
     TileScratch rows;
     TileInputs packed;
 };
@@ -219,22 +219,35 @@ void linear(const float *x, int64_t count, const Part *parts, std::initializer_l
 // Inner products of the adapted rows of x (rows, width), for each adapter (parts, count, rank). All threads call it: it has
 // a barrier.
 template <class T>
-void low_rank_inputs(const Step &step, int64_t layer, const float *x, int64_t width, float *inner, Scratch &scratch) {
+void low_rank_inputs(const Step &step, int64_t layer, const float *x, int64_t width, float *inner) {
     for (const Adapted *rows = step.adapted; rows != step.adapted + step.num_adapted; ++rows) {
         const LowRank &terms = rows->layers[layer];
         for (int64_t k = 0; k < terms.parts; ++k, inner += rows->count * terms.rank)
             if (terms.down[k].data)
-                linear<T>(x + rows->first * width, rows->count, terms.down + k, {thread_range(terms.rank)}, inner, terms.rank,
-                          scratch);
+                multiply(PlainRows<T>{terms.down[k]}, x + rows->first * width, rows->count, thread_range(terms.rank), inner,
+                         terms.rank);
     }
 #pragma omp barrier
 }
 
+// out (N, stride) += inner (N, rank) times V vectors of each of the `rank` rows of a transposed weight.
+template <int V, int N, class T>
+inline void add_terms(const T *weight, int64_t pitch, const float *inner, int64_t rank, float *out, int64_t stride) {
+    Floats total[N][V];
+    for (int n = 0; n < N; ++n)
+        for (int v = 0; v < V; ++v) total[n][v] = load(out + n * stride + v * LANES);
+    for (int64_t at = 0; at < rank; ++at, weight += pitch)
+        for (int v = 0; v < V; ++v) {
+            const Floats column = load(weight + v * LANES);
+            for (int n = 0; n < N; ++n) total[n][v] += column * inner[n * rank + at];
+        }
+    for (int n = 0; n < N; ++n)
+        for (int v = 0; v < V; ++v) store(out + n * stride + v * LANES, total[n][v]);
+}
+
 // out (rows, stride) += the low-rank terms of the outputs in `range`, from their inner products.
 template <class T>
-void low_rank_outputs(const Step &step, int64_t layer, const float *inner, Range range, float *out, int64_t stride,
-                      Scratch &scratch) {
-    std::vector<float> &sums = scratch.sums;
+void low_rank_outputs(const Step &step, int64_t layer, const float *inner, Range range, float *out, int64_t stride) {
     for (const Adapted *rows = step.adapted; rows != step.adapted + step.num_adapted; ++rows) {
         const LowRank &terms = rows->layers[layer];
         int64_t offset = 0;
@@ -242,11 +255,19 @@ void low_rank_outputs(const Step &step, int64_t layer, const float *inner, Range
             const Part &up = terms.up[k];
             const Range own = {std::max(range.first - offset, int64_t{0}), std::min(range.last - offset, up.rows)};
             if (!up.data || own.first >= own.last) continue;
-            sums.resize(std::max<int64_t>(sums.size(), rows->count * up.rows));
-            linear<T>(inner, rows->count, &up, {own}, sums.data(), up.rows, scratch);
-            for (int64_t row = 0; row < rows->count; ++row)
-                for (int64_t at = own.first; at < own.last; ++at)
-                    out[(rows->first + row) * stride + offset + at] += sums[row * up.rows + at];
+            const auto add = [&](auto vectors, int64_t at) {
+                constexpr int V = decltype(vectors)::value;
+                const T *weight = static_cast<const T *>(up.data) + at;
+                float *to = out + rows->first * stride + offset + at;
+                int64_t row = 0;
+                for (; row + 4 <= rows->count; row += 4)
+                    add_terms<V, 4>(weight, up.rows, inner + row * terms.rank, terms.rank, to + row * stride, stride);
+                for (; row < rows->count; ++row)
+                    add_terms<V, 1>(weight, up.rows, inner + row * terms.rank, terms.rank, to + row * stride, stride);
+            };
+            int64_t at = own.first;
+            for (; at + 4 * LANES <= own.last; at += 4 * LANES) add(std::integral_constant<int, 4>{}, at);
+            for (; at < own.last; at += LANES) add(std::integral_constant<int, 1>{}, at);
         }
     }
 }
@@ -385,8 +406,8 @@ void run(const Model &model, const Step &step) {
         const auto low_rank = [&](int64_t number, const float *x, int64_t width, std::initializer_list<Range> ranges,
                                   float *out, int64_t stride) {
             if (!step.num_adapted) return;
-            low_rank_inputs<T>(step, number, x, width, terms.data(), scratch);
-            for (const Range &range : ranges) low_rank_outputs<T>(step, number, terms.data(), range, out, stride, scratch);
+            low_rank_inputs<T>(step, number, x, width, terms.data());
+            for (const Range &range : ranges) low_rank_outputs<T>(step, number, terms.data(), range, out, stride);
         };
         for (int64_t index = 0; index < model.num_layers; ++index) {
             const Layer &layer = model.layers[index];
@@ -445,6 +466,16 @@ void run(const Model &model, const Step &step) {
         }
         rms_norm(step.states, rows, hidden, model.norm, model.eps, normed.data());
         linear<T>(normed.data(), rows, model.head, {vocab_range}, step.logits, model.vocabulary, scratch);
+    }
+}
+
+// RMS norm of x (count, width), with float32 sums.
+template <class T>
+void rms_norms(const T *x, int64_t count, int64_t width, const T *weight, double eps, T *out, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const Range own = thread_range(count);
+        rms_norm(x + own.first * width, own.last - own.first, width, weight, eps, out + own.first * width);
     }
 }
 
@@ -516,14 +547,14 @@ extern "C" void llava_store(const StoreCall *call) {
         store_tokens<float>(*call);
 }
 
-// RMS norm of x (count, width), in bfloat16 with float32 sums.
 extern "C" void llava_rms_norm(const BFloat16 *x, int64_t count, int64_t width, const BFloat16 *weight, double eps,
                                BFloat16 *out, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        const Range own = thread_range(count);
-        rms_norm(x + own.first * width, own.last - own.first, width, weight, eps, out + own.first * width);
-    }
+    rms_norms(x, count, width, weight, eps, out, threads);
+}
+
+extern "C" void llava_rms_norm_float32(const float *x, int64_t count, int64_t width, const float *weight, double eps,
+                                       float *out, int64_t threads) {
+    rms_norms(x, count, width, weight, eps, out, threads);
 }
 
 // out (count, rows) = x (count, width) weight^T + bias in float32, for few rows of x.

@@ -74,7 +74,7 @@ class NativeLora:
 
 
 def _parts(pair: Pair | None, size: int, rank: int) -> tuple[Part, Part]:
-    """A (rank, in) and B (size, rank); without data if the layer is not adapted."""
-    down, up = (None, None) if pair is None else (one.contiguous() for one in pair)
+    """A (rank, in), and B as a copy (rank, size); without data if the layer is not adapted."""
+    down, up = (None, None) if pair is None else (pair[0].contiguous(), pair[1].t().contiguous())
     width = 0 if down is None else down.shape[1]
     return Part(PLAIN, rank, width, {"data": down, "bias": None}), Part(PLAIN, size, rank, {"data": up, "bias": None})

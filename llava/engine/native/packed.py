@@ -23,7 +23,7 @@ PLAIN, INT8, FOUR_BIT = 0, 1, 2
 SLICE: Final = 2**20  # weights dequantized at a time
 NONE, QUICK_GELU, GELU, GATED_SILU = range(4)  # activations of a `TileLinear`
 TILE_WIDTH: Final = 32  # inputs of a tile
-FEW_ROWS: Final = 32  # in float32; for more, PyTorch's product of dequantized weights is faster
+FEW_ROWS: Final = 32  # in float32; for more, PyTorch's product is faster
 
 
 def fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -145,6 +145,28 @@ class TileLinear:
         return out
 
 
+class FewRows:
+    """A linear layer in float32 for at most `FEW_ROWS` rows, which reads its weight once."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._run = library().llava_few_rows  # type: ignore[union-attr]
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+        self._run.restype = None
+
+    @classmethod
+    def build(cls, part: Part | None) -> FewRows | None:
+        return None if part is None or library() is None else cls(part)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, in) to (N, out), float32."""
+        x = x.contiguous()
+        out = x.new_empty(len(x), self.part.rows)
+        part, threads = ctypes.addressof(self.part.record), torch.get_num_threads()
+        self._run(part, x.data_ptr(), len(x), out.data_ptr(), threads)
+        return out
+
+
 class PackedLinear:
     """A bitsandbytes layer that runs in the kernels.
 
@@ -153,12 +175,10 @@ class PackedLinear:
 
     def __init__(self, layer: Any, part: Part) -> None:
         self.layer, self.part = layer, part
-        self.tiles = TileLinear.build(part)
-        found: Any = library()
-        self._unpack, self._few = found.llava_unpack, found.llava_few_rows
+        self.tiles, self.few = TileLinear.build(part), FewRows(part)
+        self._unpack = library().llava_unpack  # type: ignore[union-attr]
         self._unpack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int64]
-        self._few.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
-        self._unpack.restype = self._few.restype = None
+        self._unpack.restype = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
@@ -169,11 +189,7 @@ class PackedLinear:
             return self.tiles(x)
         rows, bias = self.part.rows, self.layer.bias
         if len(x) <= FEW_ROWS:
-            wide = x.float().contiguous()
-            few = wide.new_empty(len(x), rows)
-            part, threads = ctypes.addressof(self.part.record), torch.get_num_threads()
-            self._few(part, wide.data_ptr(), len(x), few.data_ptr(), threads)
-            return few.to(x.dtype)
+            return self.few(x.float()).to(x.dtype)
         step = max(1, SLICE // self.part.width)
         buffer = x.new_empty(min(step, rows), self.part.width)
         outputs = []
