@@ -274,7 +274,6 @@ struct TileAttention {
     void add_one(const uint16_t *keys, const uint16_t *block, int64_t tokens, int64_t size, const float *query, float *out,
                  float &top, float &total) {
         const int64_t stride = round_up(tokens, DEPTH);
-        for (int64_t at = 0; at < std::min(tokens * size, FETCHED); at += DEPTH) __builtin_prefetch(block + at, 0, 2);
         scores.resize(stride), weights.resize(stride), rounded.resize(round_up(size, DEPTH));
         for (int64_t at = 0; at < size; at += LANES)
             store_weights(reinterpret_cast<BFloat16 *>(rounded.data()) + at, load(query + at));
@@ -283,7 +282,13 @@ struct TileAttention {
             if (token >= tokens) return _mm512_setzero_si512();
             return _mm512_maskz_loadu_epi16(mask(at), rows + token * size + at);
         };
+        // The processor prefetches one run of memory, but not from keys to values.
+        const auto prefetch = [&](int64_t from, int64_t count) {
+            for (int64_t at = from + FETCHED, end = at + count, keys_end = tokens * size; at < end; at += DEPTH)
+                __builtin_prefetch(at < keys_end ? keys + at : block + at - keys_end, 0, 2);
+        };
         for (int64_t token = 0; token < tokens; token += LANES) {
+            prefetch(token * size, LANES * size);
             __m512 products[LANES] = {};
             for (int64_t at = 0; at < size; at += DEPTH) {
                 const __m512bh input = (__m512bh)_mm512_maskz_loadu_epi16(mask(at), rounded.data() + at);
