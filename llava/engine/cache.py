@@ -72,6 +72,8 @@ class ShardedKV:
         raise IndexError(f"layer {index[0]} of {self.shape[0]}")
 
     def __setitem__(self, index: Index, value: Tensor | ShardedKV | float) -> None:
+        if isinstance(index if not isinstance(index, tuple) else index[0], int):
+            raise TypeError(f"assign to layer {index} through its tensor, as in kv[layer][...] = value")
         for at, part in enumerate(self.parts):
             part[index] = value.parts[at] if isinstance(value, ShardedKV) else value
 

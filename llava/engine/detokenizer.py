@@ -42,9 +42,10 @@ class SpecialTokens:
         return self.end | {self._by_text[text] for text in stop if text in self._by_text}
 
     def text_of(self, token: int) -> str:
-        """Text that a token adds behind any word; empty if that depends on its neighbours, or is not known.
+        """Text that a token adds after any word; empty if that depends on its neighbours, or is not known.
 
-        Tokenizers join the texts of such tokens, so they need no decoding: it takes longer than all else on the host.
+        Tokenizers join the texts of such tokens, so these are decoded once; decoding each occurrence takes longer than
+        everything else on the host.
         """
         text = self._texts.get(token)
         if text is None:
@@ -99,7 +100,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
 class Detokenizer:
     """Incremental decoder: the pieces join to `tokenizer.decode(ids, skip_special_tokens=True)`.
 
-    A token behind a word adds the text that it always adds there. Others decode only a short window, so the cost of an
+    A token after a word adds the text that it always adds there. Others decode only a short window, so the cost of an
     answer is linear in its length. A character whose bytes are spread over several tokens is held back until it is
     complete. After the tokens of `context`, the text of the first token keeps the space before its word.
     """

@@ -200,12 +200,13 @@ class Engine:
 
         If a request is refused, a step fails or the user interrupts, all of them are cancelled.
         """
-        distinct = {id(image): image for request in requests for image in request.images}
+        images = [list(request.images) for request in requests]
+        distinct = {id(image): image for some in images for image in some}
         hashed = {key: hash_image(image) for key, image in distinct.items()}
         handles: list[RequestHandle] = []
         try:
-            for request in requests:
-                handles.append(self.submit(replace(request, images=[hashed[id(image)] for image in request.images])))
+            for request, some in zip(requests, images, strict=True):
+                handles.append(self.submit(replace(request, images=[hashed[id(image)] for image in some])))
             finished = 0
             while finished < len(handles):
                 self.step()

@@ -48,9 +48,8 @@ class VarlenBatch:
     """Prompts of `seqlens` tokens behind `prefixes`, packed into N tokens for a prefill.
 
     `data` (layers, 2, n, kv_heads, max_seqlen, head_dim) receives their keys and values; the slots behind a shorter
-    row are finite, and hidden by causality. `positions` (N,) are the tokens' positions, `last` (n,)
-    the packed indices of the last tokens, `end` the largest position + 1. All indices are computed on the host and
-    uploaded once.
+    row hold finite values, which causality hides. `positions` (N,) are the tokens' positions, `last` (n,) the packed
+    indices of the last tokens, `end` the largest position + 1. All indices are computed on the host and uploaded once.
     """
 
     def __init__(self, spec: CacheSpec, seqlens: Sequence[int], prefixes: Sequence[Prefix]) -> None:
@@ -169,7 +168,7 @@ class DecodeStep:
     def store(self, layer: int, qkv: Tensor, rotation: Rotation) -> Tensor:
         """As `VarlenBatch.store`, of the new tokens in the cache."""
         query, keys_values = rotate(qkv, self.cache.spec.kv_heads, rotation)
-        self.cache.data[layer, :, : len(qkv), :, self.cache.end] = keys_values.transpose(0, 1)
+        self.cache.data[layer][:, : len(qkv), :, self.cache.end] = keys_values.transpose(0, 1)
         return query
 
     def attend(self, layer: int, query: Tensor, last: bool) -> Tensor:

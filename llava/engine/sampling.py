@@ -132,7 +132,7 @@ class Sampler:
 def argmax(logits: Tensor) -> Tensor:
     """Index (B,) of the first largest logit of each row (B, V); NaN counts as the largest."""
     if logits.device.type == "cpu":  # NumPy's is vectorized
-        return torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+        return torch.from_numpy(logits.detach().float().numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -42,6 +43,27 @@ def pieces_of(tokenizer: Any, ids: list[int], context: list[int] | None = None) 
 @given(ids=st.lists(st.integers(0, 383), max_size=40))
 def test_pieces_join_to_the_decoded_whole(parts: tuple[Any, Any, Any], ids: list[int]) -> None:
     tokenizer = parts[1]
+    kept = [token for token in ids if token not in tokenizer.all_special_ids]
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="module")
+def other_tokenizers(parts: tuple[Any, Any, Any]) -> list[Any]:
+    """SentencePiece with added tokens, which are set apart by spaces, and WordPiece, which joins words by spaces."""
+    added = deepcopy(parts[1])
+    added.add_tokens(["<extra>", "word"])
+    words = ["[UNK]", "[PAD]", "a", "red", "##s", "##ing", ",", "circle", "##1"]
+    pieces = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
+    pieces.decoder = decoders.WordPiece(cleanup=False)
+    return [added, PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]", pad_token="[PAD]")]
+
+
+@QUICK
+@given(data=st.data())
+def test_pieces_join_with_tokens_that_depend_on_their_neighbours(other_tokenizers: list[Any], data: Any) -> None:
+    tokenizer = data.draw(st.sampled_from(other_tokenizers))
+    last = len(tokenizer) - 1
+    ids = data.draw(st.lists(st.one_of(st.integers(0, last), st.integers(max(0, last - 8), last)), max_size=20))
     kept = [token for token in ids if token not in tokenizer.all_special_ids]
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 

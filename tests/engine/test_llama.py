@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.engine import attention
 from llava.engine.attention import SharedPrefix, attend
-from llava.engine.cache import KVCache
+from llava.engine.cache import KVCache, ShardedKV
 from llava.engine.layers import FusedLinear
 from llava.engine.llama import LlamaRunner, build_model_runner
 from llava.engine.model_runner import ModelRunner
@@ -43,6 +44,8 @@ def make_model(**overrides: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
+        elif name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.7, 1.3)
     return model
 
 
@@ -100,6 +103,25 @@ def test_attention_in_parts_equals_attention_over_all(data: st.DataObject) -> No
             scores[..., -width:] += torch.full((width, width), -torch.inf).triu(1)
         want = torch.softmax(scores, -1) @ values
         torch.testing.assert_close(got[row], want)
+
+
+@torch.inference_mode()
+def test_layers_on_several_devices_decode_as_on_one() -> None:
+    whole, split = (LlamaRunner(make_model()) for _ in range(2))
+    half = split.spec.layers // 2
+    devices = [torch.device("cpu")] * half + [torch.device("cpu", 0)] * (split.spec.layers - half)
+    split.spec = replace(split.spec, layer_devices=tuple(devices))
+    found = []
+    for runner in (whole, split):
+        runner.native = None
+        cache = KVCache(runner.spec)
+        data, _ = runner.prefill([runner.embed([5, 6, 7]), runner.embed([8, 9])], [(), ()])
+        cache.join(data, [3, 2], [(), ()])
+        found.append([runner.decode([10 + step, 20 + step], cache) for step in range(3)])
+    assert isinstance(cache.data, ShardedKV)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="through its tensor"):
+        cache.data[0, 0] = 0.0
 
 
 def test_unsupported_models_use_the_forward_of_transformers() -> None:

@@ -29,9 +29,9 @@ def fresh() -> Iterator[None]:
 
 
 def rows_of(runner: LlamaRunner, lengths: list[int], behind: list[bool]) -> KVCache:
-    """Rows of random tokens, some behind a shared prefix."""
+    """Rows of random tokens, some behind a shared prefix, three with 40 tokens of it, three with 27, and so on."""
     node = PrefixCache(2**20).insert((), tuple(PREFIX), [1] * 40, runner.prefill_kv(runner.embed(PREFIX), ()))
-    prefixes = [(PrefixMatch(node, 40),) if shares else () for shares in behind]
+    prefixes = [(PrefixMatch(node, 27 if row // 3 % 2 else 40),) if shares else () for row, shares in enumerate(behind)]
     rows = [runner.embed([50 + row + at for at in range(length)]) for row, length in enumerate(lengths)]
     cache = KVCache(runner.spec)
     cache.join(runner.prefill(rows, prefixes)[0], lengths, prefixes)

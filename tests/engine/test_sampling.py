@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.engine import SamplingParams
-from llava.engine.sampling import NO_TOKEN, Sampler, make_generator, sample_top_p, top_p_candidates
+from llava.engine.sampling import NO_TOKEN, Sampler, argmax, make_generator, sample_top_p, top_p_candidates
 from llava.errors import RequestError
 
 
@@ -100,6 +100,12 @@ def test_the_coldest_sampling_is_greedy(temperature: float) -> None:
     logits = torch.tensor([[5.0, 30.0, -7.0]])
     assert sample(logits, [SamplingParams(temperature=temperature, seed=0)]) == [1]
     assert sample_top_p(logits, torch.tensor([temperature]), torch.ones(1), torch.tensor([0.999])).tolist() == [1]
+
+
+def test_the_first_of_equal_logits_wins() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0], [-torch.inf, -torch.inf, -torch.inf], [torch.nan, 3.0, torch.nan]])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert argmax(logits.to(dtype)).tolist() == [1, 0, 0]
 
 
 def test_a_row_without_finite_logits_has_no_token() -> None:

@@ -66,15 +66,17 @@ def test_linear_layers(data: st.DataObject) -> None:
     linear = TileLinear.build(plain_part(weight, bias, BF16))
     assert linear is not None
     got, want = linear(x, activation, residual), expected(x, weight, bias, activation, residual)
-    torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2e-3)
+    torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2e-3)  # reciprocals and powers are approximate
     first = data.draw(st.integers(1, count))
     assert torch.equal(linear(x[:first], activation, None if residual is None else residual[:first]), got[:first])
 
 
+@pytest.mark.parametrize("shape", [(2100, 50, 512), (33, 600, 1024)], ids=["weights", "rows"])
 @torch.inference_mode()
-def test_more_weights_than_are_packed_at_a_time() -> None:
+def test_more_than_is_multiplied_at_a_time(shape: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
-    weight, x = bf16(generator, 2100, 512), bf16(generator, 50, 512)
+    outputs, count, width = shape
+    weight, x = bf16(generator, outputs, width), bf16(generator, count, width)
     linear = TileLinear.build(plain_part(weight, None, BF16))
     assert linear is not None
     want = x.double() @ weight.double().T
@@ -114,19 +116,19 @@ def test_attention_of_prompts(data: st.DataObject) -> None:
             st.lists(st.integers(1, 70), min_size=1, max_size=3), st.lists(st.integers(1, 9), min_size=9, max_size=30)
         )
     )
-    behind = [data.draw(st.integers(0, 4)) > 0 for _ in lengths]
     shared, causal = data.draw(st.integers(0, 50)), data.draw(st.booleans())
+    behind = [data.draw(st.sampled_from([0, shared // 2, shared, shared, shared])) for _ in lengths]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     query = bf16(generator, sum(lengths), kv_heads * group, size)
     prefix = bf16(generator, 1, 2, kv_heads, max(shared, 1), size)
     caches = [bf16(generator, 1, 2, kv_heads, length, size) for length in lengths]
     blocks = [
-        [*([KVBlock.of(prefix, shared)] if shared and follows else []), KVBlock.of(cache, length)]
-        for cache, length, follows in zip(caches, lengths, behind, strict=True)
+        [*([KVBlock.of(prefix, before)] if before else []), KVBlock.of(cache, length)]
+        for cache, length, before in zip(caches, lengths, behind, strict=True)
     ]
     got = PromptAttention(lengths, blocks)(query, kv_heads, size, causal=causal).split(lengths)
     for row, (cache, queries, length) in enumerate(zip(caches, query.split(lengths), lengths, strict=True)):
-        before = shared * behind[row]
+        before = behind[row]
         both = torch.cat([prefix[..., :before, :], cache], dim=-2)[0].double().repeat_interleave(group, 1)
         seen = torch.ones(length, before + length, dtype=torch.bool).tril(before if causal else before + length)
         want = F.scaled_dot_product_attention(queries.double().transpose(0, 1), *both, attn_mask=seen).transpose(0, 1)
@@ -250,7 +252,7 @@ def test_layers_with_adapters_add_their_terms_before_activation_and_residual() -
             merged.append(weight)
         gate, up = (merged[0] @ normed[row]).chunk(2)
         want = x[row].double() + merged[1] @ (F.silu(gate) * up)
-        torch.testing.assert_close(got[row].double(), want, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(got[row].double(), want, rtol=0.04, atol=0.04)
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ inline bool request_amx() {
 }
 
 constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // rows, and inputs of one row, of a tile; its elements
-constexpr int64_t FETCHED = 4096;                              // values to prefetch: the processor goes on by itself
+constexpr int64_t FETCH_AHEAD = 4096;                          // prefetch distance in keys and values
 constexpr int64_t PAIR = 2 * SIDE;                             // rows of two tiles
 
 inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
@@ -107,7 +107,7 @@ struct LeftRows {
 // rows that are so far apart.
 template <int M, int N>
 inline void multiply_tiles(LeftRows left, const uint16_t *right, int64_t pitch, int64_t steps, float *sums,
-                           int64_t stride = 0) {
+                           int64_t stride) {
     const int64_t bytes = 2 * left.stride;
     const uint16_t *below = left.data + SIDE * left.stride;
     read_by_tiles(left.data), read_by_tiles(right);
@@ -177,15 +177,18 @@ inline LeftRows left_rows(const Part &part, int64_t first, int64_t count, TileSc
     return found;
 }
 
-inline void pack_inputs(const float *x, int64_t rows, int64_t width, TileInputs &to) {
+inline void pack_inputs(const uint16_t *x, int64_t rows, int64_t width, TileInputs &to) {
     to.count = rows, to.groups = round_up(rows, SIDE) / SIDE, to.steps = round_up(width, DEPTH) / DEPTH;
-    to.tiles.resize(to.groups * to.steps * TILE), to.copy.resize(SIDE * width);
-    for (int64_t row = 0; row < rows; row += SIDE) {
-        const int64_t some = std::min(SIDE, rows - row);
-        for (int64_t at = 0; at < some * width; at += LANES)
-            store_weights(reinterpret_cast<BFloat16 *>(to.copy.data()) + at, load(x + row * width + at));
-        pack_right(to.copy.data(), some, width, width, to.tiles.data() + row / SIDE * to.steps * TILE);
-    }
+    to.tiles.resize(to.groups * to.steps * TILE);
+    for (int64_t row = 0; row < rows; row += SIDE)
+        pack_right(x + row * width, std::min(SIDE, rows - row), width, width, to.tiles.data() + row / SIDE * to.steps * TILE);
+}
+
+inline void pack_inputs(const float *x, int64_t rows, int64_t width, TileInputs &to) {
+    to.copy.resize(rows * width);
+    for (int64_t at = 0; at < rows * width; at += LANES)
+        store_weights(reinterpret_cast<BFloat16 *>(to.copy.data()) + at, load(x + at));
+    pack_inputs(to.copy.data(), rows, width, to);
 }
 
 inline __mmask16 first_lanes(int64_t count) { return count < LANES ? (1u << count) - 1 : 0xFFFF; }
@@ -284,7 +287,8 @@ struct TileAttention {
         };
         // The processor prefetches one run of memory, but not from keys to values.
         const auto prefetch = [&](int64_t from, int64_t count) {
-            for (int64_t at = from + FETCHED, end = at + count, keys_end = tokens * size; at < end; at += DEPTH)
+            const int64_t keys_end = tokens * size, ahead = std::min(FETCH_AHEAD, keys_end);
+            for (int64_t at = from + ahead; at < std::min(from + ahead + count, 2 * keys_end); at += DEPTH)
                 __builtin_prefetch(at < keys_end ? keys + at : block + at - keys_end, 0, 2);
         };
         for (int64_t token = 0; token < tokens; token += LANES) {
@@ -396,11 +400,9 @@ inline void few_rows_on_tiles(const LinearCall &call) {
     constexpr int64_t SOME = 4 * PAIR;
     const Part &part = *call.part;
     const bool gated = call.activation == GATED_SILU;
-    const int64_t width = part.width, outputs = gated ? part.rows / 2 : part.rows;
-    const int64_t groups = round_up(call.count, SIDE) / SIDE, steps = width / DEPTH;
-    TileInputs x = {call.count, groups, steps, std::vector<uint16_t>(groups * steps * TILE), {}};
-    for (int64_t row = 0; row < call.count; row += SIDE)
-        pack_right(call.x + row * width, std::min(SIDE, call.count - row), width, width, x.tiles.data() + row * width);
+    const int64_t outputs = gated ? part.rows / 2 : part.rows;
+    TileInputs x;
+    pack_inputs(call.x, call.count, part.width, x);
 #pragma omp parallel num_threads(call.threads)
     {
         const TileRegisters registers;

@@ -6,12 +6,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llava.engine.native.build import has_tiles, library
 from llava.engine.native.packed import DTYPES, LANES, fields
+
+if TYPE_CHECKING:
+    from llava.engine.cache import ShardedKV
 
 
 class KVBlock(ctypes.Structure):
@@ -106,11 +110,11 @@ class TokenStore:
         self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
 
     @classmethod
-    def build(cls, data: Tensor, lengths: Sequence[int]) -> TokenStore | None:
+    def build(cls, data: Tensor | ShardedKV, lengths: Sequence[int]) -> TokenStore | None:
         """The store, or None if the kernel is unavailable or does not support `data`."""
-        supported = data.device.type == "cpu" and isinstance(data, Tensor) and data.dtype in DTYPES
-        found = supported and data.shape[-1] % LANES == 0 and library() is not None
-        return cls(data, lengths) if found else None
+        if not isinstance(data, Tensor) or data.device.type != "cpu" or data.dtype not in DTYPES:
+            return None
+        return cls(data, lengths) if data.shape[-1] % LANES == 0 and library() is not None else None
 
     def __call__(self, layer: int, qkv: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Queries (N, heads, head_dim), rotated in place, of `qkv` (N, heads + 2 * kv_heads, head_dim)."""

@@ -1,4 +1,5 @@
-// One decode step of a LLaMA on the CPU: all threads read every weight once, in one parallel region.
+// A LLaMA on the CPU: one decode step, in which all threads read every weight once, in one parallel region; and parts of a
+// prefill: norms, keys and values, and linear layers of few rows.
 //
 // A step of a small batch is bound by memory bandwidth and by the overhead between operations. Keys and values are
 // float32 or bfloat16; weights are too, or int8 or 4-bit as packed by bitsandbytes. All arithmetic is float32, but the
@@ -43,7 +44,7 @@ struct Step {
 // the data of up[k] (rank, rows); both have no data where a part is not adapted.
 struct LowRank {
     int64_t parts, rank;
-    const Part *down, *up;
+    const Part *down, *up;  // only `up` is transposed
 };
 
 // Rows first .. first + count - 1 of a step use an adapter: four linear layers per decoder layer.
@@ -469,9 +470,9 @@ void run(const Model &model, const Step &step) {
     }
 }
 
-// RMS norm of x (count, width), with float32 sums.
+// RMS norm of x (count, width), with float32 sums, on several threads.
 template <class T>
-void rms_norms(const T *x, int64_t count, int64_t width, const T *weight, double eps, T *out, int64_t threads) {
+void parallel_rms_norm(const T *x, int64_t count, int64_t width, const T *weight, double eps, T *out, int64_t threads) {
 #pragma omp parallel num_threads(threads)
     {
         const Range own = thread_range(count);
@@ -549,12 +550,12 @@ extern "C" void llava_store(const StoreCall *call) {
 
 extern "C" void llava_rms_norm(const BFloat16 *x, int64_t count, int64_t width, const BFloat16 *weight, double eps,
                                BFloat16 *out, int64_t threads) {
-    rms_norms(x, count, width, weight, eps, out, threads);
+    parallel_rms_norm(x, count, width, weight, eps, out, threads);
 }
 
 extern "C" void llava_rms_norm_float32(const float *x, int64_t count, int64_t width, const float *weight, double eps,
                                        float *out, int64_t threads) {
-    rms_norms(x, count, width, weight, eps, out, threads);
+    parallel_rms_norm(x, count, width, weight, eps, out, threads);
 }
 
 // out (count, rows) = x (count, width) weight^T + bias in float32, for few rows of x.

@@ -31,7 +31,7 @@ def fields(kind: type, names: str) -> list[tuple[str, type]]:
 
 
 class Record(ctypes.Structure):
-    """The struct `Part` of `decode.cpp`; all fields have eight bytes, so there is no padding."""
+    """The struct `Part` of `common.h`; all fields have eight bytes, so there is no padding."""
 
     _fields_ = [
         *fields(ctypes.c_int64, "kind rows width"),
