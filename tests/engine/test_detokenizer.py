@@ -49,21 +49,30 @@ def test_pieces_join_to_the_decoded_whole(parts: tuple[Any, Any, Any], ids: list
 
 @pytest.fixture(scope="module")
 def other_tokenizers(parts: tuple[Any, Any, Any]) -> list[Any]:
-    """SentencePiece with added tokens, which are set apart by spaces, and WordPiece, which joins words by spaces."""
+    """SentencePiece with added tokens, which are set apart by spaces; WordPiece, which joins words by spaces; and BPE
+    with ends of words, which are spaces unless they are the last."""
     added = deepcopy(parts[1])
     added.add_tokens(["<extra>", "word"])
     words = ["[UNK]", "[PAD]", "a", "red", "##s", "##ing", ",", "circle", "##1"]
     pieces = Tokenizer(models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
     pieces.decoder = decoders.WordPiece(cleanup=False)
-    return [added, PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]", pad_token="[PAD]")]
+    ends = ["[UNK]", "[PAD]", "a", "red</w>", "s", "s</w>", "circle</w>"]
+    bpe = Tokenizer(models.BPE({end: at for at, end in enumerate(ends)}, [], unk_token="[UNK]"))
+    bpe.decoder = decoders.BPEDecoder(suffix="</w>")
+    fast = [
+        PreTrainedTokenizerFast(tokenizer_object=one, unk_token="[UNK]", pad_token="[PAD]") for one in (pieces, bpe)
+    ]
+    return [added, *fast]
 
 
 @QUICK
 @given(data=st.data())
 def test_pieces_join_with_tokens_that_depend_on_their_neighbours(other_tokenizers: list[Any], data: Any) -> None:
     tokenizer = data.draw(st.sampled_from(other_tokenizers))
-    last = len(tokenizer) - 1
-    ids = data.draw(st.lists(st.one_of(st.integers(0, last), st.integers(max(0, last - 8), last)), max_size=20))
+    names = ["\u2581", "\u2581\u2581", "\u2581a", "a", "<0xE7>", "<0x8C>", "<0xAB>", "<0x0A>", "<extra>", "word"]
+    found = [tokenizer.convert_tokens_to_ids(name) for name in names]
+    odd = [token for token in found if token not in (None, tokenizer.unk_token_id)]
+    ids = data.draw(st.lists(st.one_of(st.sampled_from(odd), st.integers(0, len(tokenizer) - 1)), max_size=8))
     kept = [token for token in ids if token not in tokenizer.all_special_ids]
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 
