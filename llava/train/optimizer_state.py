@@ -166,7 +166,14 @@ def _load(file: Path) -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+    def member(kind: Any, name: str) -> Any:
+        """In place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the member of an enumeration."""
+        if kind is not ZeroStageEnum:
+            raise ValueError(f"{name} of {kind}")
+        return ZeroStageEnum[name]
+
+    records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, (member, "builtins.getattr")]
+    with torch.serialization.safe_globals(records):
         return load_state(file, "DeepSpeed state")
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from llava.errors import CheckpointError
+from llava.train import optimizer_state
 from llava.train.train import train
 from tests.train import runs
 from tests.train.test_deepspeed import LOSS_ATOL, SCRIPTS, WEIGHT_ATOL
@@ -162,3 +164,25 @@ def test_a_zero_file_with_its_own_optimizer_and_schedule(tiny_dirs: Dirs, small_
     runs.assert_equal_weights(out, expected, atol=WEIGHT_ATOL)
     with pytest.raises(CheckpointError, match='learning rate of that run follows the "scheduler" entry'):
         train(flags(tiny_dirs, small_data, out, "full", ONE))
+
+
+class _Member:
+    """What Python 3.11.0 to 3.11.3 pickle for a member of an enumeration."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.call = getattr, (kind, name)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_states_with_members_by_name_are_read_and_other_attributes_refused(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save({"zero_stage": _Member(ZeroStageEnum, "gradients")}, tmp_path / "known.pt")
+    assert optimizer_state._load(tmp_path / "known.pt") == {"zero_stage": ZeroStageEnum.gradients}
+    torch.save({"zero_stage": _Member(DynamicLossScaler, "__init__")}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="would run code"):
+        optimizer_state._load(tmp_path / "other.pt")
