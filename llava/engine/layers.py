@@ -44,7 +44,7 @@ class FusedLinear:
         self.lora: LoraLinear | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.tiles: TileLinear | None = None  # runs all but single rows, if there is one
+        self.tiles: TileLinear | None = None  # runs bfloat16 inputs, if there is one
         self.few: FewRows | None = None  # runs up to `FEW_ROWS` rows, if there is one
         plain = (nn.Linear, LMHead)
         linear = [module for module in modules if isinstance(module, nn.Linear) and type(module) in plain]
@@ -65,12 +65,12 @@ class FusedLinear:
     ) -> Tensor:
         """The product, with the terms of the adapters of `step`'s rows, plus `residual` (N, outs).
 
-        An `activation` needs `tiles` and several rows. It comes after the terms, so it cannot be part of their product.
+        An `activation` needs `tiles`. It comes after the terms, so it cannot be part of their product.
         """
         if step is not None and self.lora is not None:
             assert activation == NONE
             out = self.lora.add(self(x), x, step)
-        elif self.tiles is not None and x.dtype == torch.bfloat16 and len(x) > 1:
+        elif self.tiles is not None and x.dtype == torch.bfloat16:
             return self.tiles(x, activation, residual)
         else:
             out = self._multiply(x)
@@ -176,7 +176,7 @@ class DecoderLayer:
 
     def feed_forward(self, x: Tensor, lora: LoraStep | None = None) -> Tensor:
         """MLP with its residual, (N, D) to (N, D)."""
-        if self.gated and lora is None and len(x) > 1:
+        if self.gated and lora is None:
             return self.down(self.gate_up(self.mlp_norm(x), activation=GATED_SILU), residual=x)
         gate, up = self.gate_up(self.mlp_norm(x), lora).chunk(2, dim=-1)
         if self.in_place:  # allocating memory for a long prompt costs as much as the arithmetic

@@ -20,6 +20,7 @@ from llava.engine.native import decoder, packed
 from llava.engine.native.attention import KVBlock, PromptAttention
 from llava.engine.native.build import has_tiles
 from llava.engine.native.packed import GATED_SILU, GELU, NONE, QUICK_GELU, TileLinear, plain_part
+from llava.engine.prefix_cache import PrefixCache, PrefixMatch
 from llava.engine.sequence import hash_image
 from llava.engine.tower import TowerRunner
 from llava.model.builder import load_pretrained_model
@@ -170,6 +171,22 @@ def test_a_row_depends_neither_on_its_neighbours_nor_on_their_number(sizes: dict
     assert (together - want).square().mean() < 1.1 * (rounded - want).square().mean()
     for count in range(32, 0, -1):
         assert torch.equal(decode_again(runner, cache, count), together[:count]), count
+
+
+@torch.inference_mode()
+def test_a_prompt_alone_has_the_logits_that_it_has_in_a_batch() -> None:
+    runner = LlamaRunner(make_model().to(BF16))
+    node = PrefixCache(2**20).insert((), tuple(range(40)), [1] * 40, runner.prefill_kv(runner.embed(range(40)), ()))
+    rows = [runner.embed(ids) for ids in ([50], [60], [70, 71, 72, 73, 74])]
+    prefixes = [(PrefixMatch(node, 40),), (PrefixMatch(node, 20),), ()]
+    data, last = runner.prefill(rows, prefixes)
+    together = runner.logits(last)
+    for row, (embeds, prefix) in enumerate(zip(rows, prefixes, strict=True)):
+        alone, states = runner.prefill([embeds], [prefix])
+        assert torch.equal(alone[:, :, 0], data[:, :, row, :, : len(embeds)])
+        torch.testing.assert_close(runner.logits(states)[0], together[row], rtol=2**-7, atol=0.02)
+        if len(embeds) == 1:
+            assert torch.equal(runner.logits(states)[0], runner.logits(states.repeat(3, 1))[2])
 
 
 def adapt(runner: LlamaRunner, generator: torch.Generator) -> None:
