@@ -219,7 +219,7 @@ def test_llama_cpp_continues_text_of_a_language_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both precisions are measured on exports of the model, and a missing model is one sentence."""
-    monkeypatch.setattr(generate, "make_model", lambda *_, **__: (tmp_path, tmp_path))
+    monkeypatch.setattr(generate, "make_model", lambda *_, **__: pytest.fail("other peers' model is made"))
     monkeypatch.setattr(sys, "executable", environment(tmp_path / "llama.cpp", STUB_ENGINE, 1.0, 0, -1))
     argv = ["generate", "--quick", "--peers", "llama.cpp", "--environments", str(tmp_path), "--text-model"]
     assert peers.main([*argv, str(tmp_path / "none")]) == 1

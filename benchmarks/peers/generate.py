@@ -193,26 +193,28 @@ def run(args: argparse.Namespace) -> int:
     if unknown := set(args.shapes or ()) - known:
         raise PeerError(f"--shapes {', '.join(sorted(unknown))} is unknown; expected {', '.join(sorted(known))}.")
     reached: list[bool] = []
+    models: tuple[Path, Path] | None = None  # of our layout, and exported
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        chat, exported = make_model(root, args.quick, answers=True)
         ceilings = {}
         for dtype in (torch.float32, torch.bfloat16):
             peak = peaks(dtype, 64 if args.quick else 2048)
             ceilings[dtype.itemsize] = Ceilings(peak.operations, peak.read, peak.read)
         ceilings[1] = ceilings[2]  # 8-bit weights are multiplied in bfloat16
         for peer in args.peers:
-            text = peer == "llama.cpp"
             try:
-                if text and not args.text_model.is_dir():
+                if peer == "llama.cpp" and not args.text_model.is_dir():
                     raise PeerError(f"{args.text_model} does not exist; name a language model with --text-model.")
                 python = process.interpreter(args.environments / peer, peer, args.install)
             except PeerError as error:
                 print(f"{peer} is left out: {error}", file=sys.stderr)
                 continue
             try:
-                cases = (make_text_cases(args.text_model, root) if text
-                         else make_cases(peer, args.dtypes, chat, exported))  # fmt: skip
+                if peer == "llama.cpp":
+                    cases = make_text_cases(args.text_model, root)
+                else:
+                    models = models or make_model(root, args.quick, answers=True)
+                    cases = make_cases(peer, args.dtypes, *models)
                 for case in cases:
                     reached += compare(case, args, python, root, ceilings[case.itemsize])
             except (PeerError, LlavaError) as error:
