@@ -73,7 +73,7 @@ class ShardedKV:
 
     def __setitem__(self, index: Index, value: Tensor | ShardedKV | float) -> None:
         if isinstance(index if not isinstance(index, tuple) else index[0], int):
-            raise TypeError(f"assign to layer {index} through its tensor, as in kv[layer][...] = value")
+            raise TypeError(f"ShardedKV cannot be assigned at {index!r}, in one layer; use kv[layer][...] = value")
         for at, part in enumerate(self.parts):
             part[index] = value.parts[at] if isinstance(value, ShardedKV) else value
 

@@ -20,7 +20,7 @@ _WINDOW = 12  # most tokens decoded again
 
 
 class SpecialTokens:
-    """Special tokens and end tokens of a tokenizer and generation config."""
+    """Special tokens and end tokens of a tokenizer and generation config, and the texts of its other tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> None:
         self.ids = frozenset(tokenizer.all_special_ids)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.engine.lora import LoraLinear, LoraStep
-from llava.engine.native.build import library
+from llava.engine.native.build import function, library
 from llava.engine.native.packed import (
     DTYPES,
     FEW_ROWS,
@@ -45,7 +45,7 @@ class FusedLinear:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.tiles: TileLinear | None = None  # runs bfloat16 inputs, if there is one
-        self.few: FewRows | None = None  # runs up to `FEW_ROWS` rows, if there is one
+        self.few: FewRows | None = None  # runs up to `FEW_ROWS` rows of float32 inputs, if there is one
         plain = (nn.Linear, LMHead)
         linear = [module for module in modules if isinstance(module, nn.Linear) and type(module) in plain]
         biased = [module.bias is not None for module in linear]
@@ -119,15 +119,19 @@ def _clone_state(module: nn.Module, state: dict[str, Tensor], prefix: str, metad
 class RMSNorm:
     """Root mean square norm (Zhang and Sennrich, 2019), in float32 and scaled in the model's dtype, as in transformers.
 
-    On CUDA it is torch's fused kernel, on the CPU a C++ kernel, which scale before rounding: one pass instead of six,
-    and a smaller error.
+    On CUDA it is torch's fused kernel, on the CPU a C++ kernel. Both scale before rounding, in one pass instead of six
+    and with a smaller error.
     """
 
     def __init__(self, module: LlamaRMSNorm) -> None:
         self.weight: Tensor = module.weight
         self.eps: float = module.variance_epsilon
         fits = self.weight.device.type == "cpu" and self.weight.dtype in DTYPES and len(self.weight) % LANES == 0
-        self.native: Any = library() if fits else None
+        self.native: Any = None
+        if fits and library() is not None:
+            pointer, number = ctypes.c_void_p, ctypes.c_int64
+            arguments = (pointer, number, number, pointer, ctypes.c_double, number, pointer, number)
+            self.native = function("llava_rms_norm", *arguments)
 
     def __call__(self, x: Tensor) -> Tensor:
         if runs_fused_rms_norm(x, self.weight):
@@ -140,16 +144,9 @@ class RMSNorm:
 
     def _run_native(self, x: Tensor) -> Tensor:
         out, (*_, width) = torch.empty_like(x), x.shape
-        run = self.native.llava_rms_norm if x.dtype == torch.bfloat16 else self.native.llava_rms_norm_float32
-        run(
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_int64(x.numel() // width),
-            ctypes.c_int64(width),
-            ctypes.c_void_p(self.weight.data_ptr()),
-            ctypes.c_double(self.eps),
-            ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
+        pointers = [tensor.data_ptr() for tensor in (x, self.weight, out)]
+        bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        self.native(pointers[0], x.numel() // width, width, pointers[1], self.eps, bf16, pointers[2], threads)
         return out
 
 

@@ -103,8 +103,8 @@ struct LeftRows {
     const uint16_t *ahead;  // rows to prefetch meanwhile, or null
 };
 
-// sums (M, N, 16, 16) of M * 16 left rows and N groups of right rows, which are `pitch` tiles apart; or with `stride`, sums of
-// rows that are so far apart.
+// sums (M, N, 16, 16) of M * 16 left rows and N groups of right rows, which are `pitch` tiles apart. With `stride`, the sums
+// are written as rows of a matrix, `stride` floats apart.
 template <int M, int N>
 inline void multiply_tiles(LeftRows left, const uint16_t *right, int64_t pitch, int64_t steps, float *sums,
                            int64_t stride) {
@@ -273,7 +273,7 @@ struct TileAttention {
         }
     }
 
-    // The same for one query (size), rounded to bfloat16, without tiles: these read few rows of memory at a time.
+    // The same for one query (size), rounded to bfloat16, without tiles, of which it would fill one row.
     void add_one(const uint16_t *keys, const uint16_t *block, int64_t tokens, int64_t size, const float *query, float *out,
                  float &top, float &total) {
         const int64_t stride = round_up(tokens, DEPTH);
@@ -285,7 +285,7 @@ struct TileAttention {
             if (token >= tokens) return _mm512_setzero_si512();
             return _mm512_maskz_loadu_epi16(mask(at), rows + token * size + at);
         };
-        // The processor prefetches one run of memory, but not from keys to values.
+        // The hardware prefetcher does not go on from the keys to the values.
         const auto prefetch = [&](int64_t from, int64_t count) {
             const int64_t keys_end = tokens * size, ahead = std::min(FETCH_AHEAD, keys_end);
             for (int64_t at = from + ahead; at < std::min(from + ahead + count, 2 * keys_end); at += DEPTH)
@@ -397,7 +397,7 @@ inline void write(const LinearCall &call, int64_t token, int64_t output, __mmask
 
 // Multiplies at most 32 rows, which are packed; weights are read in place.
 inline void few_rows_on_tiles(const LinearCall &call) {
-    constexpr int64_t SOME = 4 * PAIR;
+    constexpr int64_t OUTPUTS = 4 * PAIR;  // of a task
     const Part &part = *call.part;
     const bool gated = call.activation == GATED_SILU;
     const int64_t outputs = gated ? part.rows / 2 : part.rows;
@@ -407,16 +407,16 @@ inline void few_rows_on_tiles(const LinearCall &call) {
     {
         const TileRegisters registers;
         TileScratch scratch;
-        std::vector<float> gates(gated ? call.count * SOME : 0);
+        std::vector<float> gates(gated ? call.count * OUTPUTS : 0);
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < outputs; first += SOME) {
-            const int64_t last = std::min(outputs, first + SOME), up = gated ? outputs : 0;
+        for (int64_t first = 0; first < outputs; first += OUTPUTS) {
+            const int64_t last = std::min(outputs, first + OUTPUTS), up = gated ? outputs : 0;
             const auto keep = [&](int64_t row, int64_t at, __m512 sums, __mmask16 mask) {
-                _mm512_mask_storeu_ps(&gates[row * SOME + at - first], mask, sums);
+                _mm512_mask_storeu_ps(&gates[row * OUTPUTS + at - first], mask, sums);
             };
             if (gated) tile_linear(x, part, {first, last}, scratch, keep);
             const auto finish = [&](int64_t row, int64_t at, __m512 sums, __mmask16 mask) {
-                const float *gate = gates.data() + row * SOME + at - up - first;
+                const float *gate = gates.data() + row * OUTPUTS + at - up - first;
                 write(call, row, at - up, mask, (Floats)sums, gated ? load(gate) : Floats{});
             };
             tile_linear(x, part, {up + first, up + last}, scratch, finish);

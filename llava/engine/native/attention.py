@@ -1,5 +1,4 @@
-"""Attention of prompts and of image tokens in the C++ kernel, in bfloat16 on the tiles of Intel AMX, and the keys and
-values of prompts."""
+"""Prompts in the C++ kernel: rotary embeddings, keys and values, and, on the tiles of Intel AMX, attention."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llava.engine.native.build import has_tiles, library
+from llava.engine.native.build import function, has_tiles, library
 from llava.engine.native.packed import DTYPES, LANES, fields
 
 if TYPE_CHECKING:
@@ -52,8 +51,7 @@ class PromptAttention:
         self._starts = (ctypes.c_int64 * (len(lengths) + 1))(*accumulate(lengths, initial=0))
         self._first = (ctypes.c_int64 * (len(rows) + 1))(*accumulate(map(len, rows), initial=0))
         self._blocks = (KVBlock * len(blocks))(*blocks)
-        self._run = library().llava_attention  # type: ignore[union-attr]
-        self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
+        self._run = function("llava_attention")
 
     @staticmethod
     def supports(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
@@ -106,8 +104,7 @@ class TokenStore:
     def __init__(self, data: Tensor, lengths: Sequence[int]) -> None:
         self._data = data
         self._starts = (ctypes.c_int64 * (len(lengths) + 1))(*accumulate(lengths, initial=0))
-        self._run = library().llava_store  # type: ignore[union-attr]
-        self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
+        self._run = function("llava_store")
 
     @classmethod
     def build(cls, data: Tensor | ShardedKV, lengths: Sequence[int]) -> TokenStore | None:

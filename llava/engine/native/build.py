@@ -17,6 +17,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from llava.files import atomic_write
 
@@ -47,6 +48,13 @@ def library() -> ctypes.CDLL | None:
         detail = str(getattr(error, "stderr", "") or error).strip()
         logger.warning("Decoding runs without the C++ kernel, which could not be built by %s: %s", compiler, detail)
         return None
+
+
+def function(name: str, *arguments: type) -> Any:
+    """A function of the library, which must be available; it takes one pointer by default, and returns nothing."""
+    found = getattr(library(), name)
+    found.argtypes, found.restype = list(arguments) or [ctypes.c_void_p], None
+    return found
 
 
 def has_tiles() -> bool:

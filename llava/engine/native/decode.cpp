@@ -472,11 +472,14 @@ void run(const Model &model, const Step &step) {
 
 // RMS norm of x (count, width), with float32 sums, on several threads.
 template <class T>
-void parallel_rms_norm(const T *x, int64_t count, int64_t width, const T *weight, double eps, T *out, int64_t threads) {
+void parallel_rms_norm(const void *x, int64_t count, int64_t width, const void *weight, double eps, void *out,
+                       int64_t threads) {
 #pragma omp parallel num_threads(threads)
     {
         const Range own = thread_range(count);
-        rms_norm(x + own.first * width, own.last - own.first, width, weight, eps, out + own.first * width);
+        const int64_t at = own.first * width;
+        rms_norm(static_cast<const T *>(x) + at, own.last - own.first, width, static_cast<const T *>(weight), eps,
+                 static_cast<T *>(out) + at);
     }
 }
 
@@ -548,14 +551,12 @@ extern "C" void llava_store(const StoreCall *call) {
         store_tokens<float>(*call);
 }
 
-extern "C" void llava_rms_norm(const BFloat16 *x, int64_t count, int64_t width, const BFloat16 *weight, double eps,
-                               BFloat16 *out, int64_t threads) {
-    parallel_rms_norm(x, count, width, weight, eps, out, threads);
-}
-
-extern "C" void llava_rms_norm_float32(const float *x, int64_t count, int64_t width, const float *weight, double eps,
-                                       float *out, int64_t threads) {
-    parallel_rms_norm(x, count, width, weight, eps, out, threads);
+extern "C" void llava_rms_norm(const void *x, int64_t count, int64_t width, const void *weight, double eps,
+                               int64_t is_bf16, void *out, int64_t threads) {
+    if (is_bf16)
+        parallel_rms_norm<BFloat16>(x, count, width, weight, eps, out, threads);
+    else
+        parallel_rms_norm<float>(x, count, width, weight, eps, out, threads);
 }
 
 // out (count, rows) = x (count, width) weight^T + bias in float32, for few rows of x.

@@ -12,7 +12,7 @@ from llava.engine.cache import CacheSpec, KVCache
 from llava.engine.layers import DecoderLayer, FusedLinear, RMSNorm
 from llava.engine.lora import LoraStep
 from llava.engine.native.attention import KVBlock
-from llava.engine.native.build import has_tiles, library
+from llava.engine.native.build import function, has_tiles, library
 from llava.engine.native.lora import NativeLora
 from llava.engine.native.packed import DTYPES, LANES, PLAIN, Part, Record, fields, part_of, plain_part
 from llava.placement import native_decode_rows
@@ -48,8 +48,7 @@ class NativeDecoder:
     ) -> None:
         self._alive: list[object] = []  # the memory behind the pointers
         self.lora: NativeLora | None = None
-        self._run = library().llava_decode_step  # type: ignore[union-attr]
-        self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_void_p], None
+        self._run = function("llava_decode_step", ctypes.c_void_p, ctypes.c_void_p)
         self._layers = (_Layer * len(layers))()
         head, *projections = parts
         for index, (record, layer) in enumerate(zip(self._layers, layers, strict=True)):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava.engine.native.build import has_tiles, library
+from llava.engine.native.build import function, has_tiles, library
 from llava.model.quantization import BLOCK, SCALES_BLOCK
 
 LANES: Final = 16  # floats per vector of the kernel
@@ -117,8 +117,7 @@ class TileLinear:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self._run = library().llava_linear  # type: ignore[union-attr]
-        self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
+        self._run = function("llava_linear")
 
     @classmethod
     def build(cls, part: Part | None) -> TileLinear | None:
@@ -150,9 +149,8 @@ class FewRows:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self._run = library().llava_few_rows  # type: ignore[union-attr]
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
-        self._run.restype = None
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._run = function("llava_few_rows", pointer, pointer, number, pointer, number)
 
     @classmethod
     def build(cls, part: Part | None) -> FewRows | None:
@@ -176,9 +174,8 @@ class PackedLinear:
     def __init__(self, layer: Any, part: Part) -> None:
         self.layer, self.part = layer, part
         self.tiles, self.few = TileLinear.build(part), FewRows(part)
-        self._unpack = library().llava_unpack  # type: ignore[union-attr]
-        self._unpack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int64]
-        self._unpack.restype = None
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._unpack = function("llava_unpack", pointer, number, number, number, pointer, number)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
